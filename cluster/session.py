@@ -1,0 +1,130 @@
+"""One Ray session for the length of a study: started here, or joined.
+
+Invariant: a session never listens, or talks, beyond this machine without Ray's token authentication, and it never ends
+processes that it did not start.
+"""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Hosts for which a missing token is tolerated."""
+
+
+class ClusterError(ValueError):
+    """The cluster cannot be reached or must not be used as it is."""
+
+    exit_code = 2
+
+
+ANSWER_SECONDS = 10.0
+"""How long a cluster's head may take to accept a connection; Ray itself would go on trying for minutes."""
+
+OBJECT_STORE_BYTES = 256 * 2**20
+"""Small records only travel through Ray; weights go by path."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """A connected Ray session and what it offers."""
+
+    address: str
+    cpus: float
+    gpus: float
+
+
+def check_address(address: str) -> None:
+    """Refuse a remote cluster without token authentication.
+
+    Raises:
+        ClusterError: `HOST:PORT` beyond loopback while RAY_AUTH_MODE is not `token`.
+    """
+    if address in ("local", "auto"):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise ClusterError(f"--address {address!r}: give `local`, `auto` or HOST:PORT")
+    if host not in LOOPBACK and os.environ.get("RAY_AUTH_MODE") != "token":
+        raise ClusterError(
+            f"--address {address}: Ray on another machine without token authentication lets anyone run code there; "
+            "start the head with RAY_AUTH_MODE=token, copy its token, and set RAY_AUTH_MODE=token here"
+        )
+
+
+def _knock(address: str) -> None:
+    """Raise ClusterError at once if nobody listens at HOST:PORT."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterError(
+            f"--address {address}: no Ray cluster answers there ({error}); start its head, mend the address, or leave "
+            "--address out to use this machine"
+        ) from error
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """Environment of every worker process: explicit thread counts, nothing phoned home, no code out of shards."""
+    count = str(threads)
+    ours = {name: value for name, value in os.environ.items() if name.startswith("TEMPORAL_MERGE_")}
+    return ours | {
+        "OMP_NUM_THREADS": count,
+        "MKL_NUM_THREADS": count,
+        "OPENBLAS_NUM_THREADS": count,
+        "WDS_SECURE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+
+
+@contextmanager
+def connect(address: str = "local", *, threads: int = 1, cpus: int | None = None) -> Iterator[Session]:
+    """Start (`local`) or join (`auto`, `HOST:PORT`) a Ray cluster, and leave it at the end.
+
+    Args:
+        address: `local` starts one on this machine, without dashboard and on loopback only.
+        threads: threads per worker process; part of what makes results bit-identical.
+        cpus: how many CPUs a local cluster offers; default: those of this machine.
+
+    Raises:
+        ClusterError: the address is unsafe or nobody answers there.
+    """
+    check_address(address)
+    runtime = {"env_vars": _environment(threads)}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "runtime_env": runtime}
+    try:
+        if address == "local":
+            os.environ.update(_environment(threads))
+            _start_local(cpus or os.cpu_count() or 1, quiet)
+        else:
+            if address != "auto":
+                _knock(address)
+            ray.init(address=address, **quiet)
+    except (ConnectionError, TimeoutError) as error:
+        raise ClusterError(f"--address {address}: no Ray cluster answers there ({error})") from error
+    try:
+        total = ray.cluster_resources()
+        yield Session(address, total.get("CPU", 0.0), total.get("GPU", 0.0))
+    finally:
+        ray.shutdown()
+
+
+def _start_local(cpus: int, options: dict[str, Any], tries: int = 3) -> None:
+    """Start a cluster on loopback; on a machine that is busy for a while its parts may need a second try to meet."""
+    for left in reversed(range(tries)):
+        try:
+            ray.init(
+                address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES,
+                _node_ip_address="127.0.0.1", **options,
+            )  # fmt: skip
+            return
+        except Exception as error:
+            ray.shutdown()
+            if not left or "timed out during startup" not in str(error):
+                raise ClusterError(f"Ray does not start on this machine: {error}") from error

@@ -1,0 +1,60 @@
+"""The thin Ray edge of merging: one actor that folds experts as they arrive, in time-step order.
+
+Invariant: the actor holds no truth. A merge is a function of its job; the streaming states it keeps are caches that are
+rebuilt from the experts when they are missing, and give the same bytes either way.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from merge_service.faults import point
+from merge_service.jobs import MergeJob
+from merge_service.merge import fold, geometry
+from merge_service.stream import StreamCache
+
+
+class Merger:
+    """Carries out merge steps; `store` is handed over with each."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, StreamCache] = {}
+
+    def run(self, job: MergeJob, step: Any, store: Any) -> Any:
+        """Merge, commit, and return the record."""
+        store.open_inputs(step)
+        started = time.monotonic()
+        point("merge.start")
+        with store.staged(step) as stage:
+            result = self.merge(job, stage)
+            point("merge.before_commit")
+            record = store.commit(step, stage, result, seconds=time.monotonic() - started)
+        point("merge.after_commit")
+        return record
+
+    def merge(self, job: MergeJob, out: Path) -> dict[str, Any]:
+        """Merge into the directory `out`; the result holds "merge_seconds", norms of task vectors and their cosine.
+
+        The cosine is that of the merged model's task vector with the newest expert's.
+        """
+        newest = job.members[-1]
+        if job.form == "fold":
+            running, new = job.members
+            report = fold(
+                job.technique, job.params, job.base.path, running.path, new.path, out,
+                ids=(running.id, new.id), sha256={running.id: running.sha256, new.id: new.sha256},
+                threads=job.threads, measure=False,
+            )  # fmt: skip
+        else:
+            report = self._states_of(job).merge(
+                job.technique, job.params, job.base.path, job.base.sha256, job.members, out
+            )
+        measured = geometry(job.base.path, out, newest.path, threads=job.threads)
+        return {"merge_seconds": report.seconds, **measured}
+
+    def _states_of(self, job: MergeJob) -> StreamCache:
+        """One cache per series, which its first expert names: series of other seeds must not evict each other."""
+        series = job.members[0].sha256
+        if series not in self._states:
+            self._states[series] = StreamCache(job.scratch, threads=job.threads, measure=False)
+        return self._states[series]

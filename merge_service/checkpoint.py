@@ -1,0 +1,156 @@
+"""Checkpoints on disk: a safetensors file, a sharded index, or a directory holding either, read through memory maps.
+
+Only what is asked for is paged in, so the size of a model never shows in anonymous memory. This is the one place that
+knows file names and layouts; the rest of the room sees names, shapes and blocks of numbers.
+
+Invariant: an open checkpoint has a fully validated header, and `read` never changes or copies more than it returns.
+"""
+
+import hashlib
+import mmap
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from merge_service.admission import admit, check_finite
+from merge_service.dtypes import decode
+from merge_service.errors import CheckpointError, CorruptCheckpoint
+from merge_service.header import HEADER_LIMIT, TensorInfo, parse_json, read_header
+from merge_service.writer import CheckpointWriter
+
+__all__ = [
+    "CONFIG_FILE",
+    "WEIGHTS_FILE",
+    "Checkpoint",
+    "CheckpointWriter",
+    "TensorInfo",
+    "admit",
+    "check_finite",
+    "locate",
+]
+
+WEIGHTS_FILE = "open_clip_model.safetensors"
+CONFIG_FILE = "open_clip_config.json"
+
+
+def locate(path: Path | str) -> Path:
+    """The weights file or index behind `path`. Raises `CheckpointError` when there is none, or more than one candidate."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist")
+    if (path / WEIGHTS_FILE).is_file():
+        return path / WEIGHTS_FILE
+    found = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        what = (
+            f"holds {len(found)} of them ({', '.join(f.name for f in found[:5])})" if found else "holds none"
+        )
+        raise CheckpointError(
+            f"{path} should hold one .safetensors file or .safetensors.index.json but {what}; name the file"
+        )
+    return found[0]
+
+
+class Checkpoint:
+    """An open checkpoint; use as a context manager.
+
+    `tensors` maps names to `TensorInfo` in header order, `metadata` is the file's own (of the first shard if sharded).
+    """
+
+    def __init__(
+        self, path: Path, files: list[Path], tensors: dict[str, TensorInfo], metadata: dict[str, str]
+    ) -> None:
+        self.path = path
+        self.tensors = tensors
+        self.metadata = metadata
+        self.files = files
+        self._bytes = [_map(file) for file in files]
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Checkpoint":
+        """Open and validate. Raises `CorruptCheckpoint` naming the file, `CheckpointError` when there is nothing to open."""
+        file = locate(path)
+        try:
+            if file.name.endswith(".json"):
+                return cls._open_index(file)
+            tensors, metadata = read_header(file)
+            return cls(file, [file], tensors, metadata)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {error.filename or file}: {error.strerror}") from error
+
+    @classmethod
+    def _open_index(cls, index: Path) -> "Checkpoint":
+        if index.stat().st_size > HEADER_LIMIT:
+            raise CorruptCheckpoint(f"{index} is above the limit of {HEADER_LIMIT} bytes for an index")
+        where = parse_json(index.read_bytes(), index).get("weight_map")
+        if not isinstance(where, dict) or not where or not all(isinstance(v, str) for v in where.values()):
+            raise CorruptCheckpoint(f"{index} has no weight_map of tensor names to file names")
+        shards = sorted(set(where.values()))
+        files = [_shard(index, name) for name in shards]
+        tensors: dict[str, TensorInfo] = {}
+        metadata: dict[str, str] = {}
+        for number, file in reversed(list(enumerate(files))):
+            held, metadata = read_header(file, number)
+            wrong = {name for name, shard in where.items() if shard == file.name} ^ held.keys()
+            if wrong:
+                raise CorruptCheckpoint(f"{file} and {index.name} disagree about tensor {min(wrong)!r}")
+            tensors |= held
+        return cls(index, files, {name: tensors[name] for name in where}, metadata)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Elements start..stop of the flattened tensor: float32 (float64 for F64) or the integers as they are.
+
+        The array is read-only where it is a view of the file.
+        """
+        return decode(self.raw(name, start, stop), self.tensors[name].kind)
+
+    def raw(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The same elements as stored (bfloat16 as uint16), a read-only view of the file."""
+        info = self.tensors[name]
+        first, last, _ = slice(start, stop).indices(info.numel)
+        size = info.kind.itemsize
+        data = self._bytes[info.shard][info.offset + first * size : info.offset + max(first, last) * size]
+        return data.view(info.kind.storage) if info.offset % size == 0 else _unaligned(data, info)
+
+    def fingerprint(self) -> str:
+        """A quick digest of the headers and of 64 samples per file: tells bases apart without reading them whole."""
+        digest = hashlib.sha256(
+            repr([(n, i.dtype, i.shape, i.offset) for n, i in self.tensors.items()]).encode()
+        )
+        for data in self._bytes:
+            for k in range(64):
+                at = k * max(len(data) - 4096, 0) // 63
+                digest.update(data[at : at + 4096].tobytes())
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Let go of the files; arrays that were read stay valid."""
+        self._bytes = []
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _map(file: Path) -> np.ndarray:
+    with file.open("rb") as handle:
+        return np.frombuffer(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+
+
+def _shard(index: Path, name: str) -> Path:
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise CorruptCheckpoint(f"{index} points outside its own directory: {name!r}")
+    if not (index.parent / name).is_file():
+        raise CheckpointError(f"{index} names the shard {name}, which is not there")
+    return index.parent / name
+
+
+def _unaligned(data: np.ndarray, info: TensorInfo) -> np.ndarray:
+    return np.frombuffer(data.tobytes(), dtype=info.kind.storage)

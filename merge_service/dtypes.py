@@ -1,0 +1,101 @@
+"""Stored number formats, and the way between them and the arithmetic types.
+
+numpy has no bfloat16, so it is handled by its bits: reading shifts the 16 bits into the upper half of a float32, writing
+rounds to nearest, ties to even.
+
+Invariant: reading is exact for every format, and `encode` rounds once.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class DType:
+    """A safetensors dtype: its numpy storage type, and the type sums are kept in (None: never used in arithmetic)."""
+
+    name: str
+    storage: np.dtype
+    compute: np.dtype | None
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return self.storage.itemsize
+
+    @property
+    def is_float(self) -> bool:
+        """Whether arithmetic is ever done on it."""
+        return self.compute is not None
+
+
+_F32, _F64 = np.dtype("<f4"), np.dtype("<f8")
+DTYPES: dict[str, DType] = {
+    name: DType(name, np.dtype(storage), compute)
+    for name, storage, compute in (
+        ("F64", "<f8", _F64),
+        ("F32", "<f4", _F32),
+        ("F16", "<f2", _F32),
+        ("BF16", "<u2", _F32),
+        ("I64", "<i8", None),
+        ("U64", "<u8", None),
+        ("I32", "<i4", None),
+        ("U32", "<u4", None),
+        ("I16", "<i2", None),
+        ("U16", "<u2", None),
+        ("I8", "i1", None),
+        ("U8", "u1", None),
+        ("BOOL", "?", None),
+    )
+}
+
+
+def decode(raw: Array, dtype: DType) -> Array:
+    """Stored values as numbers, exactly: float32 or float64 for floats (a view where the bits allow), ints as they are."""
+    if dtype.name == "BF16":
+        wide = raw.astype(np.uint32)
+        wide <<= 16
+        return wide.view(_F32)
+    if dtype.name == "F16":
+        return raw.astype(_F32)
+    return raw
+
+
+def encode(values: Array, dtype: DType) -> Array:
+    """Numbers as stored values, rounded once (nearest, ties to even); what does not fit becomes infinite."""
+    if dtype.name == "BF16":
+        return _to_bf16(np.ascontiguousarray(values, dtype=_F32))
+    if dtype.is_float:
+        return values.astype(dtype.storage, copy=False)
+    if values.dtype != dtype.storage:
+        raise TypeError(f"{values.dtype} values for a {dtype.name} tensor; integers are only ever copied")
+    return values
+
+
+def _to_bf16(values: Array) -> Array:
+    bits = values.view(np.uint32)
+    odd = (bits >> 16) & 1
+    rounded = ((bits + (odd + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
+    lost = np.isnan(values)
+    if lost.any():
+        rounded[lost] = 0x7FC0
+    return rounded
+
+
+def all_finite(values: Array) -> bool:
+    """Whether no value is NaN or infinite; one read of the data in the usual case.
+
+    A finite sum proves it; a sum that is not may have overflowed, so only then every value is looked at.
+    """
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(np.add.reduce(values))) or bool(np.isfinite(values).all())
+
+
+def stored_finite(stored: Array, dtype: DType) -> bool:
+    """Whether no *stored* value is NaN or infinite (rounding to a narrow format may have overflowed)."""
+    if dtype.name == "BF16":
+        return not bool(((stored & 0x7F80) == 0x7F80).any())
+    return all_finite(stored.astype(_F32)) if dtype.name == "F16" else all_finite(stored)

@@ -1,0 +1,97 @@
+"""Running one small function over every block of a model, on threads, with nothing depending on how.
+
+Techniques are elementwise once a few numbers per tensor are known, so a model is cut into blocks that fit the cache and
+every block is finished before the next is touched: memory is a few blocks per thread, whatever the size of the model or
+the number of experts.
+
+Invariant: results do not depend on the block size or the thread count, bit for bit. Elementwise work cannot; sums are
+taken over grains of fixed size and added up exactly (`math.fsum`), which is the only way a reduction may be made here.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+GRAIN = 1 << 16
+"""Elements of one partial sum; a block is a whole number of grains."""
+BLOCK = 1 << 16
+"""Default elements per block: its float32 operands stay in a core's own cache."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Elements start..stop of one flattened tensor."""
+
+    name: str
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.stop - self.start
+
+
+class Scratch(threading.local):
+    """Buffers that a thread uses again for every block, so that blocks cost no allocation."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, np.dtype], np.ndarray] = {}
+
+    def take(self, role: str, size: int, dtype: np.dtype | type) -> np.ndarray:
+        """`size` elements of `dtype`, uninitialised; the same memory for the same role."""
+        dtype = np.dtype(dtype)
+        held = self._buffers.get((role, dtype))
+        if held is None or held.size < size:
+            held = self._buffers[role, dtype] = np.empty(size, dtype)
+        return held[:size]
+
+
+def spans(sizes: Iterable[tuple[str, int]], block: int) -> Iterator[Span]:
+    """Cut tensors (name, number of elements) into spans of at most `block` elements, a whole number of grains."""
+    if block < 1:
+        raise ValueError(f"block must be at least 1 element, not {block}")
+    step = -(-block // GRAIN) * GRAIN
+    for name, numel in sizes:
+        for start in range(0, numel, step):
+            yield Span(name, start, min(start + step, numel))
+
+
+def run(work: Callable[[Span], T], over: Iterable[Span], threads: int) -> list[T]:
+    """`work` of every span, results in order. The first failure in order is raised; later spans are dropped."""
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, not {threads}")
+
+    def quiet(span: Span) -> T:
+        with np.errstate(all="ignore"):  # overflow is found by its result, not by a warning
+            return work(span)
+
+    if threads == 1:
+        return [quiet(span) for span in over]
+    with ThreadPoolExecutor(threads, thread_name_prefix="merge") as pool:
+        futures = [pool.submit(quiet, span) for span in over]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def dots(a: np.ndarray, b: np.ndarray, scratch: Scratch) -> list[float]:
+    """Partial sums of a*b in float64, one per grain; the block they come from must start at a whole grain."""
+    parts = []
+    for start in range(0, a.size, GRAIN):
+        left = scratch.take("left", min(GRAIN, a.size - start), np.float64)
+        np.copyto(left, a[start : start + GRAIN])
+        right = left
+        if b is not a:
+            right = scratch.take("right", left.size, np.float64)
+            np.copyto(right, b[start : start + GRAIN])
+        parts.append(float(np.add.reduce(np.multiply(left, right, out=left))))
+    return parts

@@ -1,0 +1,33 @@
+"""What a person can get wrong about checkpoints and techniques.
+
+Every mistake that a user can mend derives from `UserError`: its message says what is wrong, where, and what to do, and
+the command line ends with exit code 2. Anything else that is raised is a defect of ours.
+"""
+
+
+class UserError(ValueError):
+    """The user's input is wrong; the message alone must be enough to mend it."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be used."""
+
+
+class CorruptCheckpoint(CheckpointError):
+    """A checkpoint file is not readable as safetensors: cut, overlapping, oversized header, unknown dtype."""
+
+
+class IncompatibleCheckpoint(CheckpointError):
+    """A checkpoint differs from its reference in keys, shapes or dtypes."""
+
+
+class NonFiniteCheckpoint(CheckpointError):
+    """A checkpoint holds NaN or infinity."""
+
+
+class TechniqueError(UserError):
+    """An unknown technique, a parameter it does not have, a value out of range, or a form that does not exist."""
+
+
+class ConflictingArrival(CheckpointError):
+    """Another expert already arrived for the same time step or under the same id."""

@@ -1,0 +1,152 @@
+"""The header of a safetensors file, read with suspicion.
+
+A checkpoint may come from anywhere: cut by a full disk, flipped by a bad one, or built to harm. Nothing is allocated from
+a length the file merely claims, and every byte of the data must belong to exactly one tensor.
+
+Format: 8 bytes little-endian header length, JSON header, data. <https://github.com/huggingface/safetensors>
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge_service.dtypes import DTYPES, DType
+from merge_service.errors import CorruptCheckpoint
+
+HEADER_LIMIT = 8 * 1024 * 1024
+"""Bytes. A CLIP header has 40 KB; the parse of this much still takes well under a second."""
+MAX_RANK = 64
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies in its file. `offset` counts bytes from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    shard: int = 0
+
+    @property
+    def numel(self) -> int:
+        """Number of elements; 1 for a scalar."""
+        return math.prod(self.shape)
+
+    @property
+    def kind(self) -> DType:
+        """The dtype as an object."""
+        return DTYPES[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.numel * self.kind.itemsize
+
+
+def read_header(path: Path, shard: int = 0) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Tensors in header order, and the metadata. Raises `CorruptCheckpoint` naming the file and what is wrong with it."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise _corrupt(
+                path,
+                f"the file has {size} bytes but its header claims {length}; it is cut or not safetensors",
+            )
+        if length > HEADER_LIMIT:
+            raise _corrupt(path, f"its header of {length} bytes is above the limit of {HEADER_LIMIT}")
+        text = file.read(length)
+    header = parse_json(text, path)
+    metadata = _metadata(header.pop("__metadata__", None), path)
+    start = 8 + length
+    tensors = {name: _tensor(name, entry, start, shard, path) for name, entry in header.items()}
+    _check_coverage(tensors, start, size, path)
+    return tensors, metadata
+
+
+def build_header(
+    layout: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]
+) -> tuple[bytes, dict[str, TensorInfo]]:
+    """The first bytes of a file that holds `layout` (name -> dtype, shape), and where each tensor goes.
+
+    The header keeps the order of `layout`; the data puts wide types first, so that every tensor is aligned.
+    """
+    begin, cursor = {}, 0
+    infos = {name: TensorInfo(dtype, tuple(shape), 0) for name, (dtype, shape) in layout.items()}
+    for name in sorted(infos, key=lambda n: -infos[n].kind.itemsize):
+        begin[name] = cursor
+        cursor += infos[name].nbytes
+    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    for name, info in infos.items():
+        offsets = [begin[name], begin[name] + info.nbytes]
+        entries[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    placed = {name: TensorInfo(i.dtype, i.shape, start + begin[name]) for name, i in infos.items()}
+    return len(text).to_bytes(8, "little") + text, placed
+
+
+def parse_json(text: bytes, path: Path | os.PathLike[str]) -> dict[str, Any]:
+    """A JSON object without repeated keys; raises `CorruptCheckpoint`."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise ValueError(f"{twice!r} appears twice")
+        return found
+
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise _corrupt(path, f"its header is not valid JSON: {str(error)[:200]}") from None
+    if not isinstance(value, dict):
+        raise _corrupt(path, "its header is not a JSON object")
+    return value
+
+
+def _metadata(value: Any, path: Path) -> dict[str, str]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise _corrupt(path, "its __metadata__ is not a map of strings")
+    return value
+
+
+def _tensor(name: str, entry: Any, start: int, shard: int, path: Path) -> TensorInfo:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise _corrupt(path, f"the entry of tensor {name!r} lacks dtype, shape or data_offsets") from None
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _corrupt(
+            path, f"tensor {name!r} has the unknown dtype {dtype!r}; known are {', '.join(DTYPES)}"
+        )
+    numbers = [*shape, begin, end] if isinstance(shape, list) and len(shape) <= MAX_RANK else [-1]
+    if not all(type(n) is int and n >= 0 for n in numbers):
+        raise _corrupt(path, f"tensor {name!r} has an impossible shape or offset")
+    info = TensorInfo(dtype, tuple(shape), start + begin, shard)
+    if end - begin != info.nbytes:
+        raise _corrupt(path, f"tensor {name!r} of {info.nbytes} bytes is given {end - begin}")
+    return info
+
+
+def _check_coverage(tensors: dict[str, TensorInfo], start: int, size: int, path: Path) -> None:
+    cursor = start
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if info.offset != cursor:
+            raise _corrupt(path, f"tensor {name!r} overlaps another or leaves a gap before it")
+        cursor += info.nbytes
+    if cursor > size:
+        raise _corrupt(path, f"the file is cut: it has {size} bytes, its tensors need {cursor}")
+    if cursor < size:
+        raise _corrupt(path, f"{size - cursor} bytes follow the last tensor")
+
+
+def _corrupt(path: Path | os.PathLike[str], why: str) -> CorruptCheckpoint:
+    return CorruptCheckpoint(f"{path} is not a usable checkpoint: {why}")

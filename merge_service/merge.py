@@ -1,0 +1,262 @@
+"""Merging checkpoints: all at once, one into a running model, or as a stream that remembers.
+
+    merge     all experts, in their order
+    fold      a running model and one new expert (TIME's EMA)
+    advance   one more expert into a streaming state; the merged model is bit-identical to `merge` of all of them
+
+All three validate everything they can before a block is computed, write the output once, and let it appear under its
+name only when it is whole. Memory is a few blocks per thread, whatever the number of experts.
+"""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from merge_service.admission import admit
+from merge_service.assemble import Options, assemble
+from merge_service.blend import Blend, Input, check_tied, tied
+from merge_service.checkpoint import Checkpoint
+from merge_service.engine import BLOCK, Scratch, Span, dots, run, spans
+from merge_service.errors import TechniqueError
+from merge_service.state import MAX_EXPERTS, METADATA_KEY, StreamState, effective, state_writer
+from merge_service.target import Target
+from merge_service.techniques import Form, Technique, get
+
+PathLike = Path | str
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did. `merged_norm` is the L2 norm of merged - base over float tensors, None without a base."""
+
+    out: Path | None
+    technique: str
+    params: dict[str, Any]
+    experts: int
+    parameters: int
+    seconds: float
+    merged_norm: float | None
+
+
+def merge(
+    technique: str,
+    params: Mapping[str, Any],
+    base: PathLike | None,
+    experts: Sequence[PathLike],
+    out: PathLike,
+    *,
+    ids: Sequence[str] | None = None,
+    sha256: Mapping[str, str] | None = None,
+    threads: int = 1,
+    block: int = BLOCK,
+    measure: bool = True,
+) -> MergeReport:
+    """Merge `experts` (files, sharded indices or directories), in this order, into `out`.
+
+    `out` is a .safetensors file, or a directory when the inputs are directories with an open_clip configuration, which
+    is copied. The output has the tensors, dtypes and metadata of the base (of the first expert without one), plus an
+    entry `temporal_merge` that says how it was made. With no experts it is the base.
+
+    `ids` name experts in messages and seed their random masks (by default expert-1, expert-2, ...); `sha256` by id is
+    recorded as given. `measure=False` saves computing `merged_norm`.
+
+    Raises `TechniqueError` (technique, parameters, number of experts), `IncompatibleCheckpoint`,
+    `NonFiniteCheckpoint` or `CorruptCheckpoint` naming the expert and tensor; `out` is then untouched.
+    """
+    plugin = get(technique)
+    resolved = plugin.resolve(params, "merge", strict=True)
+    names = list(ids) if ids is not None else [f"expert-{i}" for i in range(1, len(experts) + 1)]
+    _check_count(plugin, resolved, base, len(experts), names)
+    return _combine(
+        plugin, resolved, "merge", base, experts, names, out, sha256, Options(threads, block, measure)
+    )
+
+
+def fold(
+    technique: str,
+    params: Mapping[str, Any],
+    base: PathLike | None,
+    running: PathLike,
+    new: PathLike,
+    out: PathLike,
+    *,
+    ids: tuple[str, str] = ("running", "new"),
+    sha256: Mapping[str, str] | None = None,
+    threads: int = 1,
+    block: int = BLOCK,
+    measure: bool = True,
+) -> MergeReport:
+    """Merge the newest expert into the running model: one step of TIME's EMA, f({running, new}; base).
+
+    A different operator from `merge` of all experts, except for running means. Arguments and errors as `merge`.
+    """
+    plugin = get(technique)
+    resolved = plugin.resolve(params, "fold", strict=True)
+    _check_count(plugin, resolved, base, 2, list(ids))
+    options = Options(threads, block, measure)
+    return _combine(plugin, resolved, "fold", base, [running, new], list(ids), out, sha256, options)
+
+
+def advance(
+    technique: str,
+    params: Mapping[str, Any],
+    base: PathLike,
+    expert: PathLike,
+    out: PathLike | None,
+    *,
+    expert_id: str,
+    state_in: PathLike | None,
+    state_out: PathLike,
+    sha256: Mapping[str, str] | None = None,
+    threads: int = 1,
+    block: int = BLOCK,
+    measure: bool = True,
+) -> MergeReport:
+    """Add one expert to a streaming merge: read `state_in` (None to start), write `state_out` and the merged model.
+
+    `out` is byte-identical to what `merge` writes for all experts so far with the same ids; with `out=None` only the
+    state is written. Cost does not depend on how many came before. Besides what `merge` raises: `TechniqueError` when
+    the technique has no streaming form, the state belongs to another technique, parameters or base, or holds this id.
+    """
+    began = time.perf_counter()
+    plugin = get(technique)
+    plugin.require("stream")
+    resolved = plugin.resolve(params, "merge", strict=True)
+    with contextlib.ExitStack() as stack:
+        anchor, newest = (stack.enter_context(Checkpoint.open(path)) for path in (base, expert))
+        held = stack.enter_context(StreamState(state_in)) if state_in is not None else None
+        seen = held.inputs if held else []
+        blend = Blend(plugin, resolved, anchor, [Input(expert_id, len(seen) + 1, newest)], threads)
+        if held:
+            held.check(blend, expert_id)
+        inputs = [*seen, *_inputs([expert_id], sha256)]
+        _admit_all(blend)
+        target = Target.of(out, [base, expert]) if out is not None else None
+        blend.prepare()
+        keep = stack.enter_context(state_writer(state_out, blend, inputs))
+        writer = None
+        if target:
+            metadata = _metadata(blend, "merge", effective(resolved, len(inputs)), inputs)
+            writer = stack.enter_context(target.open(blend.reference, metadata))
+        norm = assemble(blend, writer, Options(threads, block, measure), held, keep)
+        return _report(blend, target, len(inputs), began, norm)
+
+
+def geometry(base: PathLike, merged: PathLike, expert: PathLike, *, threads: int = 1) -> dict[str, float]:
+    """Norms of the task vectors of a merged model and of an expert, and the cosine between them.
+
+    {"merged_norm", "expert_norm", "cosine"}, over all float tensors (tied ones once), in float64 and independent of
+    blocks and threads. The cosine with a zero vector is 0. Raises `CheckpointError` like `merge`.
+    """
+    with Checkpoint.open(base) as anchor, Checkpoint.open(merged) as one, Checkpoint.open(expert) as two:
+        admit(anchor, one, "the merged model")
+        admit(anchor, two, "the expert")
+        ties, scratch = tied(anchor), Scratch()
+        sizes = [(n, i.numel) for n, i in anchor.tensors.items() if i.kind.is_float and n not in ties]
+
+        def work(span: Span) -> tuple[list[float], list[float], list[float]]:
+            zero = anchor.read(span.name, span.start, span.stop)
+            a = np.subtract(one.read(span.name, span.start, span.stop), zero, dtype=np.float64)
+            b = np.subtract(two.read(span.name, span.start, span.stop), zero, dtype=np.float64)
+            return dots(a, a, scratch), dots(b, b, scratch), dots(a, b, scratch)
+
+        parts = run(work, spans(sizes, BLOCK), threads)
+    aa, bb, ab = (math.fsum(x for part in parts for x in part[i]) for i in range(3))
+    norms = math.sqrt(aa), math.sqrt(bb)
+    cosine = ab / (norms[0] * norms[1]) if norms[0] and norms[1] else 0.0
+    return {"merged_norm": norms[0], "expert_norm": norms[1], "cosine": max(-1.0, min(1.0, cosine))}
+
+
+def _combine(
+    plugin: Technique,
+    params: dict[str, Any],
+    form: Form,
+    base: PathLike | None,
+    experts: Sequence[PathLike],
+    ids: list[str],
+    out: PathLike,
+    sha256: Mapping[str, str] | None,
+    options: Options,
+) -> MergeReport:
+    began = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        anchor = stack.enter_context(Checkpoint.open(base)) if base is not None else None
+        opened = [stack.enter_context(Checkpoint.open(path)) for path in experts]
+        inputs = [Input(name, order, weights) for order, (name, weights) in enumerate(zip(ids, opened), 1)]
+        blend = Blend(plugin, params, anchor, inputs, options.threads)
+        _admit_all(blend)
+        target = Target.of(out, [*experts, *([base] if base is not None else [])][::-1])
+        blend.prepare()
+        writer = stack.enter_context(
+            target.open(blend.reference, _metadata(blend, form, params, _inputs(ids, sha256)))
+        )
+        norm = assemble(blend, writer, options)
+        return _report(blend, target, len(experts), began, norm)
+
+
+def _check_count(
+    plugin: Technique, params: Mapping[str, Any], base: PathLike | None, experts: int, ids: Sequence[str]
+) -> None:
+    if "base" in plugin.needs and base is None:
+        raise TechniqueError(f"{plugin.name} merges differences from a base model; give the base (--base)")
+    if params.get("logit_scale") == "base" and base is None:
+        raise TechniqueError(f"{plugin.name}: logit_scale = base needs the base; give it (--base)")
+    if experts == 0 and base is None:
+        raise TechniqueError("there is nothing to merge: give experts, or a base")
+    if plugin.arity is not None and experts not in (0, plugin.arity):
+        raise TechniqueError(
+            f"{plugin.name} merges exactly {plugin.arity} checkpoints, not {experts}; fold them one by one, or use average"
+        )
+    if experts > MAX_EXPERTS:
+        raise TechniqueError(f"at most {MAX_EXPERTS} experts can be merged at once, not {experts}")
+    weights = params.get("weights")
+    if weights is not None and len(weights) != experts:
+        raise TechniqueError(
+            f"{plugin.name}: weights has {len(weights)} entries but there are {experts} experts"
+        )
+    if len(ids) != experts:
+        raise TechniqueError(f"{len(ids)} ids for {experts} experts")
+    if len(set(ids)) != len(ids):
+        twice = next(name for name in ids if list(ids).count(name) > 1)
+        raise TechniqueError(f"the expert id {twice!r} is given twice; every expert counts once")
+
+
+def _admit_all(blend: Blend) -> None:
+    for expert in blend.inputs:
+        if expert.weights is not blend.reference:
+            admit(blend.reference, expert.weights, expert.id)
+        check_tied(expert.weights, blend.tied, expert.id)
+
+
+def _inputs(ids: Sequence[str], sha256: Mapping[str, str] | None) -> list[dict[str, str]]:
+    known = sha256 or {}
+    return [{"id": name, **({"sha256": known[name]} if name in known else {})} for name in ids]
+
+
+def _metadata(
+    blend: Blend, form: Form, params: Mapping[str, Any], inputs: Sequence[Mapping[str, str]]
+) -> dict[str, str]:
+    """The reference's own metadata, and how this file was made."""
+    record = {"technique": blend.technique.name, "form": form, "params": dict(params), "inputs": list(inputs)}
+    return {"format": "pt", **blend.reference.metadata, METADATA_KEY: json.dumps(record, sort_keys=True)}
+
+
+def _report(
+    blend: Blend, target: Target | None, experts: int, began: float, norm: float | None
+) -> MergeReport:
+    return MergeReport(
+        out=target.path if target else None,
+        technique=blend.technique.name,
+        params=dict(blend.params),
+        experts=experts,
+        parameters=sum(numel for _, numel in blend.merged),
+        seconds=time.perf_counter() - began,
+        merged_norm=norm,
+    )

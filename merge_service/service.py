@@ -1,0 +1,188 @@
+"""The merge service: experts arrive, merged models are served, in time-step order whatever order they came in.
+
+Plain Python over paths; the actor is a thin shell around it. Experts may have been trained anywhere: each is admitted
+against the base and checked for non-finite numbers when it arrives, before anything is built on it.
+
+Invariant: everything held is a cache. The same experts, arriving in any order, any number of times, to a fresh service,
+give the same bytes.
+"""
+
+import hashlib
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from merge_service import timeline
+from merge_service.checkpoint import CONFIG_FILE, Checkpoint, admit, check_finite, locate
+from merge_service.errors import ConflictingArrival
+from merge_service.merge import MergeReport, PathLike, fold
+from merge_service.stream import Member, StreamCache
+from merge_service.timeline import Base, Expert, Merged, Strategy, Weights
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """An expert that was admitted. `id` names it in messages and seeds its random masks."""
+
+    t: int
+    id: str
+    path: Path
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What happened at one time step: the expert, and the merges it made possible."""
+
+    t: int
+    expert: Arrival
+    merges: tuple[tuple[Merged, MergeReport], ...]
+
+
+class MergeService:
+    """One strategy over one stream. Use as a context manager, or `close` it, to free its scratch space."""
+
+    def __init__(self, strategy: Strategy, base: PathLike, scratch: PathLike, *, threads: int = 1) -> None:
+        timeline.check(strategy)
+        self.strategy, self.base = strategy, Path(base)
+        self._base_sha256 = sha256_of(self.base)
+        Path(scratch).mkdir(parents=True, exist_ok=True)
+        self._directory = Path(tempfile.mkdtemp(prefix="merged-", dir=scratch))
+        self._states = StreamCache(scratch, threads=threads)
+        self._threads = threads
+        self._arrivals: dict[int, Arrival] = {}
+        self._merged: dict[Merged, Path] = {}
+        self._history: list[Moment] = []
+
+    def arrive(
+        self, t: int, expert: PathLike, *, expert_id: str | None = None, sha256: str | None = None
+    ) -> list[Moment]:
+        """Take in the expert of task `t` (1-based) and do what has become possible; the time steps that completed.
+
+        Time steps complete in order: an early expert waits for those before it. The same expert again does nothing.
+        Raises `ConflictingArrival` for other bytes at the same `t` or under the same id, and what `admit` and
+        `check_finite` raise; the service is then as it was.
+        """
+        if t < 1:
+            raise ValueError(f"tasks are numbered from 1, not {t}")
+        arrival = Arrival(t, expert_id or f"t{t}", Path(expert), sha256 or sha256_of(expert))
+        if self._is_known(arrival):
+            return []
+        self._admit(arrival)
+        self._arrivals[t] = arrival
+        done = []
+        while len(self._history) + 1 in self._arrivals:
+            done.append(self._complete(self._arrivals[len(self._history) + 1]))
+        return done
+
+    def initial(self, t: int) -> Path:
+        """The weights that training on task `t` starts from. Raises `LookupError` until the experts before it arrived."""
+        return self._path(timeline.initial(self.strategy, t))
+
+    def deployed(self, t: int | None = None) -> Path:
+        """The weights served after task `t`, by default after the newest complete one. Raises `LookupError` as above."""
+        return self._path(timeline.deployed(self.strategy, len(self._history) if t is None else t))
+
+    def history(self) -> tuple[Moment, ...]:
+        """The complete time steps, in order."""
+        return tuple(self._history)
+
+    def waiting(self) -> tuple[Arrival, ...]:
+        """Experts that arrived before one they depend on."""
+        return tuple(self._arrivals[t] for t in sorted(self._arrivals) if t > len(self._history))
+
+    def close(self) -> None:
+        """Delete the caches; the experts and the base are not ours and stay."""
+        self._states.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def __enter__(self) -> "MergeService":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _is_known(self, arrival: Arrival) -> bool:
+        for known in self._arrivals.values():
+            if known.t != arrival.t and known.id != arrival.id:
+                continue
+            if (known.t, known.id, known.sha256) == (arrival.t, arrival.id, arrival.sha256):
+                return True
+            raise ConflictingArrival(
+                f"{arrival.id} (t={arrival.t}) arrived with sha256 {arrival.sha256}, but {known.id} (t={known.t}) is "
+                f"already here with {known.sha256}. If both come from the same recipe and seed, training was not "
+                "deterministic; otherwise give the expert its own id and time step"
+            )
+        return False
+
+    def _admit(self, arrival: Arrival) -> None:
+        who = arrival.id if arrival.id == f"t{arrival.t}" else f"{arrival.id} (t={arrival.t})"
+        with Checkpoint.open(self.base) as base, Checkpoint.open(arrival.path) as expert:
+            admit(base, expert, who)
+            check_finite(expert, who)
+
+    def _complete(self, arrival: Arrival) -> Moment:
+        merges = []
+        after = (timeline.initial(self.strategy, arrival.t + 1), timeline.deployed(self.strategy, arrival.t))
+        for weights in dict.fromkeys(after):
+            if isinstance(weights, Merged):
+                merges.append((weights, self._make(weights)))
+        moment = Moment(arrival.t, arrival, tuple(merges))
+        self._history.append(moment)
+        return moment
+
+    def _make(self, merged: Merged) -> MergeReport:
+        assert self.strategy.technique is not None
+        params = timeline.params_for(self.strategy, merged)
+        out = self._directory / f"{merged.policy}-{merged.t}{'' if self._as_directory() else '.safetensors'}"
+        if merged.policy == "all":
+            members = [
+                Member(a.id, a.path, a.sha256) for a in (self._arrivals[t] for t in range(1, merged.t + 1))
+            ]
+            report = self._states.merge(
+                self.strategy.technique, params, self.base, self._base_sha256, members, out
+            )
+        else:
+            running, newest = timeline.parents(self.strategy, merged)
+            report = fold(
+                self.strategy.technique,
+                params,
+                self.base,
+                self._path(running),
+                self._path(newest),
+                out,
+                ids=(f"running-{merged.t - 1}", self._arrivals[merged.t].id),
+                sha256={self._arrivals[merged.t].id: self._arrivals[merged.t].sha256},
+                threads=self._threads,
+            )
+        self._merged[merged] = out
+        return report
+
+    def _as_directory(self) -> bool:
+        return (self.base / CONFIG_FILE).is_file()
+
+    def _path(self, weights: Weights) -> Path:
+        if isinstance(weights, Base):
+            return self.base
+        if isinstance(weights, Expert) and weights.t in self._arrivals:
+            return self._arrivals[weights.t].path
+        if isinstance(weights, Merged) and weights in self._merged:
+            return self._merged[weights]
+        missing = [t for t in range(1, weights.t + 1) if t not in self._arrivals]
+        raise LookupError(f"the expert of task {missing[0] if missing else weights.t} has not arrived yet")
+
+
+def sha256_of(path: PathLike) -> str:
+    """The identity of weights: sha256 of the weights file (of the index and every shard, in order of name, if sharded)."""
+    file = locate(path)
+    if not file.name.endswith(".json"):
+        return _digest(file)
+    with Checkpoint.open(file) as checkpoint:
+        parts = [_digest(part) for part in (file, *checkpoint.files)]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,100 @@
+"""The state of a streaming merge on disk: what a technique remembers of the experts it has seen.
+
+A safetensors file with the state's arrays of every merged tensor (`<array>:<tensor>`), and in its metadata which
+technique, parameters, base and experts it stands for. It is only a cache: the experts give it again, bit for bit.
+
+Invariant: a state is continued only with the technique, parameters and base it was started with, and never takes the
+same expert id twice.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from merge_service.blend import Blend
+from merge_service.checkpoint import Checkpoint, CheckpointWriter
+from merge_service.engine import Scratch, Span
+from merge_service.errors import CorruptCheckpoint, TechniqueError
+from merge_service.rules import State
+
+METADATA_KEY = "temporal_merge"
+FORMAT = 1
+MAX_EXPERTS = 2**16 - 1
+"""Votes are counted in 16 bits."""
+
+
+class StreamState:
+    """An open state file; use as a context manager."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.checkpoint = Checkpoint.open(path)
+        try:
+            self.record = json.loads(self.checkpoint.metadata[METADATA_KEY])
+            self.inputs: list[dict[str, str]] = self.record["inputs"]
+            if self.record["state"] != FORMAT:
+                raise KeyError
+        except (KeyError, TypeError, ValueError):
+            raise CorruptCheckpoint(f"{path} is not the state of a streaming merge of this version") from None
+
+    def check(self, blend: Blend, expert_id: str) -> None:
+        """Raise `TechniqueError` unless `blend` continues this state with an expert that is not yet in it."""
+        expected = _identity(blend, len(self.inputs))
+        for what, value in expected.items():
+            if self.record.get(what) != value:
+                raise TechniqueError(
+                    f"{self.checkpoint.path} was started with another {what}: {self.record.get(what)!r}, now {value!r}; "
+                    "start again without a state"
+                )
+        if expert_id in [held["id"] for held in self.inputs]:
+            raise TechniqueError(
+                f"the expert {expert_id!r} is already in {self.checkpoint.path}; give each expert its own id"
+            )
+        if len(self.inputs) >= MAX_EXPERTS:
+            raise TechniqueError(
+                f"{self.checkpoint.path} already holds {MAX_EXPERTS} experts, the most there can be"
+            )
+
+    def read(self, span: Span, arrays: Mapping[str, np.dtype], scratch: Scratch) -> State:
+        """The arrays of one block, to be changed in place."""
+        state = {}
+        for role, dtype in arrays.items():
+            held = self.checkpoint.raw(f"{role}:{span.name}", span.start, span.stop)
+            state[role] = scratch.take(f"state {role}", span.size, dtype)
+            np.copyto(state[role], held)
+        return state
+
+    def __enter__(self) -> "StreamState":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.checkpoint.close()
+
+
+def state_writer(path: Path | str, blend: Blend, inputs: Sequence[Mapping[str, str]]) -> CheckpointWriter:
+    """A writer for the state that `blend` leaves after `inputs`."""
+    stored = {np.dtype(np.float32): "F32", np.dtype(np.float64): "F64", np.dtype(np.uint16): "U16"}
+    layout = {
+        f"{role}:{name}": (stored[dtype], (numel,))
+        for name, numel in blend.merged
+        for role, dtype in blend.arrays(name).items()
+    }
+    record = {"state": FORMAT, **_identity(blend, len(inputs)), "inputs": list(inputs)}
+    return CheckpointWriter(path, layout, {METADATA_KEY: json.dumps(record, sort_keys=True)})
+
+
+def _identity(blend: Blend, experts: int) -> dict[str, Any]:
+    assert blend.base is not None
+    return {
+        "technique": blend.technique.name,
+        "params": effective(blend.params, experts),
+        "base": blend.base.fingerprint(),
+    }
+
+
+def effective(params: Mapping[str, Any], experts: int) -> dict[str, Any]:
+    """The parameters as they bear on the first `experts` experts: a list of weights is cut to them."""
+    weights = params.get("weights")
+    return dict(params) if weights is None else {**params, "weights": list(weights[:experts])}

@@ -1,0 +1,138 @@
+"""Writing a checkpoint block by block, so that a file with the final name is always whole.
+
+Blocks go to a preallocated temporary beside the target (a full disk shows at once), in any order and from any thread;
+`close` checks that every byte was written, syncs, and renames.
+
+Invariant: the target path either does not change, or holds the complete new file.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from merge_service.dtypes import encode
+from merge_service.errors import CheckpointError
+from merge_service.header import build_header
+
+Layout = Mapping[str, tuple[str, Sequence[int]]]
+
+
+class CheckpointWriter:
+    """Writes one safetensors file at `path`; `layout` maps names to (dtype, shape) in header order.
+
+    As a context manager it closes on success and leaves nothing behind on an exception. Raises `CheckpointError` when
+    the place cannot be written; a full disk stays an OSError (ENOSPC) for the caller to explain.
+    """
+
+    def __init__(self, path: Path | str, layout: Layout, metadata: Mapping[str, str] | None = None) -> None:
+        self.path = Path(path)
+        head, self.tensors = build_header(
+            {n: (d, tuple(s)) for n, (d, s) in layout.items()}, dict(metadata or {})
+        )
+        self._size = len(head) + sum(info.nbytes for info in self.tensors.values())
+        self._done: dict[tuple[str, int], int] = {}
+        self._lock = threading.Lock()
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        self._file = self._create()
+        try:
+            _preallocate(self._file, self._size)
+            _write_all(self._file, memoryview(head), 0)
+        except BaseException:
+            self.abort()
+            raise
+
+    def write(self, name: str, start: int, array: np.ndarray) -> None:
+        """Store `array` as elements start.. of the flattened tensor, rounded once to its dtype."""
+        self.write_stored(name, start, encode(array, self.tensors[name].kind))
+
+    def write_stored(self, name: str, start: int, stored: np.ndarray) -> None:
+        """Store values that are already in the tensor's storage type, bit for bit."""
+        info = self.tensors[name]
+        assert stored.dtype == info.kind.storage and 0 <= start <= start + stored.size <= info.numel, (
+            name,
+            start,
+        )
+        if stored.size:
+            view = memoryview(np.ascontiguousarray(stored).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+            _write_all(self._file, view, info.offset + start * info.kind.itemsize)
+        with self._lock:
+            self._done[name, start] = stored.size
+
+    def close(self) -> None:
+        """Make the file appear under its name, durably. Asserts that every element was written."""
+        written: Counter[str] = Counter()
+        for (name, _), size in self._done.items():
+            written[name] += size
+        missing = [name for name, info in self.tensors.items() if written[name] != info.numel]
+        if missing:
+            self.abort()
+            raise AssertionError(f"{self.path}: not every block of {missing[:3]} was written")
+        os.fsync(self._file)
+        os.close(self._file)
+        self._file = -1
+        self._temporary.replace(self.path)
+        sync_directory(self.path.parent)
+
+    def abort(self) -> None:
+        """Drop what was written; the target is untouched."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        self._temporary.unlink(missing_ok=True)
+
+    def _create(self) -> int:
+        if self.path.is_dir():
+            raise CheckpointError(f"cannot write {self.path}: it is a directory; name a file")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise CheckpointError(
+                f"cannot write {self.path}: {error.strerror}; choose a writable place"
+            ) from error
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames inside `directory` survive a power cut."""
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems cannot sync a directory
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _preallocate(file: int, size: int) -> None:
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        os.ftruncate(file, size)
+
+
+def _write_all(file: int, data: memoryview, offset: int) -> None:
+    while data:
+        done = os.pwrite(file, data, offset)
+        data, offset = data[done:], offset + done

@@ -1,0 +1,242 @@
+"""The `temporal-merge` command: read the arguments, call one function, show its answer.
+
+Invariant: importing this module stays cheap (no torch, ray or mlflow), and a person's mistake ends with exit code 2 and
+one clear message; 0 is done, 1 is a failure that is not the user's, 130 and 143 are signals.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+app = typer.Typer(
+    name="temporal-merge",
+    help="Train experts as tasks arrive, merge them over time, and know which strategy to deploy.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+StudyFile = Annotated[
+    Path, typer.Argument(metavar="STUDY.yaml", help="A study file, e.g. configs/demo.yaml.")
+]
+OutDir = Annotated[Path, typer.Argument(metavar="OUT", help="The directory of a run, e.g. runs/demo.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="key.path=value", help="Change one value of the study; may be repeated."),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="Where everything goes; default runs/<study name>."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON and nothing else.")]
+
+
+@app.command()
+def run(
+    study: StudyFile,
+    overrides: Overrides = None,
+    out: OutOption = None,
+    address: Annotated[
+        str,
+        typer.Option("--address", metavar="local|auto|HOST:PORT", help="Which Ray cluster does the work."),
+    ] = "local",
+) -> None:
+    """Run a study, or go on where it stopped; what is in OUT already is not done again.
+
+    Example: temporal-merge run configs/demo.yaml --set grid.seed=[0,1,2]
+    """
+    from pipeline.driver import run_study
+
+    run_study(study, overrides or [], out, address)
+
+
+@app.command()
+def plan(
+    study: StudyFile, overrides: Overrides = None, out: OutOption = None, as_json: AsJson = False
+) -> None:
+    """Show what would run: steps shared between trajectories, compute, disk. Needs no cluster.
+
+    Example: temporal-merge plan configs/demo.yaml --json
+    """
+    from pipeline.show import show_plan
+    from pipeline.workspace import Workspace
+
+    workspace = Workspace.open(study, overrides or [], out)
+    summary = workspace.summary()
+    if as_json:
+        _print_json(summary)
+    else:
+        show_plan(workspace, summary)
+
+
+@app.command()
+def status(out: OutDir, as_json: AsJson = False) -> None:
+    """Say how far a run is, and what the tracker has not received yet."""
+    from pipeline.show import show_status
+    from pipeline.status import status_of
+
+    answer = status_of(out)
+    if as_json:
+        _print_json({key: answer[key] for key in ("state", "steps", "tracker_pending")})
+    else:
+        show_status(out, answer)
+
+
+@app.command()
+def merge(
+    experts: Annotated[list[Path], typer.Argument(metavar="EXPERT...", help="Checkpoints, oldest first.")],
+    technique: Annotated[str, typer.Option("--technique", metavar="NAME", help="See `techniques`.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The merged checkpoint.")],
+    base: Annotated[
+        Path | None,
+        typer.Option("--base", metavar="FILE", help="The checkpoint that the experts started from."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="p=v", help="A parameter of the technique; may be repeated."),
+    ] = None,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Does not change the result.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Merge checkpoints on disk; no cluster, no study. Memory does not grow with their number.
+
+    A checkpoint is a .safetensors file, a sharded *.safetensors.index.json, or a directory holding either.
+
+    Example: temporal-merge merge --technique ties --base base.safetensors --set density=0.2 --out m.safetensors a.safetensors b.safetensors
+    """
+    from merge_service.errors import UserError
+    from merge_service.merge import merge as merge_files
+    from pipeline.show import parameters_from
+
+    for path in (*experts, *([base] if base else [])):
+        if out.exists() and path.exists() and out.samefile(path):
+            raise UserError(f"--out {out} is one of the inputs and would be lost; give another --out")
+    report = merge_files(technique, parameters_from(overrides or []), base, experts, out, threads=threads)
+    answer = {
+        "out": str(out),
+        "technique": technique,
+        "experts": len(experts),
+        "seconds": round(report.seconds, 3),
+    }
+    _print_json(answer) if as_json else print(
+        f"{out}: {technique} of {len(experts)} checkpoints in {report.seconds:.2f} s"
+    )
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A weights directory or a .safetensors file.")
+    ],
+    study: Annotated[
+        Path, typer.Option("--study", metavar="STUDY.yaml", help="Says which data and which model.")
+    ],
+    datasets: Annotated[
+        str | None, typer.Option("--datasets", metavar="a,b", help="Default: all that the study scores.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score one checkpoint exactly as a run would: zero-shot top-1, retrieval recall@5, KA, ZS and GM."""
+    from pipeline.evaluation import evaluate_checkpoint
+    from pipeline.show import show_scores
+
+    names = [name.strip() for name in datasets.split(",") if name.strip()] if datasets else None
+    answer = evaluate_checkpoint(checkpoint, study, overrides or [], names)
+    _print_json(answer) if as_json else show_scores(answer)
+
+
+@app.command()
+def techniques(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One technique in full.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the merging techniques, or explain one: formula, parameters, needs, forms, paper."""
+    from pipeline.show import show_techniques, techniques_as_json
+
+    _print_json(techniques_as_json(name)) if as_json else show_techniques(name)
+
+
+@app.command()
+def verify(out: OutDir, as_json: AsJson = False) -> None:
+    """Read every artifact of a run again and check its bytes and its lineage."""
+    from pipeline.status import open_store
+
+    store = open_store(out)
+    problems = store.verify()
+    if as_json:
+        _print_json({"problems": problems})
+    else:
+        for problem in problems:
+            print(problem)
+        print(
+            f"{out}: {len(problems)} problems"
+            if problems
+            else f"{out}: every artifact and its lineage is intact"
+        )
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def sync(out: OutDir) -> None:
+    """Deliver to the tracker what it has not received yet."""
+    from pipeline.tracking import sync as deliver
+
+    left, why = deliver(out)
+    print(f"{out}: everything is delivered" if not left else f"{out}: {left} rows are still pending ({why})")
+    if left:
+        raise typer.Exit(1)
+
+
+@app.command()
+def ui(out: OutDir, port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 5000) -> None:
+    """Open the MLflow UI on a run's tracking store (on this machine only)."""
+    from pipeline.status import open_store
+    from pipeline.tracking import ui_command, ui_url
+
+    open_store(out)
+    command = ui_command(out, port=port)
+    print(f"MLflow UI (Ctrl-C ends it): {ui_url(out, port=port)}", flush=True)
+    os.execv(command[0], command)
+
+
+def _print_json(answer: Any) -> None:
+    print(json.dumps(answer, indent=2))
+
+
+def main() -> NoReturn:
+    """Entry point of the console script."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.exit(_main())
+
+
+def _main() -> int:
+    from merge_service.errors import UserError
+
+    try:
+        return app(standalone_mode=False) or 0
+    except (typer.Abort, KeyboardInterrupt):
+        return 130
+    except Exception as error:
+        if hasattr(error, "show"):  # wrong usage, as the command line library tells it
+            error.show()
+            return 2
+        if isinstance(error, UserError) or getattr(error, "exit_code", None) == 2:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        if os.environ.get("TEMPORAL_MERGE_TRACEBACK"):
+            raise
+        print(f"failed: {type(error).__name__}: {error}", file=sys.stderr)
+        print("(set TEMPORAL_MERGE_TRACEBACK=1 for the traceback)", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    main()

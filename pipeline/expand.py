@@ -1,0 +1,203 @@
+"""One cell of the grid on its way into the plan: which steps it needs, in TIME's order.
+
+Invariant: what goes into a spec here is all that bears on the step's result. The seed of an expert follows from the
+trajectory's seed and the task's name, not from its place in the stream, so that equal experts of different streams are one.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from merge_service import timeline
+from merge_service.timeline import Base, Expert, Merged, Weights
+from pipeline.config import Roles, Study
+from pipeline.fingerprint import canonical
+from pipeline.grid import Cell
+from pipeline.steps import BASE, RECORD_BYTES, TRAIN, VERSIONS, Facts, Point, Step
+from workers.recipe import Recipe
+
+JOINT_TASK = "multitask"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One element of the stream and the datasets it brings."""
+
+    name: str
+    datasets: tuple[str, ...]
+
+
+class Steps(Protocol):
+    """The plan as it grows: a step that is added again is the same step."""
+
+    study: Study
+    facts: Facts
+    roles: Roles
+    tasks: list[Task]
+    base: Step
+    steps: dict[str, Step]
+    experts: dict[tuple[Any, ...], str]
+
+    def add(
+        self, kind: Any, spec: dict[str, Any], slug: str, label: str, t: int, task: str, **more: Any
+    ) -> str: ...
+    def evaluate(self, weights: str, step: Step) -> str: ...
+    def own_task(self, expert: str, task: Task) -> None: ...
+    def source(self, dataset: str, split: str) -> dict[str, Any]: ...
+
+
+class Draft:
+    """One cell on its way into the plan."""
+
+    def __init__(self, planner: Steps, cell: Cell, tasks: Sequence[Task], steps: int) -> None:
+        self.planner, self.cell, self.tasks, self.steps = planner, cell, tasks, steps
+        self.strategy = cell.strategy
+        self.experts: dict[int, str] = {}
+        self.merges: dict[Merged, str] = {}
+        self.experts_used: set[str] = set()
+        self.merges_used: set[str] = set()
+        self.recipe = cell.recipe.model_dump(mode="json")
+        self.recipe_text = canonical(self.recipe)
+
+    def points(self) -> list[Point]:
+        """t = 0 to the end of the stream; adds every step on the way."""
+        planner, strategy = self.planner, self.strategy
+        points = [Point(0, BASE, evaluate=planner.evaluate(planner.base.fingerprint, planner.base))]
+        trains = timeline.needs_experts(strategy)
+        needed = timeline.needed_merges(strategy, len(self.tasks)) if trains else ()
+        for t, task in enumerate(self.tasks, start=1):
+            init = train = None
+            if trains:
+                init = self._ref(timeline.initial(strategy, t))
+                train = self._expert(t, task)
+                for merged in needed:
+                    if merged.t == t:
+                        self._merge(merged, task)
+            deployed = timeline.deployed(strategy, t)
+            fp, step = self._fingerprint(deployed), self._step(deployed)
+            merge = fp if isinstance(deployed, Merged) else None
+            points.append(
+                Point(t, task.name, train, init, self._ref(deployed), merge, planner.evaluate(fp, step))
+            )
+        return points
+
+    def _fingerprint(self, weights: Weights) -> str:
+        if isinstance(weights, Base):
+            return self.planner.base.fingerprint
+        return self.experts[weights.t] if isinstance(weights, Expert) else self.merges[weights]
+
+    def _ref(self, weights: Weights) -> str:
+        return BASE if isinstance(weights, Base) else self._fingerprint(weights)
+
+    def _step(self, weights: Weights) -> Step:
+        return (
+            self.planner.base if isinstance(weights, Base) else self.planner.steps[self._fingerprint(weights)]
+        )
+
+    def _expert(self, t: int, task: Task) -> str:
+        """The expert of one task; built from scratch only if no other cell has it already."""
+        planner = self.planner
+        start = timeline.initial(self.strategy, t)
+        replays = self.cell.recipe.mixture.buffer > 0
+        earlier = tuple(dataset for old in self.tasks[: t - 1] for dataset in old.datasets) if replays else ()
+        steps = self.steps * (len(planner.tasks) if self.strategy.joint else 1)
+        known = (self._fingerprint(start), task.name, earlier, self.recipe_text, steps, self.cell.seed)
+        fp = planner.experts.get(known)
+        if fp is None:
+            fp = planner.experts[known] = self._train(t, task, start, earlier, steps)
+            planner.own_task(fp, task)
+        self.experts[t] = fp
+        self.experts_used.add(fp)
+        return fp
+
+    def _train(self, t: int, task: Task, start: Weights, earlier: Sequence[str], steps: int) -> str:
+        planner = self.planner
+        init = self._fingerprint(start)
+        pool = planner.roles.pretraining if self.cell.recipe.mixture.pretraining > 0 else ()
+        spec = {
+            "version": VERSIONS["train"],
+            "init": init,
+            "update": [planner.source(dataset, TRAIN) for dataset in task.datasets],
+            "buffer": [planner.source(dataset, TRAIN) for dataset in earlier],
+            "pretraining": [planner.source(dataset, TRAIN) for dataset in pool],
+            "recipe": self.recipe,
+            "steps": steps,
+            "seed": _task_seed(self.cell.seed, task.name),
+            "engine": asdict(planner.study.engine),
+        }
+        how = self._how(start)
+        return planner.add(
+            "train",
+            spec,
+            f"t{t}-{task.name}-init_{how}",
+            f"t{t} {task.name}: expert from {how}{' with replay' if earlier else ''}",
+            t,
+            task.name,
+            inputs={"init": init},
+            gflops=self._gflops(self.cell.recipe, steps),
+            disk_bytes=planner.facts.weights_bytes + RECORD_BYTES,
+        )
+
+    def _merge(self, merged: Merged, task: Task) -> None:
+        planner, strategy = self.planner, self.strategy
+        parents = timeline.parents(strategy, merged)
+        inputs = {self._id(parent, merged): self._fingerprint(parent) for parent in parents}
+        base = planner.base.fingerprint
+        spec = {
+            "version": VERSIONS["merge"],
+            "technique": strategy.technique,
+            "params": timeline.params_for(strategy, merged),
+            "form": merged.form,
+            "base": base,
+            "inputs": [[name, fp] for name, fp in inputs.items()],
+        }
+        earlier = [self.merges[m] for m in self.merges if m.policy == merged.policy and m.t == merged.t - 1]
+        what = f"{merged.policy}-{strategy.technique}"
+        fp = planner.add(
+            "merge",
+            spec,
+            f"t{merged.t}-merge_{what}-init_{strategy.init}",
+            f"t{merged.t} {task.name}: {strategy.technique} ({merged.policy}) of experts from {strategy.init}",
+            merged.t,
+            task.name,
+            inputs={"base": base, **inputs},
+            after=tuple(earlier),
+            disk_bytes=planner.facts.weights_bytes + RECORD_BYTES,
+        )
+        self.merges[merged] = fp
+        self.merges_used.add(fp)
+
+    def _id(self, parent: Weights, merged: Merged) -> str:
+        """t3 for the expert of task 3; running-2 for what a fold has after task 2, whatever that is."""
+        if merged.policy == "ema" and not (isinstance(parent, Expert) and parent.t == merged.t):
+            return f"running-{merged.t - 1}"
+        assert isinstance(parent, Expert)
+        return f"t{parent.t}"
+
+    def _how(self, start: Weights) -> str:
+        if isinstance(start, Base):
+            return BASE
+        return "latest" if isinstance(start, Expert) else f"{start.policy}-{self.strategy.technique}"
+
+    def _gflops(self, recipe: Recipe, steps: int) -> float | None:
+        cost = self.planner.facts.gflops_per_sample.get(recipe.trainable)
+        return None if cost is None else cost * recipe.batch_size * steps
+
+
+def effective_params(cell: Cell) -> dict[str, Any]:
+    """The technique's effective parameters, of all forms that a cell uses."""
+    if not timeline.policies(cell.strategy):
+        return {}
+    params: dict[str, Any] = {}
+    for policy in timeline.policies(cell.strategy):
+        resolved = timeline.params_for(cell.strategy, Merged(policy, 1))
+        params |= resolved
+    if cell.strategy.params.get("weights") is not None and "weights" in params:
+        params["weights"] = list(cell.strategy.params["weights"])
+    return params
+
+
+def _task_seed(seed: int, task: str) -> int:
+    """A seed of its own for every task, so that no two tasks see the same draws, wherever they stand in the stream."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{task}".encode()).digest()[:4], "big") >> 1

@@ -1,0 +1,203 @@
+"""The grid of a study, multiplied out: one cell for every strategy, every setting of every axis, every seed.
+
+Keys of `grid` are `strategies`, `seed`, and any key of `recipe` or `budget` by its dotted path, each with a list of values.
+Invariant: cells come in the order in which a person wrote the grid (strategies outermost, seeds innermost), each with an id
+that no other has; a cell that exists can be planned.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from merge_service.techniques import get as technique_called
+from merge_service.timeline import Strategy
+from pipeline.mistakes import Problem, leaf_keys, nearest, short, validate
+from pipeline.sections import BUDGETS, BudgetSection
+from pipeline.strategies import NamedStrategy, read_strategies, trait_label
+from workers.recipe import Mixture, Recipe
+
+MAX_CELLS = 100_000
+SECTIONS: dict[str, Any] = {"recipe": Recipe, "budget": BudgetSection}
+AXES = tuple(f"{name}.{key}" for name, section in SECTIONS.items() for key in leaf_keys(section))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One trajectory to be: a strategy with the recipe, budget and seed it runs under.
+
+    `id` tells a cell from all others; `group` is the id without the seed, so cells of one group differ by seed alone; `name`
+    is the id without budget and seed. `recipe.mixture` is the effective one. `axes` holds the value of every other axis.
+    """
+
+    id: str
+    group: str
+    name: str
+    strategy: Strategy
+    recipe: Recipe
+    budget: BudgetSection
+    seed: int
+    axes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """The cells of a grid, what is wrong with it (then there are no cells), and what is only unwise."""
+
+    cells: tuple[Cell, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def flatten(raw: Any) -> tuple[dict[str, list[Any]], list[Problem]]:
+    """`grid` with one dotted key per axis and a list under each, however it was written."""
+    if not isinstance(raw, Mapping):
+        return {}, [
+            Problem(
+                "grid", f"{short(raw)} must be a mapping with strategies and, if wanted, seed and other axes"
+            )
+        ]
+    flat: dict[str, list[Any]] = {}
+    problems: list[Problem] = []
+    for key, value in _leaves(raw, ""):
+        if key in flat:
+            problems.append(Problem(f"grid.{key}", "is given twice, nested and dotted; keep one"))
+        flat[key] = list(value) if isinstance(value, list) else [value]
+    for key, values in flat.items():
+        if key not in ("strategies", "seed") and key not in AXES:
+            valid = f"strategies, seed, {', '.join(AXES)}"
+            hint = nearest(key, ["strategies", "seed", *AXES]) or f"; an axis is one of {valid}"
+            problems.append(Problem(f"grid.{key}", f"unknown axis{hint}"))
+        elif not values and key != "strategies":
+            problems.append(
+                Problem(f"grid.{key}", "is an empty list, so nothing would run; give at least one value")
+            )
+    return flat, problems
+
+
+def expand(grid: Mapping[str, Sequence[Any]], recipe: Recipe, budget: BudgetSection) -> Expansion:
+    """All cells of a flattened grid over a study's recipe and budget."""
+    strategies, problems, warnings = read_strategies(grid.get("strategies", ()))
+    seeds = list(grid.get("seed", [0]))
+    problems += _seed_problems(seeds)
+    axes = {key: list(values) for key, values in grid.items() if key in AXES}
+    problems += [
+        problem for key, values in axes.items() for problem in _axis_problems(key, values, recipe, budget)
+    ]
+    count = len(strategies) * len(seeds)
+    for values in axes.values():
+        count *= len(values)
+    if count > MAX_CELLS:
+        problems.append(
+            Problem("grid", f"has {count:,} combinations, more than {MAX_CELLS:,}; split the study")
+        )
+    if problems:
+        return Expansion(problems=tuple(problems))
+    settings, problems = _settings(axes, recipe, budget)
+    if problems:
+        return Expansion(problems=tuple(problems))
+    return Expansion(tuple(_cells(strategies, settings, seeds)), (), tuple(warnings))
+
+
+def with_values(
+    section: Recipe | BudgetSection, name: str, values: Mapping[str, Any]
+) -> tuple[Any, list[Problem]]:
+    """A section with some keys (dotted, within it) set anew, judged as if it had been written so."""
+    raw = section.model_dump(mode="json")
+    if name == "budget" and any(key in BUDGETS for key in values):
+        raw = {key: value for key, value in raw.items() if key not in BUDGETS}
+    for key, value in values.items():
+        place = raw
+        *path, last = key.split(".")
+        for part in path:
+            place = place[part]
+        place[last] = value
+    return validate(SECTIONS[name], raw, name)
+
+
+def _leaves(raw: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in raw.items():
+        if isinstance(value, Mapping) and prefix + key not in ("strategies", "seed"):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _seed_problems(seeds: Sequence[Any]) -> Iterator[Problem]:
+    for index, seed in enumerate(seeds):
+        if type(seed) is not int or not 0 <= seed < 2**31:
+            yield Problem(f"grid.seed[{index}]", f"{short(seed)} must be a whole number from 0 to 2147483647")
+        elif seed in seeds[:index]:
+            yield Problem(f"grid.seed[{index}]", f"{seed} is listed twice; remove one")
+
+
+def _axis_problems(
+    key: str, values: Sequence[Any], recipe: Recipe, budget: BudgetSection
+) -> Iterator[Problem]:
+    name, _, path = key.partition(".")
+    base: Any = recipe if name == "recipe" else budget
+    for index, value in enumerate(values):
+        place = f"grid.{key}[{index}]"
+        if value in values[:index]:
+            yield Problem(place, f"{short(value)} is listed twice; remove one")
+            continue
+        for problem in with_values(base, name, {path: value})[1]:
+            yield Problem(place, problem.text)
+
+
+def _settings(
+    axes: Mapping[str, Sequence[Any]], recipe: Recipe, budget: BudgetSection
+) -> tuple[list[tuple[dict[str, Any], Recipe, BudgetSection]], list[Problem]]:
+    """Every combination of the axes with the recipe and budget it gives."""
+    settings, problems = [], []
+    for values in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
+        parts: dict[str, Any] = {"recipe": recipe, "budget": budget}
+        for name, section in parts.items():
+            mine = {
+                key.partition(".")[2]: value for key, value in chosen.items() if key.startswith(f"{name}.")
+            }
+            if mine:
+                parts[name], wrong = with_values(section, name, mine)
+                problems += [
+                    Problem(f"grid ({short(chosen)}): {problem.key}", problem.text) for problem in wrong
+                ]
+        settings.append((chosen, parts["recipe"], parts["budget"]))
+    return settings, problems
+
+
+def _cells(
+    strategies: Sequence[NamedStrategy],
+    settings: Sequence[tuple[dict[str, Any], Recipe, BudgetSection]],
+    seeds: Sequence[int],
+) -> Iterator[Cell]:
+    varied = [
+        key for key in (settings[0][0] if settings else {}) if len({str(s[0][key]) for s in settings}) > 1
+    ]
+    seen: dict[str, int] = {}
+    for named in strategies:
+        for chosen, recipe, budget in settings:
+            labels = {key: trait_label(key, chosen[key]) for key in varied}
+            name = "-".join(
+                [named.full, *(text for key, text in labels.items() if key.startswith("recipe."))]
+            )[:100]
+            group = "-".join([name, *(text for key, text in labels.items() if key.startswith("budget."))])
+            seen[group] = seen.get(group, 0) + 1
+            group = group if seen[group] == 1 else f"{group}-{seen[group]}"
+            mixture = recipe.mixture
+            if named.strategy.mixture is not None:
+                pretraining, update, buffer = named.strategy.mixture
+                mixture = Mixture(pretraining=pretraining, update=update, buffer=buffer)
+            effective = recipe.model_copy(update={"mixture": mixture})
+            for seed in seeds:
+                label = f"{group}-seed{seed}" if len(seeds) > 1 else group
+                yield Cell(label, group, name, _seeded(named.strategy, seed), effective, budget, seed, chosen)
+
+
+def _seeded(strategy: Strategy, seed: int) -> Strategy:
+    """Random masks follow the trajectory's seed unless the study fixes theirs."""
+    if strategy.technique is None or "seed" in strategy.params:
+        return strategy
+    if all(param.name != "seed" for param in technique_called(strategy.technique).params):
+        return strategy
+    return replace(strategy, params={**strategy.params, "seed": seed})

@@ -1,0 +1,286 @@
+"""From a study to the graph of its steps: pure, and nothing twice.
+
+What TIME implies about sharing (an expert depends on where it starts, its data, recipe, length and seed, not on how it is
+deployed) needs no rules here: each step is named by what bears on its result, and equal names are one step. So experts
+of init base serve every deployment and technique, a chain of init latest likewise, and init all or ema give one chain per
+technique and its parameters. Invariant: the plan is a function of study and facts alone, and knows no place, no name of
+a study, no degree of parallelism.
+"""
+
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from merge_service import timeline
+from pipeline.config import Study
+from pipeline.errors import PlanError
+from pipeline.expand import JOINT_TASK, Draft, Task, effective_params
+from pipeline.fingerprint import step_fingerprint
+from pipeline.grid import Cell
+from pipeline.sections import BudgetSection
+from pipeline.steps import (
+    BASE,
+    KINDS,
+    RECORD_BYTES,
+    TEST,
+    TRAIN,
+    VERSIONS,
+    DatasetFacts,
+    Facts,
+    Plan,
+    Point,
+    Step,
+    TrajectoryPlan,
+)
+
+__all__ = [
+    "BASE",
+    "DatasetFacts",
+    "Facts",
+    "Plan",
+    "Point",
+    "Step",
+    "TrajectoryPlan",
+    "base_step",
+    "make_plan",
+]
+
+
+def make_plan(study: Study, facts: Facts) -> Plan:
+    """The plan of a resolved study. Raises PlanError when the data or the budget do not allow it."""
+    if not study.is_resolved:
+        raise PlanError(f"study {study.name} does not say which datasets play which role; resolve it first")
+    planner = Planner(study, facts)
+    drafts = [planner.trajectory(cell) for cell in study.cells]
+    naive = planner.naive_counts()
+    own = planner.score_undeployed_experts()
+    trajectories = tuple(
+        replace(draft, points=tuple(replace(p, own=own[p.train] if p.train else None) for p in draft.points))
+        for draft in drafts
+    )
+    return Plan(
+        study=study.name,
+        base=planner.base,
+        steps=_in_order(planner.steps),
+        trajectories=trajectories,
+        tasks={task.name: task.datasets for task in planner.tasks},
+        adaptation=study.roles.adaptation,
+        held_out=study.roles.held_out,
+        naive=naive,
+    )
+
+
+def base_step(weights_sha256: str, config_sha256: str = "", label: str = "base", disk_bytes: int = 0) -> Step:
+    """The step whose artifact is the base model; its identity is its bytes."""
+    spec = {"version": VERSIONS["base"], "weights": weights_sha256, "config": config_sha256}
+    fp = step_fingerprint("base", spec)
+    return Step("base", fp, "base", label, 0, BASE, spec, {}, disk_bytes=disk_bytes)
+
+
+def steps_per_task(
+    budget: BudgetSection, tasks: int, batch_size: int, gflops_per_sample: float | None, memory_ratio: float
+) -> int:
+    """Optimizer steps of one task. A total of GFLOPs is memory-adjusted as FoMo-in-Flux does it:
+
+    round(total * multiplier / (tasks * gflops_per_sample * batch_size * memory_ratio)). Raises PlanError below one step.
+    """
+    if budget.steps_per_task is not None:
+        steps = budget.steps_per_task * budget.multiplier
+    elif budget.samples_per_task is not None:
+        steps = budget.samples_per_task * budget.multiplier / batch_size
+    else:
+        assert budget.total_gflops is not None
+        if gflops_per_sample is None:
+            raise PlanError(
+                "budget.total_gflops needs the cost of a sample of this model, which was not measured"
+            )
+        steps = (
+            budget.total_gflops * budget.multiplier / (tasks * gflops_per_sample * batch_size * memory_ratio)
+        )
+    if round(steps) < 1:
+        raise PlanError(
+            f"the budget comes to {steps:.3g} steps per task; it must allow at least one: raise it or the multiplier"
+        )
+    return round(steps)
+
+
+class Planner:
+    """Collects the steps of one study; adding a step that is there already changes nothing."""
+
+    def __init__(self, study: Study, facts: Facts) -> None:
+        self.study, self.facts = study, facts
+        self.roles = study.roles
+        self.tasks = [Task(name, (name,)) for name in self.roles.tasks]
+        self.base = base_step(
+            facts.base_sha256, facts.base_config_sha256, "base", facts.weights_bytes + RECORD_BYTES
+        )
+        self.steps: dict[str, Step] = {}
+        self._scored: dict[str, str] = {}
+        self._own_tasks: dict[str, tuple[Step, tuple[str, ...]]] = {}
+        self._used: list[tuple[set[str], set[str], set[str]]] = []
+        self._sources: dict[tuple[str, str], dict[str, Any]] = {}
+        self.experts: dict[tuple[Any, ...], str] = {}
+        self._test = sorted({*self.roles.adaptation, *self.roles.held_out})
+        self._check_data()
+
+    def trajectory(self, cell: Cell) -> TrajectoryPlan:
+        """Add what one cell needs, and tell which step serves it when."""
+        steps = self._length(cell)
+        tasks = self._tasks_of(cell)
+        draft = Draft(self, cell, tasks, steps)
+        points = draft.points()
+        if cell.strategy.joint:
+            points = [points[0], replace(points[1], t=len(self.tasks))]
+        self._used.append((draft.experts_used, draft.merges_used, {point.deployed for point in points}))
+        return TrajectoryPlan(
+            id=cell.id,
+            group=cell.group,
+            name=cell.name,
+            init=cell.strategy.init,
+            deploy=cell.strategy.deploy,
+            technique=cell.strategy.technique if timeline.policies(cell.strategy) else None,
+            params=effective_params(cell),
+            ema_seed=cell.strategy.ema_seed if "ema" in timeline.policies(cell.strategy) else None,
+            budget={"steps_per_task": steps, "multiplier": cell.budget.multiplier},
+            seed=cell.seed,
+            stream=self.roles.tasks,
+            points=tuple(points),
+            axes=dict(cell.axes),
+        )
+
+    def naive_counts(self) -> dict[str, int]:
+        """Steps per kind if every trajectory were run alone, its own experts' own-task scores included."""
+        counts: dict[str, int] = dict.fromkeys(KINDS, 0)
+        for experts, merges, deployed in self._used:
+            counts["train"] += len(experts)
+            counts["merge"] += len(merges)
+            counts["evaluate"] += len(deployed | experts)
+        return counts
+
+    def score_undeployed_experts(self) -> dict[str, str]:
+        """Add an evaluation on its own task for every expert that nobody serves; for each expert, where its score is."""
+        own = {}
+        for fp, (step, datasets) in self._own_tasks.items():
+            own[fp] = self._scored.get(fp) or self._evaluate(fp, step, sorted(datasets), "own")
+        return own
+
+    def add(
+        self, kind: Any, spec: dict[str, Any], slug: str, label: str, t: int, task: str, **more: Any
+    ) -> str:
+        """The fingerprint of a step, which is in the plan from now on."""
+        fp = step_fingerprint(kind, spec)
+        if fp not in self.steps:
+            self.steps[fp] = Step(kind, fp, slug[:120], label, t, task, spec, **more)
+        return fp
+
+    def evaluate(self, weights: str, step: Step) -> str:
+        """The step that scores deployed weights on everything."""
+        if weights not in self._scored:
+            self._scored[weights] = self._evaluate(weights, step, self._test, "scores")
+        return self._scored[weights]
+
+    def own_task(self, expert: str, task: Task) -> None:
+        """Remember which data an expert is to be scored on at least."""
+        self._own_tasks.setdefault(expert, (self.steps[expert], task.datasets))
+
+    def source(self, dataset: str, split: str) -> dict[str, Any]:
+        """One split of one dataset as a spec has it: content, not place."""
+        key = (dataset, split)
+        if key not in self._sources:
+            facts = self.facts.datasets[dataset]
+            self._sources[key] = {
+                "dataset": dataset,
+                "split": split,
+                "digest": facts.digests[split],
+                "prompts": facts.prompts,
+                "classes": None,
+            }
+        return self._sources[key]
+
+    def _evaluate(self, weights: str, step: Step, datasets: Sequence[str], what: str) -> str:
+        options = self.study.evaluation
+        spec = {
+            "version": VERSIONS["evaluate"],
+            "model": weights,
+            "datasets": [self.source(dataset, TEST) for dataset in datasets],
+            "fraction": options.fraction,
+            "seed": options.seed if options.fraction < 1 else 0,
+            "device": "cuda" if self.study.resources.evaluation.gpus > 0 else "cpu",
+        }
+        label = f"{what} of {step.label}" if what == "scores" else f"own task of {step.label}"
+        inputs = {"model": weights}
+        return self.add(
+            "evaluate",
+            spec,
+            f"{what}-{step.slug}",
+            label,
+            step.t,
+            step.task,
+            inputs=inputs,
+            disk_bytes=RECORD_BYTES,
+        )
+
+    def _length(self, cell: Cell) -> int:
+        what = cell.recipe.trainable
+        ratio = self.facts.memory_ratio.get(what)
+        if ratio is None and cell.budget.total_gflops is not None:
+            raise PlanError(f"{cell.id}: the memory that training {what} takes was not measured")
+        cost = self.facts.gflops_per_sample.get(what)
+        try:
+            return steps_per_task(cell.budget, len(self.tasks), cell.recipe.batch_size, cost, ratio or 1.0)
+        except PlanError as error:
+            raise PlanError(f"{cell.id}: {error}") from None
+
+    def _tasks_of(self, cell: Cell) -> list[Task]:
+        if not cell.strategy.joint:
+            return self.tasks
+        return [Task(JOINT_TASK, tuple(dataset for task in self.tasks for dataset in task.datasets))]
+
+    def _check_data(self) -> None:
+        """Every split that any step may read must be there."""
+        trained = [dataset for task in self.tasks for dataset in task.datasets]
+        if any(cell.recipe.mixture.pretraining > 0 for cell in self.study.cells):
+            trained += self.roles.pretraining
+        needed = [(dataset, TRAIN) for dataset in trained] + [
+            (dataset, TEST) for dataset in (*self._test, *(d for task in self.tasks for d in task.datasets))
+        ]
+        problems = []
+        for dataset, split in dict.fromkeys(needed):
+            facts = self.facts.datasets.get(dataset)
+            if facts is None:
+                problems.append(f"dataset {dataset} is not among the data that were found")
+            elif split not in facts.digests:
+                problems.append(
+                    f"dataset {dataset} has no {split} split; it has {', '.join(facts.digests) or 'none'}"
+                )
+        if problems:
+            raise PlanError(f"study {self.study.name}: {'; '.join(dict.fromkeys(problems))}")
+
+
+def _in_order(steps: Mapping[str, Step]) -> dict[str, Step]:
+    """Every step after those it needs; among the free ones the earliest time step first, then train, merge, evaluate."""
+    rank = {fp: (step.t, KINDS.index(step.kind), index) for index, (fp, step) in enumerate(steps.items())}
+    users: dict[str, list[str]] = {fp: [] for fp in steps}
+    missing: dict[str, int] = {}
+    for fp, step in steps.items():
+        needs = set(_needs(step)) & steps.keys()
+        missing[fp] = len(needs)
+        for need in needs:
+            users[need].append(fp)
+    free = [(rank[fp], fp) for fp, count in missing.items() if count == 0]
+    heapq.heapify(free)
+    ordered: dict[str, Step] = {}
+    while free:
+        _, fp = heapq.heappop(free)
+        ordered[fp] = steps[fp]
+        for user in users[fp]:
+            missing[user] -= 1
+            if missing[user] == 0:
+                heapq.heappush(free, (rank[user], user))
+    assert len(ordered) == len(steps), "the plan has a cycle"
+    return ordered
+
+
+def _needs(step: Step) -> Iterable[str]:
+    return (*step.inputs.values(), *step.after)

@@ -1,0 +1,118 @@
+"""What a person sees while a study runs: a live view on a terminal, plain lines elsewhere.
+
+Invariant: showing never changes or delays the work; whatever is shown is read from records and progress files.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+Rows = Callable[[], list[tuple[str, int, int, str]]]
+"""Trajectories as (name, last t scored, number of tasks, last GM as text)."""
+
+
+class Progress:
+    """Counts, per-step rates with ETA, and per-trajectory t and last GM."""
+
+    def __init__(
+        self, total: int, done: int, scratch: Path, trajectories: Rows, console: Console | None = None
+    ) -> None:
+        self.total, self.done, self.scratch, self.trajectories = total, done, scratch, trajectories
+        self.console = console or Console(stderr=True)
+        self.running: dict[str, str] = {}
+        self._began: dict[str, float] = {}
+        self._note = ""
+        self._live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.update(self._view(), refresh=True)
+            self._live.stop()
+
+    def note(self, text: str) -> None:
+        """Something a person should know now."""
+        if self._live:
+            self._note = text
+            self.tick()
+        else:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+    def started(self, fingerprint: str, label: str) -> None:
+        self.running[fingerprint] = label
+        self._began[fingerprint] = time.monotonic()
+        self.tick()
+
+    def finished(self, fingerprint: str, summary: str) -> None:
+        label = self.running.pop(fingerprint)
+        seconds = time.monotonic() - self._began.pop(fingerprint)
+        self.done += 1
+        if self._live is None:
+            self.console.print(
+                f"[{self.done}/{self.total}] {label}: {summary} ({seconds:.1f} s)",
+                highlight=False, markup=False, soft_wrap=True,
+            )  # fmt: skip
+        self.tick()
+
+    def put_back(self, fingerprint: str, why: str) -> None:
+        """A step did not end and will run again."""
+        label = self.running.pop(fingerprint, fingerprint[:16])
+        self._began.pop(fingerprint, None)
+        self.note(f"{label}: {why}; trying again")
+
+    def tick(self) -> None:
+        if self._live:
+            self._live.update(self._view(), refresh=True)
+
+    def _view(self) -> Group:
+        steps = Table(box=None, pad_edge=False, header_style="bold")
+        for column in ("running", "steps", "rate", "eta", "loss"):
+            steps.add_column(column, justify="left" if column == "running" else "right")
+        for fingerprint, label in self.running.items():
+            elapsed = time.monotonic() - self._began[fingerprint]
+            steps.add_row(label, *training_columns(read_progress(self.scratch, fingerprint), elapsed))
+        served = Table(box=None, pad_edge=False, header_style="bold")
+        for column in ("trajectory", "t", "GM"):
+            served.add_column(column, justify="left" if column == "trajectory" else "right")
+        for name, t, tasks, gm in self.trajectories():
+            served.add_row(name, f"{t}/{tasks}", gm)
+        head = Text(f"{self.done} of {self.total} steps done  {self._note}", style="bold")
+        return Group(head, served, steps)
+
+
+def read_progress(scratch: Path, fingerprint: str) -> Mapping[str, Any]:
+    """What the worker of a step last wrote about itself; empty if it writes nothing."""
+    try:
+        answer = json.loads((scratch / fingerprint / "progress.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return answer if isinstance(answer, dict) else {}
+
+
+def training_columns(progress: Mapping[str, Any], elapsed: float) -> tuple[str, str, str, str]:
+    """Steps done, samples per second, time left and loss of an expert in training, as text; `elapsed` in seconds."""
+    if not progress.get("steps"):
+        return ("", "", "", "")
+    step, steps, rate = int(progress["step"]), int(progress["steps"]), float(progress.get("rate") or 0)
+    eta = f"{elapsed * (steps - step) / step:.0f} s" if step else ""
+    loss = progress.get("loss")
+    return (
+        f"{step}/{steps}",
+        f"{rate:.0f}/s" if rate else "",
+        eta,
+        f"{loss:.3f}" if loss is not None else "",
+    )

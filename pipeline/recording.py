@@ -1,0 +1,83 @@
+"""What the driver tells the tracker, and how a run ends its conversation with it.
+
+Invariant: tracking never slows, stops or fails a study; what could not be delivered waits in the outbox and is said.
+"""
+
+import csv
+import io
+import time
+from importlib.metadata import version
+from types import TracebackType
+from typing import Any, Self
+
+from pipeline.outbox import FILE, Outbox
+from pipeline.results import table
+from pipeline.tracking import Tracker
+from pipeline.tracking_events import Projection, StudyFacts
+from pipeline.tracking_recorder import Recorder
+from pipeline.workspace import Workspace
+
+CLOSE_SECONDS = 60.0
+
+
+class Tracking:
+    """Outbox, recorder and background delivery of one run, as a context around the driver's work."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        study, plan, store = workspace.study, workspace.plan, workspace.store
+        options = study.tracking
+        self.outbox = Outbox(workspace.out / FILE)
+        self.tracker = Tracker(
+            workspace.out, self.outbox, uri=options.uri, experiment=options.experiment or "temporal-merge"
+        )
+        facts = StudyFacts(
+            settings=study.model_dump(mode="json"),
+            code_version=version("temporal-merge"),
+            log_weights=options.log_weights,
+        )
+        base = store.record(plan.base.kind, plan.base.fingerprint)
+        assert base is not None, "the workspace is prepared first"
+        projection = Projection(plan, facts, base)
+        self.recorder = Recorder(projection, self.outbox, workspace.out, self.tracker.notify)
+        self.pending = 0
+
+    def __enter__(self) -> Self:
+        self.tracker.start()
+        self.recorder.study_started(_now_ms())
+        for fingerprint, step in self.workspace.plan.steps.items():
+            record = self.workspace.store.record(step.kind, fingerprint)
+            if record is not None:
+                self.recorder.step_done(step, record)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # On an error nobody waits for the tracker: the rows are safe in the outbox.
+        self.pending = self.tracker.close(CLOSE_SECONDS if error is None else 2.0)
+        self.outbox.close()
+
+    def committed(self, step: Any, record: Any) -> None:
+        self.recorder.step_done(step, record)
+
+    def finished(self, results: dict[str, Any]) -> None:
+        """All steps are done; `results` are in OUT already."""
+        self.recorder.study_finished(_csv(results))
+
+    def failed(self, step: Any, error: Exception) -> None:
+        self.recorder.step_failed(step, str(error), _now_ms())
+
+
+def _csv(results: dict[str, Any]) -> str:
+    """The table of KA, ZS and GM over t, one line per trajectory and t."""
+    rows = table(results)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [])
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

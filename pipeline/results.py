@@ -1,0 +1,247 @@
+"""What a study found: KA, ZS and GM over time, per trajectory, from the records in the store.
+
+Scores are fractions in [0, 1]; datasets weigh equally whatever their size (FoMo-in-Flux's A_KA, A_ZS and their geometric
+mean). Invariant: every number comes from a committed record, t = 0 is the base, and a study that is not finished gives
+what is there and says so.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean as average
+from statistics import stdev
+from typing import Any, Protocol
+
+from merge_service.checkpoint import WEIGHTS_FILE
+from pipeline.artifact import Record
+from pipeline.steps import BASE, Plan, Point, TrajectoryPlan
+
+Scores = Mapping[str, float]
+METRICS = ("ka", "zs", "gm")
+
+
+class Records(Protocol):
+    """What results ask of a store."""
+
+    def record(self, kind: str, fingerprint: str) -> Record | None: ...
+
+
+class At(Protocol):
+    """A point of a trajectory, as far as forgetting is concerned."""
+
+    @property
+    def t(self) -> int: ...
+    @property
+    def task(self) -> str: ...
+
+
+def mean(scores: Scores, datasets: Sequence[str]) -> float | None:
+    """Unweighted mean over datasets; None if there are none or one has no score."""
+    if not datasets or any(dataset not in scores for dataset in datasets):
+        return None
+    return math.fsum(scores[dataset] for dataset in datasets) / len(datasets)
+
+
+def ka(scores: Scores, adaptation: Sequence[str]) -> float | None:
+    """Knowledge accumulation: the mean over the adaptation sets, seen or not."""
+    return mean(scores, adaptation)
+
+
+def zs(scores: Scores, held_out: Sequence[str]) -> float | None:
+    """Zero-shot retention: the mean over the held-out sets."""
+    return mean(scores, held_out)
+
+
+def gm(ka: float | None, zs: float | None) -> float | None:
+    """Geometric mean of KA and ZS."""
+    return None if ka is None or zs is None else math.sqrt(ka * zs)
+
+
+def forgetting(
+    seen: Sequence[tuple[At, Scores]], tasks: Mapping[str, Sequence[str]] | None = None
+) -> float | None:
+    """Mean over the earlier tasks i of max over s in 1..t of a(s, i), minus a(t, i); None before the second task.
+
+    `seen` are the points up to t, in order, with the scores of what was deployed; a(s, i) is the mean over the datasets of
+    task i (`tasks`; by default a task is the dataset of its name). Never negative. FoMo-in-Flux, utils/metrics.
+    """
+    history = _history(seen, tasks)
+    drops = [max(past.values()) - past[seen[-1][0].t] for i, past in history.items() if i < seen[-1][0].t]
+    return average(drops) if drops else None
+
+
+def backward_transfer(
+    seen: Sequence[tuple[At, Scores]], tasks: Mapping[str, Sequence[str]] | None = None
+) -> float | None:
+    """Mean over the earlier tasks i of a(t, i) - a(i, i): what later tasks did to them. None before the second task."""
+    history = _history(seen, tasks)
+    gains = [past[seen[-1][0].t] - past[i] for i, past in history.items() if i < seen[-1][0].t and i in past]
+    return average(gains) if gains else None
+
+
+def results(plan: Plan, store: Records) -> dict[str, Any]:
+    """`results.json`. Points whose evaluation is not in the store are left out, and "complete" is then false."""
+    store = _Once(store)
+    trajectories = [_trajectory(plan, trajectory, store) for trajectory in plan.trajectories]
+    complete = all(
+        len(found["steps"]) == len(t.points) for found, t in zip(trajectories, plan.trajectories, strict=True)
+    )
+    return {
+        "study": plan.study,
+        "plan": plan.fingerprint,
+        "complete": complete,
+        "adaptation": list(plan.adaptation),
+        "held_out": list(plan.held_out),
+        "trajectories": trajectories,
+    }
+
+
+def write_results(path: Path, answer: Mapping[str, Any]) -> None:
+    """Write `results.json`, as a whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            json.dump(answer, stream, indent=1, allow_nan=False)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def table(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per trajectory and t: trajectory, t, task, ka, zs, gm, forgetting, bwt."""
+    return [
+        {
+            "trajectory": trajectory["id"],
+            **{key: step[key] for key in ("t", "task", *METRICS, "forgetting", "bwt")},
+        }
+        for trajectory in answer["trajectories"]
+        for step in trajectory["steps"]
+    ]
+
+
+def summary(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per group of trajectories that differ in the seed alone, at the last t that all of them have reached.
+
+    {"group", "seeds", "t", "ka", "ka_sd", "zs", "zs_sd", "gm", "gm_sd"}: mean and sample standard deviation over seeds; the
+    latter is None for a single seed.
+    """
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for trajectory in answer["trajectories"]:
+        groups.setdefault(trajectory["group"], []).append(trajectory)
+    rows = []
+    for group, members in groups.items():
+        reached = [{step["t"]: step for step in member["steps"]} for member in members]
+        common = set(reached[0]).intersection(*reached[1:])
+        if not common:
+            continue
+        last = [steps[max(common)] for steps in reached]
+        row: dict[str, Any] = {"group": group, "seeds": len(members), "t": max(common)}
+        for metric in METRICS:
+            values = [step[metric] for step in last if step[metric] is not None]
+            row[metric] = average(values) if values else None
+            row[f"{metric}_sd"] = stdev(values) if len(values) > 1 else None
+        rows.append(row)
+    return rows
+
+
+class _Once:
+    """Reads every record once: trajectories share most of theirs."""
+
+    def __init__(self, store: Records) -> None:
+        self._store = store
+        self._known: dict[str, Record | None] = {}
+
+    def record(self, kind: str, fingerprint: str) -> Record | None:
+        if fingerprint not in self._known:
+            self._known[fingerprint] = self._store.record(kind, fingerprint)
+        return self._known[fingerprint]
+
+
+def _history(
+    seen: Sequence[tuple[At, Scores]], tasks: Mapping[str, Sequence[str]] | None
+) -> dict[int, dict[int, float]]:
+    """For every task i at or before the last point: its score a(s, i) at every time step s >= 1 seen so far."""
+    history: dict[int, dict[int, float]] = {}
+    after_base = [(point, scores) for point, scores in seen if point.t > 0]
+    for task, _ in after_base:
+        datasets = (task.task,) if tasks is None else tuple(tasks.get(task.task, ()))
+        past = {point.t: mean(scores, datasets) for point, scores in after_base}
+        if None not in past.values():
+            history[task.t] = {t: score for t, score in past.items() if score is not None}
+    return history
+
+
+def _trajectory(plan: Plan, trajectory: TrajectoryPlan, store: Records) -> dict[str, Any]:
+    steps = []
+    seen: list[tuple[Point, Scores]] = []
+    for point in trajectory.points:
+        evaluation = store.record("evaluate", point.evaluate)
+        if evaluation is None:
+            continue
+        scores = {dataset: float(score) for dataset, score in evaluation.result["scores"].items()}
+        seen.append((point, scores))
+        whole = len(seen) == 1 + trajectory.points.index(point)
+        steps.append(
+            {
+                **_step(plan, point, scores, store),
+                **(_over_time(plan, seen) if whole else _over_time(plan, [])),
+            }
+        )
+    return {
+        "id": trajectory.id,
+        "group": trajectory.group,
+        "name": trajectory.name,
+        "init": trajectory.init,
+        "deploy": trajectory.deploy,
+        "technique": trajectory.technique,
+        "params": trajectory.params,
+        "ema_seed": trajectory.ema_seed,
+        "budget": trajectory.budget,
+        "seed": trajectory.seed,
+        "stream": list(trajectory.stream),
+        "axes": trajectory.axes,
+        "steps": steps,
+    }
+
+
+def _step(plan: Plan, point: Point, scores: Scores, store: Records) -> dict[str, Any]:
+    accumulated, retained = ka(scores, plan.adaptation), zs(scores, plan.held_out)
+    expert = store.record("train", point.train) if point.train else None
+    merged = store.record("merge", point.merge) if point.merge else None
+    own = store.record("evaluate", point.own) if point.own else None
+    return {
+        "t": point.t,
+        "task": point.task,
+        "ka": accumulated,
+        "zs": retained,
+        "gm": gm(accumulated, retained),
+        "scores": dict(scores),
+        "expert_sha256": _weights(expert),
+        "merged_sha256": _weights(merged),
+        "deployed_sha256": _deployed(plan, point, store),
+        "expert_own_score": mean(own.result["scores"], plan.tasks.get(point.task, ())) if own else None,
+        "merge_seconds": merged.result.get("merge_seconds", merged.seconds) if merged else None,
+        "merged_norm": merged.result.get("merged_norm") if merged else None,
+        "cosine": merged.result.get("cosine") if merged else None,
+    }
+
+
+def _over_time(plan: Plan, seen: Sequence[tuple[Point, Scores]]) -> dict[str, float | None]:
+    if not seen:
+        return {"forgetting": None, "bwt": None}
+    return {"forgetting": forgetting(seen, plan.tasks), "bwt": backward_transfer(seen, plan.tasks)}
+
+
+def _deployed(plan: Plan, point: Point, store: Records) -> str | None:
+    if point.deployed == BASE:
+        return _weights(store.record(BASE, plan.base.fingerprint))
+    return _weights(store.record(plan.steps[point.deployed].kind, point.deployed))
+
+
+def _weights(record: Record | None) -> str | None:
+    return None if record is None else record.sha256(WEIGHTS_FILE)

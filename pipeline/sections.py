@@ -1,0 +1,218 @@
+"""The sections of a study file and what each key may be.
+
+Invariant: a section that exists is valid by itself, whatever the rest of the study says; the defaults are here and in the
+recipe, nowhere else. Only names that are one plain path segment get as far as a path.
+"""
+
+import re
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from workers.jobs import EngineSpec
+from workers.recipe import Mixture
+
+_SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def segment(value: str) -> str:
+    """A name that is one path segment: letters, digits, '.', '_', '-', not beginning with a sign. Raises ValueError."""
+    if not _SEGMENT.fullmatch(value):
+        raise ValueError(
+            f"{value[:60]!r} is not a plain name; use letters, digits, '.', '_' and '-', beginning with a letter or digit"
+        )
+    return value
+
+
+def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
+    twice = sorted({value for value in values if values.count(value) > 1})
+    if twice:
+        raise ValueError(f"{', '.join(twice)} is listed twice; remove one")
+    return values
+
+
+def _some(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not values:
+        raise ValueError("is an empty list; name at least one, or leave the key out")
+    return values
+
+
+def _auto_or_count(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and 1 <= value <= 10_000):
+        return value
+    raise ValueError(f"{value!r} must be auto or a whole number from 1 to 10000")
+
+
+def _one_or_several(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+Name = Annotated[str, AfterValidator(segment)]
+Names = Annotated[tuple[Name, ...], AfterValidator(_distinct)]
+SomeNames = Annotated[Names, AfterValidator(_some)]
+Words = Annotated[tuple[str, ...], BeforeValidator(_one_or_several), AfterValidator(_some)]
+Text = Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class Section(BaseModel):
+    """Frozen, and deaf to keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """The base: any open_clip architecture with a tag, a directory or file, `local-dir:` or `hf-hub:`; null is random with `seed`."""
+
+    config: Text
+    pretrained: Text | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    seed: int = Field(default=0, ge=0, lt=2**31)
+
+
+class DataSection(Section):
+    """A root of WebDataset folders and which datasets play which role. A suite brings its own roles (`suite.json`)."""
+
+    suite: Name | None = None
+    root: Text | None = None
+    pretraining: Names | None = None
+    adaptation: SomeNames | None = None
+    held_out: Names | None = None
+    cache: Text | None = None
+
+    @model_validator(mode="after")
+    def _located(self) -> Self:
+        if self.suite is None and self.root is None:
+            raise ValueError("give suite (for instance mini) or root, the folder that holds the datasets")
+        return self
+
+
+class StreamSection(Section):
+    """The order in which tasks arrive; dataset_incremental makes every dataset one task, in the order of `tasks`."""
+
+    order: Literal["dataset_incremental"] = "dataset_incremental"
+    tasks: SomeNames | None = None
+
+
+BUDGETS = ("total_gflops", "steps_per_task", "samples_per_task")
+
+
+class BudgetSection(Section):
+    """How long experts train. `total_gflops` is for the whole stream, memory-adjusted; the others are for each task."""
+
+    total_gflops: float | None = Field(default=None, gt=0, le=1e30)
+    steps_per_task: int | None = Field(default=None, gt=0, le=10**9)
+    samples_per_task: int | None = Field(default=None, gt=0, le=10**12)
+    multiplier: float = Field(default=1.0, gt=0, le=1e6)
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) != 1:
+            what = f"{' and '.join(given)} are given" if given else "nothing is given"
+            raise ValueError(f"{what}; give exactly one of {', '.join(BUDGETS)} (null takes one back)")
+        return self
+
+
+class StrategySection(Section):
+    """One entry of `grid.strategies`; lists under init, deploy and technique stand for every combination."""
+
+    preset: str | None = None
+    name: Name | None = None
+    init: Words | None = None
+    deploy: Words | None = None
+    technique: Words | None = None
+    params: dict[str, Any] = {}
+    ema_seed: str | None = None
+    mixture: Mixture | None = None
+
+
+class EvaluationSection(Section):
+    """Full test sets by default; a class-balanced `fraction` of each, drawn with `seed`, otherwise."""
+
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    batch_size: int = Field(default=256, ge=1, le=1_000_000)
+    seed: int = Field(default=0, ge=0, lt=2**31)
+
+
+class ExpertResources(Section):
+    """What one expert gets: `workers` processes with `gpus`, `cpus` and `threads` each. `groups` experts train at a time.
+
+    `checkpoint_every` is in steps (0: never). Workers, ZeRO stage, engine and threads bear on the bits of the result; the
+    others do not.
+    """
+
+    gpus: float = Field(default=0, ge=0, le=64)
+    cpus: float = Field(default=1, ge=0, le=1024)
+    workers: int = Field(default=1, ge=1, le=4096)
+    zero_stage: int = Field(default=0, ge=0, le=3)
+    engine: Literal["auto", "torch", "deepspeed"] = "auto"
+    threads: int = Field(default=1, ge=1, le=1024)
+    checkpoint_every: int = Field(default=50, ge=0)
+    groups: Annotated[Any, BeforeValidator(_auto_or_count)] = "auto"
+    max_retries: int = Field(default=3, ge=0, le=1000)
+
+    @model_validator(mode="after")
+    def _engine_can(self) -> Self:
+        if self.engine == "torch" and (self.workers > 1 or self.zero_stage > 0):
+            raise ValueError(
+                f"engine torch trains with one worker and no ZeRO, not workers {self.workers} and zero_stage "
+                f"{self.zero_stage}; use engine deepspeed or auto"
+            )
+        if self.gpus > 1 and self.gpus != int(self.gpus):
+            raise ValueError(f"gpus {self.gpus:g} is neither a share of one GPU nor a whole number of them")
+        return self
+
+    @property
+    def numerics(self) -> EngineSpec:
+        """The engine that these resources mean: plain torch for a single CPU worker, DeepSpeed otherwise."""
+        plain = self.workers == 1 and self.zero_stage == 0 and self.gpus == 0
+        kind: Literal["torch", "deepspeed"] = "torch" if plain else "deepspeed"
+        if self.engine != "auto":
+            kind = self.engine
+        return EngineSpec(
+            kind, self.zero_stage, self.threads, "cuda" if self.gpus > 0 else "cpu", self.workers
+        )
+
+
+class EvaluationResources(Section):
+    """`actors` score at the same time, each with `gpus`, `cpus` and `threads`; 0 CPUs means they share the experts'."""
+
+    gpus: float = Field(default=0, ge=0, le=64)
+    cpus: float = Field(default=0, ge=0, le=1024)
+    actors: int = Field(default=1, ge=1, le=4096)
+    threads: int = Field(default=1, ge=1, le=1024)
+
+
+class MergingResources(Section):
+    """`threads` of the merge; they do not change its result."""
+
+    threads: int = Field(default=1, ge=1, le=1024)
+
+
+class ResourcesSection(Section):
+    """Where and how wide things run."""
+
+    experts: ExpertResources = ExpertResources()
+    evaluation: EvaluationResources = EvaluationResources()
+    merging: MergingResources = MergingResources()
+
+
+class TrackingSection(Section):
+    """MLflow: `uri` null keeps a sqlite store in OUT; `log_weights` also sends the merged weights there."""
+
+    uri: Text | None = None
+    experiment: Text | None = None
+    log_weights: bool = True
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> Self:
+        try:
+            secret = self.uri is not None and urlsplit(self.uri).password is not None
+        except ValueError as error:
+            raise ValueError(f"uri is not a URI ({error})") from None
+        if secret:
+            raise ValueError(
+                "uri holds a password, which would end up in files; give it in MLFLOW_TRACKING_USERNAME and _PASSWORD"
+            )
+        return self

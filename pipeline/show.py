@@ -1,0 +1,192 @@
+"""Answers for people: plans, progress, results and techniques as tables on a terminal.
+
+Invariant: showing reads; nothing here decides or changes anything.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from merge_service.errors import UserError
+from merge_service.techniques import get, names
+from pipeline.results import gm, ka, zs
+
+
+def _console() -> Console:
+    console = Console()
+    # Piped output is for files and other programs: never fold a table there.
+    return console if console.is_terminal else Console(width=200)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    return table
+
+
+def parameters_from(overrides: Sequence[str]) -> dict[str, Any]:
+    """`p=v` pairs as a mapping; values are read as YAML. Raises UserError."""
+    answer = {}
+    for text in overrides:
+        key, found, value = text.partition("=")
+        if not found or not key.strip():
+            raise UserError(f"--set {text!r}: write parameter=value, e.g. --set density=0.2")
+        try:
+            answer[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            why = getattr(error, "problem", None) or str(error).splitlines()[0]
+            raise UserError(f"--set {text!r}: the value is not YAML ({why})") from None
+    return answer
+
+
+def show_plan(workspace: Any, summary: Mapping[str, Any]) -> None:
+    """Counts per kind, cost, and the trajectories."""
+    console = _console()
+    steps = _table(
+        f"{summary['study']}: {summary['trajectories']} trajectories",
+        "steps",
+        "unique",
+        "one by one",
+        "in store",
+    )
+    for kind, counts in summary["steps"].items():
+        steps.add_row(kind, str(counts["unique"]), str(counts["naive"]), str(counts["cached"]))
+    console.print(steps)
+    gflops = summary["gflops"]
+    cost = "not measured" if gflops is None else f"{gflops:,.0f} GFLOPs"
+    console.print(f"still to do: {cost}, {summary['disk_bytes'] / 2**20:,.0f} MiB in {workspace.out}\n")
+    served = _table("trajectories", "name", "init", "deploy", "technique", "seed", "steps per task")
+    for trajectory in workspace.plan.trajectories:
+        served.add_row(
+            trajectory.name, trajectory.init, trajectory.deploy, trajectory.technique or "-",
+            str(trajectory.seed), str(trajectory.budget["steps_per_task"]),
+        )  # fmt: skip
+    console.print(served)
+    for warning in workspace.study.warnings:
+        console.print(f"warning: {warning}", markup=False)
+
+
+def show_status(out: Path, answer: Mapping[str, Any]) -> None:
+    """State, counts, what is running, what the tracker still waits for."""
+    console, steps = _console(), answer["steps"]
+    counts = ", ".join(f"{count} {name}" for name, count in steps.items() if count)
+    console.print(f"{out}: {answer['state']} ({counts})", markup=False)
+    for step in answer["running"]:
+        progress = step["progress"]
+        where = f" {progress['step']}/{progress['steps']}" if progress.get("steps") else ""
+        console.print(f"  running: {step['label']}{where}", markup=False)
+    if answer["failure"]:
+        console.print(f"  failed: {answer['failure']['step']}: {answer['failure']['error']}", markup=False)
+    if answer["tracker_pending"]:
+        console.print(
+            f"  the tracker waits for {answer['tracker_pending']} rows: temporal-merge sync {out}",
+            markup=False,
+        )
+
+
+def trajectory_rows(workspace: Any) -> list[tuple[str, int, int, str]]:
+    """(trajectory, newest t scored, tasks, GM there) of every trajectory, as far as the store has it."""
+    plan, rows = workspace.plan, []
+    for trajectory in plan.trajectories:
+        newest, score = 0, ""
+        for point in trajectory.points:
+            record = workspace.remember("evaluate", point.evaluate)
+            if record is None:
+                continue
+            scores = record.result["scores"]
+            newest, score = point.t, f"{gm(ka(scores, plan.adaptation), zs(scores, plan.held_out)):.3f}"
+        rows.append((trajectory.id, newest, len(trajectory.stream), score))
+    return rows
+
+
+def print_results(out: Path, answer: Mapping[str, Any], tracking: Any) -> None:
+    """The table of KA, ZS and GM over t, and where to go next."""
+    console = _console()
+    for key, title in (("ka", "KA, knowledge accumulation"), ("zs", "ZS, zero-shot retention"), ("gm", "GM")):
+        console.print(results_table(answer, key, title))
+        console.print()
+    console.print(f"results: {out / 'results.json'}", markup=False, soft_wrap=True)
+    if tracking.pending:
+        reason = tracking.tracker.last_error or "it did not answer in time"
+        console.print(
+            f"tracker: {tracking.pending} rows are pending ({reason}); deliver them with: temporal-merge sync {out}",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
+    console.print(f"MLflow UI: temporal-merge ui {out}", markup=False, soft_wrap=True)
+
+
+def results_table(answer: Mapping[str, Any], key: str, title: str) -> Table:
+    """One score per trajectory and t; the best last value of all is bold."""
+    trajectories = answer["trajectories"]
+    times = sorted({step["t"] for trajectory in trajectories for step in trajectory["steps"]})
+    table = _table(title, "trajectory", *(f"t={t}" for t in times))
+    last = {trajectory["id"]: trajectory["steps"][-1][key] for trajectory in trajectories}
+    best = max((value for value in last.values() if value is not None), default=None)
+    for trajectory in trajectories:
+        by_t = {step["t"]: step[key] for step in trajectory["steps"]}
+        cells = ["-" if by_t.get(t) is None else f"{by_t[t]:.3f}" for t in times]
+        style = "bold" if best is not None and last[trajectory["id"]] == best else None
+        table.add_row(trajectory["id"], *cells, style=style)
+    return table
+
+
+def show_scores(answer: Mapping[str, Any]) -> None:
+    """Scores of one checkpoint."""
+    table = _table(answer["checkpoint"], "dataset", "score", "samples")
+    for name, score in answer["scores"].items():
+        table.add_row(name, f"{score:.4f}", str(answer["samples"][name]))
+    console = _console()
+    console.print(table)
+    if "gm" in answer:
+        console.print(f"KA {answer['ka']:.4f}  ZS {answer['zs']:.4f}  GM {answer['gm']:.4f}")
+
+
+def techniques_as_json(name: str | None) -> Any:
+    """One technique, or all, as plain values."""
+    if name is not None:
+        return _technique(name)
+    return [_technique(one) for one in names()]
+
+
+def show_techniques(name: str | None) -> None:
+    """The catalogue, or one technique in full."""
+    console = _console()
+    if name is None:
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for column in ("technique", "forms", "needs", "parameters", "paper"):
+            table.add_column(column)
+        for one in map(_technique, names()):
+            parameters = ", ".join(f"{key}={entry['default']}" for key, entry in one["params"].items())
+            table.add_row(
+                one["name"], " ".join(one["forms"]), " ".join(one["needs"]) or "-", parameters, one["paper"]
+            )
+        console.print(table)
+        return
+    one = _technique(name)
+    console.print(f"{one['name']}\n  {one['formula']}\n  paper: {one['paper']}", markup=False)
+    console.print(
+        f"  forms: {', '.join(one['forms'])}\n  needs: {', '.join(one['needs']) or 'nothing but the checkpoints'}"
+    )
+    for key, entry in one["params"].items():
+        allowed = f" [{' | '.join(entry['choices'])}]" if entry["choices"] else ""
+        console.print(f"  {key} = {entry['default']}{allowed}: {entry['doc']}", markup=False)
+
+
+def _technique(name: str) -> dict[str, Any]:
+    one = get(name)
+    return {
+        "name": one.name,
+        "formula": one.formula,
+        "paper": one.paper,
+        "needs": sorted(one.needs),
+        "forms": sorted(one.forms),
+        "params": {
+            param.name: {"default": param.default, "doc": param.doc, "choices": list(param.choices or ())}
+            for param in one.params
+        },
+    }

@@ -1,0 +1,224 @@
+"""What a plan is made of: facts in, steps and trajectories out, as frozen values that survive JSON.
+
+Invariant: a step's `spec` holds what bears on its result and nothing else, and its fingerprint is that of kind and spec;
+labels, slugs, costs and `after` are for people and schedulers and never part of the identity.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from pipeline.errors import PlanError
+from pipeline.fingerprint import fingerprint
+
+Kind = Literal["base", "train", "merge", "evaluate"]
+KINDS: tuple[Kind, ...] = ("train", "merge", "evaluate")
+BASE = "base"
+TRAIN, TEST = "train", "test"
+FORMAT = 1
+RECORD_BYTES = 16 * 1024
+"""A generous guess at the size of a record, for estimates."""
+
+VERSIONS = {"base": 1, "train": 1, "merge": 1, "evaluate": 1}
+"""Raise a kind's number when its code changes results: older artifacts are then no longer taken for it."""
+
+
+class Described(Protocol):
+    """A dataset as the data room describes it."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    @property
+    def templates(self) -> tuple[str, ...]: ...
+    @property
+    def splits(self) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """A dataset's content: the digest and number of samples of each split, and of its kind, class names and prompts."""
+
+    digests: Mapping[str, str]
+    prompts: str = ""
+    samples: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, info: Described) -> "DatasetFacts":
+        """The facts of a dataset as `workers.data.manifest.describe` gives it."""
+        return cls(
+            digests={name: split.digest for name, split in info.splits.items()},
+            prompts=fingerprint([info.kind, list(info.classes), list(info.templates)]),
+            samples={name: split.samples for name, split in info.splits.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that a plan must know of the world. None of it says where anything is.
+
+    `gflops_per_sample` (forward + backward) and `memory_ratio` (peak memory against training everything) go by what is
+    trained (all, image, text); they may be empty unless the budget is in GFLOPs. `weights_bytes` is a checkpoint's size.
+    """
+
+    base_sha256: str
+    datasets: Mapping[str, DatasetFacts]
+    base_config_sha256: str = ""
+    gflops_per_sample: Mapping[str, float] = field(default_factory=dict)
+    memory_ratio: Mapping[str, float] = field(default_factory=lambda: {"all": 1.0})
+    weights_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One unit of work. `inputs` maps roles to fingerprints; `after` are steps to wait for without using their results."""
+
+    kind: Kind
+    fingerprint: str
+    slug: str
+    label: str
+    t: int
+    task: str
+    spec: dict[str, Any]
+    inputs: dict[str, str]
+    after: tuple[str, ...] = ()
+    gflops: float | None = 0.0
+    disk_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Point:
+    """One trajectory at one time step, as fingerprints; the base is "base", what does not exist None.
+
+    `init` are the weights training starts from, `train` the expert, `deployed` the weights served, `merge` the step that
+    made them if one did, `evaluate` their scores, `own` the step that scores the expert (at least) on its own task.
+    """
+
+    t: int
+    task: str
+    train: str | None = None
+    init: str | None = None
+    deployed: str = BASE
+    merge: str | None = None
+    evaluate: str = ""
+    own: str | None = None
+
+
+@dataclass(frozen=True)
+class TrajectoryPlan:
+    """One strategy over one stream, budget and seed. `group` is shared by those that differ in the seed alone."""
+
+    id: str
+    group: str
+    name: str
+    init: str
+    deploy: str
+    technique: str | None
+    params: dict[str, Any]
+    ema_seed: str | None
+    budget: dict[str, Any]
+    seed: int
+    stream: tuple[str, ...]
+    points: tuple[Point, ...]
+    axes: dict[str, Any] = field(default_factory=dict)
+
+
+class Lookup(Protocol):
+    """What a summary asks of a store."""
+
+    def has(self, kind: str, fingerprint: str) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All steps of a study, each once, in an order in which every step follows what it needs.
+
+    `naive` counts the steps that the trajectories would take one by one. `tasks` maps each task to its datasets.
+    """
+
+    study: str
+    base: Step
+    steps: dict[str, Step]
+    trajectories: tuple[TrajectoryPlan, ...]
+    tasks: dict[str, tuple[str, ...]]
+    adaptation: tuple[str, ...]
+    held_out: tuple[str, ...]
+    naive: dict[str, int]
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the whole: study name, trajectories, and every step they take."""
+        points = {
+            trajectory.id: [list(vars(point).values()) for point in trajectory.points]
+            for trajectory in self.trajectories
+        }
+        return fingerprint({"study": self.study, "base": self.base.fingerprint, "trajectories": points})
+
+    def summary(self, store: Lookup | None = None) -> dict[str, Any]:
+        """What would run: counts per kind, and the compute and disk of the steps that are not in the store yet.
+
+        "gflops" is null when the cost of a sample was not measured.
+        """
+        cached = {fp for fp, step in self.steps.items() if store is not None and store.has(step.kind, fp)}
+        ahead = [step for fp, step in self.steps.items() if fp not in cached]
+        counts = {
+            kind: {
+                "unique": sum(step.kind == kind for step in self.steps.values()),
+                "naive": self.naive[kind],
+                "cached": sum(self.steps[fp].kind == kind for fp in cached),
+            }
+            for kind in KINDS
+        }
+        costs = [step.gflops for step in ahead]
+        known = [cost for cost in costs if cost is not None]
+        return {
+            "study": self.study,
+            "trajectories": len(self.trajectories),
+            "steps": counts,
+            "gflops": sum(known) if len(known) == len(costs) else None,
+            "disk_bytes": sum(step.disk_bytes for step in ahead),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain JSON values; `from_json` gives an equal plan."""
+        trajectories = [
+            {**vars(trajectory), "points": [dict(vars(point)) for point in trajectory.points]}
+            for trajectory in self.trajectories
+        ]
+        steps = [dict(vars(step)) for step in self.steps.values()]
+        body = {**vars(self), "base": dict(vars(self.base)), "steps": steps, "trajectories": trajectories}
+        return {"format": FORMAT, "fingerprint": self.fingerprint, **body}
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> "Plan":
+        """A plan from its JSON. Raises PlanError if it is not one."""
+        try:
+            if body["format"] != FORMAT:
+                raise PlanError(
+                    f"the plan has format {body['format']!r}, this version reads {FORMAT}; run again"
+                )
+            steps = [_step(entry) for entry in body["steps"]]
+            return cls(
+                study=body["study"],
+                base=_step(body["base"]),
+                steps={step.fingerprint: step for step in steps},
+                trajectories=tuple(_trajectory(entry) for entry in body["trajectories"]),
+                tasks={task: tuple(datasets) for task, datasets in body["tasks"].items()},
+                adaptation=tuple(body["adaptation"]),
+                held_out=tuple(body["held_out"]),
+                naive=dict(body["naive"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PlanError(
+                f"the plan is malformed ({error!r}); run the study again to write it anew"
+            ) from None
+
+
+def _step(entry: Mapping[str, Any]) -> Step:
+    return Step(**{**entry, "after": tuple(entry["after"])})
+
+
+def _trajectory(entry: Mapping[str, Any]) -> TrajectoryPlan:
+    points = tuple(Point(**point) for point in entry["points"])
+    return TrajectoryPlan(**{**entry, "points": points, "stream": tuple(entry["stream"])})

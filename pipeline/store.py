@@ -1,0 +1,427 @@
+"""The memory of a study: artifacts named by what made them, committed whole or not at all, checked on every read.
+
+Layout: `ROOT/<kind>/<slug>-<first 16 digits of the fingerprint>/`, each with its `record.json`. A step writes into a staging
+directory on the same file system; commit forces files to disk, hashes them, writes the record last inside the stage, and
+renames the stage into place. Invariant: a directory under a kind is complete from the moment it has its name, whatever
+process dies when; two results of one step are one artifact or an error, never a choice.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import platform
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+from merge_service.faults import point
+from pipeline import audit
+from pipeline.artifact import (
+    RECORD_FILE,
+    Record,
+    difference,
+    hash_file,
+    list_files,
+    read_record,
+    write_record,
+)
+from pipeline.errors import CorruptArtifact, NondeterminismError, StorageFull, StoreError, StoreUnwritable
+from pipeline.ownership import is_abandoned, locked, owner_mark
+
+KINDS = ("base", "train", "merge", "evaluate")
+_PACKAGES = ("temporal-merge", "torch", "open_clip_torch", "deepspeed", "numpy", "safetensors")
+_UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+_indexes: dict[Path, tuple[int, int, dict[str, str]]] = {}
+_sound: set[tuple[str, int, int, int]] = set()
+_verified: dict[tuple[str, int, int, int, int], str] = {}
+
+
+class StepLike(Protocol):
+    """What the store needs to know of a step."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def slug(self) -> str: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def spec(self) -> dict[str, Any]: ...
+    @property
+    def inputs(self) -> dict[str, str]: ...
+    @property
+    def disk_bytes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Store:
+    """A store at `root`. It holds nothing but the path, so it travels between processes."""
+
+    root: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", Path(self.root).absolute())
+
+    def prepare(self) -> None:
+        """Create the store, make sure it can be written, and remove what dead writers left. Raises StoreUnwritable."""
+        with self._guarded("prepare", 0):
+            for name in (*KINDS, ".stage"):
+                (self.root / name).mkdir(parents=True, exist_ok=True)
+            probe = self.root / ".stage" / f"probe.{owner_mark()}.{uuid.uuid4().hex[:8]}"
+            probe.mkdir()
+            probe.rmdir()
+        self.sweep()
+
+    def sweep(self) -> list[Path]:
+        """Remove staging directories whose writers are gone; returns them."""
+        removed = []
+        for stage in (self.root / ".stage").glob("*"):
+            with contextlib.suppress(OSError):
+                mark = [*stage.name.rsplit(".", 2), "", ""][1]
+                if is_abandoned(mark, time.time() - stage.lstat().st_mtime):
+                    shutil.rmtree(stage)
+                    removed.append(stage)
+        return removed
+
+    def path(self, kind: str, fingerprint: str, slug: str) -> Path:
+        """Where the artifact of a step is, or will be if it is not there yet.
+
+        Another study may have named the same step otherwise, so the fingerprint decides, not the slug.
+        """
+        return self._locate(kind, fingerprint) or self._own_path(kind, fingerprint, slug)
+
+    def has(self, kind: str, fingerprint: str) -> bool:
+        """Whether there is a record of the step; cheap to ask again."""
+        found = self._locate(kind, fingerprint)
+        try:
+            stat = (found / RECORD_FILE).stat() if found is not None else None
+        except OSError:
+            return False
+        if found is None or stat is None:
+            return False
+        key = (str(found), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        if key not in _sound and self.record(kind, fingerprint) is not None:
+            _sound.add(key)
+        return key in _sound
+
+    def record(self, kind: str, fingerprint: str) -> Record | None:
+        """The record of a step's artifact; None if there is no artifact or its record is damaged. Changes nothing."""
+        found = self._locate(kind, fingerprint)
+        if found is None:
+            return None
+        try:
+            record = read_record(found)
+        except CorruptArtifact:
+            return None
+        return record if (record.kind, record.fingerprint) == (kind, fingerprint) else None
+
+    def find(self, fingerprint: str) -> Record | None:
+        """The record with this fingerprint, of whatever kind."""
+        found = (self.record(kind, fingerprint) for kind in KINDS)
+        return next((record for record in found if record is not None), None)
+
+    def records(self, kind: str) -> Iterator[Record]:
+        """All readable records of a kind, by directory name."""
+        for name in sorted(self._index(kind).values()):
+            with contextlib.suppress(CorruptArtifact):
+                yield read_record(self.root / kind / name)
+
+    @contextlib.contextmanager
+    def staged(self, step: StepLike | None = None) -> Iterator[Path]:
+        """A new directory for a step's output; whatever has not been committed at the end of the block is removed.
+
+        Raises StorageFull if the step's `disk_bytes` do not fit or the disk runs full within the block, StoreUnwritable if
+        the store cannot be written.
+        """
+        name = "stage" if step is None else f"{step.kind}-{step.fingerprint[:16]}"
+        needed = 0 if step is None else int(getattr(step, "disk_bytes", 0) or 0)
+        stage = self.root / ".stage" / f"{name}.{owner_mark()}.{uuid.uuid4().hex[:8]}"
+        what = name if step is None else step.label
+        with self._guarded(what, needed):
+            self.check_room(what, needed)
+            stage.mkdir(parents=True)
+        try:
+            with self._guarded(what, needed, foreign=True):
+                yield stage
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+
+    def commit(
+        self,
+        step: StepLike,
+        stage: Path,
+        result: Mapping[str, Any],
+        *,
+        seconds: float,
+        versions: Mapping[str, str] | None = None,
+    ) -> Record:
+        """Make the content of `stage` the artifact of `step` and return its record.
+
+        `result` is plain JSON without NaN. If the artifact is there already with the same bytes, nothing happens and its
+        record is returned; with other bytes, both are kept and NondeterminismError is raised. Raises StorageFull, StoreError.
+        """
+        point("store.after_stage")
+        with self._guarded(step.label, step.disk_bytes):
+            files = _settle(stage)
+            point("store.after_fsync")
+            record = Record(
+                kind=step.kind,
+                fingerprint=step.fingerprint,
+                slug=step.slug,
+                spec=step.spec,
+                inputs=dict(step.inputs),
+                input_digests=self._input_digests(step),
+                files=files,
+                result=_plain(result, step),
+                created_ms=time.time_ns() // 1_000_000,
+                seconds=round(float(seconds), 6),
+                versions=dict(versions or _versions()),
+                path=self._own_path(step.kind, step.fingerprint, step.slug),
+            )
+            point("store.before_record")
+            write_record(record, stage)
+            for directory in [path for path in stage.rglob("*") if path.is_dir()] + [stage]:
+                _sync_directory(directory)
+            return self._place(record, stage, step)
+
+    def open_verified(self, record: Record) -> Path:
+        """The artifact's directory, every file checked against its sha256 (once per process while its stat stands).
+
+        A damaged artifact is moved aside and CorruptArtifact raised: the step can then be run again.
+        """
+        directory = record.path
+        try:
+            inode = directory.stat().st_ino
+        except OSError as error:
+            raise CorruptArtifact(f"{directory} cannot be read: {error.strerror or error}") from error
+        for name, entry in record.files.items():
+            problem = _changed(directory, name, entry)
+            if problem is not None:
+                raise CorruptArtifact(f"{problem}; {self._set_aside(directory, inode)}")
+        return directory
+
+    def open_inputs(self, step: StepLike) -> dict[str, Path]:
+        """Directories of all inputs of a step by role, verified. Raises CorruptArtifact if one is damaged or gone."""
+        opened = {}
+        for role, fingerprint in step.inputs.items():
+            record = self.find(fingerprint)
+            if record is None:
+                raise CorruptArtifact(
+                    f"{step.label}: its input {role} ({fingerprint[:16]}) is not in {self.root}; run again"
+                )
+            opened[role] = self.open_verified(record)
+        return opened
+
+    def check_room(self, what: str, needed: int) -> None:
+        """Raise StorageFull unless `needed` bytes are free; `what` is told in the message."""
+        with self._guarded(what, needed):
+            free = self._free()
+        if needed and free < needed:
+            raise StorageFull(_full_text(what, self.root, needed, free), needed, free)
+
+    def verify(self, progress: Callable[[Path], None] | None = None) -> list[str]:
+        """Re-hash every artifact and follow every lineage edge; the problems found, each with its path. Changes nothing."""
+        return audit.problems(self, KINDS, progress)
+
+    def _place(self, record: Record, stage: Path, step: StepLike) -> Record:
+        """Give a finished stage its name, unless the artifact is there already."""
+        with locked(self.root / ".lock"):
+            there = self._locate(record.kind, record.fingerprint, fresh=True)
+            if there is not None:
+                try:
+                    existing = read_record(there)
+                except CorruptArtifact:
+                    self._move(there, ".corrupt")
+                else:
+                    return self._same_or_refuse(existing, record, stage, step)
+            record.path.parent.mkdir(parents=True, exist_ok=True)
+            stage.rename(record.path)
+        point("store.after_rename")
+        _sync_directory(record.path.parent)
+        return record
+
+    def _same_or_refuse(self, existing: Record, record: Record, stage: Path, step: StepLike) -> Record:
+        if existing.fingerprint != record.fingerprint:
+            raise StoreError(
+                f"{existing.path} belongs to another step with the same first 16 digits; remove it and run again"
+            )
+        differing = sorted(
+            name for name in {*existing.files, *record.files} if existing.sha256(name) != record.sha256(name)
+        )
+        if existing.result.get("scores") != record.result.get("scores"):
+            differing.append("scores")
+        if not differing:
+            return existing
+        kept = self._move(stage, ".conflicts", record.path.name)
+        raise NondeterminismError(
+            f"{step.label}: computed twice with different results ({', '.join(differing)}). The first is {existing.path}, the "
+            f"second was kept at {kept}. Compare them; likely causes: another thread or world size, device, or library version",
+            str(existing.path),
+            str(kept),
+        )
+
+    def _set_aside(self, directory: Path, inode: int) -> str:
+        """Quarantine an artifact if it is still the one that was found damaged; says what became of it."""
+        try:
+            with self._guarded(directory.name, 0), locked(self.root / ".lock"):
+                if directory.stat().st_ino == inode:
+                    return f"it was moved to {self._move(directory, '.corrupt')}; run again to make it anew"
+        except StoreError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                return f"it could not be moved aside ({error}); remove it and run again"
+        return "another process has moved it aside; run again"
+
+    def _move(self, directory: Path, room: str, name: str = "") -> Path:
+        target = self.root / room
+        target.mkdir(exist_ok=True)
+        target = target / f"{name or directory.name}.{uuid.uuid4().hex[:8]}"
+        directory.rename(target)
+        return target
+
+    def _input_digests(self, step: StepLike) -> dict[str, str]:
+        found = {role: self.find(fingerprint) for role, fingerprint in step.inputs.items()}
+        return {role: record.digest for role, record in found.items() if record is not None}
+
+    def _own_path(self, kind: str, fingerprint: str, slug: str) -> Path:
+        if kind not in KINDS or not slug or "/" in slug or slug.startswith(".") or "\0" in slug:
+            raise ValueError(f"no such artifact: kind {kind!r}, slug {slug!r}")
+        return self.root / kind / f"{slug}-{fingerprint[:16]}"
+
+    def _locate(self, kind: str, fingerprint: str, fresh: bool = False) -> Path | None:
+        name = self._index(kind, fresh).get(fingerprint[:16])
+        return None if name is None else self.root / kind / name
+
+    def _index(self, kind: str, fresh: bool = False) -> dict[str, str]:
+        """Directory name by the first 16 digits; scanned again whenever the kind's directory may have changed since."""
+        directory = self.root / kind
+        try:
+            # Opening makes a network file system ask its server; a bare stat may answer from an old cache.
+            handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                changed = os.fstat(handle).st_mtime_ns
+                known = _indexes.get(directory)
+                if known and not fresh and known[0] == changed and known[1] - changed > 2_000_000_000:
+                    return known[2]
+                scanned = time.time_ns()
+                with os.scandir(handle) as entries:
+                    names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
+            finally:
+                os.close(handle)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                return {}
+            raise StoreError(f"{directory} cannot be read: {error.strerror or error}") from error
+        index = {name.rpartition("-")[2]: name for name in reversed(names)}
+        _indexes[directory] = (changed, scanned, index)
+        return index
+
+    def _free(self) -> int:
+        place = self.root
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        return shutil.disk_usage(place).free
+
+    @contextlib.contextmanager
+    def _guarded(self, what: str, needed: int, foreign: bool = False) -> Iterator[None]:
+        """Turn errors of the disk into ours. In `foreign` code other errors than a full disk pass as they are."""
+        try:
+            yield
+        except Exception as error:
+            if _is_full(error):
+                free = self._free()
+                raise StorageFull(_full_text(what, self.root, needed, free), needed, free) from error
+            if foreign or not isinstance(error, OSError):
+                raise
+            if error.errno in _UNWRITABLE:
+                reason = error.strerror or str(error)
+                raise StoreUnwritable(
+                    f"{self.root} cannot be written ({reason}); choose another --out or mend it"
+                ) from error
+            raise StoreError(f"{what}: {self.root} failed: {error}") from error
+
+
+def _settle(stage: Path) -> dict[str, dict[str, Any]]:
+    """Force every file of a stage to disk and hash it."""
+    files: dict[str, dict[str, Any]] = {}
+    (stage / RECORD_FILE).unlink(missing_ok=True)
+    for name in list_files(stage):
+        path = stage / name
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        files[name] = {"sha256": hash_file(path), "bytes": path.stat().st_size}
+    return files
+
+
+def _changed(directory: Path, name: str, entry: dict[str, Any]) -> str | None:
+    """As `difference`, but a file found right is not read again by this process while its stat stands."""
+    try:
+        found = (directory / name).lstat()
+    except OSError as error:
+        return f"{directory / name} cannot be read: {error.strerror or error}"
+    key = (str(directory / name), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+    if found.st_size == entry["bytes"] and _verified.get(key) == entry["sha256"]:
+        return None
+    problem = difference(directory, name, entry)
+    if problem is None:
+        _verified[key] = str(entry["sha256"])
+    return problem
+
+
+def _plain(result: Mapping[str, Any], step: StepLike) -> dict[str, Any]:
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(dict(result), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise StoreError(
+            f"{step.label}: its result is not plain JSON ({error}); use null where there is no number"
+        ) from error
+    return plain
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(handle)
+
+
+def _is_full(error: BaseException | None) -> bool:
+    seen = 0
+    while error is not None and seen < 8:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        if not isinstance(error, StoreError) and "No space left on device" in str(error):
+            return True
+        error, seen = error.__cause__ or error.__context__, seen + 1
+    return False
+
+
+def _full_text(what: str, root: Path, needed: int, free: int) -> str:
+    wanted = f"{needed:,} bytes are needed, {free:,} are free" if needed else f"{free:,} bytes are free"
+    return f"{what}: no room in {root}: {wanted}. Free some space and run again; finished steps are kept"
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

@@ -1,0 +1,311 @@
+"""Carries the outbox to MLflow in the background, and never lets MLflow slow the study down.
+
+Invariant: callers only ever touch the outbox. One thread per study directory (a lock file sees to it across processes)
+delivers rows in order, retries with its own backoff, and marks a row as delivered only after the server has it. A row
+the server refuses for good is set aside, counted as pending and offered again by `sync`.
+
+Everything here can be interrupted at any instruction: a row sent but not marked is sent again and changes nothing.
+"""
+
+import fcntl
+import hashlib
+import os
+import sqlite3
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from pipeline.errors import ConfigError, TrackingError
+from pipeline.outbox import FILE, Entry, Outbox
+from pipeline.tracking_local import LOCAL_ARTIFACTS, LOCAL_DB, local_uri, make_local_store, redact
+from pipeline.tracking_sink import MlflowSink, Refused
+
+LOCK = "tracking.lock"
+_FIRST_BACKOFF, _LAST_BACKOFF = 0.5, 30.0
+_IDLE_SECONDS = 1.0
+_PATIENCE_WHEN_DOWN = 2.0
+_LOCAL = "local"
+
+
+class Sink(Protocol):
+    """Where rows go. `deliver` raises Refused for good, TrackingError for now."""
+
+    def deliver(self, entry: Entry) -> None: ...
+
+    def forget(self) -> None: ...
+
+
+class Tracker:
+    """The flusher of one study. `uri` None keeps MLflow's store inside `out`.
+
+    `remember` makes this the destination that `status`, `sync` and `ui` mean. `on_sent` is called between sending a row
+    and marking it (tests place crashes there). Raises ConfigError for a URI that holds a password; whatever goes wrong
+    later is in `last_error`.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        outbox: Outbox,
+        *,
+        uri: str | None,
+        experiment: str,
+        sink: Sink | None = None,
+        remember: bool = True,
+        on_sent: Callable[[Entry], None] | None = None,
+    ) -> None:
+        self.last_error: str | None = None
+        self._out, self._outbox = out, outbox
+        _refuse_password(uri)
+        self._destination = destination_name(uri, experiment)
+        if remember:
+            _remember(outbox, uri, experiment)
+        self._sink: Sink = sink or MlflowSink(out, uri, experiment)
+        self._on_sent = on_sent or (lambda entry: None)
+        self._wake, self._stop = threading.Event(), threading.Event()
+        self._failures = 0
+        self._refusal: str | None = None
+        self._second_chance = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin delivering in the background. Returns at once; MLflow is not even imported yet."""
+        self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
+        self._thread.start()
+
+    def pending(self) -> int:
+        return self._outbox.pending(self._destination)
+
+    def close(self, timeout: float = 60.0) -> int:
+        """Wait for what is left while it moves, then stop; the number of rows that are still pending.
+
+        Waits `timeout` seconds at most, and 2 at most for a tracker that does not answer. When the outbox itself has
+        become unreadable the answer is 1 and `last_error` says so: its rows can be made again.
+        """
+        try:
+            self._wait_for_delivery(timeout)
+            return self.pending()
+        except TrackingError as error:
+            self.last_error = str(error)
+            return 1
+        finally:
+            self._stop.set()
+            self._wake.set()
+            if self._thread is not None:
+                # Joined briefly only: a request that hangs must not keep the study from ending.
+                self._thread.join(timeout=0.2)
+
+    def _wait_for_delivery(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        give_up = time.monotonic() + _PATIENCE_WHEN_DOWN
+        failures = self._failures
+        self._wake.set()
+        while self._alive() and (self._second_chance or self.pending() > self._refused()):
+            failing = self._failures > 0 and (self._failures > failures or time.monotonic() > give_up)
+            if failing or time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+
+    def _refused(self) -> int:
+        return len(self._outbox.rejected(self._destination))
+
+    def _alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self._outbox.retry_rejected(self._destination)
+            while not self._stop.is_set():
+                wait = _IDLE_SECONDS
+                with FlushLock(self._out) as held:
+                    if held:
+                        # Another process may have delivered since we last held the lock.
+                        self._sink.forget()
+                        wait = self._deliver_while_healthy()
+                    else:
+                        self.last_error = "another process is delivering this study's rows"
+                self._pause(wait)
+        except TrackingError as error:  # the outbox itself; the store can make its rows again
+            self.last_error = str(error)
+
+    def _deliver_while_healthy(self) -> float:
+        """Deliver until stopped or until something fails; then the seconds to wait before the next attempt."""
+        while not self._stop.is_set():
+            wait = self._deliver_some()
+            if self._failures:
+                return wait
+            self._pause(wait)
+        return 0.0
+
+    def _deliver_some(self) -> float:
+        """Deliver what is there; the seconds to wait before looking again."""
+        for entry in self._outbox.undelivered(self._destination):
+            if self._stop.is_set():
+                return 0.0
+            try:
+                self._sink.deliver(entry)
+            except Refused as error:
+                self.last_error = self._refusal = redact(str(error))
+                self._outbox.reject(self._destination, entry.seq, self._refusal)
+                continue
+            except TrackingError as error:
+                self.last_error = redact(str(error))
+                self._failures += 1
+                return min(_FIRST_BACKOFF * 2.0 ** (self._failures - 1), _LAST_BACKOFF)
+            self._on_sent(entry)
+            self._outbox.delivered(self._destination, entry.seq)
+            self._failures, self.last_error = 0, self._refusal
+            # What a refused row lacked may be there now, e.g. the run it belongs to.
+            self._second_chance = self._refusal is not None
+        if self._outbox.undelivered(self._destination, limit=1):
+            return 0.0
+        if not self._second_chance:
+            return _IDLE_SECONDS
+        self._second_chance, self._refusal = False, None
+        self._outbox.retry_rejected(self._destination)
+        return 0.0
+
+    def _pause(self, seconds: float) -> None:
+        if seconds and not self._stop.is_set():
+            self._wake.wait(seconds)
+            self._wake.clear()
+
+    def notify(self) -> None:
+        """There are new rows: deliver them now rather than within a second (unless the tracker is failing)."""
+        if self._failures == 0:
+            self._wake.set()
+
+
+class FlushLock:
+    """Held by the one process that delivers a study's rows; `with` yields whether we hold it. Freed by death."""
+
+    def __init__(self, out: Path) -> None:
+        self._path = out / LOCK
+        self._handle: int | None = None
+
+    def __enter__(self) -> bool:
+        try:
+            handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise TrackingError(f"{self._path} cannot be opened: {error}") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(handle)
+            return False
+        self._handle = handle
+        return True
+
+    def __exit__(self, *exception: object) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+
+def sync(
+    out: Path, *, uri: str | None = None, timeout: float = 300.0, sink: Sink | None = None
+) -> tuple[int, str | None]:
+    """Deliver what the tracker of a study directory has not received: (rows still pending, why).
+
+    `uri` sends everything to another tracking server instead. Safe while the study runs: whoever holds the lock
+    delivers. Raises ConfigError when `out` has no outbox.
+    """
+    if not (out / FILE).exists():
+        raise ConfigError(
+            f"{out} holds no {FILE}: nothing was tracked there. Give the OUT directory of a run."
+        )
+    outbox = Outbox(out / FILE)
+    try:
+        target = uri or outbox.meta("uri") or None
+        experiment = outbox.meta("experiment") or "temporal-merge"
+        tracker = Tracker(out, outbox, uri=target, experiment=experiment, sink=sink, remember=False)
+        tracker.start()
+        pending = tracker.close(timeout)
+        return pending, tracker.last_error if pending else None
+    finally:
+        outbox.close()
+
+
+def destination_name(uri: str | None, experiment: str) -> str:
+    """The name under which the outbox remembers what a tracking store has. It holds no part of the address."""
+    place = _LOCAL if uri is None else hashlib.sha256(uri.encode()).hexdigest()[:16]
+    return f"{place}/{experiment}"
+
+
+def _refuse_password(uri: str | None) -> None:
+    if uri is not None and urlsplit(uri).password is not None:
+        raise ConfigError(
+            f"tracking.uri: {redact(uri)} holds a password. Give it in the environment instead:"
+            " MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or PGPASSWORD, ... for a database)."
+        )
+
+
+def _remember(outbox: Outbox, uri: str | None, experiment: str) -> None:
+    name = destination_name(uri, experiment)
+    for key, value in (("uri", uri or ""), ("experiment", experiment), ("destination", name)):
+        if outbox.meta(key) != value:
+            outbox.set_meta(key, value)
+
+
+def ui_url(out: Path, *, port: int = 5000) -> str:
+    """Where the UI of `ui_command` shows the study's runs, in the view for model training.
+
+    Which view the UI is in is the browser's choice (its GenAI view calls models "agent versions"), so the address says it.
+    """
+    home = f"http://127.0.0.1:{port}/#/experiments"
+    outbox = Outbox(out / FILE)
+    try:
+        uri, name = outbox.meta("uri") or None, outbox.meta("experiment")
+    finally:
+        outbox.close()
+    if uri is None and (out / LOCAL_DB).exists():
+        database = sqlite3.connect(f"{(out / LOCAL_DB).resolve().as_uri()}?mode=ro", uri=True)
+        try:
+            found = database.execute(
+                "SELECT experiment_id FROM experiments WHERE name = ?", (name,)
+            ).fetchone()
+        except sqlite3.Error:
+            found = None  # someone is writing it: the list of experiments will do
+        finally:
+            database.close()
+        if found is not None:
+            home = f"{home}/{found[0]}/runs"
+    return f"{home}?workflowType=machine_learning"
+
+
+def ui_command(out: Path, *, port: int = 5000) -> list[str]:
+    """The command that shows a study in the MLflow UI, on 127.0.0.1 only.
+
+    Raises ConfigError when the study is tracked on a server of its own (its address is the UI), or not at all.
+    """
+    if not (out / FILE).exists():
+        raise ConfigError(
+            f"{out} holds no {FILE}: nothing was tracked there. Give the OUT directory of a run."
+        )
+    outbox = Outbox(out / FILE)
+    try:
+        uri = outbox.meta("uri") or None
+    finally:
+        outbox.close()
+    if uri is not None and urlsplit(uri).scheme in ("http", "https"):
+        raise ConfigError(f"{out} is tracked on {redact(uri)}: open that address in a browser")
+    if uri is None:
+        make_local_store(out)
+    root = (out / LOCAL_ARTIFACTS).resolve()
+    return [
+        *(sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri or local_uri(out)),
+        *(
+            "--default-artifact-root",
+            root.as_uri(),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--workers",
+            "1",
+        ),
+    ]

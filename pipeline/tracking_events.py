@@ -1,0 +1,258 @@
+"""A study as rows for the tracker: a pure projection of (plan, records), with no MLflow and no clock in it.
+
+Invariant: the same plan and the same records give the same rows under the same keys, in whatever order the steps
+finished and however often they are told; every timestamp of a measurement comes from its record.
+
+What becomes what:
+- the study is the parent run; under it one run per trajectory, and one run that holds one run per unique expert;
+- every checkpoint a trajectory serves at t >= 1 is a model of its own, found by its name (`best_in_time-t3-photos_b`),
+  even when its bytes are another's (an expert that is served as it is). The base is logged once and stands for every t
+  of a trajectory that serves it (`zero_shot`);
+- what is known of a trajectory at t is a metric of its run with step = t, attached to the model as well.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from pipeline import results
+from pipeline.artifact import Record
+from pipeline.outbox import Row
+from pipeline.steps import BASE, Plan, Point, Step, TrajectoryPlan
+from pipeline.tracking_experts import ExpertRows
+from pipeline.tracking_index import (
+    BASE_MODEL,
+    EXPERTS,
+    STUDY,
+    Index,
+    expert_key,
+    model_key,
+    steps_of,
+    trajectory_key,
+)
+from pipeline.tracking_lineage import Lineage
+from pipeline.tracking_names import (
+    flat,
+    metric_name,
+    model_name,
+    opening_note,
+    plain,
+    served_note,
+    strategy_tags,
+    trajectory_note,
+)
+from pipeline.tracking_rows import Metrics, Rows
+
+
+@dataclass(frozen=True)
+class StudyFacts:
+    """What the projection must know beside the plan; `settings` is the resolved study file as plain values."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    code_version: str = ""
+    log_weights: bool = True
+
+
+class Projection:
+    """Rows of one plan. It remembers the records it was told, and nothing else. `base` is the base's record."""
+
+    def __init__(self, plan: Plan, facts: StudyFacts, base: Record) -> None:
+        self.index = Index(plan)
+        self.rows = Rows(self.index.fingerprint)
+        self._plan, self._facts, self._base = plan, facts, base
+        self._records: dict[str, Record] = {}
+        self._lineage = Lineage(plan.steps, self._records, base)
+        self._common = {
+            "study": plan.study,
+            "code_version": facts.code_version,
+            "mlflow.source.name": "temporal-merge run",
+            "mlflow.source.type": "LOCAL",
+        }
+        self._experts = ExpertRows(self.index, self.rows, self._records, self._common)
+
+    def started(self, now_ms: int) -> list[Row]:
+        """The parent run, the runs of all trajectories, the base model. Only the `now_ms` of the first call ever counts.
+
+        The runs start a millisecond apart, since the UI lists the newest first: trajectories in the study's order, then
+        the experts.
+        """
+        note = (
+            f"{len(self._plan.trajectories)} trajectories over {len(self.index.experts)} experts. Unfold this run to see"
+            " them; the step of every metric of a trajectory is t. **Models** lists every served checkpoint by"
+            " trajectory, t and task."
+        )
+        tags = {**self._common, "kind": STUDY, "mlflow.note.content": note}
+        params = {
+            key: value for key, value in flat(self._facts.settings).items() if not key.startswith("grid.")
+        }
+        trajectories = self._plan.trajectories
+        return [
+            self.rows.run(STUDY, None, self._plan.study, tags, params, now_ms, self._datasets()),
+            *(
+                self._trajectory_row(trajectory, now_ms - i)
+                for i, trajectory in enumerate(trajectories, start=1)
+            ),
+            self._experts.group(now_ms - len(trajectories) - 1),
+            self._base_model_row(),
+        ]
+
+    def finished(self, table: str | None = None) -> list[Row]:
+        """The end of the study, all steps done; `table` is its results as CSV."""
+        end = max((record.created_ms for record in self._records.values()), default=self._base.created_ms)
+        rows = [] if table is None else [self.rows.artifact(STUDY, "results.csv", end, text=table)]
+        return [*rows, *(self.rows.status(key, "FINISHED", end) for key in (EXPERTS, STUDY))]
+
+    def failed(self, step: Step, error: str, at_ms: int) -> list[Row]:
+        """A step gave up: its expert's run, every trajectory that uses it, and the study are marked as failed."""
+        rows, keys = [], [STUDY]
+        if step.fingerprint in self.index.experts:
+            rows.append(self._experts.run(step, at_ms))
+            keys += [EXPERTS, expert_key(step.fingerprint)]
+        keys += [trajectory_key(trajectory) for trajectory, _ in self.index.users.get(step.fingerprint, [])]
+        return [*rows, *(self.rows.status(key, "FAILED", at_ms, error[:1000]) for key in dict.fromkeys(keys))]
+
+    def step(self, step: Step, record: Record) -> list[Row]:
+        """All rows that a finished step makes possible. Steps come in any order that the plan allows."""
+        self._records[step.fingerprint] = record
+        rows: list[Row] = []
+        if step.fingerprint in self.index.experts:
+            rows += self._experts.trained(step, record, self._lineage.tags(record))
+        if step.kind == "evaluate":
+            rows += self._experts.evaluated(step, record)
+        if step.fingerprint == self.index.base_evaluation:
+            rows.append(self.rows.log(STUDY, "base", self._scores(record, 0), BASE_MODEL))
+        users = self.index.users.get(step.fingerprint, [])
+        for trajectory, point in users:
+            if step.fingerprint == point.deployed:
+                rows.append(self._model_row(trajectory, point, record))
+            if step.fingerprint == point.merge:
+                rows.append(self._merge_row(trajectory, point, record))
+            if step.fingerprint == point.evaluate:
+                rows.append(self._score_row(trajectory, point, record))
+        for trajectory in {trajectory.id: trajectory for trajectory, _ in users}.values():
+            rows += self._over_time_rows(trajectory) if step.kind == "evaluate" else []
+            rows += self._end_row(trajectory)
+        return rows
+
+    # --- a trajectory -------------------------------------------------------------------------------------------------
+
+    def _trajectory_row(self, trajectory: TrajectoryPlan, now_ms: int) -> Row:
+        searchable = strategy_tags(trajectory)
+        params = {**searchable, **flat(trajectory.params, "technique."), **flat(trajectory.axes)}
+        if trajectory.ema_seed is not None:
+            params["strategy.ema_seed"] = trajectory.ema_seed
+        tags = {
+            **self._common,
+            "kind": "trajectory",
+            **searchable,
+            "stream": " ".join(trajectory.stream)[:500],
+            "mlflow.note.content": trajectory_note(trajectory),
+        }
+        name = self.index.names[trajectory.id]
+        return self.rows.run(trajectory_key(trajectory), STUDY, name, tags, params, now_ms)
+
+    def _score_row(self, trajectory: TrajectoryPlan, point: Point, record: Record) -> Row:
+        metrics, model = self._scores(record, point.t), model_key(trajectory, point)
+        return self.rows.log(trajectory_key(trajectory), f"t{point.t}/scores", metrics, model)
+
+    def _merge_row(self, trajectory: TrajectoryPlan, point: Point, record: Record) -> Row:
+        result, metrics = record.result, Metrics(record.created_ms)
+        metrics.add("merge_seconds", result.get("merge_seconds", record.seconds), point.t)
+        metrics.add("merged_norm", result.get("merged_norm"), point.t)
+        metrics.add("cosine_with_expert", result.get("cosine"), point.t)
+        model = model_key(trajectory, point) if point.merge == point.deployed else None
+        return self.rows.log(trajectory_key(trajectory), f"t{point.t}/merge", metrics, model)
+
+    def _over_time_rows(self, trajectory: TrajectoryPlan) -> list[Row]:
+        """Forgetting and backward transfer at every t up to which all evaluations are there."""
+        rows, seen, stamp = [], [], 0
+        for point in trajectory.points:
+            record = self._records.get(point.evaluate)
+            if record is None:
+                break
+            seen.append((point, record.result["scores"]))
+            stamp = max(stamp, record.created_ms)
+            metrics = Metrics(stamp)
+            metrics.add("forgetting", results.forgetting(seen, self._plan.tasks), point.t)
+            metrics.add("backward_transfer", results.backward_transfer(seen, self._plan.tasks), point.t)
+            if metrics.values:
+                what, model = f"t{point.t}/over_time", model_key(trajectory, point)
+                rows.append(self.rows.log(trajectory_key(trajectory), what, metrics, model))
+        return rows
+
+    def _end_row(self, trajectory: TrajectoryPlan) -> list[Row]:
+        needed = set().union(*(steps_of(point) for point in trajectory.points))
+        if not needed <= self._records.keys():
+            return []
+        end = max(self._records[fingerprint].created_ms for fingerprint in needed)
+        return [self.rows.status(trajectory_key(trajectory), "FINISHED", end)]
+
+    def _scores(self, record: Record, t: int) -> Metrics:
+        scores, metrics = record.result["scores"], Metrics(record.created_ms)
+        ka, zs = results.mean(scores, self._plan.adaptation), results.mean(scores, self._plan.held_out)
+        for name, value in (("ka", ka), ("zs", zs), ("gm", results.gm(ka, zs))):
+            metrics.add(name, value, t)
+        for dataset, score in sorted(scores.items()):
+            metrics.add(metric_name("score", dataset), score, t, dataset, self.index.digests.get(dataset))
+        return metrics
+
+    # --- models -------------------------------------------------------------------------------------------------------
+
+    def _model_row(self, trajectory: TrajectoryPlan, point: Point, record: Record) -> Row:
+        key, name = model_key(trajectory, point), self.index.names[trajectory.id]
+        assert key is not None
+        searchable = {"t": str(point.t), "task": point.task, **strategy_tags(trajectory)}
+        strategy = {**strategy_tags(trajectory), "params": trajectory.params, "trajectory": name}
+        body = {
+            "name": model_name(trajectory, self.index.names, point),
+            "type": "expert" if record.kind == "train" else "merged",
+            "step": point.t,
+            "params": {**searchable, **flat(trajectory.params, "technique.")},
+            "tags": {
+                **searchable,
+                **self._model_tags(record, served_note(name, point)),
+            },
+            "manifest": {**self._manifest(record, point.t, point.task), "strategy": strategy},
+        }
+        stamp = record.created_ms
+        return self.rows.model(key, trajectory_key(trajectory), stamp, {**body, **self._files(record)})
+
+    def _base_model_row(self) -> Row:
+        searchable = {"t": "0", "task": BASE}
+        body = {
+            "name": plain(f"{BASE}-{self._plan.study}"),
+            "type": BASE,
+            "step": 0,
+            "params": searchable,
+            "tags": {
+                **searchable,
+                **self._model_tags(self._base, "The base model the study starts from."),
+            },
+            "manifest": self._manifest(self._base, 0, BASE),
+        }
+        return self.rows.model(BASE_MODEL, STUDY, self._base.created_ms, {**body, **self._files(self._base)})
+
+    def _model_tags(self, record: Record, note: str) -> dict[str, str]:
+        """Tags are for searching: a model's page shows none of them, so its description says the same in words."""
+        text = "\n\n".join([note, self._lineage.note(record), opening_note(self._facts.log_weights)])
+        return {**self._common, "kind": "model", **self._lineage.tags(record), "mlflow.note.content": text}
+
+    def _manifest(self, record: Record, t: int, task: str) -> dict[str, Any]:
+        return {"study": self._plan.study, "t": t, "task": task, **self._lineage.manifest(record)}
+
+    def _files(self, record: Record) -> dict[str, Any]:
+        wanted = [WEIGHTS_FILE, CONFIG_FILE] if self._facts.log_weights else []
+        return {
+            "store": self._lineage.place(record),
+            "files": [name for name in wanted if name in record.files],
+        }
+
+    def _datasets(self) -> list[dict[str, str]]:
+        roles = {"adaptation": self._plan.adaptation, "held_out": self._plan.held_out}
+        return [
+            {"name": dataset, "digest": self.index.digests[dataset], "context": role}
+            for role, datasets in roles.items()
+            for dataset in datasets
+            if dataset in self.index.digests
+        ]

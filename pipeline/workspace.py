@@ -1,0 +1,119 @@
+"""A study in its place: configuration, plan, store and the directory OUT that holds them.
+
+Invariant: opening a workspace writes nothing; `prepare` writes what a run needs, each file whole or not at all.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Study, load_study
+from pipeline.errors import ConfigError
+from pipeline.facts import check_shards, ensure_data, gather, local_base
+from pipeline.plan import Plan, make_plan
+from pipeline.results import results, write_results
+from pipeline.store import Store
+
+STUDY_FILE, PLAN_FILE, RESULTS_FILE = "study.yaml", "plan.json", "results.json"
+
+
+@dataclass
+class Workspace:
+    """Everything that belongs to one study on one OUT. `failure` is what ended the run, if something did."""
+
+    study: Study
+    out: Path
+    plan: Plan
+    failure: dict[str, Any] | None = None
+    _records: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path, overrides: Sequence[str] = (), out: Path | None = None) -> "Workspace":
+        """Read, check and plan a study. Raises UserError for whatever can be known to be wrong before anything runs."""
+        study = load_study(path, overrides)
+        ensure_data(study)
+        study = study.resolved()
+        return cls(study, out or Path("runs") / study.name, make_plan(study, gather(study)))
+
+    @cached_property
+    def store(self) -> Store:
+        return Store(self.out / "store")
+
+    @property
+    def scratch(self) -> Path:
+        """Mid-expert checkpoints, progress files and merge states: all of it can be lost."""
+        return (self.out / "scratch").absolute()
+
+    def weights(self, fingerprint: str) -> Path:
+        """The directory of weights that a step (or the base) makes, whether they are there yet or not."""
+        step = self.plan.base if fingerprint == self.plan.base.fingerprint else self.plan.steps[fingerprint]
+        return self.store.path(step.kind, step.fingerprint, step.slug)
+
+    def summary(self) -> dict[str, Any]:
+        return self.plan.summary(self.store)
+
+    def done(self) -> set[str]:
+        """Steps whose artifacts are in the store."""
+        return {fp for fp, step in self.plan.steps.items() if self.store.has(step.kind, fp)}
+
+    def check_data(self) -> None:
+        """Raise ShardError unless every shard that is still to be read is whole; writes nothing into OUT."""
+        done = self.done()
+        check_shards(self.study, [step for fp, step in self.plan.steps.items() if fp not in done])
+
+    def prepare(self) -> None:
+        """Make OUT usable: the store, study.yaml, plan.json, and the base. Raises UserError."""
+        self.store.prepare()
+        self._check_same_study()
+        _write(self.out / STUDY_FILE, self.study.resolved_yaml())
+        _write(self.out / PLAN_FILE, json.dumps(self.plan.to_json()))
+        base = self.plan.base
+        record = self.store.record(base.kind, base.fingerprint)
+        if record is None:
+            self._export_base()
+        else:
+            self.store.open_verified(record)
+
+    def remember(self, kind: str, fingerprint: str) -> Any:
+        """The record of a step, read once it is there; None before."""
+        if fingerprint not in self._records:
+            record = self.store.record(kind, fingerprint)
+            if record is None:
+                return None
+            self._records[fingerprint] = record
+        return self._records[fingerprint]
+
+    def write_results(self) -> dict[str, Any]:
+        answer = results(self.plan, self.store)
+        write_results(self.out / RESULTS_FILE, answer)
+        return answer
+
+    def _export_base(self) -> None:
+        from workers.model import export_base
+
+        model, started = self.study.model, time.monotonic()
+        source = local_base(self.study)
+        with self.store.staged(self.plan.base) as stage:
+            origin = export_base(model.config, str(source) if source else model.pretrained, stage, model.seed)
+            self.store.commit(self.plan.base, stage, {"origin": origin}, seconds=time.monotonic() - started)
+
+    def _check_same_study(self) -> None:
+        """One OUT is one study: another name there would mix two studies' results."""
+        try:
+            there = json.loads((self.out / PLAN_FILE).read_text())["study"]
+        except (OSError, ValueError, KeyError):
+            return
+        if there != self.plan.study:
+            raise ConfigError(
+                f"{self.out} holds the study {there!r}, not {self.plan.study!r}; choose another --out"
+            )
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

@@ -1,0 +1,48 @@
+"""Which clusters a session joins, and which it refuses at once."""
+
+import socket
+import time
+
+import pytest
+
+from cluster.session import ClusterError, check_address, connect
+
+
+@pytest.mark.parametrize("address", ["10.1.2.3:6379", "ray://head.example:10001", "head:6379"])
+def test_remote_cluster_without_token_authentication_is_refused(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for mode in ("disabled", ""):
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+        with pytest.raises(ClusterError, match="RAY_AUTH_MODE=token") as caught:
+            check_address(address)
+        assert caught.value.exit_code == 2 and address in str(caught.value)
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    with pytest.raises(ClusterError, match="without token authentication"):
+        check_address(address)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    check_address(address)
+
+
+@pytest.mark.parametrize(
+    "address", ["local", "auto", "127.0.0.1:6379", "localhost:6379", "ray://127.0.0.1:10001"]
+)
+def test_this_machine_needs_no_token(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    check_address(address)
+
+
+@pytest.mark.parametrize("address", ["head", "head:", ":6379", "head:port", "http://head", ""])
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(ClusterError, match="give `local`, `auto` or HOST:PORT"):
+        check_address(address)
+
+
+def test_silent_address_is_refused_at_once() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+        started = time.monotonic()
+        with pytest.raises(ClusterError, match="no Ray cluster answers there") as caught, connect(address):
+            pass
+    assert time.monotonic() - started < 30 and address in str(caught.value)

@@ -1,0 +1,91 @@
+"""SIGKILL at named points, then the same command again: the same bytes, the same metrics, nothing done twice."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.tracking_export import export
+from tests.world import Cluster, World, artifacts, command
+
+DRIVER_DEATHS = {
+    "training": "train.after_ckpt",
+    "before an expert is committed": "store.before_record",
+    "merging": "merge.before_commit",
+    "evaluating": "evaluate.start",
+    "between steps": "driver.after_commit",
+}
+
+
+SCORES = {"ka", "zs", "gm", "forgetting", "backward_transfer", "loss", "merged_norm", "cosine_with_expert"}
+
+
+def exported(out: Path) -> list[dict]:
+    """What MLflow holds of a run, without what may differ between two runs: when and how long."""
+    return export(f"sqlite:///{out / 'mlflow.db'}", "temporal-merge")
+
+
+def measurements(out: Path) -> str:
+    """Every score in MLflow by run, metric and step."""
+    kept = [
+        (entry.get("run") or entry["model"], *metric)
+        for entry in exported(out)
+        for metric in entry["metrics"]
+        if metric[0] in SCORES or metric[0].startswith("score")
+    ]
+    return json.dumps(kept)
+
+
+def created(out: Path) -> dict[str, int]:
+    """When each artifact was committed, to see that none was made again."""
+    return {
+        path.parent.name: json.loads(path.read_text())["created_ms"]
+        for path in (out / "store").glob("*/*/record.json")
+    }
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_driver_killed_at_five_moments_and_rerun_gives_the_same_bytes_and_metrics(
+    world: World, cluster: Cluster, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done_before: dict[str, int] = {}
+    for moment, point in DRIVER_DEATHS.items():
+        marker = tmp_path / point
+        fault = {point: {"marker": str(marker), "pid_file": str(out / "driver.json")}}
+        answer = command("run", world.study(), "--out", out, "--address", cluster.address, faults=fault)
+        assert marker.exists(), f"{moment}: the fault was never placed: {answer.stderr}"
+        assert answer.returncode == -9, f"{moment}: {answer.returncode} {answer.stderr}"
+        now = created(out)
+        assert done_before.items() <= now.items(), f"{moment}: a finished step was done again"
+        done_before = now
+    answer = command("run", world.study(), "--out", out, "--address", cluster.address)
+    assert answer.returncode == 0, answer.stderr
+    assert done_before.items() <= created(out).items()
+    assert artifacts(out) == artifacts(undisturbed)
+    assert measurements(out) == measurements(undisturbed)
+    assert command("verify", out).returncode == 0
+    assert not list((out / "store" / ".stage").iterdir())
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("point", ["train.after_ckpt", "merge.before_commit", "evaluate.start"])
+def test_actor_killed_is_replaced_within_the_run(
+    point: str, world: World, cluster: Cluster, undisturbed: Path, tmp_path: Path
+) -> None:
+    out, marker = tmp_path / "out", tmp_path / "marker"
+    answer = command(
+        "run",
+        world.study(),
+        "--out",
+        out,
+        "--address",
+        cluster.address,
+        faults={point: {"marker": str(marker)}},
+    )
+    assert marker.exists()
+    assert answer.returncode == 0, answer.stderr
+    assert "trying again" in answer.stderr
+    assert artifacts(out) == artifacts(undisturbed)

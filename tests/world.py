@@ -1,0 +1,156 @@
+"""A whole small world for end-to-end tests: a tiny random CLIP, four tiny datasets, and study files over them.
+
+It proves that things run, resume and agree to the bit. That they learn is for the demo.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from workers.data.writer import Sample, write_dataset
+
+ROOT = Path(__file__).parent.parent
+MODEL = {
+    "model_cfg": {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+        "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
+    },
+    "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
+}
+TASKS = ("red", "green", "blue")
+STRATEGIES: list[Any] = [
+    {"init": "base", "deploy": "all", "technique": "ties", "params": {"density": 0.5}},
+    "continual_finetuning",
+    "best_in_time",
+]
+
+
+@dataclass(frozen=True)
+class World:
+    """Where the tiny model and data lie."""
+
+    home: Path
+
+    def study(self, **changes: Any) -> Path:
+        """A study file over the tasks; `changes` replace top-level keys."""
+        tree = {
+            "name": "tiny",
+            "model": {"config": str(self.home / "model.json"), "pretrained": None},
+            "data": {"root": str(self.home / "data"), "pretraining": ["grey"], "held_out": ["grey"], "cache": str(self.home / "cache")},
+            "stream": {"tasks": list(TASKS)},
+            "recipe": {
+                "lr": 1e-3, "batch_size": 12, "precision": "fp32",
+                "mixture": {"pretraining": 0.33, "update": 0.34, "buffer": 0.33},
+            },
+            "budget": {"steps_per_task": 6},
+            "grid": {"strategies": STRATEGIES},
+            "resources": {"experts": {"checkpoint_every": 2}},
+        }  # fmt: skip
+        text = yaml.safe_dump(tree | changes)
+        path = self.home / f"study-{abs(hash(text)):x}.yaml"
+        path.write_text(text)
+        return path
+
+
+def make_world(home: Path) -> World:
+    """Write model and data into `home`."""
+    (home / "model.json").write_text(json.dumps(MODEL))
+    for number, name in enumerate((*TASKS, "grey")):
+        rng = np.random.default_rng(number)
+        splits = {"train": _samples(rng, number, 36), "test": _samples(rng, number, 18)}
+        write_dataset(
+            home / "data" / name, kind="classification", classes=["dark", "middle", "light"],
+            templates=[f"a {{c}} {name} square"], splits=splits,
+        )  # fmt: skip
+    return World(home)
+
+
+def _samples(rng: np.random.Generator, channel: int, count: int) -> list[Sample]:
+    samples = []
+    for index in range(count):
+        image = rng.integers(0, 60, (16, 16, 3)).astype(np.uint8)
+        image[..., slice(None) if channel == 3 else channel] += np.uint8(60 * (index % 3))
+        samples.append(Sample(image, index % 3))
+    return samples
+
+
+class Cluster:
+    """One warm Ray head for a whole test session, so that a study's run does not pay for starting one."""
+
+    def __init__(self, room: Path) -> None:
+        ports = {name: _free_port() for name in ("port", "node", "object", "agent", "client", "metrics")}
+        self.address = f"127.0.0.1:{ports['port']}"
+        command = [
+            str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1",
+            f"--port={ports['port']}", f"--node-manager-port={ports['node']}", f"--object-manager-port={ports['object']}",
+            f"--dashboard-agent-listen-port={ports['agent']}", f"--ray-client-server-port={ports['client']}",
+            f"--metrics-export-port={ports['metrics']}", "--include-dashboard=false", "--disable-usage-stats",
+            f"--object-store-memory={128 * 2**20}",
+        ]  # fmt: skip
+        self.log = room / "ray.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=os.environ | {"RAY_AUTH_MODE": "token"},
+            )
+        self._wait()
+
+    def _wait(self, seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.process.poll() is None:
+            if b"Ray runtime started" in self.log.read_bytes():
+                return
+            time.sleep(0.2)
+        raise RuntimeError(f"Ray did not start: {self.log.read_text()[-2000:]}")
+
+    def stop(self) -> None:
+        """End this cluster's processes, and no other's."""
+        os.killpg(self.process.pid, signal.SIGTERM)
+        try:
+            self.process.wait(3)  # `ray start --block` does not listen to SIGTERM
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(20)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def command(
+    *arguments: Any, faults: dict[str, Any] | None = None, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Run `temporal-merge` as a person would, in a process of its own."""
+    environment = os.environ | {"TEMPORAL_MERGE_FAULTS": json.dumps(faults or {}), "RAY_AUTH_MODE": "token"}
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", *map(str, arguments)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+def artifacts(out: Path) -> dict[str, str]:
+    """sha256 of every weights file of a run by its artifact's directory, and the scores of every evaluation."""
+    found = {}
+    for record in sorted((out / "store").glob("*/*/record.json")):
+        body = json.loads(record.read_text())
+        weights = {
+            name: entry["sha256"] for name, entry in body["files"].items() if name.endswith(".safetensors")
+        }
+        found[record.parent.name] = json.dumps([weights, body["result"].get("scores")], sort_keys=True)
+    return found

@@ -1,0 +1,101 @@
+"""The thin Ray edge of training and evaluation: receive a job, call the plain function, commit the result.
+
+Invariant: an actor holds caches only. Whatever it returns is already in the store, and every method may run twice
+with the same job: the second commit of the same bytes is a no-op.
+"""
+
+import shutil
+import socket
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+
+from merge_service.faults import point
+from workers.jobs import EvaluateJob, TrainJob
+
+
+class Store(Protocol):
+    """What an actor needs of the store; the driver hands it over."""
+
+    def staged(self, step: Any) -> Any: ...
+
+    def commit(self, step: Any, stage: Path, result: dict[str, Any], *, seconds: float) -> Any: ...
+
+    def open_inputs(self, step: Any) -> None: ...
+
+
+class ExpertWorker:
+    """One rank of the group that trains experts; it lives on from expert to expert."""
+
+    def __init__(self, rank: int, world: int, threads: int, device: str) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self.rank, self.world, self.device = rank, world, device
+
+    def address(self) -> tuple[str, int]:
+        """A host and a port on it that is free now, for the group's meeting point."""
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return host, probe.getsockname()[1]
+
+    def join(self, host: str, port: int) -> None:
+        """Meet the other ranks; once in the group's life."""
+        from workers.engine import join_group
+
+        join_group(self.rank, self.world, host, port, self.device)
+
+    def run(self, job: TrainJob, step: Any, store: Store) -> Any:
+        """Train one expert; rank 0 commits it and returns the record, the others return None."""
+        from workers.train import POINTS, train_expert
+
+        hooks = {name: partial(_pass, name) for name in POINTS}
+        store.open_inputs(step)
+        started = time.monotonic()
+        if self.rank != 0:
+            train_expert(job, rank=self.rank, world=self.world, hooks=hooks)
+            return None
+        with store.staged(step) as stage:
+            result = train_expert(replace(job, out=str(stage)), rank=0, world=self.world, hooks=hooks)
+            record = store.commit(step, stage, result, seconds=time.monotonic() - started)
+        shutil.rmtree(job.scratch, ignore_errors=True)
+        return record
+
+
+class Evaluator:
+    """Scores deployed weights; keeps decoded datasets and tokens between calls."""
+
+    def __init__(self, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+    def run(self, job: EvaluateJob, step: Any, store: Store) -> Any:
+        from workers.evaluate import evaluate
+
+        store.open_inputs(step)
+        started = time.monotonic()
+        point("evaluate.start")
+        with store.staged(step) as stage:
+            result = evaluate(job)
+            record = store.commit(step, stage, result, seconds=time.monotonic() - started)
+        if job.scratch:
+            shutil.rmtree(job.scratch, ignore_errors=True)
+        return record
+
+
+def _pass(name: str, _: int) -> None:
+    point(name)
+
+
+def gather(members: list[Any]) -> None:
+    """Let the ranks of a new group find each other."""
+    if len(members) == 1:
+        return
+    host, port = ray.get(members[0].address.remote(), timeout=120)
+    ray.get([member.join.remote(host, port) for member in members], timeout=300)

@@ -1,0 +1,279 @@
+"""What a dataset on disk is: its classes, prompts, splits and shards, and whether the shards are whole.
+
+The layout is that of CLIP benchmark: `ROOT/NAME/{classnames.txt, zeroshot_classification_templates.txt, dataset_type.txt,
+SPLIT/nshards.txt, SPLIT/0.tar, ...}`, where NAME may carry the prefix `wds_`. Our own roots add `manifest.json` (sha256, size
+and sample count per shard); a foreign root is indexed once, into a cache directory beside nothing of the user's.
+Invariant: digests depend on the content of shards, class names and prompts only, never on paths or times.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from merge_service.errors import UserError
+from workers.data.contents import inspect
+from workers.data.tarscan import ShardError
+
+MANIFEST_FILE = "manifest.json"
+SUITE_FILE = "suite.json"
+ROLES = ("pretraining", "adaptation", "held_out")
+FORMAT = 1
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """`file` is relative to the split's folder; `bytes` is the file's size."""
+
+    file: str
+    sha256: str
+    samples: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """`digest` is the sha256 over (sha256, samples) of the shards in order."""
+
+    samples: int
+    shards: tuple[ShardInfo, ...]
+    digest: str
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """`kind` is "classification" or "retrieval"; `templates` hold `{c}` where the class name goes."""
+
+    name: str
+    kind: str
+    classes: tuple[str, ...]
+    templates: tuple[str, ...]
+    splits: dict[str, SplitInfo]
+    digest: str
+
+
+def folder(root: str | Path, dataset: str) -> Path:
+    """The dataset's folder under `root`: NAME or wds_NAME (a `/` in NAME is a `-` on disk). Raises UserError."""
+    if not _NAME.fullmatch(dataset) or ".." in dataset:
+        raise UserError(f"{dataset!r} is no dataset name: use letters, digits, '.', '_', '-'")
+    on_disk = dataset.replace("/", "-")
+    for candidate in (Path(root) / on_disk, Path(root) / f"wds_{on_disk}"):
+        if candidate.is_dir():
+            return candidate
+    if not Path(root).is_dir():
+        raise UserError(
+            f"data root {root} does not exist; `python -m workers.data.mini --root DIR` writes the mini suite"
+        )
+    there = sorted(path.name.removeprefix("wds_") for path in Path(root).iterdir() if path.is_dir())
+    raise UserError(f"no dataset {dataset!r} under {root}; there are: {', '.join(there[:40]) or 'none'}")
+
+
+def read_suite(root: str | Path) -> dict[str, Any]:
+    """`suite.json` of a root: {"name", "roles": {"pretraining"|"adaptation"|"held_out": [dataset, ...]}, ...}.
+
+    Raises UserError if there is none or a role is missing.
+    """
+    path = Path(root) / SUITE_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{root} holds no {SUITE_FILE}: name the datasets of each role (data.pretraining, data.adaptation, data.held_out), "
+            "or write the mini suite with `python -m workers.data.mini --root DIR`"
+        )
+    suite = _json(path)
+    roles = suite.get("roles")
+    if not isinstance(roles, dict) or set(roles) != set(ROLES):
+        raise UserError(f"{path}: `roles` must hold exactly {', '.join(ROLES)}")
+    return suite
+
+
+def describe(root: str | Path, dataset: str, cache: str | Path | None = None) -> DatasetInfo:
+    """Classes, prompts, splits and digests of one dataset.
+
+    Reads only the manifest of our own roots. A root without one is scanned and hashed on first use and the index kept under
+    `cache` (default: $TEMPORAL_MERGE_CACHE, else ~/.cache/temporal-merge), valid while sizes and times of the shards stand.
+    Raises UserError (no such dataset, no class names) and ShardError (a foreign shard that is damaged or forbidden).
+    """
+    home = folder(root, dataset)
+    kind = _kind(home)
+    classes = _lines(home / "classnames.txt")
+    if kind == "classification" and not classes:
+        raise UserError(
+            f"{home / 'classnames.txt'} is missing or empty: a classification set needs one class name a line"
+        )
+    templates = _lines(home / "zeroshot_classification_templates.txt") or (
+        ("a photo of a {c}.",) if classes else ()
+    )
+    for template in templates:
+        if "{c}" not in template:
+            raise UserError(
+                f"{home}: the prompt template {template!r} lacks {{c}}, the place of the class name"
+            )
+    splits = _own_splits(home) if (home / MANIFEST_FILE).is_file() else _indexed_splits(home, kind, cache)
+    digest = _digest([kind, classes, templates, {name: split.digest for name, split in splits.items()}])
+    return DatasetInfo(dataset, kind, classes, templates, splits, digest)
+
+
+def verify(root: str | Path, dataset: str, split: str, cache: str | Path | None = None) -> None:
+    """Check every shard of a split against its stated size, sha256 and sample count, and its members against the rules.
+
+    With `cache`, a shard already found whole is not read again while its size and modification time stand.
+    Raises ShardError naming the shard: missing, cut, flipped, short, forbidden, duplicate, pixels or unreadable.
+    """
+    home, info = folder(root, dataset), describe(root, dataset, cache)
+    for shard in split_of(info, split).shards:
+        verify_shard(home / split / shard.file, shard, info.kind, Path(cache) if cache else None)
+
+
+def split_of(info: DatasetInfo, split: str) -> SplitInfo:
+    """The split, or a UserError naming those there are."""
+    if split not in info.splits:
+        raise UserError(
+            f"dataset {info.name!r} has no split {split!r}; it has: {', '.join(info.splits) or 'none'}"
+        )
+    return info.splits[split]
+
+
+def verify_shard(path: Path, stated: ShardInfo, kind: str, cache: Path | None = None) -> None:
+    """One shard against what its manifest states; see `verify`."""
+    if not path.is_file():
+        raise ShardError(path, "missing", "no such file, or not a regular one")
+    status = path.stat()
+    stamp = None
+    if cache is not None:
+        facts = [str(path.resolve()), status.st_size, status.st_mtime_ns, stated.sha256, stated.samples, kind]
+        stamp = cache / "verified" / _digest(facts)[:32]
+        if stamp.exists():
+            return
+    if status.st_size < stated.bytes:
+        raise ShardError(path, "cut", f"{status.st_size} of {stated.bytes} bytes are there")
+    if status.st_size > stated.bytes or file_sha256(path) != stated.sha256:
+        raise ShardError(
+            path, "flipped", f"its bytes are not those the manifest states (sha256 {stated.sha256[:12]}...)"
+        )
+    found = inspect(path, kind)
+    if found != stated.samples:
+        raise ShardError(path, "short", f"{found} samples, the manifest states {stated.samples}")
+    if stamp is not None:
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.touch()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, as hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def split_info(shards: list[ShardInfo]) -> SplitInfo:
+    """Sum up shards in order."""
+    digest = _digest([[shard.sha256, shard.samples] for shard in shards])
+    return SplitInfo(sum(shard.samples for shard in shards), tuple(shards), digest)
+
+
+def write_manifest(home: Path, splits: Mapping[str, list[ShardInfo]]) -> None:
+    """`manifest.json` of our own roots, byte-identical for equal shards."""
+    body = {name: [asdict(shard) for shard in shards] for name, shards in splits.items()}
+    text = json.dumps({"format": FORMAT, "splits": body}, indent=1, sort_keys=True)
+    (home / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _kind(home: Path) -> str:
+    stated = _lines(home / "dataset_type.txt")
+    kind = stated[0] if stated else "classification"
+    if kind not in ("classification", "retrieval"):
+        raise UserError(
+            f"{home / 'dataset_type.txt'}: {kind!r} is not supported; it must be classification or retrieval"
+        )
+    return kind
+
+
+def _own_splits(home: Path) -> dict[str, SplitInfo]:
+    manifest = _json(home / MANIFEST_FILE)
+    if manifest.get("format") != FORMAT:
+        raise UserError(
+            f"{home / MANIFEST_FILE}: format {manifest.get('format')!r}; this version reads {FORMAT}"
+        )
+    splits = {}
+    try:
+        for name, stated in sorted(manifest["splits"].items()):
+            splits[name] = split_info([ShardInfo(**shard) for shard in stated])
+    except (TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{home / MANIFEST_FILE} is malformed ({error}); write the dataset again") from None
+    for split in splits.values():
+        for shard in split.shards:
+            if Path(shard.file).name != shard.file or shard.file.startswith("."):
+                raise UserError(f"{home / MANIFEST_FILE}: shard {shard.file!r} is not a plain file name")
+    return splits
+
+
+def _indexed_splits(home: Path, kind: str, cache: str | Path | None) -> dict[str, SplitInfo]:
+    """Splits of a root without our manifest, from the cached index where sizes and times still stand."""
+    index_file = _cache_root(cache) / "index" / f"{home.name}-{_digest(str(home.resolve()))[:16]}.json"
+    known = _json(index_file) if index_file.is_file() else {}
+    index: dict[str, list[Any]] = {}
+    splits = {}
+    for place in sorted(path for path in home.iterdir() if path.is_dir() and any(path.glob("*.tar"))):
+        shards = []
+        for path in _shard_files(place):
+            if not path.is_file():
+                raise ShardError(path, "missing", "not a regular file")
+            status, key = path.stat(), f"{place.name}/{path.name}"
+            facts = [kind, status.st_size, status.st_mtime_ns]
+            if known.get(key, [])[:3] == facts:
+                sha256, samples = known[key][3:]
+            else:
+                samples, sha256 = inspect(path, kind), file_sha256(path)
+            index[key] = [*facts, sha256, samples]
+            shards.append(ShardInfo(path.name, sha256, samples, status.st_size))
+        splits[place.name] = split_info(shards)
+    if not splits:
+        raise UserError(f"{home} holds no split: expected folders such as {home / 'test'} with *.tar shards")
+    if index != known:
+        index_file.parent.mkdir(parents=True, exist_ok=True)
+        partial = index_file.with_name(f"{index_file.name}.{os.getpid()}.partial")
+        partial.write_text(json.dumps(index, indent=1, sort_keys=True), encoding="utf-8")
+        partial.replace(index_file)
+    return splits
+
+
+def _shard_files(place: Path) -> list[Path]:
+    """Shards in numeric order, as many as nshards.txt says."""
+    files = sorted(
+        place.glob("*.tar"), key=lambda path: (not path.stem.isdigit(), path.stem.zfill(12), path.name)
+    )
+    stated = _lines(place / "nshards.txt")
+    if stated and (not stated[0].isdigit() or int(stated[0]) != len(files)):
+        raise ShardError(place, "missing", f"nshards.txt states {stated[0]} shards, {len(files)} are there")
+    return files
+
+
+def _cache_root(cache: str | Path | None) -> Path:
+    if cache is not None:
+        return Path(cache)
+    return Path(os.environ.get("TEMPORAL_MERGE_CACHE") or Path.home() / ".cache" / "temporal-merge")
+
+
+def _lines(path: Path) -> tuple[str, ...]:
+    if not path.is_file():
+        return ()
+    return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); write it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return value
+
+
+def _digest(value: Any) -> str:
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()

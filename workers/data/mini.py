@@ -1,0 +1,141 @@
+"""The mini suite: twelve small real-image datasets made out of ordinary pip packages, for the demo and the tests.
+
+`python -m workers.data.mini --root data/mini` writes it. Five sets (or their training splits) are what the shipped base was
+taught and their tests are the held-out role; seven are the tasks of the stream. Building is deterministic, takes under a minute,
+and is all or nothing: the suite is written beside its place and renamed into it.
+Invariant: a folder with a `suite.json` is a whole suite, and building again with the same packages changes nothing.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+from merge_service.errors import UserError
+from workers.data import mini_drawings, mini_fonts, mini_scans
+from workers.data.manifest import SUITE_FILE, describe
+from workers.data.mini_packages import versions
+from workers.data.mini_pictures import SIZE, MiniDataset
+from workers.data.writer import write_dataset
+
+NAME = "mini"
+EDITION = 1
+MAKERS: dict[str, Callable[[], MiniDataset]] = {
+    "animals": mini_scans.animals,
+    "scripts": mini_fonts.scripts,
+    "photos_b": mini_scans.photos_b,
+    "icon_style": mini_drawings.icon_style,
+    "emoji_group": mini_drawings.emoji_group,
+    "skin_tone": mini_drawings.skin_tone,
+    "letters": mini_fonts.letters,
+    "mnist": mini_scans.mnist,
+    "photos_a": mini_scans.photos_a,
+    "icons": mini_drawings.icons,
+    "emoji_names": mini_drawings.emoji_names,
+    "digits8": mini_scans.digits8,
+}
+ROLES = {
+    "pretraining": ["mnist", "photos_a", "icons", "emoji_names"],
+    "adaptation": ["animals", "scripts", "photos_b", "icon_style", "emoji_group", "skin_tone", "letters"],
+    "held_out": ["mnist", "photos_a", "icons", "digits8", "emoji_names"],
+}
+
+
+def build(root: str | Path, say: Callable[[str], None] = lambda line: None, processes: int = 1) -> bool:
+    """Write the suite into `root`, unless it is there already, made of the same packages; returns whether it was written.
+
+    `say` gets one line per dataset. The datasets are independent: more `processes` write the same bytes sooner. Raises UserError: a demo package is missing, or `root` holds something else.
+    """
+    place, made_of = Path(root).resolve(), versions()
+    if is_current(place, made_of):
+        return False
+    if place.exists() and any(place.iterdir()) and not (place / SUITE_FILE).is_file():
+        raise UserError(
+            f"{root} is not empty and holds no {SUITE_FILE}; choose an empty folder for the mini suite"
+        )
+    place.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{place.name}.partial-", dir=place.parent))
+    try:
+        work.chmod(0o755)
+        if processes == 1:
+            for name in MAKERS:
+                say(_write(work, name))
+        else:
+            with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+                for done in as_completed([pool.submit(_write, work, name) for name in MAKERS]):
+                    say(done.result())
+        body = {"name": NAME, "edition": EDITION, "image_size": SIZE, "roles": ROLES, "made_of": made_of}
+        (work / SUITE_FILE).write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+        _put(work, place)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return True
+
+
+def is_current(root: Path, made_of: dict[str, str] | None = None) -> bool:
+    """Whether `root` holds this edition of the suite, made of these packages (default: those installed)."""
+    path = root / SUITE_FILE
+    if not path.is_file():
+        return False
+    suite = json.loads(path.read_text(encoding="utf-8"))
+    made_of = versions() if made_of is None else made_of
+    return suite.get("edition") == EDITION and suite.get("roles") == ROLES and suite.get("made_of") == made_of
+
+
+def _write(work: Path, name: str) -> str:
+    started = time.monotonic()
+    made = MAKERS[name]()
+    write_dataset(
+        work / name, kind=made.kind, classes=made.classes, templates=made.templates, splits=made.splits
+    )
+    sizes = ", ".join(f"{len(samples)} {split}" for split, samples in made.splits.items())
+    what = f"{len(made.classes)} classes" if made.classes else made.kind
+    return f"{name:12} {what:14} {sizes:22} {time.monotonic() - started:5.1f} s"
+
+
+def _put(work: Path, place: Path) -> None:
+    """Give the finished suite its name; an older one steps aside first. If another process was faster, its suite stays."""
+    if place.exists():
+        if is_current(place):
+            return
+        old = place.with_name(f".{place.name}.old-{work.name[-8:]}")
+        place.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
+    try:
+        work.rename(place)
+    except OSError:
+        if not is_current(place):
+            raise
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m workers.data.mini --root DIR`; exit code 2 on a UserError."""
+    parser = argparse.ArgumentParser(
+        prog="python -m workers.data.mini", description="Write the mini suite of real images."
+    )
+    parser.add_argument("--root", default="data/mini", help="where to write it (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    started = time.monotonic()
+    try:
+        processes = min(4, len(os.sched_getaffinity(0)))
+        written = build(options.root, say=lambda line: print(line, flush=True), processes=processes)
+        total = sum(
+            split.samples for name in MAKERS for split in describe(options.root, name).splits.values()
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    state = f"written in {time.monotonic() - started:.0f} s" if written else "already there"
+    print(f"mini suite: {len(MAKERS)} datasets, {total} images in {options.root}, {state}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

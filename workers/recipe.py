@@ -1,0 +1,88 @@
+"""How an expert is trained, as data.
+
+The defaults are TIME's own recipe (FoMo-in-Flux v1.0, identical in every one of its experiment files). A recipe bears on
+the weights that come out, so it is part of an expert's fingerprint: nothing in here may depend on where or how a run
+is placed, and every field that is left out has one fixed value. Importing this module must stay cheap (no torch).
+"""
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Trainable = Literal["all", "image", "text"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Mixture(_Frozen):
+    """Shares of a batch that come from the pretraining pool, the current task, and the earlier tasks; they sum to 1.
+
+    `Mixture()` is training without replay. Replay as TIME does it is `REPLAY`.
+    """
+
+    pretraining: float = Field(default=0.0, ge=0, le=1)
+    update: float = Field(default=1.0, ge=0, le=1)
+    buffer: float = Field(default=0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> Self:
+        total = self.pretraining + self.update + self.buffer
+        if abs(total - 1) > 1e-6:
+            raise ValueError(
+                f"the shares pretraining {self.pretraining:g} + update {self.update:g} + buffer {self.buffer:g} "
+                f"give {total:g}; they must sum to 1"
+            )
+        if self.update == 0:
+            raise ValueError("update is 0: an expert that never sees its own task is not an expert of it")
+        return self
+
+
+REPLAY = Mixture(pretraining=0.33, update=0.34, buffer=0.33)
+
+
+class Augment(_Frozen):
+    """RandomResizedCrop of training images: area share and aspect ratio, each drawn between two bounds."""
+
+    scale: tuple[float, float] = (0.9, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
+            if not 0 < low <= high:
+                raise ValueError(f"{name} is [{low:g}, {high:g}]; write [low, high] with 0 < low <= high")
+        if self.scale[1] > 1:
+            raise ValueError(f"scale reaches {self.scale[1]:g}; a crop cannot be larger than the image (1)")
+        return self
+
+
+class Recipe(_Frozen):
+    """One expert's training, without its length (the budget decides that) and without its data.
+
+    `lr` is the peak; it rises linearly over the first `warmup` share of the steps and falls along a cosine to
+    `lr * min_lr_ratio`; both start anew with every task. `batch_size` is the global one, over all ranks.
+    `weight_decay` acts on every trained parameter, as FoMo-in-Flux does it. `clip` bounds the gradient norm (0: no clipping).
+    """
+
+    optimizer: Literal["adamw"] = "adamw"
+    lr: float = Field(default=1e-5, gt=0, le=10)
+    weight_decay: float = Field(default=0.2, ge=0, le=10)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0, le=1)
+    batch_size: int = Field(default=512, ge=2, le=1_000_000)
+    warmup: float = Field(default=0.1, ge=0, le=1)
+    min_lr_ratio: float = Field(default=0.001, ge=0, le=1)
+    clip: float = Field(default=1.0, ge=0)
+    precision: Precision = "fp16"
+    trainable: Trainable = "all"
+    mixture: Mixture = Mixture()
+    augment: Augment = Augment()
+
+    @model_validator(mode="after")
+    def _betas_in_range(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas are {list(self.betas)}; each must lie in [0, 1)")
+        return self

@@ -1,0 +1,117 @@
+"""What an unfinished expert leaves behind: checkpoints to go on from, and a progress file for whoever watches.
+
+Invariant: a checkpoint counts only when its marker is there, written last, for the same job, and every file in it still
+has the sha256 the marker states; otherwise the one before it counts, or none. At most one complete checkpoint is kept.
+The scratch directory belongs to one job on this run's own storage and is deleted by whoever commits the result.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MARKER = "complete.json"
+PROGRESS = "progress.json"
+
+
+class Checkpoints:
+    """The checkpoints of one job below `scratch/checkpoints/`; only rank 0 may change or judge them."""
+
+    def __init__(self, scratch: Path, fingerprint: str) -> None:
+        self._root = scratch / "checkpoints"
+        self._fingerprint = fingerprint
+
+    def staged(self, step: int) -> Path:
+        """Where all ranks write the checkpoint after `step` steps, once `stage` has made it."""
+        return self._root / f"step-{step:09d}.partial"
+
+    def stage(self, step: int) -> None:
+        """Make `staged(step)`, empty."""
+        shutil.rmtree(self.staged(step), ignore_errors=True)
+        self.staged(step).mkdir(parents=True)
+
+    def complete(self, step: int, loop: dict[str, Any]) -> None:
+        """Make a staged checkpoint count, with the training loop's own numbers, and drop every other one."""
+        staged = self.staged(step)
+        files = {str(file.relative_to(staged)): _digest(file) for file in _files(staged)}
+        marker = {"fingerprint": self._fingerprint, "step": step, "loop": loop, "files": files}
+        write_durably(staged / MARKER, json.dumps(marker))
+        final = staged.with_suffix("")
+        shutil.rmtree(final, ignore_errors=True)
+        staged.replace(final)
+        _sync(self._root)
+        for other in self._root.iterdir():
+            if other != final:
+                shutil.rmtree(other, ignore_errors=True)
+
+    def newest(self) -> int:
+        """Steps done at the newest checkpoint that is complete, whole and of this very job; 0 if there is none."""
+        candidates = sorted(self._root.glob("step-*[0-9]"), reverse=True) if self._root.is_dir() else []
+        markers = (self._intact(directory) for directory in candidates)
+        return next((marker["step"] for marker in markers if marker is not None), 0)
+
+    def judged(self, step: int) -> tuple[Path, dict[str, Any]]:
+        """(directory, the loop's numbers) of the checkpoint that rank 0 found whole."""
+        directory = self._root / f"step-{step:09d}"
+        return directory, json.loads((directory / MARKER).read_text())["loop"]
+
+    def _intact(self, directory: Path) -> dict[str, Any] | None:
+        try:
+            marker = json.loads((directory / MARKER).read_text())
+            whole = all(_digest(directory / name) == sha for name, sha in marker["files"].items())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        return marker if whole and marker["fingerprint"] == self._fingerprint else None
+
+
+class Progress:
+    """`progress.json` in scratch: {"step", "steps", "rate" (samples per second), "loss"}, replaced about once a second."""
+
+    def __init__(self, scratch: Path, steps: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._file, self._steps, self._clock = scratch / PROGRESS, steps, clock
+        self._written, self._samples_then, self._rate = -float("inf"), 0, 0.0
+
+    def tell(self, step: int, samples: int, loss: float) -> None:
+        """Report `step` steps and `samples` samples done; cheap to call after every step."""
+        now = self._clock()
+        elapsed = now - self._written
+        if elapsed < 1 and step < self._steps:
+            return
+        if elapsed < float("inf") and elapsed > 0:
+            self._rate = (samples - self._samples_then) / elapsed
+        self._written, self._samples_then = now, samples
+        report = {"step": step, "steps": self._steps, "rate": round(self._rate, 1), "loss": loss}
+        partial = self._file.with_suffix(".partial")
+        partial.write_text(json.dumps(report))
+        partial.replace(self._file)
+
+
+def write_durably(file: Path, text: str) -> None:
+    """Write a small text file and have it on the disk before returning."""
+    with file.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(file for file in directory.rglob("*") if file.is_file())
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        os.fsync(handle.fileno())
+    return digest
+
+
+def _sync(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,122 @@
+"""The files of a weights directory: read strictly, written reproducibly.
+
+Invariant: equal weights give equal bytes (the sha256 of the safetensors file is their identity), and a file is only
+ever loaded into a model that has exactly its keys and shapes. No pickle is opened here or anywhere else.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, CheckpointWriter
+from merge_service.errors import CorruptCheckpoint, IncompatibleCheckpoint, UserError
+
+LISTED = 10  # differences shown in one error
+_DTYPES = {
+    torch.float32: "F32",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def tied(model: torch.nn.Module) -> list[list[str]]:
+    """Groups of state keys that are one and the same tensor; each group and the list of groups are sorted."""
+    groups: dict[tuple[int, int, tuple[int, ...]], list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.numel():
+            place = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape))
+            groups.setdefault(place, []).append(name)
+    return sorted(sorted(names) for names in groups.values() if len(names) > 1)
+
+
+def recorded_ties(file: Path) -> list[list[str]]:
+    """The groups of tied keys that the writer of a safetensors file recorded."""
+    with open_weights(file) as checkpoint:
+        try:
+            return json.loads(checkpoint.metadata.get("tied", "[]"))
+        except json.JSONDecodeError as error:
+            raise CorruptCheckpoint(f'{file}: its metadata entry "tied" is not JSON ({error})') from error
+
+
+def write_weights(state: Mapping[str, torch.Tensor], file: Path, ties: list[list[str]]) -> None:
+    """Write `state` to the safetensors `file`, in its order: floats as fp32, integers as they are.
+
+    Every key gets its own copy, tied or not, so that a strict loader finds them all; `ties` goes to the metadata.
+    """
+    plain = {name: t.detach().float() if t.is_floating_point() else t.detach() for name, t in state.items()}
+    layout = {name: (_DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in plain.items()}
+    with CheckpointWriter(file, layout, {"tied": json.dumps(ties)} if ties else None) as writer:
+        for name, tensor in plain.items():
+            writer.write(name, 0, tensor.cpu().contiguous().reshape(-1).numpy())
+
+
+def load_strictly(model: torch.nn.Module, file: Path) -> None:
+    """Copy the tensors of a safetensors file into `model`; every key and every shape must agree.
+
+    Raises UserError (no such file), CorruptCheckpoint, IncompatibleCheckpoint with up to ten differences.
+    """
+    state = model.state_dict()
+    with open_weights(file) as checkpoint, torch.no_grad():
+        found = {name: tuple(info.shape) for name, info in checkpoint.tensors.items()}
+        differences = list(_differences({name: tuple(t.shape) for name, t in state.items()}, found))
+        if differences:
+            more = f"; and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
+            raise IncompatibleCheckpoint(
+                f"{file} does not fit its model configuration: {'; '.join(differences[:LISTED])}{more}. "
+                f"Check that the configuration belongs to these weights"
+            )
+        for name, tensor in state.items():
+            tensor.copy_(torch.from_numpy(np.array(checkpoint.read(name))).view(tensor.shape))
+
+
+def _differences(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> Iterator[str]:
+    yield from (f"{name} is missing" for name in expected if name not in found)
+    yield from (f"{name} is not in the model" for name in found if name not in expected)
+    for name in expected.keys() & found.keys():
+        if found[name] != expected[name]:
+            yield f"{name} has shape {list(found[name])}, the model wants {list(expected[name])}"
+
+
+def open_weights(file: Path) -> Checkpoint:
+    """An open, validated safetensors file. Raises UserError when there is no such file, CorruptCheckpoint when damaged."""
+    if not file.is_file():
+        raise UserError(f"{file} is missing: a weights directory holds {WEIGHTS_FILE} and {CONFIG_FILE}")
+    return Checkpoint.open(file)
+
+
+def task_vector_norm(base: Path, state: Mapping[str, torch.Tensor]) -> float:
+    """L2 norm of state - base over all float tensors of the weights directory `base`, summed in fp64."""
+    total = 0.0
+    with open_weights(base / WEIGHTS_FILE) as checkpoint:
+        for name, info in checkpoint.tensors.items():
+            if info.kind.is_float:
+                new = state[name].detach().reshape(-1).to("cpu", torch.float64).numpy()
+                difference = new - checkpoint.read(name)
+                total += float(np.dot(difference, difference))
+    return float(np.sqrt(total))
+
+
+def read_configuration(file: Path) -> dict[str, Any]:
+    """A parsed `open_clip_config.json`: {"model_cfg": {...}, "preprocess_cfg": {...}}. Raises UserError."""
+    if not file.is_file():
+        raise UserError(f"{file} is missing: a weights directory holds {WEIGHTS_FILE} and {CONFIG_FILE}")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not JSON: {error}") from error
+    model_cfg = found.get("model_cfg") if isinstance(found, dict) else None
+    model_cfg = model_cfg if isinstance(model_cfg, dict) else {}
+    lacking = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in model_cfg]
+    if lacking:
+        raise UserError(
+            f'{file} has no {", ".join(lacking)} under "model_cfg": it does not describe an open_clip model'
+        )
+    return found
