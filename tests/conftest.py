@@ -1,6 +1,7 @@
 """Fixtures that cost something and are therefore shared by the whole session."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 from tests.world import Cluster, World, command, make_world
 

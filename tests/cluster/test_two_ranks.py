@@ -38,5 +38,7 @@ def test_request_that_no_node_can_place_ends_the_run_at_once(
     started = time.monotonic()
     answer = command("run", study, "--out", tmp_path / "out", "--address", cluster.address)
     assert answer.returncode == 2, answer.stderr
-    assert "do not fit into 2 CPUs" in answer.stderr and answer.stderr.count("\n") == 1
+    outlook, *problem = answer.stderr.splitlines()
+    assert outlook.startswith("tiny: ") and len(problem) == 1
+    assert "do not fit into 2 CPUs" in problem[0]
     assert time.monotonic() - started < 60
