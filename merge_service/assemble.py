@@ -17,7 +17,7 @@ from merge_service.checkpoint import CheckpointWriter
 from merge_service.dtypes import decode, encode, stored_finite
 from merge_service.engine import Span, dots, run, spans
 from merge_service.errors import NonFiniteCheckpoint
-from merge_service.rules import Election
+from merge_service.rules import Election, State
 from merge_service.state import StreamState
 
 
@@ -46,22 +46,28 @@ def assemble(
     measure = options.measure and blend.base is not None and writer is not None
 
     def make(span: Span, majority: int = 1, first: bool = True) -> Election:
-        held_block = held.read(span, blend.arrays(span.name), blend.scratch) if held else None
-        state = blend.fill(span, held_block)
+        state = _state(blend, span, held) if held or keep else None
+        outcome = blend.compute_span(
+            span,
+            state,
+            majority=majority,
+            finish=writer is not None,
+            squares=measure and _is_exact(blend, span.name),
+        )
         if keep and first:
+            assert state is not None
             for role, array in state.items():
-                keep.write_stored(f"{role}:{span.name}", span.start, array)
+                keep.write_stored(
+                    f"{role}:{span.name}",
+                    span.start,
+                    array.astype(keep.storage(f"{role}:{span.name}"), copy=False),
+                )
         if writer is None:
-            return Election()
-        block, election = blend.finish(span, state, majority)
-        stored = _store(blend, writer, span, block)
+            return outcome.election
+        stored = _store(blend, writer, span, outcome.block)
         if measure:
-            decoded = decode(stored, blend.reference.tensors[span.name].kind)
-            moved = np.subtract(
-                decoded, blend.base_block(span), out=blend.scratch.take("moved", span.size, decoded.dtype)
-            )
-            norms[span] = dots(moved, moved, blend.scratch)
-        return election
+            norms[span] = outcome.squares or _squares(blend, span, stored)
+        return outcome.election
 
     over = list(spans(blend.merged, options.block))
     elections = run(make, over, options.threads)
@@ -70,6 +76,26 @@ def assemble(
     if writer is not None:
         _copy(blend, writer)
     return math.sqrt(math.fsum(x for part in norms.values() for x in part)) if measure else None
+
+
+def _state(blend: Blend, span: Span, held: StreamState | None) -> State:
+    """The state of a span as it was left, or a new one."""
+    arrays = blend.arrays(span.name)
+    if held:
+        return held.read(span, arrays)
+    return {role: np.zeros(span.size, dtype) for role, dtype in arrays.items()}
+
+
+def _is_exact(blend: Blend, name: str) -> bool:
+    """Whether what is computed is what is stored, so that its squares may be summed before it is rounded."""
+    return blend.reference.tensors[name].kind.name == "F32"
+
+
+def _squares(blend: Blend, span: Span, stored: np.ndarray) -> list[float]:
+    """Partial sums of (stored - base)^2."""
+    decoded = decode(stored, blend.reference.tensors[span.name].kind)
+    moved = np.subtract(decoded, blend.base_block(span))
+    return dots(moved, moved, blend.scratch)
 
 
 def _contested(blend: Blend, over: Sequence[Span], elections: Sequence[Election]) -> dict[int, list[Span]]:

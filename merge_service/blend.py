@@ -22,10 +22,12 @@ from merge_service.checkpoint import Checkpoint
 from merge_service.dtypes import all_finite
 from merge_service.engine import BLOCK, Scratch, Span, dots, run, spans
 from merge_service.errors import IncompatibleCheckpoint
+from merge_service.fused import Fused, Outcome, fits
 from merge_service.masks import tensor_key
 from merge_service.rules import Combine, Election, Place, State, arc, combination, share, sparsify
+from merge_service.survey import Surveyor
 from merge_service.techniques import Technique
-from merge_service.thresholds import EVERYTHING, Limits, band_ranks, limits, trim_ranks
+from merge_service.thresholds import EVERYTHING, Ask, Key, Limits, band_ranks, search, trim_ranks
 from merge_service.towers import LN_100, depth_factors, group, is_logit_scale
 
 
@@ -61,10 +63,14 @@ class Blend:
         self.combine: Combine = combination(technique, params)
         self.tied = tied(self.reference)
         self.source = base or inputs[-1].weights
-        self._limits: dict[tuple[str, int], Limits] = {}
-        self._arcs: dict[str, tuple[float, float] | None] = {}
-        self._shares: dict[int, float] = {}
-        self._scanned: set[Checkpoint | None] = set()
+        self.limits: dict[Key, Limits] = {}
+        self.turns: dict[str, tuple[float, float] | None] = {}
+        self._read = [*([base] if base else []), *(expert.weights for expert in inputs)]
+        self._fused = (
+            Fused(self.combine, base, inputs, delta=technique.space == "task_vectors")
+            if self.combine.kernel is not None
+            else None
+        )
 
     @cached_property
     def merged(self) -> list[tuple[str, int]]:
@@ -98,50 +104,85 @@ class Blend:
         """The tensors that share thresholds and a majority sign with this one."""
         return group(name, self.params.get("granularity", "model"))
 
-    def prepare(self) -> None:
+    @cached_property
+    def group_sizes(self) -> dict[str, int]:
+        """Number of elements of every group."""
+        sizes: dict[str, int] = {}
+        for name, numel in self.merged:
+            sizes[self.group(name)] = sizes.get(self.group(name), 0) + numel
+        return sizes
+
+    def prepare(self, ask: Ask | None = None) -> None:
         """Find the numbers that need a look at whole tensors first: thresholds, or the angles of a slerp."""
         if self.technique.sparsify in ("magnitude", "band"):
-            for expert in self.inputs:
-                self._find_limits(expert)
+            self._find_limits(ask or Surveyor(self, self.merged).answer)
         if (
             self.technique.combine == "slerp"
             and len(self.inputs) == 2
             and self.params["weight"] not in (0, 1)
         ):
             self._find_arcs()
-        if self.technique.space == "weights":
-            self._shares = {expert.order: share(self.params, expert.order) for expert in self.inputs}
 
-    def fill(self, span: Span, held: State | None = None) -> State:
-        """The state of a block: `held` (or an empty one) with every input added in order."""
+    def compute_span(
+        self, span: Span, held: State | None, *, majority: int, finish: bool, squares: bool
+    ) -> Outcome:
+        """One span of the result; `held`, a state to be continued, is changed in place. Raises for numbers that are not finite."""
+        places = {expert.order: self._place(expert, span) for expert in self.inputs}
+        if self._fused and self.compute(span.name).itemsize == 4 and fits(self._read, span.name):
+            outcome = self._fused.run(
+                span, places, factor=self.factors[span.name], majority=majority, held=held, finish=finish,
+                squares=squares and not is_logit_scale(span.name),
+            )  # fmt: skip
+            self.refuse(outcome.bad)
+        else:
+            outcome = self._by_definition(span, places, held, majority, finish)
+        if finish and is_logit_scale(span.name):
+            np.minimum(outcome.block, self._ceiling(span), out=outcome.block)
+        return outcome
+
+    def _by_definition(
+        self, span: Span, places: Mapping[int, Place], held: State | None, majority: int, finish: bool
+    ) -> Outcome:
         state = self._empty(span) if held is None else held
-        base = self.base_block(span, check=True) if self.technique.space == "task_vectors" else None
+        base = self.base_block(span) if self.technique.space == "task_vectors" else None
         for expert in self.inputs:
-            x = self._block(expert.weights, span, expert.id)
-            place = self._place(expert, span)
+            x, place = self.numbers(expert, span), places[expert.order]
             if base is not None:
-                x = np.subtract(x, base, out=self.scratch.take("delta", span.size, base.dtype))
-                sparsify(self.technique, x, place, self.scratch)
-            self.combine.add(state, x, place, self.scratch)
-        return state
+                x = sparsify(np, self.technique, x - base, place)
+            self.combine.add(np, state, x, place)
+        if not finish:
+            return Outcome(np.empty(0), Election(), [], ())
+        out, election = self.combine.result(np, state, majority)
+        if base is not None:
+            factor = self.factors[span.name]
+            out = base - (
+                0 - (out * factor if factor != 1 else out)
+            )  # see rules: keeps the sign of an untouched zero
+        return Outcome(out, election, [], ())
 
-    def finish(self, span: Span, state: State, majority: int) -> tuple[np.ndarray, Election]:
-        """The merged block, before it is rounded to the stored type."""
-        out, election = self.combine.result(state, majority, self.scratch)
-        if self.technique.space == "task_vectors":
-            base = self.base_block(span)
-            if self.factors[span.name] != 1:
-                np.multiply(out, self.factors[span.name], out=out)
-            np.subtract(0, out, out=out)  # see rules: keeps the sign of an untouched zero
-            np.subtract(base, out, out=out)
-        if is_logit_scale(span.name):
-            np.minimum(out, self._ceiling(span), out=out)
-        return out, election
+    def refuse(self, orders: Sequence[int]) -> None:
+        """Raise `NonFiniteCheckpoint` for the first of these inputs (0 is the base) that holds NaN or infinity."""
+        for order in orders:
+            if order == 0 and self.base is not None:
+                check_finite(self.base, "the base")
+            for expert in self.inputs:
+                if expert.order == order:
+                    check_finite(expert.weights, expert.id)
 
-    def base_block(self, span: Span, *, check: bool = False) -> np.ndarray:
-        """The base's numbers, in the type sums are kept in."""
+    def base_block(self, span: Span) -> np.ndarray:
+        """The base's numbers, in the type sums are kept in; raises when they are not finite."""
         assert self.base is not None
-        return self._block(self.base, span, "the base" if check else None)
+        return self._block(self.base, span, 0)
+
+    def numbers(self, expert: Input, span: Span) -> np.ndarray:
+        """An expert's numbers, likewise."""
+        return self._block(expert.weights, span, expert.order)
+
+    def _block(self, weights: Checkpoint, span: Span, order: int) -> np.ndarray:
+        block = weights.read(span.name, span.start, span.stop)
+        if not all_finite(block):
+            self.refuse((order,))
+        return block.astype(self.compute(span.name), copy=False)
 
     def compute(self, name: str) -> np.dtype:
         """The type sums are kept in: float64 where the reference is float64, else float32."""
@@ -153,66 +194,38 @@ class Blend:
         """The arrays of a tensor's state and their types."""
         return {
             **dict.fromkeys(self.combine.floats, self.compute(name)),
-            **dict.fromkeys(self.combine.counts, np.dtype(np.uint16)),
+            **({"votes": np.dtype(np.uint32)} if self.combine.votes else {}),
         }
 
     def _empty(self, span: Span) -> State:
-        state = {}
-        for role, dtype in self.arrays(span.name).items():
-            state[role] = self.scratch.take(f"state {role}", span.size, dtype)
-            state[role].fill(0)
-        return state
-
-    def _block(self, weights: Checkpoint, span: Span, who: str | None) -> np.ndarray:
-        """A block as numbers; with `who`, after a look for NaN and infinity unless all of it was looked at before."""
-        block = weights.read(span.name, span.start, span.stop)
-        if who is not None and weights not in self._scanned and not all_finite(block):
-            check_finite(weights, who)
-        return block.astype(self.compute(span.name), copy=False)
+        return {role: np.zeros(span.size, dtype) for role, dtype in self.arrays(span.name).items()}
 
     def _place(self, expert: Input, span: Span) -> Place:
+        order = expert.order
         if self.technique.space == "weights":
-            return Place(expert.order, self._shares[expert.order], self._arcs.get(span.name))
+            turn = self.turns.get(span.name) if order == 2 else None
+            return Place(order, share(self.params, order), turn)
         if self.technique.sparsify == "random":
             scalar = self.reference.tensors[span.name].shape == ()
             key = None if scalar else tensor_key(self.params["seed"], expert.id, span.name)
-            return Place(expert.order, key=key, density=self.params["density"], start=span.start)
-        return Place(expert.order, limits=self._limits.get((self.group(span.name), expert.order), EVERYTHING))
+            return Place(order, key=key, density=self.params["density"], start=span.start)
+        return Place(order, limits=self.limits.get((self.group(span.name), order), EVERYTHING))
 
     def _ceiling(self, span: Span) -> np.floating[Any]:
         """ln(100), or the reference's own value where that is higher: a model that was never clamped stays what it is."""
         own = float(self.reference.read(span.name, span.start, span.stop).max())
         return self.compute(span.name).type(max(LN_100, own))
 
-    def _find_limits(self, expert: Input) -> None:
-        groups: dict[str, list[tuple[str, int]]] = {}
-        for name, numel in self.merged:
-            groups.setdefault(self.group(name), []).append((name, numel))
+    def _find_limits(self, ask: Ask) -> None:
         if self.technique.sparsify == "band":
             ranks = band_ranks(self.params["density"], self.params["outliers"])
         else:
             ranks = trim_ranks(self.params["density"])
-
-        seen: set[Span] = set()
-
-        def magnitudes(span: Span) -> np.ndarray:
-            base = self.base_block(span, check=span not in seen)
-            x = self._block(expert.weights, span, None if span in seen else expert.id)
-            seen.add(span)
-            delta = np.subtract(x, base, out=self.scratch.take("delta", span.size, base.dtype))
-            return np.abs(delta, out=delta)
-
-        for key, sizes in groups.items():
-            self._limits[key, expert.order] = limits(
-                sizes,
-                magnitudes,
-                ranks,
-                count_frozen=self.params["count_frozen"],
-                threads=self.threads,
-                wide=any(self.compute(name).itemsize == 8 for name, _ in sizes),
-            )
-        if sum(span.size for span in seen) == sum(numel for _, numel in self.merged):
-            self._scanned |= {expert.weights, self.base}
+        keys = [(group, expert.order) for expert in self.inputs for group in self.group_sizes]
+        if ranks(10**9) == (None, None):
+            return
+        wide = any(self.compute(name).itemsize == 8 for name, _ in self.merged)
+        self.limits |= search(keys, ranks, ask, count_frozen=self.params["count_frozen"], wide=wide)
 
     def _find_arcs(self) -> None:
         first, second = self.inputs
@@ -221,7 +234,7 @@ class Blend:
         }
 
         def work(span: Span) -> tuple[list[float], list[float], list[float]]:
-            a, b = self._block(first.weights, span, first.id), self._block(second.weights, span, second.id)
+            a, b = self.numbers(first, span), self.numbers(second, span)
             return dots(a, b, self.scratch), dots(a, a, self.scratch), dots(b, b, self.scratch)
 
         over = list(spans(self.merged, BLOCK))
@@ -230,7 +243,7 @@ class Blend:
                 total += part
         for name, numel in self.merged:
             if numel > 1:
-                self._arcs[name] = arc(self.params["weight"], *(math.fsum(part) for part in sums[name]))
+                self.turns[name] = arc(self.params["weight"], *(math.fsum(part) for part in sums[name]))
 
 
 def tied(checkpoint: Checkpoint) -> dict[str, str]:

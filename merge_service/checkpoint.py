@@ -115,6 +115,12 @@ class Checkpoint:
         data = self._bytes[info.shard][info.offset + first * size : info.offset + max(first, last) * size]
         return data.view(info.kind.storage) if info.offset % size == 0 else _unaligned(data, info)
 
+    def address(self, name: str) -> int | None:
+        """Where the tensor lies in memory while the checkpoint is open; None if it is not aligned to its numbers."""
+        info = self.tensors[name]
+        address = int(self._bytes[info.shard].ctypes.data) + info.offset
+        return address if address % info.kind.itemsize == 0 else None
+
     def fingerprint(self) -> str:
         """A quick digest of the headers and of 64 samples per file: tells bases apart without reading them whole."""
         digest = hashlib.sha256(

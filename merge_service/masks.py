@@ -1,7 +1,7 @@
 """Random masks without a generator: whether an element is kept is a hash of who and where it is.
 
 A stream of random numbers depends on the order it is drawn in; a hash does not. The mask is the same for any block size,
-thread count, order of tensors or order of arrival.
+thread count, device, order of tensors or order of arrival.
 
 Hash: SplitMix64 (Steele, Lea, Flood 2014) at counter = element index // 2, keyed by (seed, expert id, tensor name). Its
 lower 32 bits speak for the even element, the upper ones for the odd.
@@ -10,14 +10,13 @@ lower 32 bits speak for the even element, the upper ones for the odd.
 import hashlib
 import json
 from fractions import Fraction
+from typing import Any
 
-import numpy as np
-
-from merge_service.engine import Scratch
+Array = Any
 
 _GAMMA = 0x9E3779B97F4A7C15
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
-_WORD, _HALF = 2**64, 2**32
+_HALF = 2**32
 
 
 def tensor_key(seed: int, expert_id: str, tensor: str) -> int:
@@ -26,31 +25,36 @@ def tensor_key(seed: int, expert_id: str, tensor: str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def kept(key: int, start: int, size: int, density: float, scratch: Scratch) -> np.ndarray:
-    """Booleans for elements start..start+size, each true with probability `density` (hash < density * 2^32)."""
-    limit = int(Fraction(repr(density)) * _HALF)
-    mask = scratch.take("kept", size, np.bool_)
-    if limit >= _HALF:
-        mask[:] = True
-        return mask
+def ceiling(density: float) -> int:
+    """The number of 32-bit hashes that keep an element: density * 2^32, of the decimal a person wrote."""
+    return int(Fraction(repr(density)) * _HALF)
+
+
+def kept(xp: Any, key: int, start: int, like: Array, density: float) -> Array:
+    """Booleans for elements start..start + like.size, each true with probability `density`; an array like `like`."""
+    return hashes(xp, key, start, like) < ceiling(density)
+
+
+def hashes(xp: Any, key: int, start: int, like: Array) -> Array:
+    """The 32-bit hashes of elements start..start + like.size, as int64 on the device of `like`."""
+    size = like.shape[0]
     first, last = start // 2, (start + size + 1) // 2
-    hashes = scratch.take("hashes", last - first, np.dtype("<u8"))
-    shifted = scratch.take("shifted", last - first, np.uint64)
-    np.add(_steps(last - first, scratch), np.uint64((key + (first + 1) * _GAMMA) % _WORD), out=hashes)
+    where = {"device": like.device} if hasattr(like, "is_cuda") else {}
+    counter = xp.arange(first + 1, last + 1, dtype=xp.int64, **where)
+    z = counter * _signed(_GAMMA) + _signed(key)
     for shift, factor in _MIX:
-        np.right_shift(hashes, np.uint64(shift), out=shifted)
-        np.bitwise_xor(hashes, shifted, out=hashes)
-        np.multiply(hashes, np.uint64(factor), out=hashes)
-    np.right_shift(hashes, np.uint64(31), out=shifted)
-    np.bitwise_xor(hashes, shifted, out=hashes)
-    halves = hashes.view("<u4")[start % 2 : start % 2 + size]
-    return np.less(halves, np.uint32(limit), out=mask)
+        z = (z ^ _shifted(z, shift)) * _signed(factor)
+    z = z ^ _shifted(z, 31)
+    halves = xp.stack((z & (_HALF - 1), _shifted(z, 32))).T.reshape(-1)
+    return halves[start % 2 : start % 2 + size]
 
 
-def _steps(size: int, scratch: Scratch) -> np.ndarray:
-    """index * gamma for indices 0..size, made once per thread."""
-    held: np.ndarray | None = getattr(scratch, "steps", None)
-    if held is None or held.size < size:
-        held = np.arange(size, dtype=np.uint64) * np.uint64(_GAMMA)
-        scratch.steps = held
-    return held[:size]
+def _signed(word: int) -> int:
+    """The 64 bits of `word` as the int64 that has them: its products wrap around alike."""
+    word %= 2**64
+    return word - 2**64 if word >= 2**63 else word
+
+
+def _shifted(words: Array, by: int) -> Array:
+    """Shifted right with zeros coming in, which int64 alone does not do."""
+    return (words >> by) & ((1 << (64 - by)) - 1)

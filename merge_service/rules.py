@@ -2,10 +2,11 @@
 
 A technique is put together from three parts. *Sparsify* thins out one expert's task vector. *Combine* keeps a state of a
 few arrays per element, adds one expert at a time in canonical order, and turns the state into weights or a task vector.
-*Scale* is a factor per tensor. No part sees a file, a thread or the rest of the model: it is given a block and a `Place`
-that holds what is known about it.
+*Scale* is a factor per tensor. No part sees a file, a thread, a device or the rest of the model: it is given a block and a
+`Place` that holds what is known about it. `xp` is numpy, or torch when the blocks lie on a device; only what both have is used.
 
-A merge of N experts IS `add` N times and then `result`, so streaming equals batch bit for bit by construction.
+A merge of N experts IS `add` N times and then `result`, so streaming equals batch bit for bit by construction. Rules with
+a `kernel` number run as fused loops (kernels.py) on the CPU; what is written here is their definition.
 
 Two surprises. Subtracting (m - x) instead of adding (x - m), and adding a task vector as base - (0 - tau), both keep the
 sign of a zero: -0.0 + 0.0 is 0.0, but -0.0 - 0.0 is -0.0, and an untouched weight must come out bit-equal.
@@ -18,14 +19,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from merge_service.bits import overwrite, split_signs, word_mask, zero_unless
-from merge_service.engine import Scratch
+from merge_service import kernels
 from merge_service.errors import TechniqueError
 from merge_service.masks import kept
 from merge_service.techniques import Technique
 from merge_service.thresholds import EVERYTHING, Limits
 
-Array = np.ndarray
+Array = Any
+"""A numpy array, or a torch tensor on a device."""
 State = dict[str, Array]
 
 
@@ -33,14 +34,14 @@ State = dict[str, Array]
 class Place:
     """What a rule may know of the block it is given, apart from its numbers.
 
-    `order` counts experts from 1. `share` is the expert's part of the mean so far. `arc` holds the two factors of a slerp,
+    `order` counts experts from 1. `share` is the expert's part of the mean so far. `turn` holds the two factors of a slerp,
     None where it falls back to a straight line. `limits`, `key` and `density` serve sparsifying; `start` is the index of the
     block's first element in its tensor.
     """
 
     order: int = 1
     share: float = 1.0
-    arc: tuple[float, float] | None = None
+    turn: tuple[float, float] | None = None
     limits: Limits = EVERYTHING
     key: int | None = None
     density: float = 1.0
@@ -56,60 +57,53 @@ class Election:
 
 
 class Combine(Protocol):
-    """How experts come together. `floats` and `counts` name the arrays of the state, which start at zero."""
+    """How experts come together. `floats` names the state's arrays, which start at zero; `votes` says that it counts as well.
+
+    `kernel` is the number of the fused loop that does the same, None if there is none.
+    """
 
     floats: tuple[str, ...]
-    counts: tuple[str, ...]
+    votes: bool
+    kernel: int | None
 
-    def add(self, state: State, x: Array, place: Place, scratch: Scratch) -> None:
+    def add(self, xp: Any, state: State, x: Array, place: Place) -> None:
         """Take one expert's block (weights, or a thinned-out task vector) into the state; `x` stays as it is."""
 
-    def result(self, state: State, majority: int, scratch: Scratch) -> tuple[Array, Election]:
-        """The combined block; may use up the state. `majority` is the sign for elements whose vote is a tie."""
+    def result(self, xp: Any, state: State, majority: int) -> tuple[Array, Election]:
+        """The combined block. `majority` is the sign for elements whose vote is a tie."""
 
 
 class Mean:
     """Running mean of weights: m <- m - (m - x) * share. Equal experts give themselves, bit for bit."""
 
     floats: tuple[str, ...] = ("mean",)
-    counts: tuple[str, ...] = ()
+    votes = False
+    kernel: int | None = kernels.MEAN
 
-    def add(self, state: State, x: Array, place: Place, scratch: Scratch) -> None:
+    def add(self, xp: Any, state: State, x: Array, place: Place) -> None:
         mean = state["mean"]
-        if place.order == 1 or place.share == 1:
-            np.copyto(mean, x)
+        if place.turn is not None:
+            state["mean"] = mean * place.turn[0] + x * place.turn[1]
+        elif place.order == 1 or place.share == 1:
+            state["mean"] = x
         elif place.share:
-            step = np.subtract(mean, x, out=scratch.take("step", x.size, mean.dtype))
-            np.multiply(step, place.share, out=step)
-            np.subtract(mean, step, out=mean)
+            state["mean"] = mean - (mean - x) * place.share
 
-    def result(self, state: State, majority: int, scratch: Scratch) -> tuple[Array, Election]:
+    def result(self, xp: Any, state: State, majority: int) -> tuple[Array, Election]:
         return state["mean"], Election()
-
-
-class Slerp(Mean):
-    """Along the great circle from the first to the second where `place.arc` says so, else along the straight line."""
-
-    def add(self, state: State, x: Array, place: Place, scratch: Scratch) -> None:
-        if place.order == 1 or place.arc is None or place.share in (0, 1):
-            super().add(state, x, place, scratch)
-            return
-        mean = state["mean"]
-        np.multiply(mean, place.arc[0], out=mean)
-        turned = np.multiply(x, place.arc[1], out=scratch.take("step", x.size, mean.dtype))
-        np.add(mean, turned, out=mean)
 
 
 class Sum:
     """Sum of task vectors."""
 
     floats: tuple[str, ...] = ("sum",)
-    counts: tuple[str, ...] = ()
+    votes = False
+    kernel: int | None = kernels.SUM
 
-    def add(self, state: State, x: Array, place: Place, scratch: Scratch) -> None:
-        np.add(state["sum"], x, out=state["sum"])
+    def add(self, xp: Any, state: State, x: Array, place: Place) -> None:
+        state["sum"] = state["sum"] + x
 
-    def result(self, state: State, majority: int, scratch: Scratch) -> tuple[Array, Election]:
+    def result(self, xp: Any, state: State, majority: int) -> tuple[Array, Election]:
         return state["sum"], Election()
 
 
@@ -117,25 +111,24 @@ class Largest:
     """Per element the task vector of largest magnitude; of equal magnitudes the later expert's."""
 
     floats: tuple[str, ...] = ("largest",)
-    counts: tuple[str, ...] = ()
+    votes = False
+    kernel: int | None = kernels.LARGEST
 
-    def add(self, state: State, x: Array, place: Place, scratch: Scratch) -> None:
+    def add(self, xp: Any, state: State, x: Array, place: Place) -> None:
         held = state["largest"]
-        new = np.abs(x, out=scratch.take("new", x.size, x.dtype))
-        old = np.abs(held, out=scratch.take("old", x.size, x.dtype))
-        wins = np.greater_equal(new, old, out=scratch.take("wins", x.size, np.bool_))
-        overwrite(word_mask(wins, x.dtype, scratch), held, x, scratch)
+        state["largest"] = xp.where(xp.abs(x) >= xp.abs(held), x, held)
 
-    def result(self, state: State, majority: int, scratch: Scratch) -> tuple[Array, Election]:
+    def result(self, xp: Any, state: State, majority: int) -> tuple[Array, Election]:
         return state["largest"], Election()
 
 
 class Disjoint:
     """TIES election: per element the sign of the summed task vectors, then what agrees with it: mean, sum or largest.
 
-    The state holds the positive sum P, the negative sum Q, and how many made up each (or, for max, the extremes). Where
-    P + Q cancels exactly the majority sign of the group decides; where that is a tie as well, nothing agrees and the
-    element stays at the base (TIES-Merging, section on electing signs; its code takes the negative side there).
+    The state holds the positive sum P, the negative sum Q, and for the mean how many made up each (pluses in the lower 16
+    bits of `votes`, minuses in the upper), for max the extremes. Where P + Q cancels exactly the majority sign of the group
+    decides; where that is a tie as well, nothing agrees and the element stays at the base (TIES-Merging, section on
+    electing signs; its code takes the negative side there).
     """
 
     def __init__(self, consensus: str) -> None:
@@ -143,48 +136,36 @@ class Disjoint:
         self.floats: tuple[str, ...] = (
             ("plus", "minus", "top", "bottom") if consensus == "max" else ("plus", "minus")
         )
-        self.counts: tuple[str, ...] = ("pluses", "minuses") if consensus == "mean" else ()
+        self.votes = consensus == "mean"
+        self.kernel: int | None = {
+            "mean": kernels.MEAN_OF_SIGN,
+            "sum": kernels.SUM_OF_SIGN,
+            "max": kernels.MAX_OF_SIGN,
+        }[consensus]
 
-    def add(self, state: State, x: Array, place: Place, scratch: Scratch) -> None:
-        plus, minus = split_signs(x, scratch)
-        np.add(state["plus"], plus, out=state["plus"])
-        np.add(state["minus"], minus, out=state["minus"])
-        if self.counts:
-            sign = scratch.take("sign", x.size, np.bool_)
-            np.add(state["pluses"], np.greater(x, 0, out=sign), out=state["pluses"])
-            np.add(state["minuses"], np.less(x, 0, out=sign), out=state["minuses"])
+    def add(self, xp: Any, state: State, x: Array, place: Place) -> None:
+        up, down = x > 0, x < 0
+        state["plus"] = state["plus"] + xp.where(up, x, 0)
+        state["minus"] = state["minus"] + xp.where(down, x, 0)
+        if self.votes:
+            state["votes"] = state["votes"] + xp.where(up, 1, 0) + xp.where(down, 1 << 16, 0)
         if self.consensus == "max":
-            np.maximum(state["top"], x, out=state["top"])
-            np.minimum(state["bottom"], x, out=state["bottom"])
+            state["top"] = xp.where(x > state["top"], x, state["top"])
+            state["bottom"] = xp.where(x < state["bottom"], x, state["bottom"])
 
-    def result(self, state: State, majority: int, scratch: Scratch) -> tuple[Array, Election]:
+    def result(self, xp: Any, state: State, majority: int) -> tuple[Array, Election]:
         plus, minus = state["plus"], state["minus"]
-        total = np.add(plus, minus, out=scratch.take("total", plus.size, plus.dtype))
-        up = np.greater(total, 0, out=scratch.take("up", plus.size, np.bool_))
-        down = np.less(total, 0, out=scratch.take("down", plus.size, np.bool_))
-        ups, downs = int(np.count_nonzero(up)), int(np.count_nonzero(down))
-        contested = False
-        if ups + downs < plus.size:
-            tied = (total == 0) & (plus > 0)
-            contested = bool(tied.any())
-            if contested and majority:
-                elected = up if majority > 0 else down
-                np.logical_or(elected, tied, out=elected)
-        high, low = ("top", "bottom") if self.consensus == "max" else ("plus", "minus")
-        out = self._either(state[high], state[low], up, down, scratch)
-        if self.counts:
-            np.multiply(state["pluses"], up, out=state["pluses"])
-            np.multiply(state["minuses"], down, out=state["minuses"])
-            votes = np.add(state["pluses"], state["minuses"], out=state["pluses"])
-            np.divide(out, np.maximum(votes, 1, out=votes), out=out)
-        return out, Election(ups - downs, contested)
-
-    @staticmethod
-    def _either(high: Array, low: Array, up: Array, down: Array, scratch: Scratch) -> Array:
-        """`high` where up, `low` where down, 0 where neither; uses up its arguments."""
-        zero_unless(word_mask(up, high.dtype, scratch), high)
-        zero_unless(word_mask(down, low.dtype, scratch), low)
-        return np.add(high, low, out=high)
+        total = plus + minus
+        up, down, tied = total > 0, total < 0, (total == 0) & (plus > 0)
+        election = Election(int(up.sum()) - int(down.sum()), bool(tied.any()))
+        if election.contested and majority:
+            up, down = (up | tied, down) if majority > 0 else (up, down | tied)
+        high, low = (state["top"], state["bottom"]) if self.consensus == "max" else (plus, minus)
+        out = xp.where(up, high, xp.where(down, low, 0))
+        if self.votes:
+            count = xp.where(up, state["votes"] & 0xFFFF, state["votes"] >> 16)
+            out = out / xp.asarray(xp.where(count > 1, count, 1), dtype=out.dtype)
+        return out, election
 
 
 def combination(technique: Technique, params: Mapping[str, Any]) -> Combine:
@@ -193,47 +174,41 @@ def combination(technique: Technique, params: Mapping[str, Any]) -> Combine:
         return Disjoint(params["consensus"])
     plain: dict[str, type[Mean] | type[Sum] | type[Largest]] = {
         "mean": Mean,
-        "slerp": Slerp,
+        "slerp": Mean,
         "sum": Sum,
         "largest": Largest,
     }
     return plain[technique.combine]()
 
 
-def sparsify(technique: Technique, delta: Array, place: Place, scratch: Scratch) -> None:
-    """Thin out a task vector in place."""
+def sparsify(xp: Any, technique: Technique, delta: Array, place: Place) -> Array:
+    """A task vector, thinned out."""
     if technique.sparsify == "random":
-        _drop_at_random(delta, place, scratch)
-    elif technique.sparsify != "none":
-        _drop_by_magnitude(delta, place.limits, scratch)
+        return _drop_at_random(xp, delta, place)
+    if technique.sparsify in ("magnitude", "band"):
+        size, (low, high) = xp.abs(delta), bounds(place.limits, delta.dtype)
+        return xp.where((size >= low) & (size <= high), delta, 0)
+    return delta
 
 
-def _drop_at_random(delta: Array, place: Place, scratch: Scratch) -> None:
+def _drop_at_random(xp: Any, delta: Array, place: Place) -> Array:
     """DARE: keep with probability density, divide what is kept by density. A key of None (scalars) keeps everything."""
     if place.key is None or place.density == 1:
-        return
-    keep = kept(place.key, place.start, delta.size, place.density, scratch)
-    zero_unless(word_mask(keep, delta.dtype, scratch), delta)
-    np.multiply(delta, 1 / place.density, out=delta)
+        return delta
+    keep = kept(xp, place.key, place.start, delta, place.density)
+    return xp.where(keep, delta * (1 / place.density), 0)
 
 
-def _drop_by_magnitude(delta: Array, limits: Limits, scratch: Scratch) -> None:
-    size = np.abs(delta, out=scratch.take("size", delta.size, delta.dtype))
-    keep = scratch.take("keep", delta.size, np.bool_)
-    if limits.low > 0:
-        np.greater_equal(size, _bound(limits.low, delta.dtype, up=True), out=keep)
-        zero_unless(word_mask(keep, delta.dtype, scratch), delta)
-    if limits.high < math.inf:
-        np.less_equal(size, _bound(limits.high, delta.dtype, up=False), out=keep)
-        zero_unless(word_mask(keep, delta.dtype, scratch), delta)
-
-
-def _bound(limit: float, dtype: np.dtype, *, up: bool) -> np.floating[Any]:
-    """The limit in the block's own type, rounded inwards, so that a comparison there means what it means in float64."""
-    bound = dtype.type(limit)
-    if float(bound) != limit and (float(bound) < limit) == up:
-        bound = np.nextafter(bound, dtype.type(math.inf if up else -math.inf))
-    return bound
+def bounds(limits: Limits, dtype: Any) -> tuple[float, float]:
+    """The limits as numbers of the block's own type, rounded inwards: a comparison there means what it means in float64."""
+    if str(dtype).endswith("64"):
+        return limits.low, limits.high
+    low, high = np.float32(limits.low), np.float32(limits.high)
+    if low < limits.low:
+        low = np.nextafter(low, np.float32(math.inf))
+    if high > limits.high:
+        high = np.nextafter(high, np.float32(-math.inf))
+    return float(low), float(high)
 
 
 def share(params: Mapping[str, Any], order: int) -> float:

@@ -16,12 +16,12 @@ import numpy as np
 
 from merge_service.blend import Blend
 from merge_service.checkpoint import Checkpoint, CheckpointWriter
-from merge_service.engine import Scratch, Span
+from merge_service.engine import Span
 from merge_service.errors import CorruptCheckpoint, TechniqueError
 from merge_service.rules import State
 
 METADATA_KEY = "temporal_merge"
-FORMAT = 1
+FORMAT = 2
 MAX_EXPERTS = 2**16 - 1
 """Votes are counted in 16 bits."""
 
@@ -57,14 +57,12 @@ class StreamState:
                 f"{self.checkpoint.path} already holds {MAX_EXPERTS} experts, the most there can be"
             )
 
-    def read(self, span: Span, arrays: Mapping[str, np.dtype], scratch: Scratch) -> State:
-        """The arrays of one block, to be changed in place."""
-        state = {}
-        for role, dtype in arrays.items():
-            held = self.checkpoint.raw(f"{role}:{span.name}", span.start, span.stop)
-            state[role] = scratch.take(f"state {role}", span.size, dtype)
-            np.copyto(state[role], held)
-        return state
+    def read(self, span: Span, arrays: Mapping[str, np.dtype]) -> State:
+        """The arrays of one span, to be changed in place."""
+        return {
+            role: self.checkpoint.raw(f"{role}:{span.name}", span.start, span.stop).astype(dtype)
+            for role, dtype in arrays.items()
+        }
 
     def __enter__(self) -> "StreamState":
         return self
@@ -75,7 +73,7 @@ class StreamState:
 
 def state_writer(path: Path | str, blend: Blend, inputs: Sequence[Mapping[str, str]]) -> CheckpointWriter:
     """A writer for the state that `blend` leaves after `inputs`."""
-    stored = {np.dtype(np.float32): "F32", np.dtype(np.float64): "F64", np.dtype(np.uint16): "U16"}
+    stored = {np.dtype(np.float32): "F32", np.dtype(np.float64): "F64", np.dtype(np.uint32): "U32"}
     layout = {
         f"{role}:{name}": (stored[dtype], (numel,))
         for name, numel in blend.merged

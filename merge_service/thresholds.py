@@ -1,28 +1,32 @@
 """The exact k-th smallest magnitude of a task vector, without sorting it or holding it in memory.
 
-Magnitudes of floats, read as unsigned integers, keep their order. A histogram of the leading 16 bits finds the bin that
-holds the wanted rank, further ones over the remaining bits find the value itself. Histograms add up, so blocks, threads
-and (later) machines may count apart.
+Magnitudes of floats, read as unsigned integers, keep their order. A sample says between which two values the wanted rank
+must lie; one pass counts what is below and how often each value between occurs, which settles it. Where the sample was wrong
+the search goes on in the part that was missed, so the answer is exact whatever was drawn. Counts add up: blocks, threads and
+machines count apart, and what is asked of them (`Survey`, `Count`) and answered are plain values.
 
-Invariant: exact, and independent of blocks and threads.
+Invariant: exact, and independent of blocks, threads, machines and the sample.
 """
 
-import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import numpy as np
 
-from merge_service.engine import Scratch, Span, run, spans
-
-SMALL = 1 << 20
-"""Groups up to this many elements are gathered and selected from directly."""
-BLOCK = 1 << 17
-"""Elements per block of a counting pass; larger than elsewhere, since each block makes a histogram of its own."""
-
-Magnitudes = Callable[[Span], np.ndarray]
 Ranks = Callable[[int], tuple[int | None, int | None]]
+Key = tuple[str, int]
+"""A group of tensors and the number of an expert."""
+
+BINS = 1 << 20
+"""Most values told apart in one pass over one window (8 MiB of counts)."""
+COUNTS = 1 << 22
+"""Most bins at a time over all windows (32 MiB)."""
+SAMPLE = 1 << 20
+"""About how many elements of a group are drawn."""
+GATHER = 1 << 16
+"""Groups up to this many elements are drawn whole, which settles them without a pass."""
 
 
 def trim_ranks(density: float) -> Ranks:
@@ -59,26 +63,194 @@ class Limits:
 EVERYTHING = Limits()
 
 
-def limits(
-    sizes: list[tuple[str, int]],
-    magnitudes: Magnitudes,
-    ranks: Ranks,
-    *,
-    count_frozen: bool,
-    threads: int,
-    wide: bool,
-) -> Limits:
-    """The limits over one group of tensors (name, number of elements).
+@dataclass(frozen=True)
+class Window:
+    """Magnitudes whose bits lie in low..high, counted in bins of 2^shift values."""
 
-    `magnitudes` gives |tau| of a span. Without `count_frozen`, tensors that are zero throughout count for nothing.
-    `wide` says that some magnitudes are float64.
+    low: int
+    high: int
+    shift: int
+
+    @property
+    def bins(self) -> int:
+        """Number of bins."""
+        return ((self.high - self.low) >> self.shift) + 1
+
+    @classmethod
+    def of(cls, low: int, high: int) -> "Window":
+        """As fine as `BINS` allows."""
+        return cls(low, high, max(0, (high - low).bit_length() - (BINS.bit_length() - 1)))
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Asks for the size of a group (without tensors that did not move, unless `count_frozen`) and a sample."""
+
+    key: Key
+    count_frozen: bool
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """Number of elements that count, bits of a sample of them, and the tensors that did not move."""
+
+    total: int
+    sample: np.ndarray
+    still: frozenset[str] = frozenset()
+
+    def __add__(self, other: "Surveyed") -> "Surveyed":
+        sample = np.concatenate([self.sample, other.sample])
+        return Surveyed(self.total + other.total, sample, self.still | other.still)
+
+
+@dataclass(frozen=True)
+class Count:
+    """Asks how the magnitudes of each group fall into windows; tensors in `still` are left out."""
+
+    windows: Mapping[Key, tuple[Window, ...]]
+    still: Mapping[Key, frozenset[str]]
+
+
+@dataclass
+class Counted:
+    """Per window: how many lie below it, and how many in each bin."""
+
+    below: list[int]
+    bins: list[np.ndarray]
+
+    @classmethod
+    def none(cls, windows: Sequence[Window]) -> "Counted":
+        """Nothing counted yet."""
+        return cls([0] * len(windows), [np.zeros(w.bins, np.int64) for w in windows])
+
+    def __add__(self, other: "Counted") -> "Counted":
+        return Counted(
+            [a + b for a, b in zip(self.below, other.below)], [a + b for a, b in zip(self.bins, other.bins)]
+        )
+
+
+Answer = Surveyed | dict[Key, Counted]
+Ask = Callable[[Survey | Count], Answer]
+
+
+def together(answers: Sequence[Answer]) -> Answer:
+    """The answer for all tensors, from the answers for parts of them."""
+    whole, *others = answers
+    for other in others:
+        if isinstance(whole, Surveyed):
+            assert isinstance(other, Surveyed)
+            whole = whole + other
+        else:
+            assert isinstance(other, dict)
+            whole = {key: found + other[key] for key, found in whole.items()}
+    return whole
+
+
+@dataclass
+class _Quest:
+    """The search for one rank of one group."""
+
+    rank: int
+    window: Window
+    value: int | None = None
+    tried: int = field(default=0)
+
+    def learn(self, below: int, bins: np.ndarray, top: int) -> None:
+        """Narrow the window by what was counted in it, or look where the rank must be instead."""
+        self.tried += 1
+        inside = int(bins.sum())
+        if self.rank <= below:
+            self.window = Window.of(0, self.window.low - 1)
+        elif self.rank > below + inside:
+            self.window = Window.of(self.window.high + 1, top)
+        else:
+            before = np.cumsum(bins)
+            chosen = int(np.searchsorted(before, self.rank - below))
+            low = self.window.low + (chosen << self.window.shift)
+            if self.window.shift == 0:
+                self.value = low
+            else:
+                high = min(low + (1 << self.window.shift) - 1, self.window.high)
+                self.window = Window.of(low, high)
+
+
+def search(
+    keys: Sequence[Key], ranks: Ranks, ask: Ask, *, count_frozen: bool, wide: bool
+) -> dict[Key, Limits]:
+    """The limits of every group for every expert.
+
+    `ask` answers a `Survey` or a `Count` about all of them at once; `wide` says that some magnitudes are float64.
     """
-    total = sum(numel for _, numel in sizes)
-    if count_frozen and ranks(total) == (None, None):
-        return EVERYTHING
-    if total <= SMALL:
-        return _gathered(sizes, magnitudes, ranks, count_frozen, wide)
-    return _Counting(sizes, magnitudes, count_frozen, threads, wide).limits(ranks)
+    float_type, word = (np.float64, np.uint64) if wide else (np.float32, np.uint32)
+    top = int(np.array(np.inf, float_type).view(word))
+    quests: dict[Key, list[_Quest | None]] = {}
+    still: dict[Key, frozenset[str]] = {}
+    for key in keys:
+        survey = ask(Survey(key, count_frozen))
+        assert isinstance(survey, Surveyed)
+        quests[key], still[key] = [_quest(rank, survey, top) for rank in ranks(survey.total)], survey.still
+    while unsettled := _next_round(quests):
+        windows = {key: tuple(quest.window for quest in found) for key, found in unsettled.items()}
+        counted = ask(Count(windows, {key: still[key] for key in windows}))
+        assert isinstance(counted, dict)
+        for key, found in unsettled.items():
+            for quest, below, bins in zip(found, counted[key].below, counted[key].bins):
+                quest.learn(below, bins, top)
+
+    def number(quest: _Quest | None, otherwise: float) -> float:
+        if quest is None or quest.value is None:
+            return otherwise
+        return float(np.array(quest.value, word).view(float_type))
+
+    return {key: Limits(number(low, 0.0), number(high, math.inf)) for key, (low, high) in quests.items()}
+
+
+def _next_round(quests: Mapping[Key, list[_Quest | None]]) -> dict[Key, list[_Quest]]:
+    """The quests to settle in one pass: as many as `COUNTS` allows, so that memory does not grow with the experts."""
+    chosen: dict[Key, list[_Quest]] = {}
+    held = 0
+    for key, found in quests.items():
+        unsettled = [quest for quest in found if quest is not None and quest.value is None]
+        held += sum(quest.window.bins for quest in unsettled)
+        if chosen and held > COUNTS:
+            break
+        if unsettled:
+            chosen[key] = unsettled
+    return chosen
+
+
+def _quest(rank: int | None, survey: Surveyed, top: int) -> _Quest | None:
+    """Where to look first: the sample's own quantile, give or take 18 standard errors (its elements come in runs)."""
+    if rank is None:
+        return None
+    size = survey.sample.size
+    if size == survey.total:
+        value = int(np.partition(survey.sample, rank - 1)[rank - 1])
+        return _Quest(rank, Window(value, value, 0), value)
+    if size < 256:
+        return _Quest(rank, Window.of(0, top))
+    share = rank / survey.total
+    slack = 18 * math.sqrt(size * share * (1 - share)) + 32
+    low, high = int(max(share * size - slack, 0)), int(min(share * size + slack, size - 1))
+    parted = np.partition(survey.sample, (low, high))
+    first = 0 if low == 0 else int(parted[low])
+    last = top if high == size - 1 else int(parted[high])
+    return _Quest(rank, Window.of(first, last))
+
+
+def stride_of(total: int) -> int:
+    """Elements per run of the sample: of every `stride` elements a run of 16 is drawn; 16 draws everything.
+
+    Prime, so that runs do not fall on the same columns of a matrix again and again.
+    """
+    if total <= GATHER:
+        return RUN
+    wanted = max(total * RUN // SAMPLE, 3 * RUN)
+    return next(prime for prime in _PRIMES if prime >= min(wanted, _PRIMES[-1]))
+
+
+RUN = 16
+_PRIMES = (53, 61, 127, 251, 509, 1021, 2039, 4093, 8191, 16381, 32749)
 
 
 def _exact(number: float) -> Fraction:
@@ -88,115 +260,3 @@ def _exact(number: float) -> Fraction:
 
 def _portion(fraction: Fraction, n: int) -> int:
     return int(fraction * n)
-
-
-def _limits(found: list[float | None]) -> Limits:
-    low, high = found
-    return Limits(0.0 if low is None else low, float("inf") if high is None else high)
-
-
-def _gathered(
-    sizes: list[tuple[str, int]], magnitudes: Magnitudes, ranks: Ranks, count_frozen: bool, wide: bool
-) -> Limits:
-    parts: list[np.ndarray] = []
-    for name, numel in sizes:
-        whole = [
-            magnitudes(span).astype(np.float64 if wide else np.float32)
-            for span in spans([(name, numel)], BLOCK)
-        ]
-        if count_frozen or any(part.any() for part in whole):
-            parts += whole
-    values = np.concatenate(parts) if parts else np.empty(0, np.float32)
-    wanted = ranks(values.size)
-    at = sorted({rank - 1 for rank in wanted if rank is not None})
-    if at:
-        values.partition(at)
-    return _limits([None if rank is None else float(values[rank - 1]) for rank in wanted])
-
-
-class _Counting:
-    """Radix selection over passes of at most 16 bits."""
-
-    def __init__(
-        self,
-        sizes: list[tuple[str, int]],
-        magnitudes: Magnitudes,
-        count_frozen: bool,
-        threads: int,
-        wide: bool,
-    ) -> None:
-        self.sizes, self.magnitudes, self.count_frozen, self.threads = (
-            sizes,
-            magnitudes,
-            count_frozen,
-            threads,
-        )
-        self.float = np.dtype(np.float64 if wide else np.float32)
-        self.word = np.dtype(np.uint64 if wide else np.uint32)
-        self.digits = (16, 16, 16, 15) if wide else (16, 15)
-        self.scratch, self.lock = Scratch(), threading.Lock()
-
-    def limits(self, ranks: Ranks) -> Limits:
-        first = self._first_pass()
-        found = []
-        for rank in ranks(int(first.sum())):
-            found.append(None if rank is None else self._value(first, rank))
-        return _limits(found)
-
-    def _first_pass(self) -> np.ndarray:
-        """The histogram of the leading digit; forgets tensors that are zero throughout unless they count."""
-        shift = sum(self.digits[1:])
-        counts = np.zeros(1 << self.digits[0], np.int64)
-        moved: set[str] = set()
-
-        def work(span: Span) -> None:
-            bits = self._bits(span)
-            part = np.bincount(self._top(bits, shift), minlength=counts.size)
-            alive = not self.count_frozen and bool(bits.any())
-            with self.lock:
-                np.add(counts, part, out=counts)
-                if alive:
-                    moved.add(span.name)
-
-        run(work, spans(self.sizes, BLOCK), self.threads)
-        if not self.count_frozen:
-            counts[0] -= sum(numel for name, numel in self.sizes if name not in moved)
-            self.sizes = [(name, numel) for name, numel in self.sizes if name in moved]
-        return counts
-
-    def _value(self, counts: np.ndarray, rank: int) -> float:
-        """The rank-th smallest magnitude (1-based), digit by digit."""
-        shift, prefix = sum(self.digits), 0
-        for number, digit in enumerate(self.digits):
-            if number:
-                counts = self._next_pass(prefix, shift, digit)
-            below = np.cumsum(counts)
-            chosen = int(np.searchsorted(below, rank))
-            rank -= int(below[chosen - 1]) if chosen else 0
-            prefix, shift = (prefix << digit) | chosen, shift - digit
-        return float(np.array(prefix, self.word).view(self.float))
-
-    def _next_pass(self, prefix: int, shift: int, digit: int) -> np.ndarray:
-        """The histogram of the next digit among magnitudes whose leading bits are `prefix`."""
-        counts = np.zeros(1 << digit, np.int64)
-        low, high = self.word.type(prefix << shift), self.word.type(((prefix + 1) << shift) - 1)
-
-        def work(span: Span) -> None:
-            bits = self._bits(span)
-            inside = bits[(bits >= low) & (bits <= high)]
-            if inside.size:
-                digits = (inside >> self.word.type(shift - digit)) & self.word.type((1 << digit) - 1)
-                part = np.bincount(digits.astype(np.intp), minlength=counts.size)
-                with self.lock:
-                    np.add(counts, part, out=counts)
-
-        run(work, spans(self.sizes, BLOCK), self.threads)
-        return counts
-
-    def _bits(self, span: Span) -> np.ndarray:
-        return self.magnitudes(span).astype(self.float, copy=False).view(self.word)
-
-    def _top(self, bits: np.ndarray, shift: int) -> np.ndarray:
-        out = self.scratch.take("top", bits.size, np.intp)
-        np.right_shift(bits, self.word.type(shift), out=out, casting="unsafe")
-        return out

@@ -53,6 +53,10 @@ class CheckpointWriter:
         """Store `array` as elements start.. of the flattened tensor, rounded once to its dtype."""
         self.write_stored(name, start, encode(array, self.tensors[name].kind))
 
+    def storage(self, name: str) -> np.dtype:
+        """The type in which the tensor's elements lie in the file."""
+        return self.tensors[name].kind.storage
+
     def write_stored(self, name: str, start: int, stored: np.ndarray) -> None:
         """Store values that are already in the tensor's storage type, bit for bit."""
         info = self.tensors[name]

@@ -29,9 +29,7 @@ def test_merge_needs_neither_torch_nor_pipeline_to_start() -> None:
     code = "import sys, merge_service.merge, merge_service.service; print([m for m in sys.modules if '.' not in m])"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not [
-        name
-        for name in ("torch", "ray", "mlflow", "numba", "safetensors", "pipeline")
-        if f"'{name}'" in modules
+        name for name in ("torch", "ray", "mlflow", "safetensors", "pipeline") if f"'{name}'" in modules
     ]
 
 
@@ -134,10 +132,14 @@ def test_density_is_the_decimal_a_person_wrote(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sizes", [(3_000, 700), (200_000, 1)])
 @pytest.mark.parametrize("wide", [False, True])
-def test_thresholds_by_histogram_are_exact(tmp_path: Path, sizes, wide: bool, monkeypatch) -> None:
+@pytest.mark.parametrize("gather", [100, 1 << 16])
+def test_thresholds_by_counting_are_exact(
+    tmp_path: Path, sizes, wide: bool, gather: int, monkeypatch
+) -> None:
     from merge_service import thresholds
 
-    monkeypatch.setattr(thresholds, "SMALL", 100)
+    monkeypatch.setattr(thresholds, "GATHER", gather)
+    monkeypatch.setattr(thresholds, "BINS", 1 << 9)
     rng = np.random.default_rng(0)
     dtype = np.float64 if wide else np.float32
     arrays = {f"w{i}": (rng.standard_normal(n) ** 3).astype(dtype) for i, n in enumerate(sizes)}

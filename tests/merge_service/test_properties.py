@@ -168,13 +168,14 @@ def test_p5_and_p13_a_stream_writes_the_bytes_of_the_batch(where: Path, name: st
 
 @pytest.mark.parametrize("name", techniques.names())
 def test_p6_blocks_and_threads_change_no_bit(where: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "GRAIN", 4)
-    monkeypatch.setattr(thresholds, "SMALL", 8)
-    monkeypatch.setattr(thresholds, "BLOCK", 4)
+    monkeypatch.setattr(thresholds, "GATHER", 1 << 10)
     room = Room(where, 5, 3, 2, name)
+    rng = np.random.default_rng(5)
+    for model in (room.base, *room.experts):
+        model["visual.transformer.resblocks.1.attn.weight"] = toys.dyadic(rng, (250, 701), 64)
     paths = [room.path(e, f"e{i}") for i, e in enumerate(room.experts)]
     start, seen = room.path(room.base, "base"), set()
-    for block, threads in ((1, 1), (5, 3), (8, 2), (1000, 1), (1000, 3)):
+    for block, threads in ((1, 1), (engine.GRAIN, 3), (2 * engine.GRAIN, 2), (1 << 20, 1)):
         out = where / "out.safetensors"
         report = merge(name, room.params, start, paths, out, threads=threads, block=block)
         seen.add((out.read_bytes(), report.merged_norm))
@@ -293,7 +294,11 @@ def test_p15_frozen_tensors_change_nothing_when_they_do_not_count(where: Path, n
 
 
 @pytest.mark.parametrize("name", ["average", "magmax", "breadcrumbs_ties", "dare_ties"])
-def test_p16_memory_does_not_grow_with_the_experts_or_the_model(tmp_path: Path, name: str) -> None:
+def test_p16_memory_does_not_grow_with_the_experts_or_the_model(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for bound in ("BINS", "COUNTS", "SAMPLE"):  # in proportion to a small model
+        monkeypatch.setattr(thresholds, bound, 1 << 14)
     rng = np.random.default_rng(0)
     paths = []
     for number in range(7):
@@ -313,12 +318,11 @@ def test_p16_memory_does_not_grow_with_the_experts_or_the_model(tmp_path: Path, 
 
 
 def test_random_masks_keep_the_right_share_independently_and_without_bias() -> None:
-    scratch, size, density = engine.Scratch(), 200_000, 0.3
-    one, other = (kept(tensor_key(0, who, "w"), 0, size, density, scratch).copy() for who in ("t1", "t2"))
+    block, density = np.zeros(200_000), 0.3
+    size = block.size
+    one, other = (kept(np, tensor_key(0, who, "w"), 0, block, density) for who in ("t1", "t2"))
     deviation = np.sqrt(density * (1 - density) / size)
     assert abs(one.mean() - density) < 4 * deviation and abs(other.mean() - density) < 4 * deviation
     assert abs((one & other).mean() - density**2) < 4 * deviation
-    masks = np.array(
-        [kept(tensor_key(seed, "t1", "w"), 0, 50, density, scratch).copy() for seed in range(4000)]
-    )
+    masks = np.array([kept(np, tensor_key(seed, "t1", "w"), 0, block[:50], density) for seed in range(4000)])
     assert np.all(np.abs(masks.mean(axis=0) / density - 1) < 4.5 * np.sqrt((1 - density) / density / 4000))

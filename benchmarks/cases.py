@@ -1,0 +1,51 @@
+"""What is measured: a technique, its parameters, and how many checkpoints it takes.
+
+Parameters are the ones under which the peers' definitions and ours agree as far as they can (`peers_mergekit.py` and
+`peers_fusionbench.py` hold theirs, under the same names): scale 0.3 for sums, the mean of a density of 0.2 for the TIES
+family, weight 0.5 for folds.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the results. `options` are keyword arguments of `merge`, and `flags` the same for the command line.
+
+    `prepared` runs the merge once, unmeasured, before it is measured: for what may be at hand or not.
+    """
+
+    name: str
+    technique: str
+    params: dict[str, Any] = field(default_factory=dict)
+    form: str = "merge"
+    base: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+    prepared: bool = False
+
+    def checkpoints(self, base: str, experts: list[str]) -> tuple[str | None, list[str]]:
+        """The base, if it is read at all, and the experts: all of them, or two to fold."""
+        return base if self.base else None, experts[:2] if self.form == "fold" else experts
+
+
+# Where the CLI and `merge` learn to keep thresholds beside an expert, the cases with thresholds at hand are
+# Case("ties, thresholds at hand", "ties", options={...}, flags=(...), prepared=True), and so on.
+CASES = {
+    case.name: case
+    for case in (
+        Case("average", "average", base=False),
+        Case("ema_fold", "average", {"weight": 0.5}, form="fold", base=False),
+        Case("slerp_fold", "slerp", {"weight": 0.5}, form="fold", base=False),
+        Case("task_arithmetic", "task_arithmetic", {"scale": 0.3}),
+        Case("magmax", "magmax", {"scale": 0.5}),
+        Case("lines_task_arithmetic", "lines_task_arithmetic"),
+        Case("ties", "ties"),
+        Case("dare_ties", "dare_ties"),
+        Case("breadcrumbs_ties", "breadcrumbs_ties"),
+        Case("iso_c", "iso_c"),
+        Case("iso_cts", "iso_cts"),
+        Case("opcm", "opcm"),
+    )
+}

@@ -1,0 +1,128 @@
+"""One merge by FusionBench in a process of its own; run by an interpreter that has fusion-bench.
+
+    PYTHON benchmarks/peers_fusionbench.py '{"case": "ties", "base": ..., "experts": [...], "out": ..., "threads": 2}'
+
+Its algorithm classes take a pool of models; the pool here builds a module around the tensors of a safetensors file, and
+the merged module's state dict is saved to one. Prints one JSON line like `ours.py`.
+
+Its SVD methods know matrices as `nn.Linear` (OPCM) or as two-dimensional tensors (Iso), so for them the fused attention
+projections are given as q, k and v, as in the CLIP of transformers that it is written for, and fused again to be saved.
+"""
+
+import json
+import sys
+import time
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+PACKAGES = ("fusion-bench", "torch", "transformers", "numpy", "safetensors")
+TRIM: dict[str, Any] = {"scaling_factor": 1.0, "threshold": 20, "remove_keys": [], "merge_func": "mean"}
+# Iso-CTS squares the number of rows: 10 GB and a minute for the tiny model's table of 49408 tokens
+MATRICES_ONLY = {"exclude_keys": ["token_embedding.weight"]}
+# case -> class below fusion_bench.method, its arguments
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "average": ("SimpleAverageAlgorithm", {}),
+    "ema_fold": ("WeightedAverageAlgorithm", {"normalize": False, "weights": [0.5, 0.5]}),
+    "slerp_fold": ("SlerpMergeAlgorithm", {"t": 0.5}),
+    "task_arithmetic": ("TaskArithmeticAlgorithm", {"scaling_factor": 0.3}),
+    "magmax": ("MagMaxAlgorithm", {"scaling_factor": 0.5}),
+    "ties": ("TiesMergingAlgorithm", TRIM),
+    "dare_ties": (
+        "DareTiesMerging",  # drops at random and then trims: it has no other DARE-TIES
+        {"sparsity_ratio": 0.8, "only_on_linear_weights": False, "rescale": True, **TRIM},
+    ),
+    "iso_c": ("ISO_C_Merge", {"scaling_factor": 1.0, **MATRICES_ONLY}),
+    "iso_cts": ("ISO_CTS_Merge", {"scaling_factor": 1.0, "common_space_fraction": 0.8, **MATRICES_ONLY}),
+    "opcm": ("opcm.opcm_general.OPCM", {"alpha": 0.5, "shuffle_order": False, "save_on_every_step": False}),
+}
+MATRICES = ("iso_c", "iso_cts", "opcm")
+FUSED, SPLIT = "attn.in_proj_", ("attn.q_proj.", "attn.k_proj.", "attn.v_proj.")
+
+
+def main(job: dict[str, Any]) -> dict[str, float]:
+    """Merge as the job says."""
+    began = time.perf_counter()
+    import torch
+    from safetensors.torch import save_file
+
+    name, arguments = METHODS[job["case"]]
+    module, _, kind = f"fusion_bench.method.{name}".rpartition(".")
+    algorithm = getattr(import_module(module), kind)(**arguments)
+    imported = time.perf_counter()
+    torch.set_num_threads(job["threads"])
+    split = job["case"] in MATRICES
+    merged = algorithm.run(_pool(job, split))
+    tensors = {key: value.detach().contiguous() for key, value in merged.state_dict().items()}
+    save_file(_fuse(tensors) if split else tensors, job["out"], metadata={"format": "pt"})
+    return {"seconds": time.perf_counter() - imported, "import": imported - began}
+
+
+def _pool(job: dict[str, Any], split: bool) -> Any:
+    from fusion_bench.modelpool import BaseModelPool
+    from safetensors.torch import load_file
+
+    files = {f"expert-{i}": path for i, path in enumerate(job["experts"], 1)}
+    if job["base"]:
+        files = {"_pretrained_": job["base"], **files}
+
+    class Pool(BaseModelPool):
+        def load_model(self, model_name_or_config: str, *_: Any, **__: Any) -> Any:
+            tensors = load_file(files[model_name_or_config])
+            return _module(_split(tensors) if split else tensors)
+
+    return Pool(dict(files))
+
+
+def _module(tensors: dict[str, Any]) -> Any:
+    """Modules nested as the names say; a matrix called weight is a Linear, save for the table of tokens."""
+    import torch
+    from torch import nn
+
+    def child(parent: Any, name: str, path: str) -> Any:
+        if not hasattr(parent, name):
+            weight = tensors.get(f"{path}.weight")
+            linear = weight is not None and weight.ndim == 2 and "embedding" not in name
+            bias = f"{path}.bias" in tensors
+            with torch.device("meta"):
+                parent.add_module(name, nn.Linear(*weight.shape[::-1], bias=bias) if linear else nn.Module())
+        return getattr(parent, name)
+
+    root = nn.Module()
+    for name, tensor in tensors.items():
+        *parents, leaf = name.split(".")
+        module = root
+        for depth, parent in enumerate(parents, 1):
+            module = child(module, parent, ".".join(parents[:depth]))
+        setattr(module, leaf, nn.Parameter(tensor))
+    return root
+
+
+def _split(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Fused attention projections as q, k and v."""
+    out: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        if FUSED in name:
+            parts = zip(SPLIT, tensor.chunk(3), strict=True)
+            out |= {name.replace(FUSED, part): values for part, values in parts}
+        else:
+            out[name] = tensor
+    return out
+
+
+def _fuse(tensors: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `_split`."""
+    import torch
+
+    out: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        if SPLIT[0] in name:
+            out[name.replace(SPLIT[0], FUSED)] = torch.cat([tensors[name.replace(SPLIT[0], p)] for p in SPLIT])
+        elif not any(part in name for part in SPLIT):
+            out[name] = tensor
+    return out
+
+
+if __name__ == "__main__":
+    wanted = sys.argv[1]
+    print(json.dumps({p: version(p) for p in PACKAGES} if wanted == "--versions" else main(json.loads(wanted))))

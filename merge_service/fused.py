@@ -1,0 +1,135 @@
+"""Spans of a merge handed to the fused loops: addresses and numbers go into tables, nothing is copied.
+
+Invariant: only asked for spans it `fits`; what comes back are the bits of the array definitions.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from merge_service import kernels
+from merge_service.checkpoint import Checkpoint
+from merge_service.engine import Scratch, Span
+from merge_service.masks import ceiling
+from merge_service.rules import Combine, Election, Place, State, bounds
+
+if TYPE_CHECKING:
+    from merge_service.blend import Input
+
+_KINDS = {"F32": kernels.F32, "F16": kernels.F16, "BF16": kernels.BF16, "F64": kernels.F64}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A span's result. `squares`: partial sums of (result - base)^2; `bad`: orders of inputs that are not finite, 0 the base."""
+
+    block: np.ndarray
+    election: Election
+    squares: list[float]
+    bad: tuple[int, ...]
+
+
+def fits(weights: Sequence[Checkpoint], name: str) -> bool:
+    """Whether the loops can read this tensor where it lies."""
+    return all(one.address(name) is not None for one in weights)
+
+
+class Fused:
+    """The loops for one combination of experts."""
+
+    def __init__(
+        self, combine: Combine, base: Checkpoint | None, inputs: "Sequence[Input]", *, delta: bool
+    ) -> None:
+        assert combine.kernel is not None
+        self.combine, self.base, self.inputs, self.rule = combine, base, inputs, combine.kernel
+        self.delta = delta
+        self.scratch = Scratch()
+        self._tables: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+
+    def run(
+        self,
+        span: Span,
+        places: "Mapping[int, Place]",
+        *,
+        factor: float,
+        majority: int,
+        held: State | None,
+        finish: bool,
+        squares: bool,
+    ) -> Outcome:
+        """Work through one span. `held` is a state to be continued in place, None where none is kept."""
+        job, terms = self._tables_of(span, places)
+        job["factor"], job["majority"], job["finish"], job["squares"] = factor, majority, finish, squares
+        job["whole"] = held is not None
+        state, votes = self._state(held)
+        out = self.scratch.take("out", span.size if finish else 0, np.float32)
+        sums = np.zeros(-(-span.size // kernels.GRAIN) if squares else 0)
+        kernels.blend(job, terms, state, votes, out, sums)
+        if held is not None:
+            for row, role in enumerate(self.combine.floats):
+                held[role] = state[row]
+        bad = (0,) * int(job["bad"][0] != 0) + tuple(
+            expert.order for expert, found in zip(self.inputs, terms["bad"]) if found
+        )
+        election = Election(int(job["balance"][0]), bool(job["contested"][0]))
+        return Outcome(out, election, sums.tolist(), bad)
+
+    def _state(self, held: State | None) -> tuple[np.ndarray, np.ndarray]:
+        rows = len(self.combine.floats)
+        if held is None:
+            state = self.scratch.take("state", rows * kernels.LANES, np.float32).reshape(rows, -1)
+            return state, self.scratch.take("votes", kernels.LANES, np.uint32)
+        first = held[self.combine.floats[0]]
+        state = self.scratch.take("state", rows * first.size, np.float32).reshape(rows, -1)
+        for row, role in enumerate(self.combine.floats):
+            state[row] = held[role]
+        return state, held.get("votes", np.empty(0, np.uint32))
+
+    def _tables_of(self, span: Span, places: "Mapping[int, Place]") -> tuple[np.ndarray, np.ndarray]:
+        if span.name not in self._tables:
+            self._tables[span.name] = self._table(span.name, places)
+        template, experts, sizes = self._tables[span.name]
+        job, terms = template.copy(), experts.copy()
+        job["start"], job["size"] = span.start, span.size
+        job["base"] += job["base"].dtype.type(span.start * int(sizes[0]))
+        terms["address"] += (sizes[1:] * span.start).astype(np.uint64)
+        return job, terms
+
+    def _table(self, name: str, places: "Mapping[int, Place]") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        job, terms = np.zeros(1, kernels.JOB), np.zeros(len(self.inputs), kernels.TERM)
+        sizes = np.zeros(1 + len(self.inputs), np.int64)
+        job["rule"], job["delta"] = self.rule, self.delta
+        if self.base is not None:
+            job["base"], job["kind"], sizes[0] = _where(self.base, name)
+        for row, expert in enumerate(self.inputs):
+            place = places[expert.order]
+            term = terms[row]
+            term["address"], term["kind"], sizes[1 + row] = _where(expert.weights, name)
+            term["first"], term["share"] = place.order == 1, place.share
+            term["low"], term["high"] = bounds(place.limits, np.float32)
+            if place.turn is not None:
+                term["turns"], term["kept"], term["turned"] = 1, *place.turn
+            if place.key is not None and place.density < 1:
+                term["key"], term["limit"] = place.key, ceiling(place.density)
+                term["gain"] = 1 / place.density
+        return job, terms, sizes
+
+
+def _where(weights: Checkpoint, name: str) -> tuple[int, int, int]:
+    address = weights.address(name)
+    assert address is not None
+    kind = weights.tensors[name].kind
+    return address, _KINDS[kind.name], kind.itemsize
+
+
+def magnitude_bits(base: Checkpoint, expert: Checkpoint, span: Span, out: np.ndarray) -> tuple[bool, bool]:
+    """Bits of |expert - base| into `out` (uint32 [span.size]); whether any is not zero, and whether both are finite."""
+    job, terms = np.zeros(1, kernels.JOB), np.zeros(1, kernels.TERM)
+    for table, weights, column in ((job, base, "base"), (terms, expert, "address")):
+        address, kind, size = _where(weights, span.name)
+        table[column], table["kind"] = address + span.start * size, kind
+    job["size"] = span.size
+    moved = kernels.magnitudes(job, terms, out)
+    return bool(moved), not (job["bad"][0] or terms["bad"][0])
