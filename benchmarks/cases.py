@@ -25,6 +25,10 @@ class Case:
     flags: tuple[str, ...] = ()
     prepared: bool = False
 
+    def job(self) -> dict[str, Any]:
+        """What `ours.py` is asked to do, apart from files and threads."""
+        return {name: getattr(self, name) for name in ("technique", "form", "params", "options")}
+
     def checkpoints(self, base: str, experts: list[str]) -> tuple[str | None, list[str]]:
         """The base, if it is read at all, and the experts: all of them, or two to fold."""
         return base if self.base else None, experts[:2] if self.form == "fold" else experts

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -134,7 +135,10 @@ def _blocks(name: str, layers: int, width: int, mlp: int) -> Shapes:
     for layer in range(layers):
         block = f"{name}.resblocks.{layer}"
         shapes |= _norm(f"{block}.ln_1", width)
-        shapes |= {f"{block}.attn.in_proj_weight": (3 * width, width), f"{block}.attn.in_proj_bias": (3 * width,)}
+        shapes |= {
+            f"{block}.attn.in_proj_weight": (3 * width, width),
+            f"{block}.attn.in_proj_bias": (3 * width,),
+        }
         shapes |= {f"{block}.attn.out_proj.weight": (width, width), f"{block}.attn.out_proj.bias": (width,)}
         shapes |= _norm(f"{block}.ln_2", width)
         shapes |= {f"{block}.mlp.c_fc.weight": (mlp, width), f"{block}.mlp.c_fc.bias": (mlp,)}
@@ -167,11 +171,11 @@ def _write_files(place: Path, shapes: Shapes, files: dict[str, int], threads: in
 
 
 def _header(shapes: Shapes) -> tuple[bytes, dict[str, int]]:
-    table, offset = {}, 0
+    table: dict[str, Any] = {}
+    end = 0
     for name, shape in shapes.items():
-        end = offset + 4 * math.prod(shape)
-        table[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
+        start, end = end, end + 4 * math.prod(shape)
+        table[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps({"__metadata__": {"format": "pt"}, **table}).encode()
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text

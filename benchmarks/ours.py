@@ -22,7 +22,8 @@ def main(job: dict[str, Any]) -> dict[str, float]:
     options = {"threads": job["threads"], **job["options"]}
     base, experts, out = job["base"], job["experts"], job["out"]
     if job["form"] == "fold":
-        report = fold(job["technique"], job["params"], base, *experts, out, **options)
+        running, new = experts
+        report = fold(job["technique"], job["params"], base, running, new, out, **options)
     else:
         report = merge(job["technique"], job["params"], base, experts, out, **options)
     return {"seconds": report.seconds, "sync": sum(syncs), "import": imported - began}

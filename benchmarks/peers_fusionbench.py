@@ -76,16 +76,17 @@ def _pool(job: dict[str, Any], split: bool) -> Any:
 
 def _module(tensors: dict[str, Any]) -> Any:
     """Modules nested as the names say; a matrix called weight is a Linear, save for the table of tokens."""
-    import torch
     from torch import nn
 
     def child(parent: Any, name: str, path: str) -> Any:
         if not hasattr(parent, name):
             weight = tensors.get(f"{path}.weight")
-            linear = weight is not None and weight.ndim == 2 and "embedding" not in name
-            bias = f"{path}.bias" in tensors
-            with torch.device("meta"):
-                parent.add_module(name, nn.Linear(*weight.shape[::-1], bias=bias) if linear else nn.Module())
+            if weight is None or weight.ndim != 2 or "embedding" in name:
+                parent.add_module(name, nn.Module())
+            else:
+                rows, columns = weight.shape
+                bias = f"{path}.bias" in tensors
+                parent.add_module(name, nn.Linear(columns, rows, bias=bias, device="meta"))
         return getattr(parent, name)
 
     root = nn.Module()
@@ -117,7 +118,9 @@ def _fuse(tensors: dict[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, tensor in tensors.items():
         if SPLIT[0] in name:
-            out[name.replace(SPLIT[0], FUSED)] = torch.cat([tensors[name.replace(SPLIT[0], p)] for p in SPLIT])
+            out[name.replace(SPLIT[0], FUSED)] = torch.cat(
+                [tensors[name.replace(SPLIT[0], p)] for p in SPLIT]
+            )
         elif not any(part in name for part in SPLIT):
             out[name] = tensor
     return out
@@ -125,4 +128,6 @@ def _fuse(tensors: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     wanted = sys.argv[1]
-    print(json.dumps({p: version(p) for p in PACKAGES} if wanted == "--versions" else main(json.loads(wanted))))
+    print(
+        json.dumps({p: version(p) for p in PACKAGES} if wanted == "--versions" else main(json.loads(wanted)))
+    )

@@ -54,4 +54,6 @@ def configuration(job: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     wanted = sys.argv[1]
-    print(json.dumps({p: version(p) for p in PACKAGES} if wanted == "--versions" else main(json.loads(wanted))))
+    print(
+        json.dumps({p: version(p) for p in PACKAGES} if wanted == "--versions" else main(json.loads(wanted)))
+    )

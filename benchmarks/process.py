@@ -40,7 +40,7 @@ class Run:
 
 
 def measure(
-    command: Sequence[str | Path],
+    command: Sequence[Any],
     threads: int,
     timeout: float,
     environment: Mapping[str, str] | None = None,
@@ -76,7 +76,8 @@ class _Watch(threading.Thread):
 
     def __init__(self, process: subprocess.Popen, allowed: int, deadline: float) -> None:
         super().__init__(daemon=True)
-        self.peak, self.reason = 0, None
+        self.peak = 0
+        self.reason: str | None = None
         self._process, self._allowed, self._deadline = process, allowed, deadline
         self._over = threading.Event()
         self.start()

@@ -64,7 +64,7 @@ class Blend:
         self.tied = tied(self.reference)
         self.source = base or inputs[-1].weights
         self.limits: dict[Key, Limits] = {}
-        self.turns: dict[str, tuple[float, float] | None] = {}
+        self.turns: dict[tuple[str, int], tuple[float, float]] = {}
         self._read = [*([base] if base else []), *(expert.weights for expert in inputs)]
         self._fused = (
             Fused(self.combine, base, inputs, delta=technique.space == "task_vectors")
@@ -127,8 +127,9 @@ class Blend:
         self, span: Span, held: State | None, *, majority: int, finish: bool, squares: bool
     ) -> Outcome:
         """One span of the result; `held`, a state to be continued, is changed in place. Raises for numbers that are not finite."""
-        places = {expert.order: self._place(expert, span) for expert in self.inputs}
-        if self._fused and self.compute(span.name).itemsize == 4 and fits(self._read, span.name):
+        places = self._places(span)
+        if self._is_fused(span.name):
+            assert self._fused
             outcome = self._fused.run(
                 span, places, factor=self.factors[span.name], majority=majority, held=held, finish=finish,
                 squares=squares and not is_logit_scale(span.name),
@@ -139,6 +140,9 @@ class Blend:
         if finish and is_logit_scale(span.name):
             np.minimum(outcome.block, self._ceiling(span), out=outcome.block)
         return outcome
+
+    def _is_fused(self, name: str) -> bool:
+        return bool(self._fused) and self.compute(name).itemsize == 4 and fits(self._read, name)
 
     def _by_definition(
         self, span: Span, places: Mapping[int, Place], held: State | None, majority: int, finish: bool
@@ -200,11 +204,13 @@ class Blend:
     def _empty(self, span: Span) -> State:
         return {role: np.zeros(span.size, dtype) for role, dtype in self.arrays(span.name).items()}
 
+    def _places(self, span: Span) -> dict[int, Place]:
+        return {expert.order: self._place(expert, span) for expert in self.inputs}
+
     def _place(self, expert: Input, span: Span) -> Place:
         order = expert.order
         if self.technique.space == "weights":
-            turn = self.turns.get(span.name) if order == 2 else None
-            return Place(order, share(self.params, order), turn)
+            return Place(order, share(self.params, order), self.turns.get((span.name, order)))
         if self.technique.sparsify == "random":
             scalar = self.reference.tensors[span.name].shape == ()
             key = None if scalar else tensor_key(self.params["seed"], expert.id, span.name)
@@ -228,22 +234,43 @@ class Blend:
         self.limits |= search(keys, ranks, ask, count_frozen=self.params["count_frozen"], wide=wide)
 
     def _find_arcs(self) -> None:
-        first, second = self.inputs
-        sums: dict[str, tuple[list[float], list[float], list[float]]] = {
-            name: ([], [], []) for name, _ in self.merged
-        }
+        for name, gram in self.grams().items():
+            (first, dot), (_, second) = gram
+            if self.reference.tensors[name].numel > 1:
+                turn = arc(self.params["weight"], dot, first, second)
+                if turn:
+                    self.turns[name, self.inputs[1].order] = turn
 
-        def work(span: Span) -> tuple[list[float], list[float], list[float]]:
-            a, b = self.numbers(first, span), self.numbers(second, span)
-            return dots(a, b, self.scratch), dots(a, a, self.scratch), dots(b, b, self.scratch)
+    def grams(self) -> dict[str, np.ndarray]:
+        """Inner products of all pairs of inputs per tensor, float64 [inputs, inputs], of task vectors if those are merged."""
 
+        def work(span: Span) -> np.ndarray:
+            if self._is_fused(span.name):
+                assert self._fused
+                found, bad = self._fused.products(span)
+                self.refuse(bad)
+                return found
+            base = self.base_block(span) if self.technique.space == "task_vectors" else None
+            blocks = [self.numbers(expert, span) for expert in self.inputs]
+            blocks = blocks if base is None else [block - base for block in blocks]
+            pairs = [[dots(a, b, self.scratch) for b in blocks] for a in blocks]
+            return np.array(pairs).transpose(2, 0, 1)
+
+        parts: dict[str, list[np.ndarray]] = {name: [] for name, _ in self.merged}
         over = list(spans(self.merged, BLOCK))
-        for span, parts in zip(over, run(work, over, self.threads)):
-            for total, part in zip(sums[span.name], parts):
-                total += part
-        for name, numel in self.merged:
-            if numel > 1:
-                self.turns[name] = arc(self.params["weight"], *(math.fsum(part) for part in sums[name]))
+        for span, found in zip(over, run(work, over, self.threads)):
+            parts[span.name].extend(found)
+        return {name: _exact_sum(found) for name, found in parts.items()}
+
+
+def _exact_sum(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The symmetric matrix whose upper triangle is the sum of these, each entry rounded once."""
+    size = len(parts[0])
+    gram = np.empty((size, size))
+    for i in range(size):
+        for j in range(i, size):
+            gram[i, j] = gram[j, i] = math.fsum(part[i, j] for part in parts)
+    return gram
 
 
 def tied(checkpoint: Checkpoint) -> dict[str, str]:

@@ -70,11 +70,20 @@ class Fused:
         if held is not None:
             for row, role in enumerate(self.combine.floats):
                 held[role] = state[row]
-        bad = (0,) * int(job["bad"][0] != 0) + tuple(
-            expert.order for expert, found in zip(self.inputs, terms["bad"]) if found
-        )
         election = Election(int(job["balance"][0]), bool(job["contested"][0]))
-        return Outcome(out, election, sums.tolist(), bad)
+        return Outcome(out, election, sums.tolist(), self._bad(job, terms))
+
+    def products(self, span: Span) -> tuple[np.ndarray, tuple[int, ...]]:
+        """Partial inner products of all pairs [grains, experts, experts] (upper triangle), and who is not finite."""
+        places = {expert.order: Place(expert.order) for expert in self.inputs}
+        job, terms = _at(span, *self._table(span.name, places))
+        partial = np.zeros((-(-span.size // kernels.GRAIN), len(self.inputs), len(self.inputs)))
+        kernels.products(job, terms, partial)
+        return partial, self._bad(job, terms)
+
+    def _bad(self, job: np.ndarray, terms: np.ndarray) -> tuple[int, ...]:
+        experts = [expert.order for expert, found in zip(self.inputs, terms["bad"]) if found]
+        return (*((0,) if job["bad"][0] else ()), *experts)
 
     def _state(self, held: State | None) -> tuple[np.ndarray, np.ndarray]:
         rows = len(self.combine.floats)
@@ -90,12 +99,7 @@ class Fused:
     def _tables_of(self, span: Span, places: "Mapping[int, Place]") -> tuple[np.ndarray, np.ndarray]:
         if span.name not in self._tables:
             self._tables[span.name] = self._table(span.name, places)
-        template, experts, sizes = self._tables[span.name]
-        job, terms = template.copy(), experts.copy()
-        job["start"], job["size"] = span.start, span.size
-        job["base"] += job["base"].dtype.type(span.start * int(sizes[0]))
-        terms["address"] += (sizes[1:] * span.start).astype(np.uint64)
-        return job, terms
+        return _at(span, *self._tables[span.name])
 
     def _table(self, name: str, places: "Mapping[int, Place]") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         job, terms = np.zeros(1, kernels.JOB), np.zeros(len(self.inputs), kernels.TERM)
@@ -117,6 +121,17 @@ class Fused:
         return job, terms, sizes
 
 
+def _at(
+    span: Span, template: np.ndarray, experts: np.ndarray, sizes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The tables of a tensor, moved to where a span begins."""
+    job, terms = template.copy(), experts.copy()
+    job["start"], job["size"] = span.start, span.size
+    job["base"] += job["base"].dtype.type(span.start * int(sizes[0]))
+    terms["address"] += (sizes[1:] * span.start).astype(np.uint64)
+    return job, terms
+
+
 def _where(weights: Checkpoint, name: str) -> tuple[int, int, int]:
     address = weights.address(name)
     assert address is not None
@@ -124,12 +139,27 @@ def _where(weights: Checkpoint, name: str) -> tuple[int, int, int]:
     return address, _KINDS[kind.name], kind.itemsize
 
 
-def magnitude_bits(base: Checkpoint, expert: Checkpoint, span: Span, out: np.ndarray) -> tuple[bool, bool]:
-    """Bits of |expert - base| into `out` (uint32 [span.size]); whether any is not zero, and whether both are finite."""
-    job, terms = np.zeros(1, kernels.JOB), np.zeros(1, kernels.TERM)
-    for table, weights, column in ((job, base, "base"), (terms, expert, "address")):
-        address, kind, size = _where(weights, span.name)
-        table[column], table["kind"] = address + span.start * size, kind
-    job["size"] = span.size
-    moved = kernels.magnitudes(job, terms, out)
-    return bool(moved), not (job["bad"][0] or terms["bad"][0])
+class Magnitudes:
+    """|expert - base| of one span, as bits."""
+
+    def __init__(self, base: Checkpoint, expert: Checkpoint, span: Span) -> None:
+        self.job, self.terms = np.zeros(1, kernels.JOB), np.zeros(1, kernels.TERM)
+        for table, weights, column in ((self.job, base, "base"), (self.terms, expert, "address")):
+            address, kind, size = _where(weights, span.name)
+            table[column], table["kind"] = address + span.start * size, kind
+        self.job["size"] = span.size
+
+    def write(self, bits: np.ndarray) -> None:
+        """Into `bits`, uint32 [span.size]."""
+        kernels.magnitudes(self.job, self.terms, bits)
+
+    def sift(self, lows: np.ndarray, highs: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How many lie below each window, and how many in it; those are left in `chosen` [windows, span.size]."""
+        below, found = np.zeros(lows.size, np.int64), np.zeros(lows.size, np.int64)
+        kernels.sift_span(self.job, self.terms, lows, highs, below, found, chosen)
+        return below, found
+
+    @property
+    def bad(self) -> tuple[bool, bool]:
+        """Whether the base, and the expert, hold numbers that are not finite."""
+        return bool(self.job["bad"][0]), bool(self.terms["bad"][0])

@@ -237,10 +237,16 @@ def _onto_base(base, out, factor, size):
 
 @_jit
 def _squares(out, base, sums, size):
-    """Sum of (out - base)^2 in float64, by a fixed tree over a whole block; `sums` is scratch of LANES numbers."""
+    """Sum of (out - base)^2 in float64; `sums` is scratch of LANES numbers."""
     for i in range(size):
         moved = np.float64(out[i] - base[i])
         sums[i] = moved * moved
+    return _tree(sums, size)
+
+
+@_jit
+def _tree(sums, size):
+    """The sum of the first `size` of LANES numbers, by a fixed tree over a whole block."""
     sums[size:] = 0.0
     width = LANES // 2
     while width:
@@ -248,6 +254,36 @@ def _squares(out, base, sums, size):
             sums[i] += sums[i + width]
         width //= 2
     return sums[0]
+
+
+@_jit
+def products(jobs, terms, partial):
+    """Inner products of all pairs of experts (of task vectors where `delta`) over a span, in float64.
+
+    partial: float64 [grains, experts, experts], zero before; its upper triangle is filled, per grain.
+    """
+    job, count = jobs[0], len(terms)
+    base, sums = np.empty(LANES, np.float32), np.empty(LANES, np.float64)
+    x = np.empty((count, LANES), np.float32)
+    for begin in range(0, job.size, LANES):
+        size = min(LANES, job.size - begin)
+        if job.delta and _load(job.base, job.kind, begin, size, base) >= _INFINITE:
+            jobs[0].bad = 1
+        for k in range(count):
+            if job.delta:
+                worst = _load_delta(
+                    terms[k].address, terms[k].kind, begin, size, base, _ZERO, np.float32(np.inf), x[k]
+                )
+            else:
+                worst = _load(terms[k].address, terms[k].kind, begin, size, x[k])
+            if worst >= _INFINITE:
+                terms[k].bad = 1
+        for k in range(count):
+            for m in range(k, count):
+                one, other = x[k], x[m]
+                for i in range(size):
+                    sums[i] = np.float64(one[i]) * np.float64(other[i])
+                partial[begin // GRAIN, k, m] += _tree(sums, size)
 
 
 @_jit
@@ -274,9 +310,8 @@ def blend(jobs, terms, state, votes, out, squares):
             for k in range(state.shape[0]):
                 state[k, :size] = _ZERO
             ballots[:] = 0
-        if job.delta:
-            if _load(job.base, job.kind, begin, size, base) >= _INFINITE:
-                jobs[0].bad = 1
+        if job.delta and _load(job.base, job.kind, begin, size, base) >= _INFINITE:
+            jobs[0].bad = 1
         for k in range(len(terms)):
             term = terms[k]
             if job.delta:
@@ -320,25 +355,41 @@ def blend(jobs, terms, state, votes, out, squares):
 
 @_jit
 def magnitudes(job, terms, bits):
-    """Bits of |expert - base| for the span of `job` and the one expert in `terms`; whether any is not zero.
+    """Bits of |expert - base| for the span of `job` and the one expert in `terms`. bits: uint32 [size]."""
+    base, x = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    for begin in range(0, job[0].size, LANES):
+        size = min(LANES, job[0].size - begin)
+        _magnitudes(job, terms, begin, size, base, x)
+        bits[begin : begin + size] = x.view(np.uint32)[:size]
 
-    bits: uint32 [size].
+
+@_jit
+def _magnitudes(job, terms, begin, size, base, x):
+    if _load(job[0].base, job[0].kind, begin, size, base) >= _INFINITE:
+        job[0].bad = 1
+    worst = _load_delta(terms[0].address, terms[0].kind, begin, size, base, _ZERO, np.float32(np.inf), x)
+    if worst >= _INFINITE:
+        terms[0].bad = 1
+    words = x.view(np.uint32)
+    for i in range(size):
+        words[i] = words[i] & _MAGNITUDE
+
+
+@_jit
+def sift_span(job, terms, lows, highs, below, found, chosen):
+    """`sift` of the magnitudes of a span, for several windows at once, without storing them.
+
+    lows, highs: uint32 [windows]; below, found: int64 [windows], to be added to; chosen: uint32 [windows, size].
     """
     base, x = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     words = x.view(np.uint32)
-    moved = np.uint32(0)
     for begin in range(0, job[0].size, LANES):
         size = min(LANES, job[0].size - begin)
-        if _load(job[0].base, job[0].kind, begin, size, base) >= _INFINITE:
-            job[0].bad = 1
-        worst = _load_delta(terms[0].address, terms[0].kind, begin, size, base, _ZERO, np.float32(np.inf), x)
-        if worst >= _INFINITE:
-            terms[0].bad = 1
-        done = bits[begin : begin + size]
-        for i in range(size):
-            done[i] = words[i] & _MAGNITUDE
-            moved |= done[i]
-    return moved != 0
+        _magnitudes(job, terms, begin, size, base, x)
+        for k in range(lows.size):
+            less, more = sift(words[:size], lows[k], highs[k], chosen[k, found[k] :])
+            below[k] += less
+            found[k] += more
 
 
 @_jit
@@ -347,13 +398,19 @@ def sift(bits, low, high, chosen):
 
     bits, chosen: uint32 or uint64 [size]; low and high of the same type.
     """
-    below = 0
-    for i in range(bits.size):
-        below += np.int32(bits[i] < low)
-    found = 0
-    for i in range(bits.size):
-        chosen[found] = bits[i]
-        found += np.int64((bits[i] >= low) & (bits[i] <= high))
+    below, found = 0, 0
+    for begin in range(0, bits.size, 64):
+        part = bits[begin : begin + 64]
+        less, inside = np.uint32(0), np.uint32(0)
+        for i in range(part.size):
+            less = np.uint32(less + np.uint32(part[i] < low))
+            inside = np.uint32(inside + np.uint32((part[i] >= low) & (part[i] <= high)))
+        below += less
+        if inside:
+            for i in range(part.size):
+                if (part[i] >= low) & (part[i] <= high):
+                    chosen[found] = part[i]
+                    found += 1
     return below, found
 
 

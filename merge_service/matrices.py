@@ -9,7 +9,8 @@ relative float32 rounding of every element add to a spectrum (spectral norm of a
 1e-8 * s_max that a Gram matrix resolves. What lies below is rounding, and stays out.
 
 `xp` is numpy or torch. Matrices are finite; results have the type of the task vectors given. Signs of singular vectors
-cancel. Equal singular values leave their vectors undetermined: Iso-C does not mind, OPCM and RAPF do, by definition.
+cancel. Equal singular values leave their vectors undetermined: Iso-C does not mind, OPCM and RAPF do, by definition. The
+last bits depend on how many threads BLAS works with: hold it at one, and run several matrices at a time instead.
 """
 
 import math
@@ -33,10 +34,11 @@ def isotropic(total: Array, xp: Any = np) -> Array:
     values, right = _frame(total, xp)
     if not len(values):
         return xp.zeros_like(total)
-    polar = (right / values) @ right.T * values.mean()
+    half = right * (values.mean() / values) ** 0.5
+    flat = half @ half.T
     result = xp.empty_like(total)
     for rows in _blocks(total):
-        result[rows] = _wide(total[rows], xp) @ polar
+        result[rows] = _wide(total[rows], xp) @ flat
     return result
 
 
@@ -88,12 +90,12 @@ def opcm_project(previous: Array, tau: Array, alpha: float = 0.5, xp: Any = np) 
     if not len(values):
         return tau
     unit = right / values
-    seen = unit.T @ _cross(previous, tau, xp) @ right
+    seen = _cross(previous, tau, xp) @ right
     below = xp.cumsum(xp.flip(values, (0,)), 0)
-    kept = len(values) - int((below <= alpha * below[-1]).sum())
-    dropped = xp.diag(xp.diag(seen))
-    dropped[kept:, kept:] = seen[kept:, kept:]
-    back = unit @ dropped @ right.T
+    block = slice(len(values) - int((below <= alpha * below[-1]).sum()), None)
+    back = unit * (unit * seen).sum(0)
+    back[:, block] = unit[:, block] @ (unit[:, block].T @ seen[:, block])
+    back = back @ right.T
     result = xp.empty_like(tau)
     for rows in _blocks(tau):
         result[rows] = _wide(tau[rows], xp) - _wide(previous[rows], xp) @ back
@@ -157,7 +159,8 @@ def _outside(tau: Array, basis: Array, count: int, xp: Any) -> tuple[Array, Arra
 def _inverse_root(columns: Array, xp: Any) -> Array:
     """(C^T C)^(-1/2) on the numerical rank of C: C times it is the polar factor, the nearest orthonormal columns."""
     values, vectors = _frame(columns, xp)
-    return (vectors / values) @ vectors.T
+    half = vectors / values**0.5
+    return half @ half.T
 
 
 def _frame(tall: Array, xp: Any, count: int | None = None) -> tuple[Array, Array]:

@@ -17,7 +17,7 @@ from merge_service import kernels
 from merge_service.checkpoint import Checkpoint
 from merge_service.dtypes import decode
 from merge_service.engine import Scratch, Span, run, spans
-from merge_service.fused import fits, magnitude_bits
+from merge_service.fused import Magnitudes, fits
 from merge_service.thresholds import RUN, Answer, Count, Counted, Key, Survey, Surveyed, Window, stride_of
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class Surveyor:
             self.groups.setdefault(blend.group(name), []).append((name, numel))
         self.inputs = {expert.order: expert for expert in blend.inputs}
         self.wide = any(blend.compute(name).itemsize == 8 for name, _ in blend.merged)
+        self._base_runs: dict[str, np.ndarray] = {}
         self.word = np.dtype(np.uint64 if self.wide else np.uint32)
 
     def answer(self, question: Survey | Count) -> Answer:
@@ -61,12 +62,14 @@ class Surveyor:
     def _draw(self, name: str, numel: int, stride: int, expert: "Input") -> np.ndarray:
         assert self.blend.base is not None
         float_type = np.float64 if self.wide else np.float32
-        drawn = [
-            _runs(weights, name, numel, stride).astype(self.blend.compute(name), copy=False)
-            for weights in (expert.weights, self.blend.base)
-        ]
+        compute = self.blend.compute(name)
+        if name not in self._base_runs:
+            self._base_runs[name] = _runs(self.blend.base, name, numel, stride).astype(compute, copy=False)
         with np.errstate(all="ignore"):
-            return np.abs(drawn[0] - drawn[1]).astype(float_type).view(self.word)
+            drawn = (
+                _runs(expert.weights, name, numel, stride).astype(compute, copy=False) - self._base_runs[name]
+            )
+            return np.abs(drawn).astype(float_type, copy=False).view(self.word)
 
     def _moved(self, name: str, numel: int, expert: "Input") -> bool:
         return any(bool(self._bits(span, expert).any()) for span in spans([(name, numel)], BLOCK))
@@ -79,33 +82,47 @@ class Surveyor:
 
         def work(span: Span) -> None:
             for key in asked[self.blend.group(span.name)]:
-                if span.name in question.still[key]:
-                    continue
-                bits = self._bits(span, self.inputs[key[1]])
-                for number, window in enumerate(question.windows[key]):
-                    self._sift(bits, window, totals[key], number)
+                if span.name not in question.still[key]:
+                    self._count_span(span, self.inputs[key[1]], question.windows[key], totals[key])
 
         over = [span for group in asked for span in spans(self.groups.get(group, []), BLOCK)]
         run(work, over, self.blend.threads)
         return totals
 
-    def _sift(self, bits: np.ndarray, window: Window, total: Counted, number: int) -> None:
-        low, high, shift = (bits.dtype.type(n) for n in (window.low, window.high, window.shift))
-        chosen = self.scratch.take("chosen", bits.size, bits.dtype)
-        below, found = kernels.sift(bits, low, high, chosen)
+    def _count_span(self, span: Span, expert: "Input", windows: tuple[Window, ...], total: Counted) -> None:
+        lows, highs = (np.array(ends, self.word) for ends in zip(*((w.low, w.high) for w in windows)))
+        chosen = self.scratch.take("chosen", len(windows) * span.size, self.word).reshape(len(windows), -1)
+        if self._fits(span, expert):
+            magnitudes = self._magnitudes(span, expert)
+            below, found = magnitudes.sift(lows, highs, chosen)
+            self._check(magnitudes, expert)
+        else:
+            bits = self._bits(span, expert)
+            counts = [kernels.sift(bits, low, high, row) for low, high, row in zip(lows, highs, chosen)]
+            below, found = np.array(counts).T
         with self.lock:
-            total.below[number] += below
-            kernels.tally(chosen[:found], low, shift, total.bins[number])
+            for number, window in enumerate(windows):
+                total.below[number] += int(below[number])
+                shift = self.word.type(window.shift)
+                kernels.tally(chosen[number, : found[number]], lows[number], shift, total.bins[number])
+
+    def _fits(self, span: Span, expert: "Input") -> bool:
+        assert self.blend.base is not None
+        return not self.wide and fits((self.blend.base, expert.weights), span.name)
+
+    def _magnitudes(self, span: Span, expert: "Input") -> Magnitudes:
+        assert self.blend.base is not None
+        return Magnitudes(self.blend.base, expert.weights, span)
+
+    def _check(self, magnitudes: Magnitudes, expert: "Input") -> None:
+        self.blend.refuse([order for order, bad in zip((0, expert.order), magnitudes.bad) if bad])
 
     def _bits(self, span: Span, expert: "Input") -> np.ndarray:
         """Bits of |tau| of a span."""
-        base = self.blend.base
-        assert base is not None
-        if not self.wide and fits((base, expert.weights), span.name):
-            bits = self.scratch.take("bits", span.size, np.uint32)
-            _, finite = magnitude_bits(base, expert.weights, span, bits)
-            if not finite:
-                self.blend.refuse((0, expert.order))
+        if self._fits(span, expert):
+            magnitudes, bits = self._magnitudes(span, expert), np.empty(span.size, np.uint32)
+            magnitudes.write(bits)
+            self._check(magnitudes, expert)
             return bits
         delta = np.subtract(self.blend.numbers(expert, span), self.blend.base_block(span))
         return np.abs(delta).astype(np.float64 if self.wide else np.float32, copy=False).view(self.word)

@@ -231,10 +231,12 @@ def pcb(rows, density, winsorize, inter_balance):
     by zero: here importance is then the same for all, and of equal scores the positive ones count alike.
     """
     n, size = rows.shape
-    quantile = Fraction(str(winsorize))
+    bottom = int(size * Fraction(str(winsorize)))
+    top = max(
+        int(size * (1 - Fraction(str(winsorize))) - 1), bottom
+    )  # below the last even at winsorize 0+, as published
     order = np.sort(np.abs(rows), axis=1)
-    low = order[:, int(size * quantile), None]
-    high = order[:, max(int(size * (1 - quantile) - 1), 0), None]
+    low, high = order[:, bottom, None], order[:, top, None]
     clamped = np.sign(rows) * np.clip(np.abs(rows), low, high)
     within = _spread(np.clip(np.abs(rows), low, high), low, high)
     if inter_balance == "sum":

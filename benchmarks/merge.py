@@ -1,0 +1,202 @@
+"""How fast is a merge, beside the least that any merge must do and beside other tools?
+
+    python benchmarks/merge.py --size vit-b-16 --experts 8 --mergekit PYTHON --fusionbench PYTHON
+
+Makes inputs, then for every technique and repeat runs one process per contender, one after the other, with the inputs in
+the page cache: the limit, ours, our command line, mergekit, FusionBench. Prints tables of medians and writes every
+number to --out. README.md in this directory says what the columns are.
+
+Invariant: contenders alternate within a repeat, so that whatever else slows the machine meets all of them.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import peers_fusionbench
+import peers_mergekit
+import report
+from cases import CASES, Case
+from compare import compare
+from inputs import SIZES, Inputs, make_inputs
+from process import Run, clear, measure
+
+HERE = Path(__file__).parent
+CLI = Path(sys.executable).with_name("temporal-merge")
+PEERS: dict[str, Collection[str]] = {
+    "mergekit": peers_mergekit.METHODS,
+    "fusionbench": peers_fusionbench.METHODS,
+}
+
+
+class Bench:
+    """The measurements of one command: its inputs, its interpreters, its place for outputs."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.out = args, args.work / "out"
+        self.peers = {name: getattr(args, name) for name in PEERS if getattr(args, name)}
+        self.tiny = make_inputs(args.work, "tiny", 2, args.threads)
+        self.inputs = make_inputs(args.work, args.size, args.experts, args.threads)
+
+    def case(self, case: Case) -> dict[str, list[dict[str, Any]]]:
+        """Every run of every contender, by contender. One that failed is not tried again."""
+        self._run("ours", case, self.tiny)  # whatever is compiled at first use is now compiled
+        if case.prepared:
+            self._run("ours", case, self.inputs)
+        runs: dict[str, list[dict[str, Any]]] = {}
+        for repeat in range(self.args.repeats):
+            for contender in self._contenders(case):
+                earlier = runs.setdefault(contender, [])
+                if earlier and earlier[-1]["failure"]:
+                    continue
+                run = self._run(contender, case, self.inputs)
+                print(
+                    f"{case.name} {repeat + 1}/{self.args.repeats} {contender}: {report.one(run)}", flush=True
+                )
+                earlier.append(run.as_json())
+        return runs
+
+    def start_up(self) -> dict[str, list[dict[str, Any]]]:
+        """What a person waits for before anything is merged, and what the first merge after installing costs more."""
+        base, experts = str(self.tiny.base), [str(path) for path in self.tiny.experts]
+        out = clear(self.out) / "merged.safetensors"
+        merge = _command(CASES["ties"], base, experts, out, self.args.threads)
+        runs: dict[str, list[dict[str, Any]]] = {"help": [], "tiny": [], "tiny, nothing compiled": []}
+        for _ in range(self.args.repeats):
+            with tempfile.TemporaryDirectory(dir=self.args.work) as empty:
+                for name, command, more in (
+                    ("help", [CLI, "merge", "--help"], {}),
+                    ("tiny", merge, {}),
+                    ("tiny, nothing compiled", merge, {"NUMBA_CACHE_DIR": empty}),
+                ):
+                    run = measure(command, self.args.threads, self.args.timeout, more, expect_json=False)
+                    runs[name].append(run.as_json())
+        return runs
+
+    def _contenders(self, case: Case) -> list[str]:
+        command_line = ["cli"] if case.form == "merge" else []  # there is no command to fold
+        return ["limit", "ours", *command_line, *(peer for peer in self.peers if case.name in PEERS[peer])]
+
+    def _run(self, contender: str, case: Case, inputs: Inputs) -> Run:
+        base, experts = case.checkpoints(str(inputs.base), [str(path) for path in inputs.experts])
+        read = [path for path in (base, *experts) if path]
+        inputs.warm([Path(path) for path in read])
+        directory = clear(self.out)
+        out, threads = directory / "model.safetensors", self.args.threads
+        job = {"base": base, "experts": experts, "out": str(out), "threads": threads, "case": case.name}
+        if contender == "limit":
+            command = [sys.executable, HERE / "limit.py", json.dumps({**job, "inputs": read})]
+        elif contender == "ours":
+            command = [sys.executable, HERE / "ours.py", json.dumps(case.job() | job)]
+        elif contender == "cli":
+            command = _command(case, base, experts, out, threads)
+        else:
+            command = [self.peers[contender], HERE / f"peers_{contender}.py", json.dumps(job)]
+        run = measure(command, threads, self.args.timeout, expect_json=contender != "cli")
+        if not run.failure and contender != "limit" and out.stat().st_size < 0.99 * inputs.nbytes:
+            run.failure = f"wrote only {out.stat().st_size} bytes"
+        clear(directory)
+        return run
+
+
+def _command(case: Case, base: str | None, experts: list[str], out: Path, threads: int) -> list[Any]:
+    words: list[Any] = [CLI, "merge", "--technique", case.technique, "--out", out, "--threads", str(threads)]
+    words += ["--base", base] if base else []
+    for name, value in case.params.items():
+        words += ["--set", f"{name}={value}"]
+    return [*words, *case.flags, *experts]
+
+
+def environment(args: argparse.Namespace) -> dict[str, Any]:
+    """The machine and the versions of everything that is compared."""
+    cpu = next(
+        (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), ""
+    )
+    found: dict[str, Any] = {
+        "cpu": cpu.partition(": ")[2],
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": platform.platform(),
+        "load_before": os.getloadavg()[0],
+        "ours": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("temporal-merge", "numpy")},
+        },
+    }
+    for peer in PEERS:
+        if python := getattr(args, peer):
+            answer = subprocess.run(
+                [python, HERE / f"peers_{peer}.py", "--versions"], capture_output=True, text=True, check=True
+            )
+            found[peer] = json.loads(answer.stdout)
+    return found
+
+
+def wanted_cases(asked: str | None) -> list[Case]:
+    """The cases asked for; those whose technique this version does not have are left out with a notice."""
+    names = asked.split(",") if asked else list(CASES)
+    if unknown := [name for name in names if name not in CASES]:
+        sys.exit(f"no such technique: {', '.join(unknown)}; there are {', '.join(CASES)}")
+    answer = subprocess.run([CLI, "techniques", "--json"], capture_output=True, text=True, check=True)
+    ours = {technique["name"] for technique in json.loads(answer.stdout)}
+    for name in names:
+        if CASES[name].technique not in ours:
+            print(f"{name}: left out, this version of temporal-merge does not have {CASES[name].technique}")
+    return [CASES[name] for name in names if CASES[name].technique in ours]
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=SIZES, default="tiny")
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--techniques", metavar="a,b,...", help=f"default: {','.join(CASES)}")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2, help="of every contender")
+    parser.add_argument("--mergekit", metavar="PYTHON", help="an interpreter that has mergekit")
+    parser.add_argument("--fusionbench", metavar="PYTHON", help="an interpreter that has fusion-bench")
+    parser.add_argument("--peers", metavar="PYTHON", help="an interpreter that has both")
+    parser.add_argument("--compare", action="store_true", help="compare the values of the results as well")
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds, for each run")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "temporal-merge-bench")
+    parser.add_argument("--out", type=Path, metavar="results.json", help="default: in --work, named by size")
+    args = parser.parse_args(arguments)
+    for peer in PEERS:
+        setattr(args, peer, getattr(args, peer) or args.peers)
+    args.out = args.out or args.work / f"merge-{args.size}-{args.experts}.json"
+    return args
+
+
+def main() -> None:
+    """Measure, print, save; what is measured is saved after every technique."""
+    args = parse()
+    wanted = wanted_cases(args.techniques)
+    bench = Bench(args)
+    settings: dict[str, Any] = {
+        name: getattr(args, name) for name in ("size", "experts", "threads", "repeats")
+    }
+    results: dict[str, Any] = {"environment": environment(args), **settings, "bytes": bench.inputs.nbytes}
+    results |= {"start_up": bench.start_up(), "cases": {}}
+    for case in wanted:
+        runs = bench.case(case)
+        results["cases"][case.name] = {"summary": report.summary(runs), "runs": runs}
+        args.out.write_text(json.dumps(results, indent=1))
+    if args.compare:
+        results["comparison"] = compare(bench.inputs, bench.peers, args.threads, bench.out)
+        args.out.write_text(json.dumps(results, indent=1))
+    print(report.tables(results))
+    print(f"\nevery number: {args.out}")
+
+
+if __name__ == "__main__":
+    main()
