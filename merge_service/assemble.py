@@ -7,7 +7,7 @@ Invariant: the bytes written do not depend on the size or order of blocks, or on
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from merge_service.engine import Span, dots, run, spans
 from merge_service.errors import NonFiniteCheckpoint
 from merge_service.rules import Election, State
 from merge_service.state import StreamState
+from merge_service.tensorwise import assemble_tensors
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,13 @@ def assemble(
             norms[span] = outcome.squares or _squares(blend, span, stored)
         return outcome.election
 
+    if blend.whole:
+        store = _keeper(blend, writer, measure)
+        parts = assemble_tensors(blend, store, writer is not None, options.threads, held, keep)
+        if writer is not None:
+            _copy(blend, writer)
+        return math.sqrt(math.fsum(parts)) if measure else None
+
     over = list(spans(blend.merged, options.block))
     elections = run(make, over, options.threads)
     for majority, redo in _contested(blend, over, elections).items():
@@ -76,6 +84,19 @@ def assemble(
     if writer is not None:
         _copy(blend, writer)
     return math.sqrt(math.fsum(x for part in norms.values() for x in part)) if measure else None
+
+
+def _keeper(
+    blend: Blend, writer: CheckpointWriter | None, measure: bool
+) -> Callable[[Span, np.ndarray], list[float]]:
+    """Stores a tensor; gives the partial sums of its squared distance from the base if asked for."""
+
+    def store(span: Span, block: np.ndarray) -> list[float]:
+        assert writer is not None
+        stored = _store(blend, writer, span, block)
+        return _squares(blend, span, stored) if measure else []
+
+    return store
 
 
 def _state(blend: Blend, span: Span, held: StreamState | None) -> State:

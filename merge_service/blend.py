@@ -27,6 +27,7 @@ from merge_service.masks import tensor_key
 from merge_service.rules import Combine, Election, Place, State, arc, combination, share, sparsify
 from merge_service.survey import Surveyor
 from merge_service.techniques import Technique
+from merge_service.tensorwise import RULES, coefficients
 from merge_service.thresholds import EVERYTHING, Ask, Key, Limits, band_ranks, search, trim_ranks
 from merge_service.towers import LN_100, depth_factors, group, is_logit_scale
 
@@ -60,16 +61,18 @@ class Blend:
         )
         self.reference = base or inputs[0].weights
         self.scratch = Scratch()
-        self.combine: Combine = combination(technique, params)
+        self.moves = technique.moves(params)
+        """Whether task vectors are merged, else weights."""
+        self.whole = technique.combine in RULES
+        """Whether tensors are made whole, not span by span."""
+        self.combine: Combine = RULES[technique.combine]() if self.whole else combination(technique, params)  # type: ignore[assignment]
         self.tied = tied(self.reference)
         self.source = base or inputs[-1].weights
         self.limits: dict[Key, Limits] = {}
         self.turns: dict[tuple[str, int], tuple[float, float]] = {}
         self._read = [*([base] if base else []), *(expert.weights for expert in inputs)]
         self._fused = (
-            Fused(self.combine, base, inputs, delta=technique.space == "task_vectors")
-            if self.combine.kernel is not None
-            else None
+            Fused(self.combine, base, inputs, delta=self.moves) if self.combine.kernel is not None else None
         )
 
     @cached_property
@@ -122,6 +125,8 @@ class Blend:
             and self.params["weight"] not in (0, 1)
         ):
             self._find_arcs()
+        if self.technique.combine == "spherical" and len(self.inputs) > 1:
+            self.turns |= coefficients(self)
 
     def compute_span(
         self, span: Span, held: State | None, *, majority: int, finish: bool, squares: bool
@@ -137,9 +142,15 @@ class Blend:
             self.refuse(outcome.bad)
         else:
             outcome = self._by_definition(span, places, held, majority, finish)
-        if finish and is_logit_scale(span.name):
-            np.minimum(outcome.block, self._ceiling(span), out=outcome.block)
+        if finish:
+            self.clamped(span, outcome.block)
         return outcome
+
+    def clamped(self, span: Span, block: np.ndarray) -> np.ndarray:
+        """The block itself, with logit_scale held in place at ln(100) at most as CLIP has it."""
+        if is_logit_scale(span.name):
+            np.minimum(block, self._ceiling(span), out=block)
+        return block
 
     def _is_fused(self, name: str) -> bool:
         return bool(self._fused) and self.compute(name).itemsize == 4 and fits(self._read, name)
@@ -148,7 +159,7 @@ class Blend:
         self, span: Span, places: Mapping[int, Place], held: State | None, majority: int, finish: bool
     ) -> Outcome:
         state = self._empty(span) if held is None else held
-        base = self.base_block(span) if self.technique.space == "task_vectors" else None
+        base = self.base_block(span) if self.moves else None
         for expert in self.inputs:
             x, place = self.numbers(expert, span), places[expert.order]
             if base is not None:
@@ -209,7 +220,7 @@ class Blend:
 
     def _place(self, expert: Input, span: Span) -> Place:
         order = expert.order
-        if self.technique.space == "weights":
+        if self.technique.combine in ("mean", "slerp", "spherical"):
             return Place(order, share(self.params, order), self.turns.get((span.name, order)))
         if self.technique.sparsify == "random":
             scalar = self.reference.tensors[span.name].shape == ()
@@ -250,7 +261,7 @@ class Blend:
                 found, bad = self._fused.products(span)
                 self.refuse(bad)
                 return found
-            base = self.base_block(span) if self.technique.space == "task_vectors" else None
+            base = self.base_block(span) if self.moves else None
             blocks = [self.numbers(expert, span) for expert in self.inputs]
             blocks = blocks if base is None else [block - base for block in blocks]
             pairs = [[dots(a, b, self.scratch) for b in blocks] for a in blocks]

@@ -11,9 +11,10 @@ name only when it is whole. Memory is a few blocks per thread, whatever the numb
 import contextlib
 import json
 import math
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,9 @@ def merge(
     resolved = plugin.resolve(params, "merge", strict=True)
     names = list(ids) if ids is not None else [f"expert-{i}" for i in range(1, len(experts) + 1)]
     _check_count(plugin, resolved, base, len(experts), names)
+    if plugin.ordered and experts:
+        assert base is not None
+        return _replay(plugin, resolved, base, experts, names, out, sha256, Options(threads, block, measure))
     return _combine(
         plugin, resolved, "merge", base, experts, names, out, sha256, Options(threads, block, measure)
     )
@@ -201,10 +205,48 @@ def _combine(
         return _report(blend, target, len(experts), began, norm)
 
 
+def _replay(
+    plugin: Technique,
+    params: dict[str, Any],
+    base: PathLike,
+    experts: Sequence[PathLike],
+    ids: list[str],
+    out: PathLike,
+    sha256: Mapping[str, str] | None,
+    options: Options,
+) -> MergeReport:
+    """All experts at once for a technique that takes them one after another: the stream from the first on."""
+    began = time.perf_counter()
+    beside = Path(out).absolute().parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".states-", dir=beside) as states:
+        state: Path | None = None
+        for number, (name, expert) in enumerate(zip(ids, experts), 1):
+            target = Path(states) / f"{number}.safetensors"
+            report = advance(
+                plugin.name,
+                params,
+                base,
+                expert,
+                out if number == len(experts) else None,
+                expert_id=name,
+                state_in=state,
+                state_out=target,
+                sha256=sha256,
+                threads=options.threads,
+                block=options.block,
+                measure=options.measure,
+            )
+            if state:
+                state.unlink()
+            state = target
+    return replace(report, seconds=time.perf_counter() - began)
+
+
 def _check_count(
     plugin: Technique, params: Mapping[str, Any], base: PathLike | None, experts: int, ids: Sequence[str]
 ) -> None:
-    if "base" in plugin.needs and base is None:
+    if (plugin.moves(params) or "base" in plugin.needs) and base is None:
         raise TechniqueError(f"{plugin.name} merges differences from a base model; give the base (--base)")
     if params.get("logit_scale") == "base" and base is None:
         raise TechniqueError(f"{plugin.name}: logit_scale = base needs the base; give it (--base)")

@@ -175,6 +175,7 @@ def combination(technique: Technique, params: Mapping[str, Any]) -> Combine:
     plain: dict[str, type[Mean] | type[Sum] | type[Largest]] = {
         "mean": Mean,
         "slerp": Mean,
+        "spherical": Mean,
         "sum": Sum,
         "largest": Largest,
     }

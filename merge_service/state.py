@@ -10,15 +10,17 @@ same expert id twice.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from merge_service.blend import Blend
 from merge_service.checkpoint import Checkpoint, CheckpointWriter
 from merge_service.engine import Span
 from merge_service.errors import CorruptCheckpoint, TechniqueError
 from merge_service.rules import State
+
+if TYPE_CHECKING:
+    from merge_service.blend import Blend
 
 METADATA_KEY = "temporal_merge"
 FORMAT = 2
@@ -39,7 +41,7 @@ class StreamState:
         except (KeyError, TypeError, ValueError):
             raise CorruptCheckpoint(f"{path} is not the state of a streaming merge of this version") from None
 
-    def check(self, blend: Blend, expert_id: str) -> None:
+    def check(self, blend: "Blend", expert_id: str) -> None:
         """Raise `TechniqueError` unless `blend` continues this state with an expert that is not yet in it."""
         expected = _identity(blend, len(self.inputs))
         for what, value in expected.items():
@@ -71,7 +73,7 @@ class StreamState:
         self.checkpoint.close()
 
 
-def state_writer(path: Path | str, blend: Blend, inputs: Sequence[Mapping[str, str]]) -> CheckpointWriter:
+def state_writer(path: Path | str, blend: "Blend", inputs: Sequence[Mapping[str, str]]) -> CheckpointWriter:
     """A writer for the state that `blend` leaves after `inputs`."""
     stored = {np.dtype(np.float32): "F32", np.dtype(np.float64): "F64", np.dtype(np.uint32): "U32"}
     layout = {
@@ -79,11 +81,14 @@ def state_writer(path: Path | str, blend: Blend, inputs: Sequence[Mapping[str, s
         for name, numel in blend.merged
         for role, dtype in blend.arrays(name).items()
     }
+    for role in getattr(blend.combine, "tallies", ()):
+        layout |= {f"{role}:{name}": ("U32", (1,)) for name, _ in blend.merged}
+    layout |= dict.fromkeys(getattr(blend.combine, "totals", ()), ("F64", (1,)))
     record = {"state": FORMAT, **_identity(blend, len(inputs)), "inputs": list(inputs)}
     return CheckpointWriter(path, layout, {METADATA_KEY: json.dumps(record, sort_keys=True)})
 
 
-def _identity(blend: Blend, experts: int) -> dict[str, Any]:
+def _identity(blend: "Blend", experts: int) -> dict[str, Any]:
     assert blend.base is not None
     return {
         "technique": blend.technique.name,
