@@ -98,7 +98,7 @@ class Bench:
         if contender == "limit":
             command = [sys.executable, HERE / "limit.py", json.dumps({**job, "inputs": read})]
         elif contender == "ours":
-            command = [sys.executable, HERE / "ours.py", json.dumps(case.job() | job)]
+            command = [sys.executable, HERE / "ours.py", json.dumps(case.job(self.tiny) | job)]
         elif contender == "cli":
             command = _command(case, base, experts, out, threads)
         else:

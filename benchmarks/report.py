@@ -104,6 +104,8 @@ def _medians(runs: Runs) -> dict[str, Any]:
     if all("seconds" in run["answer"] for run in good):
         found["merge"] = median(run["answer"]["seconds"] for run in good)
         found["unsynced"] = median(run["answer"]["seconds"] - run["answer"].get("sync", 0) for run in good)
+    if all("load" in run["answer"] for run in good):
+        found["start_up"] = median(run["answer"]["import"] + run["answer"]["load"] for run in good)
     if len(good) < len(runs):
         found |= {"of": len(good), "then": runs[-1]["failure"]}
     return found
@@ -130,7 +132,7 @@ def _start_up(runs: dict[str, Runs]) -> str:
 
 
 def _ours(cases: dict[str, Any]) -> str:
-    columns = ["technique", "limit", "merge", "ratio", "limit, synced", "merge, synced", "ratio"]
+    columns = ["technique", "limit", "merge", "ratio", "limit, synced", "merge, synced", "ratio", "start-up"]
     columns += ["process", "CPU", "peak", "CLI", "CLI CPU", "CLI peak"]
     return table(columns, (_ours_row(name, case) for name, case in cases.items()))
 
@@ -142,7 +144,7 @@ def _ours_row(name: str, case: dict[str, Any]) -> list[str]:
     row = [name]
     for key in ("unsynced", "merge"):
         row += [_s(limit[key]), _s(ours[key]), f"{case['to_limit'][key]:.2f}"]
-    row += [_s(ours["wall"]), _s(ours["cpu"]), _mib(ours["peak"])]
+    row += [_s(ours["start_up"]), _s(ours["wall"]), _s(ours["cpu"]), _mib(ours["peak"])]
     if "failure" in cli:
         return [*row, cli["failure"]]
     return [*row, _s(cli["wall"]), _s(cli["cpu"]), _mib(cli["peak"])] if cli else row

@@ -70,6 +70,7 @@ class Blend:
         self.source = base or inputs[-1].weights
         self.limits: dict[Key, Limits] = {}
         self.turns: dict[tuple[str, int], tuple[float, float]] = {}
+        self._fit: dict[str, bool] = {}
         self._read = [*([base] if base else []), *(expert.weights for expert in inputs)]
         self._fused = (
             Fused(self.combine, base, inputs, delta=self.moves) if self.combine.kernel is not None else None
@@ -153,7 +154,9 @@ class Blend:
         return block
 
     def _is_fused(self, name: str) -> bool:
-        return bool(self._fused) and self.compute(name).itemsize == 4 and fits(self._read, name)
+        if name not in self._fit:
+            self._fit[name] = self.compute(name).itemsize == 4 and fits(self._read, name)
+        return self._fused is not None and self._fit[name]
 
     def _by_definition(
         self, span: Span, places: Mapping[int, Place], held: State | None, majority: int, finish: bool

@@ -42,7 +42,7 @@ _SPECTRUM = {
 }
 _AVERAGING = (*AVERAGING[1:], Param(**{**vars(WEIGHT), "forms": frozenset({"fold"})}))
 
-TENSORWISE = (
+TENSORWISE: tuple[Technique, ...] = (
     Technique(
         "nuslerp",
         "θ = [sin((1-w)Ω) running + sin(wΩ) new] / sin Ω per tensor, of weights or of task vectors; a line where they are parallel",

@@ -68,6 +68,7 @@ class Checkpoint:
         self.metadata = metadata
         self.files = files
         self._bytes = [_map(file) for file in files]
+        self._addresses = [data.ctypes.data for data in self._bytes]
 
     @classmethod
     def open(cls, path: Path | str) -> "Checkpoint":
@@ -118,7 +119,7 @@ class Checkpoint:
     def address(self, name: str) -> int | None:
         """Where the tensor lies in memory while the checkpoint is open; None if it is not aligned to its numbers."""
         info = self.tensors[name]
-        address = int(self._bytes[info.shard].ctypes.data) + info.offset
+        address = self._addresses[info.shard] + info.offset
         return address if address % info.kind.itemsize == 0 else None
 
     def fingerprint(self) -> str:
