@@ -25,6 +25,7 @@ from merge_service.blend import Blend, Input, check_tied, tied
 from merge_service.checkpoint import Checkpoint
 from merge_service.engine import BLOCK, Scratch, Span, dots, run, spans
 from merge_service.errors import TechniqueError
+from merge_service.split import Split
 from merge_service.state import MAX_EXPERTS, METADATA_KEY, StreamState, effective, state_writer
 from merge_service.target import Target
 from merge_service.techniques import Form, Technique, get
@@ -57,6 +58,7 @@ def merge(
     threads: int = 1,
     block: int = BLOCK,
     measure: bool = True,
+    split: Split | None = None,
 ) -> MergeReport:
     """Merge `experts` (files, sharded indices or directories), in this order, into `out`.
 
@@ -65,7 +67,7 @@ def merge(
     entry `temporal_merge` that says how it was made. With no experts it is the base.
 
     `ids` name experts in messages and seed their random masks (by default expert-1, expert-2, ...); `sha256` by id is
-    recorded as given. `measure=False` saves computing `merged_norm`.
+    recorded as given. `measure=False` saves computing `merged_norm`. With `split` the work is done in parts, elsewhere.
 
     Raises `TechniqueError` (technique, parameters, number of experts), `IncompatibleCheckpoint`,
     `NonFiniteCheckpoint` or `CorruptCheckpoint` naming the expert and tensor; `out` is then untouched.
@@ -74,9 +76,8 @@ def merge(
     resolved = plugin.resolve(params, "merge", strict=True)
     names = list(ids) if ids is not None else [f"expert-{i}" for i in range(1, len(experts) + 1)]
     _check_count(plugin, resolved, base, len(experts), names)
-    return _combine(
-        plugin, resolved, "merge", base, experts, names, out, sha256, Options(threads, block, measure)
-    )
+    options = Options(threads, block, measure)
+    return _combine(plugin, resolved, "merge", base, experts, names, out, sha256, options, split)
 
 
 def fold(
@@ -92,6 +93,7 @@ def fold(
     threads: int = 1,
     block: int = BLOCK,
     measure: bool = True,
+    split: Split | None = None,
 ) -> MergeReport:
     """Merge the newest expert into the running model: one step of TIME's EMA, f({running, new}; base).
 
@@ -101,7 +103,7 @@ def fold(
     resolved = plugin.resolve(params, "fold", strict=True)
     _check_count(plugin, resolved, base, 2, list(ids))
     options = Options(threads, block, measure)
-    return _combine(plugin, resolved, "fold", base, [running, new], list(ids), out, sha256, options)
+    return _combine(plugin, resolved, "fold", base, [running, new], list(ids), out, sha256, options, split)
 
 
 def advance(
@@ -184,6 +186,7 @@ def _combine(
     out: PathLike,
     sha256: Mapping[str, str] | None,
     options: Options,
+    split: Split | None,
 ) -> MergeReport:
     began = time.perf_counter()
     with contextlib.ExitStack() as stack:
@@ -193,11 +196,12 @@ def _combine(
         blend = Blend(plugin, params, anchor, inputs, options.threads)
         _admit_all(blend)
         target = Target.of(out, [*experts, *([base] if base is not None else [])][::-1])
-        blend.prepare()
+        team = stack.enter_context(split.team(blend, options)) if split else None
+        blend.prepare(team.answer if team else None)
         writer = stack.enter_context(
             target.open(blend.reference, _metadata(blend, form, params, _inputs(ids, sha256)))
         )
-        norm = assemble(blend, writer, options)
+        norm = team.assemble(blend, writer, options) if team else assemble(blend, writer, options)
         return _report(blend, target, len(experts), began, norm)
 
 
