@@ -49,9 +49,13 @@ class Call:
     pool: "Pool" = field(repr=False)
 
     def result(self) -> Any:
-        """Rank 0's answer; frees the group. Raises what the actor raised, or WorkerLost; the group is then gone."""
+        """Rank 0's answer; else as `results`."""
+        return self.results()[0]
+
+    def results(self) -> list[Any]:
+        """Everybody's answer; frees the group. Raises what the actor raised, or WorkerLost; the group is then gone."""
         try:
-            answers = ray.get(self.refs)
+            answers: list[Any] = ray.get(self.refs)
         except BaseException as error:
             self.pool.drop(self.group)
             if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
@@ -60,7 +64,7 @@ class Call:
                 raise WorkerLost(_reason(error)) from error
             raise
         self.group.idle = True
-        return answers[0]
+        return answers
 
 
 class Pool:
@@ -70,6 +74,7 @@ class Pool:
         actor: the plain class of the actors.
         make: builds the actor of one rank: `make(remote_class, rank)`.
         gather: called once on a new group's members, e.g. to let them find each other.
+        strategy: Ray's placement of a group's members: PACK keeps them together, SPREAD takes as many nodes as there are.
     """
 
     def __init__(
@@ -83,8 +88,9 @@ class Pool:
         gpus: float = 0.0,
         limit: int = 1,
         gather: Callable[[list[Any]], None] | None = None,
+        strategy: str = "PACK",
     ) -> None:
-        self.name, self.make, self.gather = name, make, gather
+        self.name, self.make, self.gather, self.strategy = name, make, gather, strategy
         self.actor: Any = ray.remote(actor)
         self.world, self.cpus, self.gpus, self.limit = world, cpus, gpus, limit
         self.groups: list[Group] = []
@@ -128,7 +134,7 @@ class Pool:
 
     def _place(self) -> PlacementGroup:
         bundle = {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
-        placement = placement_group([bundle] * self.world, strategy="PACK")
+        placement = placement_group([bundle] * self.world, strategy=self.strategy)
         if not placement.wait(PLACEMENT_SECONDS):
             remove_placement_group(placement)
             raise ClusterError(

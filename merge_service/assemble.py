@@ -7,7 +7,7 @@ Invariant: the bytes written do not depend on the size or order of blocks, or on
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,88 @@ class Options:
     measure: bool
 
 
+Balance = dict[str, int]
+"""Per group of tensors: elements that elected plus, minus those that elected minus."""
+
+
+class Assembly:
+    """The making of some tensors of a blend. Others may be made elsewhere: only `Balance`s have to be added up between.
+
+    The sign of elements whose vote cancels exactly is only known when the group has been counted, so `write` makes blocks
+    as if it were plus, and `settle` makes the few that hold such elements again where it is not.
+    """
+
+    def __init__(
+        self,
+        blend: Blend,
+        tensors: Sequence[tuple[str, int]],
+        writer: CheckpointWriter | None,
+        options: Options,
+        held: StreamState | None = None,
+        keep: CheckpointWriter | None = None,
+    ) -> None:
+        self.blend, self.writer, self.options, self.held, self.keep = blend, writer, options, held, keep
+        self.tensors = tensors
+        self.over = [] if blend.whole else list(spans(tensors, options.block))
+        self.elections: list[Election] = []
+        self.norms: dict[Span, list[float]] = {}
+        self.squares: list[float] = []
+        self.measure = is_measured(blend, options) and writer is not None
+
+    def write(self) -> Balance:
+        """Make and store every block; how the groups voted."""
+        if self.blend.whole:
+            self.squares = assemble_tensors(self, self._store)
+        self.elections = run(self._make, self.over, self.options.threads)
+        balance: Balance = {}
+        for span, election in zip(self.over, self.elections):
+            key = self.blend.group(span.name)
+            balance[key] = balance.get(key, 0) + election.balance
+        return balance
+
+    def settle(self, balance: Balance) -> list[float]:
+        """Make contested blocks again, now that all have voted; partial sums of (merged - base)^2, if asked for."""
+        for majority, redo in self._contested(balance).items():
+            run(lambda span, sign=majority: self._make(span, sign, first=False), redo, self.options.threads)  # type: ignore[misc]
+        return [*self.squares, *(x for part in self.norms.values() for x in part)]
+
+    def _store(self, span: Span, block: np.ndarray) -> list[float]:
+        assert self.writer is not None
+        stored = _store(self.blend, self.writer, span, block)
+        return _squares(self.blend, span, stored) if self.measure else []
+
+    def _make(self, span: Span, majority: int = 1, first: bool = True) -> Election:
+        blend, writer = self.blend, self.writer
+        state = _state(blend, span, self.held) if self.held or self.keep else None
+        outcome = blend.compute_span(
+            span,
+            state,
+            majority=majority,
+            finish=writer is not None,
+            squares=self.measure and _is_exact(blend, span.name),
+        )
+        if self.keep and first:
+            assert state is not None
+            for role, array in state.items():
+                name = f"{role}:{span.name}"
+                self.keep.write_stored(name, span.start, array.astype(self.keep.storage(name), copy=False))
+        if writer is None:
+            return outcome.election
+        stored = _store(blend, writer, span, outcome.block)
+        if self.measure:
+            self.norms[span] = outcome.squares or _squares(blend, span, stored)
+        return outcome.election
+
+    def _contested(self, balance: Balance) -> dict[int, list[Span]]:
+        """The blocks to make again, by the majority sign of their group (0 or -1)."""
+        redo: dict[int, list[Span]] = {}
+        for span, election in zip(self.over, self.elections):
+            total = balance[self.blend.group(span.name)]
+            if election.contested and total <= 0:
+                redo.setdefault(-1 if total < 0 else 0, []).append(span)
+        return redo
+
+
 def assemble(
     blend: Blend,
     writer: CheckpointWriter | None,
@@ -38,65 +120,17 @@ def assemble(
     held: StreamState | None = None,
     keep: CheckpointWriter | None = None,
 ) -> float | None:
-    """Compute and store every block; the norm of the merged task vector if asked for.
-
-    The sign of elements whose vote cancels exactly is only known when the group has been counted, so blocks are made as
-    if it were plus, and the few that hold such elements are made again where it is not.
-    """
-    norms: dict[Span, list[float]] = {}
-    measure = options.measure and blend.base is not None and writer is not None
-
-    def make(span: Span, majority: int = 1, first: bool = True) -> Election:
-        state = _state(blend, span, held) if held or keep else None
-        outcome = blend.compute_span(
-            span,
-            state,
-            majority=majority,
-            finish=writer is not None,
-            squares=measure and _is_exact(blend, span.name),
-        )
-        if keep and first:
-            assert state is not None
-            for role, array in state.items():
-                keep.write_stored(
-                    f"{role}:{span.name}",
-                    span.start,
-                    array.astype(keep.storage(f"{role}:{span.name}"), copy=False),
-                )
-        if writer is None:
-            return outcome.election
-        stored = _store(blend, writer, span, outcome.block)
-        if measure:
-            norms[span] = outcome.squares or _squares(blend, span, stored)
-        return outcome.election
-
-    if blend.whole:
-        store = _keeper(blend, writer, measure)
-        parts = assemble_tensors(blend, store, writer is not None, options.threads, held, keep)
-        if writer is not None:
-            _copy(blend, writer)
-        return math.sqrt(math.fsum(parts)) if measure else None
-
-    over = list(spans(blend.merged, options.block))
-    elections = run(make, over, options.threads)
-    for majority, redo in _contested(blend, over, elections).items():
-        run(lambda span, sign=majority: make(span, sign, first=False), redo, options.threads)  # type: ignore[misc]
+    """Compute and store every block; the norm of the merged task vector if asked for."""
+    whole = Assembly(blend, blend.merged, writer, options, held, keep)
+    squares = whole.settle(whole.write())
     if writer is not None:
-        _copy(blend, writer)
-    return math.sqrt(math.fsum(x for part in norms.values() for x in part)) if measure else None
+        copy(blend, writer)
+    return math.sqrt(math.fsum(squares)) if whole.measure else None
 
 
-def _keeper(
-    blend: Blend, writer: CheckpointWriter | None, measure: bool
-) -> Callable[[Span, np.ndarray], list[float]]:
-    """Stores a tensor; gives the partial sums of its squared distance from the base if asked for."""
-
-    def store(span: Span, block: np.ndarray) -> list[float]:
-        assert writer is not None
-        stored = _store(blend, writer, span, block)
-        return _squares(blend, span, stored) if measure else []
-
-    return store
+def is_measured(blend: Blend, options: Options) -> bool:
+    """Whether the norm of merged - base is asked for, and there is a base."""
+    return options.measure and blend.base is not None
 
 
 def _state(blend: Blend, span: Span, held: StreamState | None) -> State:
@@ -119,20 +153,6 @@ def _squares(blend: Blend, span: Span, stored: np.ndarray) -> list[float]:
     return dots(moved, moved, blend.scratch)
 
 
-def _contested(blend: Blend, over: Sequence[Span], elections: Sequence[Election]) -> dict[int, list[Span]]:
-    """The blocks to make again, by the majority sign of their group (0 or -1)."""
-    balance: dict[str, int] = {}
-    for span, election in zip(over, elections):
-        key = blend.group(span.name)
-        balance[key] = balance.get(key, 0) + election.balance
-    redo: dict[int, list[Span]] = {}
-    for span, election in zip(over, elections):
-        total = balance[blend.group(span.name)]
-        if election.contested and total <= 0:
-            redo.setdefault(-1 if total < 0 else 0, []).append(span)
-    return redo
-
-
 def _store(blend: Blend, writer: CheckpointWriter, span: Span, block: np.ndarray) -> np.ndarray:
     info = blend.reference.tensors[span.name]
     stored = encode(block, info.kind)
@@ -148,7 +168,8 @@ def _store(blend: Blend, writer: CheckpointWriter, span: Span, block: np.ndarray
     return stored
 
 
-def _copy(blend: Blend, writer: CheckpointWriter) -> None:
+def copy(blend: Blend, writer: CheckpointWriter) -> None:
+    """Store the tensors that are taken over as they are."""
     for span in spans(blend.copied, 1 << 20):
         stored = blend.source.raw(span.name, span.start, span.stop)
         writer.write_stored(span.name, span.start, stored)

@@ -28,7 +28,17 @@ from merge_service.rules import Combine, Election, Place, State, arc, combinatio
 from merge_service.survey import Surveyor
 from merge_service.techniques import Technique
 from merge_service.tensorwise import RULES, coefficients
-from merge_service.thresholds import EVERYTHING, Ask, Key, Limits, band_ranks, search, trim_ranks
+from merge_service.thresholds import (
+    EVERYTHING,
+    Ask,
+    Grams,
+    Key,
+    Limits,
+    Products,
+    band_ranks,
+    search,
+    trim_ranks,
+)
 from merge_service.towers import LN_100, depth_factors, group, is_logit_scale
 
 
@@ -118,16 +128,26 @@ class Blend:
 
     def prepare(self, ask: Ask | None = None) -> None:
         """Find the numbers that need a look at whole tensors first: thresholds, or the angles of a slerp."""
+        ask = ask or Surveyor(self, self.merged).answer
         if self.technique.sparsify in ("magnitude", "band"):
-            self._find_limits(ask or Surveyor(self, self.merged).answer)
+            self._find_limits(ask)
         if (
             self.technique.combine == "slerp"
             and len(self.inputs) == 2
             and self.params["weight"] not in (0, 1)
         ):
-            self._find_arcs()
+            self._find_arcs(self._products(ask))
         if self.technique.combine == "spherical" and len(self.inputs) > 1:
-            self.turns |= coefficients(self)
+            self.turns |= coefficients(self, self._products(ask))
+
+    @property
+    def findings(self) -> dict[str, Any]:
+        """What `prepare` found: all that blocks depend on besides the checkpoints, ids and parameters."""
+        return {"limits": self.limits, "turns": self.turns}
+
+    def adopt(self, findings: Mapping[str, Any]) -> None:
+        """Take over what `prepare` of an equal blend found."""
+        vars(self).update(findings)
 
     def compute_span(
         self, span: Span, held: State | None, *, majority: int, finish: bool, squares: bool
@@ -247,15 +267,21 @@ class Blend:
         wide = any(self.compute(name).itemsize == 8 for name, _ in self.merged)
         self.limits |= search(keys, ranks, ask, count_frozen=self.params["count_frozen"], wide=wide)
 
-    def _find_arcs(self) -> None:
-        for name, gram in self.grams().items():
+    def _find_arcs(self, grams: Mapping[str, np.ndarray]) -> None:
+        for name, gram in grams.items():
             (first, dot), (_, second) = gram
             if self.reference.tensors[name].numel > 1:
                 turn = arc(self.params["weight"], dot, first, second)
                 if turn:
                     self.turns[name, self.inputs[1].order] = turn
 
-    def grams(self) -> dict[str, np.ndarray]:
+    @staticmethod
+    def _products(ask: Ask) -> Mapping[str, np.ndarray]:
+        grams = ask(Products())
+        assert isinstance(grams, Grams)
+        return grams.by_tensor
+
+    def grams(self, tensors: Sequence[tuple[str, int]]) -> dict[str, np.ndarray]:
         """Inner products of all pairs of inputs per tensor, float64 [inputs, inputs], of task vectors if those are merged."""
 
         def work(span: Span) -> np.ndarray:
@@ -270,8 +296,8 @@ class Blend:
             pairs = [[dots(a, b, self.scratch) for b in blocks] for a in blocks]
             return np.array(pairs).transpose(2, 0, 1)
 
-        parts: dict[str, list[np.ndarray]] = {name: [] for name, _ in self.merged}
-        over = list(spans(self.merged, BLOCK))
+        parts: dict[str, list[np.ndarray]] = {name: [] for name, _ in tensors}
+        over = list(spans(tensors, BLOCK))
         for span, found in zip(over, run(work, over, self.threads)):
             parts[span.name].extend(found)
         return {name: _exact_sum(found) for name, found in parts.items()}

@@ -26,6 +26,7 @@ from merge_service.blend import Blend, Input, check_tied, tied
 from merge_service.checkpoint import Checkpoint
 from merge_service.engine import BLOCK, Scratch, Span, dots, run, spans
 from merge_service.errors import TechniqueError
+from merge_service.split import Split
 from merge_service.state import MAX_EXPERTS, METADATA_KEY, StreamState, effective, state_writer
 from merge_service.target import Target
 from merge_service.techniques import Form, Technique, get
@@ -58,6 +59,7 @@ def merge(
     threads: int = 1,
     block: int = BLOCK,
     measure: bool = True,
+    split: Split | None = None,
 ) -> MergeReport:
     """Merge `experts` (files, sharded indices or directories), in this order, into `out`.
 
@@ -66,7 +68,7 @@ def merge(
     entry `temporal_merge` that says how it was made. With no experts it is the base.
 
     `ids` name experts in messages and seed their random masks (by default expert-1, expert-2, ...); `sha256` by id is
-    recorded as given. `measure=False` saves computing `merged_norm`.
+    recorded as given. `measure=False` saves computing `merged_norm`. With `split` the work is done in parts, elsewhere.
 
     Raises `TechniqueError` (technique, parameters, number of experts), `IncompatibleCheckpoint`,
     `NonFiniteCheckpoint` or `CorruptCheckpoint` naming the expert and tensor; `out` is then untouched.
@@ -75,12 +77,11 @@ def merge(
     resolved = plugin.resolve(params, "merge", strict=True)
     names = list(ids) if ids is not None else [f"expert-{i}" for i in range(1, len(experts) + 1)]
     _check_count(plugin, resolved, base, len(experts), names)
+    options = Options(threads, block, measure)
     if plugin.ordered and experts:
         assert base is not None
-        return _replay(plugin, resolved, base, experts, names, out, sha256, Options(threads, block, measure))
-    return _combine(
-        plugin, resolved, "merge", base, experts, names, out, sha256, Options(threads, block, measure)
-    )
+        return _replay(plugin, resolved, base, experts, names, out, sha256, options, split)
+    return _combine(plugin, resolved, "merge", base, experts, names, out, sha256, options, split)
 
 
 def fold(
@@ -96,6 +97,7 @@ def fold(
     threads: int = 1,
     block: int = BLOCK,
     measure: bool = True,
+    split: Split | None = None,
 ) -> MergeReport:
     """Merge the newest expert into the running model: one step of TIME's EMA, f({running, new}; base).
 
@@ -105,7 +107,7 @@ def fold(
     resolved = plugin.resolve(params, "fold", strict=True)
     _check_count(plugin, resolved, base, 2, list(ids))
     options = Options(threads, block, measure)
-    return _combine(plugin, resolved, "fold", base, [running, new], list(ids), out, sha256, options)
+    return _combine(plugin, resolved, "fold", base, [running, new], list(ids), out, sha256, options, split)
 
 
 def advance(
@@ -188,6 +190,7 @@ def _combine(
     out: PathLike,
     sha256: Mapping[str, str] | None,
     options: Options,
+    split: Split | None,
 ) -> MergeReport:
     began = time.perf_counter()
     with contextlib.ExitStack() as stack:
@@ -197,11 +200,12 @@ def _combine(
         blend = Blend(plugin, params, anchor, inputs, options.threads)
         _admit_all(blend)
         target = Target.of(out, [*experts, *([base] if base is not None else [])][::-1])
-        blend.prepare()
+        team = stack.enter_context(split.team(blend, options)) if split else None
+        blend.prepare(team.answer if team else None)
         writer = stack.enter_context(
             target.open(blend.reference, _metadata(blend, form, params, _inputs(ids, sha256)))
         )
-        norm = assemble(blend, writer, options)
+        norm = team.assemble(blend, writer, options) if team else assemble(blend, writer, options)
         return _report(blend, target, len(experts), began, norm)
 
 
@@ -214,8 +218,13 @@ def _replay(
     out: PathLike,
     sha256: Mapping[str, str] | None,
     options: Options,
+    split: Split | None,
 ) -> MergeReport:
     """All experts at once for a technique that takes them one after another: the stream from the first on."""
+    if split is not None:
+        raise TechniqueError(
+            f"{plugin.name} takes experts one after another and cannot be split over workers; leave --workers out"
+        )
     began = time.perf_counter()
     beside = Path(out).absolute().parent
     beside.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,19 @@ from merge_service.checkpoint import Checkpoint
 from merge_service.dtypes import decode
 from merge_service.engine import Scratch, Span, run, spans
 from merge_service.fused import Magnitudes, fits
-from merge_service.thresholds import RUN, Answer, Count, Counted, Key, Survey, Surveyed, Window, stride_of
+from merge_service.thresholds import (
+    RUN,
+    Answer,
+    Count,
+    Counted,
+    Grams,
+    Key,
+    Products,
+    Question,
+    Surveyed,
+    Window,
+    stride_of,
+)
 
 if TYPE_CHECKING:
     from merge_service.blend import Blend, Input
@@ -32,16 +44,18 @@ class Surveyor:
 
     def __init__(self, blend: "Blend", tensors: Iterable[tuple[str, int]]) -> None:
         self.blend, self.scratch, self.lock = blend, Scratch(), threading.Lock()
-        self.groups: dict[str, list[tuple[str, int]]] = {}
-        for name, numel in tensors:
+        self.tensors, self.groups = list(tensors), dict[str, list[tuple[str, int]]]()
+        for name, numel in self.tensors:
             self.groups.setdefault(blend.group(name), []).append((name, numel))
         self.inputs = {expert.order: expert for expert in blend.inputs}
         self.wide = any(blend.compute(name).itemsize == 8 for name, _ in blend.merged)
         self._base_runs: dict[str, np.ndarray] = {}
         self.word = np.dtype(np.uint64 if self.wide else np.uint32)
 
-    def answer(self, question: Survey | Count) -> Answer:
+    def answer(self, question: Question) -> Answer:
         """What is known here about what is asked for."""
+        if isinstance(question, Products):
+            return Grams(self.blend.grams(self.tensors))
         if isinstance(question, Count):
             return self._count(question)
         return self._survey(question.key, question.count_frozen)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from merge_service.checkpoint import CheckpointWriter
 from merge_service.engine import BLOCK, Span, dots, run, spans
 from merge_service.matrices import isotropic, isotropic_task_specific, opcm_project, rapf_fuse
 from merge_service.rules import State, share
@@ -22,6 +21,7 @@ from merge_service.state import StreamState
 from merge_service.towers import matrices_of
 
 if TYPE_CHECKING:
+    from merge_service.assemble import Assembly
     from merge_service.blend import Blend, Input
 
 Array = np.ndarray
@@ -201,23 +201,20 @@ RULES: Mapping[str, type[_Rule] | type[Stock]] = {
 }
 
 
-def assemble_tensors(
-    blend: "Blend",
-    store: Callable[[Span, Array], list[float]],
-    finish: bool,
-    threads: int,
-    held: StreamState | None,
-    keep: CheckpointWriter | None,
-) -> list[float]:
-    """Make every tensor of a blend and hand it to `store`; what that returns, together. With `keep`, the state is kept."""
+Store = Callable[[Span, Array], list[float]]
+
+
+def assemble_tensors(assembly: "Assembly", store: Store) -> list[float]:
+    """Make every tensor of an assembly and hand it to `store`; what that returns, together."""
     from threadpoolctl import threadpool_limits
 
+    blend, held, keep = assembly.blend, assembly.held, assembly.keep
     rule: Any = blend.combine
     count = len(held.inputs if held else []) + len(blend.inputs)
 
     def make(span: Span) -> list[float]:
         tensor = Tensor(blend, span.name)
-        state = _state(blend, rule, tensor, held)
+        state = _state(rule, tensor, held)
         for expert in blend.inputs:
             rule.add(tensor, state, expert)
         if keep:
@@ -225,14 +222,16 @@ def assemble_tensors(
                 keep.write_stored(f"{role}:{span.name}", 0, state[role])
         if rule.totals:
             return _lengths(tensor, state)
-        return store(span, onto_base(tensor, rule.result(tensor, state, count), 1.0)) if finish else []
+        if assembly.writer is None:
+            return []
+        return store(span, onto_base(tensor, rule.result(tensor, state, count), 1.0))
 
-    over = [Span(name, 0, numel) for name, numel in sorted(blend.merged, key=lambda item: -item[1])]
+    over = [Span(name, 0, numel) for name, numel in sorted(assembly.tensors, key=lambda item: -item[1])]
     with threadpool_limits(1, user_api="blas"):
-        found = dict(zip(over, run(make, over, threads)))
+        found = run(make, over, assembly.options.threads)
     if rule.totals and over:
-        return _second(blend, store, finish, threads, held, keep, count, list(found.values()))
-    return [part for span in over for part in found[span]]
+        return _second(assembly, store, count, found)
+    return [part for parts in found for part in parts]
 
 
 def onto_base(tensor: Tensor, merged: Array, length: float) -> Array:
@@ -244,7 +243,7 @@ def onto_base(tensor: Tensor, merged: Array, length: float) -> Array:
     return blend.clamped(span, merged)
 
 
-def _state(blend: "Blend", rule: Any, tensor: Tensor, held: StreamState | None) -> State:
+def _state(rule: Any, tensor: Tensor, held: StreamState | None) -> State:
     arrays = dict.fromkeys(rule.floats, (tensor.numel, tensor.dtype))
     arrays |= {role: (1, np.dtype(np.uint32)) for role in rule.tallies}
     if held is None:
@@ -262,17 +261,9 @@ def _lengths(tensor: Tensor, state: State) -> list[float]:
     ]
 
 
-def _second(
-    blend: "Blend",
-    store: Callable[[Span, Array], list[float]],
-    finish: bool,
-    threads: int,
-    held: StreamState | None,
-    keep: CheckpointWriter | None,
-    count: int,
-    squares: list[list[float]],
-) -> list[float]:
+def _second(assembly: "Assembly", store: Store, count: int, squares: list[list[float]]) -> list[float]:
     """OPCM's second pass: the length of the whole model's sum is known now, so every tensor can be scaled."""
+    blend, held, keep = assembly.blend, assembly.held, assembly.keep
     assert keep is not None
     before = float(held.checkpoint.raw("norms")[0]) if held else 0.0
     norms = before + math.sqrt(math.fsum(pair[1] for pair in squares))
@@ -284,18 +275,18 @@ def _second(
         tensor = Tensor(blend, span.name)
         return store(span, onto_base(tensor, keep.read_back(f"sum:{span.name}"), length))
 
-    over = [Span(name, 0, numel) for name, numel in blend.merged] if finish else []
-    return [part for parts in run(make, over, threads) for part in parts]
+    over = [Span(name, 0, numel) for name, numel in assembly.tensors] if assembly.writer else []
+    return [part for parts in run(make, over, assembly.options.threads) for part in parts]
 
 
-def coefficients(blend: "Blend") -> dict[tuple[str, int], tuple[float, float]]:
+def coefficients(blend: "Blend", grams: Mapping[str, Array]) -> dict[tuple[str, int], tuple[float, float]]:
     """The `Place.turn` of every expert in every tensor, for techniques that go along an arc; none where a line is taken."""
     from merge_service import spherical
 
     name, params = blend.technique.name, blend.params
     weights = _weights(params, len(blend.inputs))
     turns = {}
-    for tensor, gram in blend.grams().items():
+    for tensor, gram in grams.items():
         if name == "nuslerp":
             found = spherical.nuslerp(gram, weights[1])
         elif name == "multislerp":

@@ -129,20 +129,35 @@ class Counted:
         )
 
 
-Answer = Surveyed | dict[Key, Counted]
-Ask = Callable[[Survey | Count], Answer]
+@dataclass(frozen=True)
+class Products:
+    """Asks for the inner products of all pairs of inputs, tensor by tensor."""
+
+
+@dataclass(frozen=True)
+class Grams:
+    """Inner products of all pairs of inputs, float64 [inputs, inputs], by the name of the tensor."""
+
+    by_tensor: Mapping[str, np.ndarray]
+
+    def __add__(self, other: "Grams") -> "Grams":
+        return Grams({**self.by_tensor, **other.by_tensor})
+
+
+Question = Survey | Count | Products
+Answer = Surveyed | dict[Key, Counted] | Grams
+Ask = Callable[[Question], Answer]
 
 
 def together(answers: Sequence[Answer]) -> Answer:
     """The answer for all tensors, from the answers for parts of them."""
     whole, *others = answers
     for other in others:
-        if isinstance(whole, Surveyed):
-            assert isinstance(other, Surveyed)
-            whole = whole + other
-        else:
+        if isinstance(whole, dict):
             assert isinstance(other, dict)
             whole = {key: found + other[key] for key, found in whole.items()}
+        else:
+            whole = whole + other  # type: ignore[operator]
     return whole
 
 

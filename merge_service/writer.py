@@ -13,6 +13,7 @@ import secrets
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -20,9 +21,11 @@ import numpy as np
 
 from merge_service.dtypes import encode
 from merge_service.errors import CheckpointError
-from merge_service.header import build_header
+from merge_service.header import TensorInfo, build_header
 
 Layout = Mapping[str, tuple[str, Sequence[int]]]
+Written = Mapping[tuple[str, int], int]
+"""How many elements were written from which element of which tensor on."""
 
 
 class CheckpointWriter:
@@ -79,6 +82,18 @@ class CheckpointWriter:
             done += os.preadv(self._file, [view[done:]], info.offset + done)
         return out
 
+    def slot(self) -> "Slot":
+        """For others to write into the same temporary, through `SlotWriter`; from here on this writer must not write.
+
+        A page that is half this process's and half another's could otherwise reach a network file system as one.
+        """
+        os.fsync(self._file)
+        return Slot(self.path, self._temporary.absolute(), self.tensors)
+
+    def account(self, written: Written) -> None:
+        """Take note of what a `SlotWriter` wrote."""
+        self._done |= written
+
     def close(self) -> None:
         """Make the file appear under its name, durably. Asserts that every element was written."""
         written: Counter[str] = Counter()
@@ -124,6 +139,47 @@ class CheckpointWriter:
             self.close()
         else:
             self.abort()
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The temporary behind an open writer, as a plain value: the path it will have, where it is, where tensors go in it."""
+
+    path: Path
+    temporary: Path
+    tensors: Mapping[str, TensorInfo]
+
+
+class SlotWriter(CheckpointWriter):
+    """Writes blocks into the temporary of a `CheckpointWriter` in another process, which alone makes the file appear.
+
+    Raises `CheckpointError` when the temporary cannot be opened here.
+    """
+
+    def __init__(self, slot: Slot) -> None:
+        self.path, self._temporary, self.tensors = slot.path, slot.temporary, dict(slot.tensors)
+        self._done = {}
+        self._lock = threading.Lock()
+        try:  # for writing only: an NFS client then sends the bytes it was given, not the page around them
+            self._file = os.open(slot.temporary, os.O_WRONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {slot.temporary}: {error.strerror}") from error
+
+    @property
+    def written(self) -> Written:
+        """What was written here."""
+        return self._done
+
+    def close(self) -> None:
+        """Sync what was written."""
+        os.fsync(self._file)
+        self.abort()
+
+    def abort(self) -> None:
+        """Let go of the file, which is its owner's to remove."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
 
 def sync_directory(directory: Path) -> None:

@@ -101,11 +101,21 @@ def merge(
         list[str] | None,
         typer.Option("--set", metavar="p=v", help="A parameter of the technique; may be repeated."),
     ] = None,
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Does not change the result.")] = 1,
+    threads: Annotated[
+        int, typer.Option("--threads", min=1, help="Of each worker; does not change the result.")
+    ] = 1,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, help="Ray workers to divide the tensors among; as --threads.")
+    ] = 1,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", metavar="local|auto|HOST:PORT", help="Where workers run; default local."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Merge checkpoints on disk; no cluster, no study. Memory does not grow with their number.
+    """Merge checkpoints on disk; no study, and no cluster unless asked for. Memory does not grow with their number.
 
+    With --workers or --address Ray workers merge, each its part of the tensors: all files must be on storage they share.
     A checkpoint is a .safetensors file, a sharded *.safetensors.index.json, or a directory holding either.
 
     Example: temporal-merge merge --technique ties --base base.safetensors --set density=0.2 --out m.safetensors a.safetensors b.safetensors
@@ -117,7 +127,13 @@ def merge(
     for path in (*experts, *([base] if base else [])):
         if out.exists() and path.exists() and out.samefile(path):
             raise UserError(f"--out {out} is one of the inputs and would be lost; give another --out")
-    report = merge_files(technique, parameters_from(overrides or []), base, experts, out, threads=threads)
+    split = None
+    if workers > 1 or address:
+        from pipeline.merging import split_over
+
+        split = split_over(address or "local", workers, threads)
+    params = parameters_from(overrides or [])
+    report = merge_files(technique, params, base, experts, out, threads=threads, split=split)
     answer = {
         "out": str(out),
         "technique": technique,
