@@ -25,6 +25,7 @@ from merge_service.blend import Blend, Input, check_tied, tied
 from merge_service.checkpoint import Checkpoint
 from merge_service.engine import BLOCK, Scratch, Span, dots, run, spans
 from merge_service.errors import TechniqueError
+from merge_service.kept_limits import Keep, KeptLimits
 from merge_service.state import MAX_EXPERTS, METADATA_KEY, StreamState, effective, state_writer
 from merge_service.target import Target
 from merge_service.techniques import Form, Technique, get
@@ -34,7 +35,10 @@ PathLike = Path | str
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did. `merged_norm` is the L2 norm of merged - base over float tensors, None without a base."""
+    """What a merge did. `merged_norm` is the L2 norm of merged - base over float tensors, None without a base.
+
+    `notes` say what did not matter to the result but was not done, for instance thresholds that could not be kept.
+    """
 
     out: Path | None
     technique: str
@@ -43,6 +47,7 @@ class MergeReport:
     parameters: int
     seconds: float
     merged_norm: float | None
+    notes: tuple[str, ...] = ()
 
 
 def merge(
@@ -57,6 +62,7 @@ def merge(
     threads: int = 1,
     block: int = BLOCK,
     measure: bool = True,
+    keep_limits: Keep = False,
 ) -> MergeReport:
     """Merge `experts` (files, sharded indices or directories), in this order, into `out`.
 
@@ -65,7 +71,8 @@ def merge(
     entry `temporal_merge` that says how it was made. With no experts it is the base.
 
     `ids` name experts in messages and seed their random masks (by default expert-1, expert-2, ...); `sha256` by id is
-    recorded as given. `measure=False` saves computing `merged_norm`.
+    recorded as given. `measure=False` saves computing `merged_norm`. `keep_limits` keeps the thresholds that were found
+    (`kept_limits.py`); those that are kept already are always used.
 
     Raises `TechniqueError` (technique, parameters, number of experts), `IncompatibleCheckpoint`,
     `NonFiniteCheckpoint` or `CorruptCheckpoint` naming the expert and tensor; `out` is then untouched.
@@ -75,7 +82,16 @@ def merge(
     names = list(ids) if ids is not None else [f"expert-{i}" for i in range(1, len(experts) + 1)]
     _check_count(plugin, resolved, base, len(experts), names)
     return _combine(
-        plugin, resolved, "merge", base, experts, names, out, sha256, Options(threads, block, measure)
+        plugin,
+        resolved,
+        "merge",
+        base,
+        experts,
+        names,
+        out,
+        sha256,
+        keep_limits,
+        Options(threads, block, measure),
     )
 
 
@@ -92,6 +108,7 @@ def fold(
     threads: int = 1,
     block: int = BLOCK,
     measure: bool = True,
+    keep_limits: Keep = False,
 ) -> MergeReport:
     """Merge the newest expert into the running model: one step of TIME's EMA, f({running, new}; base).
 
@@ -101,7 +118,9 @@ def fold(
     resolved = plugin.resolve(params, "fold", strict=True)
     _check_count(plugin, resolved, base, 2, list(ids))
     options = Options(threads, block, measure)
-    return _combine(plugin, resolved, "fold", base, [running, new], list(ids), out, sha256, options)
+    return _combine(
+        plugin, resolved, "fold", base, [running, new], list(ids), out, sha256, keep_limits, options
+    )
 
 
 def advance(
@@ -118,6 +137,7 @@ def advance(
     threads: int = 1,
     block: int = BLOCK,
     measure: bool = True,
+    keep_limits: Keep = False,
 ) -> MergeReport:
     """Add one expert to a streaming merge: read `state_in` (None to start), write `state_out` and the merged model.
 
@@ -139,14 +159,14 @@ def advance(
         inputs = [*seen, *_inputs([expert_id], sha256)]
         _admit_all(blend)
         target = Target.of(out, [base, expert]) if out is not None else None
-        blend.prepare()
+        notes = _prepare(blend, keep_limits, sha256)
         keep = stack.enter_context(state_writer(state_out, blend, inputs))
         writer = None
         if target:
             metadata = _metadata(blend, "merge", effective(resolved, len(inputs)), inputs)
             writer = stack.enter_context(target.open(blend.reference, metadata))
         norm = assemble(blend, writer, Options(threads, block, measure), held, keep)
-        return _report(blend, target, len(inputs), began, norm)
+        return _report(blend, target, len(inputs), began, norm, notes)
 
 
 def geometry(base: PathLike, merged: PathLike, expert: PathLike, *, threads: int = 1) -> dict[str, float]:
@@ -183,6 +203,7 @@ def _combine(
     ids: list[str],
     out: PathLike,
     sha256: Mapping[str, str] | None,
+    keep_limits: Keep,
     options: Options,
 ) -> MergeReport:
     began = time.perf_counter()
@@ -193,12 +214,12 @@ def _combine(
         blend = Blend(plugin, params, anchor, inputs, options.threads)
         _admit_all(blend)
         target = Target.of(out, [*experts, *([base] if base is not None else [])][::-1])
-        blend.prepare()
+        notes = _prepare(blend, keep_limits, sha256)
         writer = stack.enter_context(
             target.open(blend.reference, _metadata(blend, form, params, _inputs(ids, sha256)))
         )
         norm = assemble(blend, writer, options)
-        return _report(blend, target, len(experts), began, norm)
+        return _report(blend, target, len(experts), began, norm, notes)
 
 
 def _check_count(
@@ -235,6 +256,14 @@ def _admit_all(blend: Blend) -> None:
         check_tied(expert.weights, blend.tied, expert.id)
 
 
+def _prepare(blend: Blend, keep_limits: Keep, sha256: Mapping[str, str] | None) -> tuple[str, ...]:
+    """Everything that needs a look at whole tensors, unless it is kept; what could not be kept."""
+    memory = KeptLimits(blend, keep_limits, sha256)
+    memory.recall()
+    blend.prepare()
+    return memory.store()
+
+
 def _inputs(ids: Sequence[str], sha256: Mapping[str, str] | None) -> list[dict[str, str]]:
     known = sha256 or {}
     return [{"id": name, **({"sha256": known[name]} if name in known else {})} for name in ids]
@@ -249,7 +278,12 @@ def _metadata(
 
 
 def _report(
-    blend: Blend, target: Target | None, experts: int, began: float, norm: float | None
+    blend: Blend,
+    target: Target | None,
+    experts: int,
+    began: float,
+    norm: float | None,
+    notes: tuple[str, ...],
 ) -> MergeReport:
     return MergeReport(
         out=target.path if target else None,
@@ -259,4 +293,5 @@ def _report(
         parameters=sum(numel for _, numel in blend.merged),
         seconds=time.perf_counter() - began,
         merged_norm=norm,
+        notes=notes,
     )

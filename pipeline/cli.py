@@ -102,6 +102,13 @@ def merge(
         typer.Option("--set", metavar="p=v", help="A parameter of the technique; may be repeated."),
     ] = None,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Does not change the result.")] = 1,
+    keep_thresholds: Annotated[
+        bool,
+        typer.Option(
+            help="Keep the thresholds of TIES or Breadcrumbs beside each expert (EXPERT.limits.json), so that the next "
+            "merge of it need not find them. Kept ones that fit are always used; the result is the same."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Merge checkpoints on disk; no cluster, no study. Memory does not grow with their number.
@@ -117,7 +124,17 @@ def merge(
     for path in (*experts, *([base] if base else [])):
         if out.exists() and path.exists() and out.samefile(path):
             raise UserError(f"--out {out} is one of the inputs and would be lost; give another --out")
-    report = merge_files(technique, parameters_from(overrides or []), base, experts, out, threads=threads)
+    report = merge_files(
+        technique,
+        parameters_from(overrides or []),
+        base,
+        experts,
+        out,
+        threads=threads,
+        keep_limits=keep_thresholds,
+    )
+    for note in report.notes:
+        print(f"note: {note}", file=sys.stderr)
     answer = {
         "out": str(out),
         "technique": technique,
