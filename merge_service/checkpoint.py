@@ -28,6 +28,7 @@ __all__ = [
     "admit",
     "check_finite",
     "locate",
+    "sha256_of",
 ]
 
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -149,6 +150,21 @@ class Checkpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def sha256_of(path: Path | str) -> str:
+    """The identity of weights: sha256 of the weights file (of the index and every shard, in order of name, if sharded)."""
+    file = locate(path)
+    if not file.name.endswith(".json"):
+        return _sha256(file)
+    with Checkpoint.open(file) as checkpoint:
+        parts = [_sha256(part) for part in (file, *checkpoint.files)]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _map(file: Path) -> np.ndarray:

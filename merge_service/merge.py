@@ -3,12 +3,14 @@
     merge     all experts, in their order
     fold      a running model and one new expert (TIME's EMA)
     advance   one more expert into a streaming state; the merged model is bit-identical to `merge` of all of them
+    retract   one expert out of it again; replace: one for another
 
-All three validate everything they can before a block is computed, write the output once, and let it appear under its
+All validate everything they can before a block is computed, write the output once, and let it appear under its
 name only when it is whole. Memory is a few blocks per thread, whatever the number of experts.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import time
@@ -26,6 +28,8 @@ from merge_service.checkpoint import Checkpoint
 from merge_service.engine import BLOCK, Scratch, Span, dots, run, spans
 from merge_service.errors import TechniqueError
 from merge_service.kept_limits import Keep, KeptLimits
+from merge_service.leftovers import temporary
+from merge_service.retraction import Retraction, check_bytes
 from merge_service.state import MAX_EXPERTS, METADATA_KEY, StreamState, effective, state_writer
 from merge_service.target import Target
 from merge_service.techniques import Form, Technique, get
@@ -153,20 +157,95 @@ def advance(
         anchor, newest = (stack.enter_context(Checkpoint.open(path)) for path in (base, expert))
         held = stack.enter_context(StreamState(state_in)) if state_in is not None else None
         seen = held.inputs if held else []
-        blend = Blend(plugin, resolved, anchor, [Input(expert_id, len(seen) + 1, newest)], threads)
         if held:
-            held.check(blend, expert_id)
+            held.check(plugin, resolved, anchor)
+            held.check_new(expert_id)
+        blend = Blend(plugin, resolved, anchor, [Input(expert_id, len(seen) + 1, newest)], threads)
         inputs = [*seen, *_inputs([expert_id], sha256)]
-        _admit_all(blend)
         target = Target.of(out, [base, expert]) if out is not None else None
-        notes = _prepare(blend, keep_limits, sha256)
-        keep = stack.enter_context(state_writer(state_out, blend, inputs))
-        writer = None
-        if target:
-            metadata = _metadata(blend, "merge", effective(resolved, len(inputs)), inputs)
-            writer = stack.enter_context(target.open(blend.reference, metadata))
-        norm = assemble(blend, writer, Options(threads, block, measure), held, keep)
+        notes = _ready(blend, keep_limits, sha256)
+        norm = _continue(blend, held, inputs, target, state_out, Options(threads, block, measure))
         return _report(blend, target, len(inputs), began, norm, notes)
+
+
+def retract(
+    technique: str,
+    params: Mapping[str, Any],
+    base: PathLike,
+    expert: PathLike,
+    out: PathLike | None,
+    *,
+    expert_id: str,
+    state_in: PathLike,
+    state_out: PathLike,
+    sha256: Mapping[str, str] | None = None,
+    threads: int = 1,
+    block: int = BLOCK,
+    measure: bool = True,
+    keep_limits: Keep = False,
+) -> MergeReport:
+    """Take one expert out of a streaming merge: read `state_in` and the expert, write `state_out` and the merged model.
+
+    `params` are those the state was made with; the report holds those of the experts that stay (explicit weights lose one
+    entry), to go on with. What is written equals a merge of those that stay up to rounding: see `retraction.py`. Besides
+    what `advance` raises: `TechniqueError` when the id is not in the state, `expert` is not what went in under it, or the
+    technique cannot: largest values, and schedules that weigh by place (but for the newest expert).
+    """
+    began = time.perf_counter()
+    plugin = get(technique)
+    plugin.require("stream")
+    resolved = plugin.resolve(params, "merge", strict=True)
+    with contextlib.ExitStack() as stack:
+        anchor, leaving = (stack.enter_context(Checkpoint.open(path)) for path in (base, expert))
+        held = stack.enter_context(StreamState(state_in))
+        held.check(plugin, resolved, anchor)
+        order = held.order_of(expert_id)
+        left = Input(expert_id, order, leaving)
+        blend = Retraction(plugin, resolved, anchor, left, len(held.inputs), threads)
+        unchecked = check_bytes(held, order, expert, (sha256 or {}).get(expert_id))
+        inputs = [entry for entry in held.inputs if entry["id"] != expert_id]
+        target = Target.of(out, [base, expert]) if out is not None else None
+        notes = _ready(blend, keep_limits, sha256)
+        norm = _continue(blend, held, inputs, target, state_out, Options(threads, block, measure))
+        return _report(blend, target, len(inputs), began, norm, unchecked + notes)
+
+
+def replace(
+    technique: str,
+    params: Mapping[str, Any],
+    base: PathLike,
+    old: PathLike,
+    new: PathLike,
+    out: PathLike | None,
+    *,
+    expert_id: str,
+    state_in: PathLike,
+    state_out: PathLike,
+    sha256: Mapping[str, str] | None = None,
+    **options: Any,
+) -> MergeReport:
+    """`retract` of `old` and `advance` of `new` under the same id, which is then the newest; an explicit weight goes with it.
+
+    `sha256` is that of `new`; `old` is hashed if the state records what it was. `options` as of `advance`.
+    """
+    resolved = get(technique).resolve(params, "merge", strict=True)
+    between = temporary(Path(state_out))
+    try:
+        with StreamState(state_in) as held:
+            order = held.order_of(expert_id)
+        left = retract(
+            technique, resolved, base, old, None, expert_id=expert_id, state_in=state_in, state_out=between, **options
+        )  # fmt: skip
+        then = left.params
+        if then.get("weights") is not None:
+            then = {**then, "weights": [*then["weights"][: left.experts], resolved["weights"][order - 1],
+                                        *then["weights"][left.experts :]]}  # fmt: skip
+        report = advance(
+            technique, then, base, new, out, expert_id=expert_id, state_in=between, state_out=state_out, sha256=sha256, **options
+        )  # fmt: skip
+        return dataclasses.replace(report, notes=left.notes + report.notes)
+    finally:
+        between.unlink(missing_ok=True)
 
 
 def geometry(base: PathLike, merged: PathLike, expert: PathLike, *, threads: int = 1) -> dict[str, float]:
@@ -212,9 +291,8 @@ def _combine(
         opened = [stack.enter_context(Checkpoint.open(path)) for path in experts]
         inputs = [Input(name, order, weights) for order, (name, weights) in enumerate(zip(ids, opened), 1)]
         blend = Blend(plugin, params, anchor, inputs, options.threads)
-        _admit_all(blend)
         target = Target.of(out, [*experts, *([base] if base is not None else [])][::-1])
-        notes = _prepare(blend, keep_limits, sha256)
+        notes = _ready(blend, keep_limits, sha256)
         writer = stack.enter_context(
             target.open(blend.reference, _metadata(blend, form, params, _inputs(ids, sha256)))
         )
@@ -256,12 +334,31 @@ def _admit_all(blend: Blend) -> None:
         check_tied(expert.weights, blend.tied, expert.id)
 
 
-def _prepare(blend: Blend, keep_limits: Keep, sha256: Mapping[str, str] | None) -> tuple[str, ...]:
-    """Everything that needs a look at whole tensors, unless it is kept; what could not be kept."""
+def _ready(blend: Blend, keep_limits: Keep, sha256: Mapping[str, str] | None) -> tuple[str, ...]:
+    """Refuse what does not fit, and find all that needs a look at whole tensors unless it is kept; what could not be kept."""
+    _admit_all(blend)
     memory = KeptLimits(blend, keep_limits, sha256)
     memory.recall()
     blend.prepare()
     return memory.store()
+
+
+def _continue(
+    blend: Blend,
+    held: StreamState | None,
+    inputs: Sequence[Mapping[str, str]],
+    target: Target | None,
+    state_out: PathLike,
+    options: Options,
+) -> float | None:
+    """Write the state after `inputs`, and the merged model if there is a target; its norm."""
+    with contextlib.ExitStack() as stack:
+        keep = stack.enter_context(state_writer(state_out, blend, inputs))
+        writer = None
+        if target:
+            metadata = _metadata(blend, "merge", effective(blend.params, len(inputs)), inputs)
+            writer = stack.enter_context(target.open(blend.reference, metadata))
+        return assemble(blend, writer, options, held, keep)
 
 
 def _inputs(ids: Sequence[str], sha256: Mapping[str, str] | None) -> list[dict[str, str]]:
