@@ -35,6 +35,7 @@ from merge_service.thresholds import (
     Key,
     Limits,
     Products,
+    Ranks,
     band_ranks,
     search,
     trim_ranks,
@@ -126,10 +127,24 @@ class Blend:
             sizes[self.group(name)] = sizes.get(self.group(name), 0) + numel
         return sizes
 
+    @cached_property
+    def ranks(self) -> Ranks | None:
+        """Which ranks bound the magnitudes that are kept; None where everything is, or chance decides."""
+        if self.technique.sparsify == "magnitude":
+            ranks = trim_ranks(self.params["density"])
+        elif self.technique.sparsify == "band":
+            ranks = band_ranks(self.params["density"], self.params["outliers"])
+        else:
+            return None
+        return None if ranks(10**9) == (None, None) else ranks
+
     def prepare(self, ask: Ask | None = None) -> None:
-        """Find the numbers that need a look at whole tensors first: thresholds, or the angles of a slerp."""
+        """Find the numbers that need a look at whole tensors first: thresholds, or the angles of a slerp.
+
+        Thresholds that are in `limits` already are not looked for.
+        """
         ask = ask or Surveyor(self, self.merged).answer
-        if self.technique.sparsify in ("magnitude", "band"):
+        if self.ranks is not None:
             self._find_limits(ask)
         if (
             self.technique.combine == "slerp"
@@ -257,15 +272,11 @@ class Blend:
         return self.compute(span.name).type(max(LN_100, own))
 
     def _find_limits(self, ask: Ask) -> None:
-        if self.technique.sparsify == "band":
-            ranks = band_ranks(self.params["density"], self.params["outliers"])
-        else:
-            ranks = trim_ranks(self.params["density"])
+        assert self.ranks is not None
         keys = [(group, expert.order) for expert in self.inputs for group in self.group_sizes]
-        if ranks(10**9) == (None, None):
-            return
+        unknown = [key for key in keys if key not in self.limits]
         wide = any(self.compute(name).itemsize == 8 for name, _ in self.merged)
-        self.limits |= search(keys, ranks, ask, count_frozen=self.params["count_frozen"], wide=wide)
+        self.limits |= search(unknown, self.ranks, ask, count_frozen=self.params["count_frozen"], wide=wide)
 
     def _find_arcs(self, grams: Mapping[str, np.ndarray]) -> None:
         for name, gram in grams.items():
