@@ -23,8 +23,20 @@ from merge_service.dtypes import all_finite
 from merge_service.engine import BLOCK, Scratch, Span, dots, run, spans
 from merge_service.errors import IncompatibleCheckpoint
 from merge_service.fused import Fused, Outcome, fits
+from merge_service.lookahead import look_ahead, magnitude_ranks
 from merge_service.masks import tensor_key
-from merge_service.rules import Combine, Election, Place, State, arc, combination, share, sparsify
+from merge_service.rules import (
+    Combine,
+    Election,
+    Place,
+    State,
+    arc,
+    by_rows,
+    combination,
+    is_trimmed,
+    share,
+    sparsify,
+)
 from merge_service.survey import Surveyor
 from merge_service.techniques import Technique
 from merge_service.tensorwise import RULES, coefficients
@@ -36,9 +48,6 @@ from merge_service.thresholds import (
     Limits,
     Products,
     Ranks,
-    band_ranks,
-    search,
-    trim_ranks,
 )
 from merge_service.towers import LN_100, depth_factors, group, is_logit_scale
 
@@ -80,12 +89,14 @@ class Blend:
         self.tied = tied(self.reference)
         self.source = base or inputs[-1].weights
         self.limits: dict[Key, Limits] = {}
+        self.scores: dict[Key, Limits] = {}
+        self.gains: dict[tuple[str, int], float] = {}
         self.turns: dict[tuple[str, int], tuple[float, float]] = {}
         self._fit: dict[str, bool] = {}
         self._read = [*([base] if base else []), *(expert.weights for expert in inputs)]
-        self._fused = (
-            Fused(self.combine, base, inputs, delta=self.moves) if self.combine.kernel is not None else None
-        )
+        self._rows = by_rows(technique, params)
+        fusible = self.combine.kernel is not None and not self._rows and not is_trimmed(params)
+        self._fused = Fused(self.combine, base, inputs, delta=self.moves) if fusible else None
 
     @cached_property
     def merged(self) -> list[tuple[str, int]]:
@@ -113,11 +124,11 @@ class Blend:
         names = [name for name, _ in self.merged]
         if self.technique.depth:
             return depth_factors(names, self.params)
-        return dict.fromkeys(names, self.params.get("scale", 1.0))
+        return dict.fromkeys(names, self.params.get(self.technique.factor, 1.0))
 
     def group(self, name: str) -> str:
         """The tensors that share thresholds and a majority sign with this one."""
-        return group(name, self.params.get("granularity", "model"))
+        return group(name, self.params.get("granularity", "tensor"))
 
     @cached_property
     def group_sizes(self) -> dict[str, int]:
@@ -127,25 +138,18 @@ class Blend:
             sizes[self.group(name)] = sizes.get(self.group(name), 0) + numel
         return sizes
 
-    @cached_property
+    @property
     def ranks(self) -> Ranks | None:
-        """Which ranks bound the magnitudes that are kept; None where everything is, or chance decides."""
-        if self.technique.sparsify == "magnitude":
-            ranks = trim_ranks(self.params["density"])
-        elif self.technique.sparsify == "band":
-            ranks = band_ranks(self.params["density"], self.params["outliers"])
-        else:
-            return None
-        return None if ranks(10**9) == (None, None) else ranks
+        """Which ranks bound the magnitudes that are kept of an expert, whoever the others are; None where nothing is ranked."""
+        return magnitude_ranks(self) if self.technique.sparsify in ("magnitude", "band", "crumbs") else None
 
     def prepare(self, ask: Ask | None = None) -> None:
-        """Find the numbers that need a look at whole tensors first: thresholds, or the angles of a slerp.
+        """Find the numbers that need a look at whole tensors first: thresholds, norms, or the angles of a slerp.
 
         Thresholds that are in `limits` already are not looked for.
         """
         ask = ask or Surveyor(self, self.merged).answer
-        if self.ranks is not None:
-            self._find_limits(ask)
+        look_ahead(self, ask)
         if (
             self.technique.combine == "slerp"
             and len(self.inputs) == 2
@@ -158,7 +162,7 @@ class Blend:
     @property
     def findings(self) -> dict[str, Any]:
         """What `prepare` found: all that blocks depend on besides the checkpoints, ids and parameters."""
-        return {"limits": self.limits, "turns": self.turns}
+        return {"limits": self.limits, "turns": self.turns, "scores": self.scores, "gains": self.gains}
 
     def adopt(self, findings: Mapping[str, Any]) -> None:
         """Take over what `prepare` of an equal blend found."""
@@ -198,11 +202,14 @@ class Blend:
     ) -> Outcome:
         state = self._empty(span) if held is None else held
         base = self.base_block(span) if self.moves else None
+        rows = self.cover(span)
+        under = base if rows == span or base is None else self.base_block(rows)
         for expert in self.inputs:
-            x, place = self.numbers(expert, span), places[expert.order]
-            if base is not None:
-                x = sparsify(np, self.technique, x - base, place)
-            self.combine.add(np, state, x, place)
+            x = self.numbers(expert, rows)
+            if under is not None:
+                x = sparsify(np, self.technique, self.params, x - under, self.place(expert, rows))
+                x = x[span.start - rows.start : span.stop - rows.start]
+            self.combine.add(np, state, x, places[expert.order])
         if not finish:
             return Outcome(np.empty(0), Election(), [], ())
         out, election = self.combine.result(np, state, majority)
@@ -212,6 +219,17 @@ class Blend:
                 0 - (out * factor if factor != 1 else out)
             )  # see rules: keeps the sign of an untouched zero
         return Outcome(out, election, [], ())
+
+    def cover(self, span: Span) -> Span:
+        """The whole rows that a span lies in, where they are thinned out as rows; else the span."""
+        columns = self._columns(span.name)
+        if not columns:
+            return span
+        return Span(span.name, span.start // columns * columns, -(-span.stop // columns) * columns)
+
+    def _columns(self, name: str) -> int:
+        shape = self.reference.tensors[name].shape
+        return shape[-1] if self._rows and shape else 0
 
     def refuse(self, orders: Sequence[int]) -> None:
         """Raise `NonFiniteCheckpoint` for the first of these inputs (0 is the base) that holds NaN or infinity."""
@@ -247,36 +265,47 @@ class Blend:
         """The arrays of a tensor's state and their types."""
         return {
             **dict.fromkeys(self.combine.floats, self.compute(name)),
-            **({"votes": np.dtype(np.uint32)} if self.combine.votes else {}),
+            **dict.fromkeys(self.combine.words, np.dtype(np.uint32)),
         }
 
     def _empty(self, span: Span) -> State:
         return {role: np.zeros(span.size, dtype) for role, dtype in self.arrays(span.name).items()}
 
     def _places(self, span: Span) -> dict[int, Place]:
-        return {expert.order: self._place(expert, span) for expert in self.inputs}
+        return {expert.order: self.place(expert, span) for expert in self.inputs}
 
-    def _place(self, expert: Input, span: Span) -> Place:
-        order = expert.order
-        if self.technique.combine in ("mean", "slerp", "spherical"):
+    def place(self, expert: Input, span: Span) -> Place:
+        """What a rule may know of a span of an expert."""
+        order, key = expert.order, (self.group(span.name), expert.order)
+        if self.technique.space == "weights":
             return Place(order, share(self.params, order), self.turns.get((span.name, order)))
-        if self.technique.sparsify == "random":
-            scalar = self.reference.tensors[span.name].shape == ()
-            key = None if scalar else tensor_key(self.params["seed"], expert.id, span.name)
-            return Place(order, key=key, density=self.params["density"], start=span.start)
-        return Place(order, limits=self.limits.get((self.group(span.name), order), EVERYTHING))
+        return Place(
+            order,
+            1 / order,
+            limits=self.limits.get(key, EVERYTHING),
+            scores=self.scores.get(key, EVERYTHING),
+            key=self._mask_key(expert, span.name),
+            density=self.params.get("density", 1.0),
+            epsilon=self.params.get("epsilon", 0.0),
+            gain=self._gain(span.name, order),
+            start=span.start,
+            columns=self._columns(span.name),
+        )
+
+    def _mask_key(self, expert: Input, name: str) -> int | None:
+        """None where nothing is random: scalars are never dropped."""
+        scalar = self.reference.tensors[name].shape == () and self.technique.combine != "draw"
+        return (
+            None if scalar or "seed" not in self.params else tensor_key(self.params["seed"], expert.id, name)
+        )
+
+    def _gain(self, name: str, order: int) -> float | None:
+        return None if self.params.get("rescale") == "expectation" else self.gains.get((name, order), 1.0)
 
     def _ceiling(self, span: Span) -> np.floating[Any]:
         """ln(100), or the reference's own value where that is higher: a model that was never clamped stays what it is."""
         own = float(self.reference.read(span.name, span.start, span.stop).max())
         return self.compute(span.name).type(max(LN_100, own))
-
-    def _find_limits(self, ask: Ask) -> None:
-        assert self.ranks is not None
-        keys = [(group, expert.order) for expert in self.inputs for group in self.group_sizes]
-        unknown = [key for key in keys if key not in self.limits]
-        wide = any(self.compute(name).itemsize == 8 for name, _ in self.merged)
-        self.limits |= search(unknown, self.ranks, ask, count_frozen=self.params["count_frozen"], wide=wide)
 
     def _find_arcs(self, grams: Mapping[str, np.ndarray]) -> None:
         for name, gram in grams.items():

@@ -83,6 +83,12 @@ def run(work: Callable[[Span], T], over: Iterable[Span], threads: int) -> list[T
             raise
 
 
+def totals(values: np.ndarray) -> list[float]:
+    """Partial sums in float64, one per grain; the block they come from must start at a whole grain."""
+    starts = range(0, values.size, GRAIN)
+    return [float(np.add.reduce(values[start : start + GRAIN], dtype=np.float64)) for start in starts]
+
+
 def dots(a: np.ndarray, b: np.ndarray, scratch: Scratch) -> list[float]:
     """Partial sums of a*b in float64, one per grain; the block they come from must start at a whole grain."""
     parts = []

@@ -13,7 +13,7 @@ from merge_service import kernels
 from merge_service.checkpoint import Checkpoint
 from merge_service.engine import Scratch, Span
 from merge_service.masks import ceiling
-from merge_service.rules import Combine, Election, Place, State, bounds
+from merge_service.rules import Combine, Election, Place, State, bounds, rescaling
 
 if TYPE_CHECKING:
     from merge_service.blend import Input
@@ -117,7 +117,7 @@ class Fused:
                 term["turns"], term["kept"], term["turned"] = 1, *place.turn
             if place.key is not None and place.density < 1:
                 term["key"], term["limit"] = place.key, ceiling(place.density)
-                term["gain"] = 1 / place.density
+                term["gain"] = rescaling(place)
         return job, terms, sizes
 
 

@@ -178,9 +178,11 @@ def keep_limits(
 
 def limits_rule(technique: str, params: Mapping[str, Any]) -> dict[str, Any] | None:
     """The part of a merge's parameters that its limits depend on; None if the technique asks for no limits."""
-    kind = {"magnitude": "trim", "band": "band"}.get(get(technique).sparsify)
+    kind = {"magnitude": "trim", "band": "band", "crumbs": "crumbs"}.get(get(technique).sparsify)
     names = ("density", "outliers", "granularity", "count_frozen", "logit_scale")
-    return {"kind": kind, **{name: params[name] for name in names if name in params}} if kind else None
+    if kind is None or params.get("granularity") == "row":
+        return None
+    return {"kind": kind, **{name: params[name] for name in names if name in params}}
 
 
 def _rule(blend: "Blend") -> dict[str, Any] | None:

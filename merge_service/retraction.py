@@ -7,6 +7,7 @@ other way; merging those that stay anew has neither.
 Invariant: a state is only ever reduced by the bytes that went into it, as far as it records their sha256.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,22 +36,23 @@ class Retraction(Blend):
         super().__init__(technique, without(params, leaving.order), base, [leaving], threads)
         if not hasattr(self.combine, "remove"):
             raise TechniqueError(
-                f"{technique.name}{_consensus(params)} keeps only the largest values, so an expert cannot be taken out of its "
-                "state: what it hid is lost. Merge the experts that stay anew"
+                f"{technique.name}{_consensus(params)}: an expert cannot be taken out of its state, because what others would "
+                "have come to without it is not kept. Merge the experts that stay anew"
             )
         if count == 1:
             raise TechniqueError(
                 f"{leaving.id!r} is the only expert of the state; without it there is only the base: start again without a state"
             )
         weighted = technique.space == "weights"
-        self._share = leaving_share(params, leaving.order, count) if weighted else 1.0
+        self._share = leaving_share(params, leaving.order, count) if weighted else 1 / (count - 1)
         self.combine = _Removing(self.combine)
         self._fused = None
 
-    def _place(self, expert: Input, span: Span) -> Place:
+    def place(self, expert: Input, span: Span) -> Place:
+        """As of a `Blend`, with the expert's weight over that of those who stay."""
         if self.technique.space == "weights":
             return Place(expert.order, self._share)
-        return super()._place(expert, span)
+        return dataclasses.replace(super().place(expert, span), share=self._share)
 
 
 class _Removing:
@@ -60,7 +62,7 @@ class _Removing:
 
     def __init__(self, rule: Any) -> None:
         self.floats: tuple[str, ...] = rule.floats
-        self.votes: bool = rule.votes
+        self.words: tuple[str, ...] = rule.words
         self.add, self.result = rule.remove, rule.result
 
 

@@ -6,7 +6,8 @@ few arrays per element, adds one expert at a time in canonical order, and turns 
 `Place` that holds what is known about it. `xp` is numpy, or torch when the blocks lie on a device; only what both have is used.
 
 A merge of N experts IS `add` N times and then `result`, so streaming equals batch bit for bit by construction. Rules with
-a `kernel` number run as fused loops (kernels.py) on the CPU; what is written here is their definition.
+a `kernel` number run as fused loops (kernels.py) on the CPU; what is written here is their definition. Rules that cannot be
+fed one expert at a time are in `joint.py`, thinning out by rows in `rows.py`.
 
 Two surprises. Subtracting (m - x) instead of adding (x - m), and adding a task vector as base - (0 - tau), both keep the
 sign of a zero: -0.0 + 0.0 is 0.0, but -0.0 - 0.0 is -0.0, and an untouched weight must come out bit-equal.
@@ -21,9 +22,11 @@ import numpy as np
 
 from merge_service import kernels
 from merge_service.errors import TechniqueError
-from merge_service.masks import kept
+from merge_service.joint import Rule, joint_rule
+from merge_service.masks import hashes, kept
+from merge_service.rows import crumbs, drop_by_rank
 from merge_service.techniques import Technique
-from merge_service.thresholds import EVERYTHING, Limits
+from merge_service.thresholds import EVERYTHING, Limits, crumb_ranks
 
 Array = Any
 """A numpy array, or a torch tensor on a device."""
@@ -35,17 +38,23 @@ class Place:
     """What a rule may know of the block it is given, apart from its numbers.
 
     `order` counts experts from 1. `share` is the expert's part of the mean so far. `turn` holds the two factors of a slerp,
-    None where it falls back to a straight line. `limits`, `key` and `density` serve sparsifying; `start` is the index of the
-    block's first element in its tensor.
+    None where it falls back to a straight line. `limits`, `key`, `density` and `epsilon` serve sparsifying; `gain` makes up for
+    what was dropped (None: by the probability of being kept), or is what an expert weighs in its tensor; `scores` are limits of
+    a second quantity. `start` is the index of the block's first element in its tensor, `columns` the length of the rows that
+    the block consists of, 0 unless it was cut at rows.
     """
 
     order: int = 1
     share: float = 1.0
     turn: tuple[float, float] | None = None
     limits: Limits = EVERYTHING
+    scores: Limits = EVERYTHING
     key: int | None = None
     density: float = 1.0
+    epsilon: float = 0.0
+    gain: float | None = None
     start: int = 0
+    columns: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,14 +66,14 @@ class Election:
 
 
 class Combine(Protocol):
-    """How experts come together. `floats` names the state's arrays, which start at zero; `votes` says that it counts as well.
+    """How experts come together. `floats` and `words` (uint32) name the state's arrays, which start at zero.
 
     `kernel` is the number of the fused loop that does the same, None if there is none. A rule from whose state an expert can
     be taken out again has a method `remove` like `add`; there `share` is its weight over that of those who stay.
     """
 
     floats: tuple[str, ...]
-    votes: bool
+    words: tuple[str, ...]
     kernel: int | None
 
     def add(self, xp: Any, state: State, x: Array, place: Place) -> None:
@@ -78,7 +87,7 @@ class Mean:
     """Running mean of weights: m <- m - (m - x) * share. Equal experts give themselves, bit for bit."""
 
     floats: tuple[str, ...] = ("mean",)
-    votes = False
+    words: tuple[str, ...] = ()
     kernel: int | None = kernels.MEAN
 
     def add(self, xp: Any, state: State, x: Array, place: Place) -> None:
@@ -102,7 +111,7 @@ class Sum:
     """Sum of task vectors."""
 
     floats: tuple[str, ...] = ("sum",)
-    votes = False
+    words: tuple[str, ...] = ()
     kernel: int | None = kernels.SUM
 
     def add(self, xp: Any, state: State, x: Array, place: Place) -> None:
@@ -119,7 +128,7 @@ class Largest:
     """Per element the task vector of largest magnitude; of equal magnitudes the later expert's."""
 
     floats: tuple[str, ...] = ("largest",)
-    votes = False
+    words: tuple[str, ...] = ()
     kernel: int | None = kernels.LARGEST
 
     def add(self, xp: Any, state: State, x: Array, place: Place) -> None:
@@ -144,7 +153,7 @@ class Disjoint:
         self.floats: tuple[str, ...] = (
             ("plus", "minus", "top", "bottom") if consensus == "max" else ("plus", "minus")
         )
-        self.votes = consensus == "mean"
+        self.words: tuple[str, ...] = ("votes",) if consensus == "mean" else ()
         self.kernel: int | None = {
             "mean": kernels.MEAN_OF_SIGN,
             "sum": kernels.SUM_OF_SIGN,
@@ -155,7 +164,7 @@ class Disjoint:
         up, down = x > 0, x < 0
         state["plus"] = state["plus"] + xp.where(up, x, 0)
         state["minus"] = state["minus"] + xp.where(down, x, 0)
-        if self.votes:
+        if self.words:
             state["votes"] = state["votes"] + xp.where(up, 1, 0) + xp.where(down, 1 << 16, 0)
         if self.consensus == "max":
             state["top"] = xp.where(x > state["top"], x, state["top"])
@@ -170,7 +179,7 @@ class Disjoint:
             up, down = (up | tied, down) if majority > 0 else (up, down | tied)
         high, low = (state["top"], state["bottom"]) if self.consensus == "max" else (plus, minus)
         out = xp.where(up, high, xp.where(down, low, 0))
-        if self.votes:
+        if self.words:
             count = xp.where(up, state["votes"] & 0xFFFF, state["votes"] >> 16)
             out = out / xp.asarray(xp.where(count > 1, count, 1), dtype=out.dtype)
         return out, election
@@ -188,43 +197,133 @@ class DisjointSums(Disjoint):
         plus = state["plus"] - xp.where(up, x, 0)
         minus = state["minus"] - xp.where(down, x, 0)
         some_plus, some_minus = plus > 0, minus < 0
-        if self.votes:
+        if self.words:
             votes = state["votes"] - xp.where(up, 1, 0) - xp.where(down, 1 << 16, 0)
             some_plus, some_minus = some_plus & ((votes & 0xFFFF) > 0), some_minus & ((votes >> 16) > 0)
             state["votes"] = votes
         state["plus"], state["minus"] = xp.where(some_plus, plus, 0), xp.where(some_minus, minus, 0)
 
 
+class Contributors:
+    """RAM: the mean over the experts that moved an element further than `threshold`."""
+
+    floats: tuple[str, ...] = ("sum",)
+    words: tuple[str, ...] = ("count",)
+    kernel: int | None = None
+
+    def __init__(self, threshold: float) -> None:
+        self.limits = Limits(0, threshold)
+
+    def add(self, xp: Any, state: State, x: Array, place: Place) -> None:
+        moved = xp.abs(x) > bounds(self.limits, x.dtype)[1]
+        state["sum"] = state["sum"] + xp.where(moved, x, 0)
+        state["count"] = state["count"] + xp.where(moved, 1, 0)
+
+    def result(self, xp: Any, state: State, majority: int) -> tuple[Array, Election]:
+        count, total = state["count"], state["sum"]
+        return total / xp.asarray(xp.where(count > 1, count, 1), dtype=total.dtype), Election()
+
+
+class Draw:
+    """Per element the task vector of the expert that draws the highest hash; of equal ones the larger value."""
+
+    floats: tuple[str, ...] = ("drawn",)
+    words: tuple[str, ...] = ("hash",)
+    kernel: int | None = None
+
+    def add(self, xp: Any, state: State, x: Array, place: Place) -> None:
+        assert place.key is not None
+        held, high = state["drawn"], state["hash"]
+        new = hashes(xp, place.key, place.start, x)
+        taken = (new > high) | ((new == high) & (x > held)) if place.order > 1 else new >= 0
+        state["drawn"], state["hash"] = xp.where(taken, x, held), xp.where(taken, new, high)
+
+    def result(self, xp: Any, state: State, majority: int) -> tuple[Array, Election]:
+        return state["drawn"], Election()
+
+
+class Together:
+    """A rule that must see all experts' blocks at once: they are gathered, and nothing is done before the end."""
+
+    floats: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+    kernel: int | None = None
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+
+    def add(self, xp: Any, state: State, x: Array, place: Place) -> None:
+        state.setdefault("blocks", []).append(x)
+        state.setdefault("places", []).append(place)
+
+    def result(self, xp: Any, state: State, majority: int) -> tuple[Array, Election]:
+        out = self.rule(xp, state["blocks"], state["places"])
+        return xp.asarray(out, dtype=state["blocks"][0].dtype), Election()
+
+
 def combination(technique: Technique, params: Mapping[str, Any]) -> Combine:
     """The combine part of a technique."""
     if technique.combine == "disjoint":
         return (Disjoint if params["consensus"] == "max" else DisjointSums)(params["consensus"])
-    plain: dict[str, type[Mean] | type[Sum] | type[Largest]] = {
+    if technique.combine == "contributors":
+        return Contributors(params["threshold"])
+    rule = joint_rule(technique, params)
+    if rule:
+        return Together(rule)
+    plain: dict[str, type[Mean] | type[Sum] | type[Largest] | type[Draw]] = {
         "mean": Mean,
         "slerp": Mean,
         "spherical": Mean,
         "sum": Sum,
         "largest": Largest,
+        "draw": Draw,
     }
     return plain[technique.combine]()
 
 
-def sparsify(xp: Any, technique: Technique, delta: Array, place: Place) -> Array:
-    """A task vector, thinned out."""
+def by_rows(technique: Technique, params: Mapping[str, Any]) -> bool:
+    """Whether a task vector is thinned out by whole rows of the last dimension."""
+    return technique.sparsify == "rank" or params.get("granularity") == "row"
+
+
+def is_trimmed(params: Mapping[str, Any]) -> bool:
+    """Whether what a random drop left is trimmed by magnitude afterwards."""
+    return params.get("trim", 1) < 1
+
+
+def sparsify(xp: Any, technique: Technique, params: Mapping[str, Any], delta: Array, place: Place) -> Array:
+    """A task vector, thinned out. Scalars have no rows and no key, and are kept by what asks for either."""
+    if by_rows(technique, params):
+        if not place.columns:
+            return delta
+        if technique.sparsify == "rank":
+            return drop_by_rank(xp, delta, place)
+        return crumbs(xp, delta, place.columns, crumb_ranks(params["density"], params["outliers"]))
     if technique.sparsify == "random":
-        return _drop_at_random(xp, delta, place)
-    if technique.sparsify in ("magnitude", "band"):
-        size, (low, high) = xp.abs(delta), bounds(place.limits, delta.dtype)
-        return xp.where((size >= low) & (size <= high), delta, 0)
+        dropped = _drop_at_random(xp, delta, place)
+        return within(xp, dropped, place) if is_trimmed(params) else dropped
+    if technique.sparsify in ("magnitude", "band", "crumbs"):
+        return within(xp, delta, place)
     return delta
 
 
+def within(xp: Any, delta: Array, place: Place) -> Array:
+    """What lies within the limits, else zero."""
+    size, (low, high) = xp.abs(delta), bounds(place.limits, delta.dtype)
+    return xp.where((size >= low) & (size <= high), delta, 0)
+
+
 def _drop_at_random(xp: Any, delta: Array, place: Place) -> Array:
-    """DARE: keep with probability density, divide what is kept by density. A key of None (scalars) keeps everything."""
+    """DARE: keep with probability density, and make up for the rest."""
     if place.key is None or place.density == 1:
         return delta
     keep = kept(xp, place.key, place.start, delta, place.density)
-    return xp.where(keep, delta * (1 / place.density), 0)
+    return xp.where(keep, delta * rescaling(place), 0)
+
+
+def rescaling(place: Place) -> float:
+    """What a value that was kept at random is multiplied by."""
+    return 1 / place.density if place.gain is None else place.gain
 
 
 def bounds(limits: Limits, dtype: Any) -> tuple[float, float]:
@@ -249,14 +348,14 @@ def share(params: Mapping[str, Any], order: int) -> float:
         return 1.0
     if "weight" in params:
         return float(params["weight"])
-    if params["weights"] is not None:
+    if params.get("weights") is not None:
         if order > len(params["weights"]):
             raise TechniqueError(
                 f"weights has {len(params['weights'])} entries but there are at least {order} experts"
             )
         total = math.fsum(params["weights"][:order])
         return float(params["weights"][order - 1] / total) if total else 0.0
-    if params["schedule"] == "uniform":
+    if params.get("schedule", "uniform") == "uniform":
         return 1 / order
     if params["schedule"] == "exp":
         return 0.5 / (1 - 2.0**-order)  # 2^(n-1) / (2^n - 1) without the powers, which overflow

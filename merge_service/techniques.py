@@ -1,8 +1,8 @@
-"""The catalogue of merging techniques: one literal table, no tensors.
+"""What a merging technique is, as data, and the register of all there are.
 
 A technique is a choice of parts (what the rule sees, how it is thinned out, how experts are combined, how the result is
-scaled) plus parameters. `rules.py` turns the parts into arithmetic; nothing here imports numpy, so configuration files
-can be checked at once.
+scaled) plus parameters. The tables are in `catalogue.py`; `rules.py` turns the parts into arithmetic; nothing here imports
+numpy, so configuration files can be checked at once.
 
 Invariant: `resolve` gives every effective parameter of one form and nothing else. Two merges that compute the same
 have the same resolved parameters, whatever was written in the configuration.
@@ -11,8 +11,9 @@ Parameter names have one meaning everywhere: `weight` of the NEW expert in a fol
 KEPT, `scale` lambda.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 from merge_service.errors import TechniqueError
@@ -21,7 +22,6 @@ from merge_service.params import Param, nearest
 Form = Literal["merge", "fold", "stream"]
 
 _MERGE = frozenset({"merge"})
-_FOLD = frozenset({"fold"})
 
 WEIGHT = Param("weight", "float", 0.5, "weight of the new expert; the running model gets 1 - weight", 0, 1)
 SCALE = Param("scale", "float", 1.0, "lambda, the factor of the merged task vector")
@@ -76,8 +76,10 @@ AVERAGING = (
 
 @dataclass(frozen=True)
 class Technique:
-    """What a technique is. See the fields of the table below for the words used in `space`, `sparsify`, `combine`, `depth`.
+    """What a technique is; `rules.py` says what the words in `combine` and `sparsify` mean.
 
+    `factor` names the parameter that multiplies the combined task vector (LiNeS has `depth` instead); `adds` says that task
+    vectors are summed, not averaged.
     `ordered`: every expert is seen against those before it, so all at once is the stream from the first on.
     """
 
@@ -87,8 +89,10 @@ class Technique:
     params: tuple[Param, ...]
     combine: str
     space: Literal["weights", "task_vectors"] = "task_vectors"
-    sparsify: Literal["none", "magnitude", "random", "band"] = "none"
+    sparsify: Literal["none", "magnitude", "random", "band", "crumbs", "rank"] = "none"
     depth: bool = False
+    factor: str = "scale"
+    adds: bool = False
     forms: frozenset[str] = frozenset({"merge", "fold", "stream"})
     arity: int | None = None
     ordered: bool = False
@@ -140,7 +144,16 @@ class Technique:
             )
         if resolved.get("weights") is not None and resolved.get("schedule") != "uniform":
             raise TechniqueError(f"{self.name}: give weights or a schedule, not both")
+        self._refuse_chances(resolved)
         return resolved
+
+    def _refuse_chances(self, resolved: Mapping[str, Any]) -> None:
+        density, epsilon = resolved.get("density", 1), resolved.get("epsilon", 0)
+        if density < 1 and epsilon and not epsilon < density <= 1 - epsilon + 1e-12:
+            raise TechniqueError(
+                f"{self.name}: chances from density - epsilon = {density - epsilon:g} to density + epsilon = "
+                f"{density + epsilon:g} must lie above 0 and go up to 1 at most; lower epsilon"
+            )
 
     def _refuse_idle(self, given: Mapping[str, Any], form: str) -> None:
         idle = [name for name in given if form not in self.param(name).forms]
@@ -160,7 +173,7 @@ class Technique:
             return []
         resolved = self.resolve(params, "fold" if "ema" in (init, deploy) else "merge")
         factor, word = self._largest_factor(resolved)
-        adds = self.combine == "sum" or resolved.get("consensus") == "sum"
+        adds = self.adds or resolved.get("consensus") == "sum"
         found = []
         if init == "ema":
             growth = 2 * factor if adds else factor
@@ -175,7 +188,7 @@ class Technique:
 
     def _largest_factor(self, resolved: Mapping[str, Any]) -> tuple[float, str]:
         if not self.depth:
-            return abs(resolved["scale"]), "scale"
+            return abs(resolved[self.factor]), self.factor
         alpha, beta = resolved["lines_alpha"], resolved["lines_beta"]
         return max(abs(alpha), abs(alpha + beta)), "(lines_alpha + lines_beta)"
 
@@ -192,137 +205,29 @@ def _growth(name: str, growth: float, formula: str, where: str, safe: float | No
     ]
 
 
-_TIES_PAPER = "TIES-Merging, arXiv 2306.01708"
-_DARE_PAPER = "DARE, arXiv 2311.03099; with TIES election as in TIME, arXiv 2412.06712"
-_CRUMBS_PAPER = "Model Breadcrumbs, arXiv 2312.06795; with TIES election as in TIME, arXiv 2412.06712"
-_LINES_PAPER = "LiNeS, arXiv 2410.17146, on top of "
-_ELECT = "θ = θ0 + scale · {how}{{τ̂_i : sign(τ̂_i) = sign(Σ_j τ̂_j)}}"
-_NOT_IDENTITY = {"P2": "copies of one expert give its thinned-out task vector, not the expert"}
-_SUMS = {"P2": "copies of one expert add up unless scale * N = 1", "P10": "a sum leaves the convex hull"}
-
-_TRIM = (DENSITY, CONSENSUS, GRANULARITY, COUNT_FROZEN)
-_DROP = (DENSITY, SEED, CONSENSUS, GRANULARITY)
-_BAND = (DENSITY, OUTLIERS, CONSENSUS, GRANULARITY, COUNT_FROZEN)
-
-_PLAIN = (
-    Technique(
-        "average",
-        "θ = Σ w_i θ_i / Σ w_i;  fold: θ = (1 - weight) · running + weight · new",
-        "Model soups, arXiv 2203.05482; weights that grow with time as in TIME, arXiv 2412.06712",
-        (*AVERAGING[1:], Param(**{**vars(WEIGHT), "forms": _FOLD}), LOGIT_SCALE),
-        combine="mean",
-        space="weights",
-    ),
-    Technique(
-        "slerp",
-        "θ = [sin((1-w)Ω) running + sin(wΩ) new] / sin Ω per tensor, cos Ω = <running, new> / (|running| |new|)",
-        "Shoemake 1985; as in MergeKit, arXiv 2403.13257, with w on the new model",
-        (WEIGHT, LOGIT_SCALE),
-        combine="slerp",
-        space="weights",
-        forms=frozenset({"merge", "fold"}),
-        arity=2,
-        exceptions={
-            "P3": "the second checkpoint is the new one",
-            "P4": "takes exactly two",
-            "P5": "takes exactly two",
-            "P7": "acts on weights, not on task vectors",
-            "P8": "acts on weights, not on task vectors",
-            "P9": "acts on weights, not on task vectors",
-            "P10": "follows the arc, outside the chord",
-        },
-    ),
-    Technique(
-        "task_arithmetic",
-        "θ = θ0 + scale · Σ_i τ_i",
-        "Task arithmetic, arXiv 2212.04089",
-        (Param(**{**vars(SCALE), "default": 0.3}), LOGIT_SCALE),
-        combine="sum",
-        exceptions=_SUMS,
-    ),
-    Technique(
-        "ties",
-        "τ̂_i = τ_i where |τ_i| is in the top density, else 0;  " + _ELECT.format(how="mean"),
-        _TIES_PAPER,
-        (*_TRIM, SCALE, LOGIT_SCALE),
-        combine="disjoint",
-        sparsify="magnitude",
-        exceptions=_NOT_IDENTITY,
-    ),
-    Technique(
-        "dare_ties",
-        "τ̂_i = τ_i / density with probability density, else 0;  " + _ELECT.format(how="mean"),
-        _DARE_PAPER,
-        (*_DROP, SCALE, LOGIT_SCALE),
-        combine="disjoint",
-        sparsify="random",
-        exceptions=_NOT_IDENTITY | {"P10": "kept values are divided by density"},
-    ),
-    Technique(
-        "breadcrumbs_ties",
-        "τ̂_i = τ_i without its smallest (1 - density - outliers) and largest (outliers) magnitudes;  "
-        + _ELECT.format(how="mean"),
-        _CRUMBS_PAPER,
-        (*_BAND, SCALE, LOGIT_SCALE),
-        combine="disjoint",
-        sparsify="band",
-        exceptions=_NOT_IDENTITY,
-    ),
-    Technique(
-        "magmax",
-        "θ = θ0 + scale · τ_i*, i* = argmax_i |τ_i| per element; of equal magnitudes the later expert wins",
-        "MagMax, arXiv 2407.06322",
-        (SCALE, LOGIT_SCALE),
-        combine="largest",
-    ),
-)
+ALIASES = {"lines": "lines_task_arithmetic", "dare_linear": "dare"}
 
 
-def _with_lines(technique: Technique) -> Technique:
-    """The same technique with LiNeS: factors that grow with depth replace `scale`."""
-    params = tuple(p for p in technique.params if p.name not in ("scale", "logit_scale"))
-    return Technique(
-        f"lines_{technique.name}",
-        technique.formula.replace("scale", "g(layer)")
-        + ";  g = lines_alpha + lines_beta · shape(layer / (L - 1)), outside blocks g = lines_alpha",
-        _LINES_PAPER + technique.paper,
-        (*params, *LINES, LOGIT_SCALE),
-        combine=technique.combine,
-        sparsify=technique.sparsify,
-        depth=True,
-        exceptions={**technique.exceptions, "P2": "every layer is scaled by its depth"},
-    )
+@cache
+def _table() -> dict[str, Technique]:
+    """All techniques; imported when first asked for, because the tables are written in terms of `Technique`."""
+    from merge_service.catalogue import ELEMENTWISE
+    from merge_service.catalogue_tensors import TENSORWISE
 
-
-_LINED = ("task_arithmetic", "ties", "dare_ties", "breadcrumbs_ties")
-_TABLE: dict[str, Technique] = {
-    t.name: t for t in (*_PLAIN, *(_with_lines(t) for t in _PLAIN if t.name in _LINED))
-}
-
-
-def _join(table: Iterable[Technique]) -> None:
-    _TABLE.update((technique.name, technique) for technique in table)
-
-
-ALIASES = {"lines": "lines_task_arithmetic"}
+    return {technique.name: technique for technique in (*ELEMENTWISE, *TENSORWISE)}
 
 
 def names() -> tuple[str, ...]:
     """The canonical names, in the order a person should read about them."""
-    return tuple(_TABLE)
+    return tuple(_table())
 
 
 def get(name: str) -> Technique:
     """The technique called `name` (or an alias of it); raises `TechniqueError` naming the nearest one."""
-    technique = _TABLE.get(ALIASES.get(str(name), str(name)))
+    technique = _table().get(ALIASES.get(str(name), str(name)))
     if technique is None:
         known = (*names(), *ALIASES)
         raise TechniqueError(
             f"unknown technique {name!r}{nearest(str(name), known)}; there are {', '.join(known)}"
         )
     return technique
-
-
-from merge_service.catalogue_tensors import TENSORWISE  # noqa: E402  (it is made of the class above)
-
-_join(TENSORWISE)

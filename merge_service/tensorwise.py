@@ -64,13 +64,13 @@ class TensorRule(Protocol):
     """How experts come together in one tensor.
 
     `floats` names arrays of the tensor's size, `tallies` numbers per tensor, `totals` numbers of the whole model, all of
-    which are the streaming state and start at zero. `votes` and `kernel` are those of `rules.Combine`: none here.
+    which are the streaming state and start at zero. `words` and `kernel` are those of `rules.Combine`: none here.
     """
 
     floats: tuple[str, ...]
     tallies: tuple[str, ...]
     totals: tuple[str, ...]
-    votes: bool
+    words: tuple[str, ...]
     kernel: int | None
 
     def add(self, tensor: Tensor, state: State, expert: "Input") -> None:
@@ -84,7 +84,7 @@ class _Rule:
     floats: tuple[str, ...] = ("sum",)
     tallies: tuple[str, ...] = ()
     totals: tuple[str, ...] = ()
-    votes = False
+    words: tuple[str, ...] = ()
     kernel: int | None = None
 
     def add(self, tensor: Tensor, state: State, expert: "Input") -> None:
@@ -154,7 +154,7 @@ class Stock:
     floats: tuple[str, ...] = ("mean", "unit")
     tallies: tuple[str, ...] = ("zeros",)
     totals: tuple[str, ...] = ()
-    votes = False
+    words: tuple[str, ...] = ()
     kernel: int | None = None
 
     def add(self, tensor: Tensor, state: State, expert: "Input") -> None:

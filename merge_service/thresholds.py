@@ -1,9 +1,10 @@
 """The exact k-th smallest magnitude of a task vector, without sorting it or holding it in memory.
 
-Magnitudes of floats, read as unsigned integers, keep their order. A sample says between which two values the wanted rank
+Magnitudes of floats, read as unsigned integers, keep their order, and with a sign they do after a change of bits, so any
+quantity will do in place of magnitudes. A sample says between which two values the wanted rank
 must lie; one pass counts what is below and how often each value between occurs, which settles it. Where the sample was wrong
 the search goes on in the part that was missed, so the answer is exact whatever was drawn. Counts add up: blocks, threads and
-machines count apart, and what is asked of them (`Survey`, `Count`) and answered are plain values.
+machines count apart, and what is asked of them (`Survey`, `Count`, `Sums`) and answered are plain values.
 
 Invariant: exact, and independent of blocks, threads, machines and the sample.
 """
@@ -12,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +54,49 @@ def band_ranks(density: float, outliers: float) -> Ranks:
     return ranks
 
 
+def crumb_ranks(density: float, outliers: float) -> Ranks:
+    """Breadcrumbs as released and in MergeKit: without the int(outliers * n) largest, the int(density * n) largest.
+
+    One at least is kept, where the released code keeps nothing and MergeKit loses the whole tensor (outliers * n < 1).
+    """
+
+    def ranks(n: int) -> tuple[int | None, int | None]:
+        top, keep = _portion(_exact(outliers), n), max(_portion(_exact(density), n), 1)
+        bottom = n - top - keep
+        return (bottom + 1 if bottom > 0 else None), (n - top if top else None)
+
+    return ranks
+
+
+def clamp_ranks(winsorize: float) -> Ranks:
+    """PCB (pcb-merging.py): the smallest and the largest magnitude that stay; one large value at least is clamped."""
+
+    def ranks(n: int) -> tuple[int | None, int | None]:
+        bottom = _portion(_exact(winsorize), n)
+        return bottom + 1, max(int(n * (1 - _exact(winsorize)) - 1), bottom) + 1
+
+    return ranks
+
+
+def score_ranks(density: float) -> Ranks:
+    """PCB: the score that counts for nothing, and the largest."""
+
+    def ranks(n: int) -> tuple[int | None, int | None]:
+        return min(_portion(1 - _exact(density), n), n - 1) + 1, n
+
+    return ranks
+
+
+def differing_ranks(density: float, zeros: int) -> Ranks:
+    """SCE: the int(density * m)-th largest of the m values that are not zero, one at least; without any, no limit."""
+
+    def ranks(n: int) -> tuple[int | None, int | None]:
+        keep = max(_portion(_exact(density), n - zeros), 1)
+        return (n - keep + 1 if n > zeros else None), None
+
+    return ranks
+
+
 @dataclass(frozen=True)
 class Limits:
     """Magnitudes from `low` to `high`, both included, are kept."""
@@ -77,9 +122,53 @@ class Window:
         return ((self.high - self.low) >> self.shift) + 1
 
     @classmethod
-    def of(cls, low: int, high: int) -> "Window":
-        """As fine as `BINS` allows."""
-        return cls(low, high, max(0, (high - low).bit_length() - (BINS.bit_length() - 1)))
+    def of(cls, low: int, high: int, most: int) -> "Window":
+        """As fine as `most` bins (a power of two) allow."""
+        return cls(low, high, max(0, (high - low).bit_length() - (most.bit_length() - 1)))
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What is ranked: a name that `Surveyor` knows, and the form of its numbers (`wide`: float64, `signed`: also below zero).
+
+    A `joint` one is made of all experts' blocks, so that its groups are best counted all in one pass. `given` holds what it
+    depends on and was found before (`Blend.findings`).
+    """
+
+    name: str = "magnitude"
+    wide: bool = False
+    signed: bool = False
+    joint: bool = False
+    given: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def word(self) -> np.dtype:
+        """The unsigned integers that keep the order of its numbers."""
+        return np.dtype(np.uint64 if self.wide else np.uint32)
+
+    def words(self, values: np.ndarray) -> np.ndarray:
+        """Numbers as such integers."""
+        values = np.ascontiguousarray(values, np.float64 if self.wide else np.float32)
+        bits = values.view(self.word)
+        if not self.signed:
+            return bits
+        sign = self.word.type(1 << (8 * self.word.itemsize - 1))
+        return np.where(bits & sign, ~bits, bits | sign)
+
+    def number(self, word: int) -> float:
+        """The number of an integer."""
+        if self.signed:
+            sign = 1 << (8 * self.word.itemsize - 1)
+            word = word ^ sign if word & sign else ~word & (2 * sign - 1)
+        return float(np.array(word, self.word).view(np.float64 if self.wide else np.float32))
+
+    @property
+    def top(self) -> int:
+        """The integer of infinity."""
+        return int(self.words(np.array([math.inf]))[0])
+
+
+MAGNITUDE = Quantity()
 
 
 @dataclass(frozen=True)
@@ -88,6 +177,7 @@ class Survey:
 
     key: Key
     count_frozen: bool
+    quantity: Quantity = MAGNITUDE
 
 
 @dataclass(frozen=True)
@@ -105,10 +195,11 @@ class Surveyed:
 
 @dataclass(frozen=True)
 class Count:
-    """Asks how the magnitudes of each group fall into windows; tensors in `still` are left out."""
+    """Asks how the magnitudes (or what else is ranked) of each group fall into windows; tensors in `still` are left out."""
 
     windows: Mapping[Key, tuple[Window, ...]]
-    still: Mapping[Key, frozenset[str]]
+    still: Mapping[Key, frozenset[str]] = field(default_factory=dict)
+    quantity: Quantity = MAGNITUDE
 
 
 @dataclass
@@ -144,8 +235,30 @@ class Grams:
         return Grams({**self.by_tensor, **other.by_tensor})
 
 
-Question = Survey | Count | Products
-Answer = Surveyed | dict[Key, Counted] | Grams
+@dataclass(frozen=True)
+class Sums:
+    """Asks for the sums of these quantities over every tensor, for every expert."""
+
+    quantities: tuple[Quantity, ...]
+
+
+@dataclass(frozen=True)
+class Summed:
+    """Partial sums in float64 by (name of the quantity, tensor, number of the expert), to be added up exactly."""
+
+    parts: Mapping[tuple[str, str, int], list[float]]
+
+    def __add__(self, other: "Summed") -> "Summed":
+        keys = {**self.parts, **other.parts}
+        return Summed({key: [*self.parts.get(key, []), *other.parts.get(key, [])] for key in keys})
+
+    def total(self, quantity: str, tensor: str, order: int) -> float:
+        """One sum, rounded once."""
+        return math.fsum(self.parts[quantity, tensor, order])
+
+
+Question = Survey | Count | Products | Sums
+Answer = Surveyed | dict[Key, Counted] | Grams | Summed
 Ask = Callable[[Question], Answer]
 
 
@@ -167,6 +280,7 @@ class _Quest:
 
     rank: int
     window: Window
+    most: int
     value: int | None = None
     tried: int = field(default=0)
 
@@ -175,9 +289,9 @@ class _Quest:
         self.tried += 1
         inside = int(bins.sum())
         if self.rank <= below:
-            self.window = Window.of(0, self.window.low - 1)
+            self.window = Window.of(0, self.window.low - 1, self.most)
         elif self.rank > below + inside:
-            self.window = Window.of(self.window.high + 1, top)
+            self.window = Window.of(self.window.high + 1, top, self.most)
         else:
             before = np.cumsum(bins)
             chosen = int(np.searchsorted(before, self.rank - below))
@@ -186,27 +300,24 @@ class _Quest:
                 self.value = low
             else:
                 high = min(low + (1 << self.window.shift) - 1, self.window.high)
-                self.window = Window.of(low, high)
+                self.window = Window.of(low, high, self.most)
 
 
 def search(
-    keys: Sequence[Key], ranks: Ranks, ask: Ask, *, count_frozen: bool, wide: bool
+    ranks: Mapping[Key, Ranks], ask: Ask, quantity: Quantity, *, count_frozen: bool
 ) -> dict[Key, Limits]:
-    """The limits of every group for every expert.
-
-    `ask` answers a `Survey` or a `Count` about all of them at once; `wide` says that some magnitudes are float64.
-    """
-    float_type, word = (np.float64, np.uint64) if wide else (np.float32, np.uint32)
-    top = int(np.array(np.inf, float_type).view(word))
+    """The numbers at these ranks of every group for every expert; `ask` answers a question about all of them at once."""
+    top, most = quantity.top, _fineness(quantity, len(ranks))
     quests: dict[Key, list[_Quest | None]] = {}
     still: dict[Key, frozenset[str]] = {}
-    for key in keys:
-        survey = ask(Survey(key, count_frozen))
+    for key, wanted in ranks.items():
+        survey = ask(Survey(key, count_frozen, quantity))
         assert isinstance(survey, Surveyed)
-        quests[key], still[key] = [_quest(rank, survey, top) for rank in ranks(survey.total)], survey.still
+        quests[key] = [_quest(rank, survey, top, most) for rank in wanted(survey.total)]
+        still[key] = survey.still
     while unsettled := _next_round(quests):
         windows = {key: tuple(quest.window for quest in found) for key, found in unsettled.items()}
-        counted = ask(Count(windows, {key: still[key] for key in windows}))
+        counted = ask(Count(windows, {key: still[key] for key in windows}, quantity))
         assert isinstance(counted, dict)
         for key, found in unsettled.items():
             for quest, below, bins in zip(found, counted[key].below, counted[key].bins):
@@ -215,7 +326,7 @@ def search(
     def number(quest: _Quest | None, otherwise: float) -> float:
         if quest is None or quest.value is None:
             return otherwise
-        return float(np.array(quest.value, word).view(float_type))
+        return quantity.number(quest.value)
 
     return {key: Limits(number(low, 0.0), number(high, math.inf)) for key, (low, high) in quests.items()}
 
@@ -234,23 +345,30 @@ def _next_round(quests: Mapping[Key, list[_Quest | None]]) -> dict[Key, list[_Qu
     return chosen
 
 
-def _quest(rank: int | None, survey: Surveyed, top: int) -> _Quest | None:
+def _fineness(quantity: Quantity, groups: int) -> int:
+    """Bins per window. Coarse ones take more passes each, but let every group of a joint quantity share in each pass."""
+    if not quantity.joint:
+        return BINS
+    return 1 << max(min(BINS, COUNTS // (2 * max(groups, 1))), 256).bit_length() - 1
+
+
+def _quest(rank: int | None, survey: Surveyed, top: int, most: int) -> _Quest | None:
     """Where to look first: the sample's own quantile, give or take 6 standard errors."""
     if rank is None:
         return None
     size = survey.sample.size
     if size == survey.total:
         value = int(np.partition(survey.sample, rank - 1)[rank - 1])
-        return _Quest(rank, Window(value, value, 0), value)
+        return _Quest(rank, Window(value, value, 0), most, value)
     if size < 256:
-        return _Quest(rank, Window.of(0, top))
+        return _Quest(rank, Window.of(0, top, most), most)
     share = rank / survey.total
     slack = 6 * math.sqrt(size * share * (1 - share)) + 32
     low, high = int(max(share * size - slack, 0)), int(min(share * size + slack, size - 1))
     parted = np.partition(survey.sample, (low, high))
     first = 0 if low == 0 else int(parted[low])
     last = top if high == size - 1 else int(parted[high])
-    return _Quest(rank, Window.of(first, last))
+    return _Quest(rank, Window.of(first, last, most), most)
 
 
 def stride_of(total: int) -> int:

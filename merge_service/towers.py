@@ -26,7 +26,7 @@ def group(name: str, granularity: str) -> str:
 
     A checkpoint without an image tower has one group under "tower", which is the same as "model".
     """
-    return {"model": "model", "tower": tower(name), "tensor": name}[granularity]
+    return {"model": "model", "tower": tower(name), "tensor": name, "row": name}[granularity]
 
 
 def is_logit_scale(name: str) -> bool:

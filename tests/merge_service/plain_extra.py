@@ -23,7 +23,12 @@ ELECTED = ("dare_ties", "della")
 def merge(
     technique: str, params: dict, base: dict, experts: list[dict], ids: list[str]
 ) -> dict[str, np.ndarray]:
-    """Merged float tensors as float64; integers are the caller's business. Without experts, the base."""
+    """Merged float tensors as float64; integers are the caller's business. Without experts, the base.
+
+    Techniques that are not here are in `plain.py`.
+    """
+    if technique not in TECHNIQUES:
+        return plain.merge(technique, params, base, experts, ids)
     names = [name for name, value in base.items() if value.dtype.kind == "f"]
     start = {n: base[n].astype(np.float64) for n in names}
     thetas = [{n: expert[n].astype(np.float64) for n in names} for expert in experts]
@@ -73,7 +78,7 @@ def _join(technique, params, rows):
     if technique == "sce":
         return sce(rows, params["density"], params["erase_unselected"])
     if technique == "ram":
-        return ram(rows, params["threshold"], params["unique_gain"])
+        return ram(rows, params["threshold"])
     if technique == "consensus":
         return consensus(rows, params["tall_lambda"], params["min_tasks"])
     if technique == "pcb":
@@ -199,18 +204,10 @@ def sce(rows, density, erase_unselected):
     return (weights * moved).sum(axis=0) / np.where(total == 0, 1, total)
 
 
-def ram(rows, threshold, unique_gain):
-    """Mean over the experts that changed an element; what only one changed grows by 1 + unique_gain * min(1, rho_i).
-
-    rho_i = shared / unique changes of expert i, as in the released RAM+ (MergeKit caps rho at .2, per tensor).
-    """
+def ram(rows, threshold):
+    """Mean over the experts that changed an element."""
     changed = np.abs(rows) > threshold
-    count = changed.sum(axis=0)
-    alone = changed & (count == 1)
-    shared, unique = (changed & (count > 1)).sum(axis=1), alone.sum(axis=1)
-    gains = 1 + unique_gain * np.minimum(1, shared / np.maximum(unique, 1))
-    mean = (rows * changed).sum(axis=0) / np.maximum(count, 1)
-    return np.where(count == 1, (rows * alone * gains[:, None]).sum(axis=0), mean)
+    return (rows * changed).sum(axis=0) / np.maximum(changed.sum(axis=0), 1)
 
 
 def tall_masks(rows, tall_lambda):

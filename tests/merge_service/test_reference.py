@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-import plain
+import plain_extra as plain
 import pytest
 import toys
 
@@ -19,7 +19,7 @@ VARIANTS = {
     "slerp": {"weight": [0.25, 0.5]},
     "task_arithmetic": {"scale": [0.25, -1]},
     "ties": {**ELECT, "density": [0.2, 0.5, 1], "scale": [0.5], "count_frozen": [False]},
-    "dare_ties": {**ELECT, "density": [0.3, 1], "seed": [7]},
+    "dare_ties": {**ELECT, "density": [0.3, 1], "seed": [7], "rescale": ["l1"], "trim": [0.2, 0.5]},
     "breadcrumbs_ties": {**ELECT, "density": [0.2, 0.6, 0.9], "outliers": [0, 0.1], "count_frozen": [False]},
     "magmax": {"scale": [0.5]},
     "lines_task_arithmetic": {
@@ -38,12 +38,42 @@ VARIANTS = {
     "iso_cts": {"common_fraction": [0.3, 1], "attention": ["whole"], "text_projection": ["mean"]},
     "opcm": {"alpha": [0.2, 1], "attention": ["whole"]},
     "rapf": {"floor": [0, 0.3, 1], "attention": ["whole"]},
+    "breadcrumbs": {
+        "granularity": ["model", "tower", "tensor"],
+        "density": [0.05, 0.5, 0.994],
+        "outliers": [0, 0.2],
+    },
+    "dare": {"density": [0.3, 1], "rescale": ["l1"], "seed": [3], "scale": [1]},
+    "della": {**ELECT, "density": [0.7, 1], "epsilon": [0, 0.4], "rescale": ["l1"], "seed": [3]},
+    "della_linear": {"density": [0.3, 1], "epsilon": [0, 0.4], "rescale": ["l1"], "scale": [1]},
+    "sce": {"density": [0.3, 1], "erase_unselected": [False], "scale": [0.5]},
+    "ram": {"threshold": [0, 0.1, 0.125], "scale": [0.5]},
+    "nearswap": {"threshold": [0, 0.1, 0.125]},
+    "random_mix": {"seed": [4], "scale": [0.5]},
+    "consensus": {"tall_lambda": [0, 0.6], "min_tasks": [0, 1, 3, 4], "scale": [1]},
+    "pcb": {
+        "density": [0.3, 1],
+        "winsorize": [0, 0.1],
+        "inter_balance": ["pairs"],
+        "granularity": ["model", "tensor"],
+    },
+    "wise_ft": {"weight": [0, 0.25, 1]},
 }
-CASES = [(name, {}) for name in VARIANTS] + [
-    (name, {param: value})
-    for name, params in VARIANTS.items()
-    for param, values in params.items()
-    for value in values
+TOGETHER = [
+    ("dare_ties", {"trim": 0.2, "rescale": "l1"}),
+    ("dare_ties", {"trim": 0.3, "granularity": "tensor", "density": 0.9}),
+    ("sce", {"density": 0.3, "erase_unselected": False}),
+    ("pcb", {"inter_balance": "pairs", "density": 0.4, "granularity": "tensor"}),
+]
+CASES = [
+    *TOGETHER,
+    *((name, {}) for name in VARIANTS),
+    *(
+        (name, {param: value})
+        for name, params in VARIANTS.items()
+        for param, values in params.items()
+        for value in values
+    ),
 ]
 
 

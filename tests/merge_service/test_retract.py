@@ -188,8 +188,8 @@ def test_replaced_expert_keeps_its_explicit_weight(stream: Stream) -> None:
 
 
 REFUSED = [
-    ("magmax", {}, {}, "magmax keeps only the largest values"),
-    ("ties", {"consensus": "max"}, {}, "ties with consensus max keeps only the largest values"),
+    ("magmax", {}, {}, "magmax: an expert cannot be taken out"),
+    ("ties", {"consensus": "max"}, {}, "ties with consensus max: an expert cannot be taken out"),
     ("average", {"schedule": "linear"}, {}, "only the newest can be taken out"),
     ("average", {"weights": [0, 1, 0, 0]}, {}, "no expert that stays has a weight above zero"),
     ("ties", {}, {"expert_id": "bb"}, "the expert 'bb' is not in .*it holds a, b, c, d"),
