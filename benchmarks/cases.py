@@ -8,6 +8,8 @@ family, weight 0.5 for folds.
 from dataclasses import dataclass, field
 from typing import Any
 
+from inputs import Inputs
+
 
 @dataclass(frozen=True)
 class Case:
@@ -25,9 +27,11 @@ class Case:
     flags: tuple[str, ...] = ()
     prepared: bool = False
 
-    def job(self) -> dict[str, Any]:
-        """What `ours.py` is asked to do, apart from files and threads."""
-        return {name: getattr(self, name) for name in ("technique", "form", "params", "options")}
+    def job(self, tiny: Inputs) -> dict[str, Any]:
+        """What `ours.py` is asked to do, apart from the files and threads that are measured."""
+        base, experts = self.checkpoints(str(tiny.base), [str(path) for path in tiny.experts[:2]])
+        what = {name: getattr(self, name) for name in ("technique", "form", "params", "options")}
+        return {**what, "first": {"base": base, "experts": experts}}
 
     def checkpoints(self, base: str, experts: list[str]) -> tuple[str | None, list[str]]:
         """The base, if it is read at all, and the experts: all of them, or two to fold."""

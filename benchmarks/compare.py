@@ -55,7 +55,7 @@ def compare(inputs: Inputs, peers: dict[str, str], threads: int, out: Path) -> d
             continue
         case, places = CASES[pair.case], [clear(out) / side for side in ("ours", "peer")]
         job = {"base": base if case.base else None, "experts": experts, "threads": threads, "case": case.name}
-        ours = case.job() | {"params": {**case.params, **pair.params}}
+        ours = case.job(inputs) | {"params": {**case.params, **pair.params}}
         failure = None
         for place, python, script, more in (
             (places[0], sys.executable, "ours.py", ours),

@@ -46,8 +46,8 @@ def measure(
     environment: Mapping[str, str] | None = None,
     expect_json: bool = True,
 ) -> Run:
-    """Run `command` to its end, or to `timeout` seconds, or until nine tenths of the free memory are used up."""
-    allowed = int(0.9 * available_memory())
+    """Run `command` to its end, or to `timeout` seconds, or until 95 % of the free memory are used up."""
+    allowed = int(0.95 * available_memory())
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         began = time.perf_counter()
         process = subprocess.Popen(

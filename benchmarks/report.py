@@ -31,14 +31,12 @@ def summary(runs: dict[str, Runs]) -> dict[str, Any]:
     if "failure" in ours or "failure" in limit:
         return found
     found["to_limit"] = {key: ours[key] / limit[key] for key in ("unsynced", "merge")}
-    whole = found.get("cli", ours)
+    whole = found.get("cli", ours).get("wall", ours["wall"])
     for peer in ("mergekit", "fusionbench"):
         if peer in found and "failure" not in found[peer]:
-            merge, process = (
-                found[peer]["merge"] / ours["merge"],
-                found[peer]["wall"] / whole.get("wall", ours["wall"]),
-            )
-            found[peer] |= {"merge_over_ours": merge, "wall_over_ours": process}
+            merge, wall = found[peer]["merge"], found[peer]["wall"]
+            found[peer] |= {f"merge_over_{key}": merge / ours[key] for key in ("merge", "unsynced")}
+            found[peer]["wall_over_wall"] = wall / whole
     return found
 
 
@@ -51,12 +49,21 @@ def tables(results: dict[str, Any]) -> str:
     )
     parts = [f"\n## {head}\n", *(f"- {name}: {value}" for name, value in environment.items())]
     parts += ["\n### Start-up\n", _start_up(results["start_up"])]
-    parts += ["\n### Ours, and the limit (seconds; MiB)\n", _ours(cases)]
+    parts += ["\n### Ours, and the limit (seconds; MiB)\n", _ours(cases), *_incomplete(cases)]
     if any(peer in case for case in cases.values() for peer in ("mergekit", "fusionbench")):
         parts += ["\n### Ours, and other tools (seconds; MiB)\n", _peers(cases)]
     if "comparison" in results:
         parts += ["\n### Differences of the results\n", differences(results["comparison"])]
     return "\n".join(parts)
+
+
+def _incomplete(cases: dict[str, Any]) -> list[str]:
+    return [
+        f"- {name}, {contender}: of {found['of']} only, then: {found['then']}"
+        for name, case in cases.items()
+        for contender, found in case.items()
+        if "then" in found
+    ]
 
 
 def differences(comparison: dict[str, dict[str, Any]]) -> str:
@@ -89,12 +96,18 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _medians(runs: Runs) -> dict[str, Any]:
-    if failure := next((run["failure"] for run in runs if run["failure"]), None):
-        return {"failure": failure}
-    found = {name: median(run[name] for run in runs) for name in ("wall", "cpu", "peak")}
-    if all("seconds" in run["answer"] for run in runs):
-        found["merge"] = median(run["answer"]["seconds"] for run in runs)
-        found["unsynced"] = median(run["answer"]["seconds"] - run["answer"].get("sync", 0) for run in runs)
+    """Of the runs that ended well, and how many they are if not all did."""
+    good = [run for run in runs if not run["failure"]]
+    if not good:
+        return {"failure": runs[0]["failure"]}
+    found: dict[str, Any] = {name: median(run[name] for run in good) for name in ("wall", "cpu", "peak")}
+    if all("seconds" in run["answer"] for run in good):
+        found["merge"] = median(run["answer"]["seconds"] for run in good)
+        found["unsynced"] = median(run["answer"]["seconds"] - run["answer"].get("sync", 0) for run in good)
+    if all("load" in run["answer"] for run in good):
+        found["start_up"] = median(run["answer"]["import"] + run["answer"]["load"] for run in good)
+    if len(good) < len(runs):
+        found |= {"of": len(good), "then": runs[-1]["failure"]}
     return found
 
 
@@ -106,7 +119,7 @@ def _limit(runs: Runs) -> dict[str, Any]:
     unsynced = {way: median(written for written, _ in times) for way, times in ways.items()}
     synced = {way: median(sum(both) for both in times) for way, times in ways.items()}
     best = min(unsynced, key=unsynced.__getitem__)
-    return {"unsynced": unsynced[best], "merge": min(synced.values()), "way": best}
+    return {"unsynced": unsynced[best], "merge": min(synced.values()), "way": best, "ways": unsynced}
 
 
 def _start_up(runs: dict[str, Runs]) -> str:
@@ -119,7 +132,7 @@ def _start_up(runs: dict[str, Runs]) -> str:
 
 
 def _ours(cases: dict[str, Any]) -> str:
-    columns = ["technique", "limit", "merge", "ratio", "limit, synced", "merge, synced", "ratio"]
+    columns = ["technique", "limit", "merge", "ratio", "limit, synced", "merge, synced", "ratio", "start-up"]
     columns += ["process", "CPU", "peak", "CLI", "CLI CPU", "CLI peak"]
     return table(columns, (_ours_row(name, case) for name, case in cases.items()))
 
@@ -131,7 +144,7 @@ def _ours_row(name: str, case: dict[str, Any]) -> list[str]:
     row = [name]
     for key in ("unsynced", "merge"):
         row += [_s(limit[key]), _s(ours[key]), f"{case['to_limit'][key]:.2f}"]
-    row += [_s(ours["wall"]), _s(ours["cpu"]), _mib(ours["peak"])]
+    row += [_s(ours["start_up"]), _s(ours["wall"]), _s(ours["cpu"]), _mib(ours["peak"])]
     if "failure" in cli:
         return [*row, cli["failure"]]
     return [*row, _s(cli["wall"]), _s(cli["cpu"]), _mib(cli["peak"])] if cli else row

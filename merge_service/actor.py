@@ -43,7 +43,7 @@ class Merger:
             report = fold(
                 job.technique, job.params, job.base.path, running.path, new.path, out,
                 ids=(running.id, new.id), sha256={running.id: running.sha256, new.id: new.sha256},
-                threads=job.threads, measure=False,
+                threads=job.threads, measure=False, keep_limits=job.limits,
             )  # fmt: skip
         else:
             report = self._states_of(job).merge(
@@ -56,5 +56,7 @@ class Merger:
         """One cache per series, which its first expert names: series of other seeds must not evict each other."""
         series = job.members[0].sha256
         if series not in self._states:
-            self._states[series] = StreamCache(job.scratch, threads=job.threads, measure=False)
+            self._states[series] = StreamCache(
+                job.scratch, threads=job.threads, measure=False, keep_limits=job.limits
+            )
         return self._states[series]

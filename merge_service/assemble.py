@@ -19,6 +19,7 @@ from merge_service.engine import Span, dots, run, spans
 from merge_service.errors import NonFiniteCheckpoint
 from merge_service.rules import Election, State
 from merge_service.state import StreamState
+from merge_service.tensorwise import assemble_tensors
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,17 @@ class Assembly:
         keep: CheckpointWriter | None = None,
     ) -> None:
         self.blend, self.writer, self.options, self.held, self.keep = blend, writer, options, held, keep
-        self.over = list(spans(tensors, options.block))
+        self.tensors = tensors
+        self.over = [] if blend.whole else list(spans(tensors, options.block))
         self.elections: list[Election] = []
         self.norms: dict[Span, list[float]] = {}
+        self.squares: list[float] = []
         self.measure = is_measured(blend, options) and writer is not None
 
     def write(self) -> Balance:
         """Make and store every block; how the groups voted."""
+        if self.blend.whole:
+            self.squares = assemble_tensors(self, self._store)
         self.elections = run(self._make, self.over, self.options.threads)
         balance: Balance = {}
         for span, election in zip(self.over, self.elections):
@@ -69,7 +74,12 @@ class Assembly:
         """Make contested blocks again, now that all have voted; partial sums of (merged - base)^2, if asked for."""
         for majority, redo in self._contested(balance).items():
             run(lambda span, sign=majority: self._make(span, sign, first=False), redo, self.options.threads)  # type: ignore[misc]
-        return [x for part in self.norms.values() for x in part]
+        return [*self.squares, *(x for part in self.norms.values() for x in part)]
+
+    def _store(self, span: Span, block: np.ndarray) -> list[float]:
+        assert self.writer is not None
+        stored = _store(self.blend, self.writer, span, block)
+        return _squares(self.blend, span, stored) if self.measure else []
 
     def _make(self, span: Span, majority: int = 1, first: bool = True) -> Election:
         blend, writer = self.blend, self.writer

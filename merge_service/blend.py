@@ -27,6 +27,7 @@ from merge_service.masks import tensor_key
 from merge_service.rules import Combine, Election, Place, State, arc, combination, share, sparsify
 from merge_service.survey import Surveyor
 from merge_service.techniques import Technique
+from merge_service.tensorwise import RULES, coefficients
 from merge_service.thresholds import (
     EVERYTHING,
     Ask,
@@ -34,6 +35,7 @@ from merge_service.thresholds import (
     Key,
     Limits,
     Products,
+    Ranks,
     band_ranks,
     search,
     trim_ranks,
@@ -70,16 +72,19 @@ class Blend:
         )
         self.reference = base or inputs[0].weights
         self.scratch = Scratch()
-        self.combine: Combine = combination(technique, params)
+        self.moves = technique.moves(params)
+        """Whether task vectors are merged, else weights."""
+        self.whole = technique.combine in RULES
+        """Whether tensors are made whole, not span by span."""
+        self.combine: Combine = RULES[technique.combine]() if self.whole else combination(technique, params)  # type: ignore[assignment]
         self.tied = tied(self.reference)
         self.source = base or inputs[-1].weights
         self.limits: dict[Key, Limits] = {}
         self.turns: dict[tuple[str, int], tuple[float, float]] = {}
+        self._fit: dict[str, bool] = {}
         self._read = [*([base] if base else []), *(expert.weights for expert in inputs)]
         self._fused = (
-            Fused(self.combine, base, inputs, delta=technique.space == "task_vectors")
-            if self.combine.kernel is not None
-            else None
+            Fused(self.combine, base, inputs, delta=self.moves) if self.combine.kernel is not None else None
         )
 
     @cached_property
@@ -122,17 +127,33 @@ class Blend:
             sizes[self.group(name)] = sizes.get(self.group(name), 0) + numel
         return sizes
 
+    @cached_property
+    def ranks(self) -> Ranks | None:
+        """Which ranks bound the magnitudes that are kept; None where everything is, or chance decides."""
+        if self.technique.sparsify == "magnitude":
+            ranks = trim_ranks(self.params["density"])
+        elif self.technique.sparsify == "band":
+            ranks = band_ranks(self.params["density"], self.params["outliers"])
+        else:
+            return None
+        return None if ranks(10**9) == (None, None) else ranks
+
     def prepare(self, ask: Ask | None = None) -> None:
-        """Find the numbers that need a look at whole tensors first: thresholds, or the angles of a slerp."""
+        """Find the numbers that need a look at whole tensors first: thresholds, or the angles of a slerp.
+
+        Thresholds that are in `limits` already are not looked for.
+        """
         ask = ask or Surveyor(self, self.merged).answer
-        if self.technique.sparsify in ("magnitude", "band"):
+        if self.ranks is not None:
             self._find_limits(ask)
         if (
             self.technique.combine == "slerp"
             and len(self.inputs) == 2
             and self.params["weight"] not in (0, 1)
         ):
-            self._find_arcs(ask)
+            self._find_arcs(self._products(ask))
+        if self.technique.combine == "spherical" and len(self.inputs) > 1:
+            self.turns |= coefficients(self, self._products(ask))
 
     @property
     def findings(self) -> dict[str, Any]:
@@ -157,18 +178,26 @@ class Blend:
             self.refuse(outcome.bad)
         else:
             outcome = self._by_definition(span, places, held, majority, finish)
-        if finish and is_logit_scale(span.name):
-            np.minimum(outcome.block, self._ceiling(span), out=outcome.block)
+        if finish:
+            self.clamped(span, outcome.block)
         return outcome
 
+    def clamped(self, span: Span, block: np.ndarray) -> np.ndarray:
+        """The block itself, with logit_scale held in place at ln(100) at most as CLIP has it."""
+        if is_logit_scale(span.name):
+            np.minimum(block, self._ceiling(span), out=block)
+        return block
+
     def _is_fused(self, name: str) -> bool:
-        return bool(self._fused) and self.compute(name).itemsize == 4 and fits(self._read, name)
+        if name not in self._fit:
+            self._fit[name] = self.compute(name).itemsize == 4 and fits(self._read, name)
+        return self._fused is not None and self._fit[name]
 
     def _by_definition(
         self, span: Span, places: Mapping[int, Place], held: State | None, majority: int, finish: bool
     ) -> Outcome:
         state = self._empty(span) if held is None else held
-        base = self.base_block(span) if self.technique.space == "task_vectors" else None
+        base = self.base_block(span) if self.moves else None
         for expert in self.inputs:
             x, place = self.numbers(expert, span), places[expert.order]
             if base is not None:
@@ -229,7 +258,7 @@ class Blend:
 
     def _place(self, expert: Input, span: Span) -> Place:
         order = expert.order
-        if self.technique.space == "weights":
+        if self.technique.combine in ("mean", "slerp", "spherical"):
             return Place(order, share(self.params, order), self.turns.get((span.name, order)))
         if self.technique.sparsify == "random":
             scalar = self.reference.tensors[span.name].shape == ()
@@ -243,25 +272,25 @@ class Blend:
         return self.compute(span.name).type(max(LN_100, own))
 
     def _find_limits(self, ask: Ask) -> None:
-        if self.technique.sparsify == "band":
-            ranks = band_ranks(self.params["density"], self.params["outliers"])
-        else:
-            ranks = trim_ranks(self.params["density"])
+        assert self.ranks is not None
         keys = [(group, expert.order) for expert in self.inputs for group in self.group_sizes]
-        if ranks(10**9) == (None, None):
-            return
+        unknown = [key for key in keys if key not in self.limits]
         wide = any(self.compute(name).itemsize == 8 for name, _ in self.merged)
-        self.limits |= search(keys, ranks, ask, count_frozen=self.params["count_frozen"], wide=wide)
+        self.limits |= search(unknown, self.ranks, ask, count_frozen=self.params["count_frozen"], wide=wide)
 
-    def _find_arcs(self, ask: Ask) -> None:
-        grams = ask(Products())
-        assert isinstance(grams, Grams)
-        for name, gram in grams.by_tensor.items():
+    def _find_arcs(self, grams: Mapping[str, np.ndarray]) -> None:
+        for name, gram in grams.items():
             (first, dot), (_, second) = gram
             if self.reference.tensors[name].numel > 1:
                 turn = arc(self.params["weight"], dot, first, second)
                 if turn:
                     self.turns[name, self.inputs[1].order] = turn
+
+    @staticmethod
+    def _products(ask: Ask) -> Mapping[str, np.ndarray]:
+        grams = ask(Products())
+        assert isinstance(grams, Grams)
+        return grams.by_tensor
 
     def grams(self, tensors: Sequence[tuple[str, int]]) -> dict[str, np.ndarray]:
         """Inner products of all pairs of inputs per tensor, float64 [inputs, inputs], of task vectors if those are merged."""
@@ -272,7 +301,7 @@ class Blend:
                 found, bad = self._fused.products(span)
                 self.refuse(bad)
                 return found
-            base = self.base_block(span) if self.technique.space == "task_vectors" else None
+            base = self.base_block(span) if self.moves else None
             blocks = [self.numbers(expert, span) for expert in self.inputs]
             blocks = blocks if base is None else [block - base for block in blocks]
             pairs = [[dots(a, b, self.scratch) for b in blocks] for a in blocks]

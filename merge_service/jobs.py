@@ -12,7 +12,7 @@ class MergeJob:
     """One merge of a series: the experts of tasks 1..t at once (`merge`), or the running model and the newest (`fold`).
 
     `members` come in the technique's order, oldest first; their ids seed random masks, so they are part of the result.
-    `scratch` is for streaming states: caches, rebuilt when they are missing.
+    `scratch` is for streaming states and `limits` for kept thresholds: caches, rebuilt when they are missing.
     """
 
     label: str
@@ -23,3 +23,4 @@ class MergeJob:
     members: tuple[Member, ...]
     threads: int
     scratch: str
+    limits: str

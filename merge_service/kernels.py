@@ -359,20 +359,35 @@ def magnitudes(job, terms, bits):
     base, x = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     for begin in range(0, job[0].size, LANES):
         size = min(LANES, job[0].size - begin)
-        _magnitudes(job, terms, begin, size, base, x)
-        bits[begin : begin + size] = x.view(np.uint32)[:size]
+        _magnitudes(job, terms, begin, size, base, x, bits[begin : begin + size])
 
 
 @_jit
-def _magnitudes(job, terms, begin, size, base, x):
-    if _load(job[0].base, job[0].kind, begin, size, base) >= _INFINITE:
+def _magnitudes(job, terms, begin, size, base, x, bits):
+    moved = bits.view(np.float32)
+    origin, kind = job[0].base, job[0].kind
+    address, other = terms[0].address, terms[0].kind
+    if kind == F32 and other == F32:
+        first = nb.carray(_pointer(origin + begin * 4), (size,), np.float32)
+        second = nb.carray(_pointer(address + begin * 4), (size,), np.float32)
+        for i in range(size):
+            moved[i] = abs(second[i] - first[i])
+        if _highest(bits, size) < _INFINITE:  # a finite difference has finite parts
+            return
+    if _load(origin, kind, begin, size, base) >= _INFINITE:
         job[0].bad = 1
-    worst = _load_delta(terms[0].address, terms[0].kind, begin, size, base, _ZERO, np.float32(np.inf), x)
-    if worst >= _INFINITE:
+    if _load(address, other, begin, size, x) >= _INFINITE:
         terms[0].bad = 1
-    words = x.view(np.uint32)
     for i in range(size):
-        words[i] = words[i] & _MAGNITUDE
+        moved[i] = abs(x[i] - base[i])
+
+
+@_jit
+def _highest(bits, size):
+    worst = np.uint32(0)
+    for i in range(size):
+        worst = max(worst, bits[i])
+    return worst
 
 
 @_jit
@@ -381,13 +396,12 @@ def sift_span(job, terms, lows, highs, below, found, chosen):
 
     lows, highs: uint32 [windows]; below, found: int64 [windows], to be added to; chosen: uint32 [windows, size].
     """
-    base, x = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    words = x.view(np.uint32)
+    base, x, bits = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.uint32)
     for begin in range(0, job[0].size, LANES):
         size = min(LANES, job[0].size - begin)
-        _magnitudes(job, terms, begin, size, base, x)
+        _magnitudes(job, terms, begin, size, base, x, bits[:size])
         for k in range(lows.size):
-            less, more = sift(words[:size], lows[k], highs[k], chosen[k, found[k] :])
+            less, more = sift(bits[:size], lows[k], highs[k], chosen[k, found[k] :])
             below[k] += less
             found[k] += more
 
@@ -399,18 +413,22 @@ def sift(bits, low, high, chosen):
     bits, chosen: uint32 or uint64 [size]; low and high of the same type.
     """
     below, found = 0, 0
-    for begin in range(0, bits.size, 64):
-        part = bits[begin : begin + 64]
-        less, inside = np.uint32(0), np.uint32(0)
+    for begin in range(0, bits.size, LANES):
+        part = bits[begin : begin + LANES]
+        less = np.uint32(0)
         for i in range(part.size):
             less = np.uint32(less + np.uint32(part[i] < low))
-            inside = np.uint32(inside + np.uint32((part[i] >= low) & (part[i] <= high)))
         below += less
-        if inside:
-            for i in range(part.size):
-                if (part[i] >= low) & (part[i] <= high):
-                    chosen[found] = part[i]
-                    found += 1
+        for at in range(0, part.size, 32):
+            few = part[at : at + 32]
+            inside = np.uint32(0)
+            for i in range(few.size):
+                inside = np.uint32(inside | np.uint32((few[i] >= low) & (few[i] <= high)))
+            if inside:
+                for i in range(few.size):
+                    if (few[i] >= low) & (few[i] <= high):
+                        chosen[found] = few[i]
+                        found += 1
     return below, found
 
 

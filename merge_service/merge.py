@@ -3,14 +3,17 @@
     merge     all experts, in their order
     fold      a running model and one new expert (TIME's EMA)
     advance   one more expert into a streaming state; the merged model is bit-identical to `merge` of all of them
+    retract   one expert out of it again; replace: one for another
 
-All three validate everything they can before a block is computed, write the output once, and let it appear under its
+All validate everything they can before a block is computed, write the output once, and let it appear under its
 name only when it is whole. Memory is a few blocks per thread, whatever the number of experts.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,17 +28,24 @@ from merge_service.blend import Blend, Input, check_tied, tied
 from merge_service.checkpoint import Checkpoint
 from merge_service.engine import BLOCK, Scratch, Span, dots, run, spans
 from merge_service.errors import TechniqueError
+from merge_service.kept_limits import Keep, KeptLimits
+from merge_service.leftovers import temporary
+from merge_service.retraction import Retraction, check_bytes
 from merge_service.split import Split
 from merge_service.state import MAX_EXPERTS, METADATA_KEY, StreamState, effective, state_writer
 from merge_service.target import Target
 from merge_service.techniques import Form, Technique, get
+from merge_service.thresholds import Ask
 
 PathLike = Path | str
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did. `merged_norm` is the L2 norm of merged - base over float tensors, None without a base."""
+    """What a merge did. `merged_norm` is the L2 norm of merged - base over float tensors, None without a base.
+
+    `notes` say what did not matter to the result but was not done, for instance thresholds that could not be kept.
+    """
 
     out: Path | None
     technique: str
@@ -44,6 +54,7 @@ class MergeReport:
     parameters: int
     seconds: float
     merged_norm: float | None
+    notes: tuple[str, ...] = ()
 
 
 def merge(
@@ -59,6 +70,7 @@ def merge(
     block: int = BLOCK,
     measure: bool = True,
     split: Split | None = None,
+    keep_limits: Keep = False,
 ) -> MergeReport:
     """Merge `experts` (files, sharded indices or directories), in this order, into `out`.
 
@@ -68,6 +80,7 @@ def merge(
 
     `ids` name experts in messages and seed their random masks (by default expert-1, expert-2, ...); `sha256` by id is
     recorded as given. `measure=False` saves computing `merged_norm`. With `split` the work is done in parts, elsewhere.
+    `keep_limits` keeps the thresholds that were found (`kept_limits.py`); those that are kept already are always used.
 
     Raises `TechniqueError` (technique, parameters, number of experts), `IncompatibleCheckpoint`,
     `NonFiniteCheckpoint` or `CorruptCheckpoint` naming the expert and tensor; `out` is then untouched.
@@ -77,7 +90,10 @@ def merge(
     names = list(ids) if ids is not None else [f"expert-{i}" for i in range(1, len(experts) + 1)]
     _check_count(plugin, resolved, base, len(experts), names)
     options = Options(threads, block, measure)
-    return _combine(plugin, resolved, "merge", base, experts, names, out, sha256, options, split)
+    if plugin.ordered and experts:
+        assert base is not None
+        return _replay(plugin, resolved, base, experts, names, out, sha256, options, split)
+    return _combine(plugin, resolved, "merge", base, experts, names, out, sha256, keep_limits, options, split)
 
 
 def fold(
@@ -94,6 +110,7 @@ def fold(
     block: int = BLOCK,
     measure: bool = True,
     split: Split | None = None,
+    keep_limits: Keep = False,
 ) -> MergeReport:
     """Merge the newest expert into the running model: one step of TIME's EMA, f({running, new}; base).
 
@@ -103,7 +120,9 @@ def fold(
     resolved = plugin.resolve(params, "fold", strict=True)
     _check_count(plugin, resolved, base, 2, list(ids))
     options = Options(threads, block, measure)
-    return _combine(plugin, resolved, "fold", base, [running, new], list(ids), out, sha256, options, split)
+    return _combine(
+        plugin, resolved, "fold", base, [running, new], list(ids), out, sha256, keep_limits, options, split
+    )
 
 
 def advance(
@@ -120,6 +139,7 @@ def advance(
     threads: int = 1,
     block: int = BLOCK,
     measure: bool = True,
+    keep_limits: Keep = False,
 ) -> MergeReport:
     """Add one expert to a streaming merge: read `state_in` (None to start), write `state_out` and the merged model.
 
@@ -135,20 +155,95 @@ def advance(
         anchor, newest = (stack.enter_context(Checkpoint.open(path)) for path in (base, expert))
         held = stack.enter_context(StreamState(state_in)) if state_in is not None else None
         seen = held.inputs if held else []
-        blend = Blend(plugin, resolved, anchor, [Input(expert_id, len(seen) + 1, newest)], threads)
         if held:
-            held.check(blend, expert_id)
+            held.check(plugin, resolved, anchor)
+            held.check_new(expert_id)
+        blend = Blend(plugin, resolved, anchor, [Input(expert_id, len(seen) + 1, newest)], threads)
         inputs = [*seen, *_inputs([expert_id], sha256)]
-        _admit_all(blend)
         target = Target.of(out, [base, expert]) if out is not None else None
-        blend.prepare()
-        keep = stack.enter_context(state_writer(state_out, blend, inputs))
-        writer = None
-        if target:
-            metadata = _metadata(blend, "merge", effective(resolved, len(inputs)), inputs)
-            writer = stack.enter_context(target.open(blend.reference, metadata))
-        norm = assemble(blend, writer, Options(threads, block, measure), held, keep)
-        return _report(blend, target, len(inputs), began, norm)
+        notes = _ready(blend, keep_limits, sha256)
+        norm = _continue(blend, held, inputs, target, state_out, Options(threads, block, measure))
+        return _report(blend, target, len(inputs), began, norm, notes)
+
+
+def retract(
+    technique: str,
+    params: Mapping[str, Any],
+    base: PathLike,
+    expert: PathLike,
+    out: PathLike | None,
+    *,
+    expert_id: str,
+    state_in: PathLike,
+    state_out: PathLike,
+    sha256: Mapping[str, str] | None = None,
+    threads: int = 1,
+    block: int = BLOCK,
+    measure: bool = True,
+    keep_limits: Keep = False,
+) -> MergeReport:
+    """Take one expert out of a streaming merge: read `state_in` and the expert, write `state_out` and the merged model.
+
+    `params` are those the state was made with; the report holds those of the experts that stay (explicit weights lose one
+    entry), to go on with. What is written equals a merge of those that stay up to rounding: see `retraction.py`. Besides
+    what `advance` raises: `TechniqueError` when the id is not in the state, `expert` is not what went in under it, or the
+    technique cannot: largest values, and schedules that weigh by place (but for the newest expert).
+    """
+    began = time.perf_counter()
+    plugin = get(technique)
+    plugin.require("stream")
+    resolved = plugin.resolve(params, "merge", strict=True)
+    with contextlib.ExitStack() as stack:
+        anchor, leaving = (stack.enter_context(Checkpoint.open(path)) for path in (base, expert))
+        held = stack.enter_context(StreamState(state_in))
+        held.check(plugin, resolved, anchor)
+        order = held.order_of(expert_id)
+        left = Input(expert_id, order, leaving)
+        blend = Retraction(plugin, resolved, anchor, left, len(held.inputs), threads)
+        unchecked = check_bytes(held, order, expert, (sha256 or {}).get(expert_id))
+        inputs = [entry for entry in held.inputs if entry["id"] != expert_id]
+        target = Target.of(out, [base, expert]) if out is not None else None
+        notes = _ready(blend, keep_limits, sha256)
+        norm = _continue(blend, held, inputs, target, state_out, Options(threads, block, measure))
+        return _report(blend, target, len(inputs), began, norm, unchecked + notes)
+
+
+def replace(
+    technique: str,
+    params: Mapping[str, Any],
+    base: PathLike,
+    old: PathLike,
+    new: PathLike,
+    out: PathLike | None,
+    *,
+    expert_id: str,
+    state_in: PathLike,
+    state_out: PathLike,
+    sha256: Mapping[str, str] | None = None,
+    **options: Any,
+) -> MergeReport:
+    """`retract` of `old` and `advance` of `new` under the same id, which is then the newest; an explicit weight goes with it.
+
+    `sha256` is that of `new`; `old` is hashed if the state records what it was. `options` as of `advance`.
+    """
+    resolved = get(technique).resolve(params, "merge", strict=True)
+    between = temporary(Path(state_out))
+    try:
+        with StreamState(state_in) as held:
+            order = held.order_of(expert_id)
+        left = retract(
+            technique, resolved, base, old, None, expert_id=expert_id, state_in=state_in, state_out=between, **options
+        )  # fmt: skip
+        then = left.params
+        if then.get("weights") is not None:
+            then = {**then, "weights": [*then["weights"][: left.experts], resolved["weights"][order - 1],
+                                        *then["weights"][left.experts :]]}  # fmt: skip
+        report = advance(
+            technique, then, base, new, out, expert_id=expert_id, state_in=between, state_out=state_out, sha256=sha256, **options
+        )  # fmt: skip
+        return dataclasses.replace(report, notes=left.notes + report.notes)
+    finally:
+        between.unlink(missing_ok=True)
 
 
 def geometry(base: PathLike, merged: PathLike, expert: PathLike, *, threads: int = 1) -> dict[str, float]:
@@ -185,6 +280,7 @@ def _combine(
     ids: list[str],
     out: PathLike,
     sha256: Mapping[str, str] | None,
+    keep_limits: Keep,
     options: Options,
     split: Split | None,
 ) -> MergeReport:
@@ -194,21 +290,63 @@ def _combine(
         opened = [stack.enter_context(Checkpoint.open(path)) for path in experts]
         inputs = [Input(name, order, weights) for order, (name, weights) in enumerate(zip(ids, opened), 1)]
         blend = Blend(plugin, params, anchor, inputs, options.threads)
-        _admit_all(blend)
         target = Target.of(out, [*experts, *([base] if base is not None else [])][::-1])
         team = stack.enter_context(split.team(blend, options)) if split else None
-        blend.prepare(team.answer if team else None)
+        notes = _ready(blend, keep_limits, sha256, team.answer if team else None)
         writer = stack.enter_context(
             target.open(blend.reference, _metadata(blend, form, params, _inputs(ids, sha256)))
         )
         norm = team.assemble(blend, writer, options) if team else assemble(blend, writer, options)
-        return _report(blend, target, len(experts), began, norm)
+        return _report(blend, target, len(experts), began, norm, notes)
+
+
+def _replay(
+    plugin: Technique,
+    params: dict[str, Any],
+    base: PathLike,
+    experts: Sequence[PathLike],
+    ids: list[str],
+    out: PathLike,
+    sha256: Mapping[str, str] | None,
+    options: Options,
+    split: Split | None,
+) -> MergeReport:
+    """All experts at once for a technique that takes them one after another: the stream from the first on."""
+    if split is not None:
+        raise TechniqueError(
+            f"{plugin.name} takes experts one after another and cannot be split over workers; leave --workers out"
+        )
+    began = time.perf_counter()
+    beside = Path(out).absolute().parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".states-", dir=beside) as states:
+        state: Path | None = None
+        for number, (name, expert) in enumerate(zip(ids, experts), 1):
+            target = Path(states) / f"{number}.safetensors"
+            report = advance(
+                plugin.name,
+                params,
+                base,
+                expert,
+                out if number == len(experts) else None,
+                expert_id=name,
+                state_in=state,
+                state_out=target,
+                sha256=sha256,
+                threads=options.threads,
+                block=options.block,
+                measure=options.measure,
+            )
+            if state:
+                state.unlink()
+            state = target
+    return dataclasses.replace(report, seconds=time.perf_counter() - began)
 
 
 def _check_count(
     plugin: Technique, params: Mapping[str, Any], base: PathLike | None, experts: int, ids: Sequence[str]
 ) -> None:
-    if "base" in plugin.needs and base is None:
+    if (plugin.moves(params) or "base" in plugin.needs) and base is None:
         raise TechniqueError(f"{plugin.name} merges differences from a base model; give the base (--base)")
     if params.get("logit_scale") == "base" and base is None:
         raise TechniqueError(f"{plugin.name}: logit_scale = base needs the base; give it (--base)")
@@ -239,6 +377,35 @@ def _admit_all(blend: Blend) -> None:
         check_tied(expert.weights, blend.tied, expert.id)
 
 
+def _ready(
+    blend: Blend, keep_limits: Keep, sha256: Mapping[str, str] | None, ask: Ask | None = None
+) -> tuple[str, ...]:
+    """Refuse what does not fit, and find all that needs a look at whole tensors unless it is kept; what could not be kept."""
+    _admit_all(blend)
+    memory = KeptLimits(blend, keep_limits, sha256)
+    memory.recall()
+    blend.prepare(ask)
+    return memory.store()
+
+
+def _continue(
+    blend: Blend,
+    held: StreamState | None,
+    inputs: Sequence[Mapping[str, str]],
+    target: Target | None,
+    state_out: PathLike,
+    options: Options,
+) -> float | None:
+    """Write the state after `inputs`, and the merged model if there is a target; its norm."""
+    with contextlib.ExitStack() as stack:
+        keep = stack.enter_context(state_writer(state_out, blend, inputs))
+        writer = None
+        if target:
+            metadata = _metadata(blend, "merge", effective(blend.params, len(inputs)), inputs)
+            writer = stack.enter_context(target.open(blend.reference, metadata))
+        return assemble(blend, writer, options, held, keep)
+
+
 def _inputs(ids: Sequence[str], sha256: Mapping[str, str] | None) -> list[dict[str, str]]:
     known = sha256 or {}
     return [{"id": name, **({"sha256": known[name]} if name in known else {})} for name in ids]
@@ -253,7 +420,12 @@ def _metadata(
 
 
 def _report(
-    blend: Blend, target: Target | None, experts: int, began: float, norm: float | None
+    blend: Blend,
+    target: Target | None,
+    experts: int,
+    began: float,
+    norm: float | None,
+    notes: tuple[str, ...],
 ) -> MergeReport:
     return MergeReport(
         out=target.path if target else None,
@@ -263,4 +435,5 @@ def _report(
         parameters=sum(numel for _, numel in blend.merged),
         seconds=time.perf_counter() - began,
         merged_norm=norm,
+        notes=notes,
     )

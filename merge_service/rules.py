@@ -59,7 +59,8 @@ class Election:
 class Combine(Protocol):
     """How experts come together. `floats` names the state's arrays, which start at zero; `votes` says that it counts as well.
 
-    `kernel` is the number of the fused loop that does the same, None if there is none.
+    `kernel` is the number of the fused loop that does the same, None if there is none. A rule from whose state an expert can
+    be taken out again has a method `remove` like `add`; there `share` is its weight over that of those who stay.
     """
 
     floats: tuple[str, ...]
@@ -89,6 +90,10 @@ class Mean:
         elif place.share:
             state["mean"] = mean - (mean - x) * place.share
 
+    def remove(self, xp: Any, state: State, x: Array, place: Place) -> None:
+        mean = state["mean"]
+        state["mean"] = mean - (x - mean) * place.share
+
     def result(self, xp: Any, state: State, majority: int) -> tuple[Array, Election]:
         return state["mean"], Election()
 
@@ -102,6 +107,9 @@ class Sum:
 
     def add(self, xp: Any, state: State, x: Array, place: Place) -> None:
         state["sum"] = state["sum"] + x
+
+    def remove(self, xp: Any, state: State, x: Array, place: Place) -> None:
+        state["sum"] = state["sum"] - x
 
     def result(self, xp: Any, state: State, majority: int) -> tuple[Array, Election]:
         return state["sum"], Election()
@@ -168,13 +176,33 @@ class Disjoint:
         return out, election
 
 
+class DisjointSums(Disjoint):
+    """The same without extremes, so that an expert's part can be subtracted.
+
+    Where nobody is left on a side its sum is exactly zero, as far as votes were counted; a rest of rounding never changes
+    a side's sign.
+    """
+
+    def remove(self, xp: Any, state: State, x: Array, place: Place) -> None:
+        up, down = x > 0, x < 0
+        plus = state["plus"] - xp.where(up, x, 0)
+        minus = state["minus"] - xp.where(down, x, 0)
+        some_plus, some_minus = plus > 0, minus < 0
+        if self.votes:
+            votes = state["votes"] - xp.where(up, 1, 0) - xp.where(down, 1 << 16, 0)
+            some_plus, some_minus = some_plus & ((votes & 0xFFFF) > 0), some_minus & ((votes >> 16) > 0)
+            state["votes"] = votes
+        state["plus"], state["minus"] = xp.where(some_plus, plus, 0), xp.where(some_minus, minus, 0)
+
+
 def combination(technique: Technique, params: Mapping[str, Any]) -> Combine:
     """The combine part of a technique."""
     if technique.combine == "disjoint":
-        return Disjoint(params["consensus"])
+        return (Disjoint if params["consensus"] == "max" else DisjointSums)(params["consensus"])
     plain: dict[str, type[Mean] | type[Sum] | type[Largest]] = {
         "mean": Mean,
         "slerp": Mean,
+        "spherical": Mean,
         "sum": Sum,
         "largest": Largest,
     }
@@ -234,6 +262,26 @@ def share(params: Mapping[str, Any], order: int) -> float:
         return 0.5 / (1 - 2.0**-order)  # 2^(n-1) / (2^n - 1) without the powers, which overflow
     growth = _GROWTH[params["schedule"]]
     return growth(order) / math.fsum(growth(i) for i in range(1, order + 1))
+
+
+def leaving_share(params: Mapping[str, Any], order: int, count: int) -> float:
+    """w / (W - w): an expert's weight over that of the `count` - 1 experts that stay when number `order` leaves the mean.
+
+    Raises `TechniqueError` where its leaving would change the weights of others, or leave no weight.
+    """
+    if params["weights"] is not None:
+        weights = params["weights"][:count]
+        rest = math.fsum(weights[: order - 1] + weights[order:])
+        if not rest:
+            raise TechniqueError("no expert that stays has a weight above zero; merge those that stay anew")
+        return float(weights[order - 1] / rest)
+    if params["schedule"] != "uniform" and order != count:
+        raise TechniqueError(
+            f"with schedule {params['schedule']} the weights of the experts after number {order} follow from their place, "
+            "which changes when it leaves; only the newest can be taken out. Merge those that stay anew"
+        )
+    part = share(params, order) if order == count else 1 / count
+    return part / (1 - part)
 
 
 _GROWTH = {

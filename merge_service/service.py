@@ -7,14 +7,13 @@ Invariant: everything held is a cache. The same experts, arriving in any order, 
 give the same bytes.
 """
 
-import hashlib
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from merge_service import timeline
-from merge_service.checkpoint import CONFIG_FILE, Checkpoint, admit, check_finite, locate
+from merge_service.checkpoint import CONFIG_FILE, Checkpoint, admit, check_finite, sha256_of
 from merge_service.errors import ConflictingArrival
 from merge_service.merge import MergeReport, PathLike, fold
 from merge_service.stream import Member, StreamCache
@@ -75,6 +74,38 @@ class MergeService:
         while len(self._history) + 1 in self._arrivals:
             done.append(self._complete(self._arrivals[len(self._history) + 1]))
         return done
+
+    def replace(
+        self, t: int, expert: PathLike, *, expert_id: str | None = None, sha256: str | None = None
+    ) -> list[Moment]:
+        """Another expert for task `t`, by default under the same id: every merge it is part of is made anew, from the experts.
+
+        Returns the time steps that completed again. Experts that were trained from a merge that changes are not trained
+        anew; that is the caller's to judge. Raises what `remove` and `arrive` raise; the service is then as it was.
+        """
+        if t not in self._arrivals:
+            raise LookupError(f"no expert of task {t} has arrived, so there is none to replace")
+        arrival = Arrival(t, expert_id or self._arrivals[t].id, Path(expert), sha256 or sha256_of(expert))
+        for other in self._arrivals.values():
+            if other.t != t and other.id == arrival.id:
+                raise ConflictingArrival(
+                    f"{arrival.id} is already the expert of task {other.t}; give it its own id"
+                )
+        self._admit(arrival)
+        self.remove(t)
+        return self.arrive(t, expert, expert_id=arrival.id, sha256=arrival.sha256)
+
+    def remove(self, t: int) -> None:
+        """Forget the expert of task `t`, as if it had never arrived: later ones wait for another in its place.
+
+        What was served from time step `t` on is deleted. Raises `LookupError` when there is no such expert.
+        """
+        if self._arrivals.pop(t, None) is None:
+            raise LookupError(f"no expert of task {t} has arrived, so there is none to remove")
+        del self._history[t - 1 :]
+        for merged in [merged for merged in self._merged if merged.t >= t]:
+            path = self._merged.pop(merged)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def initial(self, t: int) -> Path:
         """The weights that training on task `t` starts from. Raises `LookupError` until the experts before it arrived."""
@@ -171,18 +202,3 @@ class MergeService:
             return self._merged[weights]
         missing = [t for t in range(1, weights.t + 1) if t not in self._arrivals]
         raise LookupError(f"the expert of task {missing[0] if missing else weights.t} has not arrived yet")
-
-
-def sha256_of(path: PathLike) -> str:
-    """The identity of weights: sha256 of the weights file (of the index and every shard, in order of name, if sharded)."""
-    file = locate(path)
-    if not file.name.endswith(".json"):
-        return _digest(file)
-    with Checkpoint.open(file) as checkpoint:
-        parts = [_digest(part) for part in (file, *checkpoint.files)]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

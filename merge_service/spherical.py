@@ -80,7 +80,10 @@ def model_stock(cosine: float, n: int, tensor: str, raw: bool = False) -> float:
             f"model_stock of {tensor}: the task vectors of the {n} experts cancel out, and raw puts such a tensor "
             "infinitely far from the base; without raw it stays there"
         )
-    return n * cosine / slope if raw else min(n * cosine / slope, 1.0)
+    t = n * cosine / slope
+    if abs(1 - t) <= ANGLE:  # copies of one expert, but for the rounding of their unit vectors
+        return 1.0
+    return t if raw else min(t, 1.0)
 
 
 def _on_sphere(

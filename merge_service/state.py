@@ -10,18 +10,22 @@ same expert id twice.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from merge_service.blend import Blend
 from merge_service.checkpoint import Checkpoint, CheckpointWriter
 from merge_service.engine import Span
 from merge_service.errors import CorruptCheckpoint, TechniqueError
+from merge_service.params import nearest
 from merge_service.rules import State
+from merge_service.techniques import Technique
+
+if TYPE_CHECKING:
+    from merge_service.blend import Blend
 
 METADATA_KEY = "temporal_merge"
-FORMAT = 2
+FORMAT = 3
 MAX_EXPERTS = 2**16 - 1
 """Votes are counted in 16 bits."""
 
@@ -39,15 +43,17 @@ class StreamState:
         except (KeyError, TypeError, ValueError):
             raise CorruptCheckpoint(f"{path} is not the state of a streaming merge of this version") from None
 
-    def check(self, blend: Blend, expert_id: str) -> None:
-        """Raise `TechniqueError` unless `blend` continues this state with an expert that is not yet in it."""
-        expected = _identity(blend, len(self.inputs))
-        for what, value in expected.items():
+    def check(self, technique: Technique, params: Mapping[str, Any], base: Checkpoint) -> None:
+        """Raise `TechniqueError` unless the state was made with this technique, these parameters and this base."""
+        for what, value in _identity(technique, params, base, len(self.inputs)).items():
             if self.record.get(what) != value:
                 raise TechniqueError(
                     f"{self.checkpoint.path} was started with another {what}: {self.record.get(what)!r}, now {value!r}; "
                     "start again without a state"
                 )
+
+    def check_new(self, expert_id: str) -> None:
+        """Raise `TechniqueError` unless there is room for an expert of this id."""
         if expert_id in [held["id"] for held in self.inputs]:
             raise TechniqueError(
                 f"the expert {expert_id!r} is already in {self.checkpoint.path}; give each expert its own id"
@@ -56,6 +62,15 @@ class StreamState:
             raise TechniqueError(
                 f"{self.checkpoint.path} already holds {MAX_EXPERTS} experts, the most there can be"
             )
+
+    def order_of(self, expert_id: str) -> int:
+        """The number, from 1, of an expert that is in the state. Raises `TechniqueError` naming those that are."""
+        ids = [held["id"] for held in self.inputs]
+        if expert_id not in ids:
+            raise TechniqueError(
+                f"the expert {expert_id!r} is not in {self.checkpoint.path}{nearest(expert_id, ids)}; it holds {', '.join(ids[:20])}"
+            )
+        return ids.index(expert_id) + 1
 
     def read(self, span: Span, arrays: Mapping[str, np.dtype]) -> State:
         """The arrays of one span, to be changed in place."""
@@ -71,7 +86,7 @@ class StreamState:
         self.checkpoint.close()
 
 
-def state_writer(path: Path | str, blend: Blend, inputs: Sequence[Mapping[str, str]]) -> CheckpointWriter:
+def state_writer(path: Path | str, blend: "Blend", inputs: Sequence[Mapping[str, str]]) -> CheckpointWriter:
     """A writer for the state that `blend` leaves after `inputs`."""
     stored = {np.dtype(np.float32): "F32", np.dtype(np.float64): "F64", np.dtype(np.uint32): "U32"}
     layout = {
@@ -79,16 +94,25 @@ def state_writer(path: Path | str, blend: Blend, inputs: Sequence[Mapping[str, s
         for name, numel in blend.merged
         for role, dtype in blend.arrays(name).items()
     }
-    record = {"state": FORMAT, **_identity(blend, len(inputs)), "inputs": list(inputs)}
+    for role in getattr(blend.combine, "tallies", ()):
+        layout |= {f"{role}:{name}": ("U32", (1,)) for name, _ in blend.merged}
+    layout |= dict.fromkeys(getattr(blend.combine, "totals", ()), ("F64", (1,)))
+    assert blend.base is not None
+    record = {
+        "state": FORMAT,
+        **_identity(blend.technique, blend.params, blend.base, len(inputs)),
+        "inputs": list(inputs),
+    }
     return CheckpointWriter(path, layout, {METADATA_KEY: json.dumps(record, sort_keys=True)})
 
 
-def _identity(blend: Blend, experts: int) -> dict[str, Any]:
-    assert blend.base is not None
+def _identity(
+    technique: Technique, params: Mapping[str, Any], base: Checkpoint, experts: int
+) -> dict[str, Any]:
     return {
-        "technique": blend.technique.name,
-        "params": effective(blend.params, experts),
-        "base": blend.base.fingerprint(),
+        "technique": technique.name,
+        "params": effective(params, experts),
+        "base": base.fingerprint(),
     }
 
 

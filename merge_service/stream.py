@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_service.engine import BLOCK
+from merge_service.kept_limits import Keep
 from merge_service.merge import MergeReport, PathLike, advance, merge
 from merge_service.techniques import get
 
@@ -38,15 +39,26 @@ class _Held:
 class StreamCache:
     """Streaming states in a directory of its own under `scratch`; one per technique, parameters and base.
 
-    `measure=False` saves computing `merged_norm`; the bytes are the same.
+    `measure=False` saves computing `merged_norm`; the bytes are the same. `keep_limits` as in `merge`.
     """
 
     def __init__(
-        self, scratch: PathLike, *, threads: int = 1, block: int = BLOCK, measure: bool = True
+        self,
+        scratch: PathLike,
+        *,
+        threads: int = 1,
+        block: int = BLOCK,
+        measure: bool = True,
+        keep_limits: Keep = False,
     ) -> None:
         Path(scratch).mkdir(parents=True, exist_ok=True)
         self._directory = Path(tempfile.mkdtemp(prefix="states-", dir=scratch))
-        self._common: dict[str, Any] = {"threads": threads, "block": block, "measure": measure}
+        self._common: dict[str, Any] = {
+            "threads": threads,
+            "block": block,
+            "measure": measure,
+            "keep_limits": keep_limits,
+        }
         self._held: dict[str, _Held] = {}
         self._written = 0
 

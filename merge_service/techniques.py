@@ -11,7 +11,7 @@ Parameter names have one meaning everywhere: `weight` of the NEW expert in a fol
 KEPT, `scale` lambda.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -76,24 +76,32 @@ AVERAGING = (
 
 @dataclass(frozen=True)
 class Technique:
-    """What a technique is. See the fields of the table below for the words used in `space`, `sparsify`, `combine`, `depth`."""
+    """What a technique is. See the fields of the table below for the words used in `space`, `sparsify`, `combine`, `depth`.
+
+    `ordered`: every expert is seen against those before it, so all at once is the stream from the first on.
+    """
 
     name: str
     formula: str
     paper: str
     params: tuple[Param, ...]
-    combine: Literal["mean", "slerp", "sum", "disjoint", "largest"]
+    combine: str
     space: Literal["weights", "task_vectors"] = "task_vectors"
     sparsify: Literal["none", "magnitude", "random", "band"] = "none"
     depth: bool = False
     forms: frozenset[str] = frozenset({"merge", "fold", "stream"})
     arity: int | None = None
+    ordered: bool = False
     exceptions: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def needs(self) -> frozenset[str]:
         """What it needs besides experts: {"base"} or nothing."""
         return frozenset({"base"}) if self.space == "task_vectors" else frozenset()
+
+    def moves(self, params: Mapping[str, Any]) -> bool:
+        """Whether task vectors are merged (else weights), which some techniques leave to the parameter `space`."""
+        return params.get("space", self.space) == "task_vectors"
 
     def param(self, name: str) -> Param:
         """The parameter called `name`; raises `TechniqueError` naming the nearest one."""
@@ -290,6 +298,12 @@ _LINED = ("task_arithmetic", "ties", "dare_ties", "breadcrumbs_ties")
 _TABLE: dict[str, Technique] = {
     t.name: t for t in (*_PLAIN, *(_with_lines(t) for t in _PLAIN if t.name in _LINED))
 }
+
+
+def _join(table: Iterable[Technique]) -> None:
+    _TABLE.update((technique.name, technique) for technique in table)
+
+
 ALIASES = {"lines": "lines_task_arithmetic"}
 
 
@@ -307,3 +321,8 @@ def get(name: str) -> Technique:
             f"unknown technique {name!r}{nearest(str(name), known)}; there are {', '.join(known)}"
         )
     return technique
+
+
+from merge_service.catalogue_tensors import TENSORWISE  # noqa: E402  (it is made of the class above)
+
+_join(TENSORWISE)

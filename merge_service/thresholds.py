@@ -235,7 +235,7 @@ def _next_round(quests: Mapping[Key, list[_Quest | None]]) -> dict[Key, list[_Qu
 
 
 def _quest(rank: int | None, survey: Surveyed, top: int) -> _Quest | None:
-    """Where to look first: the sample's own quantile, give or take 10 standard errors (its elements come in runs)."""
+    """Where to look first: the sample's own quantile, give or take 6 standard errors."""
     if rank is None:
         return None
     size = survey.sample.size
@@ -245,7 +245,7 @@ def _quest(rank: int | None, survey: Surveyed, top: int) -> _Quest | None:
     if size < 256:
         return _Quest(rank, Window.of(0, top))
     share = rank / survey.total
-    slack = 10 * math.sqrt(size * share * (1 - share)) + 32
+    slack = 6 * math.sqrt(size * share * (1 - share)) + 32
     low, high = int(max(share * size - slack, 0)), int(min(share * size + slack, size - 1))
     parted = np.partition(survey.sample, (low, high))
     first = 0 if low == 0 else int(parted[low])

@@ -43,6 +43,19 @@ def layer(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def matrices_of(name: str, shape: tuple[int, ...], *, split: bool) -> list[tuple[int, int, tuple[int, int]]]:
+    """The matrices in a tensor: start and stop in its elements, and (rows, columns). None for what is no matrix.
+
+    open_clip keeps attention's q, k and v in one `attn.in_proj_weight` [3d, d]; with `split` they are three.
+    """
+    if len(shape) != 2 or 0 in shape:
+        return []
+    rows, columns = shape
+    parts = 3 if split and name.endswith("attn.in_proj_weight") and rows == 3 * columns else 1
+    step = rows // parts
+    return [(k * step * columns, (k + 1) * step * columns, (step, columns)) for k in range(parts)]
+
+
 def depth_factors(names: Iterable[str], params: Mapping[str, Any]) -> dict[str, float]:
     """LiNeS factors: alpha + beta * shape(i / (L - 1)) for block i of a tower of L blocks, alpha outside blocks.
 

@@ -9,7 +9,6 @@ Invariant: the target path either does not change, or holds the complete new fil
 import contextlib
 import errno
 import os
-import secrets
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ import numpy as np
 from merge_service.dtypes import encode
 from merge_service.errors import CheckpointError
 from merge_service.header import TensorInfo, build_header
+from merge_service.leftovers import sweep, temporary
 
 Layout = Mapping[str, tuple[str, Sequence[int]]]
 Written = Mapping[tuple[str, int], int]
@@ -43,7 +43,7 @@ class CheckpointWriter:
         self._size = len(head) + sum(info.nbytes for info in self.tensors.values())
         self._done: dict[tuple[str, int], int] = {}
         self._lock = threading.Lock()
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        self._temporary = temporary(self.path)
         self._file = self._create()
         try:
             _preallocate(self._file, self._size)
@@ -72,6 +72,15 @@ class CheckpointWriter:
             _write_all(self._file, view, info.offset + start * info.kind.itemsize)
         with self._lock:
             self._done[name, start] = stored.size
+
+    def read_back(self, name: str) -> np.ndarray:
+        """A whole tensor as it was written, before the file is closed."""
+        info = self.tensors[name]
+        out = np.empty(info.numel, info.kind.storage)
+        view, done = memoryview(out.view(np.uint8)), 0  # type: ignore[arg-type]
+        while done < len(view):
+            done += os.preadv(self._file, [view[done:]], info.offset + done)
+        return out
 
     def slot(self) -> "Slot":
         """For others to write into the same temporary, through `SlotWriter`; from here on this writer must not write.
@@ -112,6 +121,7 @@ class CheckpointWriter:
             raise CheckpointError(f"cannot write {self.path}: it is a directory; name a file")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            sweep(self.path)
             return os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -111,6 +111,13 @@ def merge(
         str | None,
         typer.Option("--address", metavar="local|auto|HOST:PORT", help="Where workers run; default local."),
     ] = None,
+    keep_thresholds: Annotated[
+        bool,
+        typer.Option(
+            help="Keep the thresholds of TIES or Breadcrumbs beside each expert (EXPERT.limits.json), so that the next "
+            "merge of it need not find them. Kept ones that fit are always used; the result is the same."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Merge checkpoints on disk; no study, and no cluster unless asked for. Memory does not grow with their number.
@@ -133,7 +140,11 @@ def merge(
 
         split = split_over(address or "local", workers, threads)
     params = parameters_from(overrides or [])
-    report = merge_files(technique, params, base, experts, out, threads=threads, split=split)
+    report = merge_files(
+        technique, params, base, experts, out, threads=threads, split=split, keep_limits=keep_thresholds
+    )
+    for note in report.notes:
+        print(f"note: {note}", file=sys.stderr)
     answer = {
         "out": str(out),
         "technique": technique,

@@ -8,9 +8,11 @@ from typing import Any
 
 from merge_service.checkpoint import WEIGHTS_FILE
 from merge_service.jobs import MergeJob
+from merge_service.kept_limits import limits_rule
 from merge_service.stream import Member
 from pipeline.errors import StoreError
 from pipeline.facts import cache_of
+from pipeline.fingerprint import fingerprint
 from pipeline.plan import Step
 from pipeline.workspace import Workspace
 from workers.jobs import EngineSpec, EvaluateJob, Source, TrainJob
@@ -45,7 +47,20 @@ def _train(step: Step, workspace: Workspace) -> TrainJob:
         checkpoint_every=workspace.study.resources.experts.checkpoint_every,
         out="",
         cache=str(cache_of(workspace.study).absolute()),
+        asked_limits=_asked_limits(step, workspace),
+        limits=str(workspace.limits),
     )
+
+
+def _asked_limits(expert: Step, workspace: Workspace) -> tuple[tuple[str, dict[str, Any]], ...]:
+    """Techniques and parameters of the plan's merges of this expert, each rule of thinning out once."""
+    asked: dict[str, tuple[str, dict[str, Any]]] = {}
+    for step in workspace.plan.steps.values():
+        if step.kind == "merge" and expert.fingerprint in step.inputs.values():
+            rule = limits_rule(step.spec["technique"], step.spec["params"])
+            if rule is not None:
+                asked.setdefault(fingerprint(rule), (step.spec["technique"], step.spec["params"]))
+    return tuple(asked.values())
 
 
 def _merge(step: Step, workspace: Workspace) -> MergeJob:
@@ -59,6 +74,7 @@ def _merge(step: Step, workspace: Workspace) -> MergeJob:
         members=tuple(_member(name, fp, workspace) for name, fp in spec["inputs"]),
         threads=workspace.study.resources.merging.threads,
         scratch=str(workspace.scratch),
+        limits=str(workspace.limits),
     )
 
 

@@ -48,6 +48,11 @@ class Workspace:
         """Mid-expert checkpoints, progress files and merge states: all of it can be lost."""
         return (self.out / "scratch").absolute()
 
+    @property
+    def limits(self) -> Path:
+        """Kept thresholds of the experts: not beside them, for an artifact holds what its record says and nothing else."""
+        return self.scratch / "limits"
+
     def weights(self, fingerprint: str) -> Path:
         """The directory of weights that a step (or the base) makes, whether they are there yet or not."""
         step = self.plan.base if fingerprint == self.plan.base.fingerprint else self.plan.steps[fingerprint]

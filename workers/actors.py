@@ -14,7 +14,9 @@ from typing import Any, Protocol
 
 import ray
 
+from merge_service.checkpoint import WEIGHTS_FILE
 from merge_service.faults import point
+from merge_service.kept_limits import keep_limits
 from workers.jobs import EvaluateJob, TrainJob
 
 
@@ -63,6 +65,11 @@ class ExpertWorker:
         with store.staged(step) as stage:
             result = train_expert(replace(job, out=str(stage)), rank=0, world=self.world, hooks=hooks)
             record = store.commit(step, stage, result, seconds=time.monotonic() - started)
+        for technique, params in job.asked_limits:
+            keep_limits(
+                technique, params, job.base, record.path, job.limits,
+                sha256=record.sha256(WEIGHTS_FILE), threads=job.engine.threads,
+            )  # fmt: skip
         shutil.rmtree(job.scratch, ignore_errors=True)
         return record
 

@@ -38,6 +38,8 @@ class TrainJob:
     `init` and `base` are weight directories; `base` is what the result is checked against and what the task vector is
     measured from. `recipe` is `Recipe.model_dump()`. `buffer` and `pretraining` may be empty. `scratch` outlives a crash
     (checkpoints, progress.json); `out` is a staging directory of the store. `checkpoint_every` is in steps, 0: never.
+    `asked_limits` are the (technique, params) whose thresholds will be asked of the expert; they are kept in the directory
+    `limits` and bear on no result.
     """
 
     fingerprint: str
@@ -57,6 +59,8 @@ class TrainJob:
     checkpoint_every: int
     out: str
     cache: str
+    asked_limits: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    limits: str = ""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import math
 from fractions import Fraction
 
 import numpy as np
+import plain_tensors
 
 ELECTED = ("ties", "dare_ties", "breadcrumbs_ties")
 
@@ -21,6 +22,8 @@ def merge(
     names = [name for name, value in base.items() if value.dtype.kind == "f"]
     if technique == "average":
         merged = _average(params, names, experts)
+    elif technique in plain_tensors.NAMES:
+        merged = plain_tensors.merge(technique, params, base, experts)
     elif technique == "slerp":
         merged = {name: _slerp(experts[0][name], experts[1][name], params["weight"]) for name in names}
     else:

@@ -99,6 +99,8 @@ def same_bits(one: dict, other: dict) -> None:
 def test_p1_nothing_merged_is_the_base_to_the_bit(where: Path, name: str, model) -> None:
     room = Room(where, *model, name)
     same_bits(room.merge([]), room.base)
+    if "P1" in techniques.get(name).exceptions:
+        return
     if room.needs_base:
         zero = {"lines_alpha": 0, "lines_beta": 0} if name.startswith("lines_") else {"scale": 0}
         same_bits(room.merge(**zero), room.base)
@@ -114,7 +116,8 @@ def test_p1_nothing_merged_is_the_base_to_the_bit(where: Path, name: str, model)
 def test_p2_copies_of_one_expert_give_it_back(where: Path, name: str, model) -> None:
     room = Room(where, *model, name)
     copies = [room.experts[0]] * len(room.experts)
-    same_bits(room.merge(copies), room.experts[0])
+    merged = room.merge(copies)
+    same_bits({n: merged[n] for n in room.floats()}, {n: room.experts[0][n] for n in room.floats()})
 
 
 @obey("P3")
@@ -130,7 +133,7 @@ def test_p3_the_order_of_experts_does_not_matter(where: Path, name: str, model, 
         if name == "magmax":  # of equal magnitudes the later wins, by its definition
             sizes = np.sort(np.abs([e[tensor] - room.base[tensor] for e in room.experts]), axis=0)
             tied = np.any(sizes[1:] == sizes[:-1], axis=0)
-        exact = name != "average" and "dare" not in name
+        exact = techniques.get(name).combine in ("sum", "disjoint", "largest") and "dare" not in name
         np.testing.assert_allclose(
             one[tensor][~tied], other[tensor][~tied], rtol=0, atol=0 if exact else 4e-6
         )

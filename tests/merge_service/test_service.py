@@ -108,6 +108,44 @@ def test_the_same_expert_again_does_nothing_and_another_is_a_conflict(
         assert service.history() == before
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: f"{s.init}-{s.deploy}-{s.technique}")
+def test_after_a_replacement_the_service_serves_what_one_does_that_never_saw_the_old_expert(
+    strategy: Strategy, stream: list[Path], tmp_path: Path
+) -> None:
+    mended = tmp_path / "mended"
+    shutil.copytree(stream[0], mended)
+    expected = served(strategy, [*stream[:2], mended, *stream[3:]], (1, 2, 3, 4), tmp_path / "fresh")
+    with MergeService(strategy, stream[0], tmp_path / "scratch") as service:
+        for t in (1, 2, 3, 4):
+            service.arrive(t, stream[t])
+        first = service.history()[0]
+        assert [moment.t for moment in service.replace(2, mended)] == [2, 3, 4]
+        assert service.history()[0] is first
+        paths = [service.deployed(t) for t in range(5)] + [service.initial(t) for t in range(1, 6)]
+        assert [(path / WEIGHTS_FILE).read_bytes() for path in paths] == expected
+
+
+def test_a_removed_expert_leaves_a_gap_that_later_ones_wait_for(stream: list[Path], tmp_path: Path) -> None:
+    with MergeService(STRATEGIES[0], stream[0], tmp_path) as service:
+        for t in (1, 2, 3):
+            service.arrive(t, stream[t])
+        before = (service.deployed(3) / WEIGHTS_FILE).read_bytes()
+        gone = service.deployed(3)
+        service.remove(2)
+        assert [a.t for a in service.waiting()] == [3] and len(service.history()) == 1 and not gone.exists()
+        with pytest.raises(LookupError, match="task 2 has not arrived"):
+            service.deployed(3)
+        with pytest.raises(LookupError, match="none to remove"):
+            service.remove(2)
+        with pytest.raises(LookupError, match="none to replace"):
+            service.replace(2, stream[2])
+        assert [moment.t for moment in service.arrive(2, stream[2])] == [2, 3]
+        assert (service.deployed(3) / WEIGHTS_FILE).read_bytes() == before
+        with pytest.raises(ConflictingArrival, match="t3 is already the expert of task 3"):
+            service.replace(2, stream[4], expert_id="t3")
+        assert (service.deployed(3) / WEIGHTS_FILE).read_bytes() == before
+
+
 def test_a_bad_expert_is_refused_on_arrival_and_may_come_again_mended(
     stream: list[Path], tmp_path: Path
 ) -> None:

@@ -47,10 +47,12 @@ def towers(rng: np.random.Generator, *, spread: int = 64) -> dict[str, np.ndarra
     """A model with two towers of unequal depth, a scalar, integers, and dyadic values that sums represent exactly."""
     shapes = {
         "logit_scale": (),
+        "text_projection": (4, 3),
         "token_embedding.weight": (3, 4),
         "transformer.resblocks.0.mlp.weight": (7,),
         "transformer.resblocks.1.mlp.weight": (2, 5),
         "visual.ln_pre.bias": (5,),
+        "visual.transformer.resblocks.0.attn.in_proj_weight": (12, 4),
         "visual.transformer.resblocks.0.mlp.weight": (13,),
         "visual.transformer.resblocks.1.mlp.weight": (9,),
         "visual.transformer.resblocks.2.mlp.weight": (6,),

@@ -1,5 +1,6 @@
 """A finished run of the tiny study: what it left, and what the commands say about it."""
 
+import functools
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from merge_service.merge import merge
 from tests.world import ROOT, TASKS, Cluster, World, artifacts, command
 
 pytestmark = pytest.mark.ray
@@ -97,6 +100,22 @@ def test_verify_passes_and_names_the_artifact_with_a_flipped_byte(
     answer = command("verify", copy)
     assert answer.returncode == 1
     assert str(path.parent.relative_to(copy / "store")) in answer.stdout and "1 problems" in answer.stdout
+
+
+def test_thresholds_that_merges_ask_for_are_kept_per_expert_and_outside_the_store(undisturbed: Path) -> None:
+    steps = trajectory(undisturbed, "init_base-deploy_all-ties")["steps"][1:]
+    kept = [json.loads(path.read_text()) for path in (undisturbed / "scratch" / "limits").iterdir()]
+    assert {body["expert"]["sha256"] for body in kept} == {step["expert_sha256"] for step in steps}
+    assert all(len(body["entries"]) == 1 for body in kept)
+    base = next((undisturbed / "store" / "base").iterdir())
+    ties = functools.partial(
+        merge, "ties", {"density": 0.5}, base, keep_limits=undisturbed / "scratch" / "limits"
+    )
+    experts = [weights_of(undisturbed, step["expert_sha256"]) for step in steps]
+    sha256 = {f"expert-{number}": step["expert_sha256"] for number, step in enumerate(steps, 1)}
+    with tempfile.TemporaryDirectory() as room, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("merge_service.survey.Surveyor.answer", lambda *_: pytest.fail("looked for thresholds"))
+        ties(experts, Path(room) / "merged", sha256=sha256)
 
 
 def test_evaluate_gives_what_results_json_says_to_the_last_digit(

@@ -1,0 +1,81 @@
+"""Files on their way to a name: written under a temporary one beside it, and cleared away when the writer died.
+
+A temporary's name says who writes it: host, process id and when the process began, so that a reused id is not taken for
+the writer. Invariant: what a live process holds is never removed. Owners on other hosts cannot be asked, so theirs is
+left alone until it is old.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import secrets
+import socket
+import time
+from functools import cache
+from pathlib import Path
+
+_FOREIGN_AGE = 7 * 24 * 3600.0
+_FAMILY = re.compile(r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json|\.limits\.json)?$")
+
+
+def temporary(path: Path) -> Path:
+    """A new name beside `path` to write under until the file is whole."""
+    return path.with_name(f".{path.name}.{owner_mark()}.{secrets.token_hex(4)}.tmp")
+
+
+def sweep(path: Path) -> None:
+    """Remove what dead writers left beside `path`: of the file itself, of its shards and of its index."""
+    stem = _FAMILY.sub("", path.name)
+    shape = re.compile(
+        rf"\.({re.escape(path.name)}|{re.escape(stem)}{_FAMILY.pattern[:-1]})\.([^.]+)\.[^.]+\.tmp"
+    )
+    with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
+        for entry in entries:
+            found = shape.fullmatch(entry.name)
+            if found and is_abandoned(found.group(4), time.time() - entry.stat().st_mtime):
+                Path(entry.path).unlink(missing_ok=True)
+
+
+def owner_mark() -> str:
+    """Text naming this process for good: host, process id, and when the process began (so that a reused id differs)."""
+    pid = os.getpid()
+    return f"{_host()}-{pid}-{_started(pid) or 0}"
+
+
+def is_abandoned(mark: str, age: float) -> bool:
+    """Whether the owner of a mark `age` seconds old is gone: dead on this host, or elsewhere and silent for a week."""
+    host, _, rest = mark.partition("-")
+    pid, _, started = rest.partition("-")
+    if host != _host() or not pid.isdigit() or not started.isdigit():
+        return age > _FOREIGN_AGE
+    return _started(int(pid)) != int(started)
+
+
+@cache
+def _host() -> str:
+    """Name of this host, boot and process-id namespace: two processes with the same text can see each other's ids."""
+    parts = [socket.gethostname()]
+    for source in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
+        with contextlib.suppress(OSError):
+            path = Path(source)
+            parts.append(str(path.readlink()) if path.is_symlink() else path.read_text().strip())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def _started(pid: int) -> int | None:
+    """Start time of a live process in clock ticks since boot, 0 where /proc does not say, None if it is dead."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else int(fields[19])
+    except (OSError, IndexError, ValueError):
+        pass
+    if Path("/proc/self/stat").exists():
+        return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return 0
