@@ -180,6 +180,8 @@ def test_mistake_is_told_before_anybody_is_hired(world: World, tmp_path: Path) -
     other = save(tmp_path / "other.safetensors", {"w": np.ones(3, np.float32)})
     with pytest.raises(IncompatibleCheckpoint, match="does not have the tensors"):
         merge("ties", {}, world.base, [other], world.out, split=Split(2, nobody))
+    with pytest.raises(TechniqueError, match="cannot be split over workers"):
+        merge("opcm", {}, world.base, world.experts, world.out, split=Split(2, nobody))
 
 
 def test_thresholds_that_parts_found_are_kept_as_those_of_the_merge(world: World, tmp_path: Path) -> None:
