@@ -161,6 +161,7 @@ def advance(
         blend = Blend(plugin, resolved, anchor, [Input(expert_id, len(seen) + 1, newest)], threads)
         inputs = [*seen, *_inputs([expert_id], sha256)]
         target = Target.of(out, [base, expert]) if out is not None else None
+        _admit_all(blend)
         notes = _ready(blend, keep_limits, sha256)
         norm = _continue(blend, held, inputs, target, state_out, Options(threads, block, measure))
         return _report(blend, target, len(inputs), began, norm, notes)
@@ -203,6 +204,7 @@ def retract(
         unchecked = check_bytes(held, order, expert, (sha256 or {}).get(expert_id))
         inputs = [entry for entry in held.inputs if entry["id"] != expert_id]
         target = Target.of(out, [base, expert]) if out is not None else None
+        _admit_all(blend)
         notes = _ready(blend, keep_limits, sha256)
         norm = _continue(blend, held, inputs, target, state_out, Options(threads, block, measure))
         return _report(blend, target, len(inputs), began, norm, unchecked + notes)
@@ -290,6 +292,7 @@ def _combine(
         opened = [stack.enter_context(Checkpoint.open(path)) for path in experts]
         inputs = [Input(name, order, weights) for order, (name, weights) in enumerate(zip(ids, opened), 1)]
         blend = Blend(plugin, params, anchor, inputs, options.threads)
+        _admit_all(blend)
         target = Target.of(out, [*experts, *([base] if base is not None else [])][::-1])
         team = stack.enter_context(split.team(blend, options)) if split else None
         notes = _ready(blend, keep_limits, sha256, team.answer if team else None)
@@ -380,8 +383,7 @@ def _admit_all(blend: Blend) -> None:
 def _ready(
     blend: Blend, keep_limits: Keep, sha256: Mapping[str, str] | None, ask: Ask | None = None
 ) -> tuple[str, ...]:
-    """Refuse what does not fit, and find all that needs a look at whole tensors unless it is kept; what could not be kept."""
-    _admit_all(blend)
+    """Find all that needs a look at whole tensors, unless it is kept; what could not be kept."""
     memory = KeptLimits(blend, keep_limits, sha256)
     memory.recall()
     blend.prepare(ask)

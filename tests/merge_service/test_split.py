@@ -14,7 +14,7 @@ import pytest
 from merge_service import techniques
 from merge_service.blend import Blend, Input
 from merge_service.checkpoint import Checkpoint
-from merge_service.errors import CheckpointError, NonFiniteCheckpoint, TechniqueError
+from merge_service.errors import CheckpointError, IncompatibleCheckpoint, NonFiniteCheckpoint, TechniqueError
 from merge_service.merge import fold, merge
 from merge_service.split import Part, PartWorker, Split, cut
 from merge_service.thresholds import GATHER
@@ -169,7 +169,7 @@ def test_number_that_is_not_finite_is_told_by_a_part_as_by_the_merge(
     assert told[0] == told[1]
 
 
-def test_mistake_is_told_before_anybody_is_hired(world: World) -> None:
+def test_mistake_is_told_before_anybody_is_hired(world: World, tmp_path: Path) -> None:
     def nobody(parts: Sequence[Part]) -> Any:
         raise AssertionError("hired")
 
@@ -177,6 +177,19 @@ def test_mistake_is_told_before_anybody_is_hired(world: World) -> None:
         merge("ties", {"density": 2}, world.base, world.experts, world.out, split=Split(2, nobody))
     with pytest.raises(CheckpointError, match="does not exist"):
         merge("ties", {}, world.base, [world.room / "nowhere"], world.out, split=Split(2, nobody))
+    other = save(tmp_path / "other.safetensors", {"w": np.ones(3, np.float32)})
+    with pytest.raises(IncompatibleCheckpoint, match="does not have the tensors"):
+        merge("ties", {}, world.base, [other], world.out, split=Split(2, nobody))
+    with pytest.raises(TechniqueError, match="cannot be split over workers"):
+        merge("opcm", {}, world.base, world.experts, world.out, split=Split(2, nobody))
+
+
+def test_thresholds_that_parts_found_are_kept_as_those_of_the_merge(world: World, tmp_path: Path) -> None:
+    kept = []
+    for split in (None, Split(3, here)):
+        world.merged("ties", {}, keep_limits=tmp_path / str(len(kept)), split=split)
+        kept.append({file.name: file.read_bytes() for file in (tmp_path / str(len(kept))).iterdir()})
+    assert kept[0] == kept[1] and len(kept[0]) == 3
 
 
 @pytest.mark.parametrize("change", ["missing", "another"])
