@@ -19,6 +19,7 @@ from merge_service.engine import Span, dots, run, spans
 from merge_service.errors import NonFiniteCheckpoint
 from merge_service.rules import Election, State
 from merge_service.state import StreamState
+from merge_service.writer import Writer
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Options:
 
 def assemble(
     blend: Blend,
-    writer: CheckpointWriter | None,
+    writer: Writer | None,
     options: Options,
     held: StreamState | None = None,
     keep: CheckpointWriter | None = None,
@@ -112,7 +113,7 @@ def _contested(blend: Blend, over: Sequence[Span], elections: Sequence[Election]
     return redo
 
 
-def _store(blend: Blend, writer: CheckpointWriter, span: Span, block: np.ndarray) -> np.ndarray:
+def _store(blend: Blend, writer: Writer, span: Span, block: np.ndarray) -> np.ndarray:
     info = blend.reference.tensors[span.name]
     stored = encode(block, info.kind)
     if not stored_finite(stored, info.kind):
@@ -127,7 +128,7 @@ def _store(blend: Blend, writer: CheckpointWriter, span: Span, block: np.ndarray
     return stored
 
 
-def _copy(blend: Blend, writer: CheckpointWriter) -> None:
+def _copy(blend: Blend, writer: Writer) -> None:
     for span in spans(blend.copied, 1 << 20):
         stored = blend.source.raw(span.name, span.start, span.stop)
         writer.write_stored(span.name, span.start, stored)

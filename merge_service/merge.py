@@ -67,11 +67,14 @@ def merge(
     block: int = BLOCK,
     measure: bool = True,
     keep_limits: Keep = False,
+    shard_bytes: int | None = None,
 ) -> MergeReport:
     """Merge `experts` (files, sharded indices or directories), in this order, into `out`.
 
     `out` is a .safetensors file, or a directory when the inputs are directories with an open_clip configuration, which
-    is copied. The output has the tensors, dtypes and metadata of the base (of the first expert without one), plus an
+    is copied. With `shard_bytes` a model of more bytes goes to NAME-00001-of-0000N.safetensors beside NAME.safetensors and
+    NAME.safetensors.index.json (`shards.py`), to which the report's `out` then points; an `out` of that index name asks
+    for it at any size. The output has the tensors, dtypes and metadata of the base (of the first expert without one), plus an
     entry `temporal_merge` that says how it was made. With no experts it is the base.
 
     `ids` name experts in messages and seed their random masks (by default expert-1, expert-2, ...); `sha256` by id is
@@ -95,6 +98,7 @@ def merge(
         out,
         sha256,
         keep_limits,
+        shard_bytes,
         Options(threads, block, measure),
     )
 
@@ -113,6 +117,7 @@ def fold(
     block: int = BLOCK,
     measure: bool = True,
     keep_limits: Keep = False,
+    shard_bytes: int | None = None,
 ) -> MergeReport:
     """Merge the newest expert into the running model: one step of TIME's EMA, f({running, new}; base).
 
@@ -123,7 +128,17 @@ def fold(
     _check_count(plugin, resolved, base, 2, list(ids))
     options = Options(threads, block, measure)
     return _combine(
-        plugin, resolved, "fold", base, [running, new], list(ids), out, sha256, keep_limits, options
+        plugin,
+        resolved,
+        "fold",
+        base,
+        [running, new],
+        list(ids),
+        out,
+        sha256,
+        keep_limits,
+        shard_bytes,
+        options,
     )
 
 
@@ -142,6 +157,7 @@ def advance(
     block: int = BLOCK,
     measure: bool = True,
     keep_limits: Keep = False,
+    shard_bytes: int | None = None,
 ) -> MergeReport:
     """Add one expert to a streaming merge: read `state_in` (None to start), write `state_out` and the merged model.
 
@@ -162,7 +178,7 @@ def advance(
             held.check_new(expert_id)
         blend = Blend(plugin, resolved, anchor, [Input(expert_id, len(seen) + 1, newest)], threads)
         inputs = [*seen, *_inputs([expert_id], sha256)]
-        target = Target.of(out, [base, expert]) if out is not None else None
+        target = Target.of(out, [base, expert], shard_bytes) if out is not None else None
         notes = _ready(blend, keep_limits, sha256)
         norm = _continue(blend, held, inputs, target, state_out, Options(threads, block, measure))
         return _report(blend, target, len(inputs), began, norm, notes)
@@ -183,6 +199,7 @@ def retract(
     block: int = BLOCK,
     measure: bool = True,
     keep_limits: Keep = False,
+    shard_bytes: int | None = None,
 ) -> MergeReport:
     """Take one expert out of a streaming merge: read `state_in` and the expert, write `state_out` and the merged model.
 
@@ -204,7 +221,7 @@ def retract(
         blend = Retraction(plugin, resolved, anchor, left, len(held.inputs), threads)
         unchecked = check_bytes(held, order, expert, (sha256 or {}).get(expert_id))
         inputs = [entry for entry in held.inputs if entry["id"] != expert_id]
-        target = Target.of(out, [base, expert]) if out is not None else None
+        target = Target.of(out, [base, expert], shard_bytes) if out is not None else None
         notes = _ready(blend, keep_limits, sha256)
         norm = _continue(blend, held, inputs, target, state_out, Options(threads, block, measure))
         return _report(blend, target, len(inputs), began, norm, unchecked + notes)
@@ -283,6 +300,7 @@ def _combine(
     out: PathLike,
     sha256: Mapping[str, str] | None,
     keep_limits: Keep,
+    shard_bytes: int | None,
     options: Options,
 ) -> MergeReport:
     began = time.perf_counter()
@@ -291,7 +309,7 @@ def _combine(
         opened = [stack.enter_context(Checkpoint.open(path)) for path in experts]
         inputs = [Input(name, order, weights) for order, (name, weights) in enumerate(zip(ids, opened), 1)]
         blend = Blend(plugin, params, anchor, inputs, options.threads)
-        target = Target.of(out, [*experts, *([base] if base is not None else [])][::-1])
+        target = Target.of(out, [*experts, *([base] if base is not None else [])][::-1], shard_bytes)
         notes = _ready(blend, keep_limits, sha256)
         writer = stack.enter_context(
             target.open(blend.reference, _metadata(blend, form, params, _inputs(ids, sha256)))
@@ -383,7 +401,7 @@ def _report(
     notes: tuple[str, ...],
 ) -> MergeReport:
     return MergeReport(
-        out=target.path if target else None,
+        out=target.place(blend.reference) if target else None,
         technique=blend.technique.name,
         params=dict(blend.params),
         experts=experts,

@@ -34,6 +34,24 @@ OutOption = Annotated[
     Path | None,
     typer.Option("--out", metavar="DIR", help="Where everything goes; default runs/<study name>."),
 ]
+ShardSize = Annotated[
+    str | None,
+    typer.Option(
+        "--shard-size",
+        metavar="SIZE",
+        help="Write a model above SIZE (5GB, 500MB; decimal) as Hugging Face does: NAME-00001-of-0000N.safetensors of at "
+        "most SIZE and NAME.safetensors.index.json; a smaller one stays one file. An --out that ends in "
+        ".safetensors.index.json always writes the index, in shards of 5GB by default.",
+    ),
+]
+KeepThresholds = Annotated[
+    bool,
+    typer.Option(
+        "--keep-thresholds/--no-keep-thresholds",
+        help="Keep the thresholds of TIES or Breadcrumbs beside each expert (EXPERT.limits.json), so that the next merge "
+        "of it need not find them. Kept ones that fit are always used; the result is the same.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON and nothing else.")]
 
 
@@ -92,7 +110,15 @@ def status(out: OutDir, as_json: AsJson = False) -> None:
 def merge(
     experts: Annotated[list[Path], typer.Argument(metavar="EXPERT...", help="Checkpoints, oldest first.")],
     technique: Annotated[str, typer.Option("--technique", metavar="NAME", help="See `techniques`.")],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The merged checkpoint.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="The merged checkpoint: NAME.safetensors, NAME.safetensors.index.json for shards, or a directory when the "
+            "inputs are open_clip directories.",
+        ),
+    ],
     base: Annotated[
         Path | None,
         typer.Option("--base", metavar="FILE", help="The checkpoint that the experts started from."),
@@ -102,13 +128,8 @@ def merge(
         typer.Option("--set", metavar="p=v", help="A parameter of the technique; may be repeated."),
     ] = None,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Does not change the result.")] = 1,
-    keep_thresholds: Annotated[
-        bool,
-        typer.Option(
-            help="Keep the thresholds of TIES or Breadcrumbs beside each expert (EXPERT.limits.json), so that the next "
-            "merge of it need not find them. Kept ones that fit are always used; the result is the same."
-        ),
-    ] = False,
+    shard_size: ShardSize = None,
+    keep_thresholds: KeepThresholds = False,
     as_json: AsJson = False,
 ) -> None:
     """Merge checkpoints on disk; no cluster, no study. Memory does not grow with their number.
@@ -119,10 +140,12 @@ def merge(
     """
     from merge_service.errors import UserError
     from merge_service.merge import merge as merge_files
+    from merge_service.shards import bytes_of
+    from merge_service.target import overwrites
     from pipeline.show import parameters_from
 
     for path in (*experts, *([base] if base else [])):
-        if out.exists() and path.exists() and out.samefile(path):
+        if overwrites(out, path):
             raise UserError(f"--out {out} is one of the inputs and would be lost; give another --out")
     report = merge_files(
         technique,
@@ -132,17 +155,18 @@ def merge(
         out,
         threads=threads,
         keep_limits=keep_thresholds,
+        shard_bytes=bytes_of(shard_size) if shard_size else None,
     )
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)
     answer = {
-        "out": str(out),
+        "out": str(report.out),
         "technique": technique,
         "experts": len(experts),
         "seconds": round(report.seconds, 3),
     }
     _print_json(answer) if as_json else print(
-        f"{out}: {technique} of {len(experts)} checkpoints in {report.seconds:.2f} s"
+        f"{report.out}: {technique} of {len(experts)} checkpoints in {report.seconds:.2f} s"
     )
 
 
