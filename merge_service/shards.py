@@ -37,8 +37,9 @@ class ShardedWriter:
     def __init__(self, path: Path, parts: list[Layout], metadata: Mapping[str, str]) -> None:
         self.path = path
         self.index = path.with_name(path.name + INDEX_SUFFIX)
-        if self.index.is_dir():
-            raise CheckpointError(f"cannot write {self.index}: it is a directory; name a file")
+        for place in (self.index, self.path):
+            if place.is_dir():
+                raise CheckpointError(f"cannot write {place}: it is a directory; name a file")
         self._writers: list[CheckpointWriter] = []
         self._of: dict[str, CheckpointWriter] = {}
         stem = path.name.removesuffix(".safetensors")
