@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from merge_service.faults import point
+from merge_service.geometry import geometry
 from merge_service.jobs import MergeJob
-from merge_service.merge import fold, geometry
+from merge_service.merge import fold
 from merge_service.stream import StreamCache
 
 

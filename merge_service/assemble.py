@@ -20,6 +20,7 @@ from merge_service.errors import NonFiniteCheckpoint
 from merge_service.rules import Election, State
 from merge_service.state import StreamState
 from merge_service.tensorwise import assemble_tensors
+from merge_service.writer import Writer
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Options:
     threads: int
     block: int
     measure: bool
+    device: str | None = None
 
 
 Balance = dict[str, int]
@@ -46,7 +48,7 @@ class Assembly:
         self,
         blend: Blend,
         tensors: Sequence[tuple[str, int]],
-        writer: CheckpointWriter | None,
+        writer: Writer | None,
         options: Options,
         held: StreamState | None = None,
         keep: CheckpointWriter | None = None,
@@ -115,7 +117,7 @@ class Assembly:
 
 def assemble(
     blend: Blend,
-    writer: CheckpointWriter | None,
+    writer: Writer | None,
     options: Options,
     held: StreamState | None = None,
     keep: CheckpointWriter | None = None,
@@ -153,7 +155,7 @@ def _squares(blend: Blend, span: Span, stored: np.ndarray) -> list[float]:
     return dots(moved, moved, blend.scratch)
 
 
-def _store(blend: Blend, writer: CheckpointWriter, span: Span, block: np.ndarray) -> np.ndarray:
+def _store(blend: Blend, writer: Writer, span: Span, block: np.ndarray) -> np.ndarray:
     info = blend.reference.tensors[span.name]
     stored = encode(block, info.kind)
     if not stored_finite(stored, info.kind):
@@ -168,7 +170,7 @@ def _store(blend: Blend, writer: CheckpointWriter, span: Span, block: np.ndarray
     return stored
 
 
-def copy(blend: Blend, writer: CheckpointWriter) -> None:
+def copy(blend: Blend, writer: Writer) -> None:
     """Store the tensors that are taken over as they are."""
     for span in spans(blend.copied, 1 << 20):
         stored = blend.source.raw(span.name, span.start, span.stop)

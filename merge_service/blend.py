@@ -19,6 +19,7 @@ import numpy as np
 
 from merge_service.admission import check_finite
 from merge_service.checkpoint import Checkpoint
+from merge_service.device import Device, Host
 from merge_service.dtypes import all_finite
 from merge_service.engine import BLOCK, Scratch, Span, dots, run, spans
 from merge_service.errors import IncompatibleCheckpoint
@@ -71,7 +72,9 @@ class Blend:
         base: Checkpoint | None,
         inputs: Sequence[Input],
         threads: int = 1,
+        device: str | None = None,
     ) -> None:
+        self.site = Device(device) if device else Host()
         self.technique, self.params, self.base, self.inputs, self.threads = (
             technique,
             params,
@@ -95,7 +98,8 @@ class Blend:
         self._fit: dict[str, bool] = {}
         self._read = [*([base] if base else []), *(expert.weights for expert in inputs)]
         self._rows = by_rows(technique, params)
-        fusible = self.combine.kernel is not None and not self._rows and not is_trimmed(params)
+        loops = self.combine.kernel is not None and device is None
+        fusible = loops and not self._rows and not is_trimmed(params)
         self._fused = Fused(self.combine, base, inputs, delta=self.moves) if fusible else None
 
     @cached_property
@@ -200,25 +204,34 @@ class Blend:
     def _by_definition(
         self, span: Span, places: Mapping[int, Place], held: State | None, majority: int, finish: bool
     ) -> Outcome:
-        state = self._empty(span) if held is None else held
-        base = self.base_block(span) if self.moves else None
-        rows = self.cover(span)
-        under = base if rows == span or base is None else self.base_block(rows)
-        for expert in self.inputs:
-            x = self.numbers(expert, rows)
-            if under is not None:
-                x = sparsify(np, self.technique, self.params, x - under, self.place(expert, rows))
-                x = x[span.start - rows.start : span.stop - rows.start]
-            self.combine.add(np, state, x, places[expert.order])
-        if not finish:
-            return Outcome(np.empty(0), Election(), [], ())
-        out, election = self.combine.result(np, state, majority)
-        if base is not None:
-            factor = self.factors[span.name]
-            out = base - (
-                0 - (out * factor if factor != 1 else out)
-            )  # see rules: keeps the sign of an untouched zero
-        return Outcome(out, election, [], ())
+        """The span by the array definitions of the rules, wherever blocks are worked on."""
+        site, xp, compute = self.site, self.site.xp, self.compute(span.name)
+        rows, finite = self.cover(span), []
+        cut = slice(span.start - rows.start, span.stop - rows.start)
+        with site.turn():
+            state = {role: site.put(array) for role, array in (held or self._empty(span)).items()}
+            base = None
+            if self.moves:
+                assert self.base is not None
+                base = site.read(self.base, rows, compute, "base")
+                finite.append((0, site.finite(base)))
+            for expert in self.inputs:
+                x = site.read(expert.weights, rows, compute, f"expert {expert.order}")
+                finite.append((expert.order, site.finite(x)))
+                if base is not None:
+                    x = sparsify(xp, self.technique, self.params, x - base, self.place(expert, rows))
+                self.combine.add(xp, state, x[cut], places[expert.order])
+            self.refuse([order for order, fine in finite if not bool(fine)])
+            if held is not None:
+                held.update((role, site.fetch(array)) for role, array in state.items())
+            if not finish:
+                return Outcome(np.empty(0), Election(), [], ())
+            out, election = self.combine.result(xp, state, majority)
+            if base is not None:
+                factor = self.factors[span.name]
+                moved = out * factor if factor != 1 else out
+                out = base[cut] - (0 - moved)  # see rules: keeps the sign of an untouched zero
+            return Outcome(site.fetch(out), election, [], ())
 
     def cover(self, span: Span) -> Span:
         """The whole rows that a span lies in, where they are thinned out as rows; else the span."""

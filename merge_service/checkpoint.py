@@ -17,6 +17,7 @@ from merge_service.admission import admit, check_finite
 from merge_service.dtypes import decode
 from merge_service.errors import CheckpointError, CorruptCheckpoint
 from merge_service.header import HEADER_LIMIT, TensorInfo, parse_json, read_header
+from merge_service.shards import SHARD
 from merge_service.writer import CheckpointWriter
 
 __all__ = [
@@ -46,7 +47,9 @@ def locate(path: Path | str) -> Path:
         raise CheckpointError(f"{path} does not exist")
     if (path / WEIGHTS_FILE).is_file():
         return path / WEIGHTS_FILE
-    found = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
+    found = sorted(path.glob("*.safetensors.index.json")) or sorted(
+        file for file in path.glob("*.safetensors") if not SHARD.search(file.name)
+    )
     if len(found) != 1:
         what = (
             f"holds {len(found)} of them ({', '.join(f.name for f in found[:5])})" if found else "holds none"

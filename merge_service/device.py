@@ -1,5 +1,6 @@
-"""Blocks on a torch device: the array definitions of `rules.py` run there as they are, with torch in the place of numpy.
+"""Where blocks are while rules work on them: in memory as numpy arrays (`Host`), or on a torch device (`Device`).
 
+On a device the array definitions of `rules.py` run as they are, with torch in the place of numpy.
 Every thread of a merge has a stream and pinned buffers of its own. A block is copied to the device as it is stored (half
 the bytes for half-precision), widened there, and comes back merged; while one thread's copies are under way the others'
 blocks are computed. On the CPU the same code runs without streams, which is how it is tested.
@@ -10,18 +11,44 @@ Invariant: single IEEE operations on float32 or float64 give the same bits on ev
 
 import contextlib
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from merge_service.checkpoint import Checkpoint
+from merge_service.dtypes import all_finite
 from merge_service.engine import Span
 from merge_service.errors import TechniqueError
 
 
-class Device(threading.local):
-    """A torch device, for one merge; each thread has its own stream."""
+class Host:
+    """Blocks as numpy arrays."""
+
+    xp: Any = np
+
+    def turn(self) -> contextlib.AbstractContextManager[None]:
+        """One span's work."""
+        return contextlib.nullcontext()
+
+    def read(self, weights: Checkpoint, span: Span, compute: np.dtype, role: str) -> Any:
+        """A block of stored numbers, as wide as sums are kept. `role` names a buffer, one per block of a span."""
+        return weights.read(span.name, span.start, span.stop).astype(compute, copy=False)
+
+    def put(self, array: np.ndarray) -> Any:
+        """An array, such as a streaming state's, where blocks are."""
+        return array
+
+    def fetch(self, block: Any) -> np.ndarray:
+        """A block in memory, to be used before the span's work ends."""
+        return block
+
+    def finite(self, block: Any) -> Any:
+        """Whether no number is NaN or infinite; a bool, or something that becomes one when it is asked for."""
+        return all_finite(block)
+
+
+class Device(Host):
+    """Blocks on a torch device, for one merge; each thread has its own stream and buffers."""
 
     def __init__(self, name: str) -> None:
         try:
@@ -32,57 +59,55 @@ class Device(threading.local):
         except Exception as error:  # torch raises many kinds for a device it does not have
             reason = str(error).splitlines()[0]
             raise TechniqueError(
-                f"--device {name} cannot be used: {reason}; take cpu, or cuda on a machine that has it"
+                f"the device {name} cannot be used: {reason}. Leave it out, or name one that this machine has"
             ) from None
-        self.torch: Any = torch
+        self.xp = torch
         self.device = device
-        self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._pinned: dict[tuple[str, Any], Any] = {}
+        self._own = threading.local()
 
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """One block's work on this thread's stream."""
-        with self.torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
-            yield
+    def turn(self) -> contextlib.AbstractContextManager[None]:
+        """One span's work, on this thread's stream."""
+        stream = self._stream()
+        return self.xp.cuda.stream(stream) if stream else contextlib.nullcontext()
 
     def read(self, weights: Checkpoint, span: Span, compute: np.dtype, role: str) -> Any:
-        """A block of stored numbers, on the device and as wide as sums are kept. `role` names a staging buffer."""
+        """As of `Host`; copied as it is stored, widened on the device."""
         kind = weights.tensors[span.name].kind
         raw = weights.raw(span.name, span.start, span.stop)
+        block = self._upload(raw.view(np.int16) if kind.name == "BF16" else raw, role)
         if kind.name == "BF16":
-            raw = raw.view(np.int16)
-        block = self._upload(raw, role)
-        if kind.name == "BF16":
-            block = block.view(self.torch.bfloat16)
-        return block.to(self.torch.float64 if compute.itemsize == 8 else self.torch.float32)
+            block = block.view(self.xp.bfloat16)
+        return block.to(self.xp.float64 if compute.itemsize == 8 else self.xp.float32)
 
     def put(self, array: np.ndarray) -> Any:
-        """An array of numbers (a streaming state, a mask's hashes) on the device; uint32 as int64, which torch can count in."""
+        """As of `Host`; uint32 becomes int64, in which torch can count."""
         wide = array.astype(np.int64) if array.dtype == np.uint32 else array
-        return self.torch.from_numpy(np.ascontiguousarray(wide)).to(self.device)
+        return self.xp.from_numpy(np.require(wide, requirements="CW")).to(self.device)
 
     def fetch(self, block: Any) -> np.ndarray:
-        """A block back in memory, once everything before it on this thread's stream is done."""
-        if self.stream is None:
-            return block.cpu().numpy()
-        home = self._buffer("out", block.numel(), block.dtype)
-        home.copy_(block, non_blocking=True)
-        self.stream.synchronize()
-        return home.numpy()
+        """As of `Host`, once everything before it on this thread's stream is done."""
+        return block.cpu().numpy()
 
-    def finite(self, block: Any) -> bool:
-        """Whether no number of the block is NaN or infinite."""
-        return bool(self.torch.isfinite(block).all())
+    def finite(self, block: Any) -> Any:
+        """As of `Host`, without waiting for the answer."""
+        return self.xp.isfinite(block).all()
+
+    def _stream(self) -> Any:
+        if self.device.type == "cuda" and not hasattr(self._own, "stream"):
+            self._own.stream = self.xp.cuda.Stream(self.device)
+        return getattr(self._own, "stream", None)
 
     def _upload(self, raw: np.ndarray, role: str) -> Any:
-        if self.stream is None:
-            return self.torch.from_numpy(raw.copy())
-        staged = self._buffer(role, raw.size, self.torch.from_numpy(raw[:0].copy()).dtype)
-        staged.copy_(self.torch.from_numpy(raw.copy()))
+        block = self.xp.from_numpy(raw.copy())  # the map is read-only, which torch cannot have
+        if self._stream() is None:
+            return block
+        staged = self._pinned(role, block)
+        staged.copy_(block)
         return staged.to(self.device, non_blocking=True)
 
-    def _buffer(self, role: str, size: int, dtype: Any) -> Any:
-        held = self._pinned.get((role, dtype))
-        if held is None or held.numel() < size:
-            held = self._pinned[role, dtype] = self.torch.empty(size, dtype=dtype, pin_memory=True)
-        return held[:size]
+    def _pinned(self, role: str, like: Any) -> Any:
+        buffers = self._own.__dict__.setdefault("buffers", {})
+        held = buffers.get((role, like.dtype))
+        if held is None or held.numel() < like.numel():
+            held = buffers[role, like.dtype] = self.xp.empty_like(like, pin_memory=True)
+        return held[: like.numel()]

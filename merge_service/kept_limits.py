@@ -62,12 +62,9 @@ class KeptLimits:
 
     def __init__(self, blend: "Blend", keep: Keep, sha256: Mapping[str, str] | None = None) -> None:
         self.blend, self.keep, self.rule = blend, keep, _rule(blend)
-        if self.rule is None:
-            return
-        assert blend.base is not None
-        known = sha256 or {}
-        self._base = Identity.of(blend.base)
-        self._experts = {e.order: Identity.of(e.weights, known.get(e.id)) for e in blend.inputs}
+        self._inputs = {expert.order: expert for expert in blend.inputs}
+        self._sha256 = sha256 or {}
+        self._identities: dict[int, Identity] = {}
         self._found: set[int] = set()
 
     def recall(self) -> None:
@@ -88,17 +85,23 @@ class KeptLimits:
                 try:
                     self._write(expert.order)
                 except OSError as error:
-                    where = self._path(expert.order)
-                    problems.append(
-                        f"{expert.id}: thresholds were not kept in {where}: {error.strerror or error}"
-                    )
+                    problems.append(f"{expert.id}: thresholds were not kept: {error}")
         return tuple(problems)
+
+    def _identity(self, order: int) -> Identity:
+        """Of an expert, or of the base as number 0; worked out when it is first needed."""
+        if order not in self._identities:
+            expert = self._inputs.get(order)
+            weights = expert.weights if expert else self.blend.base
+            assert weights is not None
+            self._identities[order] = Identity.of(weights, self._sha256.get(expert.id) if expert else None)
+        return self._identities[order]
 
     def _path(self, order: int) -> Path:
         if not isinstance(self.keep, bool):
-            return Path(self.keep) / f"{self._experts[order].digest}{SUFFIX}"
-        weights = next(expert.weights for expert in self.blend.inputs if expert.order == order)
-        return weights.path.with_name(weights.path.name + SUFFIX)
+            return Path(self.keep) / f"{self._identity(order).digest}{SUFFIX}"
+        weights = self._inputs[order].weights.path
+        return weights.with_name(weights.name + SUFFIX)
 
     def _read(self, order: int) -> list[dict[str, Any]]:
         """The entries of an expert's file; none if there is no file that fits."""
@@ -111,7 +114,7 @@ class KeptLimits:
             if (
                 body["format"] != FORMAT
                 or stated != _digest(body)
-                or not self._experts[order].fits(body["expert"])
+                or not self._identity(order).fits(body["expert"])
             ):
                 return []
             return list(body["entries"])
@@ -120,7 +123,7 @@ class KeptLimits:
 
     def _fitting(self, entry: dict[str, Any]) -> dict[str, Limits] | None:
         try:
-            if entry["rule"] != self.rule or not self._base.fits(entry["base"]):
+            if entry["rule"] != self.rule or not self._identity(0).fits(entry["base"]):
                 return None
             kept = {group: Limits(*map(float.fromhex, ends)) for group, ends in entry["limits"].items()}
             return kept if kept.keys() == self.blend.group_sizes.keys() else None
@@ -132,9 +135,9 @@ class KeptLimits:
             group: [self.blend.limits[group, order].low.hex(), self.blend.limits[group, order].high.hex()]
             for group in self.blend.group_sizes
         }
-        entry = {"rule": self.rule, "base": vars(self._base), "limits": limits}
+        entry = {"rule": self.rule, "base": vars(self._identity(0)), "limits": limits}
         entries = [*self._read(order), entry][-MOST:]
-        body: dict[str, Any] = {"format": FORMAT, "expert": vars(self._experts[order]), "entries": entries}
+        body: dict[str, Any] = {"format": FORMAT, "expert": vars(self._identity(order)), "entries": entries}
         body["content_sha256"] = _digest(body)
         path = self._path(order)
         path.parent.mkdir(parents=True, exist_ok=True)

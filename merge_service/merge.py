@@ -12,7 +12,6 @@ name only when it is whole. Memory is a few blocks per thread, whatever the numb
 import contextlib
 import dataclasses
 import json
-import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -20,13 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from merge_service.admission import admit
 from merge_service.assemble import Options, assemble
-from merge_service.blend import Blend, Input, check_tied, tied
-from merge_service.checkpoint import Checkpoint
-from merge_service.engine import BLOCK, Scratch, Span, dots, run, spans
+from merge_service.blend import Blend, Input, check_tied
+from merge_service.checkpoint import Checkpoint, CheckpointWriter
+from merge_service.engine import BLOCK
 from merge_service.errors import TechniqueError
 from merge_service.kept_limits import Keep, KeptLimits
 from merge_service.leftovers import temporary
@@ -57,6 +54,16 @@ class MergeReport:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Way:
+    """How a merge is carried out, which never changes a tensor of what comes out."""
+
+    options: Options
+    keep_limits: Keep
+    shard_bytes: int | None
+    split: Split | None
+
+
 def merge(
     technique: str,
     params: Mapping[str, Any],
@@ -69,13 +76,17 @@ def merge(
     threads: int = 1,
     block: int = BLOCK,
     measure: bool = True,
+    device: str | None = None,
     split: Split | None = None,
     keep_limits: Keep = False,
+    shard_bytes: int | None = None,
 ) -> MergeReport:
     """Merge `experts` (files, sharded indices or directories), in this order, into `out`.
 
     `out` is a .safetensors file, or a directory when the inputs are directories with an open_clip configuration, which
-    is copied. The output has the tensors, dtypes and metadata of the base (of the first expert without one), plus an
+    is copied. With `shard_bytes` a model of more bytes goes to NAME-00001-of-0000N.safetensors beside NAME.safetensors and
+    NAME.safetensors.index.json (`shards.py`), to which the report's `out` then points; an `out` of that index name asks
+    for it at any size. The output has the tensors, dtypes and metadata of the base (of the first expert without one), plus an
     entry `temporal_merge` that says how it was made. With no experts it is the base.
 
     `ids` name experts in messages and seed their random masks (by default expert-1, expert-2, ...); `sha256` by id is
@@ -89,11 +100,11 @@ def merge(
     resolved = plugin.resolve(params, "merge", strict=True)
     names = list(ids) if ids is not None else [f"expert-{i}" for i in range(1, len(experts) + 1)]
     _check_count(plugin, resolved, base, len(experts), names)
-    options = Options(threads, block, measure)
+    way = Way(Options(threads, block, measure, device), keep_limits, shard_bytes, split)
     if plugin.ordered and experts:
         assert base is not None
-        return _replay(plugin, resolved, base, experts, names, out, sha256, options, split)
-    return _combine(plugin, resolved, "merge", base, experts, names, out, sha256, keep_limits, options, split)
+        return _replay(plugin, resolved, base, experts, names, out, sha256, way)
+    return _combine(plugin, resolved, "merge", base, experts, names, out, sha256, way)
 
 
 def fold(
@@ -109,8 +120,10 @@ def fold(
     threads: int = 1,
     block: int = BLOCK,
     measure: bool = True,
+    device: str | None = None,
     split: Split | None = None,
     keep_limits: Keep = False,
+    shard_bytes: int | None = None,
 ) -> MergeReport:
     """Merge the newest expert into the running model: one step of TIME's EMA, f({running, new}; base).
 
@@ -119,10 +132,8 @@ def fold(
     plugin = get(technique)
     resolved = plugin.resolve(params, "fold", strict=True)
     _check_count(plugin, resolved, base, 2, list(ids))
-    options = Options(threads, block, measure)
-    return _combine(
-        plugin, resolved, "fold", base, [running, new], list(ids), out, sha256, keep_limits, options, split
-    )
+    way = Way(Options(threads, block, measure, device), keep_limits, shard_bytes, split)
+    return _combine(plugin, resolved, "fold", base, [running, new], list(ids), out, sha256, way)
 
 
 def advance(
@@ -139,7 +150,9 @@ def advance(
     threads: int = 1,
     block: int = BLOCK,
     measure: bool = True,
+    device: str | None = None,
     keep_limits: Keep = False,
+    shard_bytes: int | None = None,
 ) -> MergeReport:
     """Add one expert to a streaming merge: read `state_in` (None to start), write `state_out` and the merged model.
 
@@ -158,10 +171,10 @@ def advance(
         if held:
             held.check(plugin, resolved, anchor)
             held.check_new(expert_id)
-        blend = Blend(plugin, resolved, anchor, [Input(expert_id, len(seen) + 1, newest)], threads)
+        blend = Blend(plugin, resolved, anchor, [Input(expert_id, len(seen) + 1, newest)], threads, device)
         inputs = [*seen, *_inputs([expert_id], sha256)]
-        target = Target.of(out, [base, expert]) if out is not None else None
         _admit_all(blend)
+        target = Target.of(out, [base, expert], shard_bytes) if out is not None else None
         notes = _ready(blend, keep_limits, sha256)
         norm = _continue(blend, held, inputs, target, state_out, Options(threads, block, measure))
         return _report(blend, target, len(inputs), began, norm, notes)
@@ -182,6 +195,7 @@ def retract(
     block: int = BLOCK,
     measure: bool = True,
     keep_limits: Keep = False,
+    shard_bytes: int | None = None,
 ) -> MergeReport:
     """Take one expert out of a streaming merge: read `state_in` and the expert, write `state_out` and the merged model.
 
@@ -203,8 +217,8 @@ def retract(
         blend = Retraction(plugin, resolved, anchor, left, len(held.inputs), threads)
         unchecked = check_bytes(held, order, expert, (sha256 or {}).get(expert_id))
         inputs = [entry for entry in held.inputs if entry["id"] != expert_id]
-        target = Target.of(out, [base, expert]) if out is not None else None
         _admit_all(blend)
+        target = Target.of(out, [base, expert], shard_bytes) if out is not None else None
         notes = _ready(blend, keep_limits, sha256)
         norm = _continue(blend, held, inputs, target, state_out, Options(threads, block, measure))
         return _report(blend, target, len(inputs), began, norm, unchecked + notes)
@@ -248,31 +262,6 @@ def replace(
         between.unlink(missing_ok=True)
 
 
-def geometry(base: PathLike, merged: PathLike, expert: PathLike, *, threads: int = 1) -> dict[str, float]:
-    """Norms of the task vectors of a merged model and of an expert, and the cosine between them.
-
-    {"merged_norm", "expert_norm", "cosine"}, over all float tensors (tied ones once), in float64 and independent of
-    blocks and threads. The cosine with a zero vector is 0. Raises `CheckpointError` like `merge`.
-    """
-    with Checkpoint.open(base) as anchor, Checkpoint.open(merged) as one, Checkpoint.open(expert) as two:
-        admit(anchor, one, "the merged model")
-        admit(anchor, two, "the expert")
-        ties, scratch = tied(anchor), Scratch()
-        sizes = [(n, i.numel) for n, i in anchor.tensors.items() if i.kind.is_float and n not in ties]
-
-        def work(span: Span) -> tuple[list[float], list[float], list[float]]:
-            zero = anchor.read(span.name, span.start, span.stop)
-            a = np.subtract(one.read(span.name, span.start, span.stop), zero, dtype=np.float64)
-            b = np.subtract(two.read(span.name, span.start, span.stop), zero, dtype=np.float64)
-            return dots(a, a, scratch), dots(b, b, scratch), dots(a, b, scratch)
-
-        parts = run(work, spans(sizes, BLOCK), threads)
-    aa, bb, ab = (math.fsum(x for part in parts for x in part[i]) for i in range(3))
-    norms = math.sqrt(aa), math.sqrt(bb)
-    cosine = ab / (norms[0] * norms[1]) if norms[0] and norms[1] else 0.0
-    return {"merged_norm": norms[0], "expert_norm": norms[1], "cosine": max(-1.0, min(1.0, cosine))}
-
-
 def _combine(
     plugin: Technique,
     params: dict[str, Any],
@@ -282,24 +271,28 @@ def _combine(
     ids: list[str],
     out: PathLike,
     sha256: Mapping[str, str] | None,
-    keep_limits: Keep,
-    options: Options,
-    split: Split | None,
+    way: Way,
 ) -> MergeReport:
+    if way.split is not None and way.shard_bytes is not None:
+        raise TechniqueError("workers write one file between them; leave --shard-size or --workers out")
     began = time.perf_counter()
     with contextlib.ExitStack() as stack:
         anchor = stack.enter_context(Checkpoint.open(base)) if base is not None else None
         opened = [stack.enter_context(Checkpoint.open(path)) for path in experts]
         inputs = [Input(name, order, weights) for order, (name, weights) in enumerate(zip(ids, opened), 1)]
-        blend = Blend(plugin, params, anchor, inputs, options.threads)
+        blend = Blend(plugin, params, anchor, inputs, way.options.threads, way.options.device)
         _admit_all(blend)
-        target = Target.of(out, [*experts, *([base] if base is not None else [])][::-1])
-        team = stack.enter_context(split.team(blend, options)) if split else None
-        notes = _ready(blend, keep_limits, sha256, team.answer if team else None)
+        target = Target.of(out, [*experts, *([base] if base is not None else [])][::-1], way.shard_bytes)
+        team = stack.enter_context(way.split.team(blend, way.options)) if way.split else None
+        notes = _ready(blend, way.keep_limits, sha256, team.answer if team else None)
         writer = stack.enter_context(
             target.open(blend.reference, _metadata(blend, form, params, _inputs(ids, sha256)))
         )
-        norm = team.assemble(blend, writer, options) if team else assemble(blend, writer, options)
+        if team is None:
+            norm = assemble(blend, writer, way.options)
+        else:
+            assert isinstance(writer, CheckpointWriter)
+            norm = team.assemble(blend, writer, way.options)
         return _report(blend, target, len(experts), began, norm, notes)
 
 
@@ -311,11 +304,10 @@ def _replay(
     ids: list[str],
     out: PathLike,
     sha256: Mapping[str, str] | None,
-    options: Options,
-    split: Split | None,
+    way: Way,
 ) -> MergeReport:
     """All experts at once for a technique that takes them one after another: the stream from the first on."""
-    if split is not None:
+    if way.split is not None:
         raise TechniqueError(
             f"{plugin.name} takes experts one after another and cannot be split over workers; leave --workers out"
         )
@@ -336,9 +328,11 @@ def _replay(
                 state_in=state,
                 state_out=target,
                 sha256=sha256,
-                threads=options.threads,
-                block=options.block,
-                measure=options.measure,
+                threads=way.options.threads,
+                block=way.options.block,
+                measure=way.options.measure,
+                device=way.options.device,
+                shard_bytes=way.shard_bytes,
             )
             if state:
                 state.unlink()
@@ -430,7 +424,7 @@ def _report(
     notes: tuple[str, ...],
 ) -> MergeReport:
     return MergeReport(
-        out=target.path if target else None,
+        out=target.place(blend.reference) if target else None,
         technique=blend.technique.name,
         params=dict(blend.params),
         experts=experts,

@@ -132,7 +132,9 @@ class PartWorker:
         part = self.part
         base = part.base.open() if part.base else None
         inputs = [Input(name, order, source.open()) for order, (name, source) in enumerate(part.experts, 1)]
-        self.blend = Blend(get(part.technique), part.params, base, inputs, part.options.threads)
+        self.blend = Blend(
+            get(part.technique), part.params, base, inputs, part.options.threads, part.options.device
+        )
         mine = set(part.tensors)
         self.tensors = [(name, numel) for name, numel in self.blend.merged if name in mine]
 

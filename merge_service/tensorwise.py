@@ -55,6 +55,12 @@ class Tensor:
         x = self.blend.numbers(expert, span)
         return x - self.blend.base_block(span) if self.blend.moves else x
 
+    def solve(self, function: Callable[..., Any], *matrices: Array, **options: Any) -> Array:
+        """A function of `matrices.py`, where blocks are worked on."""
+        site = self.blend.site
+        with site.turn():
+            return site.fetch(function(*map(site.put, matrices), **options, xp=site.xp))
+
     def squared(self, values: Iterator[Array] | Sequence[Array]) -> float:
         """The squared norm of a vector given in blocks of whole grains."""
         return math.fsum(part for block in values for part in dots(block, block, self.blend.scratch))
@@ -107,7 +113,7 @@ class Isotropic(_Rule):
 
     def result(self, tensor: Tensor, state: State, count: int) -> Array:
         def solve(start: int, stop: int, shape: tuple[int, int]) -> Array:
-            return isotropic(state["sum"][start:stop].reshape(shape))
+            return tensor.solve(isotropic, state["sum"][start:stop].reshape(shape))
 
         return self._by_matrix(tensor, lambda: state["sum"] / tensor.dtype.type(count), solve)
 
@@ -117,9 +123,12 @@ class IsotropicTasks(_Rule):
 
     def result(self, tensor: Tensor, state: State, count: int) -> Array:
         def solve(start: int, stop: int, shape: tuple[int, int]) -> Array:
-            taus = (tensor.whole(expert, start, stop).reshape(shape) for expert in tensor.blend.inputs)
-            fraction = tensor.params["common_fraction"]
-            return isotropic_task_specific(state["sum"][start:stop].reshape(shape), taus, count, fraction)
+            put = tensor.blend.site.put
+            taus = (put(tensor.whole(expert, start, stop).reshape(shape)) for expert in tensor.blend.inputs)
+            total, fraction = state["sum"][start:stop].reshape(shape), tensor.params["common_fraction"]
+            return tensor.solve(
+                isotropic_task_specific, total, taus=taus, count=count, common_fraction=fraction
+            )
 
         return self._by_matrix(tensor, lambda: state["sum"] / tensor.dtype.type(count), solve)
 
@@ -142,7 +151,8 @@ class Orthogonal(_Rule):
                 state["sum"][start:stop].reshape(shape),
                 tensor.whole(expert, start, stop).reshape(shape),
             )
-            state["sum"][start:stop] += opcm_project(held, tau, tensor.params["alpha"]).reshape(-1)
+            kept = tensor.solve(opcm_project, held, tau, alpha=tensor.params["alpha"])
+            state["sum"][start:stop] += kept.reshape(-1)
 
     def result(self, tensor: Tensor, state: State, count: int) -> Array:
         return state["sum"].copy()
@@ -187,7 +197,7 @@ class FusedMatrices(_Rule):
 
         def solve(start: int, stop: int, shape: tuple[int, int]) -> Array:
             old, fresh = (tensor.whole(one, start, stop).reshape(shape) for one in (running, new))
-            return rapf_fuse(old, fresh, tensor.params["floor"])
+            return tensor.solve(rapf_fuse, old, fresh, b=tensor.params["floor"])
 
         return self._by_matrix(tensor, lambda: tensor.whole(new).copy(), solve)
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 import numpy as np
 
@@ -26,6 +27,13 @@ from merge_service.leftovers import sweep, temporary
 Layout = Mapping[str, tuple[str, Sequence[int]]]
 Written = Mapping[tuple[str, int], int]
 """How many elements were written from which element of which tensor on."""
+
+
+class Writer(Protocol):
+    """What takes the blocks of a model, in one file or several."""
+
+    def write_stored(self, name: str, start: int, stored: np.ndarray) -> None:
+        """Store values that are already in the tensor's storage type, bit for bit."""
 
 
 class CheckpointWriter:
@@ -96,6 +104,11 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Make the file appear under its name, durably. Asserts that every element was written."""
+        self.settle()
+        self.publish()
+
+    def settle(self) -> None:
+        """Make what was written durable; asserts that it is everything."""
         written: Counter[str] = Counter()
         for (name, _), size in self._done.items():
             written[name] += size
@@ -106,6 +119,9 @@ class CheckpointWriter:
         os.fsync(self._file)
         os.close(self._file)
         self._file = -1
+
+    def publish(self) -> None:
+        """Give the settled file its name, durably."""
         self._temporary.replace(self.path)
         sync_directory(self.path.parent)
 

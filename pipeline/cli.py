@@ -34,6 +34,67 @@ OutOption = Annotated[
     Path | None,
     typer.Option("--out", metavar="DIR", help="Where everything goes; default runs/<study name>."),
 ]
+ShardSize = Annotated[
+    str | None,
+    typer.Option(
+        "--shard-size",
+        metavar="SIZE",
+        help="Write a model above SIZE (5GB, 500MB; decimal) as Hugging Face does: NAME-00001-of-0000N.safetensors of at "
+        "most SIZE and NAME.safetensors.index.json; a smaller one stays one file. An --out that ends in "
+        ".safetensors.index.json always writes the index, in shards of 5GB by default.",
+    ),
+]
+KeepThresholds = Annotated[
+    bool,
+    typer.Option(
+        "--keep-thresholds/--no-keep-thresholds",
+        help="Keep the thresholds of TIES or Breadcrumbs beside each expert (EXPERT.limits.json), so that the next merge "
+        "of it need not find them. Kept ones that fit are always used; the result is the same.",
+    ),
+]
+MergedOut = Annotated[
+    Path,
+    typer.Option(
+        "--out",
+        metavar="FILE",
+        help="The merged checkpoint: NAME.safetensors, NAME.safetensors.index.json for shards, or a directory when the "
+        "inputs are open_clip directories.",
+    ),
+]
+Base = Annotated[
+    Path | None, typer.Option("--base", metavar="FILE", help="The checkpoint that the experts started from.")
+]
+Parameters = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="p=v", help="A parameter of the technique; may be repeated."),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        help="By default one per CPU, or one per worker with --workers. Does not change the result.",
+        show_default=False,
+    ),
+]
+Workers = Annotated[
+    int,
+    typer.Option(
+        "--workers", min=1, help="Ray workers to divide the tensors among. Does not change the result."
+    ),
+]
+WorkersAddress = Annotated[
+    str | None,
+    typer.Option("--address", metavar="local|auto|HOST:PORT", help="Where workers run; default local."),
+]
+DeviceName = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="A torch device such as cuda or cuda:1 that merges the blocks; by default compiled loops on the CPU do.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON and nothing else.")]
 
 
@@ -92,32 +153,15 @@ def status(out: OutDir, as_json: AsJson = False) -> None:
 def merge(
     experts: Annotated[list[Path], typer.Argument(metavar="EXPERT...", help="Checkpoints, oldest first.")],
     technique: Annotated[str, typer.Option("--technique", metavar="NAME", help="See `techniques`.")],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The merged checkpoint.")],
-    base: Annotated[
-        Path | None,
-        typer.Option("--base", metavar="FILE", help="The checkpoint that the experts started from."),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="p=v", help="A parameter of the technique; may be repeated."),
-    ] = None,
-    threads: Annotated[
-        int, typer.Option("--threads", min=1, help="Of each worker; does not change the result.")
-    ] = 1,
-    workers: Annotated[
-        int, typer.Option("--workers", min=1, help="Ray workers to divide the tensors among; as --threads.")
-    ] = 1,
-    address: Annotated[
-        str | None,
-        typer.Option("--address", metavar="local|auto|HOST:PORT", help="Where workers run; default local."),
-    ] = None,
-    keep_thresholds: Annotated[
-        bool,
-        typer.Option(
-            help="Keep the thresholds of TIES or Breadcrumbs beside each expert (EXPERT.limits.json), so that the next "
-            "merge of it need not find them. Kept ones that fit are always used; the result is the same."
-        ),
-    ] = False,
+    out: MergedOut,
+    base: Base = None,
+    overrides: Parameters = None,
+    threads: Threads = None,
+    workers: Workers = 1,
+    address: WorkersAddress = None,
+    device: DeviceName = None,
+    shard_size: ShardSize = None,
+    keep_thresholds: KeepThresholds = False,
     as_json: AsJson = False,
 ) -> None:
     """Merge checkpoints on disk; no study, and no cluster unless asked for. Memory does not grow with their number.
@@ -129,30 +173,41 @@ def merge(
     """
     from merge_service.errors import UserError
     from merge_service.merge import merge as merge_files
+    from merge_service.shards import bytes_of
+    from merge_service.target import overwrites
     from pipeline.show import parameters_from
 
     for path in (*experts, *([base] if base else [])):
-        if out.exists() and path.exists() and out.samefile(path):
+        if overwrites(out, path):
             raise UserError(f"--out {out} is one of the inputs and would be lost; give another --out")
     split = None
     if workers > 1 or address:
         from pipeline.merging import split_over
 
-        split = split_over(address or "local", workers, threads)
+        split = split_over(address or "local", workers, threads or 1)
     params = parameters_from(overrides or [])
     report = merge_files(
-        technique, params, base, experts, out, threads=threads, split=split, keep_limits=keep_thresholds
+        technique,
+        params,
+        base,
+        experts,
+        out,
+        threads=threads or (len(os.sched_getaffinity(0)) if split is None else 1),
+        split=split,
+        device=device,
+        keep_limits=keep_thresholds,
+        shard_bytes=bytes_of(shard_size) if shard_size else None,
     )
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)
     answer = {
-        "out": str(out),
+        "out": str(report.out),
         "technique": technique,
         "experts": len(experts),
         "seconds": round(report.seconds, 3),
     }
     _print_json(answer) if as_json else print(
-        f"{out}: {technique} of {len(experts)} checkpoints in {report.seconds:.2f} s"
+        f"{report.out}: {technique} of {len(experts)} checkpoints in {report.seconds:.2f} s"
     )
 
 

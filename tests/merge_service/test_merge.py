@@ -17,7 +17,8 @@ from merge_service.errors import (
     IncompatibleCheckpoint,
     TechniqueError,
 )
-from merge_service.merge import advance, fold, geometry, merge
+from merge_service.geometry import geometry
+from merge_service.merge import advance, fold, merge
 
 
 @pytest.fixture

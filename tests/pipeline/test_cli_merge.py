@@ -102,6 +102,8 @@ MISTAKES = {
     "no such expert": ("average one nowhere", ["nowhere.safetensors does not exist"]),
     "no such base": ("ties --base nowhere one two", ["nowhere.safetensors does not exist"]),
     "not a checkpoint": ("average one garbage", ["garbage.safetensors", "not safetensors"]),
+    "no size": ("average --shard-size 5apples one two", ["'5apples' is not a size", "5GB"]),
+    "shards too small": ("average --shard-size 0 one two", ["'0' is not a size"]),
     "three for slerp": ("slerp one two base", ["slerp merges exactly 2 checkpoints, not 3"]),
 }
 
@@ -146,3 +148,33 @@ def test_merge_into_a_place_that_cannot_be_written_is_refused(cli, files: dict[s
     answer = cli("merge", "--technique", "average", "--out", out, files["one"], files["two"])
     assert answer.code == 2, answer.err
     assert str(out) in answer.err and answer.err.count("\n") == 1
+
+
+def test_merge_writes_shards_and_names_the_index_to_open(cli, files: dict[str, Path], tmp_path: Path) -> None:
+    out, whole = tmp_path / "cut" / "m.safetensors", tmp_path / "whole.safetensors"
+    inputs = [files["one"], files["two"]]
+    answer = cli("merge", "--technique", "average", "--out", out, "--shard-size", "50B", "--json", *inputs)
+    index = Path(f"{out}.index.json")
+    assert answer.code == 0 and json.loads(answer.out)["out"] == str(index)
+    assert cli("merge", "--technique", "average", "--out", whole, *inputs).code == 0
+    single = load_file(whole)
+    for name, shard in json.loads(index.read_text())["weight_map"].items():
+        np.testing.assert_array_equal(load_file(index.parent / shard)[name], single[name])
+    before = {path: path.read_bytes() for path in index.parent.iterdir()}
+    assert len(before) == 3
+    for target in (out, index):  # whatever its form, a name that is an input stays what it is
+        answer = cli("merge", "--technique", "average", "--out", target, index, files["one"])
+        assert answer.code == 2 and "is one of the inputs" in answer.err
+    assert {path: path.read_bytes() for path in index.parent.iterdir()} == before
+
+
+def test_merge_keeps_thresholds_when_asked_and_says_when_it_cannot(
+    cli, files: dict[str, Path], tmp_path: Path
+) -> None:
+    line = ["merge", "--technique", "ties", "--base", files["base"], "--out", tmp_path / "m.safetensors"]
+    assert cli(*line, files["one"], files["two"]).code == 0
+    assert not list(tmp_path.glob("*.limits.json"))
+    (tmp_path / "two.safetensors.limits.json").mkdir()
+    answer = cli(*line, "--keep-thresholds", files["one"], files["two"])
+    assert answer.code == 0 and (tmp_path / "one.safetensors.limits.json").is_file()
+    assert answer.err.startswith("note: expert-2: thresholds were not kept") and answer.err.count("\n") == 1
