@@ -305,7 +305,22 @@ def test_p15_frozen_tensors_change_nothing_when_they_do_not_count(where: Path, n
         assert whole[tensor].tobytes() == value.tobytes(), tensor
 
 
-@pytest.mark.parametrize("name", ["average", "magmax", "breadcrumbs_ties", "dare_ties"])
+STREAMED = [
+    "average",
+    "magmax",
+    "breadcrumbs_ties",
+    "dare_ties",
+    "breadcrumbs",
+    "dare",
+    "della",
+    "ram",
+    "random_mix",
+    "wise_ft",
+]
+JOINT = ["consensus", "sce", "pcb"]
+
+
+@pytest.mark.parametrize("name", STREAMED + JOINT)
 def test_p16_memory_does_not_grow_with_the_experts_or_the_model(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,18 +330,24 @@ def test_p16_memory_does_not_grow_with_the_experts_or_the_model(
     paths = []
     for number in range(7):
         tensors = {
-            "a": rng.standard_normal(1_500_000, np.float32),
-            "b": rng.standard_normal(500_000, np.float32),
+            "a": rng.standard_normal((1500, 1000), np.float32),
+            "b": rng.standard_normal((500, 1000), np.float32),
         }
         paths.append(toys.save(tmp_path / f"{number}.safetensors", tensors))
-    peaks = []
+    peaks, out, block = [], tmp_path / "out.safetensors", engine.GRAIN
+    merge(
+        name, {}, paths[0], paths[1:3], out, block=block
+    )  # compiled loops are loaded once, whatever is merged
     for count in (2, 6):
         tracemalloc.start()
-        merge(name, {}, paths[0], paths[1 : count + 1], tmp_path / "out.safetensors")
+        merge(name, {}, paths[0], paths[1 : count + 1], out, block=block)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert max(peaks) < 7_000_000 < paths[0].stat().st_size
-    assert peaks[1] < peaks[0] * 1.1 + 100_000
+    if name in JOINT:  # a few blocks of every expert, where the experts themselves would add 32 MB
+        assert peaks[1] < peaks[0] + 4_000_000
+    else:
+        assert max(peaks) < 7_500_000 < paths[0].stat().st_size
+        assert peaks[1] < peaks[0] * 1.1 + 100_000
 
 
 def test_random_masks_keep_the_right_share_independently_and_without_bias() -> None:
