@@ -82,7 +82,7 @@ class Device(Host):
     def put(self, array: np.ndarray) -> Any:
         """As of `Host`; uint32 becomes int64, in which torch can count."""
         wide = array.astype(np.int64) if array.dtype == np.uint32 else array
-        return self.xp.from_numpy(np.require(wide, requirements="CW")).to(self.device)
+        return self.xp.from_numpy(np.require(wide, requirements=["C", "W"])).to(self.device)
 
     def fetch(self, block: Any) -> np.ndarray:
         """As of `Host`, once everything before it on this thread's stream is done."""

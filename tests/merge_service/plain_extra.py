@@ -144,19 +144,22 @@ def chances(tau, density, epsilon):
     Equal magnitudes share the mean of their ranks, so a constant row, or a row of one, has `density` throughout (the
     references give equals different ranks, and 0/0 for a row of one).
     """
-    sizes = np.abs(tau)[..., None, :]
-    smaller = (sizes < np.abs(tau)[..., None]).sum(axis=-1)
-    equal = (sizes == np.abs(tau)[..., None]).sum(axis=-1)
-    rank, last = smaller + (equal - 1) / 2, tau.shape[-1] - 1
+    rank, last = np.apply_along_axis(_ranks, -1, np.abs(tau)), tau.shape[-1] - 1
     place = rank / last if last else np.full(tau.shape, 0.5)
     return (density - epsilon) + 2 * epsilon * place
+
+
+def _ranks(row):
+    _, which, equal = np.unique(row, return_inverse=True, return_counts=True)
+    return (np.cumsum(equal) - equal + (equal - 1) / 2)[which]
 
 
 def hashes(size, seed, who, name):
     """The 32-bit hash of every element."""
     text = json.dumps([seed, who, name]).encode()
     key = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
-    return np.array([plain._splitmix(key, i // 2) >> (32 * (i % 2)) & 0xFFFFFFFF for i in range(size)])
+    words = np.array([plain._splitmix(key, i) for i in range((size + 1) // 2)], np.uint64)
+    return np.stack([words & np.uint64(0xFFFFFFFF), words >> np.uint64(32)]).T.ravel()[:size]
 
 
 def trimmed(params, names, tau):

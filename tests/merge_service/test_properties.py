@@ -48,8 +48,8 @@ def obey(law: str):
     )
 
 
-def is_random(name: str) -> bool:
-    return any(param.name == "seed" for param in techniques.get(name).params)
+def has(name: str, param: str) -> bool:
+    return any(param == one.name for one in techniques.get(name).params)
 
 
 class Room:
@@ -148,13 +148,8 @@ def test_p3_the_order_of_experts_does_not_matter(where: Path, name: str, model, 
             sizes = np.sort(np.abs([e[tensor] - room.base[tensor] for e in room.experts]), axis=0)
             tied = np.any(sizes[1:] == sizes[:-1], axis=0)
         combine = techniques.get(name).combine
-        exact = not is_random(name) and combine not in (
-            "mean",
-            "spherical",
-            "stock",
-            "isotropic",
-            "isotropic_tasks",
-        )
+        rounded = ("mean", "spherical", "stock", "isotropic", "isotropic_tasks")
+        exact = not has(name, "seed") and combine not in rounded
         np.testing.assert_allclose(
             one[tensor][~tied], other[tensor][~tied], rtol=0, atol=0 if exact else 4e-6
         )
@@ -299,23 +294,39 @@ def test_p12_an_expert_counts_once(where: Path, name: str) -> None:
 def test_p14_only_the_seed_decides_what_is_random(where: Path, name: str) -> None:
     room = Room(where, 14, 3, 64, name)
     same_bits(room.merge(), room.merge())
-    if is_random(name):
+    if has(name, "seed"):
         other = room.merge(seed=1)
         assert any(other[n].tobytes() != v.tobytes() for n, v in room.merge(seed=0).items())
 
 
-@pytest.mark.parametrize("name", [n for n in techniques.names() if "ties" in n and "dare" not in n])
+@pytest.mark.parametrize("name", [n for n in techniques.names() if has(n, "count_frozen")])
 def test_p15_frozen_tensors_change_nothing_when_they_do_not_count(where: Path, name: str) -> None:
     room = Room(where, 15, 3, 64, name)
-    whole = room.merge(count_frozen=False)
+    params = {"count_frozen": False, "granularity": "tower"}
+    whole = room.merge(**params)
     bare = [{n: v for n, v in e.items() if n != "visual.ln_pre.bias"} for e in room.experts]
     base = {n: v for n, v in room.base.items() if n != "visual.ln_pre.bias"}
-    without = room.merge(bare, base=base, count_frozen=False)
+    without = room.merge(bare, base=base, **params)
     for tensor, value in without.items():
         assert whole[tensor].tobytes() == value.tobytes(), tensor
 
 
-@pytest.mark.parametrize("name", ["average", "magmax", "breadcrumbs_ties", "dare_ties"])
+STREAMED = [
+    "average",
+    "magmax",
+    "breadcrumbs_ties",
+    "dare_ties",
+    "breadcrumbs",
+    "dare",
+    "della",
+    "ram",
+    "random_mix",
+    "wise_ft",
+]
+JOINT = ["consensus", "sce", "pcb"]
+
+
+@pytest.mark.parametrize("name", STREAMED + JOINT)
 def test_p16_memory_does_not_grow_with_the_experts_or_the_model(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,18 +336,24 @@ def test_p16_memory_does_not_grow_with_the_experts_or_the_model(
     paths = []
     for number in range(7):
         tensors = {
-            "a": rng.standard_normal(1_500_000, np.float32),
-            "b": rng.standard_normal(500_000, np.float32),
+            "a": rng.standard_normal((1500, 1000), np.float32),
+            "b": rng.standard_normal((500, 1000), np.float32),
         }
         paths.append(toys.save(tmp_path / f"{number}.safetensors", tensors))
-    peaks = []
+    peaks, out, block = [], tmp_path / "out.safetensors", engine.GRAIN
+    merge(
+        name, {}, paths[0], paths[1:3], out, block=block
+    )  # compiled loops are loaded once, whatever is merged
     for count in (2, 6):
         tracemalloc.start()
-        merge(name, {}, paths[0], paths[1 : count + 1], tmp_path / "out.safetensors")
+        merge(name, {}, paths[0], paths[1 : count + 1], out, block=block)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert max(peaks) < 7_000_000 < paths[0].stat().st_size
-    assert peaks[1] < peaks[0] * 1.1 + 100_000
+    if name in JOINT:  # a few blocks of every expert, where the experts themselves would add 32 MB
+        assert peaks[1] < peaks[0] + 4_000_000
+    else:
+        assert max(peaks) < 7_500_000 < paths[0].stat().st_size
+        assert peaks[1] < peaks[0] * 1.1 + 100_000
 
 
 def test_random_masks_keep_the_right_share_independently_and_without_bias() -> None:
