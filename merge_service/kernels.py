@@ -46,6 +46,7 @@ JOB = np.dtype(
 result; `squares`: add up (result - base)^2 per grain. `balance` and `contested` are answers, see `rules.Election`."""
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
+_INFINITY = np.float32(np.inf)
 _MAGNITUDE, _INFINITE = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 _jit = nb.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
 
@@ -67,7 +68,7 @@ def _load(address, kind, at, size, out):
         source = nb.carray(_pointer(address + at * 4), (size,), np.uint32)
         for i in range(size):
             words[i] = source[i]
-            worst = max(worst, source[i] & _MAGNITUDE)
+            worst = max(worst, np.uint32(source[i] & _MAGNITUDE))
         return worst
     if kind == F64:
         doubles = nb.carray(_pointer(address + at * 8), (size,), np.float64)
@@ -82,26 +83,29 @@ def _load(address, kind, at, size, out):
             for i in range(size):
                 words[i] = _widened(np.uint32(halves[i]))
     for i in range(size):
-        worst = max(worst, words[i] & _MAGNITUDE)
+        worst = max(worst, np.uint32(words[i] & _MAGNITUDE))
     return worst
 
 
 @_jit
 def _load_delta(address, kind, at, size, base, low, high, out):
     """As `_load`, with `base` subtracted afterwards, and zero where the magnitude is not in `low`..`high`."""
-    if kind != F32:
+    if kind == F32:
+        source = nb.carray(_pointer(address + at * 4), (size,), np.float32)
+        words = nb.carray(_pointer(address + at * 4), (size,), np.uint32)
+        worst = np.uint32(0)
+        for i in range(
+            size
+        ):  # numba widens to 64 bits where it is not told to stay, which costs four times the time
+            out[i] = source[i] - base[i]
+            worst = max(worst, np.uint32(words[i] & _MAGNITUDE))
+    else:
         worst = _load(address, kind, at, size, out)
         for i in range(size):
-            delta = out[i] - base[i]
-            out[i] = delta if (abs(delta) >= low) & (abs(delta) <= high) else _ZERO
-        return worst
-    source = nb.carray(_pointer(address + at * 4), (size,), np.float32)
-    words = nb.carray(_pointer(address + at * 4), (size,), np.uint32)
-    worst = np.uint32(0)
-    for i in range(size):
-        delta = source[i] - base[i]
-        out[i] = delta if (abs(delta) >= low) & (abs(delta) <= high) else _ZERO
-        worst = max(worst, words[i] & _MAGNITUDE)
+            out[i] = out[i] - base[i]
+    if low > _ZERO or high < _INFINITY:
+        for i in range(size):
+            out[i] = out[i] if (abs(out[i]) >= low) & (abs(out[i]) <= high) else _ZERO
     return worst
 
 
@@ -272,7 +276,7 @@ def products(jobs, terms, partial):
         for k in range(count):
             if job.delta:
                 worst = _load_delta(
-                    terms[k].address, terms[k].kind, begin, size, base, _ZERO, np.float32(np.inf), x[k]
+                    terms[k].address, terms[k].kind, begin, size, base, _ZERO, _INFINITY, x[k]
                 )
             else:
                 worst = _load(terms[k].address, terms[k].kind, begin, size, x[k])
@@ -386,7 +390,7 @@ def _magnitudes(job, terms, begin, size, base, x, bits):
 def _highest(bits, size):
     worst = np.uint32(0)
     for i in range(size):
-        worst = max(worst, bits[i])
+        worst = max(worst, np.uint32(bits[i]))
     return worst
 
 

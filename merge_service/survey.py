@@ -42,7 +42,7 @@ from merge_service.thresholds import (
 if TYPE_CHECKING:
     from merge_service.blend import Blend
 
-BLOCK = 1 << 17
+BLOCK = 1 << 18
 """Elements per span of a counting pass: the base's stay in a core's cache while every expert is held against them."""
 
 
