@@ -22,6 +22,7 @@ BLOCK = 1 << 18
 """Default elements per span: enough for the cost of starting one not to show."""
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,12 @@ def spans(sizes: Iterable[tuple[str, int]], block: int) -> Iterator[Span]:
             yield Span(name, start, min(start + step, numel))
 
 
-def run(work: Callable[[Span], T], over: Iterable[Span], threads: int) -> list[T]:
+def run(work: Callable[[U], T], over: Iterable[U], threads: int) -> list[T]:
     """`work` of every span, results in order. The first failure in order is raised; later spans are dropped."""
     if threads < 1:
         raise ValueError(f"threads must be at least 1, not {threads}")
 
-    def quiet(span: Span) -> T:
+    def quiet(span: U) -> T:
         with np.errstate(all="ignore"):  # overflow is found by its result, not by a warning
             return work(span)
 

@@ -429,10 +429,9 @@ def sift(bits, low, high, chosen):
             for i in range(few.size):
                 inside = np.uint32(inside | np.uint32((few[i] >= low) & (few[i] <= high)))
             if inside:
-                for i in range(few.size):
-                    if (few[i] >= low) & (few[i] <= high):
-                        chosen[found] = few[i]
-                        found += 1
+                for i in range(few.size):  # no branch: which ones are inside is as good as random
+                    chosen[found] = few[i]
+                    found += np.int64((few[i] >= low) & (few[i] <= high))
     return below, found
 
 

@@ -6,7 +6,7 @@ Invariant: nothing here touches a block, and what is found is exact.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from merge_service.rules import is_trimmed
 from merge_service.thresholds import (
@@ -93,8 +93,7 @@ def _find_variances(blend: "Blend", ask: Ask) -> None:
     """The least variance over experts that is selected, by tensor; how many are not zero must be counted first."""
     quantity = Quantity("variance", wide=True, joint=True)
     nothing = {(name, 0): (Window(0, 0, 0),) for name in blend.group_sizes}
-    counted = ask(Count(nothing, quantity=quantity))
-    assert isinstance(counted, dict)
+    counted: Any = ask(Count(nothing, quantity=quantity))
     ranks = {
         key: differing_ranks(blend.params["density"], int(zeros.bins[0][0])) for key, zeros in counted.items()
     }

@@ -17,7 +17,7 @@ import numpy as np
 from merge_service import kernels
 from merge_service.checkpoint import Checkpoint
 from merge_service.dtypes import decode
-from merge_service.engine import Scratch, Span, run, spans, totals
+from merge_service.engine import GRAIN, Scratch, Span, run, spans, totals
 from merge_service.fused import Magnitudes, fits
 from merge_service.joint import score, selected, variance
 from merge_service.rules import Place, sparsify
@@ -87,10 +87,13 @@ class Surveyor:
         if isinstance(question, Sums):
             return self._sums(question)
         self.blend.adopt(question.quantity.given)
-        return self._count(question) if isinstance(question, Count) else self._survey(question)
+        if isinstance(question, Count):
+            return self._count(question)
+        found = run(partial(self._survey, question), question.keys, self.blend.threads)
+        return dict(zip(question.keys, found))
 
-    def _survey(self, question: Survey) -> Surveyed:
-        (group, order), quantity = question.key, question.quantity
+    def _survey(self, question: Survey, key: Key) -> Surveyed:
+        (group, order), quantity = key, question.quantity
         stride = stride_of(self.blend.group_sizes[group])
         found, still, total = [np.empty(0, quantity.word)], set(), 0
         for name, numel in self.groups.get(group, []):
@@ -128,7 +131,8 @@ class Surveyor:
                 if span.name not in question.still.get(key, ()):
                     self._count_span(span, blocks, key[1], question, question.windows[key], totals[key])
 
-        over = [span for group in asked for span in spans(self.groups.get(group, []), BLOCK)]
+        block = GRAIN if question.quantity.joint else BLOCK  # joint ones hold a block of every expert
+        over = [span for group in asked for span in spans(self.groups.get(group, []), block)]
         run(work, over, self.blend.threads)
         return totals
 
@@ -173,7 +177,7 @@ class Surveyor:
             ]
 
         parts: dict[tuple[str, str, int], list[float]] = {}
-        for found in run(work, spans(self.tensors, BLOCK), self.blend.threads):
+        for found in run(work, spans(self.tensors, GRAIN), self.blend.threads):
             for key, part in found:
                 parts.setdefault(key, []).extend(part)
         return Summed(parts)

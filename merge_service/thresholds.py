@@ -27,6 +27,8 @@ COUNTS = 1 << 22
 """Most bins at a time over all windows (32 MiB)."""
 SAMPLE = 1 << 20
 """About how many elements of a group are drawn."""
+SURVEYS = 4
+"""Groups that are surveyed at a time, so that samples do not add up."""
 GATHER = 1 << 16
 """Groups up to this many elements are drawn whole, which settles them without a pass."""
 
@@ -173,9 +175,9 @@ MAGNITUDE = Quantity()
 
 @dataclass(frozen=True)
 class Survey:
-    """Asks for the size of a group (without tensors that did not move, unless `count_frozen`) and a sample."""
+    """Asks for the size of some groups (without tensors that did not move, unless `count_frozen`) and a sample of each."""
 
-    key: Key
+    keys: tuple[Key, ...]
     count_frozen: bool
     quantity: Quantity = MAGNITUDE
 
@@ -258,19 +260,19 @@ class Summed:
 
 
 Question = Survey | Count | Products | Sums
-Answer = Surveyed | dict[Key, Counted] | Grams | Summed
+Answer = dict[Key, Surveyed] | dict[Key, Counted] | Grams | Summed
 Ask = Callable[[Question], Answer]
 
 
 def together(answers: Sequence[Answer]) -> Answer:
     """The answer for all tensors, from the answers for parts of them."""
+    whole: Any
     whole, *others = answers
     for other in others:
         if isinstance(whole, dict):
-            assert isinstance(other, dict)
-            whole = {key: found + other[key] for key, found in whole.items()}
+            whole = {key: found + other[key] for key, found in whole.items()}  # type: ignore[index]
         else:
-            whole = whole + other  # type: ignore[operator]
+            whole = whole + other
     return whole
 
 
@@ -310,15 +312,15 @@ def search(
     top, most = quantity.top, _fineness(quantity, len(ranks))
     quests: dict[Key, list[_Quest | None]] = {}
     still: dict[Key, frozenset[str]] = {}
-    for key, wanted in ranks.items():
-        survey = ask(Survey(key, count_frozen, quantity))
-        assert isinstance(survey, Surveyed)
-        quests[key] = [_quest(rank, survey, top, most) for rank in wanted(survey.total)]
-        still[key] = survey.still
+    keys = tuple(ranks)
+    for first in range(0, len(keys), SURVEYS):
+        surveys: Any = ask(Survey(keys[first : first + SURVEYS], count_frozen, quantity))
+        for key, survey in surveys.items():
+            quests[key] = [_quest(rank, survey, top, most) for rank in ranks[key](survey.total)]
+            still[key] = survey.still
     while unsettled := _next_round(quests):
         windows = {key: tuple(quest.window for quest in found) for key, found in unsettled.items()}
-        counted = ask(Count(windows, {key: still[key] for key in windows}, quantity))
-        assert isinstance(counted, dict)
+        counted: Any = ask(Count(windows, {key: still[key] for key in windows}, quantity))
         for key, found in unsettled.items():
             for quest, below, bins in zip(found, counted[key].below, counted[key].bins):
                 quest.learn(below, bins, top)
