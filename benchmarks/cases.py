@@ -38,8 +38,17 @@ class Case:
         return base if self.base else None, experts[:2] if self.form == "fold" else experts
 
 
-# Where the CLI and `merge` learn to keep thresholds beside an expert, the cases with thresholds at hand are
-# Case("ties, thresholds at hand", "ties", options={...}, flags=(...), prepared=True), and so on.
+def _at_hand(technique: str) -> Case:
+    """The same with the thresholds kept beside the experts from an earlier merge."""
+    return Case(
+        f"{technique}_kept",
+        technique,
+        options={"keep_limits": True},
+        flags=("--keep-thresholds",),
+        prepared=True,
+    )
+
+
 CASES = {
     case.name: case
     for case in (
@@ -50,8 +59,10 @@ CASES = {
         Case("magmax", "magmax", {"scale": 0.5}),
         Case("lines_task_arithmetic", "lines_task_arithmetic"),
         Case("ties", "ties"),
+        _at_hand("ties"),
         Case("dare_ties", "dare_ties"),
         Case("breadcrumbs_ties", "breadcrumbs_ties"),
+        _at_hand("breadcrumbs_ties"),
         Case("iso_c", "iso_c"),
         Case("iso_cts", "iso_cts"),
         Case("opcm", "opcm"),
