@@ -3,7 +3,7 @@
 Invariant: only asked for spans it `fits`; what comes back are the bits of the array definitions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -140,26 +140,44 @@ def _where(weights: Checkpoint, name: str) -> tuple[int, int, int]:
 
 
 class Magnitudes:
-    """|expert - base| of one span, as bits."""
+    """|expert - base| of one span for some experts, as bits."""
 
-    def __init__(self, base: Checkpoint, expert: Checkpoint, span: Span) -> None:
-        self.job, self.terms = np.zeros(1, kernels.JOB), np.zeros(1, kernels.TERM)
-        for table, weights, column in ((self.job, base, "base"), (self.terms, expert, "address")):
-            address, kind, size = _where(weights, span.name)
-            table[column], table["kind"] = address + span.start * size, kind
+    def __init__(self, base: Checkpoint, experts: Sequence[Checkpoint], span: Span) -> None:
+        self.job, self.terms = np.zeros(1, kernels.JOB), np.zeros(len(experts), kernels.TERM)
+        self.size = span.size
         self.job["size"] = span.size
+        address, kind, size = _where(base, span.name)
+        self.job["base"], self.job["kind"] = address + span.start * size, kind
+        for row, weights in enumerate(experts):
+            address, kind, size = _where(weights, span.name)
+            self.terms[row]["address"], self.terms[row]["kind"] = address + span.start * size, kind
 
-    def write(self, bits: np.ndarray) -> None:
-        """Into `bits`, uint32 [span.size]."""
-        kernels.magnitudes(self.job, self.terms, bits)
-
-    def sift(self, lows: np.ndarray, highs: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """How many lie below each window, and how many in it; those are left in `chosen` [windows, span.size]."""
-        below, found = np.zeros(lows.size, np.int64), np.zeros(lows.size, np.int64)
-        kernels.sift_span(self.job, self.terms, lows, highs, below, found, chosen)
-        return below, found
+    def sift(
+        self, windows: "Windows", scratch: Scratch
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """How many more lie below each window, what lies inside, and in which window each; some blocks at a time."""
+        room = max(2 * kernels.LANES * windows.rows.size, 1 << 15)
+        chosen, owners = scratch.take("chosen", room, np.uint32), scratch.take("owners", room, np.uint16)
+        at = 0
+        while at < self.size:
+            below = np.zeros(windows.rows.size, np.int64)
+            at, found = kernels.sift_span(
+                self.job, self.terms, windows.lows, windows.highs, windows.rows, at, below, chosen, owners
+            )
+            yield below, chosen[:found], owners[:found]
 
     @property
-    def bad(self) -> tuple[bool, bool]:
-        """Whether the base, and the expert, hold numbers that are not finite."""
-        return bool(self.job["bad"][0]), bool(self.terms["bad"][0])
+    def bad(self) -> tuple[int, ...]:
+        """Rows of experts that hold numbers that are not finite; -1 for the base."""
+        return (*((-1,) if self.job["bad"][0] else ()), *np.flatnonzero(self.terms["bad"]).tolist())
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows for `Magnitudes`: their ends and bin widths, the row of the expert each is about, where its bins begin."""
+
+    lows: np.ndarray
+    highs: np.ndarray
+    shifts: np.ndarray
+    rows: np.ndarray
+    starts: np.ndarray

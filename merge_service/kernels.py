@@ -358,15 +358,6 @@ def blend(jobs, terms, state, votes, out, squares):
 
 
 @_jit
-def magnitudes(job, terms, bits):
-    """Bits of |expert - base| for the span of `job` and the one expert in `terms`. bits: uint32 [size]."""
-    base, x = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    for begin in range(0, job[0].size, LANES):
-        size = min(LANES, job[0].size - begin)
-        _magnitudes(job, terms, begin, size, base, x, bits[begin : begin + size])
-
-
-@_jit
 def _magnitudes(job, terms, begin, size, base, x, bits):
     moved = bits.view(np.float32)
     origin, kind = job[0].base, job[0].kind
@@ -395,19 +386,27 @@ def _highest(bits, size):
 
 
 @_jit
-def sift_span(job, terms, lows, highs, below, found, chosen):
-    """`sift` of the magnitudes of a span, for several windows at once, without storing them.
+def sift_span(job, terms, lows, highs, rows, begin, below, chosen, owners):
+    """`sift` of the magnitudes of many experts against windows, without storing them, from element `begin` of a span on.
 
-    lows, highs: uint32 [windows]; below, found: int64 [windows], to be added to; chosen: uint32 [windows, size].
+    lows, highs: uint32 [windows]; rows: int64 [windows], the expert in `terms` that each is about, ascending; below: int64
+    [windows], to be added to; chosen: uint32 [room], owners: uint16 [room], which window each is from. Stops when `room`
+    may not do for another block; where it stopped, and how many were chosen.
     """
     base, x, bits = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.uint32)
-    for begin in range(0, job[0].size, LANES):
-        size = min(LANES, job[0].size - begin)
-        _magnitudes(job, terms, begin, size, base, x, bits[:size])
-        for k in range(lows.size):
-            less, more = sift(bits[:size], lows[k], highs[k], chosen[k, found[k] :])
+    found, at = 0, begin
+    while at < job[0].size and found + LANES * rows.size <= chosen.size:
+        size = min(LANES, job[0].size - at)
+        for k in range(rows.size):
+            if k == 0 or rows[k] != rows[k - 1]:
+                one = terms[rows[k] : rows[k] + 1]
+                _magnitudes(job, one, at, size, base, x, bits[:size])
+            less, more = sift(bits[:size], lows[k], highs[k], chosen[found:])
             below[k] += less
-            found[k] += more
+            owners[found : found + more] = k
+            found += more
+        at += size
+    return at, found
 
 
 @_jit
@@ -436,7 +435,8 @@ def sift(bits, low, high, chosen):
 
 
 @_jit
-def tally(chosen, low, shift, bins):
-    """Count `chosen` in `bins` at (value - low) >> shift."""
+def tally(chosen, owners, lows, shifts, starts, bins):
+    """Count every number chosen in the bins of its window, which begin at `starts` [windows] of `bins`."""
     for i in range(chosen.size):
-        bins[np.int64((chosen[i] - low) >> shift)] += 1
+        k = owners[i]
+        bins[starts[k] + np.int64((chosen[i] - lows[k]) >> shifts[k])] += 1

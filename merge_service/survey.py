@@ -18,7 +18,7 @@ from merge_service import kernels
 from merge_service.checkpoint import Checkpoint
 from merge_service.dtypes import decode
 from merge_service.engine import GRAIN, Scratch, Span, run, spans, totals
-from merge_service.fused import Magnitudes, fits
+from merge_service.fused import Magnitudes, Windows, fits
 from merge_service.joint import score, selected, variance
 from merge_service.rules import Place, sparsify
 from merge_service.thresholds import (
@@ -40,9 +40,9 @@ from merge_service.thresholds import (
 )
 
 if TYPE_CHECKING:
-    from merge_service.blend import Blend
+    from merge_service.blend import Blend, Input
 
-BLOCK = 1 << 18
+BLOCK = 1 << 17
 """Elements per span of a counting pass: the base's stay in a core's cache while every expert is held against them."""
 
 
@@ -121,20 +121,41 @@ class Surveyor:
 
     def _count(self, question: Count) -> dict[Key, Counted]:
         totals = {key: Counted.none(windows) for key, windows in question.windows.items()}
+        quantity = question.quantity
+        plain = quantity.name == "magnitude" and not quantity.wide
         asked: dict[str, list[Key]] = {}
         for key in question.windows:
             asked.setdefault(key[0], []).append(key)
+        tables = (
+            {group: _Table(question, keys, self.inputs) for group, keys in asked.items()} if plain else {}
+        )
 
         def work(span: Span) -> None:
+            group = self.blend.group(span.name)
+            keys = [key for key in asked[group] if span.name not in question.still.get(key, ())]
+            if plain and keys == asked[group] and all(self._fits(span, order) for _, order in keys):
+                self._count_fused(span, tables[group])
+                return
             blocks = self._blocks(span)
-            for key in asked[self.blend.group(span.name)]:
-                if span.name not in question.still.get(key, ()):
-                    self._count_span(span, blocks, key[1], question, question.windows[key], totals[key])
+            for key in keys:
+                self._count_span(span, blocks, key[1], question, question.windows[key], totals[key])
 
-        block = GRAIN if question.quantity.joint else BLOCK  # joint ones hold a block of every expert
+        block = BLOCK if plain else GRAIN  # others hold a block of every expert
         over = [span for group in asked for span in spans(self.groups.get(group, []), block)]
         run(work, over, self.blend.threads)
+        for table in tables.values():
+            table.add_to(totals)
         return totals
+
+    def _count_fused(self, span: Span, table: "_Table") -> None:
+        assert self.blend.base is not None
+        magnitudes = Magnitudes(self.blend.base, [expert.weights for expert in table.experts], span)
+        windows = table.windows
+        for below, chosen, owners in magnitudes.sift(windows, self.scratch):
+            with self.lock:
+                np.add(table.below, below, out=table.below)
+                kernels.tally(chosen, owners, windows.lows, windows.shifts, windows.starts, table.bins)
+        self.blend.refuse([table.experts[row].order if row >= 0 else 0 for row in magnitudes.bad])
 
     def _count_span(
         self,
@@ -146,23 +167,15 @@ class Surveyor:
         total: Counted,
     ) -> None:
         quantity = question.quantity
-        lows, highs = (np.array(ends, quantity.word) for ends in zip(*((w.low, w.high) for w in windows)))
-        chosen = self.scratch.take("chosen", len(windows) * span.size, quantity.word).reshape(
-            len(windows), -1
-        )
-        if quantity.name == "magnitude" and not quantity.wide and self._fits(span, order):
-            magnitudes = self._magnitudes(span, order)
-            below, found = magnitudes.sift(lows, highs, chosen)
-            self._check(magnitudes, order)
-        else:
-            words = quantity.words(self._measure_span(quantity, span, order, blocks))
-            counts = [kernels.sift(words, low, high, row) for low, high, row in zip(lows, highs, chosen)]
-            below, found = np.array(counts).T
-        with self.lock:
-            for number, window in enumerate(windows):
-                total.below[number] += int(below[number])
-                shift = quantity.word.type(window.shift)
-                kernels.tally(chosen[number, : found[number]], lows[number], shift, total.bins[number])
+        words = quantity.words(self._measure_span(quantity, span, order, blocks))
+        chosen = self.scratch.take("chosen", span.size, quantity.word)
+        for number, window in enumerate(windows):
+            low, high = quantity.word.type(window.low), quantity.word.type(window.high)
+            below, found = kernels.sift(words, low, high, chosen)
+            places = ((chosen[:found] - low) >> quantity.word.type(window.shift)).astype(np.intp)
+            with self.lock:
+                total.below[number] += below
+                np.add.at(total.bins[number], places, 1)
 
     def _sums(self, question: Sums) -> Summed:
         for quantity in question.quantities:
@@ -214,12 +227,34 @@ class Surveyor:
         assert self.blend.base is not None
         return fits((self.blend.base, self.inputs[order].weights), span.name)
 
-    def _magnitudes(self, span: Span, order: int) -> Magnitudes:
-        assert self.blend.base is not None
-        return Magnitudes(self.blend.base, self.inputs[order].weights, span)
 
-    def _check(self, magnitudes: Magnitudes, order: int) -> None:
-        self.blend.refuse([number for number, bad in zip((0, order), magnitudes.bad) if bad])
+class _Table:
+    """The windows of one group for the fused loop, and what was counted in them."""
+
+    def __init__(self, question: Count, keys: Sequence[Key], inputs: "Mapping[int, Input]") -> None:
+        self.keys = keys
+        self.experts = [inputs[order] for _, order in keys]
+        flat = [(row, window) for row, key in enumerate(keys) for window in question.windows[key]]
+        word, sizes = question.quantity.word, [window.bins for _, window in flat]
+        self.windows = Windows(
+            lows=np.array([window.low for _, window in flat], word),
+            highs=np.array([window.high for _, window in flat], word),
+            shifts=np.array([window.shift for _, window in flat], word),
+            rows=np.array([row for row, _ in flat], np.int64),
+            starts=np.cumsum([0, *sizes[:-1]], dtype=np.int64),
+        )
+        self.below, self.bins = np.zeros(len(flat), np.int64), np.zeros(sum(sizes), np.int64)
+
+    def add_to(self, totals: "Mapping[Key, Counted]") -> None:
+        """Give every group and expert what was counted."""
+        place = 0
+        for key in self.keys:
+            total = totals[key]
+            for number, bins in enumerate(total.bins):
+                start = int(self.windows.starts[place])
+                total.below[number] += int(self.below[place])
+                bins += self.bins[start : start + bins.size]
+                place += 1
 
 
 def _runs(weights: Checkpoint, name: str, numel: int, stride: int) -> np.ndarray:
