@@ -284,11 +284,9 @@ class _Quest:
     window: Window
     most: int
     value: int | None = None
-    tried: int = field(default=0)
 
     def learn(self, below: int, bins: np.ndarray, top: int) -> None:
         """Narrow the window by what was counted in it, or look where the rank must be instead."""
-        self.tried += 1
         inside = int(bins.sum())
         if self.rank <= below:
             self.window = Window.of(0, self.window.low - 1, self.most)
