@@ -152,7 +152,7 @@ class Study(Section):
         adaptation = self.data.adaptation or tuple(dict.fromkeys(named)) or suite.get("adaptation")
         if not adaptation:
             problems.append(
-                Problem("stream.tasks", "is missing; list the datasets to learn, in the order they arrive")
+                Problem("stream.tasks", "is missing; list the datasets to learn here or in data.adaptation")
             )
         found: dict[str, tuple[str, ...]] = {"adaptation": tuple(adaptation or ())}
         for role in ("pretraining", "held_out"):

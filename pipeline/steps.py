@@ -182,6 +182,10 @@ class Plan:
         """Each task of a trajectory with the datasets it brings whole."""
         return self.streams[trajectory.stream_id]
 
+    def trains(self, trajectory: TrajectoryPlan) -> bool:
+        """Whether a trajectory has experts at all."""
+        return any(point.train for point in trajectory.points)
+
     def weights_step(self, fingerprint: str) -> Step:
         """The step, or base, that makes these weights."""
         return self.bases.get(fingerprint) or self.steps[fingerprint]
@@ -215,10 +219,10 @@ class Plan:
             "study": self.study,
             "trajectories": len(self.trajectories),
             "steps": counts,
-            "critical_path": critical_path(ahead),
             "gflops": _total(step.gflops for step in ahead.values()),
-            "gflops_naive": self.naive_gflops,
             "disk_bytes": sum(step.disk_bytes for step in ahead.values()),
+            "gflops_naive": self.naive_gflops,
+            "critical_path": critical_path(ahead),
             "missing": list(self.missing),
         }
 
