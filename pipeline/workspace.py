@@ -17,8 +17,11 @@ from pipeline.facts import base_identity, check_shards, ensure_data, gather, loc
 from pipeline.plan import Plan, Step, base_step, make_plan
 from pipeline.results import results, write_results
 from pipeline.sections import ModelSection
+from pipeline.steps import Facts
 from pipeline.store import Store
+from pipeline.streams import save
 
+STREAMS = "streams"
 STUDY_FILE, PLAN_FILE, RESULTS_FILE = "study.yaml", "plan.json", "results.json"
 
 
@@ -29,6 +32,7 @@ class Workspace:
     study: Study
     out: Path
     plan: Plan
+    facts: Facts
     failure: dict[str, Any] | None = None
     _records: dict[str, Any] = field(default_factory=dict)
 
@@ -43,7 +47,8 @@ class Workspace:
         study = load_study(path, overrides)
         ensure_data(study)
         study = study.resolved()
-        return cls(study, out or Path("runs") / study.name, make_plan(study, gather(study, provisional)))
+        facts = gather(study, provisional)
+        return cls(study, out or Path("runs") / study.name, make_plan(study, facts), facts)
 
     @cached_property
     def store(self) -> Store:
@@ -82,6 +87,8 @@ class Workspace:
         self._check_same_study()
         _write(self.out / STUDY_FILE, self.study.resolved_yaml())
         _write(self.out / PLAN_FILE, json.dumps(self.plan.to_json()))
+        for stream in self.facts.streams.values():
+            save(stream, self.out / STREAMS / f"{stream.fingerprint[:12]}.json")
         for model in self.study.models:
             base = self.plan.bases[base_step(*base_identity(model)[:2]).fingerprint]
             record = self.store.record(base.kind, base.fingerprint)
