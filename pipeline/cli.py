@@ -119,7 +119,16 @@ def run(
 
 @app.command()
 def plan(
-    study: StudyFile, overrides: Overrides = None, out: OutOption = None, as_json: AsJson = False
+    study: StudyFile,
+    overrides: Overrides = None,
+    out: OutOption = None,
+    save_streams: Annotated[
+        Path | None,
+        typer.Option(
+            "--save-streams", metavar="DIR", help="Also write every stream there as a file to share."
+        ),
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show what would run: steps shared between trajectories, compute, disk. Needs no cluster.
 
@@ -129,6 +138,8 @@ def plan(
     from pipeline.workspace import Workspace
 
     workspace = Workspace.open(study, overrides or [], out, provisional=True)
+    if save_streams is not None:
+        workspace.save_streams(save_streams)
     summary = workspace.summary()
     if as_json:
         _print_json(summary)
