@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError
 from pipeline.mistakes import validate
 from pipeline.sections import Name, Section, Text
 from pipeline.yaml_input import read
-from workers.data.manifest import MANIFEST_FILE, describe, folder, verify
+from workers.data.manifest import MANIFEST_FILE, DatasetInfo, SplitInfo, describe, folder, verify
 
 Role = Literal["pretraining", "adaptation", "held_out"]
 ROLES: tuple[Role, ...] = ("pretraining", "adaptation", "held_out")
@@ -39,7 +39,7 @@ Count = Annotated[int | None, Field(ge=1, le=10**10)]
 
 
 class SuiteDataset(Section):
-    """One dataset. `folder` is expected under the root, with or without the prefix wds_; null is unknown.
+    """One dataset, expected under the root in a folder of its name, with or without the prefix wds_. Null is unknown.
 
     `classes`, `train` and `test` are counts; `original` is the folder's name in the benchmark's own download; `date` is a year,
     or text (year-month or year-month-day).
@@ -48,7 +48,6 @@ class SuiteDataset(Section):
     name: Name
     role: Role
     kind: Literal["classification", "retrieval"]
-    folder: Name
     original: Text | None = None
     template: Annotated[Text, AfterValidator(_with_place)] | None = None
     classes: Count = None
@@ -75,16 +74,6 @@ class Totals(Section):
     test: int = Field(ge=1)
 
 
-@dataclass(frozen=True)
-class Described:
-    """A dataset as far as a plan must know it; `samples` per split. Names and counts that are unknown are placeholders."""
-
-    kind: str
-    classes: tuple[str, ...]
-    templates: tuple[str, ...]
-    samples: Mapping[str, int]
-
-
 class Suite(Section):
     """A benchmark: its datasets in the file's order, and the sums it states. `read_suite_file` makes one."""
 
@@ -95,17 +84,16 @@ class Suite(Section):
 
     @model_validator(mode="after")
     def _told_apart(self) -> Self:
-        for key in ("name", "folder"):
-            values = [getattr(dataset, key) for dataset in self.datasets]
-            twice = sorted({value for value in values if values.count(value) > 1})
-            if twice:
-                raise ValueError(f"{', '.join(twice)}: two datasets have this {key}; remove one")
+        values = [dataset.name for dataset in self.datasets]
+        twice = sorted({value for value in values if values.count(value) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)}: two datasets have this name; remove one")
         if not self.roles["adaptation"]:
             raise ValueError("no dataset has the role adaptation, so there is nothing to learn")
         return self
 
     @cached_property
-    def roles(self) -> dict[Role, tuple[str, ...]]:
+    def roles(self) -> dict[str, tuple[str, ...]]:
         """The datasets of each role, as `suite.json` of a root would give them."""
         return {role: tuple(d.name for d in self.datasets if d.role == role) for role in ROLES}
 
@@ -121,8 +109,8 @@ class Suite(Section):
                 return dataset
         raise UserError(f"suite {self.name} has no dataset {name!r}")
 
-    def described(self) -> dict[str, Described]:
-        """Every dataset, good enough to plan with before the data are there.
+    def described(self) -> dict[str, DatasetInfo]:
+        """Every dataset, good enough to plan with before the data are there: digests that no shards have, no shards.
 
         Class names are placeholders (class-00001, ...). A count that is null is an equal share of what the role's total leaves
         (1 without a total), so that sums over all datasets are right though single ones are not.
@@ -132,12 +120,10 @@ class Suite(Section):
         for d in self.datasets:
             count = 0 if d.kind == "retrieval" else classes[d.name]
             samples = {"train": train[d.name], "test": test[d.name]}
-            answer[d.name] = Described(
-                d.kind,
-                tuple(f"class-{index:05d}" for index in range(1, count + 1)),
-                (d.template,) if d.template is not None else (),
-                {split: samples[split] for split in SPLITS[d.role]},
-            )
+            splits = {split: _no_shards(d.name, split, samples[split]) for split in SPLITS[d.role]}
+            names = tuple(f"class-{index:05d}" for index in range(1, count + 1))
+            prompts = (d.template,) if d.template is not None else ()
+            answer[d.name] = DatasetInfo(d.name, d.kind, names, prompts, splits, f"provisional {d.name}")
         return answer
 
     def _counts(self, what: str) -> dict[str, int]:
@@ -153,6 +139,10 @@ class Suite(Section):
             for index, name in enumerate(unknown):
                 counts[name] = left // len(unknown) + (index < left % len(unknown))
         return counts
+
+
+def _no_shards(name: str, split: str, samples: int) -> SplitInfo:
+    return SplitInfo(samples, (), f"provisional {name} {split} {samples}")
 
 
 def read_suite_file(path: str | Path) -> Suite:
@@ -219,7 +209,7 @@ def _findings(d: SuiteDataset, root: Path, deep: bool, cache: Path | None) -> It
         if deep:
             for split in SPLITS[d.role]:
                 if split in found.samples:
-                    verify(root, d.folder, split, cache)
+                    verify(root, d.name, split, cache)
     except (UserError, OSError, ValueError) as error:
         yield Finding(d.name, d.role, "wrong", str(error))
         return
@@ -266,7 +256,7 @@ class _Found:
 
 
 def _whole(d: SuiteDataset, root: Path, home: Path, cache: Path | None) -> _Found:
-    info = describe(root, d.folder, cache)
+    info = describe(root, d.name, cache)
     samples: dict[str, int | None] = {split: of.samples for split, of in info.splits.items()}
     return _Found(info.kind, info.classes, _lines(home / "zeroshot_classification_templates.txt"), samples)
 
@@ -290,16 +280,14 @@ def _shallow(home: Path) -> _Found:
 
 def _home(d: SuiteDataset, root: Path) -> Path | None:
     try:
-        return folder(root, d.folder)
+        return folder(root, d.name)
     except UserError:
         return None
 
 
 def _missing(d: SuiteDataset, root: Path) -> Finding:
     of = f" (from {d.original} of the original download)" if d.original else ""
-    return Finding(
-        d.name, d.role, "missing", f"put it at {root / d.folder} or {root / f'wds_{d.folder}'}{of}"
-    )
+    return Finding(d.name, d.role, "missing", f"put it at {root / d.name} or {root / f'wds_{d.name}'}{of}")
 
 
 def _lines(path: Path) -> tuple[str, ...]:

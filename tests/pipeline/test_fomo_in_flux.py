@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.config import study_from
 from pipeline.mistakes import validate
 from pipeline.plan import steps_per_task
 from pipeline.sections import BudgetSection
@@ -45,9 +46,9 @@ def test_placeholders_add_up_to_the_papers_totals(suite: Suite) -> None:
     described = suite.described()
     adaptation = [described[name] for name in suite.roles["adaptation"]]
     assert sum(len(d.classes) for d in adaptation) == 18_449
-    assert sum(d.samples["train"] for d in adaptation) == 1_759_782
-    assert sum(d.samples["test"] for d in adaptation) == 453_020
-    assert sum(described[name].samples["test"] for name in suite.roles["held_out"]) == 314_419
+    assert sum(d.splits["train"].samples for d in adaptation) == 1_759_782
+    assert sum(d.splits["test"].samples for d in adaptation) == 453_020
+    assert sum(described[name].splits["test"].samples for name in suite.roles["held_out"]) == 314_419
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
@@ -72,10 +73,22 @@ def test_models_of_a_study_are_tags_that_open_clip_has(path: Path) -> None:
     open_clip: Any = pytest.importorskip("open_clip")
     study = read(path)
     for model in (study["model"], *study["grid"].get("model", [])):
-        if model["pretrained"].startswith("local-dir:"):
+        if model["pretrained"].endswith(".safetensors"):
             assert model["config"] == "ViT-S-16" and model["config"] in open_clip.list_models()
         else:
             assert (model["config"], model["pretrained"]) in open_clip.list_pretrained()
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_study_is_valid_and_resolves_with_the_suites_roles(path: Path, suite: Suite) -> None:
+    """The suite's place is taken by the roles it gives, and a model axis is checked on its own."""
+    raw = read(path)
+    raw["grid"].pop("model", None)
+    raw["resources"].pop("by_model", None)
+    raw["data"] = {"root": "/nowhere/fomo", **{role: list(names) for role, names in suite.roles.items()}}
+    study = study_from(raw, path.name).resolved()
+    assert len(study.roles.adaptation) == 41 and len(study.roles.held_out) == 22
+    assert study.cells and not study.warnings
 
 
 def test_chronological_stream_names_every_adaptation_set_once_and_never_goes_back(suite: Suite) -> None:

@@ -20,7 +20,6 @@ def entry(name: str, role: str = "adaptation", **more: Any) -> dict[str, Any]:
         "name": name,
         "role": role,
         "kind": "classification",
-        "folder": name,
         "template": "a photo of {c}",
     }
     return {**given, **more}
@@ -85,12 +84,12 @@ def test_described_shares_what_the_total_leaves_among_unknown_counts(tmp_path: P
     described = suite_of(tmp_path, *sets, totals=totals).described()
     assert [len(described[name].classes) for name in "abcz"] == [3, 4, 3, 2]
     assert described["a"].classes == ("class-00001", "class-00002", "class-00003")
-    assert [dict(described[name].samples) for name in "abc"] == [
+    assert [{k: v.samples for k, v in described[name].splits.items()} for name in "abc"] == [
         {"train": 30, "test": 3},
         {"train": 35, "test": 2},
         {"train": 35, "test": 2},
     ]
-    assert dict(described["z"].samples) == {"test": 1}
+    assert list(described["z"].splits) == ["test"] and described["z"].splits["test"].samples == 1
     assert described["a"].templates == ("a photo of {c}",)
 
 
