@@ -13,6 +13,7 @@ from pipeline.sections import BudgetSection
 from pipeline.strategies import read_strategies
 from pipeline.suites import Suite, read_suite_file
 from pipeline.yaml_input import read
+from tests.world import command
 from workers.recipe import REPLAY, Recipe
 
 ROOM = Path(__file__).parents[2] / "configs" / "fomo_in_flux"
@@ -120,3 +121,14 @@ def test_summed_steps_of_a_chain_stay_28400_at_every_horizon(tasks: int, steps: 
     found = steps_per_task(BudgetSection(total_gflops=1.8e9), tasks, 512, 63394.7585 / 512, 1.0)
     assert (found, found * tasks) == (steps, 28_400)
     assert math.isclose(found * tasks * 512, 14_540_800), "the samples of the multitask reference"
+
+
+def test_20_task_grid_is_planned_without_data_or_weights(tmp_path: Path) -> None:
+    """28,400 steps per chain; by arithmetic one joint training and two mixtures of four chains that share their first expert."""
+    missing = ["--set", f"data.root={tmp_path / 'nowhere'}", "--set", f"data.cache={tmp_path / 'cache'}"]
+    answer = command("plan", ROOM / "strategies.yaml", *missing, "--out", tmp_path / "out")
+    assert answer.returncode == 0, answer.stderr
+    trained = next(line.split() for line in answer.stdout.splitlines() if line.startswith("train"))
+    unique, naive = 1 + 2 * (4 * 20 - 3), 1 + 2 * (11 * 20)
+    assert [int(count) for count in trained[1:3]] == [unique, naive]
+    assert "28,400" in answer.stdout and "provisional: 64 datasets" in answer.stdout
