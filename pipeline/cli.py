@@ -278,6 +278,35 @@ def verify(out: OutDir, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def check(
+    suite: Annotated[
+        Path,
+        typer.Argument(metavar="SUITE.yaml", help="A suite file, e.g. configs/fomo_in_flux/datasets.yaml."),
+    ],
+    root: Annotated[Path, typer.Option("--root", metavar="DIR", help="The folder that holds the datasets.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Read every shard whole, not only manifests.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say which datasets of a suite are there, which are missing or wrong, and what to do about each.
+
+    Ends with code 2 while something is missing or wrong. Example: temporal-merge check configs/fomo_in_flux/datasets.yaml --root /data/fomo_in_flux
+    """
+    from pipeline.suites import check as check_root
+    from pipeline.suites import read_suite_file, summary
+
+    asked = read_suite_file(suite)
+    answer = summary(asked, root, check_root(asked, root, deep))
+    if as_json:
+        _print_json(answer)
+    else:
+        for finding in answer["findings"]:
+            print(f"{finding['what']:8} {finding['dataset']} ({finding['role']}): {finding['text']}")
+        print(f"{root}: {answer['usable']} of {answer['datasets']} datasets of {asked.name} are ready")
+    if not answer["complete"]:
+        raise typer.Exit(2)
+
+
+@app.command()
 def sync(out: OutDir) -> None:
     """Deliver to the tracker what it has not received yet."""
     from pipeline.tracking import sync as deliver
