@@ -213,7 +213,7 @@ def _own_splits(home: Path) -> dict[str, SplitInfo]:
 
 def _indexed_splits(home: Path, kind: str, cache: str | Path | None) -> dict[str, SplitInfo]:
     """Splits of a root without our manifest, from the cached index where sizes and times still stand."""
-    index_file = _cache_root(cache) / "index" / f"{home.name}-{_digest(str(home.resolve()))[:16]}.json"
+    index_file = cache_root(cache) / "index" / f"{home.name}-{_digest(str(home.resolve()))[:16]}.json"
     known = _json(index_file) if index_file.is_file() else {}
     index: dict[str, list[Any]] = {}
     splits = {}
@@ -252,7 +252,8 @@ def _shard_files(place: Path) -> list[Path]:
     return files
 
 
-def _cache_root(cache: str | Path | None) -> Path:
+def cache_root(cache: str | Path | None = None) -> Path:
+    """Where indices of foreign roots are kept: `cache`, else what the environment says, else the user's own cache."""
     if cache is not None:
         return Path(cache)
     return Path(os.environ.get("TEMPORAL_MERGE_CACHE") or Path.home() / ".cache" / "temporal-merge")
