@@ -81,6 +81,8 @@ class DeepSpeedEngine:
             config=_config(recipe, spec, min(-(-numel // 1024) * 1024, BUCKET)),
             dist_init_required=False,
         )
+        if spec.world == 1 and self._stage == 0:  # a rank alone would pack, "reduce" and unpack all gradients
+            self._engine.enable_backward_allreduce = False
 
     def step(self, images: torch.Tensor, tokens: torch.Tensor) -> dict[str, float]:
         seed_step(self._seed, self._done, self._rank)
