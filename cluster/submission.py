@@ -37,7 +37,7 @@ _TROUBLE = (requests.exceptions.RequestException, aiohttp.ClientError, Connectio
 
 
 class ClusterLost(Exception):
-    """The dashboard stopped to answer while a job was watched; the job knows nothing of it."""
+    """A job can be watched no longer: its dashboard stopped to answer, or has forgotten it."""
 
 
 @dataclass(frozen=True)
@@ -162,16 +162,21 @@ class Cluster:
 
         A connection that breaks is made again and goes on where it broke.
         """
-        seen, heard = _Seen(write), time.monotonic()
+        seen, trouble = _Seen(write), 0.0
         while True:
             try:
                 asyncio.run(self._tail(name, seen))
                 job = Job.of(self.client.get_job_info(name))
                 if job.ended:
                     return job
-                heard = time.monotonic()
+                trouble = 0.0
             except (*_TROUBLE, RuntimeError) as error:
-                if time.monotonic() - heard > LOST_SECONDS:
+                if "does not exist" in str(error):
+                    raise ClusterLost(
+                        f"{self.url} no longer knows job {name}: its head was started anew"
+                    ) from error
+                trouble = trouble or time.monotonic()
+                if time.monotonic() - trouble > LOST_SECONDS:
                     raise ClusterLost(
                         f"{self.url} has not answered for {LOST_SECONDS:g} s ({error})"
                     ) from error

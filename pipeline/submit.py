@@ -31,6 +31,7 @@ ON_SHARED_STORAGE = ("data", "storage")
 """Sections whose paths are never shipped."""
 
 PYTHON = "python -m pipeline.cli"
+_NOT_INSTALLED = ("No module named", "cannot import name", "SyntaxError")
 
 
 def submit_study(
@@ -255,8 +256,11 @@ def _exit_code(job: Any) -> int:
 def _why(job: Any) -> str:
     if job.state == "stopped":
         return "somebody ended it; submit again to go on"
-    if "No module named" in job.message or job.exit_code == 127:
-        return "its node lacks Python packages: install temporal-merge with its dependencies on every node (only source is sent)"
+    if job.exit_code == 127 or any(sign in job.message for sign in _NOT_INSTALLED):
+        return (
+            "its node cannot import what it needs: the `python` on the PATH of `ray start` must be 3.11 or newer and have "
+            "temporal-merge's dependencies, on every node (only source is sent)"
+        )
     if job.exit_code is None:
         return " ".join(job.message.split())[-500:]
     return f"exit code {job.exit_code}; what it said is above, its paths are the cluster's"

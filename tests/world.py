@@ -110,7 +110,11 @@ class Cluster:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env=os.environ | {"RAY_AUTH_MODE": "token"},
+                env=os.environ
+                | {
+                    "RAY_AUTH_MODE": "token",
+                    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                },
             )
         self._wait()
 

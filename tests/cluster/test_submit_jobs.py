@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from cluster.submission import Cluster as Remote
+from pipeline.submit import _why, shipment
 from tests.world import ROOT, Cluster, World, command
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -29,14 +31,13 @@ def start(*arguments: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(argv, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def ended(head: Cluster, out: Path) -> dict[str, Any]:
-    """The job of OUT once it has ended."""
-    for _ in range(60):
-        answer = json.loads(command("status", out, "--address", head.dashboard, "--json").stdout)
-        if answer["job"]["state"] not in ("pending", "running"):
-            return answer["job"]
-        time.sleep(0.5)
-    raise AssertionError("the job does not end")
+def state_at_the_end(head: Cluster, name: str) -> str:
+    for _ in range(240):
+        job = Remote(head.dashboard).job(name)
+        if job.ended:
+            return job.state
+        time.sleep(0.25)
+    raise AssertionError(f"{name} does not end")
 
 
 def test_long_study_is_one_job_whoever_submits_watches_leaves_or_ends_it(
@@ -67,11 +68,11 @@ def test_long_study_is_one_job_whoever_submits_watches_leaves_or_ends_it(
     assert (status["state"], status["job"]["state"]) == ("running", "running")
 
     waiting = start("submit", study, *where, "--json")
+    assert waiting.stderr is not None and "attached" in waiting.stderr.readline()
     assert command("stop", out, "--address", head.dashboard).returncode == 0
-    assert ended(head, out)["state"] == "stopped"
+    assert state_at_the_end(head, answers[0]["job"]) == "stopped"
     said, errors = waiting.communicate(timeout=60)
-    if json.loads(said)["attached"]:  # else it came after the end and began the next attempt
-        assert waiting.returncode == 1 and "submit again to go on" in errors
+    assert (json.loads(said)["exit_code"], waiting.returncode) == (1, 1) and "submit again to go on" in errors
     again = command("stop", out, "--address", head.dashboard)
     assert again.returncode == 2 and "no job" in again.stderr
 
@@ -80,20 +81,18 @@ def test_mistake_that_only_the_cluster_can_see_ends_with_two_and_a_later_attempt
     world: World, head: Cluster, tmp_path: Path
 ) -> None:
     study = world.study(data={"root": str(tmp_path / "nowhere"), "pretraining": ["grey"], "held_out": []})
-    for attempt in (1, 2):
-        answer = command("submit", study, "--address", head.dashboard, "--out", tmp_path / "out", "--json")
-        assert answer.returncode == 2, answer.stderr
-        assert json.loads(answer.stdout)["job"].endswith(f".{attempt}")
-        assert "nowhere" in answer.stderr, answer.stderr
-        assert "its paths are the cluster's" in answer.stderr
-    status = command("status", tmp_path / "out", "--address", head.dashboard)
+    where = ("--address", head.dashboard, "--out", tmp_path / "out")
+    answer = command("submit", study, *where, "--json")
+    assert answer.returncode == 2, answer.stderr
+    assert json.loads(answer.stdout)["job"].endswith(".1")
+    assert "nowhere" in answer.stderr and "its paths are the cluster's" in answer.stderr
+    again = command("submit", study, *where, "--no-wait")
+    assert again.returncode == 0 and again.stdout.strip().endswith(".2")
+    status = command("status", tmp_path / "elsewhere", "--address", head.dashboard)
     assert status.returncode == 2 and "holds no run" in status.stderr
 
 
 def test_job_runs_the_code_that_was_sent(head: Cluster) -> None:
-    from cluster.submission import Cluster as Remote
-    from pipeline.submit import shipment
-
     with shipment() as room:
         job, said = Remote(head.dashboard).answer(
             "where", "python -c 'import pipeline; print(pipeline.__file__)'", room
@@ -110,3 +109,15 @@ def test_wrong_token_is_refused_and_never_shown(world: World, head: Cluster, tmp
     )  # fmt: skip
     assert answer.returncode == 2 and "refuses this machine's token" in answer.stderr
     assert secret not in answer.stderr + answer.stdout and len(answer.stderr.splitlines()) == 1
+
+
+def test_waiting_for_nodes_ends_when_they_are_there_and_says_when_they_do_not_come(head: Cluster) -> None:
+    for nodes, code, text in (("1", 0, ""), ("2", 1, "error: 1 of 2 nodes have joined")):
+        argv = [sys.executable, "-m", "cluster.joined", head.address, nodes, "1"]
+        answer = subprocess.run(argv, cwd=ROOT, text=True, capture_output=True, timeout=60)
+        assert answer.returncode == code and text in answer.stderr
+
+
+def test_job_whose_node_lacks_packages_says_what_to_install(head: Cluster, tmp_path: Path) -> None:
+    job, _ = Remote(head.dashboard).answer("lacks", "python -c 'import no_such_package'", tmp_path)
+    assert job.exit_code == 1 and "have temporal-merge's dependencies" in _why(job)
