@@ -188,8 +188,8 @@ def _trajectory(plan: Plan, trajectory: TrajectoryPlan, store: Records) -> dict[
         whole = len(seen) == 1 + trajectory.points.index(point)
         steps.append(
             {
-                **_step(plan, point, scores, store),
-                **(_over_time(plan, seen) if whole else _over_time(plan, [])),
+                **_step(plan, trajectory, point, scores, store),
+                **_over_time(plan.tasks(trajectory), seen if whole else []),
             }
         )
     return {
@@ -204,12 +204,15 @@ def _trajectory(plan: Plan, trajectory: TrajectoryPlan, store: Records) -> dict[
         "budget": trajectory.budget,
         "seed": trajectory.seed,
         "stream": list(trajectory.stream),
+        "model": trajectory.model,
         "axes": trajectory.axes,
         "steps": steps,
     }
 
 
-def _step(plan: Plan, point: Point, scores: Scores, store: Records) -> dict[str, Any]:
+def _step(
+    plan: Plan, trajectory: TrajectoryPlan, point: Point, scores: Scores, store: Records
+) -> dict[str, Any]:
     accumulated, retained = ka(scores, plan.adaptation), zs(scores, plan.held_out)
     expert = store.record("train", point.train) if point.train else None
     merged = store.record("merge", point.merge) if point.merge else None
@@ -223,23 +226,25 @@ def _step(plan: Plan, point: Point, scores: Scores, store: Records) -> dict[str,
         "scores": dict(scores),
         "expert_sha256": _weights(expert),
         "merged_sha256": _weights(merged),
-        "deployed_sha256": _deployed(plan, point, store),
-        "expert_own_score": mean(own.result["scores"], plan.tasks.get(point.task, ())) if own else None,
+        "deployed_sha256": _deployed(plan, trajectory, point, store),
+        "expert_own_score": mean(own.result["scores"], plan.tasks(trajectory)[point.task]) if own else None,
         "merge_seconds": merged.result.get("merge_seconds", merged.seconds) if merged else None,
         "merged_norm": merged.result.get("merged_norm") if merged else None,
         "cosine": merged.result.get("cosine") if merged else None,
     }
 
 
-def _over_time(plan: Plan, seen: Sequence[tuple[Point, Scores]]) -> dict[str, float | None]:
+def _over_time(
+    tasks: Mapping[str, Sequence[str]], seen: Sequence[tuple[Point, Scores]]
+) -> dict[str, float | None]:
     if not seen:
         return {"forgetting": None, "bwt": None}
-    return {"forgetting": forgetting(seen, plan.tasks), "bwt": backward_transfer(seen, plan.tasks)}
+    return {"forgetting": forgetting(seen, tasks), "bwt": backward_transfer(seen, tasks)}
 
 
-def _deployed(plan: Plan, point: Point, store: Records) -> str | None:
+def _deployed(plan: Plan, trajectory: TrajectoryPlan, point: Point, store: Records) -> str | None:
     if point.deployed == BASE:
-        return _weights(store.record(BASE, plan.base.fingerprint))
+        return _weights(store.record(BASE, trajectory.base))
     return _weights(store.record(plan.steps[point.deployed].kind, point.deployed))
 
 
