@@ -27,8 +27,8 @@ CODE = Path(__file__).resolve().parent.parent
 MAX_BYTES = 200 * 10**6
 """Of one shipment; Ray keeps it in the head's memory."""
 
-ON_SHARED_STORAGE = ("data", "storage")
-"""Sections whose paths are never shipped."""
+PLACES = ("data.root", "data.cache", "storage.store")
+"""Keys whose paths are never shipped: every node must see them."""
 
 PYTHON = "python -m pipeline.cli"
 _NOT_INSTALLED = ("No module named", "cannot import name", "SyntaxError")
@@ -44,7 +44,7 @@ def submit_study(
     """
     study = load_study(path, overrides)
     where = _shared_out(study, out)
-    files = list(relative_files(study))
+    files = list(dict.fromkeys(relative_files(study)))
     from cluster.submission import Cluster, check_dashboard
 
     check_dashboard(url)
@@ -155,15 +155,16 @@ def relative_files(study: Study) -> Iterator[Path]:
     Paths of data and storage are never shipped: they must be absolute, on storage that all nodes share, or URLs.
     """
     problems, total = [], 0
-    if not Path(study.data_root).is_absolute():
-        problems.append(_not_shared("data.root", study.data_root))
-    for key, text in _texts(study.model_dump(mode="json")):
+    texts = dict(_texts(study.model_dump(mode="json"))) | {"data.root": study.data_root}
+    for key, text in texts.items():
         path = Path(text.removeprefix("local-dir:"))
-        named = ("/" in text or path.suffix) and "://" not in text
-        if key.startswith(tuple(f"{name}." for name in ON_SHARED_STORAGE)):
-            if "/" in text and named and not path.is_absolute() and key != "data.root":
-                problems.append(_not_shared(key, text))
-        elif named and not path.is_absolute() and path.exists():
+        if "://" in text or path.is_absolute():
+            continue
+        if key in PLACES:
+            problems.append(
+                f"{key}: {text} is a place on this machine; give {_SHARED}, for instance --set {key}=/shared/{path.name}"
+            )
+        elif ("/" in text or path.suffix) and path.exists():
             if ".." in path.parts:
                 problems.append(
                     f"{key}: {text} lies outside this directory; give a path below it, or {_SHARED}"
@@ -180,10 +181,6 @@ def relative_files(study: Study) -> Iterator[Path]:
 
 
 _SHARED = "an absolute path on storage that all nodes of the cluster share"
-
-
-def _not_shared(key: str, text: str) -> str:
-    return f"{key}: {text} is a place on this machine; give {_SHARED}, for instance --set {key}=/shared/{Path(text).name}"
 
 
 def _shared_out(study: Study, out: Path | None) -> Path:
@@ -203,8 +200,8 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
         for name, item in value.items():
             yield from _texts(item, f"{key}.{name}" if key else name)
     elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item, key)
+        for index, item in enumerate(value):
+            yield from _texts(item, f"{key}[{index}]")
 
 
 def _size(path: Path) -> int:

@@ -85,10 +85,10 @@ def test_out_that_is_a_place_on_one_node_is_refused(world: World, out: Path | No
 
 
 def test_data_on_this_machine_only_is_refused_with_every_key(world: World, seat: Path) -> None:
-    study = load_study(world.study(), ["data.root=data/mini", "data.cache=./cache"])
+    study = load_study(world.study(), ["data.root=data/mini", "data.cache=cache"])
     with pytest.raises(ConfigError) as caught:
         list(relative_files(study))
-    assert "--set data.root=/shared/mini" in str(caught.value) and "data.cache: ./cache" in str(caught.value)
+    assert "--set data.root=/shared/mini" in str(caught.value) and "data.cache: cache" in str(caught.value)
 
 
 def test_suite_without_a_root_is_refused(world: World) -> None:
@@ -112,6 +112,14 @@ def test_model_named_by_relative_path_goes_along_and_an_absolute_one_does_not(
         list(relative_files(load_study(world.study(model={"config": "x", "pretrained": "hf-hub:me/mine"}))))
         == []
     )
+
+
+def test_files_of_the_fomo_grid_go_along(world: World, seat: Path) -> None:
+    (seat / "suite.yaml").write_text("{}")
+    (seat / "stream.yaml").write_text("{}")
+    data = {"suite": "suite.yaml", "root": "/data", "pretraining": ["grey"], "held_out": ["grey"]}
+    study = load_study(world.study(data=data, stream={"file": "stream.yaml"}))
+    assert set(relative_files(study)) == {Path("suite.yaml"), Path("stream.yaml")}
 
 
 def test_path_out_of_the_directory_is_refused(
