@@ -72,7 +72,11 @@ def stream_of(study: Study, section: StreamSection, datasets: Mapping[str, Descr
     section = study.filled(section)
     named = datasets_of(section)
     measured = _measured(study, section, named) if section.measured else None
-    return make_stream(section, {name: datasets[name].classes for name in named}, measured)
+    return make_stream(section, {name: _classes(datasets[name]) for name in named}, measured)
+
+
+def _classes(info: Described) -> tuple[str, ...]:
+    return info.classes if info.kind == "classification" else ()
 
 
 def _measured(study: Study, section: StreamSection, names: Sequence[str]) -> Mapping[Element, Any]:

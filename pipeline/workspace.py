@@ -11,14 +11,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from merge_service.errors import UserError
 from pipeline.config import Study, load_study
 from pipeline.errors import ConfigError
 from pipeline.facts import base_identity, check_shards, ensure_data, gather, local_base
 from pipeline.plan import Plan, Step, base_step, make_plan
 from pipeline.results import results, write_results
 from pipeline.sections import ModelSection
+from pipeline.steps import Facts
 from pipeline.store import Store
+from pipeline.streams import save
 
+STREAMS = "streams"
 STUDY_FILE, PLAN_FILE, RESULTS_FILE = "study.yaml", "plan.json", "results.json"
 
 
@@ -29,6 +33,7 @@ class Workspace:
     study: Study
     out: Path
     plan: Plan
+    facts: Facts
     failure: dict[str, Any] | None = None
     _records: dict[str, Any] = field(default_factory=dict)
 
@@ -43,7 +48,8 @@ class Workspace:
         study = load_study(path, overrides)
         ensure_data(study)
         study = study.resolved()
-        return cls(study, out or Path("runs") / study.name, make_plan(study, gather(study, provisional)))
+        facts = gather(study, provisional)
+        return cls(study, out or Path("runs") / study.name, make_plan(study, facts), facts)
 
     @cached_property
     def store(self) -> Store:
@@ -82,6 +88,7 @@ class Workspace:
         self._check_same_study()
         _write(self.out / STUDY_FILE, self.study.resolved_yaml())
         _write(self.out / PLAN_FILE, json.dumps(self.plan.to_json()))
+        self.save_streams(self.out / STREAMS)
         for model in self.study.models:
             base = self.plan.bases[base_step(*base_identity(model)[:2]).fingerprint]
             record = self.store.record(base.kind, base.fingerprint)
@@ -89,6 +96,15 @@ class Workspace:
                 self._export(model, base)
             else:
                 self.store.open_verified(record)
+
+    def save_streams(self, directory: Path) -> None:
+        """Write every stream of the study as a file that `stream.file` takes. Raises UserError if classes are not known."""
+        if self.facts.missing:
+            raise UserError(
+                f"streams cannot be saved while {len(self.facts.missing)} datasets are missing: their classes are unknown"
+            )
+        for stream in self.facts.streams.values():
+            save(stream, directory / f"{stream.fingerprint[:12]}.json")
 
     def remember(self, kind: str, fingerprint: str) -> Any:
         """The record of a step, read once it is there; None before."""
