@@ -197,14 +197,14 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     srun = f"""#!/bin/bash
 echo "srun $* TOKEN=$(cat "$RAY_AUTH_TOKEN_PATH" | wc -c) MODE=$RAY_AUTH_MODE" >> {tmp_path}/said
 [[ $* == *"hostname --ip-address"* ]] && echo 10.0.0.1 10.9.9.9
+case $* in # as with the real ones: a head is healthy once it has started, nodes have joined once they have
+    *health-check*) grep -q "ray start --head" {tmp_path}/said || exit 1 ;;
+    *cluster.joined*) until grep -q "ray start --address" {tmp_path}/said; do sleep 0.1; done ;;
+esac
 [[ -n ${{FAIL:-}} && $* == *"$FAIL"* ]] && exit ${{CODE:-1}}
 exit 0
 """
-    for name, text in {
-        "srun": srun,
-        "scontrol": "#!/bin/bash\nprintf 'n1\\nn2\\n'\n",
-        "sleep": "#!/bin/bash\n",
-    }.items():
+    for name, text in {"srun": srun, "scontrol": "#!/bin/bash\nprintf 'n1\\nn2\\n'\n"}.items():
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
     (tmp_path / "venv" / "bin").mkdir(parents=True)
