@@ -24,6 +24,7 @@ from workers.engine import (
     adamw,
     average_over_ranks,
     clamp_temperature,
+    clip,
     join_alone,
     learning_rate,
     seed_step,
@@ -80,6 +81,8 @@ class DeepSpeedEngine:
             config=_config(recipe, spec, min(-(-numel // 1024) * 1024, BUCKET)),
             dist_init_required=False,
         )
+        if spec.world == 1 and self._stage == 0:  # a rank alone would pack, "reduce" and unpack all gradients
+            self._engine.enable_backward_allreduce = False
 
     def step(self, images: torch.Tensor, tokens: torch.Tensor) -> dict[str, float]:
         seed_step(self._seed, self._done, self._rank)
@@ -101,8 +104,7 @@ class DeepSpeedEngine:
         gradients = [p.grad for p in self._trained.values() if p.grad is not None]
         if self._scale.enabled:
             torch._foreach_mul_(gradients, 1 / self._scale.scale)
-        bound = self._recipe.clip or float("inf")
-        norm = float(torch.nn.utils.clip_grad_norm_(self._trained.values(), bound))
+        norm = clip(list(self._trained.values()), self._recipe.clip)
         if self._scale.enabled and not math.isfinite(norm):
             self._engine.zero_grad()  # a step without gradients changes nothing
         self._engine.step()
