@@ -50,6 +50,11 @@ def check_address(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         raise ClusterError(f"--address {address!r}: give `local`, `auto` or HOST:PORT")
+    require_token(address, host)
+
+
+def require_token(address: str, host: str) -> None:
+    """Raise ClusterError if `host` is another machine's and RAY_AUTH_MODE is not `token`."""
     if host not in LOOPBACK and os.environ.get("RAY_AUTH_MODE") != "token":
         raise ClusterError(
             f"--address {address}: Ray on another machine without token authentication lets anyone run code there; "

@@ -96,6 +96,15 @@ DeviceName = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON and nothing else.")]
+Dashboard = Annotated[
+    str,
+    typer.Option(
+        "--address",
+        metavar="http://HEAD:8265",
+        help="The dashboard of the cluster's head.",
+        show_default=False,
+    ),
+]
 
 
 @app.command()
@@ -148,8 +157,67 @@ def plan(
 
 
 @app.command()
-def status(out: OutDir, as_json: AsJson = False) -> None:
-    """Say how far a run is, and what the tracker has not received yet."""
+def submit(
+    study: StudyFile,
+    address: Dashboard,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="DIR", help="On storage that all nodes of the cluster share; absolute."
+        ),
+    ] = None,
+    wait: Annotated[
+        bool,
+        typer.Option("--wait/--no-wait", help="Show its progress to the end, or print its id and leave."),
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Have a Ray cluster run a study as a job; submitted again, it attaches to the job under way instead of doubling it.
+
+    The code, the study and the files it names by relative path go along; data and OUT are on storage that all nodes share.
+    The job outlives this command. The exit code is the run's.
+
+    Example: temporal-merge submit configs/demo.yaml --address http://head:8265 --out /shared/runs/demo --set data.root=/shared/data/mini
+    """
+    from pipeline.submit import submit_study
+
+    answer = submit_study(study, overrides or [], out, address, wait=wait, quiet=as_json)
+    if as_json:
+        _print_json(answer)
+    elif not wait:
+        print(answer["job"])
+    raise typer.Exit(answer["exit_code"] or 0)
+
+
+@app.command()
+def stop(out: OutDir, address: Dashboard) -> None:
+    """End the job that works on OUT on a cluster; what is in OUT stays, and submitting again goes on from there."""
+    from pipeline.submit import stop_study
+
+    print(f"job {stop_study(out, address)} is being stopped")
+
+
+@app.command()
+def status(
+    out: OutDir,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            metavar="http://HEAD:8265",
+            help="Ask the cluster that has OUT, through its dashboard.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how far a run is, and what the tracker has not received yet; with --address, on a cluster and with its job."""
+    if address:
+        from pipeline.submit import remote_status, show_remote
+
+        answer = remote_status(out, address)
+        _print_json(answer) if as_json else show_remote(out, answer)
+        return
     from pipeline.show import show_status
     from pipeline.status import status_of
 

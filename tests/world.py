@@ -88,14 +88,19 @@ def _samples(rng: np.random.Generator, channel: int, count: int) -> list[Sample]
 class Cluster:
     """One warm Ray head for a whole test session, so that a study's run does not pay for starting one."""
 
-    def __init__(self, room: Path) -> None:
-        ports = {name: _free_port() for name in ("port", "node", "object", "agent", "client", "metrics")}
+    def __init__(self, room: Path, dashboard: bool = False) -> None:
+        ports = {
+            name: _free_port()
+            for name in ("port", "node", "object", "agent", "client", "metrics", "dashboard")
+        }
         self.address = f"127.0.0.1:{ports['port']}"
+        self.dashboard = f"http://127.0.0.1:{ports['dashboard']}"
         command = [
             str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1",
             f"--port={ports['port']}", f"--node-manager-port={ports['node']}", f"--object-manager-port={ports['object']}",
             f"--dashboard-agent-listen-port={ports['agent']}", f"--ray-client-server-port={ports['client']}",
-            f"--metrics-export-port={ports['metrics']}", "--include-dashboard=false", "--disable-usage-stats",
+            f"--metrics-export-port={ports['metrics']}", f"--include-dashboard={str(dashboard).lower()}",
+            f"--dashboard-port={ports['dashboard']}", "--disable-usage-stats",
             f"--object-store-memory={128 * 2**20}",
         ]  # fmt: skip
         self.log = room / "ray.log"
@@ -105,7 +110,11 @@ class Cluster:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env=os.environ | {"RAY_AUTH_MODE": "token"},
+                env=os.environ
+                | {
+                    "RAY_AUTH_MODE": "token",
+                    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                },
             )
         self._wait()
 
@@ -134,13 +143,17 @@ def _free_port() -> int:
 
 
 def command(
-    *arguments: Any, faults: dict[str, Any] | None = None, timeout: float = 240
+    *arguments: Any, faults: dict[str, Any] | None = None, timeout: float = 240, cwd: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
     """Run `temporal-merge` as a person would, in a process of its own."""
-    environment = os.environ | {"TEMPORAL_MERGE_FAULTS": json.dumps(faults or {}), "RAY_AUTH_MODE": "token"}
+    environment = os.environ | {
+        "TEMPORAL_MERGE_FAULTS": json.dumps(faults or {}),
+        "RAY_AUTH_MODE": "token",
+        "PYTHONPATH": str(ROOT),
+    }
     return subprocess.run(
         [sys.executable, "-m", "pipeline.cli", *map(str, arguments)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout,
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
 
 

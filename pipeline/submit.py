@@ -1,0 +1,263 @@
+"""A study sent to a cluster that this machine is no part of: what goes along, and what is asked of it later.
+
+Invariant: what is shipped is this package's source, the study file and the files that it names by relative path; nothing
+that a cluster's node cannot open under the same name is let through without a word. What was shipped is decided here once,
+so the job reads exactly the study that was checked here.
+"""
+
+import hashlib
+import json
+import secrets
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from merge_service.errors import UserError
+from pipeline.config import Study, load_study
+from pipeline.errors import ConfigError
+
+ROOMS = ("pipeline", "workers", "merge_service", "cluster")
+CODE = Path(__file__).resolve().parent.parent
+MAX_BYTES = 200 * 10**6
+"""Of one shipment; Ray keeps it in the head's memory."""
+
+PLACES = ("data.root", "data.cache", "storage.store")
+"""Keys whose paths are never shipped: every node must see them."""
+
+PYTHON = "python -m pipeline.cli"
+_NOT_INSTALLED = ("No module named", "cannot import name", "SyntaxError")
+
+
+def submit_study(
+    path: Path, overrides: Sequence[str], out: Path | None, url: str, *, wait: bool, quiet: bool
+) -> dict[str, Any]:
+    """Have a cluster run a study, or watch it where it already does: {"job", "state", "attached", "out", "exit_code"}.
+
+    `exit_code` is that of the run; without `wait` it is None. With `quiet` the job's output goes to stderr.
+    Raises UserError, ClusterError.
+    """
+    study = load_study(path, overrides)
+    where = _shared_out(study, out)
+    files = list(dict.fromkeys(relative_files(study)))
+    from cluster.submission import Cluster, check_dashboard
+
+    check_dashboard(url)
+    cluster = Cluster(url)
+    metadata = {"study": study.name, "out": str(where), "study_sha256": _digest(study)}
+    sets = [part for text in overrides for part in ("--set", text)]
+    command = f"{PYTHON} {shlex.join(['run', path.name, *sets, '--address', 'auto', '--out', str(where)])}"
+    with shipment(path, files) as room:
+        job, attached = cluster.submit_or_attach(key_of(study.name, where), command, room, metadata)
+    if attached and job.metadata.get("study_sha256") != metadata["study_sha256"]:
+        raise UserError(
+            f"{where} is being worked on by job {job.id} with another version of the study {study.name}; wait for it, end it with "
+            f"`temporal-merge stop {where} --address {url}`, or choose another --out"
+        )
+    print(
+        f"job {job.id} {'is already under way: attached' if attached else 'submitted'}",
+        file=sys.stderr,
+        flush=True,
+    )
+    if wait:
+        job = _watch(cluster, job.id, where, sys.stderr if quiet else sys.stdout)
+    return {
+        "job": job.id, "state": job.state, "attached": attached, "out": str(where),
+        "exit_code": _exit_code(job) if job.ended else None,
+    }  # fmt: skip
+
+
+def remote_status(out: Path, url: str) -> dict[str, Any]:
+    """What `status OUT` says on the cluster, and "job": the last job of OUT, None if this cluster had none.
+
+    Raises UserError if OUT holds no run there and no job is about to make one.
+    """
+    from cluster.submission import Cluster
+
+    cluster = Cluster(url)
+    job = _job_of(cluster, out)
+    name = f"status-{_short(str(out))}-{secrets.token_hex(4)}"
+    command = f"{PYTHON} {shlex.join(['status', str(out), '--json'])}"
+    with shipment() as room:
+        asked, said = cluster.answer(name, command, room)
+    told = None if job is None else {key: asdict(job)[key] for key in ("id", "state", "exit_code")}
+    if asked.exit_code == 0:
+        answer: dict[str, Any] = json.JSONDecoder().raw_decode(said[said.index("\n{") + 1 :])[0]
+        return answer | {"job": told}
+    if job is not None and not job.ended:
+        return {"state": "starting", "job": told}
+    errors = [line.removeprefix("error: ") for line in said.splitlines() if line.startswith("error: ")]
+    raise UserError(f"on {url}: {errors[-1] if errors else asked.message or said[-500:]}")
+
+
+def show_remote(out: Path, answer: Mapping[str, Any]) -> None:
+    """The answer of `remote_status` for a person."""
+    counts = ", ".join(f"{count} {name}" for name, count in answer.get("steps", {}).items() if count)
+    print(f"{out}: {answer['state']}{f' ({counts})' if counts else ''}")
+    if answer["job"]:
+        print(f"  job {answer['job']['id']}: {answer['job']['state']}")
+    if answer.get("tracker_pending"):
+        print(
+            f"  the tracker waits for {answer['tracker_pending']} rows: temporal-merge sync {out}, on the cluster"
+        )
+
+
+def stop_study(out: Path, url: str) -> str:
+    """End the job that works on OUT: its id. Raises UserError if there is none."""
+    from cluster.submission import Cluster
+
+    cluster = Cluster(url)
+    job = _job_of(cluster, out)
+    if job is None or job.ended:
+        raise UserError(
+            f"no job of {url} works on {out}; `temporal-merge status {out} --address {url}` says what is there"
+        )
+    cluster.stop(job.id)
+    return job.id
+
+
+def key_of(name: str, out: Path) -> str:
+    """What the ids of all jobs of one study in one OUT begin with."""
+    return f"{name}-{_short(str(out))}"
+
+
+@contextmanager
+def shipment(study: Path | None = None, files: Sequence[Path] = ()) -> Iterator[Path]:
+    """A directory with this package's source, the study file, and `files` under their relative paths.
+
+    Raises ConfigError if it is too large to be sent.
+    """
+    with tempfile.TemporaryDirectory(prefix="temporal-merge-") as home:
+        room = Path(home)
+        for name in ROOMS:
+            shutil.copytree(
+                CODE / name, room / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
+            )
+        for path in files:
+            if path.is_dir():
+                shutil.copytree(path, room / path, dirs_exist_ok=True)
+            else:
+                (room / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, room / path)
+        if study is not None:
+            shutil.copyfile(study, room / study.name)
+        yield room
+
+
+def relative_files(study: Study) -> Iterator[Path]:
+    """The files and directories that a study names by relative path and that are here. Raises ConfigError.
+
+    Paths of data and storage are never shipped: they must be absolute, on storage that all nodes share, or URLs.
+    """
+    problems, total = [], 0
+    texts = dict(_texts(study.model_dump(mode="json"))) | {"data.root": study.data_root}
+    for key, text in texts.items():
+        path = Path(text.removeprefix("local-dir:"))
+        if "://" in text or path.is_absolute():
+            continue
+        if key in PLACES:
+            problems.append(
+                f"{key}: {text} is a place on this machine; give {_SHARED}, for instance --set {key}=/shared/{path.name}"
+            )
+        elif ("/" in text or path.suffix) and path.exists():
+            if ".." in path.parts:
+                problems.append(
+                    f"{key}: {text} lies outside this directory; give a path below it, or {_SHARED}"
+                )
+            size = _size(path)
+            if total + size > MAX_BYTES:
+                problems.append(
+                    f"{key}: {text} has {size / 1e6:.0f} MB, too much to be sent along; give {_SHARED}"
+                )
+            total += size
+            yield path
+    if problems:
+        raise ConfigError([f"study {study.name}: {problem}" for problem in problems])
+
+
+_SHARED = "an absolute path on storage that all nodes of the cluster share"
+
+
+def _shared_out(study: Study, out: Path | None) -> Path:
+    if out is None or not out.is_absolute():
+        given = f"--out {out} is" if out else "without --out it would be"
+        raise UserError(
+            f"{given} a place on one node only; give {_SHARED}, for instance --out /shared/runs/{study.name}"
+        )
+    return out
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """All texts of a tree with their key paths."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _texts(item, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _texts(item, f"{key}[{index}]")
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _digest(study: Study) -> str:
+    return hashlib.sha256(study.model_dump_json().encode()).hexdigest()
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _job_of(cluster: Any, out: Path) -> Any:
+    """The last job that worked, or works, on OUT."""
+    return next((job for job in reversed(cluster.jobs()) if job.metadata.get("out") == str(out)), None)
+
+
+def _watch(cluster: Any, name: str, out: Path, stream: Any) -> Any:
+    """Pass on what the job prints until it ends; whoever leaves earlier is told how to come back."""
+
+    def write(text: str) -> None:
+        stream.write(text)
+        stream.flush()
+
+    try:
+        job = cluster.follow(name, write)
+    except BaseException:
+        print(
+            f"\njob {name} goes on without this client; the same command attaches to it again, "
+            f"`temporal-merge stop {out} --address {cluster.url}` ends it",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        raise
+    if _exit_code(job):
+        print(f"job {name} {job.state}: {_why(job)}", file=sys.stderr, flush=True)
+    return job
+
+
+def _exit_code(job: Any) -> int:
+    """The run's own exit code; 1 for a job that was stopped, killed, or never began."""
+    if job.state == "succeeded":
+        return 0
+    return job.exit_code if job.exit_code and job.exit_code > 0 else 1
+
+
+def _why(job: Any) -> str:
+    if job.state == "stopped":
+        return "somebody ended it; submit again to go on"
+    if job.exit_code == 127 or any(sign in job.message for sign in _NOT_INSTALLED):
+        return (
+            "its node cannot import what it needs: the `python` on the PATH of `ray start` must be 3.11 or newer and have "
+            "temporal-merge's dependencies, on every node (only source is sent)"
+        )
+    if job.exit_code is None:
+        return " ".join(job.message.split())[-500:]
+    return f"exit code {job.exit_code}; what it said is above, its paths are the cluster's"

@@ -1,0 +1,206 @@
+"""What is sent along with a study, under which name, and which addresses and paths are refused before anything is sent."""
+
+import http.server
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.session import ClusterError
+from cluster.submission import Cluster, Job, _Seen, check_dashboard
+from merge_service.errors import UserError
+from pipeline.config import load_study
+from pipeline.errors import ConfigError
+from pipeline.submit import ROOMS, _exit_code, key_of, relative_files, shipment, submit_study
+from tests.world import World
+
+
+@pytest.fixture
+def seat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the client's person sits, with a model of their own."""
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    (tmp_path / "models" / "mine" / "open_clip_config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "10.1.2.3:8265",
+        "auto",
+        "ray://head:10001",
+        "http://",
+        "http://head:port",
+        "http://head/jobs",
+        "http://head?x=1",
+        "",
+    ],
+)
+def test_what_is_no_dashboard_is_refused(url: str) -> None:
+    with pytest.raises(ClusterError, match="http://HEAD:8265") as caught:
+        check_dashboard(url)
+    assert caught.value.exit_code == 2
+
+
+def test_password_in_an_address_is_refused_and_not_repeated() -> None:
+    with pytest.raises(ClusterError) as caught:
+        check_dashboard("http://me:hunter2@head:8265")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_remote_dashboard_without_token_authentication_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    check_dashboard("http://127.0.0.1:8265")
+    with pytest.raises(ClusterError, match="set RAY_AUTH_MODE=token here"):
+        check_dashboard("http://10.1.2.3:8265")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    check_dashboard("http://10.1.2.3:8265")
+
+
+def test_silent_address_is_refused_at_once(free_port: int) -> None:
+    with pytest.raises(ClusterError, match="nobody answers there"):
+        Cluster(f"http://127.0.0.1:{free_port}")
+
+
+def test_server_that_is_no_dashboard_is_named(web_server: str) -> None:
+    with pytest.raises(ClusterError, match="no Ray dashboard"):
+        Cluster(web_server)
+
+
+def test_address_of_the_command_line_wins_over_the_environment(
+    web_server: str, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", f"http://127.0.0.1:{free_port}")
+    with pytest.raises(ClusterError, match="no Ray dashboard"):
+        Cluster(web_server)
+
+
+@pytest.mark.parametrize("out", [None, Path("runs/x")])
+def test_out_that_is_a_place_on_one_node_is_refused(world: World, out: Path | None) -> None:
+    with pytest.raises(UserError, match="storage that all nodes") as caught:
+        submit_study(world.study(), [], out, "http://127.0.0.1:1", wait=True, quiet=False)
+    assert "--out /shared/runs/tiny" in str(caught.value)
+
+
+def test_data_on_this_machine_only_is_refused_with_every_key(world: World, seat: Path) -> None:
+    study = load_study(world.study(), ["data.root=data/mini", "data.cache=cache"])
+    with pytest.raises(ConfigError) as caught:
+        list(relative_files(study))
+    assert "--set data.root=/shared/mini" in str(caught.value) and "data.cache: cache" in str(caught.value)
+
+
+def test_suite_without_a_root_is_refused(world: World) -> None:
+    study = load_study(world.study(data={"suite": "mini"}))
+    with pytest.raises(ConfigError, match=r"data\.root: data/mini is a place on this machine"):
+        list(relative_files(study))
+
+
+def test_model_named_by_relative_path_goes_along_and_an_absolute_one_does_not(
+    world: World, seat: Path
+) -> None:
+    relative = load_study(world.study(model={"config": "tiny", "pretrained": "local-dir:models/mine"}))
+    assert list(relative_files(relative)) == [Path("models/mine")]
+    assert (
+        list(
+            relative_files(load_study(world.study(model={"config": "x", "pretrained": str(seat / "models")})))
+        )
+        == []
+    )
+    assert (
+        list(relative_files(load_study(world.study(model={"config": "x", "pretrained": "hf-hub:me/mine"}))))
+        == []
+    )
+
+
+def test_files_of_the_fomo_grid_go_along(world: World, seat: Path) -> None:
+    (seat / "suite.yaml").write_text("{}")
+    (seat / "stream.yaml").write_text("{}")
+    data = {"suite": "suite.yaml", "root": "/data", "pretraining": ["grey"], "held_out": ["grey"]}
+    study = load_study(world.study(data=data, stream={"file": "stream.yaml"}))
+    assert set(relative_files(study)) == {Path("suite.yaml"), Path("stream.yaml")}
+
+
+def test_path_out_of_the_directory_is_refused(
+    world: World, seat: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(seat / "models")
+    study = load_study(world.study(model={"config": "x", "pretrained": "../models/mine"}))
+    with pytest.raises(ConfigError, match="lies outside this directory"):
+        list(relative_files(study))
+
+
+def test_model_too_large_to_be_sent_is_refused(
+    world: World, seat: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.submit.MAX_BYTES", 1)
+    study = load_study(world.study(model={"config": "x", "pretrained": "models/mine"}))
+    with pytest.raises(
+        ConfigError, match=r"model\.pretrained: models/mine has 0 MB, too much to be sent along"
+    ):
+        list(relative_files(study))
+
+
+def test_shipment_holds_source_study_and_files_and_nothing_else(world: World, seat: Path) -> None:
+    study = world.study()
+    with shipment(study, [Path("models/mine")]) as room:
+        names = {str(path.relative_to(room)) for path in room.rglob("*") if path.is_file()}
+        assert (room / study.name).read_bytes() == study.read_bytes()
+    assert {"pipeline/cli.py", "workers/train.py", "merge_service/actor.py", "cluster/session.py"} <= names
+    assert {"models/mine/open_clip_config.json", study.name} <= names
+    assert {name.split("/")[0] for name in names} == {*ROOMS, "models", study.name}
+    assert not any("__pycache__" in name or name.endswith(".pyc") for name in names) and not room.exists()
+
+
+def test_key_tells_studies_and_places_apart_and_nothing_else() -> None:
+    keys = {key_of(name, Path(out)) for name in ("a", "b") for out in ("/x", "/y")}
+    assert len(keys) == 4 and key_of("a", Path("/x")) in keys
+
+
+def test_log_told_again_after_a_broken_connection_is_passed_on_once() -> None:
+    passed: list[str] = []
+    seen = _Seen(passed.append)
+    for told in (["one\ntw"], ["one\n", "two\nth"], [], ["one\ntwo\nthree\n"]):
+        seen.rewind()
+        for text in told:
+            seen.take(text)
+    assert "".join(passed) == "one\ntwo\nthree\n"
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "expected"),
+    [
+        ("succeeded", 0, 0),
+        ("failed", 2, 2),
+        ("failed", 1, 1),
+        ("failed", -9, 1),
+        ("failed", None, 1),
+        ("stopped", None, 1),
+    ],
+)
+def test_exit_code_is_that_of_the_run(state: str, code: int | None, expected: int) -> None:
+    assert _exit_code(Job("x.1", state, True, code, "", {})) == expected
+
+
+@pytest.fixture
+def free_port() -> int:
+    from tests.world import _free_port
+
+    return _free_port()
+
+
+@pytest.fixture
+def web_server() -> Iterator[str]:
+    """A server that is something else."""
+
+    class Quiet(http.server.BaseHTTPRequestHandler):
+        log_message: Callable[..., None] = lambda *_: None
+
+        def do_GET(self) -> None:
+            self.send_error(404)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()

@@ -1,0 +1,119 @@
+"""The whole way of a submitted study over two nodes, with a client that is killed; run it by hand to see it happen.
+
+    python -m tests.cluster.two_nodes            (as root; about two minutes)
+
+A study is submitted from a third machine, which then dies; a new client attaches to the same job; experts have run on
+both nodes; every checkpoint and score equals, bit for bit, those of an ordinary local run.
+"""
+
+import contextlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.cluster.nodes import DASHBOARD, NEEDS, TwoNodes, possible, two_nodes
+from tests.world import STRATEGIES, artifacts, command, make_world
+
+ACTORS = (
+    "from ray.util.state import list_actors\n"
+    f"for actor in list_actors(address={DASHBOARD!r}, filters=[('class_name', '=', 'ExpertWorker')], limit=1000):\n"
+    "    print(actor.node_id)"
+)
+
+
+def scenario(home: Path) -> dict[str, Any]:
+    """Run it all in `home`: what was seen. Raises AssertionError at the first thing that is not as it must be."""
+    began = time.monotonic()
+    world = make_world(home)
+    seat = home / "seat"  # where the client's person sits: the model is named relative to it, and shipped
+    (seat / "models").mkdir(parents=True)
+    shutil.copy(home / "model.json", seat / "models" / "tiny.json")
+    study = world.study(
+        model={"config": "models/tiny.json", "pretrained": None},
+        grid={"strategies": STRATEGIES, "seed": [0, 1]},
+    )
+    out, local = home / "shared" / "out", home / "local"
+    seen: dict[str, Any] = {}
+    with two_nodes(home) as nodes:
+        seen["seconds_to_start"] = round(time.monotonic() - began, 1)
+        seen["killed_after"] = _submit_and_die(nodes, seat, study, out)
+        status = _ask(nodes, seat, "status", out, "--address", DASHBOARD, "--json")
+        assert status["job"]["state"] == "running", status
+        seen["job"], seen["steps_done_at_kill"] = status["job"]["id"], status["steps"]["done"]
+        answer = _ask(nodes, seat, "submit", study, "--address", DASHBOARD, "--out", out, "--json")
+        assert answer["attached"] and answer["job"] == seen["job"] and answer["exit_code"] == 0, answer
+        seen["expert_nodes"] = sorted(set(nodes.python(ACTORS).split()))
+        seen["nodes_of_steps"] = _timeline_nodes(out)
+    seen["seconds_on_cluster"] = round(time.monotonic() - began, 1)
+    assert len(seen["expert_nodes"]) == 2, seen
+    assert seen["nodes_of_steps"] is None or len(seen["nodes_of_steps"]) == 2, seen
+    alone = command("run", study, "--out", local, "--address", "local", cwd=seat)
+    assert alone.returncode == 0, alone.stderr
+    mine, theirs = artifacts(local), artifacts(out)
+    assert mine == theirs and mine, "artifacts differ"
+    assert _results(local) == _results(out)
+    return seen | {"identical_artifacts": len(mine), "seconds": round(time.monotonic() - began, 1)}
+
+
+def _submit_and_die(nodes: TwoNodes, seat: Path, study: Path, out: Path) -> str:
+    """Submit, wait for the first finished step, kill the client: that step's line."""
+    client = nodes.client(
+        "submit",
+        study,
+        "--address",
+        DASHBOARD,
+        "--out",
+        out,
+        cwd=seat,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    lines = []
+    assert client.stdout is not None
+    for line in client.stdout:
+        lines.append(line)
+        if line.startswith("["):
+            client.send_signal(signal.SIGKILL)
+            client.wait(20)
+            return line.strip()
+    raise AssertionError(f"the study ended before the client could be killed: {''.join(lines)[-3000:]}")
+
+
+def _ask(nodes: TwoNodes, seat: Path, *arguments: Any) -> Any:
+    client = nodes.client(*arguments, cwd=seat, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        said, errors = client.communicate(timeout=240)
+    except BaseException:
+        client.kill()
+        raise
+    assert client.returncode == 0, f"{arguments}: {said}{errors}"
+    return json.loads(said)
+
+
+def _timeline_nodes(out: Path) -> list[str] | None:
+    """The nodes that trained experts, from the run's own timeline; None where it has none."""
+    with contextlib.suppress(FileNotFoundError):
+        rows = [json.loads(line) for line in (out / "timeline.jsonl").read_text().splitlines()]
+        return sorted({row["node"] for row in rows if row.get("kind") == "train"})
+    return None
+
+
+def _results(out: Path) -> Any:
+    answer = json.loads((out / "results.json").read_text())
+    for trajectory in answer["trajectories"]:
+        for step in trajectory["steps"]:
+            step.pop("merge_seconds", None)
+    return answer
+
+
+if __name__ == "__main__":
+    if not possible():
+        sys.exit(NEEDS)
+    with tempfile.TemporaryDirectory() as directory:
+        print(json.dumps(scenario(Path(directory)), indent=2))
