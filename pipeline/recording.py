@@ -35,6 +35,7 @@ class Tracking:
             settings=study.model_dump(mode="json"),
             code_version=version("temporal-merge"),
             log_weights=options.log_weights,
+            store="store" if study.storage.store is None else store.where,
         )
         base = store.record(plan.base.kind, plan.base.fingerprint)
         assert base is not None, "the workspace is prepared first"

@@ -73,6 +73,11 @@ class Store:
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", Path(self.root).absolute())
 
+    @property
+    def where(self) -> str:
+        """The place of the store, for people."""
+        return str(self.root)
+
     def prepare(self) -> None:
         """Create the store, make sure it can be written, and remove what dead writers left. Raises StoreUnwritable."""
         with self._guarded("prepare", 0):
@@ -150,7 +155,7 @@ class Store:
         stage = self.root / ".stage" / f"{name}.{owner_mark()}.{uuid.uuid4().hex[:8]}"
         what = name if step is None else step.label
         with self._guarded(what, needed):
-            self.check_room(what, needed)
+            self._check_free(what, needed)
             stage.mkdir(parents=True)
         try:
             with self._guarded(what, needed, foreign=True):
@@ -220,13 +225,16 @@ class Store:
             record = self.find(fingerprint)
             if record is None:
                 raise CorruptArtifact(
-                    f"{step.label}: its input {role} ({fingerprint[:16]}) is not in {self.root}; run again"
+                    f"{step.label}: its input {role} ({fingerprint[:16]}) is not in {self.where}; run again"
                 )
             opened[role] = self.open_verified(record)
         return opened
 
     def check_room(self, what: str, needed: int) -> None:
         """Raise StorageFull unless `needed` bytes are free; `what` is told in the message."""
+        self._check_free(what, needed)
+
+    def _check_free(self, what: str, needed: int) -> None:
         with self._guarded(what, needed):
             free = self._free()
         if needed and free < needed:

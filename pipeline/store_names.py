@@ -50,7 +50,9 @@ class Names:
             try:
                 os.link(temporary, self.room / digits)
             except OSError as error:
-                if error.errno in _NO_LINKS or (isinstance(error, FileExistsError) and not self._name(digits)):
+                if error.errno in _NO_LINKS or (
+                    isinstance(error, FileExistsError) and not self._name(digits)
+                ):
                     temporary.replace(self.room / digits)
                 elif not isinstance(error, FileExistsError):
                     raise
@@ -61,7 +63,11 @@ class Names:
 
     def complete(self) -> None:
         """Give a name to every artifact that has none: of an older version's store, or copied in by hand."""
-        room = self.room if self.room.is_dir() else self.root / ".stage" / f"names.{owner_mark()}.{uuid.uuid4().hex[:8]}"
+        room = (
+            self.room
+            if self.room.is_dir()
+            else self.root / ".stage" / f"names.{owner_mark()}.{uuid.uuid4().hex[:8]}"
+        )
         room.mkdir(parents=True, exist_ok=True)
         with os.scandir(room) as entries:
             named = {entry.name for entry in entries if entry.stat().st_size}
@@ -105,7 +111,7 @@ class Names:
         found: dict[str, str] = {}
         for kind in reversed(KINDS):
             try:
-                names = sorted(os.listdir(self.root / kind), reverse=True)
+                names = sorted((path.name for path in (self.root / kind).iterdir()), reverse=True)
             except OSError as error:
                 _raise_unless_absent(error, self.root / kind)
                 continue

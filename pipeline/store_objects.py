@@ -4,6 +4,7 @@ Invariant: whatever goes wrong on the way is tried again here and nowhere else i
 names the URL. The value holds the URL alone; credentials and endpoints come from the environment, as fsspec reads them.
 """
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -91,7 +92,10 @@ class Objects:
         def listed(system: Any, root: str) -> dict[str, int]:
             system.invalidate_cache()
             found = system.find(f"{root}/{prefix}", detail=True)
-            return {path.lstrip("/")[len(root.lstrip("/")) + 1 :]: int(info["size"] or 0) for path, info in found.items()}
+            return {
+                path.lstrip("/")[len(root.lstrip("/")) + 1 :]: int(info["size"] or 0)
+                for path, info in found.items()
+            }
 
         try:
             return self._patiently(listed, prefix)
@@ -100,10 +104,8 @@ class Objects:
 
     def remove(self, key: str) -> None:
         """Remove an object, if it is there."""
-        try:
+        with contextlib.suppress(FileNotFoundError):
             self._patiently(lambda system, root: system.rm_file(f"{root}/{key}"), key)
-        except FileNotFoundError:
-            pass
 
     def _create(self, system: Any, path: str, data: bytes) -> None:
         _make_parent(system, path)
@@ -112,7 +114,11 @@ class Objects:
         except FileExistsError:
             pass
         except (TypeError, ValueError, NotImplementedError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            if isinstance(error, OSError) and error.errno not in (
+                errno.EINVAL,
+                errno.ENOSYS,
+                errno.EOPNOTSUPP,
+            ):
                 raise
             if not system.exists(path):
                 system.pipe_file(path, data)
@@ -127,7 +133,9 @@ class Objects:
             except Exception as error:
                 last = isinstance(error, _FINAL) or type(error).__name__ in _FINAL_NAMES
                 last = last or getattr(error, "errno", None) in _FINAL_CODES
-                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or isinstance(error, ConfigError):
+                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or isinstance(
+                    error, ConfigError
+                ):
                     raise
                 if isinstance(error, PermissionError) or type(error).__name__ in _FINAL_NAMES:
                     raise StoreUnwritable(

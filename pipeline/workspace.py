@@ -15,8 +15,10 @@ from pipeline.config import Study, load_study
 from pipeline.errors import ConfigError
 from pipeline.facts import check_shards, ensure_data, gather, local_base
 from pipeline.plan import Plan, make_plan
+from pipeline.registry import register
 from pipeline.results import results, write_results
 from pipeline.store import Store
+from pipeline.store_open import store_at
 
 STUDY_FILE, PLAN_FILE, RESULTS_FILE = "study.yaml", "plan.json", "results.json"
 
@@ -41,7 +43,7 @@ class Workspace:
 
     @cached_property
     def store(self) -> Store:
-        return Store(self.out / "store")
+        return store_at(self.study.storage.store, self.out, (self.plan.base.fingerprint,))
 
     @property
     def scratch(self) -> Path:
@@ -74,6 +76,7 @@ class Workspace:
         """Make OUT usable: the store, study.yaml, plan.json, and the base. Raises UserError."""
         self.store.prepare()
         self._check_same_study()
+        register(self.store, self.plan, self.out)
         _write(self.out / STUDY_FILE, self.study.resolved_yaml())
         _write(self.out / PLAN_FILE, json.dumps(self.plan.to_json()))
         base = self.plan.base
