@@ -5,17 +5,18 @@ whatever was made since it registered. A dry run changes nothing.
 """
 
 import contextlib
-import json
 import shutil
+import socket
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from merge_service.errors import UserError
+from pipeline.errors import StoreError
 from pipeline.lock import driver_lock, read_driver, write_driver
 from pipeline.plan import Plan
-from pipeline.registry import Registration, registrations
+from pipeline.registry import Registration, registration, registrations
 from pipeline.status import open_plan, open_store
 from pipeline.store import Store
 from pipeline.store_names import DIGITS
@@ -98,10 +99,12 @@ def _check_forgotten(keeper: Upkeep, forget: list[str]) -> None:
             raise UserError(
                 f"--forget {name}: no such study is registered; there are {', '.join(known) or 'none'}"
             )
-        with contextlib.suppress(ValueError, KeyError):
-            out = json.loads(known[name])["out"]
-            if (Path(out) / "plan.json").exists():
-                raise UserError(f"--forget {name}: its OUT {out} is still there; remove that first")
+        try:
+            one = registration(name, known[name])
+        except StoreError:
+            continue
+        if one.host == socket.gethostname() and not one.is_gone:
+            raise UserError(f"--forget {name}: its OUT {one.out} is still there; remove that first")
 
 
 def _scratch(out: Path, plan: Plan, store: Store) -> list[Path]:

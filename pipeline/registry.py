@@ -75,14 +75,15 @@ def name_of(study: str, host: str, out: str) -> str:
 
 def registrations(keeper: Upkeep) -> list[Registration]:
     """All registrations of a store. Raises StoreError for one that cannot be read: nothing may be removed then."""
-    found = []
-    for name, text in keeper.notes().items():
-        try:
-            body = json.loads(text)
-            found.append(Registration(name=name, **{**body, "fingerprints": frozenset(body["fingerprints"])}))
-        except (ValueError, TypeError, KeyError) as error:
-            raise StoreError(
-                f"{keeper.store.where}/.studies/{name}.json cannot be read ({error}); run its study again, or drop it with "
-                f"--forget {name}"
-            ) from None
-    return found
+    return [registration(name, text) for name, text in keeper.notes().items()]
+
+
+def registration(name: str, text: bytes) -> Registration:
+    """A registration as it was written. Raises StoreError."""
+    try:
+        body = json.loads(text)
+        return Registration(name=name, **{**body, "fingerprints": frozenset(body["fingerprints"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise StoreError(
+            f"the registration {name} cannot be read ({error}); run its study again, or drop it with --forget {name}"
+        ) from None

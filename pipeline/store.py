@@ -105,11 +105,11 @@ class Store:
 
         Another study may have named the same step otherwise, so the fingerprint decides, not the slug.
         """
-        return self._locate(fingerprint) or self._own_path(kind, fingerprint, slug)
+        return self._locate(fingerprint, kind) or self._own_path(kind, fingerprint, slug)
 
     def has(self, kind: str, fingerprint: str) -> bool:
         """Whether there is a record of the step; cheap to ask again."""
-        found = self._locate(fingerprint)
+        found = self._locate(fingerprint, kind)
         try:
             stat = (found / RECORD_FILE).stat() if found is not None else None
         except OSError:
@@ -123,7 +123,7 @@ class Store:
 
     def record(self, kind: str, fingerprint: str) -> Record | None:
         """The record of a step's artifact; None if there is no artifact or its record is damaged. Changes nothing."""
-        found = self._locate(fingerprint)
+        found = self._locate(fingerprint, kind)
         if found is None:
             return None
         try:
@@ -308,8 +308,9 @@ class Store:
             raise ValueError(f"no such artifact: kind {kind!r}, slug {slug!r}")
         return self.root / kind / f"{slug}-{fingerprint[:16]}"
 
-    def _locate(self, fingerprint: str) -> Path | None:
-        return Names(self.root).find(fingerprint[:DIGITS])
+    def _locate(self, fingerprint: str, kind: str | None = None) -> Path | None:
+        found = Names(self.root).find(fingerprint[:DIGITS])
+        return found if found is None or kind in (None, found.parent.name) else None
 
     def _free(self) -> int:
         place = self.root

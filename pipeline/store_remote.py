@@ -152,7 +152,7 @@ class ObjectStore(Store):
         """One path whatever a study calls the step, so that the driver can name it for every node."""
         return self.root / kind / super()._own_path(kind, fingerprint, slug).name[-DIGITS:]
 
-    def _locate(self, fingerprint: str) -> Path | None:
+    def _locate(self, fingerprint: str, kind: str | None = None) -> Path | None:
         return None
 
     def _place(self, record: Record, stage: Path, step: StepLike) -> Record:
