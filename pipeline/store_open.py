@@ -8,7 +8,9 @@ from urllib.parse import unquote, urlsplit
 
 import yaml
 
+from pipeline.config import Study
 from pipeline.errors import ConfigError
+from pipeline.sections import StorageSection
 from pipeline.store import Store
 
 
@@ -23,6 +25,15 @@ def store_at(where: str | None, out: Path, always: tuple[str, ...] = ()) -> Stor
     from pipeline.store_remote import ObjectStore
 
     return ObjectStore.at(where, always)
+
+
+def settled(study: Study) -> Study:
+    """The study with its store's directory made absolute: OUT/study.yaml is read from anywhere."""
+    where = study.storage.store
+    if where is None or "://" in where:
+        return study
+    absolute = str(Path(where).expanduser().absolute())
+    return study.model_copy(update={"storage": StorageSection(store=absolute)})
 
 
 def store_of(out: Path) -> Store:

@@ -2,7 +2,7 @@
 
 Layout: `URL/<kind>/<fingerprint>/record.json`, and the files in `URL/<kind>/<fingerprint>/<digest of all files>/`: equal results land
 on equal keys, different ones never on each other's. Files go first, the record last and created exclusively; it is the
-commit. Invariant: an artifact is what the record at its one key says, and every byte read is checked against it; the local
+commit; a copy under `results/`, written just before, lets a rival result be seen where creation is not exclusive. Invariant: an artifact is what the record at its one key says, and every byte read is checked against it; the local
 mirror at `root` (the same path on every node) holds copies only, which are made again whenever they are missing or wrong.
 """
 
@@ -21,6 +21,7 @@ from merge_service.faults import point
 from pipeline import audit
 from pipeline.artifact import RECORD_FILE, Record, difference, parse_record, read_record, write_record
 from pipeline.errors import CorruptArtifact, StoreError, StoreUnwritable
+from pipeline.fingerprint import fingerprint as digest_of
 from pipeline.ownership import locked, owner_mark
 from pipeline.store import StepLike, Store, conflict, differences
 from pipeline.store_names import DIGITS, KINDS
@@ -164,9 +165,11 @@ class ObjectStore(Store):
                 self.objects.upload(stage / name, _file(record, name))
             point("store.after_upload")
             text = (stage / RECORD_FILE).read_bytes()
+            self.objects.write(_claim(record), text)
             for _ in range(3):
                 if self.objects.create(_key(record.kind, record.fingerprint), text):
                     point("store.after_rename")
+                    self._refuse_rivals(record, step)
                     self._keep(record, stage)
                     return record
                 existing = self._existing(record)
@@ -187,6 +190,20 @@ class ObjectStore(Store):
         first = f"{self.url}/{_key(record.kind, record.fingerprint).rpartition('/')[0]}"
         raise conflict(step.label, differing, first, f"{self.url}/{kept}")
 
+    def _refuse_rivals(self, record: Record, step: StepLike) -> None:
+        """Raise NondeterminismError if another result of this step was ready as well.
+
+        Both claim before they commit and look after it, so one of two sees the other even where a backend lets both create.
+        """
+        rivals = sorted(set(self._claims(record.kind, record.fingerprint)) - {_claim(record)})
+        if rivals:
+            raise conflict(
+                step.label, ["see both records"], f"{self.url}/{_claim(record)}", f"{self.url}/{rivals[0]}"
+            )
+
+    def _claims(self, kind: str, fingerprint: str) -> list[str]:
+        return list(self.objects.sizes(f"{kind}/{fingerprint}/results"))
+
     def _existing(self, record: Record) -> Record | None:
         """The artifact that is there already; what stands at its key and is no record of it is moved aside."""
         key = _key(record.kind, record.fingerprint)
@@ -202,6 +219,8 @@ class ObjectStore(Store):
         if text is not None:
             self.objects.write(target, text)
             self.objects.remove(_key(kind, fingerprint))
+            for key in self._claims(kind, fingerprint):
+                self.objects.remove(key)
         return f"{self.url}/{target}"
 
     def _fetch(self, record: Record) -> None:
@@ -266,6 +285,12 @@ class ObjectStore(Store):
 
 def _key(kind: str, fingerprint: str) -> str:
     return f"{kind}/{fingerprint}/{RECORD_FILE}"
+
+
+def _claim(record: Record) -> str:
+    """The key that says that this very result was ready to be committed."""
+    result = digest_of({"files": record.digest, "scores": record.result.get("scores")})
+    return f"{record.kind}/{record.fingerprint}/results/{result[:32]}.json"
 
 
 def _file(record: Record, name: str) -> str:

@@ -149,6 +149,8 @@ class ObjectUpkeep(Upkeep):
 
     def take_out(self, entry: Entry, files_too: bool) -> None:
         self.objects.remove(f"{entry.place}/{RECORD_FILE}")
+        for key in self.objects.sizes(f"{entry.place}/results"):
+            self.objects.remove(key)
         if files_too:
             for key in self.objects.sizes(entry.place):
                 self.objects.remove(key)

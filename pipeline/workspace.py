@@ -18,7 +18,7 @@ from pipeline.plan import Plan, make_plan
 from pipeline.registry import register
 from pipeline.results import results, write_results
 from pipeline.store import Store
-from pipeline.store_open import store_at
+from pipeline.store_open import settled, store_at
 
 STUDY_FILE, PLAN_FILE, RESULTS_FILE = "study.yaml", "plan.json", "results.json"
 
@@ -38,7 +38,7 @@ class Workspace:
         """Read, check and plan a study. Raises UserError for whatever can be known to be wrong before anything runs."""
         study = load_study(path, overrides)
         ensure_data(study)
-        study = study.resolved()
+        study = settled(study.resolved())
         return cls(study, out or Path("runs") / study.name, make_plan(study, gather(study)))
 
     @cached_property
