@@ -78,15 +78,21 @@ def read_record(directory: Path) -> Record:
     try:
         if path.stat().st_size > _MAX_RECORD_BYTES:
             raise CorruptArtifact(f"{path} is larger than any record")
-        body = json.loads(path.read_bytes())
+        return parse_record(path.read_bytes(), str(path), directory)
+    except OSError as error:
+        raise CorruptArtifact(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def parse_record(text: bytes, path: str, directory: Path) -> Record:
+    """The record in `text`, which `path` names in messages; its files are in `directory`. Raises CorruptArtifact."""
+    try:
+        body = json.loads(text)
         stated = body.pop("record_sha256")
         if stated != _self_digest(body):
             raise CorruptArtifact(f"{path} was altered: its content does not match its own sha256")
         if body.pop("format") != FORMAT:
             raise CorruptArtifact(f"{path} has a format this version does not read")
         record = Record(**body, path=directory)
-    except OSError as error:
-        raise CorruptArtifact(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptArtifact(f"{path} is not a record: {error}") from error
     for name in record.files:

@@ -54,7 +54,7 @@ def _artifact(store: Readable, kind: str, directory: Path) -> Iterator[str]:
             yield problem
     for name in sorted(present - set(record.files)):
         yield f"{directory / name} is not in the artifact's record"
-    yield from _lineage(store, record)
+    yield from lineage(store, record)
 
 
 def _identity(record: Record, kind: str, directory: Path) -> Iterator[str]:
@@ -66,7 +66,8 @@ def _identity(record: Record, kind: str, directory: Path) -> Iterator[str]:
         yield f"{directory}: its fingerprint is not that of the spec in its record"
 
 
-def _lineage(store: Readable, record: Record) -> Iterator[str]:
+def lineage(store: Readable, record: Record) -> Iterator[str]:
+    """What is wrong with the inputs that a record names."""
     for role, fingerprint in record.inputs.items():
         source = store.find(fingerprint)
         if source is None:

@@ -375,6 +375,30 @@ def check(
 
 
 @app.command()
+def gc(
+    out: OutDir,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; change nothing.")] = False,
+    forget: Annotated[
+        list[str] | None,
+        typer.Option("--forget", metavar="NAME", help="Drop the registration of a study whose OUT is gone."),
+    ] = None,
+    set_aside: Annotated[
+        bool,
+        typer.Option("--set-aside", help="Also remove damaged artifacts and second results that were kept."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove from the store what no study refers to, and from OUT what finished steps left behind.
+
+    Example: temporal-merge gc runs/demo --dry-run
+    """
+    from pipeline.gc import collect, describe
+
+    answer = collect(out, dry_run, forget or [], set_aside)
+    _print_json(answer) if as_json else print("\n".join(describe(answer)))
+
+
+@app.command()
 def sync(out: OutDir) -> None:
     """Deliver to the tracker what it has not received yet."""
     from pipeline.tracking import sync as deliver

@@ -27,6 +27,7 @@ from pipeline.sections import (
     Name,
     ResourcesSection,
     Section,
+    StorageSection,
     StreamSection,
     TrackingSection,
     key_of,
@@ -62,6 +63,7 @@ class Study(Section):
     evaluation: EvaluationSection = EvaluationSection()
     resources: ResourcesSection = ResourcesSection()
     tracking: TrackingSection = TrackingSection()
+    storage: StorageSection = StorageSection()
 
     @cached_property
     def expansion(self) -> Expansion:

@@ -22,6 +22,7 @@ from pipeline.lock import driver_lock, write_driver
 from pipeline.plan import Step
 from pipeline.progress import Progress
 from pipeline.recording import Tracking
+from pipeline.registry import retire
 from pipeline.schedule import Schedule
 from pipeline.show import print_results, trajectory_rows
 from pipeline.workspace import Workspace
@@ -56,6 +57,7 @@ def run_study(path: Path, overrides: Sequence[str], out: Path | None, address: s
                 tracking.finished(results)
         finally:
             write_driver(workspace.out, {"ended": True, "failed": workspace.failure})
+            retire(workspace.store, workspace.plan, workspace.out)
     print_results(workspace.out, results, tracking)
 
 

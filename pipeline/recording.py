@@ -35,6 +35,7 @@ class Tracking:
             settings=study.model_dump(mode="json"),
             code_version=version("temporal-merge"),
             log_weights=options.log_weights,
+            store="store" if study.storage.store is None else store.where,
         )
         bases = {fp: store.record(base.kind, fp) for fp, base in plan.bases.items()}
         known = {fp: base for fp, base in bases.items() if base is not None}

@@ -291,6 +291,27 @@ class ResourcesSection(Section):
     merging: MergingResources = MergingResources()
 
 
+class StorageSection(Section):
+    """Where artifacts are kept: `store` null is OUT/store, else a directory or an fsspec URL, which studies may share."""
+
+    store: Text | None = None
+
+    @model_validator(mode="after")
+    def _place(self) -> Self:
+        if self.store is None or "://" not in self.store:
+            return self
+        try:
+            parts = urlsplit(self.store)
+        except ValueError as error:
+            raise ValueError(f"store is not a URL ({error})") from None
+        if parts.username is not None or parts.password is not None or parts.query:
+            raise ValueError(
+                "store holds a secret (or a query), which would end up in files; give credentials in the environment "
+                "(for s3:// AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), and the plain URL here"
+            )
+        return self
+
+
 class TrackingSection(Section):
     """MLflow: `uri` null keeps a sqlite store in OUT; `log_weights` also sends the merged weights there."""
 

@@ -14,6 +14,7 @@ from pipeline.outbox import count_pending
 from pipeline.plan import Plan
 from pipeline.progress import read_progress
 from pipeline.store import Store
+from pipeline.store_open import store_of
 
 
 def open_plan(out: Path) -> Plan:
@@ -33,7 +34,7 @@ def open_plan(out: Path) -> Plan:
 def open_store(out: Path) -> Store:
     """The store of a run. Raises UserError if OUT holds none."""
     open_plan(out)
-    return Store(out / "store")
+    return store_of(out)
 
 
 def status_of(out: Path) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def status_of(out: Path) -> dict[str, Any]:
     `state` is running while a driver lives, done when every step is in the store, failed when the last driver said so,
     and partial otherwise.
     """
-    plan, store = open_plan(out), Store(out / "store")
+    plan, store = open_plan(out), store_of(out)
     done = [fp for fp, step in plan.steps.items() if store.has(step.kind, fp)]
     driver, alive = read_driver(out), is_held(out)
     running = [step for step in driver.get("running", []) if step["fingerprint"] not in done] if alive else []

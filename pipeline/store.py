@@ -2,7 +2,8 @@
 
 Layout: `ROOT/<kind>/<slug>-<first 16 digits of the fingerprint>/`, each with its `record.json`. A step writes into a staging
 directory on the same file system; commit forces files to disk, hashes them, writes the record last inside the stage, and
-renames the stage into place. Invariant: a directory under a kind is complete from the moment it has its name, whatever
+renames the stage into place. `.names/` leads from a fingerprint to its directory, so nothing costs more when there are many
+artifacts. Invariant: a directory under a kind is complete from the moment it has its name, whatever
 process dies when; two results of one step are one artifact or an error, never a choice.
 """
 
@@ -34,13 +35,12 @@ from pipeline.artifact import (
 )
 from pipeline.errors import CorruptArtifact, NondeterminismError, StorageFull, StoreError, StoreUnwritable
 from pipeline.ownership import is_abandoned, locked, owner_mark
+from pipeline.store_names import DIGITS, KINDS, Names, is_there, sync_directory
 
-KINDS = ("base", "train", "merge", "evaluate")
 _PACKAGES = ("temporal-merge", "torch", "open_clip_torch", "deepspeed", "numpy", "safetensors")
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
-_indexes: dict[Path, tuple[int, int, dict[str, str]]] = {}
 _sound: set[tuple[str, int, int, int]] = set()
 _verified: dict[tuple[str, int, int, int, int], str] = {}
 
@@ -73,11 +73,17 @@ class Store:
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", Path(self.root).absolute())
 
+    @property
+    def where(self) -> str:
+        """The place of the store, for people."""
+        return str(self.root)
+
     def prepare(self) -> None:
         """Create the store, make sure it can be written, and remove what dead writers left. Raises StoreUnwritable."""
         with self._guarded("prepare", 0):
             for name in (*KINDS, ".stage"):
                 (self.root / name).mkdir(parents=True, exist_ok=True)
+            Names(self.root).complete()
             probe = self.root / ".stage" / f"probe.{owner_mark()}.{uuid.uuid4().hex[:8]}"
             probe.mkdir()
             probe.rmdir()
@@ -90,7 +96,7 @@ class Store:
             with contextlib.suppress(OSError):
                 mark = [*stage.name.rsplit(".", 2), "", ""][1]
                 if is_abandoned(mark, time.time() - stage.lstat().st_mtime):
-                    shutil.rmtree(stage)
+                    shutil.rmtree(stage) if stage.is_dir() else stage.unlink()
                     removed.append(stage)
         return removed
 
@@ -99,11 +105,11 @@ class Store:
 
         Another study may have named the same step otherwise, so the fingerprint decides, not the slug.
         """
-        return self._locate(kind, fingerprint) or self._own_path(kind, fingerprint, slug)
+        return self._locate(fingerprint, kind) or self._own_path(kind, fingerprint, slug)
 
     def has(self, kind: str, fingerprint: str) -> bool:
         """Whether there is a record of the step; cheap to ask again."""
-        found = self._locate(kind, fingerprint)
+        found = self._locate(fingerprint, kind)
         try:
             stat = (found / RECORD_FILE).stat() if found is not None else None
         except OSError:
@@ -117,7 +123,7 @@ class Store:
 
     def record(self, kind: str, fingerprint: str) -> Record | None:
         """The record of a step's artifact; None if there is no artifact or its record is damaged. Changes nothing."""
-        found = self._locate(kind, fingerprint)
+        found = self._locate(fingerprint, kind)
         if found is None:
             return None
         try:
@@ -128,14 +134,14 @@ class Store:
 
     def find(self, fingerprint: str) -> Record | None:
         """The record with this fingerprint, of whatever kind."""
-        found = (self.record(kind, fingerprint) for kind in KINDS)
-        return next((record for record in found if record is not None), None)
+        found = self._locate(fingerprint)
+        return None if found is None else self.record(found.parent.name, fingerprint)
 
     def records(self, kind: str) -> Iterator[Record]:
         """All readable records of a kind, by directory name."""
-        for name in sorted(self._index(kind).values()):
+        for directory in sorted((self.root / kind).glob("[!.]*")):
             with contextlib.suppress(CorruptArtifact):
-                yield read_record(self.root / kind / name)
+                yield read_record(directory)
 
     @contextlib.contextmanager
     def staged(self, step: StepLike | None = None) -> Iterator[Path]:
@@ -149,7 +155,7 @@ class Store:
         stage = self.root / ".stage" / f"{name}.{owner_mark()}.{uuid.uuid4().hex[:8]}"
         what = name if step is None else step.label
         with self._guarded(what, needed):
-            self.check_room(what, needed)
+            self._check_free(what, needed)
             stage.mkdir(parents=True)
         try:
             with self._guarded(what, needed, foreign=True):
@@ -175,10 +181,11 @@ class Store:
         with self._guarded(step.label, step.disk_bytes):
             files = _settle(stage)
             point("store.after_fsync")
+            home = self._home(step)
             record = Record(
                 kind=step.kind,
                 fingerprint=step.fingerprint,
-                slug=step.slug,
+                slug=home.name.rpartition("-")[0] or step.slug,
                 spec=step.spec,
                 inputs=dict(step.inputs),
                 input_digests=self._input_digests(step),
@@ -187,12 +194,12 @@ class Store:
                 created_ms=time.time_ns() // 1_000_000,
                 seconds=round(float(seconds), 6),
                 versions=dict(versions or _versions()),
-                path=self._own_path(step.kind, step.fingerprint, step.slug),
+                path=home,
             )
             point("store.before_record")
             write_record(record, stage)
             for directory in [path for path in stage.rglob("*") if path.is_dir()] + [stage]:
-                _sync_directory(directory)
+                sync_directory(directory)
             return self._place(record, stage, step)
 
     def open_verified(self, record: Record) -> Path:
@@ -218,13 +225,16 @@ class Store:
             record = self.find(fingerprint)
             if record is None:
                 raise CorruptArtifact(
-                    f"{step.label}: its input {role} ({fingerprint[:16]}) is not in {self.root}; run again"
+                    f"{step.label}: its input {role} ({fingerprint[:16]}) is not in {self.where}; run again"
                 )
             opened[role] = self.open_verified(record)
         return opened
 
     def check_room(self, what: str, needed: int) -> None:
         """Raise StorageFull unless `needed` bytes are free; `what` is told in the message."""
+        self._check_free(what, needed)
+
+    def _check_free(self, what: str, needed: int) -> None:
         with self._guarded(what, needed):
             free = self._free()
         if needed and free < needed:
@@ -237,18 +247,22 @@ class Store:
     def _place(self, record: Record, stage: Path, step: StepLike) -> Record:
         """Give a finished stage its name, unless the artifact is there already."""
         with locked(self.root / ".lock"):
-            there = self._locate(record.kind, record.fingerprint, fresh=True)
-            if there is not None:
+            record.path.parent.mkdir(parents=True, exist_ok=True)
+            if is_there(record.path):
                 try:
-                    existing = read_record(there)
+                    existing = read_record(record.path)
                 except CorruptArtifact:
-                    self._move(there, ".corrupt")
+                    self._move(record.path, ".corrupt")
                 else:
                     return self._same_or_refuse(existing, record, stage, step)
-            record.path.parent.mkdir(parents=True, exist_ok=True)
-            stage.rename(record.path)
+            try:
+                stage.rename(record.path)
+            except OSError as error:  # where there are no locks another may have been first
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                return self._same_or_refuse(read_record(record.path), record, stage, step)
         point("store.after_rename")
-        _sync_directory(record.path.parent)
+        sync_directory(record.path.parent)
         return record
 
     def _same_or_refuse(self, existing: Record, record: Record, stage: Path, step: StepLike) -> Record:
@@ -256,20 +270,11 @@ class Store:
             raise StoreError(
                 f"{existing.path} belongs to another step with the same first 16 digits; remove it and run again"
             )
-        differing = sorted(
-            name for name in {*existing.files, *record.files} if existing.sha256(name) != record.sha256(name)
-        )
-        if existing.result.get("scores") != record.result.get("scores"):
-            differing.append("scores")
+        differing = differences(existing, record)
         if not differing:
             return existing
         kept = self._move(stage, ".conflicts", record.path.name)
-        raise NondeterminismError(
-            f"{step.label}: computed twice with different results ({', '.join(differing)}). The first is {existing.path}, the "
-            f"second was kept at {kept}. Compare them; likely causes: another thread or world size, device, or library version",
-            str(existing.path),
-            str(kept),
-        )
+        raise conflict(step.label, differing, str(existing.path), str(kept))
 
     def _set_aside(self, directory: Path, inode: int) -> str:
         """Quarantine an artifact if it is still the one that was found damaged; says what became of it."""
@@ -293,38 +298,19 @@ class Store:
         found = {role: self.find(fingerprint) for role, fingerprint in step.inputs.items()}
         return {role: record.digest for role, record in found.items() if record is not None}
 
+    def _home(self, step: StepLike) -> Path:
+        """Where the artifact of a step is to be, whoever else makes it at the same time."""
+        self._own_path(step.kind, step.fingerprint, step.slug)
+        return Names(self.root).claim(step.kind, step.fingerprint[:DIGITS], step.slug)
+
     def _own_path(self, kind: str, fingerprint: str, slug: str) -> Path:
         if kind not in KINDS or not slug or "/" in slug or slug.startswith(".") or "\0" in slug:
             raise ValueError(f"no such artifact: kind {kind!r}, slug {slug!r}")
         return self.root / kind / f"{slug}-{fingerprint[:16]}"
 
-    def _locate(self, kind: str, fingerprint: str, fresh: bool = False) -> Path | None:
-        name = self._index(kind, fresh).get(fingerprint[:16])
-        return None if name is None else self.root / kind / name
-
-    def _index(self, kind: str, fresh: bool = False) -> dict[str, str]:
-        """Directory name by the first 16 digits; scanned again whenever the kind's directory may have changed since."""
-        directory = self.root / kind
-        try:
-            # Opening makes a network file system ask its server; a bare stat may answer from an old cache.
-            handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                changed = os.fstat(handle).st_mtime_ns
-                known = _indexes.get(directory)
-                if known and not fresh and known[0] == changed and known[1] - changed > 2_000_000_000:
-                    return known[2]
-                scanned = time.time_ns()
-                with os.scandir(handle) as entries:
-                    names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
-            finally:
-                os.close(handle)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR):
-                return {}
-            raise StoreError(f"{directory} cannot be read: {error.strerror or error}") from error
-        index = {name.rpartition("-")[2]: name for name in reversed(names)}
-        _indexes[directory] = (changed, scanned, index)
-        return index
+    def _locate(self, fingerprint: str, kind: str | None = None) -> Path | None:
+        found = Names(self.root).find(fingerprint[:DIGITS])
+        return found if found is None or kind in (None, found.parent.name) else None
 
     def _free(self) -> int:
         place = self.root
@@ -349,6 +335,22 @@ class Store:
                     f"{self.root} cannot be written ({reason}); choose another --out or mend it"
                 ) from error
             raise StoreError(f"{what}: {self.root} failed: {error}") from error
+
+
+def differences(one: Record, two: Record) -> list[str]:
+    """What two results of one step do not have in common: names of files, and "scores"."""
+    differing = sorted(name for name in {*one.files, *two.files} if one.sha256(name) != two.sha256(name))
+    return [*differing, "scores"] if one.result.get("scores") != two.result.get("scores") else differing
+
+
+def conflict(label: str, differing: list[str], first: str, second: str) -> NondeterminismError:
+    """The error for two results of one step, which are kept at `first` and `second`."""
+    return NondeterminismError(
+        f"{label}: computed twice with different results ({', '.join(differing)}). The first is {first}, the "
+        f"second was kept at {second}. Compare them; likely causes: another thread or world size, device, or library version",
+        first,
+        second,
+    )
 
 
 def _settle(stage: Path) -> dict[str, dict[str, Any]]:
@@ -389,17 +391,6 @@ def _plain(result: Mapping[str, Any], step: StepLike) -> dict[str, Any]:
             f"{step.label}: its result is not plain JSON ({error}); use null where there is no number"
         ) from error
     return plain
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(handle)
 
 
 def _is_full(error: BaseException | None) -> bool:

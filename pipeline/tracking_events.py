@@ -47,11 +47,13 @@ from pipeline.tracking_rows import Metrics, Rows
 
 @dataclass(frozen=True)
 class StudyFacts:
-    """What the projection must know beside the plan; `settings` is the resolved study file as plain values."""
+    """What the projection must know beside the plan; `settings` is the resolved study file as plain values, `store`
+    where artifacts are, for people: relative to OUT, or a path or URL."""
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     code_version: str = ""
     log_weights: bool = True
+    store: str = "store"
 
 
 class Projection:
@@ -62,7 +64,7 @@ class Projection:
         self.rows = Rows(self.index.fingerprint)
         self._plan, self._facts, self._bases = plan, facts, bases
         self._records: dict[str, Record] = {}
-        self._lineage = Lineage(plan.steps, self._records, bases)
+        self._lineage = Lineage(plan.steps, self._records, bases, facts.store)
         self._common = {
             "study": plan.study,
             "code_version": facts.code_version,
@@ -84,7 +86,9 @@ class Projection:
         )
         tags = {**self._common, "kind": STUDY, "mlflow.note.content": note}
         params = {
-            key: value for key, value in flat(self._facts.settings).items() if not key.startswith("grid.")
+            key: value
+            for key, value in flat(self._facts.settings).items()
+            if not key.startswith(("grid.", "storage."))
         }
         trajectories = self._plan.trajectories
         return [

@@ -18,13 +18,19 @@ class Lineage:
     """Lineage within one plan. `records` may still grow; a source is there before what is made of it."""
 
     def __init__(
-        self, steps: Mapping[str, Step], records: Mapping[str, Record], bases: Mapping[str, Record]
+        self,
+        steps: Mapping[str, Step],
+        records: Mapping[str, Record],
+        bases: Mapping[str, Record],
+        store: str = "store",
     ) -> None:
+        self._store = store
         self._steps, self._records, self._bases = steps, records, bases
 
     def place(self, record: Record) -> str:
-        """Where the store holds an artifact, relative to the study's directory."""
-        return f"store/{record.kind}/{record.path.name}"
+        """Where the store holds an artifact: relative to the study's directory, or in a store elsewhere."""
+        name = record.fingerprint if "://" in self._store else record.path.name
+        return f"{self._store}/{record.kind}/{name}"
 
     def tags(self, record: Record) -> dict[str, str]:
         """What can be searched: sha256 of the weights, the base's, and the merged experts in order."""

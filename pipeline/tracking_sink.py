@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from pipeline.errors import TrackingError
+from pipeline.errors import CorruptArtifact, StoreError, TrackingError
 from pipeline.outbox import Entry
+from pipeline.store_open import store_of
 from pipeline.tracking_local import (
     LOCAL_ARTIFACTS,
     guard_environment,
@@ -278,7 +279,8 @@ class MlflowSink:
 
     def _upload_model(self, model: "_Model", body: dict[str, Any]) -> None:
         target = self._artifact_target(model.location)
-        sources = [self._inside(body["store"]) / _safe_name(name) for name in body["files"]]
+        directory = self._directory(body)
+        sources = [directory / _safe_name(name) for name in body["files"]]
         missing = [source.name for source in sources if not source.is_file()]
         if missing:
             self._client.set_logged_model_tags(
@@ -319,6 +321,19 @@ class MlflowSink:
         ):
             return None
         raise TrackingError(f"the tracking server sends artifacts to {_short(location)}, which is refused")
+
+    def _directory(self, body: dict[str, Any]) -> Path:
+        """Where the files of a row are: in OUT, or opened in the study's store elsewhere by their fingerprint."""
+        if not body["files"] or body["store"].startswith("store/"):
+            return self._inside(body["store"])
+        store = store_of(self.out)
+        try:
+            record = store.find(body["manifest"]["fingerprint"])
+            return self.out / "gone" if record is None else store.open_verified(record)
+        except CorruptArtifact:
+            return self.out / "gone"
+        except StoreError as error:
+            raise TrackingError(str(error)) from error
 
     def _inside(self, relative: str) -> Path:
         path = (self.out / relative).resolve()

@@ -16,10 +16,12 @@ from pipeline.config import Study, load_study
 from pipeline.errors import ConfigError
 from pipeline.facts import base_identity, check_shards, ensure_data, gather, local_base
 from pipeline.plan import Plan, Step, base_step, make_plan
+from pipeline.registry import register
 from pipeline.results import results, write_results
 from pipeline.sections import ModelSection
 from pipeline.steps import Facts
 from pipeline.store import Store
+from pipeline.store_open import settled, store_at
 from pipeline.streams import save
 
 STREAMS = "streams"
@@ -47,13 +49,13 @@ class Workspace:
         """
         study = load_study(path, overrides)
         ensure_data(study)
-        study = study.resolved()
+        study = settled(study.resolved())
         facts = gather(study, provisional)
         return cls(study, out or Path("runs") / study.name, make_plan(study, facts), facts)
 
     @cached_property
     def store(self) -> Store:
-        return Store(self.out / "store")
+        return store_at(self.study.storage.store, self.out, tuple(self.plan.bases))
 
     @property
     def scratch(self) -> Path:
@@ -86,6 +88,7 @@ class Workspace:
         """Make OUT usable: the store, study.yaml, plan.json, the streams, and the bases. Raises UserError."""
         self.store.prepare()
         self._check_same_study()
+        register(self.store, self.plan, self.out)
         _write(self.out / STUDY_FILE, self.study.resolved_yaml())
         _write(self.out / PLAN_FILE, json.dumps(self.plan.to_json()))
         self.save_streams(self.out / STREAMS)

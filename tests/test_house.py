@@ -60,7 +60,7 @@ def test_module_is_short_and_says_why_it_exists(path: Path) -> None:
 
 
 def test_command_line_import_loads_no_heavy_library() -> None:
-    code = "import sys, pipeline.cli; print([m for m in ('torch', 'ray', 'mlflow', 'deepspeed', 'open_clip') if m in sys.modules])"
+    code = "import sys, pipeline.cli; print([m for m in ('torch', 'ray', 'mlflow', 'deepspeed', 'open_clip', 'fsspec') if m in sys.modules])"
     answer = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -19,6 +19,7 @@ from pipeline.artifact import Record
 from pipeline.errors import NondeterminismError
 from pipeline.fingerprint import step_fingerprint
 from pipeline.store import Store
+from pipeline.store_open import store_at
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,11 @@ def exit_code(work: str, *arguments: Any, faults: dict[str, Any] | None = None) 
 
 
 def put_one(root: str) -> None:
-    put(Store(Path(root)))
+    put(store_at(root, Path()))
 
 
 def die_while_writing(root: str) -> None:
-    with Store(Path(root)).staged(ToyStep()) as stage:
+    with store_at(root, Path()).staged(ToyStep()) as stage:
         (stage / "weights.bin").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -90,7 +91,7 @@ def put_at_once(root: str, gate: str, content: str) -> None:
         while not Path(f"{gate}{number}").exists():
             time.sleep(0.0005)
         try:
-            put(Store(Path(root)), numbered(number), {"weights.bin": content.encode()})
+            put(store_at(root, Path()), numbered(number), {"weights.bin": content.encode()})
         except NondeterminismError:
             conflicts += 1
         Path(f"{gate}{number}-{os.getpid()}").touch()
@@ -99,7 +100,7 @@ def put_at_once(root: str, gate: str, content: str) -> None:
 
 def put_many(root: str, count: str) -> None:
     for number in range(int(count)):
-        put(Store(Path(root)), numbered(number))
+        put(store_at(root, Path()), numbered(number))
 
 
 if __name__ == "__main__":
