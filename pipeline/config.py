@@ -26,6 +26,7 @@ from pipeline.sections import (
     ModelSection,
     Name,
     ResourcesSection,
+    ScheduleSection,
     Section,
     StreamSection,
     TrackingSection,
@@ -59,6 +60,7 @@ class Study(Section):
     grid: dict[str, list[Any]]
     evaluation: EvaluationSection = EvaluationSection()
     resources: ResourcesSection = ResourcesSection()
+    schedule: ScheduleSection = ScheduleSection()
     tracking: TrackingSection = TrackingSection()
 
     @cached_property
@@ -80,7 +82,7 @@ class Study(Section):
     @property
     def engine(self) -> EngineSpec:
         """The numerics of expert training, as they are fingerprinted."""
-        return self.resources.experts.numerics
+        return self.resources.of(self.model.config).experts.numerics
 
     @property
     def data_root(self) -> str:
@@ -150,7 +152,7 @@ class Study(Section):
     def _misfits(self) -> list[Problem]:
         """What is wrong between the grid and the tasks and roles."""
         roles = self.roles
-        problems = self._unknown_datasets(roles)
+        problems = self._unknown_datasets(roles) + self._unknown_models()
         learnt = sorted(set(roles.held_out) & set(roles.tasks))
         if learnt:
             text = (
@@ -170,7 +172,7 @@ class Study(Section):
                 share = f"{cell.recipe.mixture.pretraining:g}"
                 text = f"{cell.name} takes a share of {share} from it, but it is empty; name datasets or set the share to 0"
                 problems.append(Problem("data.pretraining", text))
-            workers = self.resources.experts.workers
+            workers = self.engine.world
             if cell.recipe.batch_size % workers:
                 text = f"{cell.recipe.batch_size} samples cannot be shared equally by resources.experts.workers {workers}"
                 problems.append(Problem("recipe.batch_size", f"{text}; make it a multiple"))
@@ -199,6 +201,18 @@ class Study(Section):
                 text = f"no dataset {name!r} in {root}{nearest(name, there) or rest}"
                 problems.append(Problem(key, text))
         return problems
+
+    def _unknown_models(self) -> list[Problem]:
+        """Resources for a model that the study does not have."""
+        models = sorted({getattr(cell, "model", None) or self.model.config for cell in self.cells})
+        return [
+            Problem(
+                f"resources.by_model.{name}",
+                f"the study has no such model{nearest(name, models)}; it has {', '.join(models)}",
+            )
+            for name in self.resources.by_model
+            if name not in models
+        ]
 
     def _raise(self, problems: Sequence[Problem]) -> None:
         if problems:

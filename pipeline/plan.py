@@ -206,7 +206,7 @@ class Planner:
             "datasets": [self.source(dataset, TEST) for dataset in datasets],
             "fraction": options.fraction,
             "seed": options.seed if options.fraction < 1 else 0,
-            "device": "cuda" if self.study.resources.evaluation.gpus > 0 else "cpu",
+            "device": self.study.resources.of(self.study.model.config).evaluation_device,
         }
         label = f"{what} of {step.label}" if what == "scores" else f"own task of {step.label}"
         inputs = {"model": weights}

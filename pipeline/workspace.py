@@ -55,6 +55,8 @@ class Workspace:
 
     def weights(self, fingerprint: str) -> Path:
         """The directory of weights that a step (or the base) makes, whether they are there yet or not."""
+        if fingerprint in self._records:
+            return Path(self._records[fingerprint].path)
         step = self.plan.base if fingerprint == self.plan.base.fingerprint else self.plan.steps[fingerprint]
         return self.store.path(step.kind, step.fingerprint, step.slug)
 
@@ -83,14 +85,24 @@ class Workspace:
         else:
             self.store.open_verified(record)
 
-    def remember(self, kind: str, fingerprint: str) -> Any:
-        """The record of a step, read once it is there; None before."""
+    def known(self, fingerprint: str) -> Any:
+        """The record of a step or of the base, read from the store at most once; None if it is not there."""
         if fingerprint not in self._records:
-            record = self.store.record(kind, fingerprint)
+            base = self.plan.base
+            step = base if fingerprint == base.fingerprint else self.plan.steps[fingerprint]
+            record = self.store.record(step.kind, fingerprint)
             if record is None:
                 return None
             self._records[fingerprint] = record
         return self._records[fingerprint]
+
+    def keep(self, record: Any) -> None:
+        """A step's record, just made."""
+        self._records[record.fingerprint] = record
+
+    def forget(self, fingerprint: str) -> None:
+        """The artifact has turned out to be damaged."""
+        self._records.pop(fingerprint, None)
 
     def write_results(self) -> dict[str, Any]:
         answer = results(self.plan, self.store)
