@@ -88,6 +88,7 @@ class _Drive:
             len(self.steps), len(self.schedule.done), workspace.scratch, _standings(workspace, done)
         )
         self._looked, self._waiting = 0.0, set[str]()
+        self._said: list[dict[str, str]] = []
         self.timeline.event("ready", cores=session.cpus, gpus=session.gpus, nodes=len(session.nodes))
 
     def run(self) -> None:
@@ -97,6 +98,7 @@ class _Drive:
             stack.callback(self._tell)
             while not self.schedule.finished:
                 self._start_ready()
+                self._say()
                 self._tell()
                 for call in wait(list(self.running), TICK_SECONDS):
                     self._take(call)
@@ -143,7 +145,6 @@ class _Drive:
         self.counts.update((lane.name, lane.kind))
         self.schedule.start(step.fingerprint)
         self.progress.started(step.fingerprint, step.label)
-        self._say()
 
     def _take(self, call: Call) -> None:
         step = self.running.pop(call)
@@ -169,7 +170,6 @@ class _Drive:
                 self.progress.standings.scored(step.fingerprint, record.result["scores"])
             self.progress.finished(step.fingerprint, _summary(record))
             point("driver.after_commit")
-            self._say()
 
     def _look_after(self) -> None:
         """What has to be seen to now and then: nodes that come and go, groups that wait for one, the screen."""
@@ -209,15 +209,17 @@ class _Drive:
             raise StepFailed(f"{step.label}: failed {tries} times, the last time with: {_first_line(error)}")
         self.schedule.put_back(step.fingerprint)
         self.progress.put_back(step.fingerprint, f"{_first_line(error)} (try {tries} of {limit})")
-        self._say()
         time.sleep(0.1)
 
     def _say(self) -> None:
+        """What is running, for `status`; written when it has changed."""
         running = [
             {"fingerprint": step.fingerprint, "kind": step.kind, "label": step.label}
             for step in self.running.values()
         ]
-        write_driver(self.workspace.out, {"running": running})
+        if running != self._said:
+            write_driver(self.workspace.out, {"running": running})
+            self._said = running
 
 
 def _ranks(workspace: Workspace) -> dict[str, Rank]:

@@ -19,6 +19,7 @@ from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from pipeline import results
 from pipeline.artifact import Record
 from pipeline.outbox import Row
+from pipeline.results import OverTime
 from pipeline.steps import BASE, Plan, Point, Step, TrajectoryPlan
 from pipeline.tracking_experts import ExpertRows
 from pipeline.tracking_index import (
@@ -54,6 +55,17 @@ class StudyFacts:
     log_weights: bool = True
 
 
+@dataclass
+class _Reached:
+    """How far a trajectory has been told: points scored without a gap, the time of the newest of them, what is waited for."""
+
+    over_time: OverTime
+    waiting: set[str]
+    places: int = 0
+    stamp: int = 0
+    end: int = 0
+
+
 class Projection:
     """Rows of one plan. It remembers the records it was told, and nothing else. `base` is the base's record."""
 
@@ -62,6 +74,13 @@ class Projection:
         self.rows = Rows(self.index.fingerprint)
         self._plan, self._facts, self._base = plan, facts, base
         self._records: dict[str, Record] = {}
+        self._reached = {
+            trajectory.id: _Reached(
+                OverTime(trajectory.points, plan.tasks),
+                set().union(*(steps_of(point) for point in trajectory.points)),
+            )
+            for trajectory in plan.trajectories
+        }
         self._lineage = Lineage(plan.steps, self._records, base)
         self._common = {
             "study": plan.study,
@@ -132,7 +151,7 @@ class Projection:
                 rows.append(self._score_row(trajectory, point, record))
         for trajectory in {trajectory.id: trajectory for trajectory, _ in users}.values():
             rows += self._over_time_rows(trajectory) if step.kind == "evaluate" else []
-            rows += self._end_row(trajectory)
+            rows += self._end_row(trajectory, step, record)
         return rows
 
     # --- a trajectory -------------------------------------------------------------------------------------------------
@@ -165,28 +184,31 @@ class Projection:
         return self.rows.log(trajectory_key(trajectory), f"t{point.t}/merge", metrics, model)
 
     def _over_time_rows(self, trajectory: TrajectoryPlan) -> list[Row]:
-        """Forgetting and backward transfer at every t up to which all evaluations are there."""
-        rows, seen, stamp = [], [], 0
-        for point in trajectory.points:
+        """Forgetting and backward transfer at every further t up to which all evaluations are there by now."""
+        reached, rows = self._reached[trajectory.id], []
+        while reached.places < len(trajectory.points):
+            point = trajectory.points[reached.places]
             record = self._records.get(point.evaluate)
             if record is None:
                 break
-            seen.append((point, record.result["scores"]))
-            stamp = max(stamp, record.created_ms)
-            metrics = Metrics(stamp)
-            metrics.add("forgetting", results.forgetting(seen, self._plan.tasks), point.t)
-            metrics.add("backward_transfer", results.backward_transfer(seen, self._plan.tasks), point.t)
+            reached.places += 1
+            reached.stamp = max(reached.stamp, record.created_ms)
+            forgotten, backward = reached.over_time.add(point.t, record.result["scores"])
+            metrics = Metrics(reached.stamp)
+            metrics.add("forgetting", forgotten, point.t)
+            metrics.add("backward_transfer", backward, point.t)
             if metrics.values:
                 what, model = f"t{point.t}/over_time", model_key(trajectory, point)
                 rows.append(self.rows.log(trajectory_key(trajectory), what, metrics, model))
         return rows
 
-    def _end_row(self, trajectory: TrajectoryPlan) -> list[Row]:
-        needed = set().union(*(steps_of(point) for point in trajectory.points))
-        if not needed <= self._records.keys():
-            return []
-        end = max(self._records[fingerprint].created_ms for fingerprint in needed)
-        return [self.rows.status(trajectory_key(trajectory), "FINISHED", end)]
+    def _end_row(self, trajectory: TrajectoryPlan, step: Step, record: Record) -> list[Row]:
+        reached = self._reached[trajectory.id]
+        reached.waiting.discard(step.fingerprint)
+        reached.end = max(reached.end, record.created_ms)
+        return (
+            [] if reached.waiting else [self.rows.status(trajectory_key(trajectory), "FINISHED", reached.end)]
+        )
 
     def _scores(self, record: Record, t: int) -> Metrics:
         scores, metrics = record.result["scores"], Metrics(record.created_ms)
