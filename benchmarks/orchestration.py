@@ -21,13 +21,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from pipeline.steps import DatasetFacts, Facts, ModelFacts
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import psutil
-
-from pipeline.steps import DatasetFacts, Facts
-
 SMALL = {"experts": {"cpus": 1, "threads": 1}}
 WINDOW = 100
 """Steps over which a time per step is averaged."""
@@ -65,7 +63,10 @@ class Meter(threading.Thread):
     """CPU seconds of a process and all its descendants, dead ones too, as they grow; sampled twice a second."""
 
     def __init__(self, root: int) -> None:
+        import psutil
+
         super().__init__(daemon=True)
+        self.gone = psutil.NoSuchProcess
         self.root = psutil.Process(root)
         self.seen: dict[tuple[int, float], tuple[str, float]] = {}
         self.curve: list[tuple[float, float]] = []
@@ -75,13 +76,13 @@ class Meter(threading.Thread):
         while not self.stopped.wait(0.5):
             try:
                 family = [self.root, *self.root.children(recursive=True)]
-            except psutil.NoSuchProcess:
+            except self.gone:
                 return
             for process in family:
                 try:
                     spent, name = process.cpu_times(), process.name()
                     self.seen[process.pid, process.create_time()] = (name, spent.user + spent.system)
-                except psutil.NoSuchProcess:
+                except self.gone:
                     continue
             self.curve.append((time.time(), self.total))
 
@@ -190,6 +191,8 @@ def workspace_of(experts: int, case: str, out: Path) -> Any:
     """A study of so many experts over data that nobody will read."""
     from pipeline.config import study_from
     from pipeline.plan import make_plan
+    from pipeline.sections import key_of
+    from pipeline.streams import make_stream
     from pipeline.workspace import Workspace
 
     tasks = experts if case == "stream" else 10
@@ -214,13 +217,22 @@ def workspace_of(experts: int, case: str, out: Path) -> Any:
         }
     ).resolved()
     digests = {"train": "a" * 64, "test": "b" * 64}
-    facts = Facts("b" * 64, {name: DatasetFacts(digests, "p") for name in [*names, "kept"]})
-    return Workspace(study, out, make_plan(study, facts))
+    facts = Facts(
+        {name: DatasetFacts(digests, "p") for name in [*names, "kept"]},
+        {key_of(model): ModelFacts("b" * 64) for model in study.models},
+        {
+            key_of(section): make_stream(study.filled(section), {name: ["a"] for name in names})
+            for section in study.streams
+        },
+    )
+    return Workspace(study, out, make_plan(study, facts), facts)
 
 
 def scale(experts: int, case: str, tracking: bool, target: Path) -> None:
     """Drive a study of steps that do nothing; print and draw the driver's time and memory as it goes on."""
     os.environ.update(OMP_NUM_THREADS="1", RAY_AUTH_MODE=os.environ.get("RAY_AUTH_MODE", "disabled"))
+    import psutil
+
     from benchmarks.orchestration import Nothing as importable
     from cluster.session import connect
     from pipeline import driver
@@ -257,7 +269,7 @@ def scale(experts: int, case: str, tracking: bool, target: Path) -> None:
 def _prepare(workspace: Any) -> None:
     """The store and a base that is one small file."""
     workspace.store.prepare()
-    base = workspace.plan.base
+    (base,) = workspace.plan.bases.values()
     with workspace.store.staged(base) as stage:
         (stage / "open_clip_model.safetensors").write_text("base")
         workspace.store.commit(base, stage, {"origin": "none"}, seconds=0.0)

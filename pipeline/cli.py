@@ -128,7 +128,7 @@ def plan(
     from pipeline.show import show_plan
     from pipeline.workspace import Workspace
 
-    workspace = Workspace.open(study, overrides or [], out)
+    workspace = Workspace.open(study, overrides or [], out, provisional=True)
     summary = workspace.summary()
     if as_json:
         _print_json(summary)

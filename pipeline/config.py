@@ -5,7 +5,7 @@ wrote is ignored: an unknown key, a name that is no plain path segment, a number
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ import yaml
 from merge_service import timeline
 from merge_service.errors import TechniqueError, UserError
 from pipeline.errors import ConfigError
-from pipeline.grid import Cell, Expansion, expand, flatten
+from pipeline.grid import SECTIONS, Cell, Expansion, Settings, expand, flatten
 from pipeline.mistakes import Problem, nearest, validate
 from pipeline.sections import (
     BUDGETS,
@@ -30,7 +30,10 @@ from pipeline.sections import (
     Section,
     StreamSection,
     TrackingSection,
+    key_of,
 )
+from pipeline.streams import datasets_of, length_of
+from pipeline.suites import Suite, read_suite_file
 from pipeline.yaml_input import override, read, split_override
 from workers.jobs import EngineSpec
 from workers.recipe import Recipe
@@ -40,9 +43,8 @@ ROLES = ("pretraining", "adaptation", "held_out")
 
 @dataclass(frozen=True)
 class Roles:
-    """The datasets of each role; `tasks` arrive in this order, KA is over `adaptation`, ZS over `held_out`."""
+    """The datasets of each role: KA is over `adaptation`, ZS over `held_out`."""
 
-    tasks: tuple[str, ...]
     pretraining: tuple[str, ...]
     adaptation: tuple[str, ...]
     held_out: tuple[str, ...]
@@ -66,7 +68,7 @@ class Study(Section):
     @cached_property
     def expansion(self) -> Expansion:
         """The grid multiplied out, with its problems and warnings."""
-        return expand(self.grid, self.recipe, self.budget)
+        return expand(self.grid, Settings(self.model, self.stream, self.recipe, self.budget))
 
     @property
     def cells(self) -> tuple[Cell, ...]:
@@ -81,42 +83,80 @@ class Study(Section):
 
     @property
     def engine(self) -> EngineSpec:
-        """The numerics of expert training, as they are fingerprinted."""
-        return self.resources.of(self.model.config).experts.numerics
+        """The numerics of expert training of the study's own model."""
+        return self.engine_of(self.model.config)
+
+    def engine_of(self, model: str) -> EngineSpec:
+        """The numerics of expert training for a model of the grid, as they are fingerprinted."""
+        return self.resources.of(model).experts.numerics
+
+    def evaluation_device_of(self, model: str) -> str:
+        """Where scores of a model are computed, as it is fingerprinted."""
+        return self.resources.of(model).evaluation_device
 
     @property
     def data_root(self) -> str:
         """The folder that holds the datasets."""
         return self.data.root or f"data/{self.data.suite}"
 
+    @cached_property
+    def suite(self) -> Suite | None:
+        """The suite's description, where a file describes it. Raises ConfigError."""
+        return read_suite_file(Path(self.data.suite or "")) if self.data.described else None
+
     @property
     def is_resolved(self) -> bool:
-        """Whether the study names its tasks and the datasets of every role."""
-        data = self.data
-        return None not in (self.stream.tasks, data.pretraining, data.adaptation, data.held_out)
+        """Whether the study names the datasets of every role."""
+        return None not in (self.data.pretraining, self.data.adaptation, self.data.held_out)
 
     @property
     def roles(self) -> Roles:
         """The datasets of each role, of a resolved study."""
         data = self.data
         assert self.is_resolved, "resolve the study first"
-        return Roles(
-            self.stream.tasks or (), data.pretraining or (), data.adaptation or (), data.held_out or ()
-        )
+        return Roles(data.pretraining or (), data.adaptation or (), data.held_out or ())
+
+    @property
+    def models(self) -> tuple[ModelSection, ...]:
+        """Every model of the grid once; without such an axis, the study's own."""
+        return tuple({key_of(cell.model): cell.model for cell in self.cells}.values())
+
+    @property
+    def streams(self) -> tuple[StreamSection, ...]:
+        """Every stream of the grid once, as it was written; `filled` says what it means."""
+        return tuple({key_of(cell.stream): cell.stream for cell in self.cells}.values())
+
+    def filled(self, stream: StreamSection) -> StreamSection:
+        """A stream of a resolved study with what it leaves to the study: its datasets, and their dates."""
+        if stream.file is not None:
+            return stream
+        more: dict[str, Any] = {} if stream.tasks else {"tasks": self.roles.adaptation}
+        if stream.order == "time" and stream.dates is None and self.suite is not None:
+            more["dates"] = self.suite.dates
+        return stream.model_copy(update=more)
+
+    @cached_property
+    def learnt(self) -> tuple[str, ...]:
+        """All datasets that some stream of the grid brings."""
+        names: dict[str, None] = {}
+        for section in self.streams:
+            names |= dict.fromkeys(datasets_of(section) or self.data.adaptation or ())
+        return tuple(names)
 
     def resolved(self) -> "Study":
-        """The study with tasks and roles filled in from the suite, and checked against them.
+        """The study with its roles filled in from the suite, and checked against them.
 
-        Reads `suite.json` under the data root if a role is not given. Raises ConfigError.
+        Reads the description of the suite if a role is not given. Raises ConfigError.
         """
         suite = self._suite_roles()
         problems: list[Problem] = []
-        tasks = self.stream.tasks or self.data.adaptation or suite.get("adaptation")
-        if not tasks:
+        named = [name for section in self.streams for name in datasets_of(section)]
+        adaptation = self.data.adaptation or tuple(dict.fromkeys(named)) or suite.get("adaptation")
+        if not adaptation:
             problems.append(
-                Problem("stream.tasks", "is missing; list the datasets to learn, in the order they arrive")
+                Problem("stream.tasks", "is missing; list the datasets to learn here or in data.adaptation")
             )
-        found: dict[str, tuple[str, ...]] = {"adaptation": self.data.adaptation or tasks or ()}
+        found: dict[str, tuple[str, ...]] = {"adaptation": tuple(adaptation or ())}
         for role in ("pretraining", "held_out"):
             given = getattr(self.data, role)
             if given is None and role not in suite:
@@ -125,12 +165,10 @@ class Study(Section):
                 )
             found[role] = given if given is not None else suite.get(role, ())
         self._raise(problems)
-        assert tasks is not None
-        data = self.data.model_copy(update=found)
-        study = self.model_copy(
-            update={"data": data, "stream": self.stream.model_copy(update={"tasks": tuple(tasks)})}
-        )
-        study.__dict__.pop("expansion", None)
+        study = self.model_copy(update={"data": self.data.model_copy(update=found)})
+        study = study.model_copy(update={"stream": study.filled(study.stream)})
+        for kept in ("expansion", "learnt"):
+            study.__dict__.pop(kept, None)
         study._raise(study._misfits())
         return study
 
@@ -141,6 +179,8 @@ class Study(Section):
     def _suite_roles(self) -> dict[str, tuple[str, ...]]:
         if self.data.suite is None or self.is_resolved:
             return {}
+        if self.suite is not None:
+            return dict(self.suite.roles)
         from workers.data.manifest import read_suite
 
         try:
@@ -153,7 +193,7 @@ class Study(Section):
         """What is wrong between the grid and the tasks and roles."""
         roles = self.roles
         problems = self._unknown_datasets(roles) + self._unknown_models()
-        learnt = sorted(set(roles.held_out) & set(roles.tasks))
+        learnt = sorted(set(roles.held_out) & set(self.learnt))
         if learnt:
             text = (
                 f"{', '.join(learnt)} is also a task of the stream, so it is not held out; remove it from one"
@@ -161,50 +201,46 @@ class Study(Section):
             problems.append(Problem("data.held_out", text))
         checked = set()
         for cell in self.cells:
-            if cell.group in checked:
-                continue
+            if cell.group not in checked:
+                problems += self._misfits_of(cell, roles)
             checked.add(cell.group)
-            if (
-                cell.recipe.mixture.pretraining > 0
-                and not roles.pretraining
-                and timeline.needs_experts(cell.strategy)
-            ):
-                share = f"{cell.recipe.mixture.pretraining:g}"
-                text = f"{cell.name} takes a share of {share} from it, but it is empty; name datasets or set the share to 0"
-                problems.append(Problem("data.pretraining", text))
-            workers = self.engine.world
-            if cell.recipe.batch_size % workers:
-                text = f"{cell.recipe.batch_size} samples cannot be shared equally by resources.experts.workers {workers}"
-                problems.append(Problem("recipe.batch_size", f"{text}; make it a multiple"))
-            try:
-                timeline.check(cell.strategy, 1 if cell.strategy.joint else len(roles.tasks))
-            except TechniqueError as error:
-                problems.append(Problem(f"grid.strategies ({cell.name})", str(error)))
         return problems
+
+    def _misfits_of(self, cell: Cell, roles: Roles) -> Iterator[Problem]:
+        share = cell.recipe.mixture.pretraining
+        if share > 0 and not roles.pretraining and timeline.needs_experts(cell.strategy):
+            text = f"{cell.name} takes a share of {share:g} from it, but it is empty; name datasets or set the share to 0"
+            yield Problem("data.pretraining", text)
+        workers = self.engine_of(cell.model.config).world
+        if cell.recipe.batch_size % workers:
+            text = f"{cell.recipe.batch_size} samples cannot be shared equally by resources.experts.workers {workers}"
+            yield Problem("recipe.batch_size", f"{text}; make it a multiple")
+        try:
+            timeline.check(cell.strategy, 1 if cell.strategy.joint else length_of(self.filled(cell.stream)))
+        except TechniqueError as error:
+            yield Problem(f"grid.strategies ({cell.name})", str(error))
 
     def _unknown_datasets(self, roles: Roles) -> list[Problem]:
         """Names for which the data root holds no folder; nothing is asked of a root that does not exist (yet)."""
         from workers.data.manifest import folder
 
         root = Path(self.data_root)
-        if not root.is_dir():
-            return []
+        if self.suite is not None or not root.is_dir():
+            return [] if self.suite is None else self._undescribed(self.suite, roles)
         there = sorted(path.name.removeprefix("wds_") for path in root.iterdir() if path.is_dir())
         rest = f"; there are {', '.join(there[:40])}" if there else "; it holds no datasets"
         problems = []
-        listed = {"stream.tasks": roles.tasks, **{f"data.{role}": getattr(roles, role) for role in ROLES}}
-        for name in dict.fromkeys(name for names in listed.values() for name in names):
+        for name, key in self._named(roles).items():
             try:
                 folder(root, name)
             except UserError:
-                key = next(key for key, names in listed.items() if name in names)
                 text = f"no dataset {name!r} in {root}{nearest(name, there) or rest}"
                 problems.append(Problem(key, text))
         return problems
 
     def _unknown_models(self) -> list[Problem]:
         """Resources for a model that the study does not have."""
-        models = sorted({getattr(cell, "model", None) or self.model.config for cell in self.cells})
+        models = sorted({model.config for model in self.models})
         return [
             Problem(
                 f"resources.by_model.{name}",
@@ -213,6 +249,23 @@ class Study(Section):
             for name in self.resources.by_model
             if name not in models
         ]
+
+    def _undescribed(self, suite: Suite, roles: Roles) -> list[Problem]:
+        known = [name for names in suite.roles.values() for name in names]
+        return [
+            Problem(key, f"no dataset {name!r} in {self.data.suite}{nearest(name, known)}")
+            for name, key in self._named(roles).items()
+            if name not in known
+        ]
+
+    def _named(self, roles: Roles) -> dict[str, str]:
+        """Every dataset the study names, and the first key that does."""
+        listed = {"stream.tasks": self.learnt, **{f"data.{role}": getattr(roles, role) for role in ROLES}}
+        found: dict[str, str] = {}
+        for key, names in listed.items():
+            for name in names:
+                found.setdefault(name, key)
+        return found
 
     def _raise(self, problems: Sequence[Problem]) -> None:
         if problems:
@@ -241,7 +294,7 @@ def study_from(raw: Mapping[str, Any], where: str = "study", overrides: Sequence
             override(tree, key, value)
             if key == "grid":
                 grid, problems = flatten(value)
-    _lend_budget(tree, grid)
+    _lend(tree, grid)
     study, wrong = validate(Study, {**tree, "grid": grid})
     problems += wrong
     if all(problem.key != "grid" for problem in problems):
@@ -251,23 +304,31 @@ def study_from(raw: Mapping[str, Any], where: str = "study", overrides: Sequence
     return study
 
 
-def _lend_budget(tree: dict[str, Any], grid: Mapping[str, Sequence[Any]]) -> None:
-    """A budget that stands only on the grid makes its first value the study's own."""
+def _lend(tree: dict[str, Any], grid: Mapping[str, Sequence[Any]]) -> None:
+    """A model or budget that stands only on the grid makes its first value the study's own."""
+    if "model" not in tree and grid.get("model"):
+        tree["model"] = grid["model"][0]
     budget = tree.get("budget", {})
     axes = [key for key in BUDGETS if grid.get(f"budget.{key}")]
     if isinstance(budget, dict) and axes and not any(key in budget for key in BUDGETS):
         tree["budget"] = {**budget, axes[0]: grid[f"budget.{axes[0]}"][0]}
 
 
-def _grid_problems(tree: Mapping[str, Any], grid: Mapping[str, Sequence[Any]]) -> Sequence[Problem]:
+def _grid_problems(tree: dict[str, Any], grid: Mapping[str, Sequence[Any]]) -> Sequence[Problem]:
     """Mistakes in the grid of a study that has others too; axes of a broken section are left for the next time."""
-    recipe, _ = validate(Recipe, tree.get("recipe", {}))
-    budget, _ = validate(BudgetSection, tree.get("budget", {}))
+    stand_ins: dict[str, Any] = {
+        "model": ModelSection(config="any"),
+        "stream": StreamSection(),
+        "recipe": Recipe(),
+        "budget": BudgetSection(steps_per_task=1),
+    }
     usable = dict(grid)
-    for name, section in (("recipe", recipe), ("budget", budget)):
-        if section is None:
-            usable = {key: values for key, values in usable.items() if not key.startswith(f"{name}.")}
-    return expand(usable, recipe or Recipe(), budget or BudgetSection(steps_per_task=1)).problems
+    for name, section in SECTIONS.items():
+        found, _ = validate(section, tree.get(name, {}))
+        if found is None:
+            usable = {key: values for key, values in usable.items() if key.split(".")[0] != name}
+        stand_ins[name] = found or stand_ins[name]
+    return expand(usable, Settings(**stand_ins)).problems
 
 
 def _located(problem: Problem, where: str, overridden: set[str]) -> str:

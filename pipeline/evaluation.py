@@ -69,7 +69,7 @@ def _weights_directory(checkpoint: Path, study: Study, room: Path) -> Path:
     """The checkpoint as a weights directory, lent the base's configuration if it has none."""
     if checkpoint.is_dir() and (checkpoint / CONFIG_FILE).is_file():
         return checkpoint
-    weights, base = locate(checkpoint), local_base(study)
+    weights, base = locate(checkpoint), local_base(study.model)
     if base is None or not (base / CONFIG_FILE).is_file():
         raise UserError(
             f"{checkpoint} has no {CONFIG_FILE} beside it, and the study's base is no directory to take one from; "

@@ -5,7 +5,7 @@ trajectory's seed and the task's name, not from its place in the stream, so that
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -14,28 +14,28 @@ from merge_service.timeline import Base, Expert, Merged, Weights
 from pipeline.config import Roles, Study
 from pipeline.fingerprint import canonical
 from pipeline.grid import Cell
-from pipeline.steps import BASE, RECORD_BYTES, TRAIN, VERSIONS, Facts, Point, Step
-from workers.recipe import Recipe
+from pipeline.steps import BASE, RECORD_BYTES, TRAIN, VERSIONS, ModelFacts, Point, Step
+from pipeline.streams import Part, Stream, StreamTask
 
 JOINT_TASK = "multitask"
 
 
 @dataclass(frozen=True)
-class Task:
-    """One element of the stream and the datasets it brings."""
+class World:
+    """What the trajectories of one model and one stream have in common. `data` is what each task brings, in order."""
 
-    name: str
-    datasets: tuple[str, ...]
+    model: str
+    facts: ModelFacts
+    base: Step
+    stream: Stream
+    stream_id: str
 
 
 class Steps(Protocol):
     """The plan as it grows: a step that is added again is the same step."""
 
     study: Study
-    facts: Facts
     roles: Roles
-    tasks: list[Task]
-    base: Step
     steps: dict[str, Step]
     experts: dict[tuple[Any, ...], str]
 
@@ -43,16 +43,17 @@ class Steps(Protocol):
         self, kind: Any, spec: dict[str, Any], slug: str, label: str, t: int, task: str, **more: Any
     ) -> str: ...
     def evaluate(self, weights: str, step: Step) -> str: ...
-    def own_task(self, expert: str, task: Task) -> None: ...
-    def source(self, dataset: str, split: str) -> dict[str, Any]: ...
+    def own_task(self, expert: str, task: StreamTask) -> None: ...
+    def sources(self, parts: Iterable[Part], split: str) -> list[dict[str, Any]]: ...
 
 
 class Draft:
     """One cell on its way into the plan."""
 
-    def __init__(self, planner: Steps, cell: Cell, tasks: Sequence[Task], steps: int) -> None:
-        self.planner, self.cell, self.tasks, self.steps = planner, cell, tasks, steps
+    def __init__(self, planner: Steps, cell: Cell, world: World, steps: int) -> None:
+        self.planner, self.cell, self.world, self.steps = planner, cell, world, steps
         self.strategy = cell.strategy
+        self.tasks = joint_task(world.stream) if self.strategy.joint else world.stream.tasks
         self.experts: dict[int, str] = {}
         self.merges: dict[Merged, str] = {}
         self.experts_used: set[str] = set()
@@ -63,7 +64,8 @@ class Draft:
     def points(self) -> list[Point]:
         """t = 0 to the end of the stream; adds every step on the way."""
         planner, strategy = self.planner, self.strategy
-        points = [Point(0, BASE, evaluate=planner.evaluate(planner.base.fingerprint, planner.base))]
+        base = self.world.base
+        points = [Point(0, BASE, evaluate=planner.evaluate(base.fingerprint, base))]
         trains = timeline.needs_experts(strategy)
         needed = timeline.needed_merges(strategy, len(self.tasks)) if trains else ()
         for t, task in enumerate(self.tasks, start=1):
@@ -84,7 +86,7 @@ class Draft:
 
     def _fingerprint(self, weights: Weights) -> str:
         if isinstance(weights, Base):
-            return self.planner.base.fingerprint
+            return self.world.base.fingerprint
         return self.experts[weights.t] if isinstance(weights, Expert) else self.merges[weights]
 
     def _ref(self, weights: Weights) -> str:
@@ -92,39 +94,49 @@ class Draft:
 
     def _step(self, weights: Weights) -> Step:
         return (
-            self.planner.base if isinstance(weights, Base) else self.planner.steps[self._fingerprint(weights)]
+            self.world.base if isinstance(weights, Base) else self.planner.steps[self._fingerprint(weights)]
         )
 
-    def _expert(self, t: int, task: Task) -> str:
+    def _expert(self, t: int, task: StreamTask) -> str:
         """The expert of one task; built from scratch only if no other cell has it already."""
         planner = self.planner
         start = timeline.initial(self.strategy, t)
         replays = self.cell.recipe.mixture.buffer > 0
-        earlier = tuple(dataset for old in self.tasks[: t - 1] for dataset in old.datasets) if replays else ()
-        steps = self.steps * (len(planner.tasks) if self.strategy.joint else 1)
-        known = (self._fingerprint(start), task.name, earlier, self.recipe_text, steps, self.cell.seed)
+        steps = self.steps * (len(self.world.stream.tasks) if self.strategy.joint else 1)
+        place = (self.world.stream_id, t) if replays else task
+        known = (
+            self._fingerprint(start),
+            place,
+            self.strategy.joint,
+            self.recipe_text,
+            steps,
+            self.cell.seed,
+        )
         fp = planner.experts.get(known)
         if fp is None:
+            earlier = self.tasks[: t - 1] if replays else ()
             fp = planner.experts[known] = self._train(t, task, start, earlier, steps)
             planner.own_task(fp, task)
         self.experts[t] = fp
         self.experts_used.add(fp)
         return fp
 
-    def _train(self, t: int, task: Task, start: Weights, earlier: Sequence[str], steps: int) -> str:
-        planner = self.planner
+    def _train(
+        self, t: int, task: StreamTask, start: Weights, earlier: Sequence[StreamTask], steps: int
+    ) -> str:
+        planner, world = self.planner, self.world
         init = self._fingerprint(start)
         pool = planner.roles.pretraining if self.cell.recipe.mixture.pretraining > 0 else ()
         spec = {
             "version": VERSIONS["train"],
             "init": init,
-            "update": [planner.source(dataset, TRAIN) for dataset in task.datasets],
-            "buffer": [planner.source(dataset, TRAIN) for dataset in earlier],
-            "pretraining": [planner.source(dataset, TRAIN) for dataset in pool],
+            "update": planner.sources(task.parts, TRAIN),
+            "buffer": planner.sources(together(earlier), TRAIN),
+            "pretraining": planner.sources(map(Part, pool), TRAIN),
             "recipe": self.recipe,
             "steps": steps,
             "seed": _task_seed(self.cell.seed, task.name),
-            "engine": asdict(planner.study.engine),
+            "engine": asdict(planner.study.engine_of(world.model)),
         }
         how = self._how(start)
         return planner.add(
@@ -135,15 +147,17 @@ class Draft:
             t,
             task.name,
             inputs={"init": init},
-            gflops=self._gflops(self.cell.recipe, steps),
-            disk_bytes=planner.facts.weights_bytes + RECORD_BYTES,
+            gflops=self.gflops(steps),
+            disk_bytes=world.facts.weights_bytes + RECORD_BYTES,
+            base=world.base.fingerprint,
+            model=world.model,
         )
 
-    def _merge(self, merged: Merged, task: Task) -> None:
+    def _merge(self, merged: Merged, task: StreamTask) -> None:
         planner, strategy = self.planner, self.strategy
         parents = timeline.parents(strategy, merged)
         inputs = {self._id(parent, merged): self._fingerprint(parent) for parent in parents}
-        base = planner.base.fingerprint
+        base = self.world.base.fingerprint
         spec = {
             "version": VERSIONS["merge"],
             "technique": strategy.technique,
@@ -163,7 +177,9 @@ class Draft:
             task.name,
             inputs={"base": base, **inputs},
             after=tuple(earlier),
-            disk_bytes=planner.facts.weights_bytes + RECORD_BYTES,
+            disk_bytes=self.world.facts.weights_bytes + RECORD_BYTES,
+            base=base,
+            model=self.world.model,
         )
         self.merges[merged] = fp
         self.merges_used.add(fp)
@@ -180,9 +196,29 @@ class Draft:
             return BASE
         return "latest" if isinstance(start, Expert) else f"{start.policy}-{self.strategy.technique}"
 
-    def _gflops(self, recipe: Recipe, steps: int) -> float | None:
-        cost = self.planner.facts.gflops_per_sample.get(recipe.trainable)
+    def gflops(self, steps: int) -> float | None:
+        """What training an expert for so many steps costs, forward and backward."""
+        recipe = self.cell.recipe
+        cost = self.world.facts.gflops_per_sample.get(recipe.trainable)
         return None if cost is None else cost * recipe.batch_size * steps
+
+
+def joint_task(stream: Stream) -> tuple[StreamTask, ...]:
+    """All tasks of a stream as one."""
+    return (StreamTask(JOINT_TASK, together(stream.tasks)),)
+
+
+def together(tasks: Sequence[StreamTask]) -> tuple[Part, ...]:
+    """What several tasks bring, each dataset once: its classes of all tasks, in the order of arrival."""
+    whole: dict[str, bool] = {}
+    classes: dict[str, list[str]] = {}
+    for part in (part for task in tasks for part in task.parts):
+        whole[part.dataset] = whole.get(part.dataset, False) or part.classes is None
+        classes.setdefault(part.dataset, []).extend(part.classes or ())
+    return tuple(
+        Part(dataset, None if whole[dataset] else tuple(dict.fromkeys(names)))
+        for dataset, names in classes.items()
+    )
 
 
 def effective_params(cell: Cell) -> dict[str, Any]:

@@ -7,16 +7,20 @@ Gathering them trains nothing and needs no cluster; torch is loaded only when a 
 import json
 import os
 import sys
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal, cast
 
 from merge_service.checkpoint import CONFIG_FILE, locate
 from merge_service.errors import UserError
 from pipeline.artifact import hash_file
 from pipeline.config import Study
 from pipeline.fingerprint import fingerprint
-from pipeline.steps import DatasetFacts, Facts, Step
-from workers.data.manifest import describe, verify
+from pipeline.sections import ModelSection, StreamSection, key_of
+from pipeline.steps import DatasetFacts, Described, Facts, ModelFacts, Step
+from pipeline.streams import Element, Stream, datasets_of, make_stream
+from workers.data.manifest import describe, folder, verify
 
 LOCAL = "local-dir:"
 
@@ -38,15 +42,82 @@ def cache_of(study: Study) -> Path:
     return Path(study.data.cache or Path(study.data_root).parent / ".cache")
 
 
-def gather(study: Study) -> Facts:
-    """The facts of a resolved study. Raises UserError for a base or data that are not there."""
-    cache = cache_of(study)
-    roles = study.roles
-    names = dict.fromkeys((*roles.tasks, *roles.pretraining, *roles.adaptation, *roles.held_out))
-    datasets = {name: DatasetFacts.of(describe(study.data_root, name, cache)) for name in names}
-    weights, config, size = base_identity(study)
-    costs, ratios, in_training = _measured(study, weights)
-    return Facts(weights, datasets, config, costs, ratios, in_training or size)
+def gather(study: Study, provisional: bool = False) -> Facts:
+    """The facts of a resolved study. Raises UserError for a base or data that are not there.
+
+    `provisional` takes the suite's description for datasets that are not there, to plan with; the facts name them.
+    """
+    roles, cache = study.roles, cache_of(study)
+    names = dict.fromkeys((*study.learnt, *roles.pretraining, *roles.adaptation, *roles.held_out))
+    missing = _missing(study, names)
+    if missing and not provisional:
+        raise UserError(_missing_text(study, missing))
+    described = study.suite.described() if missing and study.suite is not None else {}
+    datasets = {
+        name: described[name] if name in missing else describe(study.data_root, name, cache) for name in names
+    }
+    return Facts(
+        datasets={name: DatasetFacts.of(info) for name, info in datasets.items()},
+        models={key_of(model): model_facts(study, model) for model in study.models},
+        streams={key_of(section): stream_of(study, section, datasets) for section in study.streams},
+        missing=missing,
+    )
+
+
+def stream_of(study: Study, section: StreamSection, datasets: Mapping[str, Described]) -> Stream:
+    """The tasks that a stream section means. What it asks of a model is measured with the study's own `model`.
+
+    Raises UserError when an order needs a base or data that are not there.
+    """
+    section = study.filled(section)
+    named = datasets_of(section)
+    measured = _measured(study, section, named) if section.measured else None
+    return make_stream(section, {name: _classes(datasets[name]) for name in named}, measured)
+
+
+def _classes(info: Described) -> tuple[str, ...]:
+    return info.classes if info.kind == "classification" else ()
+
+
+def _measured(study: Study, section: StreamSection, names: Sequence[str]) -> Mapping[Element, Any]:
+    """What the study's own base says of every class; kept in the cache, so that only the first plan takes time."""
+    from workers.model import export_base
+    from workers.stream_orders import Subject, measure
+
+    order = cast(Literal["performance", "similarity"], section.order)
+    model = study.model
+    weights, config, _ = base_identity(model)
+    with tempfile.TemporaryDirectory() as room:
+
+        def exported() -> Path:
+            print(f"measuring the classes for stream.order {section.order}", file=sys.stderr, flush=True)
+            source = local_base(model)
+            export_base(model.config, str(source) if source else model.pretrained, Path(room), model.seed)
+            return Path(room)
+
+        subject = Subject(fingerprint([weights, config]), exported, study.data_root, cache_of(study))
+        return measure(order, subject, names)
+
+
+def _missing(study: Study, names: Iterable[str]) -> tuple[str, ...]:
+    """Datasets that a described suite names and its root does not hold."""
+    if study.suite is None:
+        return ()
+    missing = []
+    for name in names:
+        try:
+            folder(study.data_root, name)
+        except UserError:
+            missing.append(name)
+    return tuple(missing)
+
+
+def _missing_text(study: Study, missing: Sequence[str]) -> str:
+    shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+    return (
+        f"data: {study.data_root} lacks {len(missing)} datasets of {study.data.suite}: {shown}; see all with "
+        f"`temporal-merge check {study.data.suite} --root {study.data_root}`"
+    )
 
 
 def check_shards(study: Study, steps: Iterable[Step]) -> None:
@@ -65,9 +136,9 @@ def check_shards(study: Study, steps: Iterable[Step]) -> None:
         verify(study.data_root, dataset, split, cache)
 
 
-def local_base(study: Study) -> Path | None:
-    """The directory or file that the base comes from, None for a tag, a hub model or a random base."""
-    pretrained = study.model.pretrained
+def local_base(model: ModelSection) -> Path | None:
+    """The directory or file that a base comes from, None for a tag, a hub model or a random base."""
+    pretrained = model.pretrained
     if pretrained is None or pretrained.startswith("hf-hub:"):
         return None
     path = Path(pretrained.removeprefix(LOCAL))
@@ -80,9 +151,29 @@ def local_base(study: Study) -> Path | None:
     return None
 
 
-def base_identity(study: Study) -> tuple[str, str, int]:
+def model_facts(study: Study, model: ModelSection) -> ModelFacts:
+    """What a base is, and what its training costs where it can be measured.
+
+    A model that cannot be measured is an error only where the budget is in GFLOPs.
+    """
+    weights, config, size = base_identity(model)
+    costs: dict[str, float] = {}
+    ratios: dict[str, float] = {"all": 1.0}
+    for trainable in sorted({cell.recipe.trainable for cell in study.cells}):
+        try:
+            cost = _cost(study, model, trainable, weights)
+        except UserError:
+            if any(cell.budget.total_gflops is not None for cell in study.cells):
+                raise
+            continue
+        costs[trainable], ratios[trainable] = cost["gflops_per_sample"], cost["memory_ratio"]
+        size = int(cost["weights_bytes"])
+    return ModelFacts(weights, config, costs, ratios, size)
+
+
+def base_identity(model: ModelSection) -> tuple[str, str, int]:
     """(identity of the weights, of the configuration, bytes of the weights or 0 if unknown before loading)."""
-    model, path = study.model, local_base(study)
+    path = local_base(model)
     if path is None:
         seed = model.seed if model.pretrained is None else None
         return (
@@ -95,38 +186,19 @@ def base_identity(study: Study) -> tuple[str, str, int]:
     return hash_file(weights), fingerprint(described), weights.stat().st_size
 
 
-def _measured(study: Study, weights: str) -> tuple[dict[str, float], dict[str, float], int]:
-    """GFLOPs per sample and memory ratio by what is trained, and the bytes of the weights as they are in training.
-
-    A model that cannot be measured is an error only where the budget is in GFLOPs.
-    """
-    costs: dict[str, float] = {}
-    ratios: dict[str, float] = {"all": 1.0}
-    size = 0
-    for trainable in sorted({cell.recipe.trainable for cell in study.cells}):
-        try:
-            cost = _cost(study, trainable, weights)
-        except UserError:
-            if any(cell.budget.total_gflops is not None for cell in study.cells):
-                raise
-            continue
-        costs[trainable], ratios[trainable] = cost["gflops_per_sample"], cost["memory_ratio"]
-        size = int(cost["weights_bytes"])
-    return costs, ratios, size
-
-
-def _cost(study: Study, trainable: str, weights: str) -> dict[str, float]:
+def _cost(study: Study, section: ModelSection, trainable: str, weights: str) -> dict[str, float]:
     """Measured once per model and kept: GFLOPs per sample, memory against full fine-tuning, bytes of the weights."""
-    key = [weights, study.model.config, trainable, study.recipe.precision, study.recipe.batch_size]
+    recipe = study.recipe
+    key = [weights, section.config, trainable, recipe.precision, recipe.batch_size]
     kept = cache_of(study) / "costs" / f"{fingerprint(key)[:32]}.json"
     if kept.is_file():
         answer: dict[str, float] = json.loads(kept.read_text())
         return answer
     from workers.budget import measure, memory_ratio
 
-    model, recipe = local_base(study) or study.model.config, study.recipe
+    model: str | Path = local_base(section) or section.config
     if isinstance(model, Path) and not (model / CONFIG_FILE).is_file():
-        model = study.model.config
+        model = section.config
     cost = measure(model, recipe.batch_size, trainable, recipe.precision)
     answer = {
         "gflops_per_sample": cost.gflops_per_sample,

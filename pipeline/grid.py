@@ -1,10 +1,12 @@
 """The grid of a study, multiplied out: one cell for every strategy, every setting of every axis, every seed.
 
-Keys of `grid` are `strategies`, `seed`, and any key of `recipe` or `budget` by its dotted path, each with a list of values.
+Keys of `grid` are `strategies`, `seed`, and any key of the sections `model`, `stream`, `recipe` and `budget` by its dotted path,
+each with a list of values; `model`, `stream` and `recipe.mixture` also as a whole.
 Invariant: cells come in the order in which a person wrote the grid (strategies outermost, seeds innermost), each with an id
 that no other has; a cell that exists can be planned.
 """
 
+import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,18 +15,35 @@ from typing import Any
 from merge_service.techniques import get as technique_called
 from merge_service.timeline import Strategy
 from pipeline.mistakes import Problem, leaf_keys, nearest, short, validate
-from pipeline.sections import BUDGETS, BudgetSection
+from pipeline.sections import BUDGETS, BudgetSection, ModelSection, StreamSection
 from pipeline.strategies import NamedStrategy, read_strategies, trait_label
 from workers.recipe import Mixture, Recipe
 
 MAX_CELLS = 100_000
-SECTIONS: dict[str, Any] = {"recipe": Recipe, "budget": BudgetSection}
-AXES = tuple(f"{name}.{key}" for name, section in SECTIONS.items() for key in leaf_keys(section))
+SECTIONS: dict[str, Any] = {
+    "model": ModelSection,
+    "stream": StreamSection,
+    "recipe": Recipe,
+    "budget": BudgetSection,
+}
+WHOLE = ("model", "stream")
+"""Sections that can be an axis as a whole: a value stands for all of the section, its defaults included."""
+AXES = (*WHOLE, *(f"{name}.{key}" for name, section in SECTIONS.items() for key in leaf_keys(section)))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a grid varies beside strategies and seeds, at one point of it."""
+
+    model: ModelSection
+    stream: StreamSection
+    recipe: Recipe
+    budget: BudgetSection
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One trajectory to be: a strategy with the recipe, budget and seed it runs under.
+    """One trajectory to be: a strategy with what it runs under.
 
     `id` tells a cell from all others; `group` is the id without the seed, so cells of one group differ by seed alone; `name`
     is the id without budget and seed. `recipe.mixture` is the effective one. `axes` holds the value of every other axis.
@@ -34,6 +53,8 @@ class Cell:
     group: str
     name: str
     strategy: Strategy
+    model: ModelSection
+    stream: StreamSection
     recipe: Recipe
     budget: BudgetSection
     seed: int
@@ -75,15 +96,13 @@ def flatten(raw: Any) -> tuple[dict[str, list[Any]], list[Problem]]:
     return flat, problems
 
 
-def expand(grid: Mapping[str, Sequence[Any]], recipe: Recipe, budget: BudgetSection) -> Expansion:
-    """All cells of a flattened grid over a study's recipe and budget."""
+def expand(grid: Mapping[str, Sequence[Any]], settings: Settings) -> Expansion:
+    """All cells of a flattened grid over a study's own settings."""
     strategies, problems, warnings = read_strategies(grid.get("strategies", ()))
     seeds = list(grid.get("seed", [0]))
     problems += _seed_problems(seeds)
     axes = {key: list(values) for key, values in grid.items() if key in AXES}
-    problems += [
-        problem for key, values in axes.items() for problem in _axis_problems(key, values, recipe, budget)
-    ]
+    problems += [problem for key, values in axes.items() for problem in _axis_problems(key, values, settings)]
     count = len(strategies) * len(seeds)
     for values in axes.values():
         count *= len(values)
@@ -93,25 +112,27 @@ def expand(grid: Mapping[str, Sequence[Any]], recipe: Recipe, budget: BudgetSect
         )
     if problems:
         return Expansion(problems=tuple(problems))
-    settings, problems = _settings(axes, recipe, budget)
+    varied, problems = _settings(axes, settings)
     if problems:
         return Expansion(problems=tuple(problems))
-    return Expansion(tuple(_cells(strategies, settings, seeds)), (), tuple(warnings))
+    return Expansion(tuple(_cells(strategies, varied, seeds)), (), tuple(warnings))
 
 
-def with_values(
-    section: Recipe | BudgetSection, name: str, values: Mapping[str, Any]
-) -> tuple[Any, list[Problem]]:
-    """A section with some keys (dotted, within it) set anew, judged as if it had been written so."""
-    raw = section.model_dump(mode="json")
+def with_values(section: Any, name: str, values: Mapping[str, Any]) -> tuple[Any, list[Problem]]:
+    """A section with some keys (dotted, within it) set anew, judged as if it had been written so; "" is all of it."""
+    raw = values[""] if "" in values else section.model_dump(mode="json")
+    if not isinstance(raw, Mapping):
+        return None, [Problem(name, f"{short(raw)} must be a mapping of keys to values")]
     if name == "budget" and any(key in BUDGETS for key in values):
         raw = {key: value for key, value in raw.items() if key not in BUDGETS}
+    raw = copy.deepcopy(dict(raw))
     for key, value in values.items():
         place = raw
         *path, last = key.split(".")
         for part in path:
-            place = place[part]
-        place[last] = value
+            place = place.setdefault(part, {})
+        if key:
+            place[last] = value
     return validate(SECTIONS[name], raw, name)
 
 
@@ -131,67 +152,76 @@ def _seed_problems(seeds: Sequence[Any]) -> Iterator[Problem]:
             yield Problem(f"grid.seed[{index}]", f"{seed} is listed twice; remove one")
 
 
-def _axis_problems(
-    key: str, values: Sequence[Any], recipe: Recipe, budget: BudgetSection
-) -> Iterator[Problem]:
+def _axis_problems(key: str, values: Sequence[Any], settings: Settings) -> Iterator[Problem]:
     name, _, path = key.partition(".")
-    base: Any = recipe if name == "recipe" else budget
     for index, value in enumerate(values):
         place = f"grid.{key}[{index}]"
         if value in values[:index]:
             yield Problem(place, f"{short(value)} is listed twice; remove one")
             continue
-        for problem in with_values(base, name, {path: value})[1]:
-            yield Problem(place, problem.text)
+        for problem in with_values(getattr(settings, name), name, {path: value})[1]:
+            inside = problem.key.removeprefix(f"{name}.{path}" if path else name)
+            yield Problem(f"{place}{inside}" if inside[:1] == "." else place, problem.text)
 
 
 def _settings(
-    axes: Mapping[str, Sequence[Any]], recipe: Recipe, budget: BudgetSection
-) -> tuple[list[tuple[dict[str, Any], Recipe, BudgetSection]], list[Problem]]:
-    """Every combination of the axes with the recipe and budget it gives."""
-    settings, problems = [], []
+    axes: Mapping[str, Sequence[Any]], settings: Settings
+) -> tuple[list[tuple[dict[str, Any], Settings]], list[Problem]]:
+    """Every combination of the axes with the settings it gives."""
+    varied, problems = [], []
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
-        parts: dict[str, Any] = {"recipe": recipe, "budget": budget}
-        for name, section in parts.items():
+        parts: dict[str, Any] = {}
+        for name in SECTIONS:
             mine = {
-                key.partition(".")[2]: value for key, value in chosen.items() if key.startswith(f"{name}.")
+                key.partition(".")[2]: value for key, value in chosen.items() if key.split(".")[0] == name
             }
             if mine:
-                parts[name], wrong = with_values(section, name, mine)
+                parts[name], wrong = with_values(getattr(settings, name), name, mine)
                 problems += [
                     Problem(f"grid ({short(chosen)}): {problem.key}", problem.text) for problem in wrong
                 ]
-        settings.append((chosen, parts["recipe"], parts["budget"]))
-    return settings, problems
+        varied.append((chosen, replace(settings, **parts)))
+    return varied, problems
 
 
 def _cells(
     strategies: Sequence[NamedStrategy],
-    settings: Sequence[tuple[dict[str, Any], Recipe, BudgetSection]],
+    varied: Sequence[tuple[dict[str, Any], Settings]],
     seeds: Sequence[int],
 ) -> Iterator[Cell]:
-    varied = [
-        key for key in (settings[0][0] if settings else {}) if len({str(s[0][key]) for s in settings}) > 1
-    ]
+    labels = _labels([chosen for chosen, _ in varied])
     seen: dict[str, int] = {}
     for named in strategies:
-        for chosen, recipe, budget in settings:
-            labels = {key: trait_label(key, chosen[key]) for key in varied}
-            name = "-".join(
-                [named.full, *(text for key, text in labels.items() if key.startswith("recipe."))]
-            )[:100]
-            group = "-".join([name, *(text for key, text in labels.items() if key.startswith("budget."))])
+        for (chosen, settings), (traits, budget) in zip(varied, labels, strict=True):
+            name = "-".join([named.full, *traits])[:100]
+            group = "-".join([name, *budget])
             seen[group] = seen.get(group, 0) + 1
             group = group if seen[group] == 1 else f"{group}-{seen[group]}"
-            mixture = recipe.mixture
+            recipe = settings.recipe
             if named.strategy.mixture is not None:
                 pretraining, update, buffer = named.strategy.mixture
                 mixture = Mixture(pretraining=pretraining, update=update, buffer=buffer)
-            effective = recipe.model_copy(update={"mixture": mixture})
+                recipe = recipe.model_copy(update={"mixture": mixture})
             for seed in seeds:
                 label = f"{group}-seed{seed}" if len(seeds) > 1 else group
-                yield Cell(label, group, name, _seeded(named.strategy, seed), effective, budget, seed, chosen)
+                strategy = _seeded(named.strategy, seed)
+                yield Cell(
+                    label, group, name, strategy,
+                    settings.model, settings.stream, recipe, settings.budget, seed, chosen,
+                )  # fmt: skip
+
+
+def _labels(settings: Sequence[Mapping[str, Any]]) -> list[tuple[list[str], list[str]]]:
+    """For each setting the pieces of a name that tell it from the others: those of the budget apart."""
+    keys = [
+        key for key in (settings[0] if settings else ()) if len({str(chosen[key]) for chosen in settings}) > 1
+    ]
+    answer = []
+    for chosen in settings:
+        traits = [trait_label(key, chosen[key]) for key in keys if not key.startswith("budget.")]
+        answer.append((traits, [trait_label(key, chosen[key]) for key in keys if key.startswith("budget.")]))
+    return answer
 
 
 def _seeded(strategy: Strategy, seed: int) -> Strategy:

@@ -54,7 +54,7 @@ def _train(step: Step, workspace: Workspace, asked: tuple[tuple[str, dict[str, A
         t=step.t,
         task=step.task,
         init=str(workspace.weights(spec["init"])),
-        base=str(workspace.weights(workspace.plan.base.fingerprint)),
+        base=str(workspace.weights(step.base)),
         update=_sources(spec["update"], workspace),
         buffer=_sources(spec["buffer"], workspace),
         pretraining=_sources(spec["pretraining"], workspace),
@@ -94,7 +94,7 @@ def _member(name: str, fingerprint: str, workspace: Workspace) -> Member:
 
 
 def _resources(step: Step, workspace: Workspace) -> ModelResources:
-    return workspace.study.resources.of(getattr(step, "model", "") or workspace.study.model.config)
+    return workspace.study.resources.of(step.model)
 
 
 def _evaluate(step: Step, workspace: Workspace) -> EvaluateJob:
@@ -116,7 +116,10 @@ def _evaluate(step: Step, workspace: Workspace) -> EvaluateJob:
 
 def _sources(entries: list[dict[str, Any]], workspace: Workspace) -> tuple[Source, ...]:
     root = str(Path(workspace.study.data_root).absolute())
+    classes = workspace.plan.classes
     return tuple(
-        Source(root, entry["dataset"], entry["split"], tuple(entry["classes"]) if entry["classes"] else None)
+        Source(
+            root, entry["dataset"], entry["split"], classes[entry["classes"]] if entry["classes"] else None
+        )
         for entry in entries
     )

@@ -65,7 +65,7 @@ class Lanes:
         return {lane.pool: _pool(lane, patient) for lane in self.by_name.values()}
 
     def _lane(self, step: Step) -> Lane:
-        model = getattr(step, "model", "") or self.study.model.config
+        model = step.model
         name = self._merge_actor(step) if step.kind == "merge" else f"{step.kind} {model}"
         if name not in self.by_name:
             self.by_name[name] = self._new(name, step.kind, model)

@@ -15,10 +15,10 @@ from typing import Any
 from merge_service import timeline
 from pipeline.config import Study
 from pipeline.errors import PlanError
-from pipeline.expand import JOINT_TASK, Draft, Task, effective_params
-from pipeline.fingerprint import step_fingerprint
+from pipeline.expand import Draft, World, effective_params, joint_task, together
+from pipeline.fingerprint import fingerprint, step_fingerprint
 from pipeline.grid import Cell
-from pipeline.sections import BudgetSection
+from pipeline.sections import BudgetSection, key_of
 from pipeline.steps import (
     BASE,
     KINDS,
@@ -33,6 +33,7 @@ from pipeline.steps import (
     Step,
     TrajectoryPlan,
 )
+from pipeline.streams import Part, Stream, StreamTask
 
 __all__ = [
     "BASE",
@@ -56,26 +57,31 @@ def make_plan(study: Study, facts: Facts) -> Plan:
     naive = planner.naive_counts()
     own = planner.score_undeployed_experts()
     trajectories = tuple(
-        replace(draft, points=tuple(replace(p, own=own[p.train] if p.train else None) for p in draft.points))
+        replace(
+            draft, points=tuple(replace(p, own=own.get(p.train) if p.train else None) for p in draft.points)
+        )
         for draft in drafts
     )
     return Plan(
         study=study.name,
-        base=planner.base,
+        bases={world.base.fingerprint: world.base for world in planner.worlds.values()},
         steps=_in_order(planner.steps),
         trajectories=trajectories,
-        tasks={task.name: task.datasets for task in planner.tasks},
+        streams={world.stream_id: _whole(world.stream) for world in planner.worlds.values()},
+        classes=planner.classes,
         adaptation=study.roles.adaptation,
         held_out=study.roles.held_out,
         naive=naive,
+        naive_gflops=planner.naive_gflops,
+        missing=facts.missing,
     )
 
 
-def base_step(weights_sha256: str, config_sha256: str = "", label: str = "base", disk_bytes: int = 0) -> Step:
-    """The step whose artifact is the base model; its identity is its bytes."""
+def base_step(weights_sha256: str, config_sha256: str = "", model: str = "", disk_bytes: int = 0) -> Step:
+    """The step whose artifact is the base model; its identity is its bytes. `model` is its name in the study."""
     spec = {"version": VERSIONS["base"], "weights": weights_sha256, "config": config_sha256}
     fp = step_fingerprint("base", spec)
-    return Step("base", fp, "base", label, 0, BASE, spec, {}, disk_bytes=disk_bytes)
+    return Step("base", fp, "base", "base", 0, BASE, spec, {}, (), 0.0, disk_bytes, fp, model)
 
 
 def steps_per_task(
@@ -111,28 +117,30 @@ class Planner:
     def __init__(self, study: Study, facts: Facts) -> None:
         self.study, self.facts = study, facts
         self.roles = study.roles
-        self.tasks = [Task(name, (name,)) for name in self.roles.tasks]
-        self.base = base_step(
-            facts.base_sha256, facts.base_config_sha256, "base", facts.weights_bytes + RECORD_BYTES
-        )
+        self.worlds: dict[tuple[str, str], World] = {}
         self.steps: dict[str, Step] = {}
+        self.classes: dict[str, tuple[str, ...]] = {}
+        self.experts: dict[tuple[Any, ...], str] = {}
+        self.naive_gflops: float | None = 0.0
         self._scored: dict[str, str] = {}
         self._own_tasks: dict[str, tuple[Step, tuple[str, ...]]] = {}
         self._used: list[tuple[set[str], set[str], set[str]]] = []
-        self._sources: dict[tuple[str, str], dict[str, Any]] = {}
-        self.experts: dict[tuple[Any, ...], str] = {}
+        self._sources: dict[tuple[Part, str], dict[str, Any]] = {}
         self._test = sorted({*self.roles.adaptation, *self.roles.held_out})
         self._check_data()
 
     def trajectory(self, cell: Cell) -> TrajectoryPlan:
         """Add what one cell needs, and tell which step serves it when."""
-        steps = self._length(cell)
-        tasks = self._tasks_of(cell)
-        draft = Draft(self, cell, tasks, steps)
+        world = self._world(cell)
+        steps = self._length(cell, world)
+        draft = Draft(self, cell, world, steps)
         points = draft.points()
+        length = len(world.stream.tasks)
         if cell.strategy.joint:
-            points = [points[0], replace(points[1], t=len(self.tasks))]
+            points = [points[0], replace(points[1], t=length)]
         self._used.append((draft.experts_used, draft.merges_used, {point.deployed for point in points}))
+        cost = draft.gflops(steps * length if draft.experts_used else 0)
+        self.naive_gflops = None if cost is None or self.naive_gflops is None else self.naive_gflops + cost
         return TrajectoryPlan(
             id=cell.id,
             group=cell.group,
@@ -144,8 +152,11 @@ class Planner:
             ema_seed=cell.strategy.ema_seed if "ema" in timeline.policies(cell.strategy) else None,
             budget={"steps_per_task": steps, "multiplier": cell.budget.multiplier},
             seed=cell.seed,
-            stream=self.roles.tasks,
+            stream=tuple(task.name for task in world.stream.tasks),
             points=tuple(points),
+            base=world.base.fingerprint,
+            model=world.model,
+            stream_id=world.stream_id,
             axes=dict(cell.axes),
         )
 
@@ -180,33 +191,42 @@ class Planner:
             self._scored[weights] = self._evaluate(weights, step, self._test, "scores")
         return self._scored[weights]
 
-    def own_task(self, expert: str, task: Task) -> None:
-        """Remember which data an expert is to be scored on at least."""
-        self._own_tasks.setdefault(expert, (self.steps[expert], task.datasets))
+    def own_task(self, expert: str, task: StreamTask) -> None:
+        """Remember which data an expert is to be scored on at least, if its task brings whole datasets."""
+        datasets = _datasets(task)
+        if datasets:
+            self._own_tasks.setdefault(expert, (self.steps[expert], datasets))
 
-    def source(self, dataset: str, split: str) -> dict[str, Any]:
-        """One split of one dataset as a spec has it: content, not place."""
-        key = (dataset, split)
-        if key not in self._sources:
-            facts = self.facts.datasets[dataset]
-            self._sources[key] = {
-                "dataset": dataset,
+    def sources(self, parts: Iterable[Part], split: str) -> list[dict[str, Any]]:
+        """What a step reads, as a spec has it: content, not place. A list of classes is named by its digest."""
+        return [self._source(part, split) for part in parts]
+
+    def _source(self, part: Part, split: str) -> dict[str, Any]:
+        found = self._sources.get((part, split))
+        if found is None:
+            facts = self.facts.datasets[part.dataset]
+            digest = None
+            if part.classes is not None:
+                digest = fingerprint([part.dataset, list(part.classes)])
+                self.classes[digest] = part.classes
+            found = self._sources[part, split] = {
+                "dataset": part.dataset,
                 "split": split,
                 "digest": facts.digests[split],
                 "prompts": facts.prompts,
-                "classes": None,
+                "classes": digest,
             }
-        return self._sources[key]
+        return found
 
     def _evaluate(self, weights: str, step: Step, datasets: Sequence[str], what: str) -> str:
         options = self.study.evaluation
         spec = {
             "version": VERSIONS["evaluate"],
             "model": weights,
-            "datasets": [self.source(dataset, TEST) for dataset in datasets],
+            "datasets": self.sources(map(Part, datasets), TEST),
             "fraction": options.fraction,
             "seed": options.seed if options.fraction < 1 else 0,
-            "device": self.study.resources.of(self.study.model.config).evaluation_device,
+            "device": self.study.evaluation_device_of(step.model),
         }
         label = f"{what} of {step.label}" if what == "scores" else f"own task of {step.label}"
         inputs = {"model": weights}
@@ -219,31 +239,40 @@ class Planner:
             step.task,
             inputs=inputs,
             disk_bytes=RECORD_BYTES,
+            base=step.base,
+            model=step.model,
         )
 
-    def _length(self, cell: Cell) -> int:
-        what = cell.recipe.trainable
-        ratio = self.facts.memory_ratio.get(what)
+    def _world(self, cell: Cell) -> World:
+        key = key_of(cell.model), key_of(cell.stream)
+        if key not in self.worlds:
+            facts, stream = self.facts.models[key[0]], self.facts.streams[key[1]]
+            base = base_step(
+                facts.weights, facts.config, cell.model.config, facts.weights_bytes + RECORD_BYTES
+            )
+            self.worlds[key] = World(cell.model.config, facts, base, stream, stream.fingerprint)
+        return self.worlds[key]
+
+    def _length(self, cell: Cell, world: World) -> int:
+        what, facts = cell.recipe.trainable, world.facts
+        ratio = facts.memory_ratio.get(what)
         if ratio is None and cell.budget.total_gflops is not None:
             raise PlanError(f"{cell.id}: the memory that training {what} takes was not measured")
-        cost = self.facts.gflops_per_sample.get(what)
+        cost = facts.gflops_per_sample.get(what)
+        length = len(world.stream.tasks)
         try:
-            return steps_per_task(cell.budget, len(self.tasks), cell.recipe.batch_size, cost, ratio or 1.0)
+            return steps_per_task(cell.budget, length, cell.recipe.batch_size, cost, ratio or 1.0)
         except PlanError as error:
             raise PlanError(f"{cell.id}: {error}") from None
 
-    def _tasks_of(self, cell: Cell) -> list[Task]:
-        if not cell.strategy.joint:
-            return self.tasks
-        return [Task(JOINT_TASK, tuple(dataset for task in self.tasks for dataset in task.datasets))]
-
     def _check_data(self) -> None:
         """Every split that any step may read must be there."""
-        trained = [dataset for task in self.tasks for dataset in task.datasets]
+        streams = {part.dataset for stream in self.facts.streams.values() for part in together(stream.tasks)}
+        trained = sorted(streams)
         if any(cell.recipe.mixture.pretraining > 0 for cell in self.study.cells):
             trained += self.roles.pretraining
         needed = [(dataset, TRAIN) for dataset in trained] + [
-            (dataset, TEST) for dataset in (*self._test, *(d for task in self.tasks for d in task.datasets))
+            (dataset, TEST) for dataset in (*self._test, *sorted(streams))
         ]
         problems = []
         for dataset, split in dict.fromkeys(needed):
@@ -256,6 +285,16 @@ class Planner:
                 )
         if problems:
             raise PlanError(f"study {self.study.name}: {'; '.join(dict.fromkeys(problems))}")
+
+
+def _datasets(task: StreamTask) -> tuple[str, ...]:
+    """The datasets of a task that brings whole ones, else none."""
+    whole = all(part.classes is None for part in task.parts)
+    return tuple(part.dataset for part in task.parts) if whole else ()
+
+
+def _whole(stream: Stream) -> dict[str, tuple[str, ...]]:
+    return {task.name: _datasets(task) for task in (*stream.tasks, *joint_task(stream))}
 
 
 def _in_order(steps: Mapping[str, Step]) -> dict[str, Step]:

@@ -36,9 +36,10 @@ class Tracking:
             code_version=version("temporal-merge"),
             log_weights=options.log_weights,
         )
-        base = store.record(plan.base.kind, plan.base.fingerprint)
-        assert base is not None, "the workspace is prepared first"
-        projection = Projection(plan, facts, base)
+        bases = {fp: store.record(base.kind, fp) for fp, base in plan.bases.items()}
+        known = {fp: base for fp, base in bases.items() if base is not None}
+        assert known.keys() == bases.keys(), "the workspace is prepared first"
+        projection = Projection(plan, facts, known)
         self.recorder = Recorder(projection, self.outbox, workspace.out, self.tracker.notify)
         self.pending = 0
 

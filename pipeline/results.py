@@ -204,7 +204,7 @@ class _Once:
 
 def _trajectory(plan: Plan, trajectory: TrajectoryPlan, store: Records) -> dict[str, Any]:
     steps: list[dict[str, Any]] = []
-    over_time = OverTime(trajectory.points, plan.tasks)
+    over_time = OverTime(trajectory.points, plan.tasks(trajectory))
     for place, point in enumerate(trajectory.points):
         evaluation = store.record("evaluate", point.evaluate)
         if evaluation is None:
@@ -212,7 +212,13 @@ def _trajectory(plan: Plan, trajectory: TrajectoryPlan, store: Records) -> dict[
         scores = {dataset: float(score) for dataset, score in evaluation.result["scores"].items()}
         whole = len(steps) == place
         forgotten, backward = over_time.add(point.t, scores) if whole else (None, None)
-        steps.append({**_step(plan, point, scores, store), "forgetting": forgotten, "bwt": backward})
+        steps.append(
+            {
+                **_step(plan, trajectory, point, scores, store),
+                "forgetting": forgotten,
+                "bwt": backward,
+            }
+        )
     return {
         "id": trajectory.id,
         "group": trajectory.group,
@@ -225,12 +231,15 @@ def _trajectory(plan: Plan, trajectory: TrajectoryPlan, store: Records) -> dict[
         "budget": trajectory.budget,
         "seed": trajectory.seed,
         "stream": list(trajectory.stream),
+        "model": trajectory.model,
         "axes": trajectory.axes,
         "steps": steps,
     }
 
 
-def _step(plan: Plan, point: Point, scores: Scores, store: Records) -> dict[str, Any]:
+def _step(
+    plan: Plan, trajectory: TrajectoryPlan, point: Point, scores: Scores, store: Records
+) -> dict[str, Any]:
     accumulated, retained = ka(scores, plan.adaptation), zs(scores, plan.held_out)
     expert = store.record("train", point.train) if point.train else None
     merged = store.record("merge", point.merge) if point.merge else None
@@ -244,17 +253,17 @@ def _step(plan: Plan, point: Point, scores: Scores, store: Records) -> dict[str,
         "scores": dict(scores),
         "expert_sha256": _weights(expert),
         "merged_sha256": _weights(merged),
-        "deployed_sha256": _deployed(plan, point, store),
-        "expert_own_score": mean(own.result["scores"], plan.tasks.get(point.task, ())) if own else None,
+        "deployed_sha256": _deployed(plan, trajectory, point, store),
+        "expert_own_score": mean(own.result["scores"], plan.tasks(trajectory)[point.task]) if own else None,
         "merge_seconds": merged.result.get("merge_seconds", merged.seconds) if merged else None,
         "merged_norm": merged.result.get("merged_norm") if merged else None,
         "cosine": merged.result.get("cosine") if merged else None,
     }
 
 
-def _deployed(plan: Plan, point: Point, store: Records) -> str | None:
+def _deployed(plan: Plan, trajectory: TrajectoryPlan, point: Point, store: Records) -> str | None:
     if point.deployed == BASE:
-        return _weights(store.record(BASE, plan.base.fingerprint))
+        return _weights(store.record(BASE, trajectory.base))
     return _weights(store.record(plan.steps[point.deployed].kind, point.deployed))
 
 

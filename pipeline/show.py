@@ -13,6 +13,7 @@ from rich.table import Table
 
 from merge_service.errors import UserError
 from merge_service.techniques import get, names
+from pipeline.steps import Plan, TrajectoryPlan
 
 
 def _console() -> Console:
@@ -43,6 +44,10 @@ def parameters_from(overrides: Sequence[str]) -> dict[str, Any]:
     return answer
 
 
+LISTED = 60
+"""Lines of trajectories that a plan shows."""
+
+
 def show_plan(workspace: Any, summary: Mapping[str, Any]) -> None:
     """Counts per kind, cost, and the trajectories."""
     console = _console()
@@ -56,18 +61,44 @@ def show_plan(workspace: Any, summary: Mapping[str, Any]) -> None:
     for kind, counts in summary["steps"].items():
         steps.add_row(kind, str(counts["unique"]), str(counts["naive"]), str(counts["cached"]))
     console.print(steps)
-    gflops = summary["gflops"]
-    cost = "not measured" if gflops is None else f"{gflops:,.0f} GFLOPs"
-    console.print(f"still to do: {cost}, {summary['disk_bytes'] / 2**20:,.0f} MiB in {workspace.out}\n")
-    served = _table("trajectories", "name", "init", "deploy", "technique", "seed", "steps per task")
-    for trajectory in workspace.plan.trajectories:
-        served.add_row(
-            trajectory.name, trajectory.init, trajectory.deploy, trajectory.technique or "-",
-            str(trajectory.seed), str(trajectory.budget["steps_per_task"]),
-        )  # fmt: skip
-    console.print(served)
+    gflops, naive = summary["gflops"], summary["gflops_naive"]
+    cost = "compute not measured" if gflops is None else f"{gflops:,.0f} GFLOPs"
+    if naive:
+        cost += f" (one by one {naive:,.0f})"
+    console.print(f"still to do: {cost}, {summary['disk_bytes'] / 2**20:,.0f} MiB in {workspace.out}")
+    path = summary["critical_path"]
+    chain = ", ".join(f"{path[kind]} {kind}" for kind in summary["steps"])
+    console.print(f"longest chain of steps that must follow one another: {path['steps']} ({chain})\n")
+    console.print(_trajectories(workspace.plan))
     for warning in workspace.study.warnings:
         console.print(f"warning: {warning}", markup=False)
+    if summary["missing"]:
+        console.print(
+            f"provisional: {len(summary['missing'])} datasets are not in {workspace.study.data_root}, so classes are "
+            "counted and not known, and the study cannot run yet",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+def _trajectories(plan: Plan) -> Table:
+    """One line for those that differ in the seed alone; what all have in common is left out."""
+    groups: dict[str, list[TrajectoryPlan]] = {}
+    for trajectory in plan.trajectories:
+        groups.setdefault(trajectory.group, []).append(trajectory)
+    several = len(plan.bases) > 1
+    columns = ["trajectory", *(["model"] if several else []), "init", "deploy", "technique", "seeds", "tasks"]
+    table = _table("trajectories", *columns, "steps per task", "per chain")
+    for group, members in list(groups.items())[:LISTED]:
+        one = members[0]
+        steps = one.budget["steps_per_task"] if plan.trains(one) else 0
+        table.add_row(
+            group, *([one.model] if several else []), one.init, one.deploy, one.technique or "-",
+            ",".join(str(member.seed) for member in members), str(len(one.stream)), f"{steps:,}",
+            f"{steps * len(one.stream):,}",
+        )  # fmt: skip
+    if len(groups) > LISTED:
+        table.add_row(f"... and {len(groups) - LISTED} more")
+    return table
 
 
 def show_status(out: Path, answer: Mapping[str, Any]) -> None:

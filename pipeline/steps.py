@@ -4,18 +4,19 @@ Invariant: a step's `spec` holds what bears on its result and nothing else, and 
 labels, slugs, costs and `after` are for people and schedulers and never part of the identity.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from pipeline.errors import PlanError
 from pipeline.fingerprint import fingerprint
+from pipeline.streams import Stream
 
 Kind = Literal["base", "train", "merge", "evaluate"]
 KINDS: tuple[Kind, ...] = ("train", "merge", "evaluate")
 BASE = "base"
 TRAIN, TEST = "train", "test"
-FORMAT = 1
+FORMAT = 2
 RECORD_BYTES = 16 * 1024
 """A generous guess at the size of a record, for estimates."""
 
@@ -55,24 +56,40 @@ class DatasetFacts:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """All that a plan must know of the world. None of it says where anything is.
+class ModelFacts:
+    """A base model: what it is, and what it costs.
 
     `gflops_per_sample` (forward + backward) and `memory_ratio` (peak memory against training everything) go by what is
     trained (all, image, text); they may be empty unless the budget is in GFLOPs. `weights_bytes` is a checkpoint's size.
     """
 
-    base_sha256: str
-    datasets: Mapping[str, DatasetFacts]
-    base_config_sha256: str = ""
+    weights: str
+    config: str = ""
     gflops_per_sample: Mapping[str, float] = field(default_factory=dict)
     memory_ratio: Mapping[str, float] = field(default_factory=lambda: {"all": 1.0})
     weights_bytes: int = 0
 
 
 @dataclass(frozen=True)
+class Facts:
+    """All that a plan must know of the world. None of it says where anything is.
+
+    `models` and `streams` are keyed by the fingerprint of the section that asks for them (`key_of`). `missing` are datasets
+    of which only the description is known: enough to plan with, not to run.
+    """
+
+    datasets: Mapping[str, DatasetFacts]
+    models: Mapping[str, ModelFacts]
+    streams: Mapping[str, Stream]
+    missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Step:
-    """One unit of work. `inputs` maps roles to fingerprints; `after` are steps to wait for without using their results."""
+    """One unit of work. `inputs` maps roles to fingerprints; `after` are steps to wait for without using their results.
+
+    `base` is the fingerprint of the base that it goes back to, `model` that base's name in the study.
+    """
 
     kind: Kind
     fingerprint: str
@@ -85,6 +102,8 @@ class Step:
     after: tuple[str, ...] = ()
     gflops: float | None = 0.0
     disk_bytes: int = 0
+    base: str = ""
+    model: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,7 +126,11 @@ class Point:
 
 @dataclass(frozen=True)
 class TrajectoryPlan:
-    """One strategy over one stream, budget and seed. `group` is shared by those that differ in the seed alone."""
+    """One strategy over one stream, budget and seed. `group` is shared by those that differ in the seed alone.
+
+    `base` is the fingerprint of the base and `model` its name; `stream` are the names of the tasks and `stream_id` the
+    fingerprint of the stream.
+    """
 
     id: str
     group: str
@@ -121,6 +144,9 @@ class TrajectoryPlan:
     seed: int
     stream: tuple[str, ...]
     points: tuple[Point, ...]
+    base: str
+    model: str
+    stream_id: str
     axes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -134,17 +160,35 @@ class Lookup(Protocol):
 class Plan:
     """All steps of a study, each once, in an order in which every step follows what it needs.
 
-    `naive` counts the steps that the trajectories would take one by one. `tasks` maps each task to its datasets.
+    `bases` holds the base of every model by fingerprint. `streams` maps the fingerprint of each stream to its tasks and the
+    datasets that each brings whole (a task made of parts of datasets has no score of its own). `classes` resolves the digests
+    that stand for lists of classes in specs. `naive` counts the steps that the trajectories would take one by one, and
+    `naive_gflops` what their training would cost. `missing` are datasets that must come before the plan can run.
     """
 
     study: str
-    base: Step
+    bases: dict[str, Step]
     steps: dict[str, Step]
     trajectories: tuple[TrajectoryPlan, ...]
-    tasks: dict[str, tuple[str, ...]]
+    streams: dict[str, dict[str, tuple[str, ...]]]
+    classes: dict[str, tuple[str, ...]]
     adaptation: tuple[str, ...]
     held_out: tuple[str, ...]
     naive: dict[str, int]
+    naive_gflops: float | None = None
+    missing: tuple[str, ...] = ()
+
+    def tasks(self, trajectory: TrajectoryPlan) -> dict[str, tuple[str, ...]]:
+        """Each task of a trajectory with the datasets it brings whole."""
+        return self.streams[trajectory.stream_id]
+
+    def trains(self, trajectory: TrajectoryPlan) -> bool:
+        """Whether a trajectory has experts at all."""
+        return any(point.train for point in trajectory.points)
+
+    def weights_step(self, fingerprint: str) -> Step:
+        """The step, or base, that makes these weights."""
+        return self.bases.get(fingerprint) or self.steps[fingerprint]
 
     @property
     def fingerprint(self) -> str:
@@ -153,15 +197,16 @@ class Plan:
             trajectory.id: [list(vars(point).values()) for point in trajectory.points]
             for trajectory in self.trajectories
         }
-        return fingerprint({"study": self.study, "base": self.base.fingerprint, "trajectories": points})
+        return fingerprint({"study": self.study, "base": "+".join(self.bases), "trajectories": points})
 
     def summary(self, store: Lookup | None = None) -> dict[str, Any]:
-        """What would run: counts per kind, and the compute and disk of the steps that are not in the store yet.
+        """What would run: counts per kind, and compute, disk and critical path of the steps that are not in the store yet.
 
-        "gflops" is null when the cost of a sample was not measured.
+        "gflops" is null when the cost of a sample was not measured. "critical_path" is the longest chain of steps that must
+        follow one another, by kind: no number of machines makes a study shorter than that.
         """
         cached = {fp for fp, step in self.steps.items() if store is not None and store.has(step.kind, fp)}
-        ahead = [step for fp, step in self.steps.items() if fp not in cached]
+        ahead = {fp: step for fp, step in self.steps.items() if fp not in cached}
         counts = {
             kind: {
                 "unique": sum(step.kind == kind for step in self.steps.values()),
@@ -170,14 +215,15 @@ class Plan:
             }
             for kind in KINDS
         }
-        costs = [step.gflops for step in ahead]
-        known = [cost for cost in costs if cost is not None]
         return {
             "study": self.study,
             "trajectories": len(self.trajectories),
             "steps": counts,
-            "gflops": sum(known) if len(known) == len(costs) else None,
-            "disk_bytes": sum(step.disk_bytes for step in ahead),
+            "gflops": _total(step.gflops for step in ahead.values()),
+            "disk_bytes": sum(step.disk_bytes for step in ahead.values()),
+            "gflops_naive": self.naive_gflops,
+            "critical_path": critical_path(ahead),
+            "missing": list(self.missing),
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -187,7 +233,8 @@ class Plan:
             for trajectory in self.trajectories
         ]
         steps = [dict(vars(step)) for step in self.steps.values()]
-        body = {**vars(self), "base": dict(vars(self.base)), "steps": steps, "trajectories": trajectories}
+        bases = [dict(vars(base)) for base in self.bases.values()]
+        body = {**vars(self), "bases": bases, "steps": steps, "trajectories": trajectories}
         return {"format": FORMAT, "fingerprint": self.fingerprint, **body}
 
     @classmethod
@@ -198,21 +245,57 @@ class Plan:
                 raise PlanError(
                     f"the plan has format {body['format']!r}, this version reads {FORMAT}; run again"
                 )
-            steps = [_step(entry) for entry in body["steps"]]
             return cls(
                 study=body["study"],
-                base=_step(body["base"]),
-                steps={step.fingerprint: step for step in steps},
+                bases={entry["fingerprint"]: _step(entry) for entry in body["bases"]},
+                steps={entry["fingerprint"]: _step(entry) for entry in body["steps"]},
                 trajectories=tuple(_trajectory(entry) for entry in body["trajectories"]),
-                tasks={task: tuple(datasets) for task, datasets in body["tasks"].items()},
+                streams={key: _lists(tasks) for key, tasks in body["streams"].items()},
+                classes=_lists(body["classes"]),
                 adaptation=tuple(body["adaptation"]),
                 held_out=tuple(body["held_out"]),
                 naive=dict(body["naive"]),
+                naive_gflops=body["naive_gflops"],
+                missing=tuple(body["missing"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(
                 f"the plan is malformed ({error!r}); run the study again to write it anew"
             ) from None
+
+
+def critical_path(steps: Mapping[str, Step]) -> dict[str, int]:
+    """Steps of each kind on the longest chain through `steps`, which come in topological order; "steps" is its length.
+
+    The longest is the one with most training, then most steps: training is what takes time.
+    """
+    best: dict[str, tuple[int, int]] = {}
+    before: dict[str, str | None] = {}
+    for fp, step in steps.items():
+        needs = [need for need in (*step.inputs.values(), *step.after) if need in best]
+        last = max(needs, key=best.__getitem__, default=None)
+        trained, length = best[last] if last is not None else (0, 0)
+        best[fp], before[fp] = (trained + (step.kind == "train"), length + 1), last
+    counts: dict[str, int] = {"steps": 0, **dict.fromkeys(KINDS, 0)}
+    current = max(best, key=best.__getitem__, default=None)
+    while current is not None:
+        counts["steps"] += 1
+        counts[steps[current].kind] += 1
+        current = before[current]
+    return counts
+
+
+def _total(costs: Iterable[float | None]) -> float | None:
+    total = 0.0
+    for cost in costs:
+        if cost is None:
+            return None
+        total += cost
+    return total
+
+
+def _lists(body: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    return {key: tuple(values) for key, values in body.items()}
 
 
 def _step(entry: Mapping[str, Any]) -> Step:

@@ -7,6 +7,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from merge_service import timeline
@@ -185,9 +186,26 @@ def _traits(strategy: Strategy) -> dict[str, Any]:
 
 
 def trait_label(key: str, value: Any) -> str:
-    """A short path-safe piece of a name: x0.5, lr0.001, mixture0.33_0.34_0.33."""
+    """A short path-safe piece of a name: x0.5, lr0.001, ViT-B-16, random_chunks20, mixture0.33_0.34_0.33."""
     last = key.rpartition(".")[2]
-    word = {"multiplier": "x", "steps_per_task": "steps", "samples_per_task": "samples"}.get(last, last)
-    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else [value]
-    text = "_".join(f"{item:g}" if isinstance(item, float) else str(item) for item in values)
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", f"{word}{text}")[:60]
+    if key == "model":
+        text = str(value.get("config", ""))
+    elif key == "stream":
+        text = "_".join(_stream_words(value))
+    else:
+        words = {"multiplier": "x", "steps_per_task": "steps", "samples_per_task": "samples", "config": ""}
+        values = (
+            value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else [value]
+        )
+        text = words.get(last, last) + "_".join(
+            f"{item:g}" if isinstance(item, float) else str(item) for item in values
+        )
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text)[:60]
+
+
+def _stream_words(value: Mapping[str, Any]) -> Iterator[str]:
+    """random, chunks20, seed1: the order by its value alone, flags by their name alone."""
+    yield str(value.get("order") or Path(str(value.get("file") or "dataset_incremental")).stem)
+    for key, item in value.items():
+        if key not in ("order", "file") and item not in (None, False):
+            yield key if item is True or isinstance(item, list | Mapping) else f"{key}{item}"

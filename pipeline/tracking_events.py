@@ -23,10 +23,10 @@ from pipeline.results import OverTime
 from pipeline.steps import BASE, Plan, Point, Step, TrajectoryPlan
 from pipeline.tracking_experts import ExpertRows
 from pipeline.tracking_index import (
-    BASE_MODEL,
     EXPERTS,
     STUDY,
     Index,
+    base_key,
     expert_key,
     model_key,
     steps_of,
@@ -67,21 +67,21 @@ class _Reached:
 
 
 class Projection:
-    """Rows of one plan. It remembers the records it was told, and nothing else. `base` is the base's record."""
+    """Rows of one plan. It remembers the records it was told, and nothing else. `bases` are the records of the bases, by fingerprint."""
 
-    def __init__(self, plan: Plan, facts: StudyFacts, base: Record) -> None:
+    def __init__(self, plan: Plan, facts: StudyFacts, bases: Mapping[str, Record]) -> None:
         self.index = Index(plan)
         self.rows = Rows(self.index.fingerprint)
-        self._plan, self._facts, self._base = plan, facts, base
+        self._plan, self._facts, self._bases = plan, facts, bases
         self._records: dict[str, Record] = {}
         self._reached = {
             trajectory.id: _Reached(
-                OverTime(trajectory.points, plan.tasks),
+                OverTime(trajectory.points, plan.tasks(trajectory)),
                 set().union(*(steps_of(point) for point in trajectory.points)),
             )
             for trajectory in plan.trajectories
         }
-        self._lineage = Lineage(plan.steps, self._records, base)
+        self._lineage = Lineage(plan.steps, self._records, bases)
         self._common = {
             "study": plan.study,
             "code_version": facts.code_version,
@@ -113,12 +113,12 @@ class Projection:
                 for i, trajectory in enumerate(trajectories, start=1)
             ),
             self._experts.group(now_ms - len(trajectories) - 1),
-            self._base_model_row(),
+            *map(self._base_model_row, self._bases.values()),
         ]
 
     def finished(self, table: str | None = None) -> list[Row]:
         """The end of the study, all steps done; `table` is its results as CSV."""
-        end = max((record.created_ms for record in self._records.values()), default=self._base.created_ms)
+        end = max(record.created_ms for record in (*self._bases.values(), *self._records.values()))
         rows = [] if table is None else [self.rows.artifact(STUDY, "results.csv", end, text=table)]
         return [*rows, *(self.rows.status(key, "FINISHED", end) for key in (EXPERTS, STUDY))]
 
@@ -139,8 +139,10 @@ class Projection:
             rows += self._experts.trained(step, record, self._lineage.tags(record))
         if step.kind == "evaluate":
             rows += self._experts.evaluated(step, record)
-        if step.fingerprint == self.index.base_evaluation:
-            rows.append(self.rows.log(STUDY, "base", self._scores(record, 0), BASE_MODEL))
+        for base, evaluation in self.index.base_evaluations.items():
+            if step.fingerprint == evaluation:
+                model = base_key(base)
+                rows.append(self.rows.log(STUDY, model, self._scores(record, 0), model))
         users = self.index.users.get(step.fingerprint, [])
         for trajectory, point in users:
             if step.fingerprint == point.deployed:
@@ -240,20 +242,24 @@ class Projection:
         stamp = record.created_ms
         return self.rows.model(key, trajectory_key(trajectory), stamp, {**body, **self._files(record)})
 
-    def _base_model_row(self) -> Row:
+    def _base_model_row(self, base: Record) -> Row:
+        model = self._plan.bases[base.fingerprint].model
+        several = f"-{model}" if len(self._bases) > 1 else ""
         searchable = {"t": "0", "task": BASE}
         body = {
-            "name": plain(f"{BASE}-{self._plan.study}"),
+            "name": plain(f"{BASE}-{self._plan.study}{several}"),
             "type": BASE,
             "step": 0,
             "params": searchable,
             "tags": {
                 **searchable,
-                **self._model_tags(self._base, "The base model the study starts from."),
+                **self._model_tags(base, "The base model the study starts from."),
             },
-            "manifest": self._manifest(self._base, 0, BASE),
+            "manifest": self._manifest(base, 0, BASE),
         }
-        return self.rows.model(BASE_MODEL, STUDY, self._base.created_ms, {**body, **self._files(self._base)})
+        return self.rows.model(
+            base_key(base.fingerprint), STUDY, base.created_ms, {**body, **self._files(base)}
+        )
 
     def _model_tags(self, record: Record, note: str) -> dict[str, str]:
         """Tags are for searching: a model's page shows none of them, so its description says the same in words."""

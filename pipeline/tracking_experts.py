@@ -74,7 +74,7 @@ class ExpertRows:
     def evaluated(self, step: Step, record: Record) -> list[Row]:
         """Scores on the experts' own tasks that an evaluation brings: of the experts, or of the base to compare with."""
         rows = []
-        if step.fingerprint == self._index.base_evaluation:
+        if step.fingerprint in self._index.base_evaluations.values():
             for expert in self._index.experts:
                 rows += self._base_score(expert)
         for expert in sorted(self._index.scored.get(step.fingerprint, ())):
@@ -82,15 +82,16 @@ class ExpertRows:
         return rows
 
     def _base_score(self, expert: str) -> list[Row]:
-        evaluation = self._records.get(self._index.base_evaluation)
+        base = self._index.experts[expert][0].base
+        evaluation = self._records.get(self._index.base_evaluations[base])
         if evaluation is None or expert not in self._records:
             return []
         return self._score(expert, "base_own_task_score", evaluation)
 
     def _score(self, expert: str, name: str, evaluation: Record) -> list[Row]:
         """On the datasets of the expert's own task: one, or the mean of several."""
-        step = self._index.plan.steps[expert]
-        own = [source["dataset"] for source in step.spec["update"]]
+        trajectory, point = self._index.experts[expert]
+        own = self._index.plan.tasks(trajectory)[point.task]
         metrics = Metrics(evaluation.created_ms)
-        metrics.add(name, results.mean(evaluation.result["scores"], own), step.t)
+        metrics.add(name, results.mean(evaluation.result["scores"], own), point.t)
         return [self._rows.log(expert_key(expert), name, metrics)] if metrics.values else []

@@ -11,7 +11,6 @@ from pipeline.tracking_names import expert_names, trajectory_names
 
 STUDY = "study"
 EXPERTS = "experts"
-BASE_MODEL = "base"
 _DIGEST_CHARACTERS = 12  # MLflow shows all of them and allows 36
 Use = tuple[TrajectoryPlan, Point]
 
@@ -21,7 +20,7 @@ class Index:
     """Look-ups over a plan, made once: a plan may have thousands of points.
 
     `users` of a step at points, `experts` the first use of each unique expert, `scored` the experts whose own task an
-    evaluation measures, `digests` the digest of each evaluated split by dataset.
+    evaluation measures, `digests` the digest of each evaluated split by dataset, `base_evaluations` what scores each base.
     """
 
     plan: Plan
@@ -30,7 +29,7 @@ class Index:
     experts: dict[str, Use] = field(init=False, default_factory=dict)
     scored: dict[str, set[str]] = field(init=False, default_factory=dict)
     digests: dict[str, str] = field(init=False, default_factory=dict)
-    base_evaluation: str = field(init=False, default="")
+    base_evaluations: dict[str, str] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.fingerprint = self.plan.fingerprint
@@ -61,7 +60,7 @@ class Index:
             if point.own is not None:
                 self.scored.setdefault(point.own, set()).add(point.train)
         if point.t == 0:
-            self.base_evaluation = point.evaluate
+            self.base_evaluations[trajectory.base] = point.evaluate
 
 
 def steps_of(point: Point) -> set[str]:
@@ -77,8 +76,13 @@ def expert_key(fingerprint: str) -> str:
     return f"expert/{fingerprint[:32]}"
 
 
+def base_key(fingerprint: str) -> str:
+    """The model that stands for a base, at every t of the trajectories that serve it."""
+    return f"base/{fingerprint[:16]}"
+
+
 def model_key(trajectory: TrajectoryPlan, point: Point) -> str | None:
     """The model that stands for a point. None at t=0: there the base's scores are the study's, filed once."""
     if point.deployed == BASE:
-        return None if point.t == 0 else BASE_MODEL
+        return None if point.t == 0 else base_key(trajectory.base)
     return f"{trajectory.id}/t{point.t}"

@@ -17,8 +17,10 @@ _TAG_CHARACTERS = 4000
 class Lineage:
     """Lineage within one plan. `records` may still grow; a source is there before what is made of it."""
 
-    def __init__(self, steps: Mapping[str, Step], records: Mapping[str, Record], base: Record) -> None:
-        self._steps, self._records, self._base = steps, records, base
+    def __init__(
+        self, steps: Mapping[str, Step], records: Mapping[str, Record], bases: Mapping[str, Record]
+    ) -> None:
+        self._steps, self._records, self._bases = steps, records, bases
 
     def place(self, record: Record) -> str:
         """Where the store holds an artifact, relative to the study's directory."""
@@ -34,7 +36,7 @@ class Lineage:
             "sha256": record.sha256(WEIGHTS_FILE) or "",
             "fingerprint": record.fingerprint,
             "store": self.place(record),
-            "lineage.base": self._base_sha256(),
+            "lineage.base": self._base_sha256(record),
             "lineage.experts": text,
         }
         return {key: value for key, value in tags.items() if value}
@@ -61,12 +63,13 @@ class Lineage:
             "versions": dict(record.versions),
             "spec": record.spec,
             "inputs": dict(record.inputs),
-            "lineage": {"base_sha256": self._base_sha256(), "experts": self._experts(record)},
+            "lineage": {"base_sha256": self._base_sha256(record), "experts": self._experts(record)},
             "open_with": 'open_clip.create_model_and_transforms("local-dir:DIRECTORY")',
         }
 
-    def _base_sha256(self) -> str:
-        return self._base.sha256(WEIGHTS_FILE) or ""
+    def _base_sha256(self, record: Record) -> str:
+        step = self._steps.get(record.fingerprint)
+        return self._bases[step.base if step else record.fingerprint].sha256(WEIGHTS_FILE) or ""
 
     def _experts(self, record: Record) -> list[dict[str, Any]]:
         found = {fingerprint: self._steps[fingerprint] for fingerprint in self._sources(record.fingerprint)}
@@ -77,7 +80,7 @@ class Lineage:
                 "task": step.task,
                 "fingerprint": step.fingerprint,
                 "sha256": self._records[step.fingerprint].sha256(WEIGHTS_FILE),
-                "init": BASE if step.inputs["init"] == self._base.fingerprint else step.inputs["init"],
+                "init": BASE if step.inputs["init"] in self._bases else step.inputs["init"],
             }
             for step in ordered
             if step.fingerprint in self._records

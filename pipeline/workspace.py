@@ -13,11 +13,15 @@ from typing import Any
 
 from pipeline.config import Study, load_study
 from pipeline.errors import ConfigError
-from pipeline.facts import check_shards, ensure_data, gather, local_base
-from pipeline.plan import Plan, make_plan
+from pipeline.facts import base_identity, check_shards, ensure_data, gather, local_base
+from pipeline.plan import Plan, Step, base_step, make_plan
 from pipeline.results import results, write_results
+from pipeline.sections import ModelSection
+from pipeline.steps import Facts
 from pipeline.store import Store
+from pipeline.streams import save
 
+STREAMS = "streams"
 STUDY_FILE, PLAN_FILE, RESULTS_FILE = "study.yaml", "plan.json", "results.json"
 
 
@@ -28,16 +32,23 @@ class Workspace:
     study: Study
     out: Path
     plan: Plan
+    facts: Facts
     failure: dict[str, Any] | None = None
     _records: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, path: Path, overrides: Sequence[str] = (), out: Path | None = None) -> "Workspace":
-        """Read, check and plan a study. Raises UserError for whatever can be known to be wrong before anything runs."""
+    def open(
+        cls, path: Path, overrides: Sequence[str] = (), out: Path | None = None, provisional: bool = False
+    ) -> "Workspace":
+        """Read, check and plan a study. Raises UserError for whatever can be known to be wrong before anything runs.
+
+        A `provisional` one may lack data that its suite describes: it can be looked at, not run.
+        """
         study = load_study(path, overrides)
         ensure_data(study)
         study = study.resolved()
-        return cls(study, out or Path("runs") / study.name, make_plan(study, gather(study)))
+        facts = gather(study, provisional)
+        return cls(study, out or Path("runs") / study.name, make_plan(study, facts), facts)
 
     @cached_property
     def store(self) -> Store:
@@ -57,7 +68,7 @@ class Workspace:
         """The directory of weights that a step (or the base) makes, whether they are there yet or not."""
         if fingerprint in self._records:
             return Path(self._records[fingerprint].path)
-        step = self.plan.base if fingerprint == self.plan.base.fingerprint else self.plan.steps[fingerprint]
+        step = self.plan.weights_step(fingerprint)
         return self.store.path(step.kind, step.fingerprint, step.slug)
 
     def summary(self) -> dict[str, Any]:
@@ -73,24 +84,25 @@ class Workspace:
         check_shards(self.study, [step for fp, step in self.plan.steps.items() if fp not in done])
 
     def prepare(self) -> None:
-        """Make OUT usable: the store, study.yaml, plan.json, and the base. Raises UserError."""
+        """Make OUT usable: the store, study.yaml, plan.json, the streams, and the bases. Raises UserError."""
         self.store.prepare()
         self._check_same_study()
         _write(self.out / STUDY_FILE, self.study.resolved_yaml())
         _write(self.out / PLAN_FILE, json.dumps(self.plan.to_json()))
-        base = self.plan.base
-        record = self.store.record(base.kind, base.fingerprint)
-        if record is None:
-            self._export_base()
-        else:
-            self.store.open_verified(record)
+        for stream in self.facts.streams.values():
+            save(stream, self.out / STREAMS / f"{stream.fingerprint[:12]}.json")
+        for model in self.study.models:
+            base = self.plan.bases[base_step(*base_identity(model)[:2]).fingerprint]
+            record = self.store.record(base.kind, base.fingerprint)
+            if record is None:
+                self._export(model, base)
+            else:
+                self.store.open_verified(record)
 
     def known(self, fingerprint: str) -> Any:
         """The record of a step or of the base, read from the store at most once; None if it is not there."""
         if fingerprint not in self._records:
-            base = self.plan.base
-            step = base if fingerprint == base.fingerprint else self.plan.steps[fingerprint]
-            record = self.store.record(step.kind, fingerprint)
+            record = self.store.record(self.plan.weights_step(fingerprint).kind, fingerprint)
             if record is None:
                 return None
             self._records[fingerprint] = record
@@ -109,14 +121,13 @@ class Workspace:
         write_results(self.out / RESULTS_FILE, answer)
         return answer
 
-    def _export_base(self) -> None:
+    def _export(self, model: ModelSection, base: Step) -> None:
         from workers.model import export_base
 
-        model, started = self.study.model, time.monotonic()
-        source = local_base(self.study)
-        with self.store.staged(self.plan.base) as stage:
+        started, source = time.monotonic(), local_base(model)
+        with self.store.staged(base) as stage:
             origin = export_base(model.config, str(source) if source else model.pretrained, stage, model.seed)
-            self.store.commit(self.plan.base, stage, {"origin": origin}, seconds=time.monotonic() - started)
+            self.store.commit(base, stage, {"origin": origin}, seconds=time.monotonic() - started)
 
     def _check_same_study(self) -> None:
         """One OUT is one study: another name there would mix two studies' results."""

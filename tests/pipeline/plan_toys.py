@@ -1,9 +1,15 @@
 """Small studies and facts that the tests of configuration, plan and results share."""
 
+from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 from pipeline.config import Study, study_from
-from pipeline.steps import DatasetFacts, Facts
+from pipeline.plan import Plan
+from pipeline.plan import make_plan as plan_of
+from pipeline.sections import key_of
+from pipeline.steps import DatasetFacts, Facts, ModelFacts
+from pipeline.streams import datasets_of, make_stream
 
 REPLAY = {"pretraining": 0.33, "update": 0.34, "buffer": 0.33}
 
@@ -27,15 +33,34 @@ def study(strategies: list[Any], tasks: int = 3, **changes: Any) -> Study:
 
 
 def facts(tasks: int = 6, **changes: Any) -> Facts:
+    """Facts of the toy data, and of any model as it was changed; `plan` adds the streams of a study."""
     names = [*(f"d{t}" for t in range(1, tasks + 1)), "pool", "kept"]
     values: dict[str, Any] = {
-        "base_sha256": "b" * 64,
-        "datasets": {
-            name: DatasetFacts({"train": f"{name}/train", "test": f"{name}/test"}, f"{name}/prompts")
-            for name in names
-        },
+        "weights": "b" * 64,
         "gflops_per_sample": {"all": 0.5, "image": 0.4},
         "memory_ratio": {"all": 1.0, "image": 0.8},
         "weights_bytes": 1_000_000,
     }
-    return Facts(**{**values, **changes})
+    datasets = {
+        name: DatasetFacts({"train": f"{name}/train", "test": f"{name}/test"}, f"{name}/prompts")
+        for name in names
+    }
+    model = ModelFacts(**{**values, **changes})
+    return Facts(datasets, defaultdict(lambda: model), {})
+
+
+def make_plan(study: Study, known: Facts, classes: int = 4) -> Plan:
+    """The plan of a study over toy data, each dataset with so many classes."""
+    streams = {}
+    for section in study.streams:
+        filled = study.filled(section)
+        streams[key_of(section)] = make_stream(
+            filled, {name: [f"{name}-{i}" for i in range(classes)] for name in datasets_of(filled)}
+        )
+    return plan_of(study, replace(known, streams=streams))
+
+
+def base_of(plan: Plan) -> str:
+    """The fingerprint of a plan's only base."""
+    (base,) = plan.bases
+    return base

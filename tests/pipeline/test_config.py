@@ -227,7 +227,7 @@ def test_suite_brings_its_roles_and_the_stream_its_adaptation_sets(tmp_path: Pat
     study = study_from(raw)
     assert not study.is_resolved
     roles = study.resolved().roles
-    assert (roles.tasks, roles.adaptation) == (("d1", "d2"), ("d1", "d2"))
+    assert (study.resolved().stream.tasks, roles.adaptation) == (("d1", "d2"), ("d1", "d2"))
     assert (roles.pretraining, roles.held_out) == (("pool",), ("kept",))
     raw["stream"] = {"tasks": ["d2"]}
     assert study_from(raw).resolved().roles.adaptation == ("d2",)

@@ -9,8 +9,7 @@ from cluster.session import ClusterError
 from pipeline.config import study_from
 from pipeline.errors import ConfigError
 from pipeline.lanes import Lanes
-from pipeline.plan import make_plan
-from tests.pipeline.plan_toys import facts, raw_study, study
+from tests.pipeline.plan_toys import facts, make_plan, raw_study, study
 
 
 def lanes_of(resources: dict[str, Any], strategies: list[Any] | None = None) -> Lanes:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan_toys import facts, raw_study, study
+from plan_toys import base_of, facts, make_plan, raw_study, study
 
 from pipeline.config import study_from
 from pipeline.errors import PlanError
-from pipeline.plan import Plan, base_step, make_plan, steps_per_task
+from pipeline.plan import Plan, base_step, steps_per_task
 from pipeline.sections import BudgetSection
 from pipeline.steps import DatasetFacts
 
@@ -131,9 +131,7 @@ def test_experts_of_init_base_serve_every_deployment_and_technique() -> None:
     plan = plan_of(entries, 4)
     assert count(plan, "train") == 4
     assert all(
-        set(step.inputs.values()) == {plan.base.fingerprint}
-        for step in plan.steps.values()
-        if step.kind == "train"
+        set(step.inputs.values()) == {base_of(plan)} for step in plan.steps.values() if step.kind == "train"
     )
 
 
@@ -222,7 +220,7 @@ def test_every_step_follows_what_it_needs_and_refers_to_steps_that_are_there(
         for i, (init, deploy, technique, seed) in enumerate(strategies)
     ]
     plan = plan_of(entries, tasks)
-    done = {plan.base.fingerprint}
+    done = {base_of(plan)}
     for fp, step in plan.steps.items():
         assert step.fingerprint == fp
         assert {*step.inputs.values(), *step.after} <= done
@@ -235,7 +233,7 @@ def test_every_step_follows_what_it_needs_and_refers_to_steps_that_are_there(
                 "base",
             }
             assert used <= set(plan.steps)
-            assert plan.steps[point.evaluate].spec["model"] in (point.deployed, plan.base.fingerprint)
+            assert plan.steps[point.evaluate].spec["model"] in (point.deployed, base_of(plan))
 
 
 def test_merges_of_a_series_wait_for_the_one_before() -> None:
@@ -255,7 +253,7 @@ def test_fold_takes_the_running_model_first_and_both_seeds_of_the_fold_differ_wh
         ["running-1", "t2"],
         ["running-2", "t3"],
     ]
-    assert folds[0].spec["inputs"][0][1] == from_base.base.fingerprint
+    assert folds[0].spec["inputs"][0][1] == base_of(from_base)
     assert folds[1].spec["inputs"][0][1] == folds[0].fingerprint
     from_expert = plan_of(
         [{"init": "base", "deploy": "ema", "technique": "average", "ema_seed": "first_expert"}], 3
@@ -327,7 +325,9 @@ def test_summary_counts_unique_naive_and_cached_steps_and_what_is_ahead() -> Non
     assert whole["study"] == "toy" and whole["trajectories"] == 2
     assert whole["steps"]["train"] == {"unique": 6, "naive": 6, "cached": 0}
     assert whole["gflops"] == pytest.approx(6 * 100 * 64 * 0.5)
-    assert set(whole) == {"study", "trajectories", "steps", "gflops", "disk_bytes"}
+    assert whole["gflops_naive"] == whole["gflops"]
+    assert whole["critical_path"] == {"steps": 7, "train": 3, "merge": 3, "evaluate": 1}
+    assert whole["missing"] == []
     trains = of_kind(plan, "train")
     rest = plan.summary(Holding(trains))
     assert rest["steps"]["train"]["cached"] == 6
@@ -413,4 +413,4 @@ def test_pool_is_not_needed_where_nothing_is_taken_from_it() -> None:
 
 def test_base_is_named_by_its_bytes() -> None:
     assert base_step("a").fingerprint != base_step("b").fingerprint
-    assert base_step("a", label="one").fingerprint == base_step("a", label="two").fingerprint
+    assert base_step("a", model="one").fingerprint == base_step("a", model="two").fingerprint

@@ -5,10 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from plan_toys import REPLAY, facts, raw_study, study
+from plan_toys import REPLAY, facts, make_plan, raw_study, study
 
 from pipeline.config import study_from
-from pipeline.plan import VERSIONS, Plan, make_plan
+from pipeline.plan import VERSIONS, Plan
 from pipeline.steps import DatasetFacts
 
 
@@ -70,7 +70,7 @@ def test_expert_depends_on_recipe_length_seed_and_numerics(change: dict[str, Any
 def test_steps_depend_on_the_content_of_base_and_data() -> None:
     one = study(["best_in_time"])
     before = make_plan(one, facts())
-    for changed in (facts(base_sha256="c" * 64), facts(base_config_sha256="c" * 64)):
+    for changed in (facts(weights="c" * 64), facts(config="c" * 64)):
         assert not set(make_plan(one, changed).steps) & set(before.steps)
     datasets = dict(facts().datasets)
     datasets["kept"] = DatasetFacts({"train": "kept/train", "test": "changed"}, "kept/prompts")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.plan import Plan, make_plan
+from pipeline.plan import Plan
 from pipeline.progress import SHOWN, Progress, Standings, read_progress, training_columns
-from tests.pipeline.plan_toys import facts, study
+from tests.pipeline.plan_toys import facts, make_plan, study
 
 
 def lines(console: Console) -> list[str]:

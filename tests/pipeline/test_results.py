@@ -7,13 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from plan_toys import facts, study
+from plan_toys import base_of, facts, make_plan, study
 
 from merge_service.checkpoint import WEIGHTS_FILE
 from pipeline import results as found
 from pipeline.artifact import Record
 from pipeline.errors import CorruptArtifact
-from pipeline.plan import Plan, make_plan
+from pipeline.plan import Plan
 from pipeline.store import Store
 
 
@@ -55,7 +55,7 @@ def seen(rows: list[dict[str, float]], tasks: str = "abc") -> list[Any]:
 
 def finished(strategies: list[Any], upto: int = 99) -> tuple[Plan, FakeStore]:
     plan, store = make_plan(study(strategies, tasks=2), facts(2)), FakeStore()
-    store.tell("base", plan.base.fingerprint, {}, "base-sha")
+    store.tell("base", base_of(plan), {}, "base-sha")
     for fp, step in plan.steps.items():
         if step.t > upto:
             continue
@@ -247,7 +247,7 @@ def test_results_are_written_whole_and_strictly(tmp_path: Path) -> None:
 def carry_out(plan: Plan, store: Store) -> int:
     """Do every step that is not in the store, with toy weights that depend on the inputs' bytes; how many were done."""
     done = 0
-    for step in (plan.base, *plan.steps.values()):
+    for step in (*plan.bases.values(), *plan.steps.values()):
         if store.has(step.kind, step.fingerprint):
             continue
         inputs = [(path / WEIGHTS_FILE).read_bytes() for path in store.open_inputs(step).values()]

@@ -1,6 +1,7 @@
 """A small study, planned and finished without training anything: what tracking sees of one, with real records and files."""
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,11 @@ from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.artifact import Record
 from pipeline.config import study_from
 from pipeline.outbox import FILE, Outbox
-from pipeline.plan import DatasetFacts, Facts, make_plan
-from pipeline.steps import Plan, Step
+from pipeline.steps import DatasetFacts, Facts, ModelFacts, Plan, Step
 from pipeline.store import Store
 from pipeline.tracking_events import Projection, StudyFacts
 from pipeline.tracking_recorder import Recorder
+from tests.pipeline.plan_toys import base_of, make_plan
 
 TASKS = ("animals", "scripts", "photos_b")
 HELD_OUT = ("mnist", "icons")
@@ -33,7 +34,7 @@ class Tracked:
     facts: StudyFacts
 
     def projection(self) -> Projection:
-        return Projection(self.plan, self.facts, self.base)
+        return Projection(self.plan, self.facts, {self.base.fingerprint: self.base})
 
     def outbox(self) -> Outbox:
         return Outbox(self.out / FILE)
@@ -78,11 +79,11 @@ def finished_study(
     ).resolved()
     names = (*tasks, *HELD_OUT, "letters")
     datasets = {name: DatasetFacts({s: digest(name + s) for s in ("train", "test")}) for name in names}
-    plan = make_plan(study, Facts(base_sha256=digest("base"), datasets=datasets))
+    plan = make_plan(study, Facts(datasets, defaultdict(lambda: ModelFacts(digest("base"))), {}))
     out.mkdir(parents=True, exist_ok=True)
     store = Store(out / "store")
     store.prepare()
-    base = _commit(store, plan.base, {}, weights_bytes)
+    base = _commit(store, plan.bases[base_of(plan)], {}, weights_bytes)
     records = {
         fp: _commit(store, step, _result(plan, step), weights_bytes) for fp, step in plan.steps.items()
     }
@@ -119,6 +120,6 @@ def _result(plan: Plan, step: Step) -> dict[str, Any]:
     scores = {}
     for source in step.spec["datasets"]:
         name = source["dataset"]
-        learnt = served is not None and name in list(plan.tasks)[: step.t]
+        learnt = served is not None and name in plan.trajectories[0].stream[: step.t]
         scores[name] = round((0.6 if learnt else 0.4) - step.t / 100 + spread, 6)
     return {"scores": scores, "samples": dict.fromkeys(scores, 100), "seconds": 0.5}
