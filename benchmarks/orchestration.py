@@ -287,7 +287,9 @@ def _report(samples: list[tuple[float, float, float]], steps: int, what: str, ta
         ("driver CPU per step", cpu, "ms"),
         ("driver memory", memory, "MiB"),
     ):
-        print(f"  {name:20} {values[1]:.2f} at first, {values[-1]:.2f} at last, {max(values):.2f} at most {unit}")
+        print(
+            f"  {name:20} {values[1]:.2f} at first, {values[-1]:.2f} at last, {max(values):.2f} at most {unit}"
+        )
     import matplotlib
 
     matplotlib.use("Agg")

@@ -119,7 +119,16 @@ def run(
 
 @app.command()
 def plan(
-    study: StudyFile, overrides: Overrides = None, out: OutOption = None, as_json: AsJson = False
+    study: StudyFile,
+    overrides: Overrides = None,
+    out: OutOption = None,
+    save_streams: Annotated[
+        Path | None,
+        typer.Option(
+            "--save-streams", metavar="DIR", help="Also write every stream there as a file to share."
+        ),
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show what would run: steps shared between trajectories, compute, disk. Needs no cluster.
 
@@ -129,6 +138,8 @@ def plan(
     from pipeline.workspace import Workspace
 
     workspace = Workspace.open(study, overrides or [], out, provisional=True)
+    if save_streams is not None:
+        workspace.save_streams(save_streams)
     summary = workspace.summary()
     if as_json:
         _print_json(summary)
@@ -264,6 +275,35 @@ def verify(out: OutDir, as_json: AsJson = False) -> None:
         )
     if problems:
         raise typer.Exit(1)
+
+
+@app.command()
+def check(
+    suite: Annotated[
+        Path,
+        typer.Argument(metavar="SUITE.yaml", help="A suite file, e.g. configs/fomo_in_flux/datasets.yaml."),
+    ],
+    root: Annotated[Path, typer.Option("--root", metavar="DIR", help="The folder that holds the datasets.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Read every shard whole, not only manifests.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say which datasets of a suite are there, which are missing or wrong, and what to do about each.
+
+    Ends with code 2 while something is missing or wrong. Example: temporal-merge check configs/fomo_in_flux/datasets.yaml --root /data/fomo_in_flux
+    """
+    from pipeline.suites import check as check_root
+    from pipeline.suites import read_suite_file, summary
+
+    asked = read_suite_file(suite)
+    answer = summary(asked, root, check_root(asked, root, deep))
+    if as_json:
+        _print_json(answer)
+    else:
+        for finding in answer["findings"]:
+            print(f"{finding['what']:8} {finding['dataset']} ({finding['role']}): {finding['text']}")
+        print(f"{root}: {answer['usable']} of {answer['datasets']} datasets of {asked.name} are ready")
+    if not answer["complete"]:
+        raise typer.Exit(2)
 
 
 @app.command()

@@ -20,7 +20,7 @@ from pipeline.fingerprint import fingerprint
 from pipeline.sections import ModelSection, StreamSection, key_of
 from pipeline.steps import DatasetFacts, Described, Facts, ModelFacts, Step
 from pipeline.streams import Element, Stream, datasets_of, make_stream
-from workers.data.manifest import describe, folder, verify
+from workers.data.manifest import cache_root, describe, folder, verify
 
 LOCAL = "local-dir:"
 
@@ -39,28 +39,37 @@ def ensure_data(study: Study) -> None:
 
 def cache_of(study: Study) -> Path:
     """Where decoded splits, indices of foreign roots and measured costs are kept between runs."""
-    return Path(study.data.cache or Path(study.data_root).parent / ".cache")
+    beside = Path(study.data_root).parent
+    return (
+        Path(study.data.cache) if study.data.cache else beside / ".cache" if beside.is_dir() else cache_root()
+    )
 
 
 def gather(study: Study, provisional: bool = False) -> Facts:
     """The facts of a resolved study. Raises UserError for a base or data that are not there.
 
-    `provisional` takes the suite's description for datasets that are not there, to plan with; the facts name them.
+    `provisional` takes the suite's description for datasets, and the name for weights, that are not there; the facts name
+    what is missing.
     """
     roles, cache = study.roles, cache_of(study)
     names = dict.fromkeys((*study.learnt, *roles.pretraining, *roles.adaptation, *roles.held_out))
     missing = _missing(study, names)
-    if missing and not provisional:
-        raise UserError(_missing_text(study, missing))
+    if not provisional:
+        if missing:
+            raise UserError(_missing_text(study, missing))
+        for model in study.models:
+            local_base(model)
+    models = study.models
+    absent = tuple(model.pretrained or "" for model in models if provisional and not _is_there(model))
     described = study.suite.described() if missing and study.suite is not None else {}
     datasets = {
         name: described[name] if name in missing else describe(study.data_root, name, cache) for name in names
     }
     return Facts(
         datasets={name: DatasetFacts.of(info) for name, info in datasets.items()},
-        models={key_of(model): model_facts(study, model) for model in study.models},
+        models={key_of(model): model_facts(study, model) for model in models},
         streams={key_of(section): stream_of(study, section, datasets) for section in study.streams},
-        missing=missing,
+        missing=missing + absent,
     )
 
 
@@ -151,6 +160,14 @@ def local_base(model: ModelSection) -> Path | None:
     return None
 
 
+def _is_there(model: ModelSection) -> bool:
+    try:
+        local_base(model)
+    except UserError:
+        return False
+    return True
+
+
 def model_facts(study: Study, model: ModelSection) -> ModelFacts:
     """What a base is, and what its training costs where it can be measured.
 
@@ -173,7 +190,7 @@ def model_facts(study: Study, model: ModelSection) -> ModelFacts:
 
 def base_identity(model: ModelSection) -> tuple[str, str, int]:
     """(identity of the weights, of the configuration, bytes of the weights or 0 if unknown before loading)."""
-    path = local_base(model)
+    path = local_base(model) if _is_there(model) else None
     if path is None:
         seed = model.seed if model.pretrained is None else None
         return (
@@ -196,7 +213,7 @@ def _cost(study: Study, section: ModelSection, trainable: str, weights: str) -> 
         return answer
     from workers.budget import measure, memory_ratio
 
-    model: str | Path = local_base(section) or section.config
+    model: str | Path = (local_base(section) if _is_there(section) else None) or section.config
     if isinstance(model, Path) and not (model / CONFIG_FILE).is_file():
         model = section.config
     cost = measure(model, recipe.batch_size, trainable, recipe.precision)

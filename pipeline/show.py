@@ -74,8 +74,8 @@ def show_plan(workspace: Any, summary: Mapping[str, Any]) -> None:
         console.print(f"warning: {warning}", markup=False)
     if summary["missing"]:
         console.print(
-            f"provisional: {len(summary['missing'])} datasets are not in {workspace.study.data_root}, so classes are "
-            "counted and not known, and the study cannot run yet",
+            f"provisional: {len(summary['missing'])} datasets or weights are not there ({', '.join(summary['missing'][:3])}, ...): "
+            "sizes come from the suite's description, and the study cannot run yet",
             markup=False, soft_wrap=True,
         )  # fmt: skip
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from merge_service.errors import UserError
 from pipeline.config import Study, load_study
 from pipeline.errors import ConfigError
 from pipeline.facts import base_identity, check_shards, ensure_data, gather, local_base
@@ -89,8 +90,7 @@ class Workspace:
         self._check_same_study()
         _write(self.out / STUDY_FILE, self.study.resolved_yaml())
         _write(self.out / PLAN_FILE, json.dumps(self.plan.to_json()))
-        for stream in self.facts.streams.values():
-            save(stream, self.out / STREAMS / f"{stream.fingerprint[:12]}.json")
+        self.save_streams(self.out / STREAMS)
         for model in self.study.models:
             base = self.plan.bases[base_step(*base_identity(model)[:2]).fingerprint]
             record = self.store.record(base.kind, base.fingerprint)
@@ -99,8 +99,17 @@ class Workspace:
             else:
                 self.store.open_verified(record)
 
+    def save_streams(self, directory: Path) -> None:
+        """Write every stream of the study as a file that `stream.file` takes. Raises UserError if classes are not known."""
+        if self.facts.missing:
+            raise UserError(
+                f"streams cannot be saved while {len(self.facts.missing)} datasets are missing: their classes are unknown"
+            )
+        for stream in self.facts.streams.values():
+            save(stream, directory / f"{stream.fingerprint[:12]}.json")
+
     def known(self, fingerprint: str) -> Any:
-        """The record of a step or of the base, read from the store at most once; None if it is not there."""
+        """The record of a step or of a base, read from the store at most once; None if it is not there."""
         if fingerprint not in self._records:
             record = self.store.record(self.plan.weights_step(fingerprint).kind, fingerprint)
             if record is None:

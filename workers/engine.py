@@ -141,7 +141,10 @@ class LossScale:
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed torch for one step (dropout is the only user), so that no random state has to survive a restart."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
+    number = int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():  # otherwise torch.manual_seed would note down a stack trace every time
+        torch.cuda.manual_seed_all(number)
 
 
 def adamw(parameters: list[torch.nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
@@ -186,9 +189,7 @@ class TorchEngine:
             average_over_ranks([*gradients, loss], self._world)
         if self._scale.enabled:
             torch._foreach_mul_(gradients, 1 / self._scale.scale)
-        norm = float(
-            torch.nn.utils.clip_grad_norm_(self._trained.values(), self._recipe.clip or float("inf"))
-        )
+        norm = clip(list(self._trained.values()), self._recipe.clip)
         skipped = self._scale.enabled and not math.isfinite(norm)
         if not skipped:
             self._optimizer.step()
@@ -234,6 +235,19 @@ class TorchEngine:
     def close(self) -> None:
         self._optimizer.state.clear()
         self._trained.clear()
+
+
+def clip(parameters: list[torch.nn.Parameter], bound: float) -> float:
+    """Scale gradients down to the L2 norm `bound`, if they have more (0: never); returns the norm before.
+
+    Bit for bit torch's `clip_grad_norm_`, which also multiplies by 1 where nothing is to be clipped.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    total = torch.nn.utils.get_total_norm(gradients)
+    norm = float(total)
+    if bound and not (norm + 1e-6) * 1.001 < bound:
+        torch.nn.utils.clip_grads_with_norm_(parameters, bound, total)
+    return norm
 
 
 def average_over_ranks(tensors: list[torch.Tensor], world: int) -> None:

@@ -24,6 +24,7 @@ from workers.engine import (
     adamw,
     average_over_ranks,
     clamp_temperature,
+    clip,
     join_alone,
     learning_rate,
     seed_step,
@@ -101,8 +102,7 @@ class DeepSpeedEngine:
         gradients = [p.grad for p in self._trained.values() if p.grad is not None]
         if self._scale.enabled:
             torch._foreach_mul_(gradients, 1 / self._scale.scale)
-        bound = self._recipe.clip or float("inf")
-        norm = float(torch.nn.utils.clip_grad_norm_(self._trained.values(), bound))
+        norm = clip(list(self._trained.values()), self._recipe.clip)
         if self._scale.enabled and not math.isfinite(norm):
             self._engine.zero_grad()  # a step without gradients changes nothing
         self._engine.step()

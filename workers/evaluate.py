@@ -7,11 +7,10 @@ all classes of the dataset - and depends on the weights, the data, the fraction 
 import math
 import time
 import zlib
-from collections.abc import Callable, MutableMapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from workers.model import load as load_model
 from workers.model import preprocess_cfg, tokenizer
 
 TOP = 5  # recall@5
+PROMPTS = 256  # through the text tower at once
 LEAST_SAMPLES, LEAST_PER_CLASS = 300, 2  # of a subset: FoMo-in-Flux's own floors
 
 
@@ -91,23 +91,15 @@ class Encoder:
     def classifier(self, classes: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
         """open_clip's zero-shot classifier [d, classes]: the normalised mean over templates of the normalised features."""
         prompts: list[Callable[[str], str]] = [partial(template.replace, "{c}") for template in templates]
-        weights = build_zero_shot_classifier(self.model, self.tokens, classes, prompts, device=self.device)
+        at_once = max(1, PROMPTS // len(templates))
+        weights = build_zero_shot_classifier(
+            self.model, self.tokens, classes, prompts, num_classes_per_batch=at_once, device=self.device
+        )
         return _finite(weights, "the features of class names are not finite")
 
     def tokens(self, texts: Sequence[str]) -> torch.Tensor:
-        """Tokens [N, context] on the model's device, remembered per tokenizer across calls and models."""
-        known = _TOKENS.setdefault(self._tokenizer, {})
-        new = [text for text in dict.fromkeys(texts) if text not in known]
-        if len(known) + len(new) > _REMEMBERED_TEXTS:
-            known.clear()
-            new = list(dict.fromkeys(texts))
-        if new:
-            known.update(zip(new, self._tokenizer(new), strict=True))
-        return torch.stack([known[text] for text in texts]).to(self.device)
-
-
-_REMEMBERED_TEXTS = 200_000
-_TOKENS: MutableMapping[Any, dict[str, torch.Tensor]] = WeakKeyDictionary()
+        """Tokens [N, context] on the model's device."""
+        return self._tokenizer(texts).to(self.device)
 
 
 def classification(encoder: Encoder, samples: Samples, rows: np.ndarray) -> float:
@@ -159,19 +151,26 @@ def subset(samples: Samples, fraction: float, seed: int) -> np.ndarray:
     Follows FoMo-in-Flux: `fraction` of the samples but at least 300, and at least two of every class that has two.
     Without classes (retrieval) the subset is drawn from all samples alike. Depends on the labels, fraction and seed alone.
     """
-    total = len(samples)
+    classes = samples.kind == "classification"
+    return _subset(samples.name, samples.labels.tobytes(), classes, fraction, seed)
+
+
+@lru_cache(maxsize=256)
+def _subset(name: str, labels_of: bytes, classes: bool, fraction: float, seed: int) -> np.ndarray:
+    every = np.frombuffer(labels_of, np.int64)
+    total = len(every)
     wanted = max(math.ceil(fraction * total), min(LEAST_SAMPLES, total))
     if wanted >= total:
         return np.arange(total)
-    rng = np.random.default_rng([seed, zlib.crc32(samples.name.encode())])
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     order = rng.permutation(total)
-    labels = samples.labels[order]
+    labels = every[order]
     rank = np.zeros(total, np.int64)  # the how-manieth of its class a sample is, in the drawn order
     for label in np.unique(labels):
         of_label = labels == label
         rank[of_label] = np.arange(of_label.sum())
     chosen = np.lexsort((np.arange(total), rank))[:wanted]
-    if samples.kind == "classification":
+    if classes:
         chosen = np.union1d(chosen, np.flatnonzero(rank < LEAST_PER_CLASS))
     return np.sort(order[chosen])
 

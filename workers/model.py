@@ -4,11 +4,12 @@ Invariant: a directory made here opens with plain `open_clip.create_model_and_tr
 same model; nothing about it is filled in silently, neither weights nor activation nor preprocessing.
 """
 
+import copy
 import json
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import lru_cache
@@ -24,6 +25,7 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from merge_service.errors import UserError
 from workers.weights import (
+    fill,
     load_strictly,
     open_weights,
     read_configuration,
@@ -57,17 +59,46 @@ def set_trainable(model: torch.nn.Module, which: str) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def load(directory: Path, device: str = "cpu", precision: str = "fp32") -> torch.nn.Module:
-    """The model of a weights directory, in evaluation mode.
+def load(directory: Path, device: str = "cpu") -> torch.nn.Module:
+    """The model of a weights directory, in evaluation mode; it is the caller's own.
 
     Raises UserError when the directory lacks a file, CorruptCheckpoint and IncompatibleCheckpoint when the weights are
     damaged or do not fit the configuration beside them.
     """
     read_configuration(directory / CONFIG_FILE)
-    open_weights(directory / WEIGHTS_FILE).close()
-    model = _create(LOCAL + str(directory), precision)
-    load_strictly(model, directory / WEIGHTS_FILE)
+    with open_weights(directory / WEIGHTS_FILE) as checkpoint:
+        model = _unfilled(directory)
+        fill(model, checkpoint)
     return model.to(device).eval()
+
+
+def _unfilled(directory: Path) -> torch.nn.Module:
+    """A model as the directory configures it, its weights not set yet.
+
+    open_clip takes longer to draw random weights than a file takes to be read, and here they would be overwritten. So it
+    is asked once per configuration, and copies are made of what it built; kept without weights, that takes no memory.
+    """
+    configuration = (directory / CONFIG_FILE).read_text(encoding="utf-8")
+    if configuration not in _BUILT:
+        if len(_BUILT) == _KEPT_CONFIGURATIONS:
+            _BUILT.clear()
+        _BUILT[configuration] = _without_values(_create(LOCAL + str(directory)), "meta")
+    return _without_values(_BUILT[configuration], "cpu")
+
+
+_KEPT_CONFIGURATIONS = 8
+_BUILT: dict[str, torch.nn.Module] = {}
+
+
+def _without_values(model: torch.nn.Module, device: str) -> torch.nn.Module:
+    """A copy of a model whose state is left unset on `device`; tied tensors stay tied, other buffers keep their values."""
+
+    def unset(tensor: torch.Tensor) -> torch.Tensor:
+        empty = torch.empty_like(tensor, device=device, requires_grad=False)
+        return torch.nn.Parameter(empty) if isinstance(tensor, torch.nn.Parameter) else empty
+
+    state = model.state_dict(keep_vars=True).values()
+    return copy.deepcopy(model, {id(tensor): unset(tensor) for tensor in {id(t): t for t in state}.values()})
 
 
 def save(model_or_state: torch.nn.Module | Mapping[str, torch.Tensor], like: Path, out: Path) -> None:
@@ -93,10 +124,11 @@ def preprocess_cfg(directory: Path) -> dict[str, Any]:
     return {**merged, "size": found["model_cfg"]["vision_cfg"].get("image_size", merged["size"])}
 
 
-def tokenizer(directory: Path) -> Any:
-    """open_clip's tokenizer of a weights directory.
+def tokenizer(directory: Path) -> "Remembering":
+    """open_clip's tokenizer of a weights directory, as a function of texts to tokens, int64 [N, context].
 
-    Building one takes a good part of a second, so it is kept per process and shared by all models that use the same.
+    Building one takes a good part of a second, so it is kept per process and shared by all models that use the same,
+    together with what it has been asked.
     """
     text_cfg = read_configuration(directory / CONFIG_FILE)["model_cfg"]["text_cfg"]
     name = text_cfg.get("hf_tokenizer_name")
@@ -107,19 +139,37 @@ def tokenizer(directory: Path) -> Any:
 
 
 @lru_cache(maxsize=8)
-def _tokenizer(hugging_face: str | None, settings: str) -> Any:
+def _tokenizer(hugging_face: str | None, settings: str) -> "Remembering":
     context_length, mode, more = json.loads(settings)
     length = context_length or DEFAULT_CONTEXT_LENGTH
     if hugging_face is None:
-        return open_clip.SimpleTokenizer(context_length=length, **(more or {}))
-    return HFTokenizer(hugging_face, context_length=length, tokenizer_mode=mode, **(more or {}))
+        return Remembering(open_clip.SimpleTokenizer(context_length=length, **(more or {})))
+    return Remembering(HFTokenizer(hugging_face, context_length=length, tokenizer_mode=mode, **(more or {})))
 
 
-def _create(name: str, precision: str = "fp32") -> Any:
+class Remembering:
+    """A tokenizer that is asked for every text once; class names and captions come back in every step and evaluation."""
+
+    MOST = 200_000  # texts
+
+    def __init__(self, plain: Any) -> None:
+        self.plain = plain
+        self._known: dict[str, torch.Tensor] = {}
+
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if len(self._known) + len(new) > self.MOST:
+            self._known, new = {}, list(dict.fromkeys(texts))
+        if new:
+            self._known.update(zip(new, self.plain(new), strict=True))
+        return torch.stack([self._known[text] for text in texts])
+
+
+def _create(name: str) -> Any:
     with (
         quiet()
     ):  # open_clip warns that weights are random; here they are meant to be, or about to be overwritten
-        return open_clip.create_model(name, precision=precision, load_weights=False, pretrained_text=False)
+        return open_clip.create_model(name, load_weights=False, pretrained_text=False)
 
 
 @contextmanager
@@ -296,4 +346,4 @@ def _must_agree(name: str, one: dict[str, Any], other_name: str, other: dict[str
 def _save_tokenizer(found: dict[str, Any], out: Path) -> None:
     """Keep a Hugging Face tokenizer with the weights, since open_clip looks for it there and nowhere else."""
     if found["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):
-        tokenizer(out).tokenizer.save_pretrained(str(out))
+        tokenizer(out).plain.tokenizer.save_pretrained(str(out))

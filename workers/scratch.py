@@ -16,6 +16,7 @@ from typing import Any
 
 MARKER = "complete.json"
 PROGRESS = "progress.json"
+PROGRESS_BYTES = 200  # no report is longer
 
 
 class Checkpoints:
@@ -69,7 +70,11 @@ class Checkpoints:
 
 
 class Progress:
-    """`progress.json` in scratch: {"step", "steps", "rate" (samples per second), "loss"}, replaced about once a second."""
+    """`progress.json` in scratch: {"step", "steps", "rate" (samples per second), "loss"}, anew about once a second.
+
+    Written in place, with blanks behind it: a file system may take ten milliseconds to replace a file durably, and whoever
+    watches can do with a report that is torn for once.
+    """
 
     def __init__(self, scratch: Path, steps: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._file, self._steps, self._clock = scratch / PROGRESS, steps, clock
@@ -85,9 +90,8 @@ class Progress:
             self._rate = (samples - self._samples_then) / elapsed
         self._written, self._samples_then = now, samples
         report = {"step": step, "steps": self._steps, "rate": round(self._rate, 1), "loss": loss}
-        partial = self._file.with_suffix(".partial")
-        partial.write_text(json.dumps(report))
-        partial.replace(self._file)
+        with os.fdopen(os.open(self._file, os.O_WRONLY | os.O_CREAT, 0o644), "w", encoding="utf-8") as file:
+            file.write(json.dumps(report).ljust(PROGRESS_BYTES))
 
 
 def write_durably(file: Path, text: str) -> None:

@@ -63,18 +63,23 @@ def load_strictly(model: torch.nn.Module, file: Path) -> None:
 
     Raises UserError (no such file), CorruptCheckpoint, IncompatibleCheckpoint with up to ten differences.
     """
+    with open_weights(file) as checkpoint:
+        fill(model, checkpoint)
+
+
+def fill(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """`load_strictly` from a checkpoint that is open, into a model on the CPU."""
     state = model.state_dict()
-    with open_weights(file) as checkpoint, torch.no_grad():
-        found = {name: tuple(info.shape) for name, info in checkpoint.tensors.items()}
-        differences = list(_differences({name: tuple(t.shape) for name, t in state.items()}, found))
-        if differences:
-            more = f"; and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
-            raise IncompatibleCheckpoint(
-                f"{file} does not fit its model configuration: {'; '.join(differences[:LISTED])}{more}. "
-                f"Check that the configuration belongs to these weights"
-            )
-        for name, tensor in state.items():
-            tensor.copy_(torch.from_numpy(np.array(checkpoint.read(name))).view(tensor.shape))
+    found = {name: tuple(info.shape) for name, info in checkpoint.tensors.items()}
+    differences = list(_differences({name: tuple(t.shape) for name, t in state.items()}, found))
+    if differences:
+        more = f"; and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
+        raise IncompatibleCheckpoint(
+            f"{checkpoint.path} does not fit its model configuration: {'; '.join(differences[:LISTED])}{more}. "
+            f"Check that the configuration belongs to these weights"
+        )
+    for name, tensor in state.items():
+        tensor.numpy()[...] = checkpoint.read(name).reshape(tensor.shape)
 
 
 def _differences(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> Iterator[str]:
@@ -98,8 +103,8 @@ def task_vector_norm(base: Path, state: Mapping[str, torch.Tensor]) -> float:
     with open_weights(base / WEIGHTS_FILE) as checkpoint:
         for name, info in checkpoint.tensors.items():
             if info.kind.is_float:
-                new = state[name].detach().reshape(-1).to("cpu", torch.float64).numpy()
-                difference = new - checkpoint.read(name)
+                new = state[name].detach().reshape(-1).cpu().numpy()
+                difference = np.subtract(new, checkpoint.read(name), dtype=np.float64)
                 total += float(np.dot(difference, difference))
     return float(np.sqrt(total))
 

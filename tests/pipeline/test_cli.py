@@ -11,7 +11,7 @@ from merge_service import techniques
 from pipeline.lock import driver_lock
 from tests.world import World, command
 
-COMMANDS = ("run", "plan", "status", "merge", "evaluate", "techniques", "verify", "sync", "ui")
+COMMANDS = ("run", "plan", "status", "merge", "evaluate", "techniques", "check", "verify", "sync", "ui")
 
 
 def refused(answer: Any, *says: str) -> None:

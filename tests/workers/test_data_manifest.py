@@ -304,3 +304,13 @@ def test_suite_without_a_role_is_refused(tmp_path: Path) -> None:
     (tmp_path / "suite.json").write_text(json.dumps({"name": "x", "roles": {"adaptation": []}}))
     with pytest.raises(UserError, match="pretraining, adaptation, held_out"):
         manifest.read_suite(tmp_path)
+
+
+def test_description_follows_the_files_it_was_read_from(tmp_path: Path) -> None:
+    home = write(tmp_path)
+    before = describe(tmp_path, "toys")
+    assert describe(tmp_path, "toys") is before
+    (home / "classnames.txt").write_text("ant\nbee\ncow\n")
+    assert describe(tmp_path, "toys").classes == ("ant", "bee", "cow")
+    (home / "zeroshot_classification_templates.txt").unlink()
+    assert describe(tmp_path, "toys").templates == ("a photo of a {c}.",)

@@ -14,6 +14,7 @@ from workers.engine import (
     LossScale,
     TorchEngine,
     adamw,
+    clip,
     join_alone,
     join_group,
     learning_rate,
@@ -162,3 +163,15 @@ def test_group_of_one_is_joined_once_and_another_place_in_it_is_our_own_mistake(
     assert torch.distributed.get_world_size() == 1
     with pytest.raises(AssertionError, match="rank 0 of 1 already"):
         join_group(1, 2, "127.0.0.1", 1, "cpu")
+
+
+@pytest.mark.parametrize("bound", [1e-7, 0.5, 2.7, 100.0, 0.0])
+def test_clipping_is_torchs_to_the_bit(bound: float) -> None:
+    draws = torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
+    ours, theirs = ([torch.nn.Parameter(torch.zeros(50)) for _ in range(4)] for _ in range(2))
+    for one, other, draw in zip(ours, theirs, draws, strict=False):  # the fourth has no gradient
+        one.grad, other.grad = draw.clone() / 5, draw.clone() / 5
+    expected = torch.nn.utils.clip_grad_norm_(theirs, bound or math.inf)
+    assert clip(ours, bound) == float(expected)
+    for one, other in zip(ours[:3], theirs[:3], strict=True):
+        assert torch.equal(one.grad, other.grad)

@@ -106,11 +106,9 @@ def test_texts_are_tokenised_once_for_all_models(
     toys: Toys, expert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[str]] = []
-    original = type(tokenizer(toys.base)).__call__
+    plain = tokenizer(toys.base).plain
     monkeypatch.setattr(
-        type(tokenizer(toys.base)),
-        "__call__",
-        lambda self, texts: asked.append(list(texts)) or original(self, texts),
+        tokenizer(toys.base), "plain", lambda texts: asked.append(list(texts)) or plain(texts)
     )
     first = Encoder(toys.base, "cpu", 16).tokens(["never seen", "before", "never seen"])
     again = Encoder(expert, "cpu", 16).tokens(["before", "never seen"])
@@ -171,3 +169,20 @@ def test_missing_weights_or_data_are_mistakes_and_threads_are_restored(toys: Toy
     with pytest.raises(UserError, match="no dataset 'nowhere'"):
         evaluate(toys.evaluation(toys.base, "nowhere", threads=2))
     assert torch.get_num_threads() == before
+
+
+def test_score_does_not_depend_on_what_was_scored_before_or_beside_it(toys: Toys, expert: Path) -> None:
+    alone = evaluate(toys.evaluation(expert, "toy", fraction=0.5))["scores"]["toy"]
+    evaluate(toys.evaluation(toys.base, "old", "pairs", "toy"))
+    assert evaluate(toys.evaluation(expert, "pairs", "old", "toy", fraction=0.5))["scores"]["toy"] == alone
+
+
+def test_classifier_of_many_classes_is_that_of_one_class_at_a_time(toys: Toys, expert: Path) -> None:
+    classes, templates = [f"number {i}" for i in range(150)], ("a {c}", "the {c}", "some {c} here")
+    encoder = Encoder(expert, "cpu", 16)
+    with torch.inference_mode():
+        found = encoder.classifier(classes, templates)
+        for column, name in zip(found.T, classes, strict=True):
+            each = [template.replace("{c}", name) for template in templates]
+            mean = encoder.model.encode_text(encoder.tokens(each), normalize=True).mean(0)
+            assert torch.allclose(column, mean / mean.norm(), atol=1e-6)

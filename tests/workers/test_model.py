@@ -13,7 +13,16 @@ from safetensors.torch import load_file, save_file
 from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from merge_service.errors import CorruptCheckpoint, IncompatibleCheckpoint, UserError
 from tests.workers.model_helpers import MODEL_CFG, PREPROCESS_CFG, Toys, sha256, write_config
-from workers.model import export_base, load, preprocess_cfg, save, set_trainable, tokenizer, tower
+from workers.model import (
+    _without_values,
+    export_base,
+    load,
+    preprocess_cfg,
+    save,
+    set_trainable,
+    tokenizer,
+    tower,
+)
 from workers.weights import load_strictly, tied, write_weights
 
 
@@ -170,3 +179,27 @@ def test_tokenizer_is_open_clips_and_shared_by_models(toys: Toys, tmp_path: Path
     expected = open_clip.get_tokenizer(f"local-dir:{toys.base}")(["a red thing", "an umbrella"])
     assert torch.equal(tokenizer(toys.base)(["a red thing", "an umbrella"]), expected)
     assert expected.shape == (2, MODEL_CFG["text_cfg"]["context_length"])
+
+
+def test_loaded_models_are_open_clips_and_share_nothing(toys: Toys) -> None:
+    plain, _, _ = open_clip.create_model_and_transforms(f"local-dir:{toys.base}")
+    first = load(toys.base)
+    set_trainable(first, "image")
+    with torch.no_grad():
+        for tensor in [*first.parameters(), *first.buffers()]:
+            tensor.fill_(0)
+    second = load(toys.base)
+    assert str(second) == str(plain) and not second.training
+    assert all(parameter.requires_grad for parameter in second.parameters())
+    expected = {**dict(plain.named_parameters()), **dict(plain.named_buffers())}
+    found = {**dict(second.named_parameters()), **dict(second.named_buffers())}
+    assert "attn_mask" in found and found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_copies_without_values_keep_ties_and_other_buffers() -> None:
+    model = Tied()
+    model.register_buffer("mask", torch.ones(2), persistent=False)
+    copied = _without_values(_without_values(model, "meta"), "cpu")
+    assert tied(copied) == tied(model) == [["a.weight", "b.weight"]]
+    assert torch.equal(copied.mask, torch.ones(2)) and copied.a.weight is not model.a.weight

@@ -12,13 +12,12 @@ import torch
 from torch.nn import functional
 
 from merge_service.errors import UserError
-from workers.data.decode import Samples, load, standardise
+from workers.data.decode import Samples, height_and_width, load, standardise
 from workers.data.mixture import SOURCES, batch_counts, batch_indices, generator
 from workers.jobs import Source, TrainJob
 
 Tokenizer = Callable[[list[str]], torch.Tensor]
 Augmentation = Callable[[torch.Tensor, np.random.Generator], torch.Tensor]
-_REMEMBERED_TEXTS = 100_000
 
 
 class Pool:
@@ -31,23 +30,24 @@ class Pool:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def images(self, indices: np.ndarray) -> list[np.ndarray]:
-        """uint8 [H, W, 3] per index."""
-        return [self.parts[part].images[row] for part, row in self._places(indices)]
+    def images(self, indices: np.ndarray, out: np.ndarray) -> None:
+        """Copy the images, uint8 [H, W, 3] each, into the rows of `out`."""
+        parts, rows = self._places(indices)
+        for part in np.unique(parts):
+            out[parts == part] = self.parts[part].images[rows[parts == part]]
 
     def text(self, indices: np.ndarray, draws: np.ndarray) -> list[str]:
         """One of the texts of each sample, chosen by a draw in [0, 1)."""
         chosen = []
-        for (part, row), draw in zip(self._places(indices), draws, strict=True):
+        for part, row, draw in zip(*self._places(indices), draws, strict=True):
             texts = self.parts[part].texts(row)
             chosen.append(texts[int(draw * len(texts))])
         return chosen
 
-    def _places(self, indices: np.ndarray) -> list[tuple[int, int]]:
+    def _places(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Part and row in it, per index."""
         parts = np.searchsorted(self._starts, indices, side="right") - 1
-        return [
-            (int(part), int(index - self._starts[part])) for part, index in zip(parts, indices, strict=True)
-        ]
+        return parts, indices - self._starts[parts]
 
 
 class Batches:
@@ -70,6 +70,7 @@ class Batches:
             )
         self._rank, self._world, self._tokenizer, self._augment = rank, world, tokenizer, augment
         self._mean, self._std = tuple(preprocess["mean"]), tuple(preprocess["std"])
+        self._size = height_and_width(preprocess["size"])
         given: dict[str, tuple[Source, ...]] = {
             "pretraining": job.pretraining,
             "update": job.update,
@@ -81,36 +82,27 @@ class Batches:
         }  # fmt: skip
         self.sizes = {name: len(pool) for name, pool in self.pools.items()}
         batch_counts(self.batch_size, self.mixture, self.sizes)
-        self._tokens: dict[str, torch.Tensor] = {}
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's share of the global batch of `step` (0-based): images float32 [b, 3, H, W], tokens int64 [b, context]."""
         indices = batch_indices(step, self.seed, self.batch_size, self.mixture, self.sizes)
         draws = generator(self.seed, 1, step).random((self.batch_size, 1 + CROP_DRAWS))
-        images: list[np.ndarray] = []
+        images = np.empty((self.batch_size // self._world, *self._size, 3), np.uint8)
         texts: list[str] = []
         start = 0
         for name, rows in indices.items():
             first = (self._rank - start) % self._world
             mine = rows[first :: self._world]
-            images += self.pools[name].images(mine)
+            self.pools[name].images(mine, images[len(texts) : len(texts) + len(mine)])
             texts += self.pools[name].text(mine, draws[start + first : start + len(rows) : self._world, 0])
             start += len(rows)
-        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(torch.float32).div_(255)
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32).div_(255)
         pixels = random_resized_crop(
             pixels, draws[self._rank :: self._world, 1:], self.crop["scale"], self.crop["ratio"]
         )
         if self._augment is not None:
             pixels = self._augment(pixels, generator(self.seed, 2, step, self._rank))
-        return standardise(pixels, self._mean, self._std), self._tokenise(texts)
-
-    def _tokenise(self, texts: list[str]) -> torch.Tensor:
-        new = list(dict.fromkeys(text for text in texts if text not in self._tokens))
-        if len(self._tokens) + len(new) > _REMEMBERED_TEXTS:
-            self._tokens, new = {}, list(dict.fromkeys(texts))
-        if new:
-            self._tokens.update(zip(new, self._tokenizer(new), strict=True))
-        return torch.stack([self._tokens[text] for text in texts])
+        return standardise(pixels, self._mean, self._std), self._tokenizer(texts)
 
 
 _TRIES = 10

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def load(
     cache: str | Path,
     preprocess: Mapping[str, Any] | None = None,
 ) -> Samples:
-    """A split, verified and decoded on first use and mapped read-only from `cache` ever after.
+    """A split, verified and decoded on first use and mapped read-only from `cache` ever after, once per process.
 
     `preprocess` is an open_clip preprocess_cfg, of which interpolation, resize_mode and fill_color count here. Processes that
     ask at the same time wait for the first. Raises UserError (unknown dataset, split or class) and ShardError.
@@ -85,7 +86,7 @@ def load(
     info = manifest.describe(source.root, source.dataset, cache)
     split = manifest.split_of(info, source.split)
     geometry = {key: preprocess[key] for key in GEOMETRY if preprocess and preprocess.get(key) is not None}
-    size = [image_size] * 2 if isinstance(image_size, int) else list(image_size)
+    size = height_and_width(image_size)
     key = hashlib.sha256(
         json.dumps([split.digest, info.kind, len(info.classes), size, geometry], sort_keys=True).encode()
     ).hexdigest()
@@ -94,11 +95,25 @@ def load(
         with _only_one(place):
             if not place.is_dir():
                 _decode_into(place, source, info, split, size, geometry, Path(cache))
-    images = np.load(place / "images.npy", mmap_mode="r", allow_pickle=False)
-    labels = np.load(place / "labels.npy", allow_pickle=False)
-    captions = [tuple(texts) for texts in json.loads((place / "captions.json").read_text(encoding="utf-8"))]
-    everything = Samples(info.name, info.kind, images, labels, captions, info.classes, info.templates)
+    everything = _mapped(place.absolute(), info.name, info.kind, info.classes, info.templates)
     return everything if source.classes is None else _only_classes(everything, source.classes)
+
+
+@lru_cache(maxsize=256)
+def _mapped(
+    place: Path, name: str, kind: str, classes: tuple[str, ...], templates: tuple[str, ...]
+) -> Samples:
+    """A cache entry, mapped; what bears the same name later has the same content, so it need not be opened again."""
+    images = np.asarray(np.load(place / "images.npy", mmap_mode="r", allow_pickle=False))
+    labels = np.load(place / "labels.npy", allow_pickle=False)
+    labels.flags.writeable = False
+    captions = [tuple(texts) for texts in json.loads((place / "captions.json").read_text(encoding="utf-8"))]
+    return Samples(name, kind, images, labels, captions, classes, templates)
+
+
+def height_and_width(image_size: int | Sequence[int]) -> list[int]:
+    """Two numbers, from open_clip's one or two."""
+    return [image_size] * 2 if isinstance(image_size, int) else list(image_size)
 
 
 def normalise(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
@@ -122,7 +137,8 @@ def _only_classes(samples: Samples, names: Sequence[str]) -> Samples:
     wanted = np.array([samples.classes.index(name) for name in names], np.int64)
     rows = np.flatnonzero(np.isin(samples.labels, wanted))
     captions = [samples.captions[row] for row in rows]
-    images = Rows(np.asarray(samples.images), rows)
+    assert isinstance(samples.images, np.ndarray)
+    images = Rows(samples.images, rows)
     return Samples(
         samples.name, samples.kind, images, samples.labels[rows], captions, samples.classes, samples.templates
     )

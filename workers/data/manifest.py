@@ -21,6 +21,9 @@ from workers.data.tarscan import ShardError
 
 MANIFEST_FILE = "manifest.json"
 SUITE_FILE = "suite.json"
+KIND_FILE, CLASSES_FILE = "dataset_type.txt", "classnames.txt"
+TEMPLATES_FILE = "zeroshot_classification_templates.txt"
+DESCRIPTION_FILES = (MANIFEST_FILE, KIND_FILE, CLASSES_FILE, TEMPLATES_FILE)
 ROLES = ("pretraining", "adaptation", "held_out")
 FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
@@ -96,18 +99,38 @@ def describe(root: str | Path, dataset: str, cache: str | Path | None = None) ->
 
     Reads only the manifest of our own roots. A root without one is scanned and hashed on first use and the index kept under
     `cache` (default: $TEMPORAL_MERGE_CACHE, else ~/.cache/temporal-merge), valid while sizes and times of the shards stand.
+    What a process has read of our own roots is remembered while sizes and times of the files stand.
     Raises UserError (no such dataset, no class names) and ShardError (a foreign shard that is damaged or forbidden).
     """
     home = folder(root, dataset)
+    if not (home / MANIFEST_FILE).is_file():
+        return _described(home, dataset, cache)
+    stamps = [_stamp(home / name) for name in DESCRIPTION_FILES]
+    known = _DESCRIBED.get((home, dataset))
+    if known is None or known[0] != stamps:
+        known = _DESCRIBED[home, dataset] = (stamps, _described(home, dataset, cache))
+    return known[1]
+
+
+_DESCRIBED: dict[tuple[Path, str], tuple[list[Any], DatasetInfo]] = {}
+
+
+def _stamp(file: Path) -> tuple[int, ...] | None:
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _described(home: Path, dataset: str, cache: str | Path | None) -> DatasetInfo:
     kind = _kind(home)
-    classes = _lines(home / "classnames.txt")
+    classes = _lines(home / CLASSES_FILE)
     if kind == "classification" and not classes:
         raise UserError(
-            f"{home / 'classnames.txt'} is missing or empty: a classification set needs one class name a line"
+            f"{home / CLASSES_FILE} is missing or empty: a classification set needs one class name a line"
         )
-    templates = _lines(home / "zeroshot_classification_templates.txt") or (
-        ("a photo of a {c}.",) if classes else ()
-    )
+    templates = _lines(home / TEMPLATES_FILE) or (("a photo of a {c}.",) if classes else ())
     for template in templates:
         if "{c}" not in template:
             raise UserError(
@@ -183,11 +206,11 @@ def write_manifest(home: Path, splits: Mapping[str, list[ShardInfo]]) -> None:
 
 
 def _kind(home: Path) -> str:
-    stated = _lines(home / "dataset_type.txt")
+    stated = _lines(home / KIND_FILE)
     kind = stated[0] if stated else "classification"
     if kind not in ("classification", "retrieval"):
         raise UserError(
-            f"{home / 'dataset_type.txt'}: {kind!r} is not supported; it must be classification or retrieval"
+            f"{home / KIND_FILE}: {kind!r} is not supported; it must be classification or retrieval"
         )
     return kind
 
@@ -213,7 +236,7 @@ def _own_splits(home: Path) -> dict[str, SplitInfo]:
 
 def _indexed_splits(home: Path, kind: str, cache: str | Path | None) -> dict[str, SplitInfo]:
     """Splits of a root without our manifest, from the cached index where sizes and times still stand."""
-    index_file = _cache_root(cache) / "index" / f"{home.name}-{_digest(str(home.resolve()))[:16]}.json"
+    index_file = cache_root(cache) / "index" / f"{home.name}-{_digest(str(home.resolve()))[:16]}.json"
     known = _json(index_file) if index_file.is_file() else {}
     index: dict[str, list[Any]] = {}
     splits = {}
@@ -252,7 +275,8 @@ def _shard_files(place: Path) -> list[Path]:
     return files
 
 
-def _cache_root(cache: str | Path | None) -> Path:
+def cache_root(cache: str | Path | None = None) -> Path:
+    """Where indices of foreign roots are kept: `cache`, else what the environment says, else the user's own cache."""
     if cache is not None:
         return Path(cache)
     return Path(os.environ.get("TEMPORAL_MERGE_CACHE") or Path.home() / ".cache" / "temporal-merge")
