@@ -1,20 +1,25 @@
 """Pools of long-lived actor groups: where the driver gets work done.
 
 A group is W actors that work on one call together (W = 1 for most). Groups are made when they are first needed, stay
-alive from call to call, and are thrown away whole as soon as one member fails: half a group is of no use.
+alive from call to call, and are thrown away whole as soon as one member fails: half a group is of no use. Pools of
+several shapes share one room; an idle group gives way to another shape, a busy one never does.
 Invariant: a pool never waits without a deadline for a place that the cluster cannot give.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from cluster.session import ClusterError, Session
+from cluster.room import Room, Shape, Share
+from cluster.session import ClusterError
 
 
 class WorkerLost(Exception):
@@ -22,16 +27,50 @@ class WorkerLost(Exception):
 
 
 PLACEMENT_SECONDS = 60.0
-"""How long a group may wait for its place before the study says so."""
+"""How long a group of several members may wait for its place before the study says so."""
+
+
+_numbers: dict[str, Iterator[int]] = defaultdict(itertools.count)
+"""So that no two groups of this process bear the same name."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a call took of its member's process: CPU seconds over all threads, and when (Unix seconds) and where it ran."""
+
+    cpu_seconds: float
+    start: float
+    end: float
+    node: str
+
+
+class Metered:
+    """What every actor of a pool can do beside its own work."""
+
+    def metered(self, method: str, *arguments: Any) -> tuple[Any, Usage]:
+        """The answer of a method, and what it took."""
+        start, cpu = time.time(), time.process_time()
+        answer = getattr(self, method)(*arguments)
+        context = ray.get_runtime_context()
+        node = f"{ray.util.get_node_ip_address()}/{context.get_node_id()[:6]}"
+        return answer, Usage(time.process_time() - cpu, start, time.time(), node)
 
 
 @dataclass(eq=False)
 class Group:
-    """W actors and, for W > 1, the placement that keeps them together."""
+    """W actors, their share of the room and, for W > 1, the placement that keeps them together.
 
+    `starting` are what must have gone well before the members can answer anything, empty once it has.
+    """
+
+    name: str
     members: list[Any]
+    share: Share | None = None
     placement: PlacementGroup | None = None
+    starting: list[Any] = field(default_factory=list)
     idle: bool = True
+    since: float = field(default_factory=time.monotonic)
+    """When it was made, or last became idle."""
 
     def kill(self) -> None:
         for member in self.members:
@@ -47,6 +86,11 @@ class Call:
     group: Group
     refs: list[Any]
     pool: "Pool" = field(repr=False)
+    usages: list[Usage] = field(default_factory=list)
+    """Every member's, once `results` has returned."""
+
+    def __post_init__(self) -> None:
+        self.pending = list(self.refs)
 
     def result(self) -> Any:
         """Rank 0's answer; else as `results`."""
@@ -55,7 +99,7 @@ class Call:
     def results(self) -> list[Any]:
         """Everybody's answer; frees the group. Raises what the actor raised, or WorkerLost; the group is then gone."""
         try:
-            answers: list[Any] = ray.get(self.refs)
+            answers = ray.get(self.refs)[-len(self.group.members) :]
         except BaseException as error:
             self.pool.drop(self.group)
             if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
@@ -63,18 +107,21 @@ class Call:
             if isinstance(error, RayError):
                 raise WorkerLost(_reason(error)) from error
             raise
-        self.group.idle = True
-        return answers
+        self.group.idle, self.group.since, self.group.starting = True, time.monotonic(), []
+        self.usages = [usage for _, usage in answers]
+        return [answer for answer, _ in answers]
 
 
 class Pool:
-    """At most `limit` groups of `world` actors, each actor with its own CPUs and GPUs.
+    """Groups of one shape, each of its `world` actors with its own CPUs and GPUs.
 
     Args:
         actor: the plain class of the actors.
         make: builds the actor of one rank: `make(remote_class, rank)`.
-        gather: called once on a new group's members, e.g. to let them find each other.
+        gather: called once on a new group's members, e.g. to let them find each other; answers refs that the first call
+            waits for.
         strategy: Ray's placement of a group's members: PACK keeps them together, SPREAD takes as many nodes as there are.
+        patient: a place may take any time to come, since nodes may still join.
     """
 
     def __init__(
@@ -86,67 +133,175 @@ class Pool:
         world: int = 1,
         cpus: float = 1.0,
         gpus: float = 0.0,
-        limit: int = 1,
-        gather: Callable[[list[Any]], None] | None = None,
+        gather: Callable[[list[Any]], list[Any]] | None = None,
         strategy: str = "PACK",
+        patient: bool = False,
     ) -> None:
         self.name, self.make, self.gather, self.strategy = name, make, gather, strategy
-        self.actor: Any = ray.remote(actor)
-        self.world, self.cpus, self.gpus, self.limit = world, cpus, gpus, limit
+        self.actor: Any = ray.remote(type(actor.__name__, (Metered, actor), {}))
+        self.shape, self.patient = Shape(world, cpus, gpus), patient
         self.groups: list[Group] = []
+        self.on_drop: Callable[[Group], None] = lambda group: None
 
     @property
-    def free(self) -> int:
-        """How many calls could start now."""
-        return self.limit - sum(not group.idle for group in self.groups)
+    def idle(self) -> Group | None:
+        """The group that last became idle: what it holds in memory is the freshest."""
+        return max(
+            (group for group in self.groups if group.idle), key=lambda group: group.since, default=None
+        )
 
-    def call(self, method: str, *arguments: Any) -> Call:
-        """Start `method` on every member of an idle group, making one if need be."""
-        group = next((group for group in self.groups if group.idle), None) or self._new_group()
+    def call(self, method: str, *arguments: Any, group: Group | None = None) -> Call:
+        """Start `method` on every member of `group`, or of an idle one, making it if need be."""
+        group = group or self.idle or self.open()
         group.idle = False
-        refs = [getattr(member, method).remote(*arguments) for member in group.members]
-        return Call(group, refs, self)
+        refs = [member.metered.remote(method, *arguments) for member in group.members]
+        return Call(group, [*group.starting, *refs], self)
+
+    def open(self, share: Share | None = None) -> Group:
+        """A new group, on the nodes of its share if it has one."""
+        shape = self.shape
+        options: dict[str, Any] = {"num_cpus": shape.cpus, "num_gpus": shape.gpus, "max_restarts": 0}
+        placement = self._place() if shape.world > 1 else None
+        members = []
+        for rank in range(shape.world):
+            if placement is not None:
+                options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                    placement, placement_group_bundle_index=rank
+                )
+            elif share is not None and share.places:
+                options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(share.nodes[0], soft=False)
+            members.append(self.make(self.actor.options(**options), rank))
+        group = Group(f"{self.name}-{next(_numbers[self.name])}", members, share, placement)
+        self.groups.append(group)
+        group.starting = [member.__ray_ready__.remote() for member in members]
+        if self.gather is not None:
+            group.starting += self.gather(members)
+        return group
 
     def drop(self, group: Group) -> None:
         group.kill()
         if group in self.groups:
             self.groups.remove(group)
+            self.on_drop(group)
 
     def close(self) -> None:
         for group in list(self.groups):
             self.drop(group)
 
-    def _new_group(self) -> Group:
-        options: dict[str, Any] = {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_restarts": 0}
-        placement = self._place() if self.world > 1 else None
-        members = []
-        for rank in range(self.world):
-            if placement is not None:
-                options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
-                    placement, placement_group_bundle_index=rank
-                )
-            members.append(self.make(self.actor.options(**options), rank))
-        group = Group(members, placement)
-        self.groups.append(group)
-        if self.gather is not None:
-            self.gather(members)
-        return group
-
     def _place(self) -> PlacementGroup:
-        bundle = {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
-        placement = placement_group([bundle] * self.world, strategy=self.strategy)
-        if not placement.wait(PLACEMENT_SECONDS):
+        shape = self.shape
+        bundle = {"CPU": shape.cpus} | ({"GPU": shape.gpus} if shape.gpus else {})
+        placement = placement_group([bundle] * shape.world, strategy=self.strategy)
+        if not self.patient and not placement.wait(PLACEMENT_SECONDS):
             remove_placement_group(placement)
             raise ClusterError(
-                f"no place for {self.world} {self.name} workers with {self.cpus:g} CPUs and {self.gpus:g} GPUs each "
+                f"no place for {shape.world} {self.name} workers with {shape.cpus:g} CPUs and {shape.gpus:g} GPUs each "
                 f"within {PLACEMENT_SECONDS:g} s; free some, add nodes, or lower `resources`"
             )
         return placement
 
 
+LINGER_SECONDS = 5.0
+"""How long an idle group is spared by other shapes while anything runs: starting one again costs more than that."""
+
+
+class Pools:
+    """Pools of several shapes that share one room. Without a room (`None`) Ray alone decides what fits, and when."""
+
+    def __init__(self, pools: dict[str, Pool], room: Room | None) -> None:
+        self.by_name, self.room = pools, room
+        for pool in pools.values():
+            pool.on_drop = self._give_back
+
+    def group(self, name: str, avoid: Collection[str] = ()) -> Group | None:
+        """An idle group, or a new one if the room allows it, perhaps after dropping idle groups of other pools.
+
+        None if it has to wait. `avoid` are nodes kept clear for somebody else.
+        """
+        pool = self.by_name[name]
+        for group in sorted(pool.groups, key=lambda group: -group.since):
+            if group.idle and (group.share is None or not set(group.share.nodes) & set(avoid)):
+                return group
+        if self.room is None or pool.shape.is_free:
+            return pool.open()
+        share = self.room.take(pool.shape, avoid) or self._make_room(pool, avoid)
+        if share is None:
+            return None
+        try:
+            return self._settled(pool.open(share))
+        except BaseException:
+            self.room.give(share)
+            raise
+
+    def drop_idle(self, seconds: float) -> None:
+        """Let go of groups that have been idle for so long."""
+        for pool, group in self._idle():
+            if time.monotonic() - group.since > seconds:
+                pool.drop(group)
+
+    def without_place(self, seconds: float) -> list[Group]:
+        """Groups that have work but, so long after they were made, no process yet."""
+        young = (group for pool in self.by_name.values() for group in pool.groups if group.starting)
+        old = [group for group in young if time.monotonic() - group.since > seconds]
+        for group in old:
+            if ray.wait(group.starting[:1], timeout=0)[0]:
+                group.starting = []
+        return [group for group in old if group.starting]
+
+    def close(self) -> None:
+        for pool in self.by_name.values():
+            pool.close()
+
+    @property
+    def busy(self) -> bool:
+        """Whether any group that holds a part of the room is at work."""
+        return any(
+            not group.idle
+            for pool in self.by_name.values()
+            if not pool.shape.is_free
+            for group in pool.groups
+        )
+
+    def _make_room(self, pool: Pool, avoid: Collection[str]) -> Share | None:
+        """Drop idle groups, the longest idle first, until the shape fits; none if it would not fit even so."""
+        assert self.room is not None
+        now, busy = time.monotonic(), self.busy
+        idle = [
+            (of, group)
+            for of, group in self._idle()
+            if group.share is not None and (not busy or now - group.since > LINGER_SECONDS)
+            if not set(group.share.nodes) & set(avoid)
+        ]
+        if not self.room.fits_beside(pool.shape, [group.share for _, group in idle if group.share], avoid):
+            return None
+        share = None
+        while share is None:
+            of, group = idle.pop(0)
+            of.drop(group)
+            share = self.room.take(pool.shape, avoid)
+        return share
+
+    def _idle(self) -> list[tuple[Pool, Group]]:
+        """Idle groups that hold a part of the room, the longest idle first."""
+        found = [(pool, group) for pool in self.by_name.values() for group in pool.groups if group.idle]
+        return sorted((pair for pair in found if not pair[0].shape.is_free), key=lambda pair: pair[1].since)
+
+    def _settled(self, group: Group) -> Group:
+        """Correct the share of a group that Ray has placed: it may have found other nodes just as good."""
+        if group.placement is not None and group.share is not None and self.room is not None:
+            table = ray.util.placement_group_table(group.placement)
+            where = [node for _, node in sorted(table["bundles_to_node_id"].items())]
+            self.room.move(group.share, where)
+        return group
+
+    def _give_back(self, group: Group) -> None:
+        if self.room is not None and group.share is not None:
+            self.room.give(group.share)
+
+
 def wait(calls: Sequence[Call], timeout: float) -> list[Call]:
     """The calls that have ended, well or badly, after at most `timeout` seconds."""
-    refs = [ref for call in calls for ref in call.refs]
+    refs = [ref for call in calls for ref in call.pending]
     if not refs:
         return []
     ready = set(ray.wait(refs, num_returns=1, timeout=timeout)[0])
@@ -156,9 +311,9 @@ def wait(calls: Sequence[Call], timeout: float) -> list[Call]:
 
 def _ended(call: Call, ready: set[Any]) -> bool:
     """All members answered, or one failed (its group mates may hang in a collective for ever)."""
-    if all(ref in ready for ref in call.refs):
-        return True
-    return any(ref in ready and _failed(ref) for ref in call.refs)
+    answered = [ref for ref in call.pending if ref in ready]
+    call.pending = [ref for ref in call.pending if ref not in ready]
+    return not call.pending or any(map(_failed, answered))
 
 
 def _failed(ref: Any) -> bool:
@@ -176,25 +331,3 @@ def _reason(error: Exception) -> str:
         line for line in lines if "died" in line.lower() or "killed" in line.lower() or "oom" in line.lower()
     ]
     return " ".join((telling or lines or [type(error).__name__])[:2])
-
-
-def group_limit(
-    wanted: int | None, session: Session, world: int, cpus: float, gpus: float, reserved: tuple[float, float]
-) -> int:
-    """How many groups to keep: what was asked for, or as many as fit beside what is `reserved` (CPUs, GPUs).
-
-    Raises ClusterError if not even one, or not all that were asked for, can ever have a place.
-    """
-    room = [
-        (total - kept) / (world * share)
-        for total, kept, share in ((session.cpus, reserved[0], cpus), (session.gpus, reserved[1], gpus))
-        if share
-    ]
-    fits = int(min(room, default=1) + 1e-9)
-    if fits < (wanted or 1):
-        raise ClusterError(
-            f"{wanted or 1} groups of {world} x ({cpus:g} CPUs, {gpus:g} GPUs) for experts, beside {reserved[0]:g} CPUs and "
-            f"{reserved[1]:g} GPUs for evaluation, do not fit into {session.cpus:g} CPUs and {session.gpus:g} GPUs; lower "
-            "resources.experts or resources.evaluation, or add nodes"
-        )
-    return wanted or fits

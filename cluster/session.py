@@ -13,6 +13,8 @@ from typing import Any
 
 import ray
 
+from cluster.room import Node
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 """Hosts for which a missing token is tolerated."""
 
@@ -32,11 +34,29 @@ OBJECT_STORE_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Session:
-    """A connected Ray session and what it offers."""
+    """A connected Ray session and the nodes it had at first."""
 
     address: str
-    cpus: float
-    gpus: float
+    nodes: tuple[Node, ...]
+
+    @property
+    def cpus(self) -> float:
+        return sum(node.cpus for node in self.nodes)
+
+    @property
+    def gpus(self) -> float:
+        return sum(node.gpus for node in self.nodes)
+
+
+def nodes_now() -> tuple[Node, ...]:
+    """The nodes that are alive, each with all its CPUs and GPUs, by id."""
+    alive = (node for node in ray.nodes() if node["Alive"])
+    found = (
+        Node(node["NodeID"], node["NodeManagerAddress"], has.get("CPU", 0.0), has.get("GPU", 0.0))
+        for node in alive
+        for has in (node["Resources"],)
+    )
+    return tuple(sorted(found, key=lambda node: node.id))
 
 
 def check_address(address: str) -> None:
@@ -114,8 +134,7 @@ def connect(address: str = "local", *, threads: int = 1, cpus: int | None = None
     except (ConnectionError, TimeoutError) as error:
         raise ClusterError(f"--address {address}: no Ray cluster answers there ({error})") from error
     try:
-        total = ray.cluster_resources()
-        yield Session(address, total.get("CPU", 0.0), total.get("GPU", 0.0))
+        yield Session(address, nodes_now())
     finally:
         ray.shutdown()
 

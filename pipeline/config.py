@@ -26,6 +26,7 @@ from pipeline.sections import (
     ModelSection,
     Name,
     ResourcesSection,
+    ScheduleSection,
     Section,
     StorageSection,
     StreamSection,
@@ -62,6 +63,7 @@ class Study(Section):
     grid: dict[str, list[Any]]
     evaluation: EvaluationSection = EvaluationSection()
     resources: ResourcesSection = ResourcesSection()
+    schedule: ScheduleSection = ScheduleSection()
     tracking: TrackingSection = TrackingSection()
     storage: StorageSection = StorageSection()
 
@@ -88,11 +90,11 @@ class Study(Section):
 
     def engine_of(self, model: str) -> EngineSpec:
         """The numerics of expert training for a model of the grid, as they are fingerprinted."""
-        return self.resources.experts.numerics
+        return self.resources.of(model).experts.numerics
 
     def evaluation_device_of(self, model: str) -> str:
         """Where scores of a model are computed, as it is fingerprinted."""
-        return "cuda" if self.resources.evaluation.gpus > 0 else "cpu"
+        return self.resources.of(model).evaluation_device
 
     @property
     def data_root(self) -> str:
@@ -192,7 +194,7 @@ class Study(Section):
     def _misfits(self) -> list[Problem]:
         """What is wrong between the grid and the tasks and roles."""
         roles = self.roles
-        problems = self._unknown_datasets(roles)
+        problems = self._unknown_datasets(roles) + self._unknown_models()
         learnt = sorted(set(roles.held_out) & set(self.learnt))
         if learnt:
             text = (
@@ -237,6 +239,18 @@ class Study(Section):
                 text = f"no dataset {name!r} in {root}{nearest(name, there) or rest}"
                 problems.append(Problem(key, text))
         return problems
+
+    def _unknown_models(self) -> list[Problem]:
+        """Resources for a model that the study does not have."""
+        models = sorted({model.config for model in self.models})
+        return [
+            Problem(
+                f"resources.by_model.{name}",
+                f"the study has no such model{nearest(name, models)}; it has {', '.join(models)}",
+            )
+            for name in self.resources.by_model
+            if name not in models
+        ]
 
     def _undescribed(self, suite: Suite, roles: Roles) -> list[Problem]:
         known = [name for names in suite.roles.values() for name in names]

@@ -7,29 +7,35 @@ means that the store has the artifact. So the same command, run again after any 
 import contextlib
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.pool import Call, Pool, group_limit, wait
-from cluster.session import Session, check_address, connect
-from merge_service.actor import Merger
+from cluster.pool import Call, Group, Pools, wait
+from cluster.room import Room
+from cluster.session import Session, check_address, connect, nodes_now
 from merge_service.errors import UserError
 from merge_service.faults import point
 from pipeline.errors import CorruptArtifact, NondeterminismError, StepFailed, StorageFull
-from pipeline.jobs import job_of
+from pipeline.jobs import Jobs
+from pipeline.lanes import Lane, Lanes
 from pipeline.lock import driver_lock, write_driver
 from pipeline.plan import Step
-from pipeline.progress import Progress
+from pipeline.progress import Progress, Standings
 from pipeline.recording import Tracking
 from pipeline.registry import retire
-from pipeline.schedule import Schedule
-from pipeline.show import print_results, trajectory_rows
+from pipeline.schedule import Rank, Schedule, critical_path, in_turn
+from pipeline.show import print_results
+from pipeline.timeline import Timeline
 from pipeline.workspace import Workspace
-from workers.actors import Evaluator, ExpertWorker, gather
 
-KINDS = ("train", "merge", "evaluate")
 TICK_SECONDS = 0.5
+LOOK_SECONDS = 5.0
+WAITING_SECONDS = 15.0
+"""How long a new group may be without a process before that is said; importing torch takes a part of it."""
+IDLE_SECONDS = 60.0
+"""How long an idle group is kept where nodes come and go by themselves."""
 FATAL = (UserError, NondeterminismError, StorageFull)
 """Errors that another try cannot mend."""
 
@@ -51,6 +57,7 @@ def run_study(path: Path, overrides: Sequence[str], out: Path | None, address: s
         try:
             with tracking:
                 if len(done) < len(workspace.plan.steps):
+                    Timeline(workspace.out).event("start", address=address)
                     with connect(address, threads=workspace.study.resources.experts.threads) as session:
                         _Drive(workspace, session, tracking, done).run()
                 results = workspace.write_results()
@@ -66,38 +73,84 @@ class _Drive:
 
     def __init__(self, workspace: Workspace, session: Session, tracking: Tracking, done: set[str]) -> None:
         self.workspace, self.tracking = workspace, tracking
-        self.steps = workspace.plan.steps
-        self.schedule = Schedule(self.steps, done)
-        self.pools = _pools(workspace, session)
+        self.study, self.steps = workspace.study, workspace.plan.steps
+        self.lanes = Lanes(self.study, {fp: step for fp, step in self.steps.items() if fp not in done})
+        self.room = None if self.study.resources.autoscaling else Room(session.nodes)
+        if self.room is not None:
+            self.lanes.check(self.room)
+        self.lanes.add(self.steps)
+        self.schedule = Schedule(self.steps, done, self.lanes.of, _ranks(workspace))
+        self.pools = Pools(self.lanes.pools(patient=self.room is None), self.room)
+        self.jobs, self.timeline = Jobs(workspace), Timeline(workspace.out)
         self.running: dict[Call, Step] = {}
+        self.counts: Counter[str] = Counter()
         self.tries: dict[str, int] = {}
+        self.untold: list[tuple[Step, Any]] = []
         self.progress = Progress(
-            len(self.steps), len(self.schedule.done), workspace.scratch, lambda: trajectory_rows(workspace)
+            len(self.steps), len(self.schedule.done), workspace.scratch, _standings(workspace, done)
         )
+        self._looked, self._waiting = 0.0, set[str]()
+        self._said: list[dict[str, str]] = []
+        self.timeline.event("ready", cores=session.cpus, gpus=session.gpus, nodes=len(session.nodes))
 
     def run(self) -> None:
+        """Until every step is done. Raises what cannot be mended by trying again."""
         with self.progress, contextlib.ExitStack() as stack:
-            for pool in self.pools.values():
-                stack.callback(pool.close)
+            stack.callback(self.pools.close)
+            stack.callback(self._tell)
             while not self.schedule.finished:
                 self._start_ready()
+                self._say()
+                self._tell()
                 for call in wait(list(self.running), TICK_SECONDS):
                     self._take(call)
-                self.progress.tick()
+                self._look_after()
 
     def _start_ready(self) -> None:
-        for kind in KINDS:
-            pool = self.pools[kind]
-            for fingerprint in self.schedule.ready(kind)[: pool.free]:
-                step = self.steps[fingerprint]
-                job = job_of(step, self.workspace)
-                self.running[pool.call("run", job, step, self.workspace.store)] = step
-                self.schedule.start(fingerprint)
-                self.progress.started(fingerprint, step.label)
-                self._say()
+        """Start what is most important and has a place, until nothing is both.
+
+        Nodes on which something more important will have its place are kept clear for it.
+        """
+        barred: set[str] = set()
+        kept_clear: set[str] = set()
+        while (best := self._best(barred)) is not None:
+            fingerprint, lane = best
+            group = self.pools.group(lane.pool, kept_clear)
+            if group is None:
+                barred.add(lane.name)
+                if self.room is not None:
+                    kept_clear |= self.room.reserved_for(lane.shape)
+                continue
+            self._start(self.steps[fingerprint], lane, group)
+
+    def _best(self, barred: set[str]) -> tuple[str, Lane] | None:
+        """The most important step of the lanes that are neither barred nor at their cap."""
+        most = self.study.schedule.max_running
+        found = []
+        for name in self.schedule.lanes - barred:
+            lane = self.lanes.by_name[name]
+            of_kind = getattr(most, lane.kind)
+            if (lane.cap is None or self.counts[name] < lane.cap) and (
+                of_kind is None or self.counts[lane.kind] < of_kind
+            ):
+                first = self.schedule.first(name)
+                found += [] if first is None else [(*first, lane)]
+        if not found:
+            return None
+        _, fingerprint, lane = min(found, key=lambda entry: entry[:2])
+        return fingerprint, lane
+
+    def _start(self, step: Step, lane: Lane, group: Group) -> None:
+        job = self.jobs.of(step)
+        call = self.pools.by_name[lane.pool].call("run", job, step, self.workspace.store, group=group)
+        self.running[call] = step
+        self.counts.update((lane.name, lane.kind))
+        self.schedule.start(step.fingerprint)
+        self.progress.started(step.fingerprint, step.label)
 
     def _take(self, call: Call) -> None:
         step = self.running.pop(call)
+        self.counts.subtract((self.lanes.of(step), step.kind))
         try:
             record = call.result()
         except CorruptArtifact as error:
@@ -106,21 +159,50 @@ class _Drive:
             self._retry_or_fail(step, error)
         else:
             self.schedule.finish(step.fingerprint)
+            self.workspace.keep(record)
+            self.timeline.step(step, call.usages, call.group.name)
+            self.untold.append((step, record))
+
+    def _tell(self) -> None:
+        """Tell tracker and terminal what has been finished: after its workers have got their next steps."""
+        while self.untold:
+            step, record = self.untold.pop(0)
             self.tracking.committed(step, record)
+            if step.kind == "evaluate":
+                self.progress.standings.scored(step.fingerprint, record.result["scores"])
             self.progress.finished(step.fingerprint, _summary(record))
             point("driver.after_commit")
-        self._say()
+
+    def _look_after(self) -> None:
+        """What has to be seen to now and then: nodes that come and go, groups that wait for one, the screen."""
+        self.progress.tick()
+        if time.monotonic() - self._looked < LOOK_SECONDS:
+            return
+        self._looked = time.monotonic()
+        if self.room is None:
+            self.pools.drop_idle(IDLE_SECONDS)
+        else:
+            self.room.update(nodes_now())
+            if not self.running:
+                self.lanes.check(self.room)
+        waiting = {group.name for group in self.pools.without_place(WAITING_SECONDS)}
+        if waiting - self._waiting:
+            self.progress.note(
+                f"waiting for a place: {', '.join(sorted(waiting))}; it is taken, or a node has yet to come"
+            )
+        self._waiting = waiting
 
     def _put_back_lost(self, step: Step, why: str) -> None:
         """An input was damaged and has been moved aside: make it again, then this step."""
         for need in self.schedule.needs(step.fingerprint):
             if not self.workspace.store.has(self.steps[need].kind, need):
+                self.workspace.forget(need)
                 self.schedule.put_back(need)
         self._retry_or_fail(step, CorruptArtifact(why))
 
     def _retry_or_fail(self, step: Step, error: Exception) -> None:
         tries = self.tries[step.fingerprint] = self.tries.get(step.fingerprint, 0) + 1
-        limit = self.workspace.study.resources.experts.max_retries
+        limit = self.study.resources.experts.max_retries
         if isinstance(error, FATAL) or tries > limit:
             self.tracking.failed(step, error)
             self.workspace.failure = {"step": step.label, "error": str(error)}
@@ -132,32 +214,41 @@ class _Drive:
         time.sleep(0.1)
 
     def _say(self) -> None:
+        """What is running, for `status`; written when it has changed."""
         running = [
             {"fingerprint": step.fingerprint, "kind": step.kind, "label": step.label}
             for step in self.running.values()
         ]
-        write_driver(self.workspace.out, {"running": running})
+        if running != self._said:
+            write_driver(self.workspace.out, {"running": running})
+            self._said = running
 
 
-def _pools(workspace: Workspace, session: Session) -> dict[str, Pool]:
-    """Expert groups, one merger, evaluators; each asked for only what the cluster has."""
-    resources, spec = workspace.study.resources, workspace.study.engine
-    experts, evaluation = resources.experts, resources.evaluation
-    reserved = evaluation.actors * evaluation.cpus, evaluation.actors * evaluation.gpus
-    groups = None if experts.groups == "auto" else experts.groups
-    limit = group_limit(groups, session, experts.workers, experts.cpus, experts.gpus, reserved)
-    return {
-        "train": Pool(
-            "expert", ExpertWorker,
-            lambda actor, rank: actor.remote(rank, spec.world, spec.threads, spec.device),
-            world=experts.workers, cpus=experts.cpus, gpus=experts.gpus, limit=limit, gather=gather,
-        ),
-        "merge": Pool("merge", Merger, lambda actor, _: actor.remote(), cpus=0),
-        "evaluate": Pool(
-            "evaluation", Evaluator, lambda actor, _: actor.remote(evaluation.threads),
-            cpus=evaluation.cpus, gpus=evaluation.gpus, limit=evaluation.actors,
-        ),
-    }  # fmt: skip
+def _ranks(workspace: Workspace) -> dict[str, Rank]:
+    """What goes first, by the study's priority."""
+    plan = workspace.plan
+    if workspace.study.schedule.priority == "critical_path":
+        return critical_path(plan.steps)
+    wanted = [
+        {
+            step
+            for point in trajectory.points
+            for step in (point.train, point.deployed, point.evaluate)
+            if step
+        }
+        for trajectory in plan.trajectories
+    ]
+    return in_turn(plan.steps, wanted)
+
+
+def _standings(workspace: Workspace, done: set[str]) -> Standings:
+    """How far the trajectories are by what is in the store already."""
+    standings = Standings(workspace.plan)
+    for fingerprint in done:
+        record = workspace.known(fingerprint)
+        if record is not None and record.kind == "evaluate":
+            standings.scored(fingerprint, record.result["scores"])
+    return standings
 
 
 def _outlook(summary: dict[str, Any]) -> str:

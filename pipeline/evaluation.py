@@ -47,7 +47,7 @@ def _evaluate(model: Path, study: Study, names: Sequence[str]) -> dict[str, Any]
     root, options, resources = (
         str(Path(study.data_root).absolute()),
         study.evaluation,
-        study.resources.evaluation,
+        study.resources.of(study.model.config),
     )
     job = EvaluateJob(
         fingerprint="",
@@ -57,8 +57,8 @@ def _evaluate(model: Path, study: Study, names: Sequence[str]) -> dict[str, Any]
         fraction=options.fraction,
         seed=options.seed,
         batch_size=options.batch_size,
-        threads=resources.threads,
-        device="cuda" if resources.gpus else "cpu",
+        threads=resources.evaluation.threads or 1,
+        device=resources.evaluation_device,
         cache=str(cache_of(study).absolute()),
     )
     answer = evaluate(job)

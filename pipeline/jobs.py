@@ -14,20 +14,39 @@ from pipeline.errors import StoreError
 from pipeline.facts import cache_of
 from pipeline.fingerprint import fingerprint
 from pipeline.plan import Step
+from pipeline.sections import ModelResources
 from pipeline.workspace import Workspace
 from workers.jobs import EngineSpec, EvaluateJob, Source, TrainJob
 
 Job = TrainJob | MergeJob | EvaluateJob
 
 
-def job_of(step: Step, workspace: Workspace) -> Job:
-    """What the actor of the step's kind is to do."""
-    if step.kind == "train":
-        return _train(step, workspace)
-    return _merge(step, workspace) if step.kind == "merge" else _evaluate(step, workspace)
+class Jobs:
+    """Makes the jobs of one plan; what all of them need is looked up once."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self._asked: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {}
+        for step in workspace.plan.steps.values():
+            rule = limits_rule(step.spec["technique"], step.spec["params"]) if step.kind == "merge" else None
+            if rule is not None:
+                self._ask(step, fingerprint(rule))
+
+    def of(self, step: Step) -> Job:
+        """What the actor of the step's kind is to do."""
+        if step.kind == "train":
+            return _train(step, self.workspace, tuple(self._asked.get(step.fingerprint, {}).values()))
+        return _merge(step, self.workspace) if step.kind == "merge" else _evaluate(step, self.workspace)
+
+    def _ask(self, merge: Step, rule: str) -> None:
+        """A merge will ask this rule's thresholds of all its experts; each rule once."""
+        for expert in merge.inputs.values():
+            self._asked.setdefault(expert, {}).setdefault(
+                rule, (merge.spec["technique"], merge.spec["params"])
+            )
 
 
-def _train(step: Step, workspace: Workspace) -> TrainJob:
+def _train(step: Step, workspace: Workspace, asked: tuple[tuple[str, dict[str, Any]], ...]) -> TrainJob:
     spec = step.spec
     return TrainJob(
         fingerprint=step.fingerprint,
@@ -44,23 +63,12 @@ def _train(step: Step, workspace: Workspace) -> TrainJob:
         seed=spec["seed"],
         engine=EngineSpec(**spec["engine"]),
         scratch=str(workspace.scratch / step.fingerprint),
-        checkpoint_every=workspace.study.resources.experts.checkpoint_every,
+        checkpoint_every=_resources(step, workspace).experts.checkpoint_every,
         out="",
         cache=str(cache_of(workspace.study).absolute()),
-        asked_limits=_asked_limits(step, workspace),
+        asked_limits=asked,
         limits=str(workspace.limits),
     )
-
-
-def _asked_limits(expert: Step, workspace: Workspace) -> tuple[tuple[str, dict[str, Any]], ...]:
-    """Techniques and parameters of the plan's merges of this expert, each rule of thinning out once."""
-    asked: dict[str, tuple[str, dict[str, Any]]] = {}
-    for step in workspace.plan.steps.values():
-        if step.kind == "merge" and expert.fingerprint in step.inputs.values():
-            rule = limits_rule(step.spec["technique"], step.spec["params"])
-            if rule is not None:
-                asked.setdefault(fingerprint(rule), (step.spec["technique"], step.spec["params"]))
-    return tuple(asked.values())
 
 
 def _merge(step: Step, workspace: Workspace) -> MergeJob:
@@ -79,14 +87,18 @@ def _merge(step: Step, workspace: Workspace) -> MergeJob:
 
 
 def _member(name: str, fingerprint: str, workspace: Workspace) -> Member:
-    record = workspace.store.find(fingerprint)
+    record = workspace.known(fingerprint)
     if record is None:
         raise StoreError(f"{name} ({fingerprint[:16]}) is not in {workspace.store.root}; run again")
     return Member(name, record.path, record.sha256(WEIGHTS_FILE) or "")
 
 
+def _resources(step: Step, workspace: Workspace) -> ModelResources:
+    return workspace.study.resources.of(step.model)
+
+
 def _evaluate(step: Step, workspace: Workspace) -> EvaluateJob:
-    spec, resources = step.spec, workspace.study.resources.evaluation
+    spec = step.spec
     return EvaluateJob(
         fingerprint=step.fingerprint,
         label=step.label,
@@ -95,7 +107,7 @@ def _evaluate(step: Step, workspace: Workspace) -> EvaluateJob:
         fraction=spec["fraction"],
         seed=spec["seed"],
         batch_size=workspace.study.evaluation.batch_size,
-        threads=resources.threads,
+        threads=_resources(step, workspace).evaluation.threads or 1,
         device=spec["device"],
         scratch=str(workspace.scratch / step.fingerprint),
         cache=str(cache_of(workspace.study).absolute()),

@@ -3,9 +3,10 @@
 Invariant: showing never changes or delays the work; whatever is shown is read from records and progress files.
 """
 
+import itertools
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,21 +16,61 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-Rows = Callable[[], list[tuple[str, int, int, str]]]
-"""Trajectories as (name, last t scored, number of tasks, last GM as text)."""
+from pipeline.plan import Plan, TrajectoryPlan
+from pipeline.results import gm, ka, zs
+
+SHOWN = 20
+"""Trajectories in the live view: those that were scored last."""
+REDRAW_SECONDS = 0.25
+
+
+class Standings:
+    """How far each trajectory has been scored, kept up to date evaluation by evaluation."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._users: dict[str, list[tuple[TrajectoryPlan, int]]] = {}
+        self._rows: dict[str, tuple[int, str]] = {}
+        self._places = {trajectory.id: place for place, trajectory in enumerate(plan.trajectories)}
+        for trajectory in plan.trajectories:
+            for point in trajectory.points:
+                self._users.setdefault(point.evaluate, []).append((trajectory, point.t))
+
+    def scored(self, evaluation: str, scores: Mapping[str, float]) -> None:
+        """An evaluation is done: whoever it belongs to stands at its t, unless it stood further on already."""
+        text = ""
+        for trajectory, t in self._users.get(evaluation, ()):
+            text = text or f"{gm(ka(scores, self._plan.adaptation), zs(scores, self._plan.held_out)):.3f}"
+            if t >= self._rows.get(trajectory.id, (0, ""))[0]:
+                self._rows.pop(trajectory.id, None)
+                self._rows[trajectory.id] = (t, text)
+
+    def rows(self) -> list[tuple[str, int, int, str]]:
+        """(trajectory, newest t scored, number of tasks, GM there), in the study's order: those scored last, then the first."""
+        chosen = dict.fromkeys(itertools.islice(reversed(self._rows), SHOWN))
+        chosen |= dict.fromkeys(itertools.islice(self._places, max(0, SHOWN - len(chosen))))
+        places = sorted(self._places[name] for name in chosen)
+        shown = [self._plan.trajectories[place] for place in places]
+        known = [(one, *self._rows.get(one.id, (0, ""))) for one in shown]
+        return [(one.id, t, len(one.stream), text) for one, t, text in known]
+
+    @property
+    def hidden(self) -> int:
+        """How many trajectories are left out at least."""
+        return max(0, len(self._places) - SHOWN)
 
 
 class Progress:
     """Counts, per-step rates with ETA, and per-trajectory t and last GM."""
 
     def __init__(
-        self, total: int, done: int, scratch: Path, trajectories: Rows, console: Console | None = None
+        self, total: int, done: int, scratch: Path, standings: Standings, console: Console | None = None
     ) -> None:
-        self.total, self.done, self.scratch, self.trajectories = total, done, scratch, trajectories
+        self.total, self.done, self.scratch, self.standings = total, done, scratch, standings
         self.console = console or Console(stderr=True)
         self.running: dict[str, str] = {}
         self._began: dict[str, float] = {}
-        self._note = ""
+        self._note, self._drawn = "", 0.0
         self._live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
 
     def __enter__(self) -> Self:
@@ -75,8 +116,10 @@ class Progress:
         self.note(f"{label}: {why}; trying again")
 
     def tick(self) -> None:
-        if self._live:
+        """Draw anew, unless that was done a moment ago."""
+        if self._live and time.monotonic() - self._drawn > REDRAW_SECONDS:
             self._live.update(self._view(), refresh=True)
+            self._drawn = time.monotonic()
 
     def _view(self) -> Group:
         steps = Table(box=None, pad_edge=False, header_style="bold")
@@ -88,8 +131,10 @@ class Progress:
         served = Table(box=None, pad_edge=False, header_style="bold")
         for column in ("trajectory", "t", "GM"):
             served.add_column(column, justify="left" if column == "trajectory" else "right")
-        for name, t, tasks, gm in self.trajectories():
-            served.add_row(name, f"{t}/{tasks}", gm)
+        for name, t, tasks, score in self.standings.rows():
+            served.add_row(name, f"{t}/{tasks}", score)
+        if self.standings.hidden:
+            served.add_row(f"and {self.standings.hidden} more", "", "", style="dim")
         head = Text(f"{self.done} of {self.total} steps done  {self._note}", style="bold")
         return Group(head, served, steps)
 

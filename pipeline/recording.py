@@ -48,7 +48,7 @@ class Tracking:
         self.tracker.start()
         self.recorder.study_started(_now_ms())
         for fingerprint, step in self.workspace.plan.steps.items():
-            record = self.workspace.store.record(step.kind, fingerprint)
+            record = self.workspace.known(fingerprint)
             if record is not None:
                 self.recorder.step_done(step, record)
         return self

@@ -59,26 +59,66 @@ def gm(ka: float | None, zs: float | None) -> float | None:
     return None if ka is None or zs is None else math.sqrt(ka * zs)
 
 
+class OverTime:
+    """Forgetting and backward transfer of one trajectory, point after point: each costs one look at every task.
+
+    `points` are all its points; a(s, i) is the mean over the datasets of task i (`tasks`; by default a task is the dataset
+    of its name) of what was deployed at s. A task counts if all its datasets are scored at every s >= 1 so far.
+    """
+
+    def __init__(self, points: Sequence[At], tasks: Mapping[str, Sequence[str]] | None = None) -> None:
+        self._datasets = {
+            point.t: (point.task,) if tasks is None else tuple(tasks.get(point.task, ()))
+            for point in points
+            if point.t > 0
+        }
+        self._best: dict[int, float] = {}
+        self._own: dict[int, float] = {}
+
+    def add(self, t: int, scores: Scores) -> tuple[float | None, float | None]:
+        """(forgetting, backward transfer) at t, whose scores these are; points come in order."""
+        now: dict[int, float] = {}
+        for i, datasets in list(self._datasets.items()) if t > 0 else []:
+            score = mean(scores, datasets)
+            if score is None:
+                del self._datasets[i]
+                continue
+            now[i] = score
+            self._best[i] = max(self._best.get(i, score), score)
+        if t in now:
+            self._own[t] = now[t]
+        earlier = [i for i in now if i < t]
+        drops = [self._best[i] - now[i] for i in earlier]
+        gains = [now[i] - self._own[i] for i in earlier if i in self._own]
+        return average(drops) if drops else None, average(gains) if gains else None
+
+
 def forgetting(
     seen: Sequence[tuple[At, Scores]], tasks: Mapping[str, Sequence[str]] | None = None
 ) -> float | None:
     """Mean over the earlier tasks i of max over s in 1..t of a(s, i), minus a(t, i); None before the second task.
 
-    `seen` are the points up to t, in order, with the scores of what was deployed; a(s, i) is the mean over the datasets of
-    task i (`tasks`; by default a task is the dataset of its name). Never negative. FoMo-in-Flux, utils/metrics.
+    `seen` are the points up to t, in order, with the scores of what was deployed; `tasks` and a as in `OverTime`. Never
+    negative. FoMo-in-Flux, utils/metrics.
     """
-    history = _history(seen, tasks)
-    drops = [max(past.values()) - past[seen[-1][0].t] for i, past in history.items() if i < seen[-1][0].t]
-    return average(drops) if drops else None
+    return _last(seen, tasks)[0]
 
 
 def backward_transfer(
     seen: Sequence[tuple[At, Scores]], tasks: Mapping[str, Sequence[str]] | None = None
 ) -> float | None:
     """Mean over the earlier tasks i of a(t, i) - a(i, i): what later tasks did to them. None before the second task."""
-    history = _history(seen, tasks)
-    gains = [past[seen[-1][0].t] - past[i] for i, past in history.items() if i < seen[-1][0].t and i in past]
-    return average(gains) if gains else None
+    return _last(seen, tasks)[1]
+
+
+def _last(
+    seen: Sequence[tuple[At, Scores]], tasks: Mapping[str, Sequence[str]] | None
+) -> tuple[float | None, float | None]:
+    over_time = OverTime([point for point, _ in seen], tasks)
+    found: tuple[float | None, float | None] = (None, None)
+    for point, scores in seen:
+        found = over_time.add(point.t, scores)
+    return found
 
 
 def results(plan: Plan, store: Records) -> dict[str, Any]:
@@ -162,34 +202,21 @@ class _Once:
         return self._known[fingerprint]
 
 
-def _history(
-    seen: Sequence[tuple[At, Scores]], tasks: Mapping[str, Sequence[str]] | None
-) -> dict[int, dict[int, float]]:
-    """For every task i at or before the last point: its score a(s, i) at every time step s >= 1 seen so far."""
-    history: dict[int, dict[int, float]] = {}
-    after_base = [(point, scores) for point, scores in seen if point.t > 0]
-    for task, _ in after_base:
-        datasets = (task.task,) if tasks is None else tuple(tasks.get(task.task, ()))
-        past = {point.t: mean(scores, datasets) for point, scores in after_base}
-        if None not in past.values():
-            history[task.t] = {t: score for t, score in past.items() if score is not None}
-    return history
-
-
 def _trajectory(plan: Plan, trajectory: TrajectoryPlan, store: Records) -> dict[str, Any]:
-    steps = []
-    seen: list[tuple[Point, Scores]] = []
-    for point in trajectory.points:
+    steps: list[dict[str, Any]] = []
+    over_time = OverTime(trajectory.points, plan.tasks(trajectory))
+    for place, point in enumerate(trajectory.points):
         evaluation = store.record("evaluate", point.evaluate)
         if evaluation is None:
             continue
         scores = {dataset: float(score) for dataset, score in evaluation.result["scores"].items()}
-        seen.append((point, scores))
-        whole = len(seen) == 1 + trajectory.points.index(point)
+        whole = len(steps) == place
+        forgotten, backward = over_time.add(point.t, scores) if whole else (None, None)
         steps.append(
             {
                 **_step(plan, trajectory, point, scores, store),
-                **_over_time(plan.tasks(trajectory), seen if whole else []),
+                "forgetting": forgotten,
+                "bwt": backward,
             }
         )
     return {
@@ -232,14 +259,6 @@ def _step(
         "merged_norm": merged.result.get("merged_norm") if merged else None,
         "cosine": merged.result.get("cosine") if merged else None,
     }
-
-
-def _over_time(
-    tasks: Mapping[str, Sequence[str]], seen: Sequence[tuple[Point, Scores]]
-) -> dict[str, float | None]:
-    if not seen:
-        return {"forgetting": None, "bwt": None}
-    return {"forgetting": forgetting(seen, tasks), "bwt": backward_transfer(seen, tasks)}
 
 
 def _deployed(plan: Plan, trajectory: TrajectoryPlan, point: Point, store: Records) -> str | None:

@@ -6,11 +6,22 @@ recipe, nowhere else. Only names that are one plain path segment get as far as a
 
 import re
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import date
-from typing import Annotated, Any, Literal, Self
+from functools import cached_property
+from typing import Annotated, Any, Literal, Optional, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from pipeline.fingerprint import fingerprint
 from workers.jobs import EngineSpec
@@ -269,26 +280,121 @@ class ExpertResources(Section):
 
 
 class EvaluationResources(Section):
-    """`actors` score at the same time, each with `gpus`, `cpus` and `threads`; 0 CPUs means they share the experts'."""
+    """What one evaluation gets; null is what one of the expert's workers has. `actors` score at the same time, auto is as many as fit.
 
-    gpus: float = Field(default=0, ge=0, le=64)
-    cpus: float = Field(default=0, ge=0, le=1024)
-    actors: int = Field(default=1, ge=1, le=4096)
-    threads: int = Field(default=1, ge=1, le=1024)
+    Where the shape is that of experts with one worker, the same processes train and score. 0 CPUs and 0 GPUs take no place
+    of their own: one such evaluator then runs beside the experts.
+    """
+
+    gpus: float | None = Field(default=None, ge=0, le=64)
+    cpus: float | None = Field(default=None, ge=0, le=1024)
+    actors: Annotated[Any, BeforeValidator(_auto_or_count)] = "auto"
+    threads: int | None = Field(default=None, ge=1, le=1024)
 
 
 class MergingResources(Section):
-    """`threads` of the merge; they do not change its result."""
+    """`threads` of a merge and `actors` that merge at the same time, without a CPU of their own; no result depends on them."""
 
     threads: int = Field(default=1, ge=1, le=1024)
+    actors: int = Field(default=1, ge=1, le=1024)
+
+
+def _overrides(section: type[Section]) -> Any:
+    """The section with every key optional; null is what is said for all models."""
+    fields: dict[str, Any] = {
+        name: (Optional[field.annotation], None)  # noqa: UP045 - an annotation that is known at run time only
+        for name, field in section.model_fields.items()
+    }
+    return create_model(f"{section.__name__}Overrides", __base__=Section, **fields)
+
+
+ExpertOverrides, EvaluationOverrides = _overrides(ExpertResources), _overrides(EvaluationResources)
+
+
+class ModelOverrides(Section):
+    """What one model of the study gets instead."""
+
+    experts: ExpertOverrides = ExpertOverrides()  # type: ignore[valid-type]
+    evaluation: EvaluationOverrides = EvaluationOverrides()  # type: ignore[valid-type]
+
+
+@dataclass(frozen=True)
+class ModelResources:
+    """What experts and evaluations of one model get, nothing left open but what is "auto"."""
+
+    experts: ExpertResources
+    evaluation: EvaluationResources
+
+    @property
+    def evaluation_device(self) -> Literal["cpu", "cuda"]:
+        """Where scores are computed; part of their identity."""
+        return "cuda" if self.evaluation.gpus else "cpu"
 
 
 class ResourcesSection(Section):
-    """Where and how wide things run."""
+    """Where and how wide things run. `by_model` holds what differs for the model of that `model.config`.
+
+    `autoscaling`: nodes may join later, so nothing is too large to ask for, and `groups` must be a number.
+    """
 
     experts: ExpertResources = ExpertResources()
     evaluation: EvaluationResources = EvaluationResources()
     merging: MergingResources = MergingResources()
+    by_model: dict[str, ModelOverrides] = {}
+    autoscaling: bool = False
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        for name in (None, *self.by_model):
+            try:
+                found = self._merged(name)
+            except ValidationError as error:
+                texts = "; ".join(
+                    f"{'.'.join(map(str, one['loc']))} {one['msg'].removeprefix('Value error, ')}".strip()
+                    for one in error.errors()
+                )
+                raise ValueError(f"by_model.{name}: {texts}") from None
+            if self.autoscaling and found.experts.groups == "auto":
+                where = f"by_model.{name}.experts.groups" if name else "experts.groups"
+                raise ValueError(
+                    f"autoscaling needs {where} as a number: how many experts may train at a time"
+                )
+        return self
+
+    @cached_property
+    def resolved(self) -> dict[str | None, ModelResources]:
+        """What each model named in `by_model` gets, and under None every other."""
+        return {name: self._merged(name) for name in (None, *self.by_model)}
+
+    def of(self, model: str) -> ModelResources:
+        """What experts and evaluations of a model (its `model.config`) get."""
+        return self.resolved.get(model) or self.resolved[None]
+
+    def _merged(self, model: str | None) -> ModelResources:
+        experts, evaluation = self.experts.model_dump(), self.evaluation.model_dump()
+        if model in self.by_model:
+            mine = self.by_model[model].model_dump(exclude_none=True)
+            experts |= mine["experts"]
+            evaluation |= mine["evaluation"]
+        for key in ("gpus", "cpus", "threads"):
+            if evaluation[key] is None:
+                evaluation[key] = experts[key]
+        return ModelResources(ExpertResources(**experts), EvaluationResources(**evaluation))
+
+
+class MaxRunning(Section):
+    """At most so many steps of a kind at the same time; null is as many as there is place for."""
+
+    train: int | None = Field(default=None, ge=1, le=1_000_000)
+    merge: int | None = Field(default=None, ge=1, le=1_000_000)
+    evaluate: int | None = Field(default=None, ge=1, le=1_000_000)
+
+
+class ScheduleSection(Section):
+    """What goes first: the longest chain of work, or one trajectory after the other in the order written. No result depends on it."""
+
+    priority: Literal["critical_path", "trajectories"] = "critical_path"
+    max_running: MaxRunning = MaxRunning()
 
 
 class StorageSection(Section):

@@ -13,7 +13,6 @@ from rich.table import Table
 
 from merge_service.errors import UserError
 from merge_service.techniques import get, names
-from pipeline.results import gm, ka, zs
 from pipeline.steps import Plan, TrajectoryPlan
 
 
@@ -118,21 +117,6 @@ def show_status(out: Path, answer: Mapping[str, Any]) -> None:
             f"  the tracker waits for {answer['tracker_pending']} rows: temporal-merge sync {out}",
             markup=False,
         )
-
-
-def trajectory_rows(workspace: Any) -> list[tuple[str, int, int, str]]:
-    """(trajectory, newest t scored, tasks, GM there) of every trajectory, as far as the store has it."""
-    plan, rows = workspace.plan, []
-    for trajectory in plan.trajectories:
-        newest, score = 0, ""
-        for point in trajectory.points:
-            record = workspace.remember("evaluate", point.evaluate)
-            if record is None:
-                continue
-            scores = record.result["scores"]
-            newest, score = point.t, f"{gm(ka(scores, plan.adaptation), zs(scores, plan.held_out)):.3f}"
-        rows.append((trajectory.id, newest, len(trajectory.stream), score))
-    return rows
 
 
 def print_results(out: Path, answer: Mapping[str, Any], tracking: Any) -> None:

@@ -44,7 +44,7 @@ def status_of(out: Path) -> dict[str, Any]:
     and partial otherwise.
     """
     plan, store = open_plan(out), store_of(out)
-    done = [fp for fp, step in plan.steps.items() if store.has(step.kind, fp)]
+    done = {fp for fp, step in plan.steps.items() if store.has(step.kind, fp)}
     driver, alive = read_driver(out), is_held(out)
     running = [step for step in driver.get("running", []) if step["fingerprint"] not in done] if alive else []
     failure = None if alive else driver.get("failed")

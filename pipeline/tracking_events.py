@@ -19,6 +19,7 @@ from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from pipeline import results
 from pipeline.artifact import Record
 from pipeline.outbox import Row
+from pipeline.results import OverTime
 from pipeline.steps import BASE, Plan, Point, Step, TrajectoryPlan
 from pipeline.tracking_experts import ExpertRows
 from pipeline.tracking_index import (
@@ -56,6 +57,17 @@ class StudyFacts:
     store: str = "store"
 
 
+@dataclass
+class _Reached:
+    """How far a trajectory has been told: points scored without a gap, the time of the newest of them, what is waited for."""
+
+    over_time: OverTime
+    waiting: set[str]
+    places: int = 0
+    stamp: int = 0
+    end: int = 0
+
+
 class Projection:
     """Rows of one plan. It remembers the records it was told, and nothing else. `bases` are the records of the bases, by fingerprint."""
 
@@ -64,6 +76,13 @@ class Projection:
         self.rows = Rows(self.index.fingerprint)
         self._plan, self._facts, self._bases = plan, facts, bases
         self._records: dict[str, Record] = {}
+        self._reached = {
+            trajectory.id: _Reached(
+                OverTime(trajectory.points, plan.tasks(trajectory)),
+                set().union(*(steps_of(point) for point in trajectory.points)),
+            )
+            for trajectory in plan.trajectories
+        }
         self._lineage = Lineage(plan.steps, self._records, bases, facts.store)
         self._common = {
             "study": plan.study,
@@ -138,7 +157,7 @@ class Projection:
                 rows.append(self._score_row(trajectory, point, record))
         for trajectory in {trajectory.id: trajectory for trajectory, _ in users}.values():
             rows += self._over_time_rows(trajectory) if step.kind == "evaluate" else []
-            rows += self._end_row(trajectory)
+            rows += self._end_row(trajectory, step, record)
         return rows
 
     # --- a trajectory -------------------------------------------------------------------------------------------------
@@ -171,28 +190,31 @@ class Projection:
         return self.rows.log(trajectory_key(trajectory), f"t{point.t}/merge", metrics, model)
 
     def _over_time_rows(self, trajectory: TrajectoryPlan) -> list[Row]:
-        """Forgetting and backward transfer at every t up to which all evaluations are there."""
-        rows, seen, stamp, tasks = [], [], 0, self._plan.tasks(trajectory)
-        for point in trajectory.points:
+        """Forgetting and backward transfer at every further t up to which all evaluations are there by now."""
+        reached, rows = self._reached[trajectory.id], []
+        while reached.places < len(trajectory.points):
+            point = trajectory.points[reached.places]
             record = self._records.get(point.evaluate)
             if record is None:
                 break
-            seen.append((point, record.result["scores"]))
-            stamp = max(stamp, record.created_ms)
-            metrics = Metrics(stamp)
-            metrics.add("forgetting", results.forgetting(seen, tasks), point.t)
-            metrics.add("backward_transfer", results.backward_transfer(seen, tasks), point.t)
+            reached.places += 1
+            reached.stamp = max(reached.stamp, record.created_ms)
+            forgotten, backward = reached.over_time.add(point.t, record.result["scores"])
+            metrics = Metrics(reached.stamp)
+            metrics.add("forgetting", forgotten, point.t)
+            metrics.add("backward_transfer", backward, point.t)
             if metrics.values:
                 what, model = f"t{point.t}/over_time", model_key(trajectory, point)
                 rows.append(self.rows.log(trajectory_key(trajectory), what, metrics, model))
         return rows
 
-    def _end_row(self, trajectory: TrajectoryPlan) -> list[Row]:
-        needed = set().union(*(steps_of(point) for point in trajectory.points))
-        if not needed <= self._records.keys():
-            return []
-        end = max(self._records[fingerprint].created_ms for fingerprint in needed)
-        return [self.rows.status(trajectory_key(trajectory), "FINISHED", end)]
+    def _end_row(self, trajectory: TrajectoryPlan, step: Step, record: Record) -> list[Row]:
+        reached = self._reached[trajectory.id]
+        reached.waiting.discard(step.fingerprint)
+        reached.end = max(reached.end, record.created_ms)
+        return (
+            [] if reached.waiting else [self.rows.status(trajectory_key(trajectory), "FINISHED", reached.end)]
+        )
 
     def _scores(self, record: Record, t: int) -> Metrics:
         scores, metrics = record.result["scores"], Metrics(record.created_ms)

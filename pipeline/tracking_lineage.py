@@ -26,6 +26,7 @@ class Lineage:
     ) -> None:
         self._store = store
         self._steps, self._records, self._bases = steps, records, bases
+        self._last: tuple[str, list[dict[str, Any]]] = ("", [])
 
     def place(self, record: Record) -> str:
         """Where the store holds an artifact: relative to the study's directory, or in a store elsewhere."""
@@ -78,6 +79,12 @@ class Lineage:
         return self._bases[step.base if step else record.fingerprint].sha256(WEIGHTS_FILE) or ""
 
     def _experts(self, record: Record) -> list[dict[str, Any]]:
+        """What was merged, in order; a checkpoint's is asked several times in a row, and may be long."""
+        if self._last[0] != record.fingerprint:
+            self._last = (record.fingerprint, self._found(record))
+        return self._last[1]
+
+    def _found(self, record: Record) -> list[dict[str, Any]]:
         found = {fingerprint: self._steps[fingerprint] for fingerprint in self._sources(record.fingerprint)}
         ordered = sorted(found.values(), key=lambda step: (step.t, step.fingerprint))
         return [

@@ -69,6 +69,8 @@ class Workspace:
 
     def weights(self, fingerprint: str) -> Path:
         """The directory of weights that a step (or the base) makes, whether they are there yet or not."""
+        if fingerprint in self._records:
+            return Path(self._records[fingerprint].path)
         step = self.plan.weights_step(fingerprint)
         return self.store.path(step.kind, step.fingerprint, step.slug)
 
@@ -109,14 +111,22 @@ class Workspace:
         for stream in self.facts.streams.values():
             save(stream, directory / f"{stream.fingerprint[:12]}.json")
 
-    def remember(self, kind: str, fingerprint: str) -> Any:
-        """The record of a step, read once it is there; None before."""
+    def known(self, fingerprint: str) -> Any:
+        """The record of a step or of a base, read from the store at most once; None if it is not there."""
         if fingerprint not in self._records:
-            record = self.store.record(kind, fingerprint)
+            record = self.store.record(self.plan.weights_step(fingerprint).kind, fingerprint)
             if record is None:
                 return None
             self._records[fingerprint] = record
         return self._records[fingerprint]
+
+    def keep(self, record: Any) -> None:
+        """A step's record, just made."""
+        self._records[record.fingerprint] = record
+
+    def forget(self, fingerprint: str) -> None:
+        """The artifact has turned out to be damaged."""
+        self._records.pop(fingerprint, None)
 
     def write_results(self) -> dict[str, Any]:
         answer = results(self.plan, self.store)

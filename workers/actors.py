@@ -1,4 +1,4 @@
-"""The thin Ray edge of training and evaluation: receive a job, call the plain function, commit the result.
+"""The thin Ray edge of training and evaluation, in one actor: receive a job, call the plain function, commit the result.
 
 Invariant: an actor holds caches only. Whatever it returns is already in the store, and every method may run twice
 with the same job: the second commit of the same bytes is a no-op.
@@ -30,8 +30,11 @@ class Store(Protocol):
     def open_inputs(self, step: Any) -> None: ...
 
 
-class ExpertWorker:
-    """One rank of the group that trains experts; it lives on from expert to expert."""
+class Worker:
+    """One rank of a group that trains experts; a group of one scores checkpoints as well. It lives on from step to step.
+
+    torch is imported once, and decoded data, tokens and mapped base weights stay in the process's memory.
+    """
 
     def __init__(self, rank: int, world: int, threads: int, device: str) -> None:
         import torch
@@ -46,14 +49,19 @@ class ExpertWorker:
             probe.bind((host, 0))
             return host, probe.getsockname()[1]
 
-    def join(self, host: str, port: int) -> None:
+    def join(self, place: tuple[str, int]) -> None:
         """Meet the other ranks; once in the group's life."""
         from workers.engine import join_group
 
-        join_group(self.rank, self.world, host, port, self.device)
+        join_group(self.rank, self.world, *place, self.device)
 
-    def run(self, job: TrainJob, step: Any, store: Store) -> Any:
-        """Train one expert; rank 0 commits it and returns the record, the others return None."""
+    def run(self, job: TrainJob | EvaluateJob, step: Any, store: Store) -> Any:
+        """Carry out one step; rank 0 commits it and returns the record, the others return None."""
+        if isinstance(job, TrainJob):
+            return self._train(job, step, store)
+        return self._evaluate(job, step, store)
+
+    def _train(self, job: TrainJob, step: Any, store: Store) -> Any:
         from workers.train import POINTS, train_expert
 
         hooks = {name: partial(_pass, name) for name in POINTS}
@@ -73,16 +81,7 @@ class ExpertWorker:
         shutil.rmtree(job.scratch, ignore_errors=True)
         return record
 
-
-class Evaluator:
-    """Scores deployed weights; keeps decoded datasets and tokens between calls."""
-
-    def __init__(self, threads: int) -> None:
-        import torch
-
-        torch.set_num_threads(threads)
-
-    def run(self, job: EvaluateJob, step: Any, store: Store) -> Any:
+    def _evaluate(self, job: EvaluateJob, step: Any, store: Store) -> Any:
         from workers.evaluate import evaluate
 
         store.open_inputs(step)
@@ -100,9 +99,9 @@ def _pass(name: str, _: int) -> None:
     point(name)
 
 
-def gather(members: list[Any]) -> None:
-    """Let the ranks of a new group find each other."""
+def gather(members: list[Any]) -> list[Any]:
+    """Let the ranks of a new group find each other: what has to succeed before they can work."""
     if len(members) == 1:
-        return
-    host, port = ray.get(members[0].address.remote(), timeout=120)
-    ray.get([member.join.remote(host, port) for member in members], timeout=300)
+        return []
+    place = members[0].address.remote()
+    return [member.join.remote(place) for member in members]

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.progress import Progress, read_progress, training_columns
+from pipeline.plan import Plan
+from pipeline.progress import SHOWN, Progress, Standings, read_progress, training_columns
+from tests.pipeline.plan_toys import facts, make_plan, study
 
 
 def lines(console: Console) -> list[str]:
@@ -14,9 +16,13 @@ def lines(console: Console) -> list[str]:
     return console.file.getvalue().splitlines()
 
 
+def plan_of(strategies: list[str], **changes: object) -> Plan:
+    return make_plan(study(strategies, **changes), facts())
+
+
 def test_progress_off_a_terminal_is_one_plain_line_per_step(tmp_path: Path) -> None:
     console = Console(file=io.StringIO())
-    with Progress(3, 1, tmp_path, lambda: [], console) as progress:
+    with Progress(3, 1, tmp_path, Standings(plan_of(["zero_shot"])), console) as progress:
         progress.started("f1", "t1 animals: expert from base")
         progress.finished("f1", "100 steps, loss 1.5")
         progress.started("f2", "t1 animals: average")
@@ -31,7 +37,11 @@ def test_progress_on_a_terminal_shows_rates_trajectories_and_counts(tmp_path: Pa
     (tmp_path / "f1").mkdir()
     report = {"step": 50, "steps": 100, "rate": 640.0, "loss": 2.25}
     (tmp_path / "f1" / "progress.json").write_text(json.dumps(report))
-    with Progress(3, 1, tmp_path, lambda: [("best_in_time", 2, 6, "0.412")], console) as progress:
+    plan = plan_of(["best_in_time"])
+    standings = Standings(plan)
+    scores = dict.fromkeys((*plan.adaptation, *plan.held_out), 0.412)
+    standings.scored(plan.trajectories[0].points[2].evaluate, scores)
+    with Progress(3, 1, tmp_path, standings, console) as progress:
         progress.started("f1", "t3 photos_b: expert from ema")
     shown = "\n".join(lines(console))
     for text in (
@@ -41,10 +51,25 @@ def test_progress_on_a_terminal_shows_rates_trajectories_and_counts(tmp_path: Pa
         "640/s",
         "2.250",
         "best_in_time",
-        "2/6",
+        "2/3",
         "0.412",
     ):
         assert text in shown
+
+
+def test_standings_show_the_trajectories_scored_last_and_count_the_others() -> None:
+    seeds = list(range(SHOWN + 5))
+    plan = plan_of(["continual_finetuning"], grid={"strategies": ["continual_finetuning"], "seed": seeds})
+    standings = Standings(plan)
+    assert len(standings.rows()) == SHOWN and standings.hidden == 5
+    scores = dict.fromkeys((*plan.adaptation, *plan.held_out), 0.25)
+    for trajectory in plan.trajectories[:-1]:
+        standings.scored(trajectory.points[1].evaluate, scores)
+    standings.scored(plan.trajectories[-1].points[3].evaluate, scores)
+    standings.scored(plan.trajectories[-1].points[2].evaluate, scores)
+    rows = standings.rows()
+    assert [name for name, *_ in rows] == [one.id for one in plan.trajectories[5:]]
+    assert rows[-1][1:] == (3, 3, "0.250") and rows[0][1:] == (1, 3, "0.250")
 
 
 def test_training_columns_estimate_the_time_left_from_what_is_done() -> None:

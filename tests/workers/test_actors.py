@@ -12,7 +12,7 @@ import pytest
 
 from merge_service.checkpoint import WEIGHTS_FILE, CheckpointWriter
 from merge_service.service import sha256_of
-from workers.actors import ExpertWorker
+from workers.actors import Worker
 from workers.jobs import EngineSpec, TrainJob
 
 
@@ -52,7 +52,7 @@ def test_expert_actor_keeps_the_thresholds_its_job_asks_for_and_nothing_in_the_a
         recipe={}, steps=1, seed=0, engine=EngineSpec(), scratch=str(tmp_path / "scratch"), checkpoint_every=0, out="",
         cache="", asked_limits=asked, limits=str(tmp_path / "limits"),
     )  # fmt: skip
-    record = ExpertWorker(0, 1, 1, "cpu").run(job, None, Shelf(tmp_path))
+    record = Worker(0, 1, 1, "cpu").run(job, None, Shelf(tmp_path))
     (kept,) = (tmp_path / "limits").iterdir()
     body = json.loads(kept.read_text())
     assert body["expert"]["sha256"] == record.sha256(WEIGHTS_FILE)

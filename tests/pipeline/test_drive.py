@@ -1,0 +1,217 @@
+"""The driver's loop over workers that exist only here: caps, priorities, shapes, faults, and an end to every study."""
+
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.pool import Group, WorkerLost
+from cluster.room import Node, Room
+from cluster.session import ClusterError, Session
+from pipeline import driver
+from pipeline.errors import CorruptArtifact
+from pipeline.timeline import read_timeline
+from pipeline.workspace import Workspace
+from tests.pipeline.plan_toys import facts, make_plan, study
+
+USAGE = SimpleNamespace(cpu_seconds=0.5, start=1.0, end=2.0, node="here")
+STRATEGIES = ["best_in_time", {"init": "base", "deploy": ["latest", "all"], "technique": ["ties", "average"]}]
+
+
+class Workers:
+    """Stands in for Pools: groups that are made as the room allows and dropped when idle and in the way."""
+
+    def __init__(self, pools: dict[str, Any], room: Room | None) -> None:
+        self.pools, self.room = pools, room
+        self.groups: dict[str, list[Group]] = {name: [] for name in pools}
+        self.by_name = {name: SimpleNamespace(call=self.call) for name in pools}
+
+    def group(self, name: str, avoid: Any) -> Group | None:
+        idle = [group for group in self.groups[name] if group.idle]
+        shape = self.pools[name].shape
+        if idle or shape.is_free or self.room is None:
+            return idle[0] if idle else self._new(name, None)
+        for other in (group for groups in self.groups.values() for group in list(groups) if group.idle):
+            if other.share is not None:
+                self.room.give(other.share)
+        self.groups = {key: [group for group in some if not group.idle] for key, some in self.groups.items()}
+        share = self.room.take(shape, avoid)
+        return None if share is None else self._new(name, share)
+
+    def _new(self, name: str, share: Any) -> Group:
+        self.groups[name].append(Group(name, [], share))
+        return self.groups[name][-1]
+
+    def call(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError
+
+    def without_place(self, seconds: float) -> list[Group]:
+        return []
+
+    def close(self) -> None:
+        pass
+
+
+class Call(SimpleNamespace):
+    """A call that does its work when it is asked for its result."""
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__  # type: ignore[assignment]
+
+
+class Scene:
+    """One study driven to its end, with a note of what was running together and what ended in which order."""
+
+    def __init__(
+        self, room: Path, monkeypatch: pytest.MonkeyPatch, seed: int = 0, cpus: float = 2, **changes: Any
+    ) -> None:
+        self.rng, self.errors = random.Random(seed), dict[str, list[Exception]]()
+        self.ended: list[Any] = []
+        self.together: list[list[Any]] = []
+        self.damaged: set[str] = set()
+        self.victim = ""
+        one = study(changes.pop("strategies", STRATEGIES), **changes)
+        known = facts()
+        self.plan = make_plan(one, known)
+        self.workspace = Workspace(one, room, self.plan, known)
+        self.workspace.__dict__["store"] = SimpleNamespace(has=lambda kind, fp: fp not in self.damaged)
+        monkeypatch.setattr(driver, "Pools", Workers)
+        monkeypatch.setattr(driver, "Jobs", lambda _: SimpleNamespace(of=lambda step: None))
+        monkeypatch.setattr(driver, "nodes_now", lambda: self.nodes)
+        monkeypatch.setattr(driver, "wait", self._wait)
+        monkeypatch.setattr(driver.time, "sleep", lambda _: None)
+        monkeypatch.setattr(
+            Workers, "call", lambda pools, method, job, step, store, group: self._call(step, group)
+        )
+        self.nodes = (Node("a", "10.0.0.1", cpus),)
+        self.told: list[str] = []
+        tracking: Any = SimpleNamespace(
+            committed=lambda step, record: self.told.append(step.fingerprint), failed=lambda *_: None
+        )
+        self.drive = driver._Drive(self.workspace, Session("local", self.nodes), tracking, set())
+
+    def _call(self, step: Any, group: Group) -> Call:
+        group.idle = False
+        return Call(group=group, usages=[USAGE], step=step, result=lambda: self._result(step, group))
+
+    def _result(self, step: Any, group: Group) -> Any:
+        group.idle = True
+        if self.errors.get(step.fingerprint):
+            error = self.errors[step.fingerprint].pop()
+            self.damaged |= {self.victim} if isinstance(error, CorruptArtifact) else set()
+            raise error
+        self.ended.append(step)
+        self.damaged.discard(step.fingerprint)
+        scores = dict.fromkeys((*self.plan.adaptation, *self.plan.held_out), 0.5)
+        result = {"steps": 1, "loss": [[1, 1.0]], "samples_per_second": 1.0, "scores": scores}
+        return SimpleNamespace(kind=step.kind, fingerprint=step.fingerprint, result=result, path=Path())
+
+    def _wait(self, calls: list[Any], timeout: float) -> list[Any]:
+        assert calls, "the driver waits for nobody"
+        self.together.append([call.step for call in calls])
+        return [self.rng.choice(calls)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_step_is_done_once_after_what_it_needs_and_no_worker_idles_while_a_step_is_ready(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(tmp_path, monkeypatch, seed, grid={"strategies": STRATEGIES, "seed": [0, 1, 2]})
+    scene.drive.run()
+    done: set[str] = set()
+    for step in scene.ended:
+        assert scene.drive.schedule.needs(step.fingerprint) <= done
+        done.add(step.fingerprint)
+    assert len(scene.ended) == len(done) == len(scene.plan.steps) and sorted(scene.told) == sorted(done)
+    working = [sum(step.kind != "merge" for step in steps) for steps in scene.together]
+    assert working.count(2) / len(working) > 0.8  # both workers, but for the tails of chains
+    lines = read_timeline(tmp_path)
+    assert [line["fingerprint"] for line in lines if "fingerprint" in line] == [
+        step.fingerprint for step in scene.ended
+    ]
+
+
+def test_caps_are_never_exceeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    most = {"train": 2, "merge": 1, "evaluate": 3}
+    scene = Scene(
+        tmp_path, monkeypatch, cpus=16, schedule={"max_running": most}, resources={"merging": {"actors": 3}}
+    )
+    scene.drive.run()
+    for kind, cap in most.items():
+        assert max(sum(step.kind == kind for step in steps) for steps in scene.together) == cap
+
+
+def test_groups_and_actors_cap_each_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resources = {"experts": {"groups": 3}, "by_model": {"toy": {"evaluation": {"actors": 2}}}}
+    scene = Scene(tmp_path, monkeypatch, cpus=16, resources=resources)
+    scene.drive.run()
+    for kind, cap in (("train", 3), ("evaluate", 2)):
+        assert max(sum(step.kind == kind for step in steps) for steps in scene.together) == cap
+
+
+def test_trajectories_first_gives_the_first_results_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = {}
+    for priority in ("trajectories", "critical_path"):
+        (tmp_path / priority).mkdir()
+        scene = Scene(
+            tmp_path / priority, monkeypatch, cpus=1, schedule={"priority": priority},
+            grid={"strategies": STRATEGIES, "seed": [0, 1, 2]},
+        )  # fmt: skip
+        scene.drive.run()
+        order = [step.fingerprint for step in scene.ended]
+        ends[priority] = [
+            max(order.index(point.evaluate) for point in trajectory.points)
+            for trajectory in scene.plan.trajectories
+        ]
+    first, last = ends["trajectories"], ends["critical_path"]
+    assert first[0] < last[0] / 3 and sum(first) < sum(last) * 0.8
+
+
+def test_models_of_several_shapes_share_the_cluster_and_all_finish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [{"config": "small"}, {"config": "large"}]
+    resources = {"by_model": {"large": {"experts": {"cpus": 4}}, "small": {"experts": {"cpus": 0.5}}}}
+    scene = Scene(
+        tmp_path,
+        monkeypatch,
+        cpus=4,
+        resources=resources,
+        grid={"strategies": STRATEGIES, "model": models, "seed": [0, 1]},
+    )
+    scene.drive.run()
+    assert len(scene.ended) == len(scene.plan.steps)
+    for steps in scene.together:
+        large = [step for step in steps if step.model == "large" and step.kind != "merge"]
+        small = [step for step in steps if step.model == "small" and step.kind != "merge"]
+        assert not large or (len(large) == 1 and not small)
+    assert max(len(steps) for steps in scene.together) >= 8
+
+
+def test_lost_worker_is_tried_again_and_a_damaged_input_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(tmp_path, monkeypatch)
+    merge = next(step for step in scene.plan.steps.values() if step.kind == "merge")
+    expert = next(fp for fp in merge.inputs.values() if fp in scene.plan.steps)
+    scene.victim = expert
+    scene.errors[merge.fingerprint] = [WorkerLost("died"), CorruptArtifact("flipped")]
+    scene.drive.run()
+    order = [step.fingerprint for step in scene.ended]
+    assert order.count(expert) == 2 and order.count(merge.fingerprint) == 1
+    assert len(order) == len(scene.plan.steps) + 1
+
+
+def test_step_that_has_lost_its_only_node_ends_the_run_instead_of_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(tmp_path, monkeypatch)
+    monkeypatch.setattr(driver, "LOOK_SECONDS", -1.0)
+    monkeypatch.setattr(driver, "wait", lambda calls, _: calls[:1])
+    scene.nodes = (Node("b", "10.0.0.2", 0.5),)
+    with pytest.raises(ClusterError, match=r"do not fit into 0\.5 CPUs"):
+        scene.drive.run()
