@@ -4,7 +4,7 @@ Invariant: lineage is read from the plan and the records of what was merged, and
 by the sha256 of its weights.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from merge_service.checkpoint import WEIGHTS_FILE
@@ -12,6 +12,8 @@ from pipeline.artifact import Record
 from pipeline.steps import BASE, Step
 
 _TAG_CHARACTERS = 4000
+LISTED = 64
+"""Experts that a checkpoint's lineage names one by one."""
 
 
 class Lineage:
@@ -26,7 +28,7 @@ class Lineage:
     ) -> None:
         self._store = store
         self._steps, self._records, self._bases = steps, records, bases
-        self._last: tuple[str, list[dict[str, Any]]] = ("", [])
+        self._merged: dict[str, tuple[int, list[dict[str, Any]]]] = {}
 
     def place(self, record: Record) -> str:
         """Where the store holds an artifact: relative to the study's directory, or in a store elsewhere."""
@@ -35,10 +37,10 @@ class Lineage:
 
     def tags(self, record: Record) -> dict[str, str]:
         """What can be searched: sha256 of the weights, the base's, and the merged experts in order."""
-        experts = [f"t{e['t']}:{e['task']}:{str(e['sha256'])[:12]}" for e in self._experts(record)]
-        text = " ".join(experts)
-        if len(text) > _TAG_CHARACTERS:
-            text = f"{len(experts)} experts, see manifest.json"
+        total, experts = self._experts(record.fingerprint)
+        text = " ".join(f"t{e['t']}:{e['task']}:{str(e['sha256'])[:12]}" for e in experts)
+        if total > len(experts) or len(text) > _TAG_CHARACTERS:
+            text = f"{total} experts, see manifest.json"
         tags = {
             "sha256": record.sha256(WEIGHTS_FILE) or "",
             "fingerprint": record.fingerprint,
@@ -50,8 +52,9 @@ class Lineage:
 
     def note(self, record: Record) -> str:
         """The same for people, in Markdown."""
-        experts = [f"t={expert['t']} {expert['task']}" for expert in self._experts(record)]
-        shown = ", ".join(experts if len(experts) <= 12 else [*experts[:6], "…", *experts[-3:]])
+        total, experts = self._experts(record.fingerprint)
+        names = [f"t={expert['t']} {expert['task']}" for expert in experts]
+        shown = ", ".join(names if total <= 12 else [f"{total} experts, the last", *names[-3:]])
         what = {"merge": "merged from", "train": "the expert of"}.get(record.kind)
         lines = [f"- {what}: {shown}"] if what else []
         return "\n".join(
@@ -59,7 +62,11 @@ class Lineage:
         )
 
     def manifest(self, record: Record) -> dict[str, Any]:
-        """Everything about a checkpoint's origin, to be kept as a file with it."""
+        """Everything about a checkpoint's origin, to be kept as a file with it.
+
+        Of very many experts the newest are listed; `inputs` leads to the rest, record by record.
+        """
+        total, experts = self._experts(record.fingerprint)
         return {
             "format": 1,
             "kind": record.kind,
@@ -70,7 +77,11 @@ class Lineage:
             "versions": dict(record.versions),
             "spec": record.spec,
             "inputs": dict(record.inputs),
-            "lineage": {"base_sha256": self._base_sha256(record), "experts": self._experts(record)},
+            "lineage": {
+                "base_sha256": self._base_sha256(record),
+                "experts_total": total,
+                "experts": experts,
+            },
             "open_with": 'open_clip.create_model_and_transforms("local-dir:DIRECTORY")',
         }
 
@@ -78,37 +89,31 @@ class Lineage:
         step = self._steps.get(record.fingerprint)
         return self._bases[step.base if step else record.fingerprint].sha256(WEIGHTS_FILE) or ""
 
-    def _experts(self, record: Record) -> list[dict[str, Any]]:
-        """What was merged, in order; a checkpoint's is asked several times in a row, and may be long."""
-        if self._last[0] != record.fingerprint:
-            self._last = (record.fingerprint, self._found(record))
-        return self._last[1]
+    def _experts(self, fingerprint: str) -> tuple[int, list[dict[str, Any]]]:
+        """How many experts went into these weights, through folds, and the newest of them by t.
 
-    def _found(self, record: Record) -> list[dict[str, Any]]:
-        found = {fingerprint: self._steps[fingerprint] for fingerprint in self._sources(record.fingerprint)}
-        ordered = sorted(found.values(), key=lambda step: (step.t, step.fingerprint))
-        return [
-            {
-                "t": step.t,
-                "task": step.task,
-                "fingerprint": step.fingerprint,
-                "sha256": self._records[step.fingerprint].sha256(WEIGHTS_FILE),
-                "init": BASE if step.inputs["init"] in self._bases else step.inputs["init"],
-            }
-            for step in ordered
-            if step.fingerprint in self._records
-        ]
-
-    def _sources(self, fingerprint: str) -> Iterator[str]:
-        """The experts merged into these weights, through folds; an expert's own start is not followed."""
-        waiting, seen = [fingerprint], set()
-        while waiting:
-            current = waiting.pop()
-            step = self._steps.get(current)
-            if step is None or current in seen:
-                continue
-            seen.add(current)
-            if step.kind == "train":
-                yield current
+        An expert's own start is not followed. What a fold has before it is known already, so the thousandth costs what the
+        second did.
+        """
+        if fingerprint not in self._merged:
+            step = self._steps.get(fingerprint)
+            if step is None:
+                self._merged[fingerprint] = 0, []
+            elif step.kind == "train":
+                self._merged[fingerprint] = 1, [self._expert(step)]
             else:
-                waiting.extend(step.inputs.values())
+                sources = [self._experts(source) for source in dict.fromkeys(step.inputs.values())]
+                listed = [expert for _, experts in sources[-LISTED:] for expert in experts]
+                listed.sort(key=lambda expert: (expert["t"], expert["fingerprint"]))
+                self._merged[fingerprint] = sum(total for total, _ in sources), listed[-LISTED:]
+        return self._merged[fingerprint]
+
+    def _expert(self, step: Step) -> dict[str, Any]:
+        record = self._records.get(step.fingerprint)
+        return {
+            "t": step.t,
+            "task": step.task,
+            "fingerprint": step.fingerprint,
+            "sha256": record.sha256(WEIGHTS_FILE) if record is not None else None,
+            "init": BASE if step.inputs["init"] in self._bases else step.inputs["init"],
+        }

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from merge_service.merge import merge
-from tests.world import ROOT, TASKS, Cluster, World, artifacts, command
+from tests.world import ROOT, STRATEGIES, TASKS, Cluster, World, artifacts, command
 
 pytestmark = pytest.mark.ray
 
@@ -200,6 +200,28 @@ def test_finished_run_started_again_does_nothing_and_starts_no_cluster(
     assert {
         path: path.stat().st_mtime_ns for path in (undisturbed / "store").rglob("*") if path.is_file()
     } == before
+
+
+def test_technique_added_to_a_finished_study_trains_no_expert(
+    undisturbed: Path, world: World, cluster: Cluster, tmp_path: Path
+) -> None:
+    """Only merges and evaluations run: every expert is there already, for each initialization that no technique enters."""
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    experts = {path: path.stat().st_ino for path in (out / "store" / "train").iterdir()}
+    more = [
+        {"init": "base", "deploy": "all", "technique": "magmax"},
+        {"preset": "continual_finetuning", "deploy": "ema", "technique": "average"},
+    ]
+    before = len((out / "timeline.jsonl").read_text().splitlines())
+    answer = command(
+        "run", world.study(grid={"strategies": [*STRATEGIES, *more]}), "--out", out, "--address", cluster.address
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert {path: path.stat().st_ino for path in (out / "store" / "train").iterdir()} == experts
+    lines = [json.loads(line) for line in (out / "timeline.jsonl").read_text().splitlines()[before:]]
+    assert {line["kind"] for line in lines if "kind" in line} == {"merge", "evaluate"}
+    assert len(results(out)["trajectories"]) == 5 and results(out)["complete"]
 
 
 def test_study_of_another_name_is_refused_on_the_same_out(undisturbed: Path, world: World) -> None:

@@ -89,6 +89,19 @@ def test_experts_with_replay_and_of_a_recipe_grid_are_told_apart(tmp_path: Path)
     assert len(names) == len(set(names)) == 8
 
 
+def test_lineage_of_very_many_experts_names_the_newest_and_counts_all(
+    study: Tracked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.tracking_lineage.LISTED", 2)
+    models = {body["name"]: body for body in of(rows_of(study), "model")}
+    for strategy in ("best_in_time", "offline_merging"):
+        lineage = models[f"{strategy}-t3-photos_b-seed0"]["manifest"]["lineage"]
+        assert lineage["experts_total"] == 3
+        assert [expert["t"] for expert in lineage["experts"]] == [2, 3]
+    tags = models["best_in_time-t3-photos_b-seed0"]["tags"]
+    assert tags["lineage.experts"] == "3 experts, see manifest.json"
+
+
 def test_every_unique_expert_has_one_run(study: Tracked) -> None:
     trained = [step for step in study.plan.steps.values() if step.kind == "train"]
     experts = [body for body in of(rows_of(study), "run") if body["tags"]["kind"] == "expert"]
@@ -105,6 +118,7 @@ def test_served_checkpoints_are_models_with_lineage_and_the_base_is_one(study: T
         == model["params"]
     )
     assert [expert["t"] for expert in model["manifest"]["lineage"]["experts"]] == [1, 2, 3]
+    assert model["manifest"]["lineage"]["experts_total"] == 3
     assert model["tags"]["sha256"] == model["manifest"]["files"]["open_clip_model.safetensors"]["sha256"]
     assert model["tags"]["lineage.base"] == study.base.sha256("open_clip_model.safetensors")
     assert models["continual_finetuning-t2-scripts-seed1"]["type"] == "expert"
