@@ -39,6 +39,9 @@ class Worker:
     def __init__(self, rank: int, world: int, threads: int, device: str) -> None:
         import torch
 
+        import workers.evaluate
+        import workers.train  # noqa: F401  (seconds, which the first step need not wait for)
+
         torch.set_num_threads(threads)
         self.rank, self.world, self.device = rank, world, device
 
