@@ -215,7 +215,12 @@ def test_technique_added_to_a_finished_study_trains_no_expert(
     ]
     before = len((out / "timeline.jsonl").read_text().splitlines())
     answer = command(
-        "run", world.study(grid={"strategies": [*STRATEGIES, *more]}), "--out", out, "--address", cluster.address
+        "run",
+        world.study(grid={"strategies": [*STRATEGIES, *more]}),
+        "--out",
+        out,
+        "--address",
+        cluster.address,
     )
     assert answer.returncode == 0, answer.stderr
     assert {path: path.stat().st_ino for path in (out / "store" / "train").iterdir()} == experts
