@@ -7,7 +7,9 @@ client that goes away changes nothing. The token travels in a header only: it is
 import asyncio
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -165,7 +167,8 @@ class Cluster:
         seen, trouble = _Seen(write), 0.0
         while True:
             try:
-                asyncio.run(self._tail(name, seen))
+                with _interruptible():
+                    asyncio.run(self._tail(name, seen))
                 job = Job.of(self.client.get_job_info(name))
                 if job.ended:
                     return job
@@ -262,3 +265,20 @@ def _gist(error: Exception) -> str:
     if any("404" in line for line in lines[:1]):
         return "what answers there is no Ray dashboard; give http://HEAD:8265"
     return lines[-1][:500] if lines else type(error).__name__
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends what runs within. asyncio would cancel its task instead, and an error of a closing connection hide that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -48,19 +48,19 @@ def cache_of(study: Study) -> Path:
 def gather(study: Study, provisional: bool = False) -> Facts:
     """The facts of a resolved study. Raises UserError for a base or data that are not there.
 
-    `provisional` takes the suite's description for datasets, and the name for weights, that are not there; the facts name
+    `provisional` takes the description of a suite for datasets, and the name for weights, that are not there; the facts name
     what is missing.
     """
     roles, cache = study.roles, cache_of(study)
     names = dict.fromkeys((*study.learnt, *roles.pretraining, *roles.adaptation, *roles.held_out))
     missing = _missing(study, names)
-    if not provisional:
-        if missing:
-            raise UserError(_missing_text(study, missing))
+    if missing and not provisional:
+        raise UserError(_missing_text(study, missing))
+    if not provisional or study.suite is None:
         for model in study.models:
             local_base(model)
     models = study.models
-    absent = tuple(model.pretrained or "" for model in models if provisional and not _is_there(model))
+    absent = tuple(model.pretrained or "" for model in models if not _is_there(model))
     described = study.suite.described() if missing and study.suite is not None else {}
     datasets = {
         name: described[name] if name in missing else describe(study.data_root, name, cache) for name in names

@@ -78,13 +78,6 @@ class TwoNodes:
             argv, text=True, env=self._environment() | {"PYTHONPATH": str(ROOT)}, **options
         )
 
-    def python(self, code: str) -> str:
-        """What a line of Python prints in the client's namespace."""
-        argv = ["ip", "netns", "exec", f"{self.prefix}-client", sys.executable, "-c", code]
-        return subprocess.run(
-            argv, env=self._environment(), text=True, check=True, stdout=subprocess.PIPE, timeout=60
-        ).stdout
-
     def remove(self) -> None:
         """End what runs in the namespaces, then take them away."""
         for role in ("client", "work", "head"):

@@ -6,7 +6,6 @@ A study is submitted from a third machine, which then dies; a new client attache
 both nodes; every checkpoint and score equals, bit for bit, those of an ordinary local run.
 """
 
-import contextlib
 import json
 import shutil
 import signal
@@ -17,14 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipeline.timeline import read_timeline
 from tests.cluster.nodes import DASHBOARD, NEEDS, TwoNodes, possible, two_nodes
 from tests.world import STRATEGIES, artifacts, command, make_world
-
-ACTORS = (
-    "from ray.util.state import list_actors\n"
-    f"for actor in list_actors(address={DASHBOARD!r}, filters=[('class_name', '=', 'ExpertWorker')], limit=1000):\n"
-    "    print(actor.node_id)"
-)
 
 
 def scenario(home: Path) -> dict[str, Any]:
@@ -48,11 +42,9 @@ def scenario(home: Path) -> dict[str, Any]:
         seen["job"], seen["steps_done_at_kill"] = status["job"]["id"], status["steps"]["done"]
         answer = _ask(nodes, seat, "submit", study, "--address", DASHBOARD, "--out", out, "--json")
         assert answer["attached"] and answer["job"] == seen["job"] and answer["exit_code"] == 0, answer
-        seen["expert_nodes"] = sorted(set(nodes.python(ACTORS).split()))
-        seen["nodes_of_steps"] = _timeline_nodes(out)
+        seen["expert_nodes"] = _expert_nodes(out)
     seen["seconds_on_cluster"] = round(time.monotonic() - began, 1)
     assert len(seen["expert_nodes"]) == 2, seen
-    assert seen["nodes_of_steps"] is None or len(seen["nodes_of_steps"]) == 2, seen
     alone = command("run", study, "--out", local, "--address", "local", cwd=seat)
     assert alone.returncode == 0, alone.stderr
     mine, theirs = artifacts(local), artifacts(out)
@@ -96,12 +88,9 @@ def _ask(nodes: TwoNodes, seat: Path, *arguments: Any) -> Any:
     return json.loads(said)
 
 
-def _timeline_nodes(out: Path) -> list[str] | None:
-    """The nodes that trained experts, from the run's own timeline; None where it has none."""
-    with contextlib.suppress(FileNotFoundError):
-        rows = [json.loads(line) for line in (out / "timeline.jsonl").read_text().splitlines()]
-        return sorted({row["node"] for row in rows if row.get("kind") == "train"})
-    return None
+def _expert_nodes(out: Path) -> list[str]:
+    """The nodes that trained experts, from the run's own timeline."""
+    return sorted({row["node"] for row in read_timeline(out) if row.get("kind") == "train"})
 
 
 def _results(out: Path) -> Any:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plan_toys import facts, study
+from plan_toys import facts, make_plan, study
 from s3_server import s3_server
 from test_results import carry_out
 
 from pipeline.lock import driver_lock, write_driver
-from pipeline.plan import Plan, make_plan
+from pipeline.plan import Plan
 from pipeline.registry import register, registrations, retire
 from pipeline.store import Store
 from pipeline.store_open import store_at

@@ -1,0 +1,84 @@
+"""The arguments and options that several commands share, each with its help.
+
+Invariant: like `pipeline.cli`, importing this stays cheap.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+StudyFile = Annotated[
+    Path, typer.Argument(metavar="STUDY.yaml", help="A study file, e.g. configs/demo.yaml.")
+]
+OutDir = Annotated[Path, typer.Argument(metavar="OUT", help="The directory of a run, e.g. runs/demo.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="key.path=value", help="Change one value of the study; may be repeated."),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="Where everything goes; default runs/<study name>."),
+]
+ShardSize = Annotated[
+    str | None,
+    typer.Option(
+        "--shard-size",
+        metavar="SIZE",
+        help="Write a model above SIZE (5GB, 500MB; decimal) as Hugging Face does: NAME-00001-of-0000N.safetensors of at "
+        "most SIZE and NAME.safetensors.index.json; a smaller one stays one file. An --out that ends in "
+        ".safetensors.index.json always writes the index, in shards of 5GB by default.",
+    ),
+]
+KeepThresholds = Annotated[
+    bool,
+    typer.Option(
+        "--keep-thresholds/--no-keep-thresholds",
+        help="Keep the thresholds of TIES or Breadcrumbs beside each expert (EXPERT.limits.json), so that the next merge "
+        "of it need not find them. Kept ones that fit are always used; the result is the same.",
+    ),
+]
+MergedOut = Annotated[
+    Path,
+    typer.Option(
+        "--out",
+        metavar="FILE",
+        help="The merged checkpoint: NAME.safetensors, NAME.safetensors.index.json for shards, or a directory when the "
+        "inputs are open_clip directories.",
+    ),
+]
+Base = Annotated[
+    Path | None, typer.Option("--base", metavar="FILE", help="The checkpoint that the experts started from.")
+]
+Parameters = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="p=v", help="A parameter of the technique; may be repeated."),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        help="By default one per CPU, or one per worker with --workers. Does not change the result.",
+        show_default=False,
+    ),
+]
+Workers = Annotated[
+    int,
+    typer.Option(
+        "--workers", min=1, help="Ray workers to divide the tensors among. Does not change the result."
+    ),
+]
+WorkersAddress = Annotated[
+    str | None,
+    typer.Option("--address", metavar="local|auto|HOST:PORT", help="Where workers run; default local."),
+]
+DeviceName = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="A torch device such as cuda or cuda:1 that merges the blocks; by default compiled loops on the CPU do.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON and nothing else.")]
