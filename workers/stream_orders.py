@@ -217,7 +217,7 @@ def _scores(subject: Subject, name: str) -> np.ndarray:
         right, likely = np.zeros(len(samples)), np.zeros(len(samples))
         for start in range(0, len(samples), encoder.batch_size):
             rows = slice(start, start + encoder.batch_size)
-            labels = torch.from_numpy(samples.labels[rows]).to(encoder.device)
+            labels = torch.tensor(samples.labels[rows], device=encoder.device)
             logits = scale * encoder.images(samples.images[rows]) @ classifier
             right[rows] = (logits.argmax(dim=1) == labels).cpu().numpy()
             likely[rows] = logits.log_softmax(dim=1).gather(1, labels[:, None])[:, 0].double().cpu().numpy()
