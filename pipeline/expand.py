@@ -22,7 +22,7 @@ JOINT_TASK = "multitask"
 
 @dataclass(frozen=True)
 class World:
-    """What the trajectories of one model and one stream have in common. `data` is what each task brings, in order."""
+    """What the trajectories of one model and one stream have in common."""
 
     model: str
     facts: ModelFacts

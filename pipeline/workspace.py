@@ -14,11 +14,11 @@ from typing import Any
 from merge_service.errors import UserError
 from pipeline.config import Study, load_study
 from pipeline.errors import ConfigError
-from pipeline.facts import base_identity, check_shards, ensure_data, gather, local_base
+from pipeline.facts import check_shards, ensure_data, gather, local_base
 from pipeline.plan import Plan, Step, base_step, make_plan
 from pipeline.registry import register
 from pipeline.results import results, write_results
-from pipeline.sections import ModelSection
+from pipeline.sections import ModelSection, key_of
 from pipeline.steps import Facts
 from pipeline.store import Store
 from pipeline.store_open import settled, store_at
@@ -95,7 +95,8 @@ class Workspace:
         _write(self.out / PLAN_FILE, json.dumps(self.plan.to_json()))
         self.save_streams(self.out / STREAMS)
         for model in self.study.models:
-            base = self.plan.bases[base_step(*base_identity(model)[:2]).fingerprint]
+            known = self.facts.models[key_of(model)]
+            base = self.plan.bases[base_step(known.weights, known.config).fingerprint]
             record = self.store.record(base.kind, base.fingerprint)
             if record is None:
                 self._export(model, base)
