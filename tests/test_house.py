@@ -21,6 +21,8 @@ HEAVY = {
     "mlflow": lambda path: path.parts[0] == "pipeline" and path.stem.startswith("tracking"),
     "deepspeed": lambda path: path.parts[0] == "workers" and path.stem.startswith("engine"),
     "webdataset": lambda path: path.parts[:2] == ("workers", "data"),
+    "pandas": lambda path: path.parts[:2] == ("pipeline", "report") or path.parts == ("pipeline", "api.py"),
+    "altair": lambda path: path.parts[:2] == ("pipeline", "report"),
 }
 MAX_LINES, MAX_FUNCTION_LINES = 450, 70
 
