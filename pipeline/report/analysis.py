@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import pandas as pd
 from scipy.stats import t as student
 
+from pipeline.expand import JOINT_TASK
+
 METRICS = ("ka", "zs", "gm", "forgetting", "bwt")
 DESCRIBED = (
     "group", "name", "model", "init", "deploy", "technique", "params", "budget", "steps_per_task", "stream", "tasks",
@@ -99,7 +101,7 @@ def recommend(rows: pd.DataFrame, metric: str = "gm") -> Advice | None:
 
     The multitask reference sees all tasks at once, so it is never what can be deployed over time.
     """
-    scored = rows[(rows["name"] != "multitask") & rows[metric].notna()]
+    scored = rows[(rows["stream"] != JOINT_TASK) & rows[metric].notna()]
     scored = scored.sort_values(metric, ascending=False, kind="stable")
     if scored.empty:
         return None

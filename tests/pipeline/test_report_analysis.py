@@ -75,7 +75,9 @@ def test_table_has_a_line_per_technique_and_a_column_per_strategy() -> None:
 
 
 def test_recommendation_names_the_best_and_never_the_multitask_reference() -> None:
-    advice = recommend(last(frame(point("multitask", gm=0.9), point("a", gm=0.5), point("b", gm=0.4))))
+    advice = recommend(
+        last(frame(point("reference", stream="multitask", gm=0.9), point("a", gm=0.5), point("b", gm=0.4)))
+    )
     assert advice is not None
     assert (advice.group, advice.runner_up, advice.separated) == ("a", "b", None)
     assert "Deploy a: GM 0.500 at t=1, 0.100 above b" in advice.sentence
