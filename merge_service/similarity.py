@@ -1,0 +1,139 @@
+"""How alike experts are: cosine and sign conflict of their task vectors, over the model, a tower or a transformer block.
+
+Experts whose task vectors point apart or disagree in sign lose each other's knowledge when they are averaged (TIES-Merging,
+arXiv 2306.01708, section 3), so a person wants to see who clashes before choosing a technique.
+
+Invariant: all checkpoints are read once, grain by grain through memory maps; memory is one grain per expert, whatever the
+size of the model.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from merge_service.admission import admit
+from merge_service.checkpoint import Checkpoint
+from merge_service.engine import GRAIN, spans
+from merge_service.errors import CheckpointError
+from merge_service.towers import layer, tower
+
+Part = tuple[str, int | None]
+"""A tower and the number of a transformer block in it, None for what is in no block."""
+
+
+@dataclass
+class _Overlap:
+    """Sums over the elements of one part, [experts, experts] each."""
+
+    dot: np.ndarray
+    both: np.ndarray
+    agreement: np.ndarray
+
+    @classmethod
+    def none(cls, experts: int) -> "_Overlap":
+        return cls(*(np.zeros((experts, experts)) for _ in range(3)))
+
+    def add(self, deltas: np.ndarray) -> None:
+        """One grain of task vectors, [experts, elements] float64."""
+        signs = np.sign(deltas, dtype=np.float64)
+        moved = np.abs(signs)
+        self.dot += deltas @ deltas.T
+        self.both += moved @ moved.T
+        self.agreement += signs @ signs.T
+
+    def __iadd__(self, other: "_Overlap") -> "_Overlap":
+        self.dot += other.dot
+        self.both += other.both
+        self.agreement += other.agreement
+        return self
+
+
+@dataclass(frozen=True)
+class Clash:
+    """Two experts whose task vectors work against each other over the whole model."""
+
+    one: str
+    other: str
+    cosine: float
+    conflict: float
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Pairwise sums per part; `names` are the experts in the order of every matrix."""
+
+    names: tuple[str, ...]
+    parts: Mapping[Part, _Overlap]
+
+    def cosine(self, tower: str | None = None, layer: int | None = None) -> np.ndarray:
+        """[experts, experts] cosine of task vectors; NaN where an expert did not move. Whole model by default."""
+        dot = self._over(tower, layer).dot
+        norms = np.sqrt(np.diag(dot))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.clip(dot / np.outer(norms, norms), -1, 1)
+
+    def conflict(self, tower: str | None = None, layer: int | None = None) -> np.ndarray:
+        """[experts, experts] share of the weights that both moved whose signs differ, in [0, 1]; NaN where there are none."""
+        overlap = self._over(tower, layer)
+        with np.errstate(invalid="ignore"):
+            return (overlap.both - overlap.agreement) / 2 / overlap.both
+
+    def clashes(self, cosine: float = 0.0, conflict: float = 0.5) -> list[Clash]:
+        """Pairs with a cosine below `cosine` or a conflict above `conflict`, the lowest cosine first.
+
+        Unrelated task vectors have cosine 0 and conflict 0.5, so the defaults name pairs that are worse than unrelated.
+        """
+        cosines, conflicts = self.cosine(), self.conflict()
+        pairs = [
+            Clash(one, other, float(cosines[i, j]), float(conflicts[i, j]))
+            for i, one in enumerate(self.names)
+            for j, other in enumerate(self.names)
+            if i < j and (cosines[i, j] < cosine or conflicts[i, j] > conflict)
+        ]
+        return sorted(pairs, key=lambda pair: pair.cosine)
+
+    def _over(self, tower: str | None, layer: int | None) -> _Overlap:
+        chosen = [
+            overlap
+            for (of_tower, of_layer), overlap in self.parts.items()
+            if tower in (None, of_tower) and layer in (None, of_layer)
+        ]
+        if not chosen:
+            raise ValueError(f"no tensors in tower {tower}, block {layer}")
+        total = _Overlap.none(len(self.names))
+        for overlap in chosen:
+            total += overlap
+        return total
+
+
+def similarity(base: Path | str, experts: Mapping[str, Path | str]) -> Similarity:
+    """Compare the task vectors of named expert checkpoints, in float64 over all float tensors.
+
+    Raises CheckpointError for fewer than two experts, and what admission raises for a checkpoint of another architecture.
+    """
+    if len(experts) < 2:
+        raise CheckpointError(f"similarity compares at least two experts, and {len(experts)} were given")
+    with ExitStack() as stack:
+        origin = stack.enter_context(Checkpoint.open(base))
+        opened = [stack.enter_context(Checkpoint.open(path)) for path in experts.values()]
+        for name, expert in zip(experts, opened, strict=True):
+            admit(origin, expert, f"expert {name}")
+        return Similarity(tuple(experts), _overlaps(origin, opened))
+
+
+def _overlaps(origin: Checkpoint, experts: Sequence[Checkpoint]) -> dict[Part, _Overlap]:
+    sizes = [(name, info.numel) for name, info in origin.tensors.items() if info.kind.is_float]
+    parts: dict[Part, _Overlap] = {}
+    for span in spans(sizes, GRAIN):
+        start = origin.read(span.name, span.start, span.stop)
+        deltas = np.empty((len(experts), span.size))
+        for row, expert in zip(deltas, experts, strict=True):
+            np.subtract(expert.read(span.name, span.start, span.stop), start, out=row, dtype=np.float64)
+        part = tower(span.name), layer(span.name)
+        if part not in parts:
+            parts[part] = _Overlap.none(len(experts))
+        parts[part].add(deltas)
+    return parts
