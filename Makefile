@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PURE := cluster merge_service pipeline workers temporal_merge.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format clean
+.PHONY: help demo test browser check format clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -20,6 +20,9 @@ demo: $(VENV)/.installed ## six tasks under six strategies on real images, about
 
 test: $(VENV)/.installed ## the whole test suite
 	$(BIN)/python -m pytest
+
+browser: ## chromium for the tests of what people look at (Debian, as root; without it they are skipped and say so)
+	command -v chromium >/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; }
 
 check: $(VENV)/.installed ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

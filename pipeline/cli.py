@@ -349,6 +349,7 @@ def ui(out: OutDir, port: Annotated[int, typer.Option("--port", min=1, max=65535
 
     open_store(out)
     command = ui_command(out, port=port)
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     print(f"MLflow UI (Ctrl-C ends it): {ui_url(out, port=port)}", flush=True)
     os.execv(command[0], command)
 

@@ -25,6 +25,7 @@ from pipeline.tracking_index import STUDY
 from pipeline.tracking_local import LOCAL_ARTIFACTS, LOCAL_DB, local_uri, make_local_store, redact
 from pipeline.tracking_rows import Rows
 from pipeline.tracking_sink import MlflowSink, Refused
+from pipeline.tracking_ui import APP, DOOR
 
 LOCK = "tracking.lock"
 _FIRST_BACKOFF, _LAST_BACKOFF = 0.5, 30.0
@@ -274,11 +275,8 @@ def _remember(outbox: Outbox, uri: str | None, experiment: str) -> None:
 
 
 def ui_url(out: Path, *, port: int = 5000) -> str:
-    """Where the UI of `ui_command` shows the study's runs, in the view for model training.
-
-    Which view the UI is in is the browser's choice (its GenAI view calls models "agent versions"), so the address says it.
-    """
-    home = f"http://127.0.0.1:{port}/#/experiments"
+    """Where the UI of `ui_command` shows the study's runs, in the view for model training."""
+    home = f"http://127.0.0.1:{port}{DOOR}"
     outbox = Outbox(out / FILE)
     try:
         uri, name = outbox.meta("uri") or None, outbox.meta("experiment")
@@ -295,8 +293,8 @@ def ui_url(out: Path, *, port: int = 5000) -> str:
         finally:
             database.close()
         if found is not None:
-            home = f"{home}/{found[0]}/runs"
-    return f"{home}?workflowType=machine_learning"
+            return f"{home}?experiment={found[0]}"
+    return home
 
 
 def ui_command(out: Path, *, port: int = 5000) -> list[str]:
@@ -319,7 +317,8 @@ def ui_command(out: Path, *, port: int = 5000) -> list[str]:
         make_local_store(out)
     root = (out / LOCAL_ARTIFACTS).resolve()
     return [
-        *(sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri or local_uri(out)),
+        *(sys.executable, "-m", "mlflow", "server", "--app-name", APP),
+        *("--backend-store-uri", uri or local_uri(out)),
         *(
             "--default-artifact-root",
             root.as_uri(),

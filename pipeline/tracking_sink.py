@@ -240,6 +240,16 @@ class MlflowSink:
                 model_id=model_id,
             )
         self._client.set_registered_model_alias(name, body["alias"], version.version)
+        self._show_version(model_id, name, str(version.version))
+
+    def _show_version(self, model_id: str, name: str, version: str) -> None:
+        """On the model's own page, which reads a tag that servers and `mlflow.register_model` keep, but sqlite does not."""
+        from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
+
+        shown = json.loads(self._client.get_logged_model(model_id).tags.get(MLFLOW_MODEL_VERSIONS) or "[]")
+        if not any(one["name"] == name and str(one["version"]) == version for one in shown):
+            tag = {MLFLOW_MODEL_VERSIONS: json.dumps([*shown, {"name": name, "version": version}])}
+            self._client.set_logged_model_tags(model_id, tag)
 
     # --- what the server has ----------------------------------------------------------------------------------------
 

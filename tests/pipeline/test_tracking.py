@@ -547,7 +547,7 @@ def test_credentials_of_the_environment_are_not_in_messages(monkeypatch: pytest.
 def test_ui_is_local_and_opens_on_the_studys_runs(undisturbed: Tracked) -> None:
     command = ui_command(undisturbed.out, port=5555)
     assert command[command.index("--host") + 1] == "127.0.0.1" and local_uri(undisturbed.out) in command
-    address = "http://127.0.0.1:5555/#/experiments/1/runs?workflowType=machine_learning"
+    address = "http://127.0.0.1:5555/temporal-merge?experiment=1"
     assert ui_url(undisturbed.out, port=5555) == address
 
 

@@ -1,0 +1,105 @@
+"""The MLflow UI as a person sees it: from the study to a served checkpoint and its files, by clicking."""
+
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pipeline.tracking import Tracker, ui_command, ui_url
+from tests.pipeline.tracked_study import finished_study
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+PATIENCE_MS = 60_000
+"""The UI is a large program, and the machine may be busy."""
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The door of the UI on a delivered study."""
+    out = tmp_path_factory.mktemp("ui")
+    study = finished_study(out, strategies=("zero_shot", "best_in_time"))
+    outbox = study.outbox()
+    study.tell(outbox)
+    tracker = Tracker(out, outbox, uri=None, experiment="temporal-merge")
+    tracker.start()
+    assert tracker.close(120) == 0, tracker.last_error
+    outbox.close()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = out / "server.log"
+    with log.open("w") as sink:
+        server = subprocess.Popen(ui_command(out, port=port), stdout=sink, stderr=sink)
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/health", server, log)
+        yield ui_url(out, port=port)
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def _wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    pytest.fail(f"the server did not start: {log.read_text()[-2000:]}")
+
+
+@pytest.mark.slow
+def test_person_clicks_from_study_to_trajectory_to_model_to_its_files(address: str, page: "Page") -> None:
+    page.set_default_timeout(PATIENCE_MS)
+    page.goto(address)
+    page.get_by_role("link", name="demo", exact=True).click()
+    page.get_by_text("2 trajectories over").wait_for()
+    assert "Agent versions" not in page.inner_text("body"), "the view is not the one for model training"
+
+    page.get_by_role("link", name="best_in_time", exact=True).first.click()
+    page.get_by_text("after each task the study serves").wait_for()
+    shown = page.inner_text("body")
+    for text in (
+        "Parent run",
+        "strategy.init: ema",
+        "ka",
+        "zs",
+        "gm",
+        "score/icons",
+        "forgetting",
+        "merged_norm",
+    ):
+        assert text in shown.replace("\n: ", ": "), text
+
+    with page.context.expect_page() as opened:
+        page.get_by_role("link", name="best_in_time-t3-photos_b").first.click()
+    model = opened.value
+    model.set_default_timeout(PATIENCE_MS)
+    model.get_by_text("What best_in_time serves after t=3 (photos_b)").wait_for()
+    for text in ("Ready", "gm", "score/icons", "demo"):
+        model.get_by_text(text, exact=True).first.wait_for()
+
+    model.get_by_text("Artifacts", exact=True).click()
+    model.get_by_text("open_clip_model.safetensors").first.wait_for()
+    model.get_by_text("manifest.json").first.click()
+    model.get_by_text("experts_total").first.wait_for()
+
+
+@pytest.mark.slow
+def test_person_finds_the_best_model_in_the_registry(address: str, page: "Page") -> None:
+    page.set_default_timeout(PATIENCE_MS)
+    page.goto(address)
+    page.get_by_role("link", name="Model registry").click()
+    page.get_by_role("button", name="Try it now").click()  # MLflow greets whoever opens its registry first
+    page.get_by_role("link", name="Version 1").first.click()
+    page.get_by_text("highest GM at its last t").wait_for()
+    assert "best" in page.inner_text("body")
