@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-PURE := cluster merge_service pipeline workers
+PURE := cluster merge_service pipeline workers temporal_merge.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check format clean

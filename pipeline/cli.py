@@ -193,32 +193,21 @@ def merge(
 
     Example: temporal-merge merge --technique ties --base base.safetensors --set density=0.2 --out m.safetensors a.safetensors b.safetensors
     """
-    from merge_service.errors import UserError
-    from merge_service.merge import merge as merge_files
-    from merge_service.shards import bytes_of
-    from merge_service.target import overwrites
+    from pipeline.api import merge_files
     from pipeline.show import parameters_from
 
-    for path in (*experts, *([base] if base else [])):
-        if overwrites(out, path):
-            raise UserError(f"--out {out} is one of the inputs and would be lost; give another --out")
-    split = None
-    if workers > 1 or address:
-        from pipeline.merging import split_over
-
-        split = split_over(address or "local", workers, threads or 1)
-    params = parameters_from(overrides or [])
     report = merge_files(
         technique,
-        params,
+        parameters_from(overrides or []),
         base,
         experts,
         out,
-        threads=threads or (len(os.sched_getaffinity(0)) if split is None else 1),
-        split=split,
+        threads=threads,
+        workers=workers,
+        address=address,
         device=device,
-        keep_limits=keep_thresholds,
-        shard_bytes=bytes_of(shard_size) if shard_size else None,
+        shard_size=shard_size,
+        keep_thresholds=keep_thresholds,
     )
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)

@@ -30,9 +30,9 @@ from pipeline.sections import (
     Section,
     StorageSection,
     StreamSection,
-    TrackingSection,
     key_of,
 )
+from pipeline.sections_tracking import TrackingSection
 from pipeline.streams import datasets_of, length_of
 from pipeline.suites import Suite, read_suite_file
 from pipeline.yaml_input import override, read, split_override

@@ -17,6 +17,7 @@ from cluster.room import Room
 from cluster.session import Session, check_address, connect, nodes_now
 from merge_service.errors import UserError
 from merge_service.faults import point
+from pipeline.config import Study, load_study
 from pipeline.errors import CorruptArtifact, NondeterminismError, StepFailed, StorageFull
 from pipeline.jobs import Jobs
 from pipeline.lanes import Lane, Lanes
@@ -43,7 +44,13 @@ FATAL = (UserError, NondeterminismError, StorageFull)
 def run_study(path: Path, overrides: Sequence[str], out: Path | None, address: str) -> None:
     """Run a study to its end, or from where it stopped. Raises UserError (exit 2) or StepFailed."""
     check_address(address)
-    workspace = Workspace.open(path, overrides, out)
+    print_results(*carry_out(load_study(path, overrides), out, address))
+
+
+def carry_out(study: Study, out: Path | None, address: str) -> tuple[Path, dict[str, Any], Tracking]:
+    """The same without a word on stdout: OUT, what results.json says, and the tracking."""
+    check_address(address)
+    workspace = Workspace.of(study, out)
     for warning in workspace.study.warnings:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     workspace.check_data()
@@ -65,7 +72,7 @@ def run_study(path: Path, overrides: Sequence[str], out: Path | None, address: s
         finally:
             write_driver(workspace.out, {"ended": True, "failed": workspace.failure})
             retire(workspace.store, workspace.plan, workspace.out)
-    print_results(workspace.out, results, tracking)
+    return workspace.out, results, tracking
 
 
 class _Drive:

@@ -20,7 +20,11 @@ def evaluate_checkpoint(
 
     A bare .safetensors file is read with the configuration of the study's base. Raises UserError.
     """
-    study = load_study(study_path, overrides)
+    return score(checkpoint, load_study(study_path, overrides), names)
+
+
+def score(checkpoint: Path, study: Study, names: Sequence[str] | None) -> dict[str, Any]:
+    """The same for a study that has been read."""
     ensure_data(study)
     study = study.resolved()
     known = dict.fromkeys((*study.roles.adaptation, *study.roles.held_out))

@@ -10,8 +10,9 @@ from importlib.metadata import version
 from types import TracebackType
 from typing import Any, Self
 
+from pipeline.config import Study
 from pipeline.outbox import FILE, Outbox
-from pipeline.results import table
+from pipeline.results import table, winner
 from pipeline.tracking import Tracker
 from pipeline.tracking_events import Projection, StudyFacts
 from pipeline.tracking_recorder import Recorder
@@ -36,6 +37,7 @@ class Tracking:
             code_version=version("temporal-merge"),
             log_weights=options.log_weights,
             store="store" if study.storage.store is None else store.where,
+            registry=_registry(study),
         )
         bases = {fp: store.record(base.kind, fp) for fp, base in plan.bases.items()}
         known = {fp: base for fp, base in bases.items() if base is not None}
@@ -65,10 +67,16 @@ class Tracking:
 
     def finished(self, results: dict[str, Any]) -> None:
         """All steps are done; `results` are in OUT already."""
-        self.recorder.study_finished(_csv(results))
+        registry = self.workspace.study.tracking.registry
+        self.recorder.study_finished(_csv(results), winner(results, registry.by) if registry else None)
 
     def failed(self, step: Any, error: Exception) -> None:
         self.recorder.step_failed(step, str(error), _now_ms())
+
+
+def _registry(study: Study) -> dict[str, str] | None:
+    asked = study.tracking.registry
+    return {"name": asked.name or study.name, "by": asked.by, "alias": asked.alias} if asked else None
 
 
 def _csv(results: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from merge_service.checkpoint import WEIGHTS_FILE
 from pipeline.artifact import Record
+from pipeline.expand import JOINT_TASK
 from pipeline.steps import BASE, Plan, Point, TrajectoryPlan
 
 Scores = Mapping[str, float]
@@ -187,6 +188,18 @@ def summary(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
             row[f"{metric}_sd"] = stdev(values) if len(values) > 1 else None
         rows.append(row)
     return rows
+
+
+def winner(answer: Mapping[str, Any], by: str = "gm") -> str | None:
+    """The trajectory to deploy: the first seed of the group with the highest mean `by` (ka, zs, gm) over its seeds, at its
+    last t. The multitask reference, which saw all tasks at once, cannot win; of equal groups the first does. None without scores.
+    """
+    over_time = [one for one in answer["trajectories"] if list(one["stream"]) != [JOINT_TASK]]
+    rows = [row for row in summary({"trajectories": over_time}) if row[by] is not None]
+    if not rows:
+        return None
+    group = max(rows, key=lambda row: row[by])["group"]
+    return str(next(one["id"] for one in over_time if one["group"] == group))
 
 
 class _Once:

@@ -416,23 +416,3 @@ class StorageSection(Section):
                 "(for s3:// AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), and the plain URL here"
             )
         return self
-
-
-class TrackingSection(Section):
-    """MLflow: `uri` null keeps a sqlite store in OUT; `log_weights` also sends the merged weights there."""
-
-    uri: Text | None = None
-    experiment: Text | None = None
-    log_weights: bool = True
-
-    @model_validator(mode="after")
-    def _no_secret(self) -> Self:
-        try:
-            secret = self.uri is not None and urlsplit(self.uri).password is not None
-        except ValueError as error:
-            raise ValueError(f"uri is not a URI ({error})") from None
-        if secret:
-            raise ValueError(
-                "uri holds a password, which would end up in files; give it in MLFLOW_TRACKING_USERNAME and _PASSWORD"
-            )
-        return self

@@ -14,14 +14,16 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
 from pipeline.errors import ConfigError, TrackingError
 from pipeline.outbox import FILE, Entry, Outbox
+from pipeline.tracking_index import STUDY
 from pipeline.tracking_local import LOCAL_ARTIFACTS, LOCAL_DB, local_uri, make_local_store, redact
+from pipeline.tracking_rows import Rows
 from pipeline.tracking_sink import MlflowSink, Refused
 
 LOCK = "tracking.lock"
@@ -228,6 +230,26 @@ def sync(
         return pending, tracker.last_error if pending else None
     finally:
         outbox.close()
+
+
+def file_with_study(
+    out: Path, plan: str, names: Sequence[str], *, timeout: float = 60.0
+) -> tuple[int, str | None]:
+    """File small files of OUT (`names` relative to it, such as report/report.html) with the study's run of a plan.
+
+    Filed again only when their bytes have changed; each replaces the one of its name. (rows still pending, why) as `sync`,
+    which delivers them later if the tracker is down. (0, None) where nothing was tracked.
+    """
+    if not (out / FILE).exists():
+        return 0, None
+    outbox, rows, now = Outbox(out / FILE), Rows(plan), time.time_ns() // 1_000_000
+    try:
+        for name in names:
+            digest = hashlib.sha256((out / name).read_bytes()).hexdigest()
+            outbox.extend([rows.artifact(STUDY, Path(name).name, now, path=name, sha256=digest)])
+    finally:
+        outbox.close()
+    return sync(out, timeout=timeout)
 
 
 def destination_name(uri: str | None, experiment: str) -> str:

@@ -55,6 +55,8 @@ class StudyFacts:
     code_version: str = ""
     log_weights: bool = True
     store: str = "store"
+    registry: Mapping[str, str] | None = None
+    """{"name", "by", "alias"} of the registered model that the best trajectory becomes a version of; None: of none."""
 
 
 @dataclass
@@ -120,11 +122,12 @@ class Projection:
             *map(self._base_model_row, self._bases.values()),
         ]
 
-    def finished(self, table: str | None = None) -> list[Row]:
-        """The end of the study, all steps done; `table` is its results as CSV."""
+    def finished(self, table: str | None = None, best: str | None = None) -> list[Row]:
+        """The end of the study, all steps done; `table` is its results as CSV, `best` the trajectory to register."""
         end = max(record.created_ms for record in (*self._bases.values(), *self._records.values()))
         rows = [] if table is None else [self.rows.artifact(STUDY, "results.csv", end, text=table)]
-        return [*rows, *(self.rows.status(key, "FINISHED", end) for key in (EXPERTS, STUDY))]
+        rows += [self.rows.status(key, "FINISHED", end) for key in (EXPERTS, STUDY)]
+        return rows if best is None or self._facts.registry is None else [*rows, self._best_row(best, end)]
 
     def failed(self, step: Step, error: str, at_ms: int) -> list[Row]:
         """A step gave up: its expert's run, every trajectory that uses it, and the study are marked as failed."""
@@ -245,6 +248,32 @@ class Projection:
         }
         stamp = record.created_ms
         return self.rows.model(key, trajectory_key(trajectory), stamp, {**body, **self._files(record)})
+
+    def _best_row(self, best: str, stamp: int) -> Row:
+        """What the best trajectory serves at its last t, as a version of the study's registered model."""
+        registry = self._facts.registry
+        assert registry is not None
+        trajectory = next(one for one in self._plan.trajectories if one.id == best)
+        point = trajectory.points[-1]
+        record = self._bases[trajectory.base] if point.deployed == BASE else self._records[point.deployed]
+        name, by = self.index.names[best], registry["by"].upper()
+        tags = {
+            "study": self._plan.study,
+            "trajectory": name,
+            "chosen_by": registry["by"],
+            "t": str(point.t),
+            "task": point.task,
+            **strategy_tags(trajectory),
+            **self._lineage.tags(record),
+        }
+        why = f"Of the study's trajectories it has the highest {by} at its last t (mean over seeds)."
+        note = "\n\n".join([served_note(name, point), why, self._lineage.note(record)])
+        body = {"name": registry["name"], "alias": registry["alias"], "tags": tags, "note": note}
+        if point.deployed == BASE:
+            return self.rows.register(base_key(trajectory.base), STUDY, stamp, body)
+        model = model_key(trajectory, point)
+        assert model is not None, "only the base's t=0 has none"
+        return self.rows.register(model, trajectory_key(trajectory), stamp, body)
 
     def _base_model_row(self, base: Record) -> Row:
         model = self._plan.bases[base.fingerprint].model

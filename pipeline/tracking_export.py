@@ -9,23 +9,23 @@ from typing import Any
 
 from pipeline.errors import TrackingError
 from pipeline.tracking_local import guard_environment
-from pipeline.tracking_sink import MODEL_TAG, PLAN_TAG, RUN_TAG, pages
+from pipeline.tracking_sink import MODEL_ID_TAG, MODEL_TAG, PLAN_TAG, RUN_TAG, pages
 
 DURATIONS = frozenset({"merge_seconds", "train_seconds", "samples_per_second"})
 _VOLATILE_TAGS = frozenset({"mlflow.user", "mlflow.parentRunId", "mlflow.log-model.history", "code_version"})
 
 
 def export(uri: str, experiment: str, plan: str | None = None) -> list[dict[str, Any]]:
-    """All runs, then all models, of an experiment (of one plan if given), sorted by their own keys.
+    """All runs, all models and all registered versions of models, of an experiment (of one plan if given), sorted.
 
     A run: {"run", "name", "parent", "status", "params", "tags", "metrics": [[key, step, value], ...], "artifacts",
-    "outputs", "datasets"}; a model: {"model", "name", "type", "run", "status", "params", "tags", "metrics", "artifacts"}.
-    Raises TrackingError when there is no such experiment.
+    "outputs", "datasets"}; a model: {"model", "name", "type", "run", "status", "params", "tags", "metrics", "artifacts"};
+    a version: {"registered", "name", "version", "of", "aliases", "tags"}. Raises TrackingError when there is no such experiment.
     """
     guard_environment()
     from mlflow import MlflowClient
 
-    client = MlflowClient(tracking_uri=uri)
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     found = client.get_experiment_by_name(experiment)
     if found is None:
         raise TrackingError(f"there is no MLflow experiment {experiment!r}")
@@ -36,9 +36,30 @@ def export(uri: str, experiment: str, plan: str | None = None) -> list[dict[str,
     model_keys = {model.model_id: model.tags.get(MODEL_TAG, model.name) for model in models}
     exported_runs = [_run(client, run, run_keys, model_keys) for run in runs]
     exported_models = [_model(client, model, run_keys) for model in models]
-    return sorted(exported_runs, key=lambda item: (item["run"], str(item))) + sorted(
-        exported_models, key=lambda item: (item["model"], str(item))
-    )
+    return [
+        *sorted(exported_runs, key=lambda item: (item["run"], str(item))),
+        *sorted(exported_models, key=lambda item: (item["model"], str(item))),
+        *_versions(client, model_keys),
+    ]
+
+
+def _versions(client: Any, model_keys: Mapping[str, str]) -> list[dict[str, Any]]:
+    registered = {model.name: model for model in client.search_registered_models()}
+    found = [
+        {
+            "registered": version.name,
+            "name": f"{version.name}/{version.version}",
+            "version": str(version.version),
+            "of": model_keys[version.tags[MODEL_ID_TAG]],
+            "aliases": sorted(
+                a for a, v in registered[version.name].aliases.items() if str(v) == str(version.version)
+            ),
+            "tags": {key: value for key, value in _stable(version.tags).items() if key != MODEL_ID_TAG},
+        }
+        for version in client.search_model_versions()
+        if version.tags.get(MODEL_ID_TAG) in model_keys
+    ]
+    return sorted(found, key=lambda item: (item["registered"], int(item["version"])))
 
 
 def _run_key(run: Any) -> str:

@@ -60,16 +60,13 @@ class Recorder:
         """A step was given up; `error` is its message."""
         self._append(self._projection.failed(step, error, now_ms))
 
-    def study_finished(self, table: str | None = None) -> None:
-        """All steps are done. `table` is the results as CSV; `results.json` of OUT is filed as well."""
-        rows = self._projection.finished(table)
+    def study_finished(self, table: str | None = None, best: str | None = None) -> None:
+        """All steps are done. `table` is the results as CSV, `best` the trajectory to register; `results.json` of OUT is
+        filed as well."""
+        rows = self._projection.finished(table, best)
         if (self._out / "results.json").is_file():
             rows.insert(0, self._file_row("results.json", rows[-1].timestamp_ms))
         self._append(rows)
-
-    def file(self, name: str, now_ms: int) -> None:
-        """File a small file of OUT (a figure, a report) with the study's run; its name there is its last part."""
-        self._append([self._file_row(name, now_ms)])
 
     def _file_row(self, name: str, stamp: int) -> Row:
         digest = hashlib.sha256((self._out / name).read_bytes()).hexdigest()

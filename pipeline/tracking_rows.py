@@ -1,8 +1,9 @@
-"""The five kinds of rows the tracker understands, built from plain values.
+"""The six kinds of rows the tracker understands, built from plain values.
 
 Invariant: a row's payload is JSON with finite numbers only. `run` makes sure a run exists, `log` adds metrics and tags
 to it (and metrics to a model), `model` makes sure a model exists and is complete, `artifact` files a small file with a
-run, `status` says how a run stands; `status` and `artifact` rows supersede earlier ones of the same key.
+run, `status` says how a run stands, `register` makes a version of a registered model of a model; `status`, `artifact` and
+`register` rows supersede earlier ones of the same key.
 """
 
 import hashlib
@@ -86,6 +87,12 @@ class Rows:
     def model(self, key: str, run: str, stamp: int, body: Mapping[str, Any]) -> Row:
         """`body`: name, type, step, params, tags, store (relative to OUT), files (to upload), manifest."""
         return self._row(f"model/{key}", {"op": "model", "model": key, "run": run, **body}, stamp)
+
+    def register(self, model: str, run: str, stamp: int, body: Mapping[str, Any]) -> Row:
+        """A version of a registered model. `body`: name, alias, tags, note. The study has one; a later one supersedes it."""
+        return self._row(
+            "register", {"op": "register", "model": model, "run": run, **body}, stamp, replace=True
+        )
 
     def artifact(
         self,

@@ -35,14 +35,18 @@ from pipeline.tracking_local import (
 PLAN_TAG = "temporal_merge.plan"
 RUN_TAG = "temporal_merge.run_key"
 MODEL_TAG = "temporal_merge.model_key"
+MODEL_ID_TAG = "temporal_merge.model_id"
 MISSING_TAG = "temporal_merge.weights_missing"
 ERROR_TAG = "error"
 MANIFEST = "manifest.json"
+REGISTERED_NOTE = "What the best trajectory of a study serves at its last t, study after study; see the tags of each version."
 
 _PAGE, _PAGES, _BATCH = 500, 2000, 90
 _REFUSALS = frozenset(
     {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "INVALID_STATE", "RESOURCE_CONFLICT"}
 )
+# A registry that is not there, or not ours to write, must not hold up what comes after.
+_NO_REGISTRY = frozenset({"PERMISSION_DENIED", "FEATURE_DISABLED", "ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED"})
 _REMOTE_SCHEMES = frozenset(
     {"s3", "gs", "abfs", "abfss", "wasb", "wasbs", "hdfs", "viewfs", "dbfs", "oss", "r2", "b2"}
 )
@@ -80,6 +84,7 @@ class MlflowSink:
             "model": self._model,
             "artifact": self._artifact,
             "status": self._status,
+            "register": self._register,
         }
 
     def connect(self) -> None:
@@ -91,7 +96,8 @@ class MlflowSink:
 
         if self.uri is None:
             make_local_store(self.out)
-        client = MlflowClient(tracking_uri=self.uri or local_uri(self.out))
+        uri = self.uri or local_uri(self.out)
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         self._experiment_id = self._find_or_make_experiment(client)
         self._client = client
 
@@ -112,7 +118,8 @@ class MlflowSink:
         except TrackingError:
             raise
         except MlflowException as error:
-            kind = Refused if error.error_code in _REFUSALS else TrackingError
+            refused = _REFUSALS | (_NO_REGISTRY if entry.payload["op"] == "register" else frozenset())
+            kind = Refused if error.error_code in refused else TrackingError
             raise kind(f"{entry.key}: {error.error_code}: {_short(error)}") from error
         except Exception as error:  # a hostile answer can fail anywhere inside the client
             raise TrackingError(f"{entry.key}: {type(error).__name__}: {_short(error)}") from error
@@ -201,6 +208,38 @@ class MlflowSink:
             self._client.update_run(run_id, status="RUNNING")
         else:
             self._client.set_terminated(run_id, status=body["state"], end_time=body["end_ms"])
+
+    def _register(self, body: dict[str, Any]) -> None:
+        """The version of this very model is looked for first: a lost answer is not a lost version.
+
+        Place and run of the model are told: MLflow's sqlite registry would look them up in the process-wide tracking store.
+        """
+        from mlflow.exceptions import MlflowException
+
+        name, model_id = body["name"], self._model_id(body["plan"], body["model"])
+        location = self._known_models(body["plan"])[body["model"]].location
+        try:
+            self._client.get_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            self._client.create_registered_model(name, description=REGISTERED_NOTE)
+        quoted = name.replace("'", "''")
+        versions = pages(
+            lambda _, **query: self._client.search_model_versions(**query), [], f"name='{quoted}'"
+        )
+        version = next((v for v in versions if v.tags.get(MODEL_ID_TAG) == model_id), None)
+        if version is None:
+            tags = {**body["tags"], MODEL_ID_TAG: model_id}
+            version = self._client.create_model_version(
+                name,
+                location,
+                self._run_id(body["plan"], body["run"]),
+                tags=tags,
+                description=body["note"],
+                model_id=model_id,
+            )
+        self._client.set_registered_model_alias(name, body["alias"], version.version)
 
     # --- what the server has ----------------------------------------------------------------------------------------
 

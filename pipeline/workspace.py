@@ -47,7 +47,11 @@ class Workspace:
 
         A `provisional` one may lack data that its suite describes: it can be looked at, not run.
         """
-        study = load_study(path, overrides)
+        return cls.of(load_study(path, overrides), out, provisional)
+
+    @classmethod
+    def of(cls, study: Study, out: Path | None = None, provisional: bool = False) -> "Workspace":
+        """The same for a study that has been read."""
         ensure_data(study)
         study = settled(study.resolved())
         facts = gather(study, provisional)

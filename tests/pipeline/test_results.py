@@ -229,6 +229,26 @@ def test_summary_is_mean_and_sample_deviation_over_seeds_at_a_common_t() -> None
     assert (second["seeds"], second["ka_sd"], second["gm"]) == (1, None, None)
 
 
+def trajectory(group: str, seed: int, *gms: float | None, stream: str = "a b") -> dict[str, Any]:
+    steps = [{"t": t, "ka": gm, "zs": gm, "gm": gm} for t, gm in enumerate(gms)]
+    return {"id": f"{group}-{seed}", "group": group, "stream": stream.split(), "steps": steps}
+
+
+def test_winner_is_the_first_seed_of_the_group_with_the_best_mean_at_the_end() -> None:
+    rows = [
+        trajectory("early", 0, 0.9, 0.1),
+        trajectory("lucky", 0, 0.1, 0.6), trajectory("lucky", 1, 0.1, 0.2),
+        trajectory("steady", 0, 0.1, 0.5), trajectory("steady", 1, 0.1, 0.5), trajectory("equal", 0, 0.0, 0.5),
+    ]  # fmt: skip
+    assert found.winner({"trajectories": rows}) == "steady-0"
+
+
+def test_winner_is_never_the_multitask_reference_and_of_no_scores_nobody() -> None:
+    rows = [trajectory("reference", 0, 0.9, stream="multitask"), trajectory("a", 0, 0.2)]
+    assert found.winner({"trajectories": rows}) == "a-0"
+    assert found.winner({"trajectories": [trajectory("a", 0, None), trajectory("b", 0)]}) is None
+
+
 def test_results_are_written_whole_and_strictly(tmp_path: Path) -> None:
     plan, store = finished(["best_in_time"])
     path = tmp_path / "results.json"

@@ -165,6 +165,16 @@ def test_failed_step_marks_its_expert_its_trajectories_and_the_study(study: Trac
     assert {row.payload["error"] for row in rows if row.payload["op"] == "status"} == {"loss is NaN"}
 
 
+def test_best_trajectory_that_serves_the_base_registers_the_base(study: Tracked) -> None:
+    projection = study.projection()
+    best = next(one for one in study.plan.trajectories if one.name == "zero_shot")
+    for fingerprint, step in study.plan.steps.items():
+        projection.step(step, study.records[fingerprint])
+    row = projection.finished(None, best.id)[-1].payload
+    assert (row["op"], row["name"], row["alias"]) == ("register", "demo", "best")
+    assert row["model"] == f"base/{study.base.fingerprint[:16]}" and row["run"] == "study"
+
+
 def test_without_weights_only_the_manifest_is_sent_and_says_where_they_are(tmp_path: Path) -> None:
     study = finished_study(tmp_path, strategies=("offline_merging",), log_weights=False)
     models = of(rows_of(study), "model")

@@ -39,14 +39,23 @@ class Tracked:
     def outbox(self) -> Outbox:
         return Outbox(self.out / FILE)
 
-    def tell(self, outbox: Outbox, order: Sequence[str] | None = None, *, finish: bool = True) -> Recorder:
-        """Tell an outbox the whole study, its steps in the plan's order unless another is given."""
+    def tell(
+        self,
+        outbox: Outbox,
+        order: Sequence[str] | None = None,
+        *,
+        finish: bool = True,
+        best: str | None = None,
+    ) -> Recorder:
+        """Tell an outbox the whole study, its steps in the plan's order unless another is given. `best` is registered; by
+        default the last trajectory."""
+        best = best or self.plan.trajectories[-1].id
         recorder = Recorder(self.projection(), outbox, self.out)
         recorder.study_started(START_MS)
         for fingerprint in self.plan.steps if order is None else order:
             recorder.step_done(self.plan.steps[fingerprint], self.records[fingerprint])
         if finish:
-            recorder.study_finished("trajectory,t,gm\nbest_in_time,3,0.5\n")
+            recorder.study_finished("trajectory,t,gm\nbest_in_time,3,0.5\n", best)
         return recorder
 
 
@@ -89,7 +98,8 @@ def finished_study(
     }
     (out / "study.yaml").write_text(study.resolved_yaml())
     (out / "plan.json").write_text("{}\n")
-    facts = StudyFacts(study.model_dump(mode="json"), "0.1.0", log_weights)
+    registry = {"name": "demo", "by": "gm", "alias": "best"}
+    facts = StudyFacts(study.model_dump(mode="json"), "0.1.0", log_weights, registry=registry)
     return Tracked(out, plan, base, records, facts)
 
 

@@ -1,0 +1,244 @@
+"""What the command line does, for Python: every function here ends in the one the command calls.
+
+Invariant: importing this loads neither torch nor ray, mlflow or pandas, and a mistake is the `UserError` that the command
+would have shown. `import temporal_merge` gives these names.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merge_service.errors import UserError
+from merge_service.params import nearest
+from pipeline.config import Study
+from pipeline.config import load_study as read_study
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from merge_service.merge import MergeReport
+    from pipeline.steps import Plan
+
+PathLike = Path | str
+StateDict = Mapping[str, Any]
+"""Tensors by name: all torch tensors, or all numpy arrays."""
+METRICS = ("ka", "zs", "gm", "bwt")
+"""Metrics of a point of which more is better."""
+
+
+def load_study(path: PathLike, overrides: Sequence[str] = ()) -> Study:
+    """The study in a YAML file, with `key.path=value` overrides. Raises ConfigError with every mistake found."""
+    return read_study(path, overrides)
+
+
+def plan(study: Study, out: PathLike | None = None) -> dict[str, Any]:
+    """What would run, as `temporal-merge plan --json` says it; nothing is written to `out`. Raises UserError."""
+    from pipeline.workspace import Workspace
+
+    return Workspace.of(study, _path(out), provisional=True).summary()
+
+
+def run(study: Study, out: PathLike | None = None, address: str = "local") -> "Run":
+    """Run a study to its end, or go on where it stopped; `out` is runs/<study name> by default.
+
+    Progress goes to stderr. `address` is local, auto or HOST:PORT of a Ray cluster. Raises UserError, or StepFailed when
+    a step failed too often.
+    """
+    from pipeline.driver import carry_out
+
+    return Run(carry_out(study, _path(out), address)[0])
+
+
+def open_run(out: PathLike) -> "Run":
+    """A run that was made earlier, or is under way. Raises UserError if `out` holds none."""
+    found = Run(Path(out))
+    found.plan  # noqa: B018  there is one, or this says so
+    return found
+
+
+@dataclass(frozen=True)
+class Run:
+    """What lies in OUT, as it was when it was first asked for: open the run again to see what has been added."""
+
+    out: Path
+
+    @cached_property
+    def plan(self) -> "Plan":
+        """Its trajectories and steps."""
+        from pipeline.status import open_plan
+
+        return open_plan(self.out)
+
+    @cached_property
+    def results(self) -> dict[str, Any]:
+        """results.json; while the run is not complete, the same of what is in the store so far."""
+        from pipeline.results import results
+        from pipeline.status import open_store
+        from pipeline.workspace import RESULTS_FILE
+
+        try:
+            found = json.loads((self.out / RESULTS_FILE).read_text(encoding="utf-8"))
+            if found["complete"] and found["plan"] == self.plan.fingerprint:
+                return dict(found)
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # not there yet, or damaged: the store is the truth it is made from
+        return results(self.plan, open_store(self.out))
+
+    def frame(self) -> "pd.DataFrame":
+        """One row per trajectory and t: axes, technique, KA, ZS, GM, forgetting, transfer (`report.frames.points`)."""
+        from pipeline.report.frames import points
+
+        return points(self.results)
+
+    def scores(self) -> "pd.DataFrame":
+        """One row per trajectory, t and dataset, with its role and score (`report.frames.scores`)."""
+        from pipeline.report.frames import scores
+
+        return scores(self.results)
+
+    def checkpoint(self, trajectory: str, t: int) -> Path:
+        """The directory of the weights that a trajectory serves after t, checked against their sha256; t=0 is the base.
+
+        Raises UserError when there is no such trajectory or t, or the weights are not there yet, and CorruptArtifact when
+        they are damaged.
+        """
+        from pipeline.status import open_store
+        from pipeline.steps import BASE
+
+        known = {one.id: one for one in self.plan.trajectories}
+        if trajectory not in known:
+            raise UserError(
+                f"{self.out} has no trajectory {trajectory!r}{nearest(trajectory, known)}; run.frame() lists them"
+            )
+        points = {point.t: point for point in known[trajectory].points}
+        if t not in points:
+            raise UserError(f"{trajectory} has no t = {t}; it has {', '.join(map(str, points))}")
+        deployed = points[t].deployed
+        step = self.plan.weights_step(known[trajectory].base if deployed == BASE else deployed)
+        store = open_store(self.out)
+        record = store.record(step.kind, step.fingerprint)
+        if record is None:
+            raise UserError(
+                f"{trajectory} at t = {t} is not in {store.where} yet; run the study again to make it"
+            )
+        return store.open_verified(record)
+
+    def best(self, by: str = "gm") -> dict[str, Any]:
+        """The trajectory with the highest `by` (ka, zs, gm or bwt) at its last t; of equal ones the first in the study.
+
+        What it is, and its point of results.json. Raises UserError when no trajectory has come to its end.
+        """
+        if by not in METRICS:
+            raise UserError(f"by = {by!r}{nearest(by, METRICS)}; choose one of {', '.join(METRICS)}")
+        last = {one.id: one.points[-1].t for one in self.plan.trajectories}
+        ended = [
+            {"trajectory": one["id"], **{k: v for k, v in one.items() if k not in ("id", "steps")}, **one["steps"][-1]}
+            for one in self.results["trajectories"]
+            if one["steps"] and one["steps"][-1]["t"] == last[one["id"]]
+        ]  # fmt: skip
+        ended = [one for one in ended if one[by] is not None]
+        if not ended:
+            raise UserError(
+                f"{self.out}: no trajectory has a {by} at its last t yet; run the study to its end"
+            )
+        return max(ended, key=lambda one: one[by])
+
+
+def merge(
+    technique: str,
+    experts: Sequence[PathLike] | Sequence[StateDict],
+    base: PathLike | StateDict | None = None,
+    out: PathLike | None = None,
+    **params: Any,
+) -> "MergeReport | dict[str, Any]":
+    """Merge experts, oldest first: files into `out`, or state dicts into a new one of the same kind.
+
+    `params` are the technique's (see `techniques`). State dicts go through temporary files, so that their result is bit
+    for bit that of files; it has the names, dtypes and devices of the base (of the first expert without one). Raises
+    UserError, of which `merge_service.merge` says more.
+    """
+    if isinstance(experts, str | Path | Mapping):
+        raise UserError("experts is a list of checkpoints, even of one: merge(technique, [expert], ...)")
+    given = [*experts, *([] if base is None else [base])]
+    files = [isinstance(one, str | Path) for one in given]
+    if not any(files) and given:
+        if out is not None:
+            raise UserError(
+                "out is for files; state dicts are merged into the one that is returned: leave it out"
+            )
+        from pipeline.state_dicts import merge_state_dicts
+
+        return merge_state_dicts(technique, params, base, experts)  # type: ignore[arg-type]
+    if not all(files):
+        raise UserError(
+            "experts and base are all files, or all state dicts; load or save the ones that differ"
+        )
+    if out is None:
+        raise UserError("merging files needs out, the file or directory to write")
+    paths = [Path(one) for one in given if isinstance(one, str | Path)]
+    return merge_files(
+        technique, params, None if base is None else paths[-1], paths[: len(experts)], Path(out)
+    )
+
+
+def merge_files(
+    technique: str,
+    params: Mapping[str, Any],
+    base: Path | None,
+    experts: Sequence[Path],
+    out: Path,
+    *,
+    threads: int | None = None,
+    workers: int = 1,
+    address: str | None = None,
+    device: str | None = None,
+    shard_size: str | None = None,
+    keep_thresholds: bool = False,
+) -> "MergeReport":
+    """`temporal-merge merge`, whose options these are; all cores by default. Raises UserError, also if `out` is an input."""
+    from merge_service.merge import merge as combine
+    from merge_service.shards import bytes_of
+    from merge_service.target import overwrites
+
+    for path in (*experts, *([base] if base else [])):
+        if overwrites(out, path):
+            raise UserError(f"--out {out} is one of the inputs and would be lost; give another --out")
+    split = None
+    if workers > 1 or address:
+        from pipeline.merging import split_over
+
+        split = split_over(address or "local", workers, threads or 1)
+    return combine(
+        technique,
+        params,
+        base,
+        experts,
+        out,
+        threads=threads or (len(os.sched_getaffinity(0)) if split is None else 1),
+        split=split,
+        device=device,
+        keep_limits=keep_thresholds,
+        shard_bytes=bytes_of(shard_size) if shard_size else None,
+    )
+
+
+def evaluate(checkpoint: PathLike, study: Study, datasets: Sequence[str] | None = None) -> dict[str, Any]:
+    """Score one checkpoint exactly as a run of the study would; what `temporal-merge evaluate --json` says."""
+    from pipeline.evaluation import score
+
+    return score(Path(checkpoint), study, datasets)
+
+
+def techniques() -> list[dict[str, Any]]:
+    """Every merging technique: name, formula, paper, needs, forms, parameters with default and meaning."""
+    from pipeline.show import techniques_as_json
+
+    return list(techniques_as_json(None))
+
+
+def _path(out: PathLike | None) -> Path | None:
+    return None if out is None else Path(out)

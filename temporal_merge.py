@@ -1,0 +1,38 @@
+"""temporal-merge from Python: load, plan and run studies, read what came out, merge files or state dicts.
+
+    import temporal_merge as tm
+
+Invariant: importing this costs nothing; a name is looked up in `pipeline.api` when it is first used (PEP 562).
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from merge_service.errors import UserError
+    from pipeline.api import Run, Study, evaluate, load_study, merge, open_run, plan, run, techniques
+
+__all__ = [
+    "Run",
+    "Study",
+    "UserError",
+    "evaluate",
+    "load_study",
+    "merge",
+    "open_run",
+    "plan",
+    "run",
+    "techniques",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from pipeline import api
+
+    value = globals()[name] = getattr(api, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

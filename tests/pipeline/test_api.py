@@ -1,0 +1,184 @@
+"""The Python API says what the command line says, and gives state dicts what files get, bit for bit."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
+
+import temporal_merge as tm
+from merge_service.errors import UserError
+from merge_service.techniques import names
+from tests.merge_service.toys import Files, load
+from tests.world import ROOT, TASKS, World
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
+
+
+def test_import_and_reading_of_names_load_no_heavy_library() -> None:
+    code = "import sys, temporal_merge as tm; tm.merge, tm.Run; print([m for m in ('torch', 'ray', 'mlflow', 'pandas') if m in sys.modules])"
+    answer = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.strip() == "[]"
+
+
+def test_every_listed_name_exists_and_no_other() -> None:
+    for name in tm.__all__:
+        assert getattr(tm, name) is not None
+    assert tm.UserError is UserError
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = tm.nonsense
+
+
+def test_techniques_are_those_of_the_command(cli) -> None:
+    assert tm.techniques() == json.loads(cli("techniques", "--json").out)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+@pytest.mark.parametrize("technique", names())
+def test_state_dicts_give_the_bits_of_files_for_every_technique(
+    technique: str, kind: str, tmp_path: Path
+) -> None:
+    files = Files(tmp_path)
+    tm.merge(technique, files.paths, base=files.start, out=files.out)
+    as_given = (lambda a: a) if kind == "numpy" else (lambda a: torch.from_numpy(np.array(a)))
+    base, *experts = [{k: as_given(v) for k, v in m.items()} for m in (files.base, *files.experts)]
+    merged = tm.merge(technique, experts, base=base)
+    expected = load(files.out)
+    assert list(merged) == list(base)
+    for name, value in merged.items():
+        assert isinstance(value, np.ndarray if kind == "numpy" else torch.Tensor)
+        assert value.dtype == base[name].dtype
+        assert np.asarray(value).tobytes() == expected[name].tobytes(), name
+        assert value.shape == base[name].shape
+
+
+def test_torch_state_dicts_in_half_precision_give_the_bits_of_files_and_stay_as_they_were(
+    tmp_path: Path,
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    models = [
+        {
+            "a": torch.randn(5, 3, generator=random).to(torch.bfloat16),
+            "b": torch.randn(7, generator=random).half(),
+        }
+        for _ in range(3)
+    ]
+    models[1]["a"] = models[1]["a"].t().contiguous().t()  # the same numbers, laid out the other way
+    models[2]["b"] = torch.nn.Parameter(models[2]["b"])
+    before = [{k: v.detach().clone() for k, v in model.items()} for model in models]
+    paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    for path, model in zip(paths, before):
+        save_torch({k: v.contiguous() for k, v in model.items()}, path)
+    tm.merge("ties", paths[1:], base=paths[0], out=tmp_path / "out.safetensors", density=0.5)
+    merged = tm.merge("ties", models[1:], base=models[0], density=0.5)
+    for name, value in load_torch(tmp_path / "out.safetensors").items():
+        assert merged[name].dtype == value.dtype and torch.equal(merged[name], value)
+        assert all(torch.equal(m[name], b[name]) for m, b in zip(models, before))
+
+
+def test_merge_refuses_what_cannot_be_meant(tmp_path: Path) -> None:
+    files = Files(tmp_path)
+    one = {"w": np.zeros(2, np.float32)}
+    for match, arguments in {
+        "list of checkpoints": {"experts": files.paths[0]},
+        "needs out": {"experts": files.paths},
+        "leave it out": {"experts": [one], "out": files.out},
+        "all files, or all state dicts": {"experts": [files.paths[0], one], "out": files.out},
+        "one of the inputs": {"experts": files.paths, "out": files.paths[0]},
+        "expert-1: 'w' is complex64": {"experts": [{"w": np.zeros(2, np.complex64)}]},
+        "expert-1: 'w' is list": {"experts": [{"w": [1.0]}]},
+        "expert-2 is a list, not a state dict": {"experts": [one, [1]]},
+        "no parameter 'densty'": {"experts": [one], "densty": 0.5},
+        "nothing to merge": {"experts": [], "out": files.out},
+    }.items():
+        with pytest.raises(UserError, match=match):
+            tm.merge("average", **arguments)
+    with pytest.raises(UserError, match="expert-2"):
+        tm.merge("average", [one, {"w": np.full(2, np.nan, np.float32)}])
+
+
+def test_plan_of_a_study_is_that_of_the_command(world: World, tmp_path: Path, cli) -> None:
+    path = world.study()
+    study = tm.load_study(path, ["grid.seed=[0,1]"])
+    arguments = ["plan", path, "--set", "grid.seed=[0,1]", "--out", tmp_path / "out", "--json"]
+    assert tm.plan(study, tmp_path / "out") == json.loads(cli(*arguments).out)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.ray
+def test_finished_run_is_read_as_results_json_says_it(undisturbed: Path) -> None:
+    run = tm.open_run(str(undisturbed))
+    assert run.results == json.loads((undisturbed / "results.json").read_text())
+    assert len(run.frame()) == 3 * (1 + len(TASKS)) and len(run.scores()) == 3 * 4 * 4
+    for one in run.results["trajectories"]:
+        for step in one["steps"]:
+            record = json.loads((run.checkpoint(one["id"], step["t"]) / "record.json").read_text())
+            held = record["files"]["open_clip_model.safetensors"]["sha256"]
+            assert held == step["deployed_sha256"]
+    for metric in ("ka", "zs", "gm", "bwt"):
+        best = run.best(by=metric)
+        ends = [one["steps"][-1][metric] for one in run.results["trajectories"]]
+        assert best[metric] == max(ends) and best["t"] == len(TASKS)
+
+
+@pytest.mark.ray
+def test_run_without_results_or_with_those_of_another_plan_is_read_from_its_store(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    expected = tm.open_run(undisturbed).results
+    (out / "results.json").write_text(json.dumps(expected | {"plan": "other", "trajectories": []}))
+    assert tm.open_run(out).results == expected
+    (out / "results.json").unlink()
+    assert tm.open_run(out).results == expected
+    one = next(one for one in expected["trajectories"] if one["id"].startswith("best_in_time"))
+    shutil.rmtree(tm.open_run(out).checkpoint(one["id"], 3))
+    with pytest.raises(UserError, match="run the study again"):
+        tm.open_run(out).checkpoint(one["id"], 3)
+    shutil.rmtree(out / "store" / "evaluate")
+    with pytest.raises(UserError, match="to its end"):
+        tm.open_run(out).best()
+
+
+@pytest.mark.ray
+def test_mistakes_about_a_run_say_what_there_is(undisturbed: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no run"):
+        tm.open_run(tmp_path)
+    run = tm.open_run(undisturbed)
+    name = run.best()["trajectory"]
+    with pytest.raises(UserError, match=f"did you mean {re.escape(name)}"):
+        run.checkpoint(name[:-1], 1)
+    with pytest.raises(UserError, match="it has 0, 1, 2, 3"):
+        run.checkpoint(name, 4)
+    with pytest.raises(UserError, match="choose one of ka, zs, gm, bwt"):
+        run.best(by="loss")
+
+
+@pytest.mark.ray
+def test_blocks_of_the_python_page_run_as_they_stand(
+    undisturbed: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """A finished run stands for the demo's: run again, it starts no cluster."""
+    (tmp_path / "configs").mkdir()
+    shutil.copyfile(world.study(), tmp_path / "configs" / "demo.yaml")
+    shutil.copytree(undisturbed, tmp_path / "runs" / "demo")
+    for number, name in enumerate(("base", "e1", "e2")):
+        save_file({"w": np.arange(4, dtype=np.float32) * number}, tmp_path / f"{name}.safetensors")
+    monkeypatch.chdir(tmp_path)
+    assert len(BLOCKS) == 5
+    for block in BLOCKS:
+        exec(compile(block, "docs/python.md", "exec"), {})
+    said = capsys.readouterr().out
+    expected = tm.open_run(undisturbed).best()
+    assert "[2. 0. 1.]" in said and said.rstrip().endswith(str(expected["gm"]))
