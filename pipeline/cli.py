@@ -331,6 +331,24 @@ def gc(
 
 
 @app.command()
+def report(out: OutDir, as_json: AsJson = False) -> None:
+    """Write OUT/report: one HTML page that opens offline, figures (PNG, SVG) and tables (CSV); also of a study under way.
+
+    Example: temporal-merge report runs/demo
+    """
+    from pipeline.report.build import build_report
+
+    answer = build_report(out)
+    if as_json:
+        _print_json(answer)
+        return
+    print(answer["advice"])
+    for title, why in answer["missing"].items():
+        print(f"not drawn: {title} ({why})")
+    print(f"{answer['html']}: {len(answer['figures']) // 2} figures, {len(answer['tables'])} tables")
+
+
+@app.command()
 def sync(out: OutDir) -> None:
     """Deliver to the tracker what it has not received yet."""
     from pipeline.tracking import sync as deliver

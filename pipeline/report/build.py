@@ -1,0 +1,223 @@
+"""`temporal-merge report OUT`: from what lies in OUT to OUT/report.
+
+Invariant: a report is built beside the old one and replaces it whole; looking changes nothing else in OUT; what a study has
+not scored yet is said, and a figure that cannot be drawn is named with the reason.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import vl_convert
+
+from merge_service.checkpoint import WEIGHTS_FILE
+from merge_service.errors import UserError
+from merge_service.similarity import similarity
+from pipeline.plan import Plan
+from pipeline.report import figures as draw
+from pipeline.report.figures import Data, Figure, NoData
+from pipeline.report.page import page, records, spec_of
+from pipeline.results import results
+from pipeline.status import open_plan, open_store
+from pipeline.store import Store
+from pipeline.timeline import read_timeline
+
+EXPERTS = 12
+"""More experts than this make a heat map nobody reads; the first are compared."""
+POINTS = (
+    "group",
+    "t",
+    "shown",
+    "reference",
+    "model",
+    "init",
+    "deploy",
+    "technique",
+    "budget",
+    "seed",
+    "ka",
+    "zs",
+    "gm",
+)
+LAST = (
+    "group", "t", "shown", "reference", "front", "model", "init", "deploy", "technique", "budget", "strategy", "ka", "zs",
+    "gm", "forgetting", "bwt",
+)  # fmt: skip
+SCORES = ("trajectory", "t", "dataset", "role", "score")
+
+
+def build_report(out: Path) -> dict[str, Any]:
+    """Write OUT/report. Raises UserError if OUT holds no run or nothing was scored yet.
+
+    {"html", "figures", "tables": paths, "missing": {title: why it was not drawn}, "complete", "advice"}.
+    """
+    plan, store = open_plan(out), open_store(out)
+    return write_report(out, plan, results(plan, store), lambda best: compare(plan, store, best))
+
+
+def write_report(
+    out: Path,
+    plan: Plan,
+    answer: Mapping[str, Any],
+    compared: Callable[[str], pd.DataFrame | None] = lambda best: None,
+) -> dict[str, Any]:
+    """As `build_report`, of results that are at hand; `compared` gives the pairs of experts of a trajectory."""
+    try:
+        data = draw.prepare(answer)
+    except NoData as why:
+        raise UserError(
+            f"{out} has nothing to report: {why}; run the study further (`temporal-merge run`), "
+            f"`temporal-merge status {out}` says how far it is"
+        ) from None
+    drawn, missing = draw_all(data, plan, compared)
+    advice = f"{data.advice.sentence} {cost(plan, data.best, out)}"
+    final = out / "report"
+    stage = out / ".report.partial"
+    shutil.rmtree(stage, ignore_errors=True)
+    written = _write(stage, data, drawn)
+    partial = "" if answer["complete"] else _unfinished(plan, answer)
+    text = page(
+        plan.study,
+        f"{len(answer['trajectories'])} trajectories, {len(data.last)} groups that differ in more than the seed",
+        partial,
+        advice,
+        f"temporal-merge report {out}",
+        data.last,
+        drawn,
+        missing,
+        frames_of(data, drawn),
+    )
+    (stage / "report.html").write_text(text, encoding="utf-8")
+    shutil.rmtree(final, ignore_errors=True)
+    stage.replace(final)
+    return {
+        "html": str(final / "report.html"),
+        **{kind: [str(final / kind / name) for name in names] for kind, names in written.items()},
+        "missing": missing,
+        "complete": answer["complete"],
+        "advice": advice,
+    }
+
+
+def draw_all(
+    data: Data, plan: Plan, compared: Callable[[str], pd.DataFrame | None]
+) -> tuple[list[Figure], dict[str, str]]:
+    """The figures that have data, in the order of the page, and why the others (by title) have none."""
+    wanted: list[tuple[str, Callable[[], Figure]]] = [
+        ("Knowledge accumulation against zero-shot retention", lambda: draw.plane(data)),
+        ("GM over time", lambda: draw.over_time(data)),
+        ("Technique by strategy", lambda: draw.techniques(data)),
+        ("What matters: the strategy or the technique", lambda: draw.spread(data)),
+        ("Accuracy per dataset over time", lambda: draw.matrix(data)),
+        ("Forgetting and backward transfer", lambda: draw.transfer(data)),
+        ("Scaling with the budget", lambda: draw.scaling(data, "steps_per_task", "budget", "steps per task")),
+        ("Scaling with the horizon", lambda: draw.scaling(data, "tasks", "horizon", "tasks")),
+        ("What it cost, and what was shared", lambda: draw.sharing(plan.summary(), _gflops(plan))),
+        ("How alike the experts are", lambda: draw.similarity(compared(data.best))),
+    ]
+    drawn, missing = [], {}
+    for title, make in wanted:
+        try:
+            drawn.append(make())
+        except NoData as why:
+            missing[title] = str(why)
+    return drawn, missing
+
+
+def frames_of(data: Data, drawn: list[Figure]) -> dict[str, pd.DataFrame]:
+    """Every frame that the figures name, with the columns they use."""
+    own = {figure.data[0]: figure.table for figure in drawn if len(figure.data) == 1}
+    shared = {
+        "points": data.points[list(POINTS)],
+        "last": data.last[list(LAST)],
+        "scores": data.scores[list(SCORES)],
+    }
+    return {**own, **shared}
+
+
+def compare(plan: Plan, store: Store, trajectory: str) -> pd.DataFrame | None:
+    """Pairs of a trajectory's experts: one, other, cosine, conflict; None if fewer than two have weights in the store."""
+    (chosen,) = (one for one in plan.trajectories if one.id == trajectory)
+    base = store.record("base", chosen.base)
+    experts = {}
+    for point in chosen.points:
+        record = store.record("train", point.train) if point.train else None
+        if record is not None:
+            experts[f"t{point.t} {point.task}"] = record.path / WEIGHTS_FILE
+    if base is None or len(experts) < 2:
+        return None
+    found = similarity(base.path / WEIGHTS_FILE, dict(list(experts.items())[:EXPERTS]))
+    cosine, conflict = found.cosine(), found.conflict()
+    return pd.DataFrame(
+        [
+            {"one": one, "other": other, "cosine": float(cosine[i, j]), "conflict": float(conflict[i, j])}
+            for i, one in enumerate(found.names)
+            for j, other in enumerate(found.names)
+        ]
+    )
+
+
+def cost(plan: Plan, trajectory: str, out: Path) -> str:
+    """What the advised trajectory and the whole study took, in a sentence; what was not measured is left out."""
+    (chosen,) = (one for one in plan.trajectories if one.id == trajectory)
+    experts = dict.fromkeys(point.train for point in chosen.points if point.train)
+    own = [plan.steps[fp].gflops for fp in experts]
+    parts = [f"It trains {len(experts)} experts"]
+    if own and None not in own:
+        parts[0] += f" ({sum(g for g in own if g is not None):,.0f} GFLOPs)"
+    total = _gflops(plan)
+    if total is not None:
+        parts.append(
+            f"the whole study {sum(s.kind == 'train' for s in plan.steps.values())} ({total:,.0f} GFLOPs)"
+        )
+    seconds = _busy_seconds(out)
+    if seconds:
+        parts.append(f"whose steps kept workers busy for {seconds / 60:,.1f} minutes")
+    return ", ".join(parts) + "."
+
+
+def _gflops(plan: Plan) -> float | None:
+    costs = [step.gflops for step in plan.steps.values()]
+    return None if None in costs else sum(cost for cost in costs if cost is not None)
+
+
+def _busy_seconds(out: Path) -> float:
+    try:
+        return sum(line["end"] - line["start"] for line in read_timeline(out) if "kind" in line)
+    except OSError:
+        return 0.0
+
+
+def _unfinished(plan: Plan, answer: Mapping[str, Any]) -> str:
+    there = sum(len(trajectory["steps"]) for trajectory in answer["trajectories"])
+    total = sum(len(trajectory.points) for trajectory in plan.trajectories)
+    return (
+        f"The study is not finished: {there} of {total} points are scored. This report is of what is there, and its "
+        "advice may change; a group stands at the last t that all its seeds have reached."
+    )
+
+
+def _write(stage: Path, data: Data, drawn: list[Figure]) -> dict[str, list[str]]:
+    """Figures and tables; their file names by folder."""
+    tables = {figure.name: figure.table for figure in drawn} | {"points": data.points, "standing": data.last}
+    for folder in ("figures", "tables"):
+        (stage / folder).mkdir(parents=True)
+    for name, table in tables.items():
+        table.to_csv(stage / "tables" / f"{name}.csv", index=False)
+    rows = {name: records(frame) for name, frame in frames_of(data, drawn).items()}
+    rows["scores"] = [
+        row for row in rows["scores"] if row["trajectory"] == data.best
+    ]  # a picture has no drop-down
+    for figure in drawn:
+        spec = {**spec_of(figure), "datasets": {name: rows[name] for name in figure.data}}
+        spec["title"] = {"text": figure.title, "anchor": "start"}
+        (stage / "figures" / f"{figure.name}.svg").write_text(
+            vl_convert.vegalite_to_svg(spec), encoding="utf-8"
+        )
+        (stage / "figures" / f"{figure.name}.png").write_bytes(vl_convert.vegalite_to_png(spec, scale=2))
+    return {
+        "figures": [f"{figure.name}.{kind}" for figure in drawn for kind in ("png", "svg")],
+        "tables": [f"{name}.csv" for name in tables],
+    }

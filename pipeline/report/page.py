@@ -1,0 +1,147 @@
+"""A report as one HTML file that opens offline: figures as specifications, data once, one script bundle inside.
+
+Invariant: nothing is loaded from anywhere; the page's own policy admits only the two scripts it carries (by digest) and no
+evaluated code; text from a study is escaped.
+"""
+
+import base64
+import hashlib
+import html
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import pandas as pd
+import vl_convert
+
+from pipeline.report.figures import AXES, Figure
+
+DIGITS = 4
+STANDING_ROWS = 12
+
+
+def spec_of(figure: Figure) -> dict[str, Any]:
+    """The Vega-Lite specification without data; every filter is a signal of it, at first "all"."""
+    spec = figure.chart.to_dict()
+    signals = [{"name": f"only_{axis}", "value": "all"} for axis in AXES]
+    return {**spec, "params": [*spec.get("params", []), *signals], "background": "white"}
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a frame as JSON has them: rounded, null for what is missing."""
+    columns = {name: [_plain(value) for value in frame[name]] for name in frame.columns}
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
+
+
+def page(
+    study: str,
+    scope: str,
+    partial: str,
+    advice: str,
+    command: str,
+    last: pd.DataFrame,
+    figures: Sequence[Figure],
+    missing: Mapping[str, str],
+    data: Mapping[str, pd.DataFrame],
+) -> str:
+    """The page. `partial` says what is not there yet ("" if nothing), `missing` why a figure (by title) is not drawn."""
+    there = last[~last["reference"]]
+    axes = {axis: _values(data["points"], axis, set(there["group"])) for axis in AXES}
+    payload = {
+        "data": {name: _columns(frame) for name, frame in data.items()},
+        "axes": {axis: values for axis, values in axes.items() if len(values) > 1},
+        "figures": [
+            {
+                "name": figure.name,
+                "data": figure.data,
+                "spec": spec_of(figure),
+                "filtered": bool({"points", "last"} & set(figure.data)),
+            }
+            for figure in figures
+        ],
+    }
+    bundle, script = (
+        _inside(text)
+        for text in (vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"), _read("page.js"))
+    )
+    more = f"The best {STANDING_ROWS} of {len(last)} groups; tables/standing.csv has all." if len(last) > STANDING_ROWS else ""  # fmt: skip
+    return Template(_read("page.html")).substitute(
+        study=html.escape(study),
+        scope=html.escape(scope),
+        partial=f'<p class="partial">{html.escape(partial)}</p>' if partial else "",
+        advice=html.escape(advice),
+        more=more,
+        standing=_standing(last),
+        sections="\n".join([_section(f, command) for f in figures] + [_absent(*m) for m in missing.items()]),
+        payload=json.dumps(payload, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
+        hashes=f"{_digest(bundle)} {_digest(script)}",
+        bundle=bundle,
+        script=script,
+    )
+
+
+def _section(figure: Figure, command: str) -> str:
+    return (
+        f'<section id="{figure.name}"><h2>{html.escape(figure.title)}</h2>'
+        f'<p class="reading">{html.escape(figure.reading)}</p><div class="chart"></div>'
+        f"<code>{html.escape(command)} &rarr; figures/{figure.name}.png, .svg, tables/{figure.name}.csv</code></section>"
+    )
+
+
+def _absent(title: str, why: str) -> str:
+    return f'<section><h2>{html.escape(title)}</h2><p class="missing">Not drawn: {html.escape(why)}.</p></section>'
+
+
+def _standing(last: pd.DataFrame) -> str:
+    head = "".join(f"<th>{name}</th>" for name in ("Group", "t", "Seeds", "KA", "ZS", "GM", "Forgetting", "Backward transfer"))  # fmt: skip
+    lines = []
+    for row in last.nlargest(STANDING_ROWS, "gm").to_dict("records"):
+        cells = [html.escape(row["group"]) + (" (reference)" if row["reference"] else ""), str(row["t"]), str(row["seeds"])]  # fmt: skip
+        cells += [_score(row[metric], row[f"{metric}_ci"]) for metric in ("ka", "zs", "gm", "forgetting", "bwt")]  # fmt: skip
+        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
+
+
+def _score(mean: float, half: float) -> str:
+    if math.isnan(mean):
+        return "-"
+    return f"{mean:.3f}" if math.isnan(half) else f"{mean:.3f} ± {half:.3f}"
+
+
+def _values(points: pd.DataFrame, axis: str, groups: set[str]) -> list[str]:
+    return [str(value) for value in dict.fromkeys(points.loc[points["group"].isin(groups), axis])]
+
+
+def _columns(frame: pd.DataFrame) -> dict[str, Any]:
+    """A frame by column; text is a code per row into its levels, for the names of trajectories are long and repeat."""
+    found: dict[str, Any] = {}
+    for name in frame.columns:
+        if pd.api.types.is_numeric_dtype(frame[name]):
+            found[name] = {"values": [_plain(value) for value in frame[name]]}
+        else:
+            codes, levels = pd.factorize(frame[name], use_na_sentinel=False)
+            found[name] = {"levels": [_plain(level) for level in levels], "codes": codes.tolist()}
+    return found
+
+
+def _plain(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, float):
+        return None if math.isnan(value) else round(value, DIGITS)
+    return value
+
+
+def _inside(script: str) -> str:
+    """A script that may stand inside its element and means the same there."""
+    return script.replace("</script", "<\\/script")
+
+
+def _digest(script: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _read(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
