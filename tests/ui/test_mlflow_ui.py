@@ -1,18 +1,13 @@
 """The MLflow UI as a person sees it: from the study to a served checkpoint and its files, by clicking."""
 
-import socket
-import subprocess
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from pipeline.tracking import Tracker, ui_command, ui_url
 from tests.pipeline.tracked_study import finished_study
+from tests.servers import serving
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -32,29 +27,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     tracker.start()
     assert tracker.close(120) == 0, tracker.last_error
     outbox.close()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = out / "server.log"
-    with log.open("w") as sink:
-        server = subprocess.Popen(ui_command(out, port=port), stdout=sink, stderr=sink)
-    try:
-        _wait_for(f"http://127.0.0.1:{port}/health", server, log)
+    with serving(lambda port: ui_command(out, port=port), out) as port:
         yield ui_url(out, port=port)
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
-def _wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and server.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    pytest.fail(f"the server did not start: {log.read_text()[-2000:]}")
 
 
 @pytest.mark.slow
