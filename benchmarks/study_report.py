@@ -33,9 +33,9 @@ class Invented:
             pace += 0.01 * random.Random(str(trajectory.technique)).random()
             for point in trajectory.points:
                 if point.t <= upto:
-                    scores = {name: _score(0.15 + pace * point.t, luck) for name in plan.adaptation} | {
-                        name: _score(0.7 - 0.4 * pace * point.t, luck) for name in plan.held_out
-                    }
+                    seen = {name: max(0, point.t - 1 - i) for i, name in enumerate(plan.adaptation)}
+                    scores = {name: _score(0.15 + pace * (point.t - 0.4 * seen[name]), luck) for name in seen}
+                    scores |= {name: _score(0.7 - 0.4 * pace * point.t, luck) for name in plan.held_out}
                     self._tell(point.evaluate, {"scores": scores})
 
     def record(self, kind: str, fingerprint: str) -> Record | None:

@@ -20,6 +20,7 @@ GREY, BLACK, OTHER = "#c4c4c4", "#000000", "other groups"
 AXES = ("model", "init", "deploy", "technique", "budget", "seed")
 """What a page filters by, each a signal `only_<axis>` in every chart that follows it."""
 WIDTH, HEIGHT = 640, 400
+LEGEND = alt.Legend(labelLimit=340, symbolOpacity=1)
 
 
 class NoData(Exception):
@@ -82,7 +83,12 @@ def plane(data: Data) -> Figure:
     paths = data.points[~data.points["joint"]]
     if paths.groupby("group")["t"].nunique().max() < 2:
         raise NoData("no group has been scored at two points in time")
-    x = alt.X("ka:Q", title="KA: mean accuracy on the tasks (fraction)", scale=alt.Scale(zero=False))
+    x = alt.X(
+        "ka:Q",
+        title="KA: mean accuracy on the tasks (fraction)",
+        scale=alt.Scale(zero=False),
+        axis=alt.Axis(tickCount=8),
+    )
     y = alt.Y("zs:Q", title="ZS: mean accuracy on held-out sets (fraction)", scale=alt.Scale(zero=False))
     moved = _over_time("ka", "zs").transform_filter("!datum.reference").encode(x, y, order="t:O")
     final = _named("last").transform_filter(_kept(seed=False)).encode(x, y, tooltip=_tooltip())
@@ -91,7 +97,7 @@ def plane(data: Data) -> Figure:
         moved.transform_filter(_is(OTHER)).mark_line(color=GREY, opacity=0.5, strokeWidth=1).encode(detail="group:N", tooltip=["group:N", "t:O"]),
         moved.transform_filter(_is_not(OTHER)).mark_line(point={"size": 22}, strokeWidth=2).encode(color=_colour(data), detail="group:N", tooltip=_tooltip_t("ka", "zs")),
         final.transform_filter("datum.front").mark_line(color=BLACK, strokeDash=[4, 3], strokeWidth=1).encode(order="ka:Q"),
-        final.transform_filter("datum.front").mark_point(color=BLACK, size=150, strokeWidth=1.5),
+        final.transform_filter("datum.front").mark_point(color=BLACK, size=90, strokeWidth=1.2),
         final.transform_filter("datum.reference").mark_point(filled=True, color=BLACK, size=90, shape="diamond", opacity=1),
         final.transform_filter("datum.reference").mark_text(dy=-12, fontSize=11, align="center").encode(text="group:N"),
     ).properties(width=WIDTH, height=HEIGHT)  # fmt: skip
@@ -241,9 +247,7 @@ def scaling(data: Data, column: str, what: str, unit: str) -> Figure:
         detail="name:N",
         tooltip=["name:N", f"{column}:Q", alt.Tooltip("gm:Q", format=".3f")],
     )  # fmt: skip
-    colour = alt.Color(
-        "shown:N", title="Strategy", scale=_scale(list(best)), legend=alt.Legend(labelLimit=340)
-    )
+    colour = alt.Color("shown:N", title="Strategy", scale=_scale(list(best)), legend=LEGEND)
     chart = _layers(
         lines["shown"],
         base.transform_filter(_is(OTHER)).mark_line(color=GREY, opacity=0.5, strokeWidth=1),
