@@ -92,14 +92,18 @@ def plane(data: Data) -> Figure:
     y = alt.Y("zs:Q", title="ZS: mean accuracy on held-out sets (fraction)", scale=alt.Scale(zero=False))
     moved = _over_time("ka", "zs").transform_filter("!datum.reference").encode(x, y, order="t:O")
     final = _named("last").transform_filter(_kept(seed=False)).encode(x, y, tooltip=_tooltip())
+    known = final.transform_filter("datum.reference")
+    references = [
+        known.mark_point(filled=True, color=BLACK, size=90, shape="diamond", opacity=1),
+        known.mark_text(dy=-12, fontSize=11).encode(text="group:N"),
+    ] if data.last["reference"].any() else []  # fmt: skip
     chart = _layers(
         data.last["shown"],
         moved.transform_filter(_is(OTHER)).mark_line(color=GREY, opacity=0.5, strokeWidth=1).encode(detail="group:N", tooltip=["group:N", "t:O"]),
         moved.transform_filter(_is_not(OTHER)).mark_line(point={"size": 22}, strokeWidth=2).encode(color=_colour(data), detail="group:N", tooltip=_tooltip_t("ka", "zs")),
         final.transform_filter("datum.front").mark_line(color=BLACK, strokeDash=[4, 3], strokeWidth=1).encode(order="ka:Q"),
         final.transform_filter("datum.front").mark_point(color=BLACK, size=90, strokeWidth=1.2),
-        final.transform_filter("datum.reference").mark_point(filled=True, color=BLACK, size=90, shape="diamond", opacity=1),
-        final.transform_filter("datum.reference").mark_text(dy=-12, fontSize=11, align="center").encode(text="group:N"),
+        *references,
     ).properties(width=WIDTH, height=HEIGHT)  # fmt: skip
     return Figure(
         "plane",
