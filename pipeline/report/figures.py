@@ -20,6 +20,7 @@ GREY, BLACK, OTHER = "#c4c4c4", "#000000", "other groups"
 AXES = ("model", "init", "deploy", "technique", "budget", "seed")
 """What a page filters by, each a signal `only_<axis>` in every chart that follows it."""
 WIDTH, HEIGHT = 640, 400
+LEGEND = alt.Legend(labelLimit=340, symbolOpacity=1)
 
 
 class NoData(Exception):
@@ -82,17 +83,27 @@ def plane(data: Data) -> Figure:
     paths = data.points[~data.points["joint"]]
     if paths.groupby("group")["t"].nunique().max() < 2:
         raise NoData("no group has been scored at two points in time")
-    x = alt.X("ka:Q", title="KA: mean accuracy on the tasks (fraction)", scale=alt.Scale(zero=False))
+    x = alt.X(
+        "ka:Q",
+        title="KA: mean accuracy on the tasks (fraction)",
+        scale=alt.Scale(zero=False),
+        axis=alt.Axis(tickCount=8),
+    )
     y = alt.Y("zs:Q", title="ZS: mean accuracy on held-out sets (fraction)", scale=alt.Scale(zero=False))
     moved = _over_time("ka", "zs").transform_filter("!datum.reference").encode(x, y, order="t:O")
     final = _named("last").transform_filter(_kept(seed=False)).encode(x, y, tooltip=_tooltip())
-    chart = alt.layer(
+    known = final.transform_filter("datum.reference")
+    references = [
+        known.mark_point(filled=True, color=BLACK, size=90, shape="diamond", opacity=1),
+        known.mark_text(dy=-12, fontSize=11).encode(text="group:N"),
+    ] if data.last["reference"].any() else []  # fmt: skip
+    chart = _layers(
+        data.last["shown"],
         moved.transform_filter(_is(OTHER)).mark_line(color=GREY, opacity=0.5, strokeWidth=1).encode(detail="group:N", tooltip=["group:N", "t:O"]),
         moved.transform_filter(_is_not(OTHER)).mark_line(point={"size": 22}, strokeWidth=2).encode(color=_colour(data), detail="group:N", tooltip=_tooltip_t("ka", "zs")),
         final.transform_filter("datum.front").mark_line(color=BLACK, strokeDash=[4, 3], strokeWidth=1).encode(order="ka:Q"),
-        final.transform_filter("datum.front").mark_point(color=BLACK, size=150, strokeWidth=1.5),
-        final.transform_filter("datum.reference").mark_point(filled=True, color=BLACK, size=90, shape="diamond", opacity=1),
-        final.transform_filter("datum.reference").mark_text(dy=-12, fontSize=11, align="center").encode(text="group:N"),
+        final.transform_filter("datum.front").mark_point(color=BLACK, size=90, strokeWidth=1.2),
+        *references,
     ).properties(width=WIDTH, height=HEIGHT)  # fmt: skip
     return Figure(
         "plane",
@@ -116,7 +127,8 @@ def over_time(data: Data) -> Figure:
     coloured = base.transform_filter(_is_not(OTHER)).encode(
         color=_colour(data, references=True), detail="group:N"
     )
-    chart = alt.layer(
+    chart = _layers(
+        data.last["shown"],
         base.transform_filter(_is(OTHER)).mark_line(color=GREY, opacity=0.5, strokeWidth=1).encode(y, detail="group:N", tooltip=["group:N", "t:O"]),
         coloured.mark_area(opacity=0.15).encode(alt.Y("gm_low:Q", scale=scale, title="GM of KA and ZS (fraction)"), alt.Y2("gm_high:Q")),
         coloured.mark_line(strokeWidth=2).encode(y),
@@ -128,7 +140,7 @@ def over_time(data: Data) -> Figure:
     return Figure(
         "over_time",
         "GM over time",
-        f"Higher is better; lines are means over seeds, {band}. The references are black and brown-grey.",
+        f"Higher is better; lines are means over seeds, {band}. References are black or dark grey.",
         chart,
         ("points",),
         table.reset_index(),
@@ -239,10 +251,9 @@ def scaling(data: Data, column: str, what: str, unit: str) -> Figure:
         detail="name:N",
         tooltip=["name:N", f"{column}:Q", alt.Tooltip("gm:Q", format=".3f")],
     )  # fmt: skip
-    colour = alt.Color(
-        "shown:N", title="Strategy", scale=_scale(list(best)), legend=alt.Legend(labelLimit=340)
-    )
-    chart = alt.layer(
+    colour = alt.Color("shown:N", title="Strategy", scale=_scale(list(best)), legend=LEGEND)
+    chart = _layers(
+        lines["shown"],
         base.transform_filter(_is(OTHER)).mark_line(color=GREY, opacity=0.5, strokeWidth=1),
         base.transform_filter(_is_not(OTHER)).mark_line(point=True, strokeWidth=2).encode(color=colour),
     ).properties(width=WIDTH, height=300)  # fmt: skip
@@ -266,7 +277,8 @@ def transfer(data: Data) -> Figure:
         alt.Y("bwt:Q", title="Backward transfer (now - on arrival, fraction)"),
         tooltip=["group:N", alt.Tooltip("forgetting:Q", format=".3f"), alt.Tooltip("bwt:Q", format=".3f")],
     )  # fmt: skip
-    chart = alt.layer(
+    chart = _layers(
+        rows["shown"],
         base.transform_filter(_is(OTHER)).mark_circle(color=GREY, size=60, opacity=0.7),
         base.transform_filter(_is_not(OTHER)).mark_circle(size=110, opacity=0.9).encode(color=_colour(data, references=True)),
     ).properties(width=WIDTH, height=300)  # fmt: skip
@@ -343,6 +355,11 @@ def _named(name: str) -> Any:
     return alt.Chart(alt.NamedData(name))
 
 
+def _layers(shown: pd.Series, others: Any, *layers: Any) -> Any:
+    """The grey layer lies below, and only if there is something grey."""
+    return alt.layer(*([others] if (shown == OTHER).any() else []), *layers)
+
+
 def _over_time(*metrics: str) -> Any:
     """Means over seeds, and the range of each metric, of what the filters leave."""
     found: dict[str, str] = {}
@@ -372,7 +389,7 @@ def _is_not(group: str) -> str:
 
 
 def _scale(groups: list[str], references: tuple[str, ...] = ()) -> Any:
-    greys = [BLACK, "#6b5b4b", "#444444", "#888888"]
+    greys = [BLACK, "#666666", "#333333", "#888888"]
     colours = [*COLOURS[: len(groups)], *(greys[i % len(greys)] for i in range(len(references)))]
     return alt.Scale(domain=[*groups, *references], range=colours)
 

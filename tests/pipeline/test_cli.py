@@ -11,7 +11,19 @@ from merge_service import techniques
 from pipeline.lock import driver_lock
 from tests.world import World, command
 
-COMMANDS = ("run", "plan", "status", "merge", "evaluate", "techniques", "check", "verify", "sync", "ui")
+COMMANDS = (
+    "run",
+    "plan",
+    "status",
+    "merge",
+    "evaluate",
+    "techniques",
+    "check",
+    "verify",
+    "sync",
+    "ui",
+    "report",
+)
 
 
 def refused(answer: Any, *says: str) -> None:
@@ -135,7 +147,7 @@ def test_run_refuses_an_address_that_is_wrong_or_unsafe_before_anything_else(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["status", "verify", "ui", "sync"])
+@pytest.mark.parametrize("name", ["status", "verify", "ui", "sync", "report"])
 @pytest.mark.parametrize("place", ["empty", "nowhere", "file"])
 def test_commands_about_a_run_refuse_a_directory_that_holds_none(
     name: str, place: str, cli, tmp_path: Path
