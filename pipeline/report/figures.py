@@ -4,6 +4,7 @@ Invariant: a figure that has nothing to show raises `NoData` with the reason and
 data instead of holding them, so that a page carries each row once; scores are fractions in [0, 1].
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +90,9 @@ def plane(data: Data) -> Figure:
         scale=alt.Scale(zero=False),
         axis=alt.Axis(tickCount=8),
     )
-    y = alt.Y("zs:Q", title="ZS: mean accuracy on held-out sets (fraction)", scale=alt.Scale(zero=False))
+    y = alt.Y(
+        "zs:Q", title="ZS: mean accuracy on held-out sets (fraction)", scale=alt.Scale(zero=False, padding=24)
+    )
     moved = _over_time("ka", "zs").transform_filter("!datum.reference").encode(x, y, order="t:O")
     final = _named("last").transform_filter(_kept(seed=False)).encode(x, y, tooltip=_tooltip())
     known = final.transform_filter("datum.reference")
@@ -124,23 +127,25 @@ def over_time(data: Data) -> Figure:
     scale = alt.Scale(zero=False)
     base = _over_time("gm").encode(x)
     y = alt.Y("gm:Q", title="GM of KA and ZS (fraction)", scale=scale)
-    coloured = base.transform_filter(_is_not(OTHER)).encode(
-        color=_colour(data, references=True), detail="group:N"
-    )
+    named = base.transform_filter(_is_not(OTHER)).encode(detail="group:N")
+    colour = _colour(data, references=True)
+    fills = json.dumps(dict(zip(colour["scale"]["domain"], colour["scale"]["range"])))
+    band = alt.Fill("fill:N", scale=None)  # of its own, or the legend takes the pale colours of the bands
+    coloured = named.encode(color=colour)
     chart = _layers(
         data.last["shown"],
         base.transform_filter(_is(OTHER)).mark_line(color=GREY, opacity=0.5, strokeWidth=1).encode(y, detail="group:N", tooltip=["group:N", "t:O"]),
-        coloured.mark_area(opacity=0.15).encode(alt.Y("gm_low:Q", scale=scale, title="GM of KA and ZS (fraction)"), alt.Y2("gm_high:Q")),
+        named.transform_calculate(fill=f"({fills})[datum.shown]").mark_area(opacity=0.15).encode(alt.Y("gm_low:Q", scale=scale, title="GM of KA and ZS (fraction)"), alt.Y2("gm_high:Q"), band),
         coloured.mark_line(strokeWidth=2).encode(y),
         coloured.mark_point(filled=True, size=30, opacity=1).encode(y, tooltip=_tooltip_t("gm")),
     ).properties(width=WIDTH, height=HEIGHT)  # fmt: skip
     seeds = data.points["seed"].nunique()
-    band = f"the band spans the {seeds} seeds" if seeds > 1 else "one seed, so no band"
+    range_of = f"the band spans the {seeds} seeds" if seeds > 1 else "one seed, so no band"
     table = data.points.groupby(["group", "t"], sort=False)["gm"].agg(["mean", "min", "max", "count"])
     return Figure(
         "over_time",
         "GM over time",
-        f"Higher is better; lines are means over seeds, {band}. References are black or dark grey.",
+        f"Higher is better; lines are means over seeds, {range_of}. References are black or dark grey.",
         chart,
         ("points",),
         table.reset_index(),
@@ -191,7 +196,7 @@ def techniques(data: Data) -> Figure:
         gm="mean(gm)", groups="count()", groupby=["technique", "strategy"]
     ).encode(
         alt.X("strategy:N", title="init → deploy", sort=None, axis=alt.Axis(labelAngle=-30, labelLimit=160)),
-        alt.Y("technique:N", title="Technique (- merges nothing)", sort=None, axis=alt.Axis(labelLimit=220)),
+        alt.Y("technique:N", title="Technique", sort=None, axis=alt.Axis(labelLimit=220)),
         tooltip=["technique:N", "strategy:N", alt.Tooltip("gm:Q", title="mean GM", format=".3f"), "groups:Q"],
     )  # fmt: skip
     text = alt.condition(f"datum.gm < {middle:.4f}", alt.value("white"), alt.value("black"))
@@ -203,7 +208,7 @@ def techniques(data: Data) -> Figure:
     return Figure(
         "techniques",
         "Technique by strategy",
-        "Brighter is better: GM at the last t (fraction), mean over seeds and over whatever the filters leave (budgets, models). "
+        "Brighter is better: GM at the last t (fraction), mean over all groups of a cell that the filters leave; - merges nothing. "
         "Columns that differ more than rows say that the strategy matters more than the technique.",
         chart,
         ("last",),
@@ -228,7 +233,9 @@ def spread(data: Data) -> Figure:
     return Figure(
         "spread",
         "What matters: the strategy or the technique",
-        "The longer bar is the choice that changes GM more: strategies with the technique held fixed, techniques with the strategy held fixed.",
+        "The longer bar is the choice that changes GM more: strategies with the technique held fixed, techniques with the strategy held fixed. "
+        + "; ".join(f"{row.over}: mean of {row.lines} comparisons" for row in rows.itertuples())
+        + ".",
         chart,
         ("spread",),
         rows,
