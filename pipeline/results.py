@@ -194,7 +194,9 @@ def winner(answer: Mapping[str, Any], by: str = "gm") -> str | None:
     """The trajectory to deploy: the first seed of the group with the highest mean `by` (ka, zs, gm) over its seeds, at its
     last t. The multitask reference, which saw all tasks at once, cannot win; of equal groups the first does. None without scores.
     """
-    over_time = [one for one in answer["trajectories"] if list(one["stream"]) != [JOINT_TASK]]
+    over_time = [
+        one for one in answer["trajectories"] if all(step["task"] != JOINT_TASK for step in one["steps"])
+    ]
     rows = [row for row in summary({"trajectories": over_time}) if row[by] is not None]
     if not rows:
         return None

@@ -25,7 +25,7 @@ CONFIDENCE = 0.95
 def last(points: pd.DataFrame) -> pd.DataFrame:
     """One row per group (trajectories that differ in the seed alone) at the last t that all its seeds have reached.
 
-    `DESCRIBED`, `t`, `seeds`, and for every metric m: `m` the mean over seeds, `m_sd` the sample standard deviation and
+    `DESCRIBED`, `t`, its `task`, `seeds`, and for every metric m: `m` the mean over seeds, `m_sd` the sample standard deviation and
     `m_ci` half the width of the 95 % interval of the mean (Student's t); both missing for a single seed.
     """
     rows = []
@@ -35,14 +35,15 @@ def last(points: pd.DataFrame) -> pd.DataFrame:
         if not common:
             continue
         final = members[members["t"] == max(common)]
-        row = {**final.iloc[0][list(DESCRIBED)].to_dict(), "t": max(common), "seeds": len(final)}
+        row = {**final.iloc[0][list(DESCRIBED)].to_dict(), "t": max(common), "task": final.iloc[0]["task"]}
+        row["seeds"] = len(final)
         for metric in METRICS:
             values = final[metric].dropna()
             sd = values.std(ddof=1) if len(values) > 1 else math.nan
             row |= {metric: values.mean(), f"{metric}_sd": sd, f"{metric}_ci": _half_width(sd, len(values))}
         rows.append(row)
     statistics = [f"{metric}{suffix}" for metric in METRICS for suffix in ("", "_sd", "_ci")]
-    return pd.DataFrame(rows, columns=[*DESCRIBED, "t", "seeds", *statistics])
+    return pd.DataFrame(rows, columns=[*DESCRIBED, "t", "task", "seeds", *statistics])
 
 
 def pareto(rows: pd.DataFrame) -> pd.Series:
@@ -101,7 +102,7 @@ def recommend(rows: pd.DataFrame, metric: str = "gm") -> Advice | None:
 
     The multitask reference sees all tasks at once, so it is never what can be deployed over time.
     """
-    scored = rows[(rows["stream"] != JOINT_TASK) & rows[metric].notna()]
+    scored = rows[(rows["task"] != JOINT_TASK) & rows[metric].notna()]
     scored = scored.sort_values(metric, ascending=False, kind="stable")
     if scored.empty:
         return None

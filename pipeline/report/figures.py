@@ -57,8 +57,7 @@ def prepare(answer: Mapping[str, Any]) -> Data:
     points = frames.points(answer)
     points = points[points["gm"].notna()].copy()
     last = analysis.last(points)
-    joint = set(points.loc[points["task"] == JOINT_TASK, "group"])
-    last["joint"] = last["group"].isin(joint)
+    last["joint"] = last["task"] == JOINT_TASK
     last["reference"] = last["joint"] | (last["deploy"] == "base")
     deployable = last[~last["joint"]]
     advice = analysis.recommend(deployable)

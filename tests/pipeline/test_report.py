@@ -19,7 +19,7 @@ from pipeline.plan import Plan
 from pipeline.report import figures as draw
 from pipeline.report.build import draw_all, frames_of, write_report
 from pipeline.report.page import spec_of
-from pipeline.results import results
+from pipeline.results import results, winner
 
 MERGED = {
     "init": ["base", "ema", "all"],
@@ -188,3 +188,15 @@ def test_page_of_two_hundred_trajectories_stays_below_ten_megabytes(tmp_path: Pa
     assert len(plan.trajectories) >= 200
     answer = write_report(tmp_path, plan, invented(plan))
     assert Path(answer["html"]).stat().st_size < 10_000_000
+
+
+def test_multitask_reference_of_a_real_plan_is_neither_advised_nor_registered() -> None:
+    plan, answer = full()
+    (reference, *_) = [one for one in answer["trajectories"] if one["name"] == "multitask"]
+    best = {**reference, "steps": [{**step, "gm": 0.99} for step in reference["steps"]]}
+    changed = {
+        **answer,
+        "trajectories": [best if one is reference else one for one in answer["trajectories"]],
+    }
+    assert draw.prepare(changed).advice.group != reference["group"]
+    assert winner(changed) != reference["id"]

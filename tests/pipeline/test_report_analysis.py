@@ -17,7 +17,7 @@ def point(group: str, seed: int = 0, t: int = 1, **found: Any) -> dict[str, Any]
         "technique": "ties",
     }
     metrics = dict.fromkeys(METRICS, math.nan)
-    return {**described, **metrics, "group": group, "seed": seed, "t": t, **found}
+    return {**described, **metrics, "group": group, "seed": seed, "t": t, "task": "a", **found}
 
 
 def frame(*rows: dict[str, Any]) -> pd.DataFrame:
@@ -76,7 +76,7 @@ def test_table_has_a_line_per_technique_and_a_column_per_strategy() -> None:
 
 def test_recommendation_names_the_best_and_never_the_multitask_reference() -> None:
     advice = recommend(
-        last(frame(point("reference", stream="multitask", gm=0.9), point("a", gm=0.5), point("b", gm=0.4)))
+        last(frame(point("reference", task="multitask", gm=0.9), point("a", gm=0.5), point("b", gm=0.4)))
     )
     assert advice is not None
     assert (advice.group, advice.runner_up, advice.separated) == ("a", "b", None)

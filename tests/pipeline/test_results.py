@@ -229,9 +229,9 @@ def test_summary_is_mean_and_sample_deviation_over_seeds_at_a_common_t() -> None
     assert (second["seeds"], second["ka_sd"], second["gm"]) == (1, None, None)
 
 
-def trajectory(group: str, seed: int, *gms: float | None, stream: str = "a b") -> dict[str, Any]:
-    steps = [{"t": t, "ka": gm, "zs": gm, "gm": gm} for t, gm in enumerate(gms)]
-    return {"id": f"{group}-{seed}", "group": group, "stream": stream.split(), "steps": steps}
+def trajectory(group: str, seed: int, *gms: float | None, task: str = "a") -> dict[str, Any]:
+    steps = [{"t": t, "task": task, "ka": gm, "zs": gm, "gm": gm} for t, gm in enumerate(gms)]
+    return {"id": f"{group}-{seed}", "group": group, "steps": steps}
 
 
 def test_winner_is_the_first_seed_of_the_group_with_the_best_mean_at_the_end() -> None:
@@ -244,7 +244,7 @@ def test_winner_is_the_first_seed_of_the_group_with_the_best_mean_at_the_end() -
 
 
 def test_winner_is_never_the_multitask_reference_and_of_no_scores_nobody() -> None:
-    rows = [trajectory("reference", 0, 0.9, stream="multitask"), trajectory("a", 0, 0.2)]
+    rows = [trajectory("reference", 0, 0.9, task="multitask"), trajectory("a", 0, 0.2)]
     assert found.winner({"trajectories": rows}) == "a-0"
     assert found.winner({"trajectories": [trajectory("a", 0, None), trajectory("b", 0)]}) is None
 
