@@ -191,7 +191,7 @@ def test_page_of_two_hundred_trajectories_stays_below_ten_megabytes(tmp_path: Pa
 
 
 def test_multitask_reference_of_a_real_plan_is_neither_advised_nor_registered() -> None:
-    plan, answer = full()
+    _, answer = full()
     (reference, *_) = [one for one in answer["trajectories"] if one["name"] == "multitask"]
     best = {**reference, "steps": [{**step, "gm": 0.99} for step in reference["steps"]]}
     changed = {
