@@ -17,6 +17,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 
 demo: $(VENV)/.installed ## six tasks under six strategies on real images, about five minutes on two cores
 	$(BIN)/temporal-merge run configs/demo.yaml
+	$(BIN)/temporal-merge report runs/demo
 
 test: $(VENV)/.installed ## the whole test suite
 	$(BIN)/python -m pytest

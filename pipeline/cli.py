@@ -331,14 +331,21 @@ def gc(
 
 
 @app.command()
-def report(out: OutDir, as_json: AsJson = False) -> None:
+def report(
+    out: OutDir,
+    track: Annotated[
+        bool, typer.Option("--track/--no-track", help="File page and figures with the study's run in MLflow.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
     """Write OUT/report: one HTML page that opens offline, figures (PNG, SVG) and tables (CSV); also of a study under way.
 
     Example: temporal-merge report runs/demo
     """
-    from pipeline.report.build import build_report
+    from pipeline.report.build import build_report, file_report
 
     answer = build_report(out)
+    answer["tracker_pending"], why = file_report(out, answer) if track else (0, None)
     if as_json:
         _print_json(answer)
         return
@@ -346,6 +353,8 @@ def report(out: OutDir, as_json: AsJson = False) -> None:
     for title, why in answer["missing"].items():
         print(f"not drawn: {title} ({why})")
     print(f"{answer['html']}: {len(answer['figures']) // 2} figures, {len(answer['tables'])} tables")
+    if answer["tracker_pending"]:
+        print(f"not in MLflow yet ({why}): temporal-merge sync {out}")
 
 
 @app.command()

@@ -57,6 +57,15 @@ def build_report(out: Path) -> dict[str, Any]:
     return write_report(out, plan, results(plan, store), lambda best: compare(plan, store, best))
 
 
+def file_report(out: Path, answer: Mapping[str, Any]) -> tuple[int, str | None]:
+    """File a report's page and pictures with the study's run in MLflow: (rows still pending, why)."""
+    from pipeline.tracking import file_with_study
+
+    pictures = [path for path in answer["figures"] if path.endswith(".png")]
+    names = [str(Path(path).relative_to(out)) for path in (answer["html"], *pictures)]
+    return file_with_study(out, open_plan(out).fingerprint, names, timeout=20)
+
+
 def write_report(
     out: Path,
     plan: Plan,

@@ -1,6 +1,5 @@
 """The report of a study: every figure has data or says why not, nothing is loaded from outside, numbers stay numbers."""
 
-import importlib.util
 import json
 import math
 import re
@@ -12,42 +11,14 @@ from xml.etree import ElementTree
 import pandas as pd
 import pytest
 import vl_convert
-from plan_toys import facts, make_plan, study
 
 from merge_service.errors import UserError
 from pipeline.plan import Plan
 from pipeline.report import figures as draw
 from pipeline.report.build import draw_all, frames_of, write_report
 from pipeline.report.page import spec_of
-from pipeline.results import results, winner
-
-MERGED = {
-    "init": ["base", "ema", "all"],
-    "deploy": ["all", "ema"],
-    "technique": ["average", "ties", "task_arithmetic"],
-}
-FULL = {"strategies": ["zero_shot", "multitask", MERGED], "seed": [0, 1], "budget.multiplier": [1, 2]}
-PAIRS = pd.DataFrame(
-    {
-        "one": ["a", "a", "b", "b"],
-        "other": ["a", "b", "a", "b"],
-        "cosine": [1, 0.2, 0.2, 1],
-        "conflict": [0, 0.4, 0.4, 0],
-    }
-)
-
-
-def invented(plan: Plan, **how: Any) -> Any:
-    path = Path(__file__).parents[2] / "benchmarks" / "study_report.py"
-    spec = importlib.util.spec_from_file_location("study_report", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return results(plan, module.Invented(plan, **how))
-
-
-def toy(grid: dict[str, Any], tasks: int = 3) -> Plan:
-    return make_plan(study([], tasks, grid=grid), facts(tasks))
+from pipeline.results import winner
+from tests.pipeline.report_toys import FULL, MERGED, PAIRS, invented, toy
 
 
 @cache

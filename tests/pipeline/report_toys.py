@@ -1,0 +1,39 @@
+"""Studies with invented scores, large enough to fill every figure of a report."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pipeline.plan import Plan
+from pipeline.results import results
+from tests.pipeline.plan_toys import facts, make_plan, study
+
+MERGED = {
+    "init": ["base", "ema", "all"],
+    "deploy": ["all", "ema"],
+    "technique": ["average", "ties", "task_arithmetic"],
+}
+FULL = {"strategies": ["zero_shot", "multitask", MERGED], "seed": [0, 1], "budget.multiplier": [1, 2]}
+PAIRS = pd.DataFrame(
+    {
+        "one": ["a", "a", "b", "b"],
+        "other": ["a", "b", "a", "b"],
+        "cosine": [1, 0.2, 0.2, 1],
+        "conflict": [0, 0.4, 0.4, 0],
+    }
+)
+
+
+def invented(plan: Plan, **how: Any) -> Any:
+    path = Path(__file__).parents[2] / "benchmarks" / "study_report.py"
+    spec = importlib.util.spec_from_file_location("study_report", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return results(plan, module.Invented(plan, **how))
+
+
+def toy(grid: dict[str, Any], tasks: int = 3) -> Plan:
+    return make_plan(study([], tasks, grid=grid), facts(tasks))
