@@ -46,15 +46,15 @@ def test_page_draws_every_figure_and_fits_the_window(report: Path, page: "Page")
 def test_filter_leaves_only_what_was_asked_for(report: Path, page: "Page") -> None:
     page.goto(report.as_uri())
     page.wait_for_selector("body[data-drawn]")
-    before = page.locator("#techniques .mark-rect path").count()
+    before = page.locator("#techniques .mark-rect.role-mark path").count()
     page.select_option("#only_technique", "ties")
     page.wait_for_function(
-        "n => document.querySelectorAll('#techniques .mark-rect path').length < n", arg=before
+        "n => document.querySelectorAll('#techniques .mark-rect.role-mark path').length < n", arg=before
     )
-    assert page.locator("#techniques .mark-rect path").count() > 0
+    assert page.locator("#techniques .mark-rect.role-mark path").count() > 0
     page.select_option("#only_technique", "all")
     page.wait_for_function(
-        "n => document.querySelectorAll('#techniques .mark-rect path').length === n", arg=before
+        "n => document.querySelectorAll('#techniques .mark-rect.role-mark path').length === n", arg=before
     )
 
 
@@ -63,7 +63,9 @@ def test_figure_without_rows_counts_as_empty(report: Path, page: "Page") -> None
     page.wait_for_selector("body[data-drawn]")
     assert drawn(page)["techniques"] > 0
     page.evaluate("choose('technique', 'nothing')")
-    page.wait_for_function("() => document.querySelectorAll('#techniques .mark-rect path').length === 0")
+    page.wait_for_function(
+        "() => document.querySelectorAll('#techniques .mark-rect.role-mark path').length === 0"
+    )
     assert drawn(page)["techniques"] == 0
 
 
