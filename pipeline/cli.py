@@ -8,6 +8,8 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -152,23 +154,34 @@ def status(
             help="Ask the cluster that has OUT, through its dashboard.",
         ),
     ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Stay, and show it as it goes on, until the run ends.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say how far a run is, and what the tracker has not received yet; with --address, on a cluster and with its job."""
+    """Say how far a run is, and what the tracker has not received yet; with --address, on a cluster and with its job.
+
+    Looking changes nothing; Ctrl-C ends the watching, never the run. Example: temporal-merge status runs/demo --watch
+    """
+    from merge_service.errors import UserError
+    from pipeline.show import show_status, watch_status
+
+    look: Callable[[], dict[str, Any]]
+    if watch and as_json:
+        raise UserError("--watch is for people and --json for programs; leave one out (a program asks again)")
     if address:
-        from pipeline.submit import remote_status, show_remote
+        from pipeline.submit import remote_status
 
-        answer = remote_status(out, address)
-        _print_json(answer) if as_json else show_remote(out, answer)
-        return
-    from pipeline.show import show_status
-    from pipeline.status import status_of
-
-    answer = status_of(out)
-    if as_json:
-        _print_json({key: answer[key] for key in ("state", "steps", "tracker_pending")})
+        look, seconds = partial(remote_status, out, address), 10.0
     else:
-        show_status(out, answer)
+        from pipeline.status import Look
+
+        look, seconds = Look(out), 1.0
+    if watch:
+        watch_status(out, look, seconds)
+    else:
+        answer = look()
+        _print_json(answer) if as_json else show_status(out, answer)
 
 
 @app.command()

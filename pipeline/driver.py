@@ -97,7 +97,8 @@ class _Drive:
             len(self.steps), len(self.schedule.done), workspace.scratch, _standings(workspace, done)
         )
         self._looked, self._waiting = 0.0, set[str]()
-        self._said: list[dict[str, str]] = []
+        self._began: dict[str, float] = {}
+        self._said: list[dict[str, Any]] = []
         self.timeline.event("ready", cores=session.cpus, gpus=session.gpus, nodes=len(session.nodes))
 
     def run(self) -> None:
@@ -151,6 +152,7 @@ class _Drive:
         job = self.jobs.of(step)
         call = self.pools.by_name[lane.pool].call("run", job, step, self.workspace.store, group=group)
         self.running[call] = step
+        self._began[step.fingerprint] = time.time()
         self.counts.update((lane.name, lane.kind))
         self.schedule.start(step.fingerprint)
         self.progress.started(step.fingerprint, step.label)
@@ -223,7 +225,12 @@ class _Drive:
     def _say(self) -> None:
         """What is running, for `status`; written when it has changed."""
         running = [
-            {"fingerprint": step.fingerprint, "kind": step.kind, "label": step.label}
+            {
+                "fingerprint": step.fingerprint,
+                "kind": step.kind,
+                "label": step.label,
+                "began": self._began[step.fingerprint],
+            }
             for step in self.running.values()
         ]
         if running != self._said:

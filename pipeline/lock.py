@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from merge_service.errors import UserError
 from pipeline.errors import StoreUnwritable
 
 LOCK_FILE, DRIVER_FILE = ".driver.lock", "driver.json"
+LOOKS = 20
 
 
 class AlreadyRunning(UserError):
@@ -34,7 +36,7 @@ def driver_lock(out: Path) -> Iterator[None]:
         ) from error
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(handle)
         except BlockingIOError:
             who = read_driver(out)
             raise AlreadyRunning(
@@ -45,6 +47,17 @@ def driver_lock(out: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _take(handle: int) -> None:
+    """Lock, or raise BlockingIOError; somebody who only looks (`is_held`) has it for an instant and is waited for."""
+    for _ in range(LOOKS):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.01)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def is_held(out: Path) -> bool:

@@ -6,7 +6,7 @@ Invariant: showing never changes or delays the work; whatever is shown is read f
 import itertools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -30,7 +30,7 @@ class Standings:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._users: dict[str, list[tuple[TrajectoryPlan, int]]] = {}
-        self._rows: dict[str, tuple[int, str]] = {}
+        self._rows: dict[str, tuple[int, float | None]] = {}
         self._places = {trajectory.id: place for place, trajectory in enumerate(plan.trajectories)}
         for trajectory in plan.trajectories:
             for point in trajectory.points:
@@ -38,21 +38,20 @@ class Standings:
 
     def scored(self, evaluation: str, scores: Mapping[str, float]) -> None:
         """An evaluation is done: whoever it belongs to stands at its t, unless it stood further on already."""
-        text = ""
+        score = gm(ka(scores, self._plan.adaptation), zs(scores, self._plan.held_out))
         for trajectory, t in self._users.get(evaluation, ()):
-            text = text or f"{gm(ka(scores, self._plan.adaptation), zs(scores, self._plan.held_out)):.3f}"
-            if t >= self._rows.get(trajectory.id, (0, ""))[0]:
+            if t >= self._rows.get(trajectory.id, (0, None))[0]:
                 self._rows.pop(trajectory.id, None)
-                self._rows[trajectory.id] = (t, text)
+                self._rows[trajectory.id] = (t, score)
 
-    def rows(self) -> list[tuple[str, int, int, str]]:
+    def rows(self) -> list[tuple[str, int, int, float | None]]:
         """(trajectory, newest t scored, number of tasks, GM there), in the study's order: those scored last, then the first."""
         chosen = dict.fromkeys(itertools.islice(reversed(self._rows), SHOWN))
         chosen |= dict.fromkeys(itertools.islice(self._places, max(0, SHOWN - len(chosen))))
         places = sorted(self._places[name] for name in chosen)
         shown = [self._plan.trajectories[place] for place in places]
-        known = [(one, *self._rows.get(one.id, (0, ""))) for one in shown]
-        return [(one.id, t, len(one.stream), text) for one, t, text in known]
+        known = [(one, *self._rows.get(one.id, (0, None))) for one in shown]
+        return [(one.id, t, len(one.stream), score) for one, t, score in known]
 
     @property
     def hidden(self) -> int:
@@ -122,21 +121,37 @@ class Progress:
             self._drawn = time.monotonic()
 
     def _view(self) -> Group:
-        steps = Table(box=None, pad_edge=False, header_style="bold")
-        for column in ("running", "steps", "rate", "eta", "loss"):
-            steps.add_column(column, justify="left" if column == "running" else "right")
-        for fingerprint, label in self.running.items():
-            elapsed = time.monotonic() - self._began[fingerprint]
-            steps.add_row(label, *training_columns(read_progress(self.scratch, fingerprint), elapsed))
-        served = Table(box=None, pad_edge=False, header_style="bold")
-        for column in ("trajectory", "t", "GM"):
-            served.add_column(column, justify="left" if column == "trajectory" else "right")
-        for name, t, tasks, score in self.standings.rows():
-            served.add_row(name, f"{t}/{tasks}", score)
-        if self.standings.hidden:
-            served.add_row(f"and {self.standings.hidden} more", "", "", style="dim")
+        now = time.monotonic()
+        running = [
+            (label, read_progress(self.scratch, fingerprint), now - self._began[fingerprint])
+            for fingerprint, label in self.running.items()
+        ]
         head = Text(f"{self.done} of {self.total} steps done  {self._note}", style="bold")
-        return Group(head, served, steps)
+        return Group(
+            head, standings_table(self.standings.rows(), self.standings.hidden), running_table(running)
+        )
+
+
+def running_table(running: Iterable[tuple[str, Mapping[str, Any], float]]) -> Table:
+    """Steps under way: (label, what its worker wrote, seconds since it began) each."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("running", "steps", "rate", "eta", "loss"):
+        table.add_column(column, justify="left" if column == "running" else "right")
+    for label, progress, elapsed in running:
+        table.add_row(Text(label), *training_columns(progress, elapsed))
+    return table
+
+
+def standings_table(rows: Iterable[tuple[str, int, int, float | None]], hidden: int) -> Table:
+    """Trajectories as `Standings.rows` gives them, and how many are left out."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("trajectory", "t", "GM"):
+        table.add_column(column, justify="left" if column == "trajectory" else "right")
+    for name, t, tasks, score in rows:
+        table.add_row(Text(name), f"{t}/{tasks}", "" if score is None else f"{score:.3f}")
+    if hidden:
+        table.add_row(f"and {hidden} more", "", "", style="dim")
+    return table
 
 
 def read_progress(scratch: Path, fingerprint: str) -> Mapping[str, Any]:

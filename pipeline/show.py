@@ -3,17 +3,32 @@
 Invariant: showing reads; nothing here decides or changes anything.
 """
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from merge_service.errors import UserError
 from merge_service.techniques import get, names
+from pipeline.progress import running_table, standings_table
 from pipeline.steps import Plan, TrajectoryPlan
+
+ERROR, WARNING = "bold red", "yellow"
+STATES = {
+    "running": "bold cyan",
+    "starting": "bold cyan",
+    "done": "bold green",
+    "failed": ERROR,
+    "partial": WARNING,
+}
+UNDER_WAY = frozenset({"running", "starting"})
 
 
 def _console() -> Console:
@@ -101,22 +116,68 @@ def _trajectories(plan: Plan) -> Table:
     return table
 
 
+def status_view(out: Path, answer: Mapping[str, Any]) -> Group:
+    """State and counts, what is running, where trajectories stand, what failed, what the tracker waits for.
+
+    `answer` is that of `status.Look`, or of a cluster (then with its "job", and as far as the job has come).
+    """
+    done = answer.get("steps", {}).get("done")
+    total = sum(answer["steps"].values()) if done is not None else 0
+    head = f"{out}: {answer['state']}" + (f", {done} of {total} steps done" if total else "")
+    parts: list[Any] = [Text(head, style=STATES.get(answer["state"], ""))]
+    if answer.get("job"):
+        parts.append(Text(f"job {answer['job']['id']}: {answer['job']['state']}"))
+    if answer.get("kinds") and answer["state"] != "done":
+        table = _table("", "steps", "done", "running", "of")
+        for kind, counts in answer["kinds"].items():
+            table.add_row(kind, str(counts["done"]), str(counts["running"]), str(counts["total"]))
+        parts.append(table)
+    if answer.get("trajectories"):
+        rows = [tuple(row.values()) for row in answer["trajectories"]]
+        parts.append(standings_table(rows, answer["more_trajectories"]))
+    if answer.get("running"):
+        running = [(step["label"], step["progress"], step["seconds"] or 0.0) for step in answer["running"]]
+        parts.append(running_table(running))
+    if answer.get("failure"):
+        failure = answer["failure"]
+        parts.append(Text(f"failed: {failure['step']}: {failure['error']}", style=ERROR))
+    if answer.get("tracker_pending"):
+        text = f"the tracker waits for {answer['tracker_pending']} rows: temporal-merge sync {out}"
+        parts.append(Text(text, style=WARNING))
+    return Group(*parts)
+
+
 def show_status(out: Path, answer: Mapping[str, Any]) -> None:
-    """State, counts, what is running, what the tracker still waits for."""
-    console, steps = _console(), answer["steps"]
-    counts = ", ".join(f"{count} {name}" for name, count in steps.items() if count)
-    console.print(f"{out}: {answer['state']} ({counts})", markup=False)
-    for step in answer["running"]:
-        progress = step["progress"]
-        where = f" {progress['step']}/{progress['steps']}" if progress.get("steps") else ""
-        console.print(f"  running: {step['label']}{where}", markup=False)
-    if answer["failure"]:
-        console.print(f"  failed: {answer['failure']['step']}: {answer['failure']['error']}", markup=False)
-    if answer["tracker_pending"]:
-        console.print(
-            f"  the tracker waits for {answer['tracker_pending']} rows: temporal-merge sync {out}",
-            markup=False,
-        )
+    """How a run stands, once."""
+    _console().print(status_view(out, answer))
+
+
+def watch_status(
+    out: Path, look: Callable[[], Mapping[str, Any]], seconds: float, console: Console | None = None
+) -> None:
+    """How a run stands, look after look, until it is no longer under way; on no terminal a line per change.
+
+    Watching may end at any time: the run goes on.
+    """
+    console = console or _console()
+    live = Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext()
+    said = ""
+    with live as screen:
+        while True:
+            answer = look()
+            if screen is not None:
+                screen.update(status_view(out, answer), refresh=True)
+            else:
+                counts = ", ".join(f"{n} {name}" for name, n in answer.get("steps", {}).items() if n)
+                line = f"{out}: {answer['state']}" + (f" ({counts})" if counts else "")
+                if line != said:
+                    console.print(line, markup=False, highlight=False, soft_wrap=True)
+                said = line
+            if answer["state"] not in UNDER_WAY:
+                break
+            time.sleep(seconds)
+    if screen is None:
+        console.print(status_view(out, answer))
 
 
 def print_results(out: Path, answer: Mapping[str, Any], tracking: Any) -> None:

@@ -4,6 +4,7 @@ Invariant: looking changes nothing, and works from another process while the stu
 """
 
 import json
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from merge_service.errors import UserError
 from pipeline.lock import is_held, read_driver
 from pipeline.outbox import count_pending
 from pipeline.plan import Plan
-from pipeline.progress import read_progress
+from pipeline.progress import Standings, read_progress
 from pipeline.store import Store
 from pipeline.store_open import store_of
 
@@ -37,32 +38,72 @@ def open_store(out: Path) -> Store:
     return store_of(out)
 
 
-def status_of(out: Path) -> dict[str, Any]:
-    """{"state", "steps": {"done", "running", "failed", "pending"}, "tracker_pending", "kinds", "running", "failure"}.
+class Look:
+    """A run as it is, look after look; what was done at the last one is not asked for again.
 
-    `state` is running while a driver lives, done when every step is in the store, failed when the last driver said so,
-    and partial otherwise.
+    Raises UserError if OUT holds no run.
     """
-    plan, store = open_plan(out), store_of(out)
-    done = {fp for fp, step in plan.steps.items() if store.has(step.kind, fp)}
-    driver, alive = read_driver(out), is_held(out)
-    running = [step for step in driver.get("running", []) if step["fingerprint"] not in done] if alive else []
-    failure = None if alive else driver.get("failed")
-    complete = len(done) == len(plan.steps)
-    state = "running" if alive else "done" if complete else "failed" if failure else "partial"
-    failed = int(bool(failure) and not complete)
-    return {
-        "state": state,
-        "steps": {
-            "done": len(done),
-            "running": len(running),
-            "failed": failed,
-            "pending": len(plan.steps) - len(done) - len(running) - failed,
-        },
-        "tracker_pending": count_pending(out),
-        "kinds": Counter(plan.steps[fp].kind for fp in done),
-        "running": [
-            {**step, "progress": read_progress(out / "scratch", step["fingerprint"])} for step in running
-        ],
-        "failure": failure,
-    }
+
+    def __init__(self, out: Path) -> None:
+        self._out, self._plan, self._store = out, open_plan(out), store_of(out)
+        self._standings = Standings(self._plan)
+        self._done: set[str] = set()
+        self._totals = Counter(step.kind for step in self._plan.steps.values())
+
+    def __call__(self) -> dict[str, Any]:
+        """{"state", "steps": {"done", "running", "failed", "pending"}, "kinds": {kind: {"done", "running", "total"}},
+        "running", "trajectories": [{"trajectory", "t", "tasks", "gm"}], "more_trajectories", "failure", "tracker_pending"}.
+
+        `state` is running while a driver lives, done when every step is in the store, failed when the last driver said so,
+        and partial otherwise. Of many trajectories those scored last are listed.
+        """
+        self._find_done()
+        driver, alive = read_driver(self._out), is_held(self._out)
+        running = driver.get("running", []) if alive else []
+        running = [step for step in running if step["fingerprint"] not in self._done]
+        failure = None if alive else driver.get("failed")
+        total, done = len(self._plan.steps), len(self._done)
+        state = "running" if alive else "done" if done == total else "failed" if failure else "partial"
+        failed = int(bool(failure) and done < total)
+        kinds_done = Counter(self._plan.steps[fingerprint].kind for fingerprint in self._done)
+        kinds_running = Counter(step["kind"] for step in running)
+        return {
+            "state": state,
+            "steps": {
+                "done": done, "running": len(running), "failed": failed, "pending": total - done - len(running) - failed,
+            },
+            "kinds": {
+                kind: {"done": kinds_done[kind], "running": kinds_running[kind], "total": total}
+                for kind, total in self._totals.items()
+            },
+            "running": [self._running(step) for step in running],
+            "trajectories": [
+                {"trajectory": name, "t": t, "tasks": tasks, "gm": gm} for name, t, tasks, gm in self._standings.rows()
+            ],
+            "more_trajectories": self._standings.hidden,
+            "failure": failure,
+            "tracker_pending": count_pending(self._out),
+        }  # fmt: skip
+
+    def _running(self, step: dict[str, Any]) -> dict[str, Any]:
+        began = step.get("began")
+        seconds = None if began is None else max(0.0, time.time() - began)
+        return {
+            **step,
+            "seconds": seconds,
+            "progress": read_progress(self._out / "scratch", step["fingerprint"]),
+        }
+
+    def _find_done(self) -> None:
+        for fingerprint, step in self._plan.steps.items():
+            if fingerprint in self._done or not self._store.has(step.kind, fingerprint):
+                continue
+            self._done.add(fingerprint)
+            record = self._store.record(step.kind, fingerprint) if step.kind == "evaluate" else None
+            if record is not None:
+                self._standings.scored(fingerprint, record.result["scores"])
+
+
+def status_of(out: Path) -> dict[str, Any]:
+    """One `Look` at a run."""
+    return Look(out)()

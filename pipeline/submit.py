@@ -12,7 +12,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -93,18 +93,6 @@ def remote_status(out: Path, url: str) -> dict[str, Any]:
         return {"state": "starting", "job": told}
     errors = [line.removeprefix("error: ") for line in said.splitlines() if line.startswith("error: ")]
     raise UserError(f"on {url}: {errors[-1] if errors else asked.message or said[-500:]}")
-
-
-def show_remote(out: Path, answer: Mapping[str, Any]) -> None:
-    """The answer of `remote_status` for a person."""
-    counts = ", ".join(f"{count} {name}" for name, count in answer.get("steps", {}).items() if count)
-    print(f"{out}: {answer['state']}{f' ({counts})' if counts else ''}")
-    if answer["job"]:
-        print(f"  job {answer['job']['id']}: {answer['job']['state']}")
-    if answer.get("tracker_pending"):
-        print(
-            f"  the tracker waits for {answer['tracker_pending']} rows: temporal-merge sync {out}, on the cluster"
-        )
 
 
 def stop_study(out: Path, url: str) -> str:

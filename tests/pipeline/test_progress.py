@@ -69,7 +69,7 @@ def test_standings_show_the_trajectories_scored_last_and_count_the_others() -> N
     standings.scored(plan.trajectories[-1].points[2].evaluate, scores)
     rows = standings.rows()
     assert [name for name, *_ in rows] == [one.id for one in plan.trajectories[5:]]
-    assert rows[-1][1:] == (3, 3, "0.250") and rows[0][1:] == (1, 3, "0.250")
+    assert rows[-1][1:] == (3, 3, 0.25) and rows[0][1:] == (1, 3, 0.25)
 
 
 def test_training_columns_estimate_the_time_left_from_what_is_done() -> None:

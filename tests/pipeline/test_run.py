@@ -78,12 +78,12 @@ def test_out_holds_the_stated_files_and_the_study_as_it_was_resolved(undisturbed
 def test_status_of_a_finished_run_has_the_stated_shape(undisturbed: Path, cli) -> None:
     said = json.loads(cli("status", undisturbed, "--json").out)
     total = sum(1 for path in undisturbed.glob("store/*/*/record.json") if path.parts[-3] != "base")
-    assert said == {
-        "state": "done",
-        "steps": {"done": total, "running": 0, "failed": 0, "pending": 0},
-        "tracker_pending": 0,
-    }
-    assert f"done ({total} done)" in cli("status", undisturbed).out
+    assert said["state"] == "done" and said["tracker_pending"] == 0
+    assert said["steps"] == {"done": total, "running": 0, "failed": 0, "pending": 0}
+    assert sum(kind["done"] for kind in said["kinds"].values()) == total
+    assert {row["t"] for row in said["trajectories"]} == {3} and said["running"] == []
+    assert f"done, {total} of {total} steps done" in cli("status", undisturbed).out
+    assert cli("status", undisturbed, "--watch").out.startswith(f"{undisturbed}: done ({total} done)\n")
 
 
 def test_verify_passes_and_names_the_artifact_with_a_flipped_byte(
