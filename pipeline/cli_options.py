@@ -3,8 +3,9 @@
 Invariant: like `pipeline.cli`, importing this stays cheap.
 """
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -82,3 +83,18 @@ DeviceName = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON and nothing else.")]
+
+Dashboard = Annotated[
+    str,
+    typer.Option(
+        "--address",
+        metavar="http://HEAD:8265",
+        help="The dashboard of the cluster's head.",
+        show_default=False,
+    ),
+]
+
+
+def print_json(answer: Any) -> None:
+    """The answer of a command for programs: one JSON value on stdout."""
+    print(json.dumps(answer, indent=2))

@@ -8,7 +8,6 @@ import contextlib
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from cluster.room import Room
 from cluster.session import Session, check_address, connect, nodes_now
 from merge_service.errors import UserError
 from merge_service.faults import point
-from pipeline.config import Study, load_study
+from pipeline.config import Study
+from pipeline.console import WARNING, complain
 from pipeline.errors import CorruptArtifact, NondeterminismError, StepFailed, StorageFull
 from pipeline.jobs import Jobs
 from pipeline.lanes import Lane, Lanes
@@ -27,7 +27,6 @@ from pipeline.progress import Progress, Standings
 from pipeline.recording import Tracking
 from pipeline.registry import retire
 from pipeline.schedule import Rank, Schedule, critical_path, in_turn
-from pipeline.show import print_results
 from pipeline.timeline import Timeline
 from pipeline.workspace import Workspace
 
@@ -41,18 +40,15 @@ FATAL = (UserError, NondeterminismError, StorageFull)
 """Errors that another try cannot mend."""
 
 
-def run_study(path: Path, overrides: Sequence[str], out: Path | None, address: str) -> None:
-    """Run a study to its end, or from where it stopped. Raises UserError (exit 2) or StepFailed."""
-    check_address(address)
-    print_results(*carry_out(load_study(path, overrides), out, address))
-
-
 def carry_out(study: Study, out: Path | None, address: str) -> tuple[Path, dict[str, Any], Tracking]:
-    """The same without a word on stdout: OUT, what results.json says, and the tracking."""
+    """Run a study to its end, or from where it stopped: OUT, what results.json says, and the tracking.
+
+    Not a word on stdout. Raises UserError (exit 2) or StepFailed.
+    """
     check_address(address)
     workspace = Workspace.of(study, out)
     for warning in workspace.study.warnings:
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
+        complain("warning", warning, WARNING)
     workspace.check_data()
     with driver_lock(workspace.out):
         workspace.prepare()

@@ -17,24 +17,15 @@ from rich.text import Text
 
 from merge_service.errors import UserError
 from merge_service.techniques import get, names
+from pipeline.console import BUSY, ERROR, GOOD, WARNING
+from pipeline.console import console as made_console
 from pipeline.progress import running_table, standings_table
+from pipeline.results import summary as standings
+from pipeline.results import winner
 from pipeline.steps import Plan, TrajectoryPlan
 
-ERROR, WARNING = "bold red", "yellow"
-STATES = {
-    "running": "bold cyan",
-    "starting": "bold cyan",
-    "done": "bold green",
-    "failed": ERROR,
-    "partial": WARNING,
-}
+STATES = {"running": BUSY, "starting": BUSY, "done": GOOD, "failed": ERROR, "partial": WARNING}
 UNDER_WAY = frozenset({"running", "starting"})
-
-
-def _console() -> Console:
-    console = Console()
-    # Piped output is for files and other programs: never fold a table there.
-    return console if console.is_terminal else Console(width=200)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -65,7 +56,7 @@ LISTED = 60
 
 def show_plan(workspace: Any, summary: Mapping[str, Any]) -> None:
     """Counts per kind, cost, and the trajectories."""
-    console = _console()
+    console = made_console()
     steps = _table(
         f"{summary['study']}: {summary['trajectories']} trajectories",
         "steps",
@@ -86,7 +77,7 @@ def show_plan(workspace: Any, summary: Mapping[str, Any]) -> None:
     console.print(f"longest chain of steps that must follow one another: {path['steps']} ({chain})\n")
     console.print(_trajectories(workspace.plan))
     for warning in workspace.study.warnings:
-        console.print(f"warning: {warning}", markup=False)
+        console.print(Text.assemble(("warning:", WARNING), f" {warning}"))
     if summary["missing"]:
         console.print(
             f"provisional: {len(summary['missing'])} datasets or weights are not there ({', '.join(summary['missing'][:3])}, ...): "
@@ -149,7 +140,7 @@ def status_view(out: Path, answer: Mapping[str, Any]) -> Group:
 
 def show_status(out: Path, answer: Mapping[str, Any]) -> None:
     """How a run stands, once."""
-    _console().print(status_view(out, answer))
+    made_console().print(status_view(out, answer))
 
 
 def watch_status(
@@ -159,7 +150,7 @@ def watch_status(
 
     Watching may end at any time: the run goes on.
     """
-    console = console or _console()
+    console = console or made_console()
     live = Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext()
     said = ""
     with live as screen:
@@ -182,7 +173,7 @@ def watch_status(
 
 def print_results(out: Path, answer: Mapping[str, Any], tracking: Any) -> None:
     """The table of KA, ZS and GM over t, and where to go next."""
-    console = _console()
+    console = made_console()
     for key, title in (("ka", "KA, knowledge accumulation"), ("zs", "ZS, zero-shot retention"), ("gm", "GM")):
         console.print(results_table(answer, key, title))
         console.print()
@@ -194,6 +185,18 @@ def print_results(out: Path, answer: Mapping[str, Any], tracking: Any) -> None:
             markup=False, soft_wrap=True,
         )  # fmt: skip
     console.print(f"MLflow UI: temporal-merge ui {out}", markup=False, soft_wrap=True)
+
+
+def run_summary(out: Path, answer: Mapping[str, Any], tracking: Any) -> dict[str, Any]:
+    """How a run ended, for programs: where the results are, standings per group, the trajectory to deploy."""
+    return {
+        "out": str(out),
+        "results": str(out / "results.json"),
+        "complete": answer["complete"],
+        "standings": standings(answer),
+        "best": winner(answer),
+        "tracker_pending": tracking.pending,
+    }
 
 
 def results_table(answer: Mapping[str, Any], key: str, title: str) -> Table:
@@ -216,7 +219,7 @@ def show_scores(answer: Mapping[str, Any]) -> None:
     table = _table(answer["checkpoint"], "dataset", "score", "samples")
     for name, score in answer["scores"].items():
         table.add_row(name, f"{score:.4f}", str(answer["samples"][name]))
-    console = _console()
+    console = made_console()
     console.print(table)
     if "gm" in answer:
         console.print(f"KA {answer['ka']:.4f}  ZS {answer['zs']:.4f}  GM {answer['gm']:.4f}")
@@ -231,7 +234,7 @@ def techniques_as_json(name: str | None) -> Any:
 
 def show_techniques(name: str | None) -> None:
     """The catalogue, or one technique in full."""
-    console = _console()
+    console = made_console()
     if name is None:
         table = Table(box=None, header_style="bold", pad_edge=False)
         for column in ("technique", "forms", "needs", "parameters", "paper"):

@@ -1,29 +1,21 @@
 """The command line where nothing runs: help, techniques, and mistakes about studies and directories."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from merge_service import techniques
+from pipeline.cli import PANELS, app
+from pipeline.cli_files import technique_names
 from pipeline.lock import driver_lock
 from tests.world import World, command
 
-COMMANDS = (
-    "run",
-    "plan",
-    "status",
-    "merge",
-    "evaluate",
-    "techniques",
-    "check",
-    "verify",
-    "sync",
-    "ui",
-    "report",
-)
+COMMANDS = tuple(function.__name__ for commands in PANELS.values() for function in commands)
 
 
 def refused(answer: Any, *says: str) -> None:
@@ -55,13 +47,48 @@ def damaged(world: World, room: Path, shard: str, flip: bool) -> tuple[dict[str,
     return {"root": str(root), "pretraining": ["grey"], "held_out": ["grey"], "cache": cache}, path
 
 
-def test_help_names_every_command_and_the_arguments(cli) -> None:
+def test_help_names_every_command_by_what_it_is_for() -> None:
     said = command("--help")
     assert said.returncode == 0 and said.stderr == ""
+    places = [said.stdout.index(panel) for panel in PANELS]
+    assert places == sorted(places)
     for name in COMMANDS:
-        assert f"\n  {name} " in said.stdout
-        own = cli(name, "--help")
-        assert own.code == 0 and own.out.startswith("Usage: ")
+        assert f" {name} " in said.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_has_an_example_that_the_command_line_takes(name: str, cli) -> None:
+    answer = cli(name, "--help")
+    assert answer.code == 0 and "Usage: " in answer.out and "Example: " in answer.out
+    one = typer.main.get_command(app).commands[name]
+    words = shlex.split(one.help.rpartition("Example: ")[2])
+    assert words[:2] == ["temporal-merge", name]
+    one.make_context(name, words[2:])  # raises on what it does not know
+    assert any("--json" in parameter.opts for parameter in one.params), "an answer for programs too"
+
+
+def test_technique_names_are_completed(cli) -> None:
+    assert technique_names("ti") == ["ties"]
+    assert set(technique_names("")) == set(techniques.names())
+
+
+def test_sync_and_ui_answer_programs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr("pipeline.status.open_store", lambda out: None)
+    monkeypatch.setattr("pipeline.tracking.ui_command", lambda out, port: ["mlflow", str(port)])
+    monkeypatch.setattr("pipeline.tracking.ui_url", lambda out, port: f"http://127.0.0.1:{port}/x")
+    monkeypatch.setattr("pipeline.tracking.sync", lambda out: (2, "it is down"))
+    monkeypatch.setattr("os.execv", lambda path, command: started.append(command))
+    assert json.loads(cli("ui", tmp_path, "--port", "5012", "--json").out) == {
+        "url": "http://127.0.0.1:5012/x"
+    }
+    assert started == [["mlflow", "5012"]]
+    answer = cli("sync", tmp_path, "--json")
+    assert answer.code == 1 and json.loads(answer.out) == {"tracker_pending": 2, "reason": "it is down"}
+
+
+def test_errors_have_no_colours_where_there_is_no_terminal(cli) -> None:
+    assert "\x1b" not in cli("techniques", "tys").err
 
 
 @pytest.mark.parametrize("line", ["runn", "run --outt x", "status", "evaluate x"])

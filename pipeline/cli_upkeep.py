@@ -1,0 +1,99 @@
+"""The commands that keep a run in order: verify, gc, sync, ui.
+
+Invariant: importing this stays cheap; what a command needs is imported when it is called.
+"""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from pipeline.cli_options import AsJson, OutDir, print_json
+
+
+def verify(out: OutDir, as_json: AsJson = False) -> None:
+    """Read every artifact of a run again and check its bytes and its lineage.
+
+    Ends with code 1 when something is wrong. Example: temporal-merge verify runs/demo
+    """
+    from pipeline.status import open_store
+
+    store = open_store(out)
+    problems = store.verify()
+    if as_json:
+        print_json({"problems": problems})
+    else:
+        for problem in problems:
+            print(problem)
+        print(
+            f"{out}: {len(problems)} problems"
+            if problems
+            else f"{out}: every artifact and its lineage is intact"
+        )
+    if problems:
+        raise typer.Exit(1)
+
+
+def gc(
+    out: OutDir,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; change nothing.")] = False,
+    forget: Annotated[
+        list[str] | None,
+        typer.Option("--forget", metavar="NAME", help="Drop the registration of a study whose OUT is gone."),
+    ] = None,
+    set_aside: Annotated[
+        bool,
+        typer.Option("--set-aside", help="Also remove damaged artifacts and second results that were kept."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove from the store what no study refers to, and from OUT what finished steps left behind.
+
+    Example: temporal-merge gc runs/demo --dry-run
+    """
+    from pipeline.gc import collect, describe
+
+    answer = collect(out, dry_run, forget or [], set_aside)
+    print_json(answer) if as_json else print("\n".join(describe(answer)))
+
+
+def sync(out: OutDir, as_json: AsJson = False) -> None:
+    """Deliver to the tracker what it has not received yet.
+
+    Ends with code 1 while something is left. Example: temporal-merge sync runs/demo
+    """
+    from pipeline.tracking import sync as deliver
+
+    left, why = deliver(out)
+    if as_json:
+        print_json({"tracker_pending": left, "reason": why})
+    else:
+        print(
+            f"{out}: everything is delivered" if not left else f"{out}: {left} rows are still pending ({why})"
+        )
+    if left:
+        raise typer.Exit(1)
+
+
+def ui(
+    out: OutDir,
+    port: Annotated[
+        int, typer.Option("--port", min=1, max=65535, help="Where it listens, on loopback.")
+    ] = 5000,
+    as_json: AsJson = False,
+) -> None:
+    """Open the MLflow UI on a run's tracking store (on this machine only).
+
+    Example: temporal-merge ui runs/demo
+    """
+    from pipeline.status import open_store
+    from pipeline.tracking import ui_command, ui_url
+
+    open_store(out)
+    command = ui_command(out, port=port)
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    url = ui_url(out, port=port)
+    print_json({"url": url}) if as_json else print(f"MLflow UI (Ctrl-C ends it): {url}", flush=True)
+    sys.stdout.flush()
+    os.execv(command[0], command)
