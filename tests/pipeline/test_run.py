@@ -202,6 +202,9 @@ def test_finished_run_started_again_does_nothing_and_starts_no_cluster(
     answer = command("run", world.study(), "--out", undisturbed, "--address", "127.0.0.1:1")
     assert answer.returncode == 0, answer.stderr
     assert "best_in_time" in answer.stdout and "temporal-merge ui" in answer.stdout
+    told = json.loads(command("run", world.study(), "--out", undisturbed, "--json").stdout)
+    assert told["complete"] and told["tracker_pending"] == 0
+    assert told["best"] in {row["group"] for row in told["standings"]}
     assert stamps() == before
 
 
