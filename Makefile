@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PURE := cluster merge_service pipeline workers temporal_merge.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test browser check format clean
+.PHONY: help demo test browser check format docs clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -34,5 +34,8 @@ format: $(VENV)/.installed ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.installed ## build this project's site into site/, checking every link and anchor
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 clean: ## remove caches; data/ and runs/ stay
-	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
+	rm -rf site .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
