@@ -3,8 +3,10 @@
 import os
 import secrets
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -12,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
+from pipeline.cli import _main
 from tests.world import Cluster, World, command, make_world
 
 # A shell starts what runs in its background deaf to Ctrl-C, and a process hands that on to what it starts.
@@ -37,3 +40,24 @@ def undisturbed(world: World, cluster: Cluster, tmp_path_factory: pytest.TempPat
     answer = command("run", world.study(), "--out", out, "--address", cluster.address)
     assert answer.returncode == 0, answer.stderr
     return out
+
+
+class Answer(NamedTuple):
+    """What a command said, and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+    """`temporal-merge ...` without paying for a process: for all that one real process of the kind has proved."""
+
+    def call(*arguments: Any) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["temporal-merge", *map(str, arguments)])
+        capsys.readouterr()
+        code = _main()
+        return Answer(code, *capsys.readouterr())
+
+    return call

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
@@ -19,8 +18,6 @@ from merge_service.errors import UserError
 from merge_service.techniques import names
 from tests.merge_service.toys import Files, load
 from tests.world import ROOT, TASKS, World
-
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
 
 
 def test_import_and_reading_of_names_load_no_heavy_library() -> None:
@@ -166,19 +163,8 @@ def test_mistakes_about_a_run_say_what_there_is(undisturbed: Path, tmp_path: Pat
 
 
 @pytest.mark.ray
-def test_blocks_of_the_python_page_run_as_they_stand(
-    undisturbed: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    """A finished run stands for the demo's: run again, it starts no cluster."""
-    (tmp_path / "configs").mkdir()
-    shutil.copyfile(world.study(), tmp_path / "configs" / "demo.yaml")
-    shutil.copytree(undisturbed, tmp_path / "runs" / "demo")
-    for number, name in enumerate(("base", "e1", "e2")):
-        save_file({"w": np.arange(4, dtype=np.float32) * number}, tmp_path / f"{name}.safetensors")
-    monkeypatch.chdir(tmp_path)
-    assert len(BLOCKS) == 5
-    for block in BLOCKS:
-        exec(compile(block, "docs/python.md", "exec"), {})
-    said = capsys.readouterr().out
-    expected = tm.open_run(undisturbed).best()
-    assert "[2. 0. 1.]" in said and said.rstrip().endswith(str(expected["gm"]))
+def test_checkpoint_of_the_best_scores_what_the_run_says(undisturbed: Path, world: World) -> None:
+    run = tm.open_run(undisturbed)
+    best = run.best()
+    again = tm.evaluate(run.checkpoint(best["trajectory"], best["t"]), tm.load_study(world.study()))
+    assert again["gm"] == best["gm"]

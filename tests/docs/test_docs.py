@@ -1,0 +1,254 @@
+"""Every code block of the documentation is run, or checked against what it speaks of; every link leads somewhere.
+
+A block says what it is: `python` is run, `yaml` is (a part of) a study and must be a valid one, `sh` are commands, `json` is
+parsed, `text` is neither code nor command. A new kind of block fails until it is decided how it is tested.
+"""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+import yaml
+from PIL import Image
+from safetensors.numpy import save_file
+
+from pipeline.cli import app
+from pipeline.config import study_from
+from tests.world import ROOT, World
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # fmt: skip
+KINDS = ("python", "yaml", "sh", "json", "text")
+
+OUTSIDE = {
+    "docker": "builds an image from the network",
+    "kubectl": "needs a Kubernetes cluster; the manifests are held to their schemas in tests/cluster/test_manifests.py",
+    "cluster/render": "the same; it is run there",
+    "ray": "starts machines or processes of a cluster; tests/cluster/ starts its own",
+    "sbatch": "needs Slurm; the script is checked in tests/cluster/test_manifests.py",
+    "export": "sets variables for the commands after it",
+    "python": "downloads or needs weights that are not in the repository",
+    "pip": "installs from the network",
+    "umask": "of the shell, for the commands after it",
+    "base64": "the same",
+}
+"""Commands that a test cannot run, and why: their syntax is checked."""
+
+ELSEWHERE = {
+    "run": "tests/pipeline/test_run.py",
+    "submit": "tests/cluster/test_submit_jobs.py",
+    "stop": "tests/cluster/test_submit_jobs.py",
+    "ui": "tests/ui/test_mlflow_ui.py",
+    "evaluate": "tests/pipeline/test_run.py",
+    "check": "tests/pipeline/test_suites.py",
+    "gc": "tests/pipeline/test_gc.py",
+}
+"""Commands of ours that the documentation calls with placeholders, or that take long: there they run, here they are parsed."""
+
+
+@dataclass(frozen=True)
+class Block:
+    page: Path
+    line: int
+    kind: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(*kinds: str) -> list[Block]:
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        for match in re.finditer(r"^```([^\n]*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+            line = text.count("\n", 0, match.start()) + 1
+            found.append(Block(page, line, match[1].strip(), match[2]))
+    return [block for block in found if not kinds or block.kind in kinds]
+
+
+def test_every_block_says_what_it_is() -> None:
+    assert [f"{block}: {block.kind!r}" for block in blocks() if block.kind not in KINDS] == []
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def commands(block: Block) -> Iterator[list[str]]:
+    """The simple commands of a block, without comments, variables set for them, and what their output is sent to."""
+    lines = re.sub(r"\\\n\s*", " ", block.text).splitlines()
+    if "'" in block.text and block.text.count('"') % 2 == 0 and re.search(r'"[^"]*\n', block.text):
+        lines = [block.text]  # one command with a text over several lines
+    for line in lines:
+        lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
+        lexer.whitespace_split = True
+        words: list[str] = []
+        target = False  # of a redirection
+        for word in [*lexer, ";"]:
+            if set(word) <= set("|&;<>"):
+                target = bool(set(word) & set("<>"))
+                if words and not target:
+                    yield words
+                    words = []
+            elif target:
+                target = False
+            elif words or not re.match(r"\w+=", word):
+                words.append(word.lstrip("("))
+
+
+def ours(words: list[str]) -> list[str] | None:
+    """The arguments of a `temporal-merge` command."""
+    return words[1:] if words[0].removeprefix(".venv/bin/") == "temporal-merge" else None
+
+
+@pytest.mark.parametrize("block", blocks("sh"), ids=str)
+def test_shell_block_is_sound_and_every_command_of_it_exists(block: Block) -> None:
+    subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    group: Any = typer.main.get_command(app)
+    for words in commands(block):
+        arguments = ours(words)
+        if arguments is not None:
+            group.commands[arguments[0]].make_context(
+                arguments[0], arguments[1:]
+            )  # raises on what it does not know
+        elif words[0] == "make":
+            assert set(words[1:]) <= set(targets), words
+        else:
+            name = re.sub(r"^(?:.+/bin/)?(python|pip)[\d.]*$", r"\1", words[0])
+            assert name in OUTSIDE or (ROOT / words[0]).exists(), f"{block}: {words[0]}"
+
+
+@pytest.mark.parametrize("block", blocks("text"), ids=str)
+def test_command_in_a_usage_text_exists_with_its_options(block: Block) -> None:
+    group: Any = typer.main.get_command(app)
+    for line in re.split(r"\n(?! )", block.text):
+        found = re.findall(r"temporal-merge (\w+)", line)
+        for name in found:
+            assert name in group.commands, f"{block}: {name}"
+        known = {option for name in found for p in group.commands[name].params for option in (*p.opts, *p.secondary_opts)}  # fmt: skip
+        assert not found or set(re.findall(r"(?<![\w-])(--[\w-]+)", line)) <= known, f"{block}: {line}"
+
+
+def test_commands_that_are_parsed_here_run_elsewhere() -> None:
+    for name, file in ELSEWHERE.items():
+        text = (ROOT / file).read_text()
+        assert re.search(rf'"{name}"|\b{name}_command|import .*collect', text), f"{file} does not run {name}"
+
+
+# --- a place where the documentation is true --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def desk(world: World, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory as the pages speak of it: the demo's study and its run (here a tiny one), and checkpoints."""
+    (tmp_path / "configs").mkdir()
+    shutil.copyfile(world.study(), tmp_path / "configs" / "demo.yaml")
+    (tmp_path / "configs" / "fomo_in_flux").symlink_to(ROOT / "configs" / "fomo_in_flux")
+    shutil.copytree(undisturbed, tmp_path / "runs" / "demo")
+    rng = np.random.default_rng(0)
+    for name in ("base", "e1", "e2", "e3", "new", "a", "b", "c"):
+        tensors = {"visual.w": rng.normal(size=(4, 4)).astype(np.float32), "v": rng.normal(size=8).astype(np.float32)}  # fmt: skip
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("block", blocks("sh"), ids=str)
+def test_commands_that_need_nothing_else_run(block: Block, desk: Path, cli: Callable[..., Any]) -> None:
+    for words in commands(block):
+        arguments = ours(words)
+        if arguments is None or arguments[0] in ELSEWHERE or "--address" in arguments:
+            continue
+        answer = cli(*arguments)
+        assert answer.code == 0, f"{block}: {shlex.join(arguments)}: {answer.err}"
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=str)
+def test_python_block_runs(block: Block, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    merged = next((desk / "runs" / "demo" / "store" / "merge").iterdir()).name
+    text = block.text.replace("<name>", merged).replace("models:/demo@", "models:/tiny@")
+    exec(compile(text, str(block), "exec"), {})
+
+
+# --- studies ----------------------------------------------------------------------------------------------------------
+
+STUDY = {
+    "name": "documented",
+    "model": {"config": "tiny-clip"},
+    "data": {"root": "data", "held_out": ["held"]},
+    "recipe": {"lr": 1e-3},
+    "budget": {"steps_per_task": 10},
+    "grid": {"strategies": ["best_in_time"]},
+}
+"""What a fragment is completed with."""
+
+
+def fragments(block: Block) -> list[dict[str, Any]]:
+    """The block as a whole, or line by line where each line is one way to write the same key."""
+    lines = block.text.splitlines()
+    keys = [line.partition(":")[0] for line in lines if line and not line.startswith((" ", "#"))]
+    alternatives = len(keys) > len(set(keys))
+    return [yaml.safe_load(line) for line in lines if line] if alternatives else [yaml.safe_load(block.text)]
+
+
+@pytest.mark.parametrize("block", blocks("yaml"), ids=str)
+def test_yaml_block_is_part_of_a_valid_study(block: Block) -> None:
+    for fragment in fragments(block):
+        tree = {**STUDY, **fragment}
+        if "strategies" not in tree["grid"]:
+            tree["grid"] = {**tree["grid"], **STUDY["grid"]}
+        if "stream" in tree["grid"]:
+            tree.pop("stream", None)
+        elif "stream" not in tree:
+            tree["stream"] = {"tasks": ["one", "two"]}
+        if "suite" not in tree["data"] and "adaptation" not in tree["data"]:
+            streams = tree["grid"].get("stream", [tree.get("stream", {})])
+            tasks = sorted({task for stream in streams for task in stream.get("tasks", ())})
+            tree["data"] = {**tree["data"], "adaptation": tasks or ["one"]}
+        study_from(tree, str(block))
+
+
+@pytest.mark.parametrize("block", blocks("json"), ids=str)
+def test_json_block_is_json(block: Block) -> None:
+    json.loads(block.text)
+
+
+# --- links ------------------------------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE), re.MULTILINE)  # fmt: skip
+    return {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        found = (page.parent / file).resolve() if file else page
+        assert found.exists(), f"{page.name} -> {target}"
+        assert not anchor or anchor in anchors(found), f"{page.name} -> {target}"
+
+
+@pytest.mark.slow
+def test_site_builds_without_a_warning(tmp_path: Path) -> None:
+    build = ["-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")]
+    answer = subprocess.run([sys.executable, *build], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")}
+    assert pages <= {path.stem for path in (tmp_path / "site").glob("*.html")}
+    loaded = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="https?://[^"]+', (tmp_path / "site" / "index.html").read_text())  # fmt: skip
+    assert loaded == []
