@@ -9,18 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from merge_service.errors import UserError
+    from merge_service.own import register, technique
+    from merge_service.params import Param
+    from merge_service.techniques import Technique
     from pipeline.api import Run, Study, evaluate, load_study, merge, open_run, plan, run, techniques
 
 __all__ = [
+    "Param",
     "Run",
     "Study",
+    "Technique",
     "UserError",
     "evaluate",
     "load_study",
     "merge",
     "open_run",
     "plan",
+    "register",
     "run",
+    "technique",
     "techniques",
 ]
 

@@ -12,6 +12,7 @@ from merge_service.faults import point
 from merge_service.geometry import geometry
 from merge_service.jobs import MergeJob
 from merge_service.merge import fold
+from merge_service.own import load
 from merge_service.stream import StreamCache
 
 
@@ -23,6 +24,8 @@ class Merger:
 
     def run(self, job: MergeJob, step: Any, store: Any) -> Any:
         """Merge, commit, and return the record."""
+        if job.origin is not None:
+            load(job.technique, job.origin)
         store.open_inputs(step)
         started = time.monotonic()
         point("merge.start")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_service.stream import Member
+from merge_service.techniques import Origin
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,7 @@ class MergeJob:
 
     `members` come in the technique's order, oldest first; their ids seed random masks, so they are part of the result.
     `scratch` is for streaming states and `limits` for kept thresholds: caches, rebuilt when they are missing.
+    `origin` is where a technique that is not ours is written.
     """
 
     label: str
@@ -24,3 +26,4 @@ class MergeJob:
     threads: int
     scratch: str
     limits: str
+    origin: Origin | None = None

@@ -10,6 +10,7 @@ Invariant: elementwise, so that blocks may be cut anywhere.
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from merge_service.errors import TechniqueError
 from merge_service.techniques import Technique
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ Rule = Callable[[Any, Sequence[Array], Sequence["Place"]], Array]
 
 def joint_rule(technique: Technique, params: Params) -> Rule | None:
     """The rule of a technique that needs all blocks at once, None for the others."""
+    if technique.rule is not None:
+        return _checked(technique, params)
     rules: dict[str, Callable[..., Array]] = {
         "agreed": consensus,
         "clip": nearswap,
@@ -30,6 +33,23 @@ def joint_rule(technique: Technique, params: Params) -> Rule | None:
     }
     rule = rules.get(technique.combine)
     return (lambda xp, blocks, places: rule(xp, params, blocks, places)) if rule else None
+
+
+def _checked(technique: Technique, params: Params) -> Rule:
+    """The rule of somebody else's technique, whose answer may be anything."""
+
+    def rule(xp: Any, blocks: Sequence[Array], places: Sequence["Place"]) -> Array:
+        assert technique.rule is not None
+        shape = blocks[0].shape
+        made = technique.rule(xp, dict(params), list(blocks))
+        if getattr(made, "shape", None) != shape:
+            raise TechniqueError(
+                f"{technique.name} gave {type(made).__name__} of shape {getattr(made, 'shape', None)} for blocks of shape "
+                f"{shape}; it must return one array of the blocks' shape"
+            )
+        return made
+
+    return rule
 
 
 def consensus(xp: Any, params: Params, taus: Sequence[Array], places: Sequence["Place"]) -> Array:

@@ -412,6 +412,8 @@ def _metadata(
 ) -> dict[str, str]:
     """The reference's own metadata, and how this file was made."""
     record = {"technique": blend.technique.name, "form": form, "params": dict(params), "inputs": list(inputs)}
+    if blend.technique.origin is not None:
+        record["source"] = blend.technique.origin.source
     return {"format": "pt", **blend.reference.metadata, METADATA_KEY: json.dumps(record, sort_keys=True)}
 
 

@@ -24,8 +24,9 @@ from merge_service.blend import Blend, Input
 from merge_service.checkpoint import Checkpoint, CheckpointWriter
 from merge_service.errors import CheckpointError
 from merge_service.faults import point
+from merge_service.own import load
 from merge_service.survey import Surveyor
-from merge_service.techniques import get
+from merge_service.techniques import Origin, get
 from merge_service.thresholds import Answer, Question, together
 from merge_service.writer import Slot, SlotWriter, Written
 
@@ -68,6 +69,7 @@ class Part:
     experts: tuple[tuple[str, Source], ...]
     tensors: tuple[str, ...]
     options: Options
+    origin: Origin | None
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,15 @@ class Split:
         base = Source.of(blend.base) if blend.base else None
         experts = tuple((expert.id, Source.of(expert.weights)) for expert in blend.inputs)
         parts = [
-            Part(blend.technique.name, dict(blend.params), base, experts, tensors, options)
+            Part(
+                blend.technique.name,
+                dict(blend.params),
+                base,
+                experts,
+                tensors,
+                options,
+                blend.technique.origin,
+            )
             for tensors in cut(blend, self.parts)
         ]
         with self.hire(parts) as call:
@@ -130,6 +140,8 @@ class PartWorker:
     def open(self) -> None:
         """Open all checkpoints. Raises `CheckpointError` naming this machine when they are not (the same) here."""
         part = self.part
+        if part.origin is not None:
+            load(part.technique, part.origin)
         base = part.base.open() if part.base else None
         inputs = [Input(name, order, source.open()) for order, (name, source) in enumerate(part.experts, 1)]
         self.blend = Blend(

@@ -11,7 +11,7 @@ Parameter names have one meaning everywhere: `weight` of the NEW expert in a fol
 KEPT, `scale` lambda.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
@@ -75,12 +75,21 @@ AVERAGING = (
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a technique that is not ours is written: its module, and the sha256 of the file (`own.py`)."""
+
+    module: str
+    source: str
+
+
+@dataclass(frozen=True)
 class Technique:
     """What a technique is; `rules.py` says what the words in `combine` and `sparsify` mean.
 
     `factor` names the parameter that multiplies the combined task vector (LiNeS has `depth` instead); `adds` says that task
     vectors are summed, not averaged.
     `ordered`: every expert is seen against those before it, so all at once is the stream from the first on.
+    `rule` and `origin`: the function of a technique that somebody else wrote, and where it is written.
     """
 
     name: str
@@ -97,6 +106,8 @@ class Technique:
     arity: int | None = None
     ordered: bool = False
     exceptions: Mapping[str, str] = field(default_factory=dict, hash=False)
+    rule: Callable[..., Any] | None = field(default=None, compare=False)
+    origin: Origin | None = None
 
     @property
     def needs(self) -> frozenset[str]:
@@ -209,12 +220,24 @@ ALIASES = {"lines": "lines_task_arithmetic", "dare_linear": "dare"}
 
 
 @cache
-def _table() -> dict[str, Technique]:
-    """All techniques; imported when first asked for, because the tables are written in terms of `Technique`."""
+def built_in() -> dict[str, Technique]:
+    """Our own techniques; imported when first asked for, because the tables are written in terms of `Technique`."""
     from merge_service.catalogue import ELEMENTWISE
     from merge_service.catalogue_tensors import TENSORWISE
 
     return {technique.name: technique for technique in (*ELEMENTWISE, *TENSORWISE)}
+
+
+@cache
+def _table() -> dict[str, Technique]:
+    from merge_service.own import known
+
+    return {**built_in(), **known()}
+
+
+def forget_table() -> None:
+    """What techniques there are has changed."""
+    _table.cache_clear()
 
 
 def names() -> tuple[str, ...]:
@@ -224,7 +247,11 @@ def names() -> tuple[str, ...]:
 
 def get(name: str) -> Technique:
     """The technique called `name` (or an alias of it); raises `TechniqueError` naming the nearest one."""
+    from merge_service.own import broken
+
     technique = _table().get(ALIASES.get(str(name), str(name)))
+    if str(name) in broken():
+        raise TechniqueError(f"technique {name!r} cannot be used: {broken()[str(name)]}")
     if technique is None:
         known = (*names(), *ALIASES)
         raise TechniqueError(

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_service.errors import UserError
-from merge_service.params import nearest
+from merge_service.own import register, technique
+from merge_service.params import Param, nearest
+from merge_service.techniques import Technique
 from pipeline.config import Study
 from pipeline.config import load_study as read_study
 
@@ -22,6 +24,11 @@ if TYPE_CHECKING:
 
     from merge_service.merge import MergeReport
     from pipeline.steps import Plan
+
+__all__ = [
+    "Param", "Run", "Study", "Technique", "UserError", "evaluate", "load_study", "merge", "merge_files", "open_run", "plan",
+    "register", "run", "technique", "techniques",
+]  # fmt: skip
 
 PathLike = Path | str
 StateDict = Mapping[str, Any]

@@ -16,6 +16,8 @@ from cluster.room import Room
 from cluster.session import Session, check_address, connect, nodes_now
 from merge_service.errors import UserError
 from merge_service.faults import point
+from merge_service.own import check_importable
+from merge_service.techniques import get as technique_called
 from pipeline.config import Study
 from pipeline.console import WARNING, complain
 from pipeline.errors import CorruptArtifact, NondeterminismError, StepFailed, StorageFull
@@ -50,6 +52,8 @@ def carry_out(study: Study, out: Path | None, address: str) -> tuple[Path, dict[
     for warning in workspace.study.warnings:
         complain("warning", warning, WARNING)
     workspace.check_data()
+    for name in {step.spec["technique"] for step in workspace.plan.steps.values() if step.kind == "merge"}:
+        check_importable(technique_called(name))
     with driver_lock(workspace.out):
         workspace.prepare()
         summary = workspace.summary()

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from merge_service import timeline
+from merge_service.techniques import get as technique_called
 from merge_service.timeline import Base, Expert, Merged, Weights
 from pipeline.config import Roles, Study
 from pipeline.fingerprint import canonical
@@ -166,6 +167,9 @@ class Draft:
             "base": base,
             "inputs": [[name, fp] for name, fp in inputs.items()],
         }
+        origin = technique_called(str(strategy.technique)).origin
+        if origin is not None:  # a technique of one's own: what it does is what its file says
+            spec["source"] = origin.source
         earlier = [self.merges[m] for m in self.merges if m.policy == merged.policy and m.t == merged.t - 1]
         what = f"{merged.policy}-{strategy.technique}"
         fp = planner.add(

@@ -10,6 +10,7 @@ from merge_service.checkpoint import WEIGHTS_FILE
 from merge_service.jobs import MergeJob
 from merge_service.kept_limits import limits_rule
 from merge_service.stream import Member
+from merge_service.techniques import get
 from pipeline.errors import StoreError
 from pipeline.facts import cache_of
 from pipeline.fingerprint import fingerprint
@@ -83,6 +84,7 @@ def _merge(step: Step, workspace: Workspace) -> MergeJob:
         threads=workspace.study.resources.merging.threads,
         scratch=str(workspace.scratch),
         limits=str(workspace.limits),
+        origin=get(spec["technique"]).origin,
     )
 
 

@@ -16,8 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from merge_service.errors import UserError
+from merge_service.own import broken
 from merge_service.techniques import get, names
-from pipeline.console import BUSY, ERROR, GOOD, WARNING
+from pipeline.console import BUSY, ERROR, GOOD, WARNING, complain
 from pipeline.console import console as made_console
 from pipeline.progress import running_table, standings_table
 from pipeline.results import summary as standings
@@ -245,9 +246,14 @@ def show_techniques(name: str | None) -> None:
                 one["name"], " ".join(one["forms"]), " ".join(one["needs"]) or "-", parameters, one["paper"]
             )
         console.print(table)
+        for which, why in broken().items():
+            complain("warning", f"technique {which} cannot be used: {why}", WARNING)
         return
     one = _technique(name)
-    console.print(f"{one['name']}\n  {one['formula']}\n  paper: {one['paper']}", markup=False)
+    console.print(f"{one['name']}\n  {one['formula']}\n  paper: {one['paper'] or '-'}", markup=False)
+    origin = get(name).origin
+    if origin is not None:
+        console.print(f"  written in: {origin.module} (sha256 {origin.source})", markup=False, soft_wrap=True)
     console.print(
         f"  forms: {', '.join(one['forms'])}\n  needs: {', '.join(one['needs']) or 'nothing but the checkpoints'}"
     )

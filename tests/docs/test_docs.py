@@ -22,6 +22,7 @@ import yaml
 from PIL import Image
 from safetensors.numpy import save_file
 
+from merge_service.techniques import forget_table
 from pipeline.cli import app
 from pipeline.config import study_from
 from tests.world import ROOT, World
@@ -176,6 +177,18 @@ def test_commands_that_need_nothing_else_run(block: Block, desk: Path, cli: Call
 
 @pytest.mark.parametrize("block", blocks("python"), ids=str)
 def test_python_block_runs(block: Block, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that begins with the name of a file is that file, to be imported by the others of its page."""
+    monkeypatch.syspath_prepend(str(desk))
+    monkeypatch.setattr("merge_service.own._declared", {})
+    forget_table()
+    for other in blocks("python"):
+        named = re.match(r"# (\w+)\.py\n", other.text)
+        if named and other.page == block.page:
+            (desk / f"{named[1]}.py").write_text(other.text)
+            monkeypatch.delitem(sys.modules, named[1], raising=False)
+            if other == block:
+                __import__(named[1])
+                return
     merged = next((desk / "runs" / "demo" / "store" / "merge").iterdir()).name
     text = block.text.replace("<name>", merged).replace("models:/demo@", "models:/tiny@")
     exec(compile(text, str(block), "exec"), {})
