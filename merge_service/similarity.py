@@ -3,11 +3,15 @@
 Experts whose task vectors point apart or disagree in sign lose each other's knowledge when they are averaged (TIES-Merging,
 arXiv 2306.01708, section 3), so a person wants to see who clashes before choosing a technique.
 
-Invariant: all checkpoints are read once, grain by grain through memory maps; memory is one grain per expert, whatever the
-size of the model.
+Signs are compared where both experts moved a weight by more than the root mean square of their task vector in its tower:
+weight decay alone moves every weight a little, and those that no task uses all in the same direction, which says nothing about
+tasks. (TIES compares what its trim keeps, for the same reason; a threshold that needs no sorting is enough to look at.)
+
+Invariant: checkpoints are read twice (magnitudes, then the rest), grain by grain through memory maps; memory is one grain per
+expert, whatever the size of the model.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +24,8 @@ from merge_service.engine import GRAIN, spans
 from merge_service.errors import CheckpointError
 from merge_service.towers import layer, tower
 
+CLASH_COSINE, CLASH_CONFLICT = -0.1, 0.55
+"""Clearly worse than unrelated task vectors, which have cosine 0 and conflict 0.5."""
 Part = tuple[str, int | None]
 """A tower and the number of a transformer block in it, None for what is in no block."""
 
@@ -36,9 +42,9 @@ class _Overlap:
     def none(cls, experts: int) -> "_Overlap":
         return cls(*(np.zeros((experts, experts)) for _ in range(3)))
 
-    def add(self, deltas: np.ndarray) -> None:
-        """One grain of task vectors, [experts, elements] float64."""
-        signs = np.sign(deltas, dtype=np.float64)
+    def add(self, deltas: np.ndarray, least: np.ndarray) -> None:
+        """One grain of task vectors, [experts, elements] float64, and the magnitude that counts as moved, [experts, 1]."""
+        signs = np.where(np.abs(deltas) > least, np.sign(deltas), 0.0)
         moved = np.abs(signs)
         self.dot += deltas @ deltas.T
         self.both += moved @ moved.T
@@ -76,16 +82,15 @@ class Similarity:
             return np.clip(dot / np.outer(norms, norms), -1, 1)
 
     def conflict(self, tower: str | None = None, layer: int | None = None) -> np.ndarray:
-        """[experts, experts] share of the weights that both moved whose signs differ, in [0, 1]; NaN where there are none."""
+        """[experts, experts] share of the weights that both moved (see above) whose signs differ, in [0, 1]; NaN where there are
+        none. The diagonal is 0.
+        """
         overlap = self._over(tower, layer)
         with np.errstate(invalid="ignore"):
             return (overlap.both - overlap.agreement) / 2 / overlap.both
 
-    def clashes(self, cosine: float = 0.0, conflict: float = 0.5) -> list[Clash]:
-        """Pairs with a cosine below `cosine` or a conflict above `conflict`, the lowest cosine first.
-
-        Unrelated task vectors have cosine 0 and conflict 0.5, so the defaults name pairs that are worse than unrelated.
-        """
+    def clashes(self, cosine: float = CLASH_COSINE, conflict: float = CLASH_CONFLICT) -> list[Clash]:
+        """Pairs with a cosine below `cosine` or a conflict above `conflict`, the lowest cosine first."""
         cosines, conflicts = self.cosine(), self.conflict()
         pairs = [
             Clash(one, other, float(cosines[i, j]), float(conflicts[i, j]))
@@ -125,15 +130,27 @@ def similarity(base: Path | str, experts: Mapping[str, Path | str]) -> Similarit
 
 
 def _overlaps(origin: Checkpoint, experts: Sequence[Checkpoint]) -> dict[Part, _Overlap]:
-    sizes = [(name, info.numel) for name, info in origin.tensors.items() if info.kind.is_float]
+    squares: dict[str, np.ndarray] = {}
+    sizes: dict[str, int] = {}
+    for name, deltas in _deltas(origin, experts):
+        squares[tower(name)] = squares.get(tower(name), 0.0) + np.sum(deltas * deltas, axis=1, keepdims=True)
+        sizes[tower(name)] = sizes.get(tower(name), 0) + deltas.shape[1]
+    least = {which: np.sqrt(total / sizes[which]) for which, total in squares.items()}
     parts: dict[Part, _Overlap] = {}
+    for name, deltas in _deltas(origin, experts):
+        part = tower(name), layer(name)
+        if part not in parts:
+            parts[part] = _Overlap.none(len(experts))
+        parts[part].add(deltas, least[tower(name)])
+    return parts
+
+
+def _deltas(origin: Checkpoint, experts: Sequence[Checkpoint]) -> Iterator[tuple[str, np.ndarray]]:
+    """The task vectors, grain by grain: the tensor's name, and [experts, elements] float64."""
+    sizes = [(name, info.numel) for name, info in origin.tensors.items() if info.kind.is_float]
     for span in spans(sizes, GRAIN):
         start = origin.read(span.name, span.start, span.stop)
         deltas = np.empty((len(experts), span.size))
         for row, expert in zip(deltas, experts, strict=True):
             np.subtract(expert.read(span.name, span.start, span.stop), start, out=row, dtype=np.float64)
-        part = tower(span.name), layer(span.name)
-        if part not in parts:
-            parts[part] = _Overlap.none(len(experts))
-        parts[part].add(deltas)
-    return parts
+        yield span.name, deltas

@@ -147,7 +147,8 @@ def frames_of(data: Data, drawn: list[Figure]) -> dict[str, pd.DataFrame]:
 
 
 def compare(plan: Plan, store: Store, trajectory: str) -> pd.DataFrame | None:
-    """Pairs of a trajectory's experts: one, other, cosine, conflict; None if fewer than two have weights in the store."""
+    """Pairs of a trajectory's experts: part (the model, a tower, a block), one, other, cosine, conflict; None if fewer than
+    two have weights in the store."""
     (chosen,) = (one for one in plan.trajectories if one.id == trajectory)
     base = store.record("base", chosen.base)
     experts = {}
@@ -158,14 +159,22 @@ def compare(plan: Plan, store: Store, trajectory: str) -> pd.DataFrame | None:
     if base is None or len(experts) < 2:
         return None
     found = similarity(base.path / WEIGHTS_FILE, dict(list(experts.items())[:EXPERTS]))
-    cosine, conflict = found.cosine(), found.conflict()
-    return pd.DataFrame(
-        [
-            {"one": one, "other": other, "cosine": float(cosine[i, j]), "conflict": float(conflict[i, j])}
+    towers = sorted({tower for tower, _ in found.parts})
+    parts: list[tuple[str, str | None, int | None]] = [("whole model", None, None)]
+    parts += [(f"{tower} tower", tower, None) for tower in towers]
+    parts += [
+        (f"{tower} block {block}", tower, block)
+        for tower, block in sorted((t, b) for t, b in found.parts if b is not None)
+    ]
+    rows = []
+    for name, tower, block in parts:
+        cosine, conflict = found.cosine(tower, block), found.conflict(tower, block)
+        rows += [
+            {"part": name, "one": one, "other": other, "cosine": float(cosine[i, j]), "conflict": float(conflict[i, j])}
             for i, one in enumerate(found.names)
             for j, other in enumerate(found.names)
-        ]
-    )
+        ]  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def cost(plan: Plan, trajectory: str, out: Path) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
+from merge_service.similarity import CLASH_CONFLICT, CLASH_COSINE
 from pipeline.expand import JOINT_TASK
 from pipeline.report import analysis, frames
 
@@ -328,11 +329,12 @@ def sharing(summary: Mapping[str, Any], gflops: float | None) -> Figure:
 
 
 def similarity(pairs: pd.DataFrame | None) -> Figure:
-    """Cosine and sign conflict of the task vectors of experts; `pairs` has one, other, cosine and conflict."""
+    """Cosine and sign conflict of the task vectors of experts; `pairs` has part, one, other, cosine and conflict."""
     if pairs is None or pairs["cosine"].isna().all():
         raise NoData("the best strategy has fewer than two experts with weights in the store")
-    order = list(dict.fromkeys(pairs["one"]))
-    base = _named("similarity").encode(
+    order, parts = list(dict.fromkeys(pairs["one"])), list(dict.fromkeys(pairs["part"]))
+    chosen = alt.param(name="part", value=parts[0], bind=alt.binding_select(options=parts, name="Part "))
+    base = _named("similarity").transform_filter("datum.part == part").encode(
         alt.X("other:N", title=None, sort=order, axis=alt.Axis(labelAngle=-30, labelLimit=140)),
         alt.Y("one:N", title=None, sort=order, axis=alt.Axis(labelLimit=180)),
         tooltip=["one:N", "other:N", alt.Tooltip("cosine:Q", format=".3f"), alt.Tooltip("conflict:Q", title="sign conflict", format=".3f")],
@@ -346,15 +348,28 @@ def similarity(pairs: pd.DataFrame | None) -> Figure:
     chart = alt.layer(
         base.mark_rect(stroke="white").encode(color=colour),
         base.mark_text(fontSize=11).encode(text=alt.Text("cosine:Q", format=".2f"), color=text),
-    ).properties(width=480, height=alt.Step(30))  # fmt: skip
+    ).add_params(chosen).properties(width=480, height=alt.Step(30))  # fmt: skip
     return Figure(
         "similarity",
         "How alike the experts are",
-        "Cosine of task vectors (expert - base) of the advised strategy's experts, whole model: below 0 two experts undo each other. Hover for the share of weights whose signs differ.",
+        "Cosine of task vectors (expert - base) of the advised strategy's experts: 0 is unrelated, below it two experts undo each other. "
+        f"Hover for the share of clearly moved weights whose signs differ (unrelated: one half). {_clashes(pairs, parts[0])}",
         chart,
         ("similarity",),
         pairs,
     )
+
+
+def _clashes(pairs: pd.DataFrame, part: str) -> str:
+    """Which merges are likely to clash, in a sentence."""
+    whole = pairs[(pairs["part"] == part) & (pairs["one"] < pairs["other"])]
+    bad = whole[(whole["cosine"] < CLASH_COSINE) | (whole["conflict"] > CLASH_CONFLICT)].nsmallest(
+        3, "cosine"
+    )
+    if bad.empty:
+        return "No two of them clash."
+    named = ", ".join(f"{one} and {other}" for one, other in zip(bad["one"], bad["other"]))
+    return f"Merging these is likely to clash: {named}."
 
 
 def _named(name: str) -> Any:

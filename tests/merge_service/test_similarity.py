@@ -55,7 +55,7 @@ def test_expert_that_went_the_same_way_has_cosine_one_and_the_opposite_minus_one
 
 @pytest.mark.parametrize(
     ("tower", "layer", "prefix"),
-    [(None, None, ""), ("image", None, "visual."), ("image", 1, "visual.transformer.resblocks.1.")],
+    [(None, None, ""), ("image", None, "visual."), ("image", 0, "visual.transformer.resblocks.0.")],
 )
 def test_part_of_a_model_agrees_with_whole_arrays(files: dict, tower: str, layer: int, prefix: str) -> None:
     names = ["one", "other", "against"]
@@ -63,11 +63,44 @@ def test_part_of_a_model_agrees_with_whole_arrays(files: dict, tower: str, layer
     deltas = vectors(files, names, prefix)
     norms = np.linalg.norm(deltas, axis=1)
     assert np.allclose(found.cosine(tower, layer), deltas @ deltas.T / np.outer(norms, norms), atol=1e-12)
-    for i, one in enumerate(deltas):
-        for j, other in enumerate(deltas):
-            both = (one != 0) & (other != 0)
-            share = np.mean(np.sign(one[both]) != np.sign(other[both]))
+    strong = np.concatenate([moved(files, names, part) for part in ("image", "text")], axis=1)
+    strong = strong[
+        :, [name.startswith(prefix) for part in ("image", "text") for name in elements(files, part)]
+    ]
+    for i in range(len(names)):
+        for j in range(len(names)):
+            both = (strong[i] != 0) & (strong[j] != 0)
+            share = np.mean(strong[i][both] != strong[j][both])
             assert found.conflict(tower, layer)[i, j] == pytest.approx(share)
+
+
+def elements(files: dict[str, Path], part: str) -> list[str]:
+    """The name of the tensor of every element of a tower."""
+    base = load(files["base"])
+    image = {key: value for key, value in base.items() if value.dtype.kind == "f" and key.startswith("visual.") == (part == "image")}  # fmt: skip
+    return [key for key, value in image.items() for _ in range(value.size)]
+
+
+def moved(files: dict[str, Path], names: list[str], part: str) -> np.ndarray:
+    """Signs of a tower's task vectors where they are longer than their root mean square, else 0."""
+    base, keys = load(files["base"]), dict.fromkeys(elements(files, part))
+    taus = np.array(
+        [np.concatenate([(load(files[n])[k].astype(float) - base[k]).ravel() for k in keys]) for n in names]
+    )
+    least = np.sqrt(np.mean(taus**2, axis=1, keepdims=True))
+    return np.where(np.abs(taus) > least, np.sign(taus), 0)
+
+
+def test_weights_that_only_decayed_do_not_count_as_agreement(tmp_path: Path) -> None:
+    base = save(tmp_path / "base.safetensors", {"w": np.ones(100, np.float32)})
+    decayed = np.full(100, 0.99, np.float32)
+    one, other = decayed.copy(), decayed.copy()
+    one[:2], other[:2] = 2.0, (2.0, 0.0)
+    files = {
+        "one": save(tmp_path / "one.safetensors", {"w": one}),
+        "other": save(tmp_path / "other.safetensors", {"w": other}),
+    }
+    assert similarity(base, files).conflict()[0, 1] == 0.5
 
 
 def test_expert_that_did_not_move_has_no_cosine(files: dict) -> None:

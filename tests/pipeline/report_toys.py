@@ -18,6 +18,7 @@ MERGED = {
 FULL = {"strategies": ["zero_shot", "multitask", MERGED], "seed": [0, 1], "budget.multiplier": [1, 2]}
 PAIRS = pd.DataFrame(
     {
+        "part": "whole model",
         "one": ["a", "a", "b", "b"],
         "other": ["a", "b", "a", "b"],
         "cosine": [1, 0.2, 0.2, 1],

@@ -171,3 +171,9 @@ def test_multitask_reference_of_a_real_plan_is_neither_advised_nor_registered() 
     }
     assert draw.prepare(changed).advice.group != reference["group"]
     assert winner(changed) != reference["id"]
+
+
+def test_similarity_says_which_merges_clash() -> None:
+    assert "No two of them clash" in draw.similarity(PAIRS).reading
+    against = PAIRS.assign(cosine=[1, -0.5, -0.5, 1])
+    assert "likely to clash: a and b." in draw.similarity(against).reading
