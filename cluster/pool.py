@@ -18,6 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from cluster.memory import peak_on_gpu, peak_resident, reset_peaks
 from cluster.room import Room, Shape, Share
 from cluster.session import ClusterError
 
@@ -36,12 +37,15 @@ _numbers: dict[str, Iterator[int]] = defaultdict(itertools.count)
 
 @dataclass(frozen=True)
 class Usage:
-    """What a call took of its member's process: CPU seconds over all threads, and when (Unix seconds) and where it ran."""
+    """What a call took of its member's process: CPU seconds over all threads, when (Unix seconds) and where it ran, and the
+    most memory it had (bytes): resident, mapped files included, and on its GPU."""
 
     cpu_seconds: float
     start: float
     end: float
     node: str
+    memory: int = 0
+    gpu_memory: int = 0
 
 
 class Metered:
@@ -49,11 +53,13 @@ class Metered:
 
     def metered(self, method: str, *arguments: Any) -> tuple[Any, Usage]:
         """The answer of a method, and what it took."""
+        reset_peaks()
         start, cpu = time.time(), time.process_time()
         answer = getattr(self, method)(*arguments)
         context = ray.get_runtime_context()
         node = f"{ray.util.get_node_ip_address()}/{context.get_node_id()[:6]}"
-        return answer, Usage(time.process_time() - cpu, start, time.time(), node)
+        took = time.process_time() - cpu
+        return answer, Usage(took, start, time.time(), node, peak_resident(), peak_on_gpu())
 
 
 @dataclass(eq=False)

@@ -23,12 +23,16 @@ class Timeline:
         self._append({"event": name, "time": time.time(), **facts})
 
     def step(self, step: Any, usages: Any, worker: str) -> None:
-        """A finished step: CPU seconds summed over its ranks, from the first rank's start to the last one's end."""
+        """A finished step: CPU seconds summed over its ranks, from the first rank's start to the last one's end; memory is the most that one
+        rank had, in bytes: resident with mapped files, and on its GPU (0 without one).
+        """
         self._append(
             {
                 "fingerprint": step.fingerprint, "kind": step.kind, "label": step.label, "t": step.t,
                 "start": min(usage.start for usage in usages), "end": max(usage.end for usage in usages),
                 "cpu_seconds": round(sum(usage.cpu_seconds for usage in usages), 6),
+                "memory_bytes": max(usage.memory for usage in usages),
+                "gpu_memory_bytes": max(usage.gpu_memory for usage in usages),
                 "worker": worker, "node": " ".join(dict.fromkeys(usage.node for usage in usages)),
             }
         )  # fmt: skip

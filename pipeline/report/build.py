@@ -5,7 +5,7 @@ not scored yet is said, and a figure that cannot be drawn is named with the reas
 """
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ import vl_convert
 from merge_service.checkpoint import WEIGHTS_FILE
 from merge_service.errors import UserError
 from merge_service.similarity import similarity
+from pipeline.artifact import Record
 from pipeline.plan import Plan
 from pipeline.report import figures as draw
+from pipeline.report.cost import costs, elapsed
 from pipeline.report.figures import Data, Figure, NoData
 from pipeline.report.page import page, records, spec_of
 from pipeline.results import results
@@ -54,7 +56,9 @@ def build_report(out: Path) -> dict[str, Any]:
     {"html", "figures", "tables": paths, "missing": {title: why it was not drawn}, "complete", "advice"}.
     """
     plan, store = open_plan(out), open_store(out)
-    return write_report(out, plan, results(plan, store), lambda best: compare(plan, store, best))
+    found = (store.record(step.kind, step.fingerprint) for step in plan.steps.values())
+    records = [record for record in found if record is not None]
+    return write_report(out, plan, results(plan, store), lambda best: compare(plan, store, best), records)
 
 
 def file_report(out: Path, answer: Mapping[str, Any]) -> tuple[int, str | None]:
@@ -71,8 +75,10 @@ def write_report(
     plan: Plan,
     answer: Mapping[str, Any],
     compared: Callable[[str], pd.DataFrame | None] = lambda best: None,
+    made: Sequence[Record] = (),
 ) -> dict[str, Any]:
-    """As `build_report`, of results that are at hand; `compared` gives the pairs of experts of a trajectory."""
+    """As `build_report`, of results that are at hand; `compared` gives the pairs of experts of a trajectory, `made` are the
+    records of the steps that are done."""
     try:
         data = draw.prepare(answer)
     except NoData as why:
@@ -81,11 +87,13 @@ def write_report(
             f"`temporal-merge status {out}` says how far it is"
         ) from None
     drawn, missing = draw_all(data, plan, compared)
-    advice = f"{data.advice.sentence} {cost(plan, data.best, out)}"
+    timeline = _timeline(out)
+    spent = costs(plan, made, timeline)
+    advice = f"{data.advice.sentence} {cost(plan, data.best, timeline)}"
     final = out / "report"
     stage = out / ".report.partial"
     shutil.rmtree(stage, ignore_errors=True)
-    written = _write(stage, data, drawn)
+    written = _write(stage, data, drawn, spent)
     partial = "" if answer["complete"] else _unfinished(plan, answer)
     text = page(
         plan.study,
@@ -94,6 +102,7 @@ def write_report(
         advice,
         f"temporal-merge report {out}",
         data.last,
+        spent,
         drawn,
         missing,
         frames_of(data, drawn),
@@ -177,7 +186,7 @@ def compare(plan: Plan, store: Store, trajectory: str) -> pd.DataFrame | None:
     return pd.DataFrame(rows)
 
 
-def cost(plan: Plan, trajectory: str, out: Path) -> str:
+def cost(plan: Plan, trajectory: str, timeline: list[dict[str, Any]]) -> str:
     """What the advised trajectory and the whole study took, in a sentence; what was not measured is left out."""
     (chosen,) = (one for one in plan.trajectories if one.id == trajectory)
     experts = dict.fromkeys(point.train for point in chosen.points if point.train)
@@ -190,9 +199,9 @@ def cost(plan: Plan, trajectory: str, out: Path) -> str:
         parts.append(
             f"the whole study {sum(s.kind == 'train' for s in plan.steps.values())} ({total:,.0f} GFLOPs)"
         )
-    seconds = _busy_seconds(out)
+    seconds = elapsed(timeline)
     if seconds:
-        parts.append(f"whose steps kept workers busy for {seconds / 60:,.1f} minutes")
+        parts.append(f"in {seconds / 60:,.1f} minutes")
     return ", ".join(parts) + "."
 
 
@@ -201,11 +210,11 @@ def _gflops(plan: Plan) -> float | None:
     return None if None in costs else sum(cost for cost in costs if cost is not None)
 
 
-def _busy_seconds(out: Path) -> float:
+def _timeline(out: Path) -> list[dict[str, Any]]:
     try:
-        return sum(line["end"] - line["start"] for line in read_timeline(out) if "kind" in line)
+        return read_timeline(out)
     except OSError:
-        return 0.0
+        return []
 
 
 def _unfinished(plan: Plan, answer: Mapping[str, Any]) -> str:
@@ -217,9 +226,10 @@ def _unfinished(plan: Plan, answer: Mapping[str, Any]) -> str:
     )
 
 
-def _write(stage: Path, data: Data, drawn: list[Figure]) -> dict[str, list[str]]:
+def _write(stage: Path, data: Data, drawn: list[Figure], spent: pd.DataFrame) -> dict[str, list[str]]:
     """Figures and tables; their file names by folder."""
-    tables = {figure.name: figure.table for figure in drawn} | {"points": data.points, "standing": data.last}
+    tables = {figure.name: figure.table for figure in drawn}
+    tables |= {"points": data.points, "standing": data.last, "cost": spent}
     for folder in ("figures", "tables"):
         (stage / folder).mkdir(parents=True)
     for name, table in tables.items():

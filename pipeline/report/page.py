@@ -9,7 +9,7 @@ import hashlib
 import html
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -43,6 +43,7 @@ def page(
     advice: str,
     command: str,
     last: pd.DataFrame,
+    spent: pd.DataFrame,
     figures: Sequence[Figure],
     missing: Mapping[str, str],
     data: Mapping[str, pd.DataFrame],
@@ -75,6 +76,7 @@ def page(
         advice=html.escape(advice),
         more=more,
         standing=_standing(last),
+        cost=_cost(spent),
         sections="\n".join([_section(f, command) for f in figures] + [_absent(*m) for m in missing.items()]),
         payload=json.dumps(payload, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
         hashes=f"{_digest(bundle)} {_digest(script)}",
@@ -103,6 +105,27 @@ def _standing(last: pd.DataFrame) -> str:
         cells += [_score(row[metric], row[f"{metric}_ci"]) for metric in ("ka", "zs", "gm", "forgetting", "bwt")]  # fmt: skip
         lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
+
+
+def _cost(spent: pd.DataFrame) -> str:
+    """The table of costs, without columns that nobody measured."""
+    units: dict[str, tuple[str, Callable[[float], str]]] = {
+        "steps": ("Steps", lambda v: f"{v:,.0f}"),
+        "steps_one_by_one": ("One by one", lambda v: f"{v:,.0f}"),
+        "gflops": ("GFLOPs", lambda v: f"{v:,.0f}" if v else "-"),
+        "worker_seconds": ("Worker time (s)", lambda v: f"{v:,.1f}"),
+        "cpu_seconds": ("CPU time (s)", lambda v: f"{v:,.1f}"),
+        "peak_memory_bytes": ("Peak memory (MiB)", lambda v: f"{v / 2**20:,.0f}"),
+        "peak_gpu_memory_bytes": ("Peak GPU memory (MiB)", lambda v: f"{v / 2**20:,.0f}"),
+        "bytes_written": ("Written (MiB)", lambda v: f"{v / 2**20:,.1f}"),
+    }
+    shown = [column for column in units if spent[column].notna().any()]
+    head = "".join(f"<th>{html.escape(units[column][0])}</th>" for column in shown)
+    lines = []
+    for row in spent.to_dict("records"):
+        cells = ["-" if math.isnan(row[column]) else units[column][1](row[column]) for column in shown]
+        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in [row["kind"], *cells]) + "</tr>")
+    return f"<table><tr><th>Kind of step</th>{head}</tr>{''.join(lines)}</table>"
 
 
 def _score(mean: float, half: float) -> str:

@@ -153,3 +153,4 @@ def test_call_says_what_it_took_and_where(pools: Pools) -> None:
     assert len(call.usages) == 2
     for usage in call.usages:
         assert 0 <= usage.cpu_seconds < 0.2 <= usage.end - usage.start and "/" in usage.node
+        assert 10 * 2**20 < usage.memory < 4 * 2**30 and usage.gpu_memory == 0

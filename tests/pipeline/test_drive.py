@@ -16,7 +16,7 @@ from pipeline.timeline import read_timeline
 from pipeline.workspace import Workspace
 from tests.pipeline.plan_toys import facts, make_plan, study
 
-USAGE = SimpleNamespace(cpu_seconds=0.5, start=1.0, end=2.0, node="here")
+USAGE = SimpleNamespace(cpu_seconds=0.5, start=1.0, end=2.0, node="here", memory=1, gpu_memory=0)
 STRATEGIES = ["best_in_time", {"init": "base", "deploy": ["latest", "all"], "technique": ["ties", "average"]}]
 
 
