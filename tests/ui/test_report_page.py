@@ -25,7 +25,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def drawn(page: "Page") -> dict[str, int]:
     """The marks of every figure that a person sees: paths and texts of its data, not of axes or legends."""
     return page.eval_on_selector_all(
-        "section[id]",
+        "section:has(.chart)",
         """sections => Object.fromEntries(sections.map(section => [section.id,
             section.querySelectorAll('.mark-group .mark-group.role-frame, [class*="role-mark"] > *').length]))""",
     )
