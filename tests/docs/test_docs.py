@@ -180,6 +180,8 @@ def test_python_block_runs(block: Block, desk: Path, monkeypatch: pytest.MonkeyP
     """A block that begins with the name of a file is that file, to be imported by the others of its page."""
     monkeypatch.syspath_prepend(str(desk))
     monkeypatch.setattr("merge_service.own._declared", {})
+    monkeypatch.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", None)  # a block may set it
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
     forget_table()
     for other in blocks("python"):
         named = re.match(r"# (\w+)\.py\n", other.text)

@@ -30,7 +30,7 @@ def measurements(out: Path) -> str:
     kept = [
         (entry.get("run") or entry["model"], *metric)
         for entry in exported(out)
-        for metric in entry["metrics"]
+        for metric in entry.get("metrics", ())
         if metric[0] in SCORES or metric[0].startswith("score")
     ]
     return json.dumps(kept)
