@@ -124,7 +124,7 @@ def _last(
 
 def results(plan: Plan, store: Records) -> dict[str, Any]:
     """`results.json`. Points whose evaluation is not in the store are left out, and "complete" is then false."""
-    store = _Once(store)
+    store = ReadOnce(store)
     trajectories = [_trajectory(plan, trajectory, store) for trajectory in plan.trajectories]
     complete = all(
         len(found["steps"]) == len(t.points) for found, t in zip(trajectories, plan.trajectories, strict=True)
@@ -204,7 +204,7 @@ def winner(answer: Mapping[str, Any], by: str = "gm") -> str | None:
     return str(next(one["id"] for one in over_time if one["group"] == group))
 
 
-class _Once:
+class ReadOnce:
     """Reads every record once: trajectories share most of theirs."""
 
     def __init__(self, store: Records) -> None:

@@ -219,7 +219,7 @@ class Plan:
             "study": self.study,
             "trajectories": len(self.trajectories),
             "steps": counts,
-            "gflops": _total(step.gflops for step in ahead.values()),
+            "gflops": total_gflops(step.gflops for step in ahead.values()),
             "disk_bytes": sum(step.disk_bytes for step in ahead.values()),
             "gflops_naive": self.naive_gflops,
             "critical_path": critical_path(ahead),
@@ -285,7 +285,8 @@ def critical_path(steps: Mapping[str, Step]) -> dict[str, int]:
     return counts
 
 
-def _total(costs: Iterable[float | None]) -> float | None:
+def total_gflops(costs: Iterable[float | None]) -> float | None:
+    """Their sum; None as soon as the cost of one is not known."""
     total = 0.0
     for cost in costs:
         if cost is None:

@@ -21,8 +21,9 @@ from pipeline.report import figures as draw
 from pipeline.report.cost import costs, elapsed
 from pipeline.report.figures import Data, Figure, NoData
 from pipeline.report.page import page, records, spec_of
-from pipeline.results import results
+from pipeline.results import ReadOnce, results
 from pipeline.status import open_plan, open_store
+from pipeline.steps import total_gflops
 from pipeline.store import Store
 from pipeline.timeline import read_timeline
 
@@ -56,9 +57,10 @@ def build_report(out: Path) -> dict[str, Any]:
     {"html", "figures", "tables": paths, "missing": {title: why it was not drawn}, "complete", "advice"}.
     """
     plan, store = open_plan(out), open_store(out)
-    found = (store.record(step.kind, step.fingerprint) for step in plan.steps.values())
-    records = [record for record in found if record is not None]
-    return write_report(out, plan, results(plan, store), lambda best: compare(plan, store, best), records)
+    read = ReadOnce(store)
+    found = (read.record(step.kind, step.fingerprint) for step in plan.steps.values())
+    made = [record for record in found if record is not None]
+    return write_report(out, plan, results(plan, read), lambda best: compare(plan, store, best), made)
 
 
 def file_report(out: Path, answer: Mapping[str, Any]) -> tuple[int, str | None]:
@@ -132,7 +134,7 @@ def draw_all(
         ("Forgetting and backward transfer", lambda: draw.transfer(data)),
         ("Scaling with the budget", lambda: draw.scaling(data, "steps_per_task", "budget", "steps per task")),
         ("Scaling with the horizon", lambda: draw.scaling(data, "tasks", "horizon", "tasks")),
-        ("What it cost, and what was shared", lambda: draw.sharing(plan.summary(), _gflops(plan))),
+        ("What it cost, and what was shared", lambda: draw.sharing(plan.summary())),
         ("How alike the experts are", lambda: draw.similarity(compared(data.best))),
     ]
     drawn, missing = [], {}
@@ -190,11 +192,11 @@ def cost(plan: Plan, trajectory: str, timeline: list[dict[str, Any]]) -> str:
     """What the advised trajectory and the whole study took, in a sentence; what was not measured is left out."""
     (chosen,) = (one for one in plan.trajectories if one.id == trajectory)
     experts = dict.fromkeys(point.train for point in chosen.points if point.train)
-    own = [plan.steps[fp].gflops for fp in experts]
+    own = total_gflops(plan.steps[fp].gflops for fp in experts)
     parts = [f"It trains {len(experts)} experts"]
-    if own and None not in own:
-        parts[0] += f" ({sum(g for g in own if g is not None):,.0f} GFLOPs)"
-    total = _gflops(plan)
+    if experts and own is not None:
+        parts[0] += f" ({own:,.0f} GFLOPs)"
+    total = total_gflops(step.gflops for step in plan.steps.values())
     if total is not None:
         parts.append(
             f"the whole study {sum(s.kind == 'train' for s in plan.steps.values())} ({total:,.0f} GFLOPs)"
@@ -203,11 +205,6 @@ def cost(plan: Plan, trajectory: str, timeline: list[dict[str, Any]]) -> str:
     if seconds:
         parts.append(f"in {seconds / 60:,.1f} minutes")
     return ", ".join(parts) + "."
-
-
-def _gflops(plan: Plan) -> float | None:
-    costs = [step.gflops for step in plan.steps.values()]
-    return None if None in costs else sum(cost for cost in costs if cost is not None)
 
 
 def _timeline(out: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from pipeline.artifact import Record
-from pipeline.steps import Plan
+from pipeline.steps import Plan, total_gflops
 
 COLUMNS = (
     "kind", "steps", "steps_one_by_one", "gflops", "worker_seconds", "cpu_seconds", "peak_memory_bytes",
@@ -34,13 +34,13 @@ def costs(plan: Plan, records: Iterable[Record], timeline: Iterable[Mapping[str,
         steps = [step for step in plan.steps.values() if step.kind == kind]
         lines = [took[step.fingerprint] for step in steps if step.fingerprint in took]
         sizes = [written[step.fingerprint] for step in steps if step.fingerprint in written]
-        gflops = [step.gflops for step in steps]
+        gflops = total_gflops(step.gflops for step in steps)
         rows.append(
             {
                 "kind": kind,
                 "steps": len(steps),
                 "steps_one_by_one": alone,
-                "gflops": math.nan if None in gflops else math.fsum(g for g in gflops if g is not None),
+                "gflops": math.nan if gflops is None else gflops,
                 "worker_seconds": _total(line["end"] - line["start"] for line in lines),
                 "cpu_seconds": _total(line["cpu_seconds"] for line in lines),
                 "peak_memory_bytes": _most(line.get("memory_bytes") for line in lines),
@@ -53,15 +53,14 @@ def costs(plan: Plan, records: Iterable[Record], timeline: Iterable[Mapping[str,
 
 def elapsed(timeline: Iterable[Mapping[str, Any]]) -> float | None:
     """Seconds that the runs of a study took, from start to last step, without the time between them."""
-    total, began, last = 0.0, None, None
+    runs: list[tuple[float, float]] = []
     for line in timeline:
         if line.get("event") == "start":
-            total += last - began if began is not None and last is not None else 0.0
-            began, last = line["time"], None
-        elif "end" in line:
-            last = max(last or 0.0, line["end"])
-    total += last - began if began is not None and last is not None else 0.0
-    return total or None
+            runs.append((line["time"], line["time"]))
+        elif "end" in line and runs:
+            began, last = runs[-1]
+            runs[-1] = (began, max(last, line["end"]))
+    return sum(last - began for began, last in runs) or None
 
 
 def _total(values: Iterable[float]) -> float:

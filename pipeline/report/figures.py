@@ -299,11 +299,11 @@ def transfer(data: Data) -> Figure:
     )
 
 
-def sharing(summary: Mapping[str, Any], gflops: float | None) -> Figure:
-    """What the study does beside what its trajectories one by one would: `summary` is a plan's, `gflops` its total."""
+def sharing(summary: Mapping[str, Any]) -> Figure:
+    """What the study does beside what its trajectories one by one would: `summary` is a plan's."""
     names = {"train": "Experts trained", "merge": "Merges", "evaluate": "Evaluations"}
     rows = [(name, summary["steps"][kind]["unique"], summary["steps"][kind]["naive"]) for kind, name in names.items()]  # fmt: skip
-    rows.append(("Training (GFLOPs)", gflops, summary["gflops_naive"]))
+    rows.append(("Training (GFLOPs)", summary["gflops"], summary["gflops_naive"]))
     table = pd.DataFrame(
         [row for row in rows if row[1] is not None and row[2]], columns=["what", "shared", "alone"]
     )
