@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PURE := cluster merge_service pipeline workers temporal_merge.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test browser check format docs clean
+.PHONY: help demo test faults soak audit browser check format docs clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -21,6 +21,16 @@ demo: $(VENV)/.installed ## six tasks under six strategies on real images, about
 
 test: $(VENV)/.installed ## the whole test suite
 	$(BIN)/python -m pytest
+
+faults: $(VENV)/.installed ## the whole fault matrix, with nodes lost and hosts cut off; its table goes to docs/reliability.md
+	$(BIN)/python -m pytest -m "fault or chaos" --matrix docs/reliability.md
+
+soak: $(VENV)/.installed ## twenty runs with three random faults each, about twenty minutes; RUNS and SEED may be set
+	$(BIN)/python -m tests.faults.soak --runs $(or $(RUNS),20) $(if $(SEED),--seed $(SEED))
+
+audit: $(VENV)/.installed ## known advisories of everything that is installed (asks an advisory service)
+	$(BIN)/python -m pip --disable-pip-version-check freeze --exclude-editable > $(VENV)/installed.txt
+	$(BIN)/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r $(VENV)/installed.txt
 
 browser: ## chromium for the tests of what people look at (Debian, as root; without it they are skipped and say so)
 	command -v chromium >/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; }

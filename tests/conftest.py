@@ -15,6 +15,12 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 from pipeline.cli import _main
+from tests.matrix import (  # noqa: F401  (hooks of pytest)
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_runtest_logreport,
+    pytest_sessionfinish,
+)
 from tests.world import Cluster, World, command, make_world
 
 # A shell starts what runs in its background deaf to Ctrl-C, and a process hands that on to what it starts.
