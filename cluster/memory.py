@@ -1,6 +1,7 @@
-"""How much memory a step needed at most, as the operating system counts it.
+"""How much memory a step needed at most, as the operating system counts it, and how much it may have.
 
-Invariant: measuring never fails a step; what the machine does not tell is 0.
+Invariant: measuring never fails a step; what the machine does not tell is 0. A worker over its budget gets an error that
+says so instead of taking the machine, and everybody else's work, down with it.
 """
 
 import contextlib
@@ -11,6 +12,45 @@ from pathlib import Path
 from typing import Any
 
 _OWN = Path("/proc/self")
+_WORDS = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|cannot allocate memory", re.IGNORECASE
+)
+"""What torch, CUDA and the C library say when memory is short."""
+
+
+class OutOfMemory(Exception):
+    """A worker needed more memory than its budget, its GPU or its machine has."""
+
+
+def limit_memory(budget: int) -> None:
+    """Let this process have `budget` bytes of memory of its own from now on; mapped files do not count.
+
+    The kernel limits address space, not what is resident: what the process has reserved so far without using it is allowed
+    on top.
+    """
+    status = (_OWN / "status").read_text()
+    reserved, used = (_kilobytes(status, name) * 1024 for name in ("VmData", "RssAnon"))
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (reserved + max(0, budget - used), most))
+
+
+def out_of_memory(error: BaseException, budget: int | None) -> OutOfMemory | None:
+    """The error to raise instead, if `error` means that memory ran out."""
+    if not (
+        isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _WORDS.search(str(error)))
+    ):
+        return None
+    allowed = "no budget is set" if budget is None else f"its budget is {budget:,} bytes"
+    first = (str(error).strip().splitlines() or ["no more is known"])[0]
+    return OutOfMemory(
+        f"out of memory (OOM): the worker had {peak_resident():,} bytes, {allowed} (resources: memory); give it more, or "
+        f"lower the batch size; {type(error).__name__}: {first}"
+    )
+
+
+def _kilobytes(status: str, name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)
+    return int(found[1]) if found else 0
 
 
 def reset_peaks() -> None:

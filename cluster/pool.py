@@ -7,6 +7,7 @@ Invariant: a pool never waits without a deadline for a place that the cluster ca
 """
 
 import itertools
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -18,7 +19,8 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from cluster.memory import peak_on_gpu, peak_resident, reset_peaks
+from cluster.code import CodeMismatch, check_code, code_digest
+from cluster.memory import limit_memory, out_of_memory, peak_on_gpu, peak_resident, reset_peaks
 from cluster.room import Room, Shape, Share
 from cluster.session import ClusterError
 
@@ -30,6 +32,9 @@ class WorkerLost(Exception):
 PLACEMENT_SECONDS = 60.0
 """How long a group of several members may wait for its place before the study says so."""
 
+
+_FOREIGN_CODE = re.compile(r"ModuleNotFoundError|ImportError|AttributeError: (Can't get|module) ")
+"""What an actor dies of whose node has another version of this project, or something else of its name."""
 
 _numbers: dict[str, Iterator[int]] = defaultdict(itertools.count)
 """So that no two groups of this process bear the same name."""
@@ -51,15 +56,33 @@ class Usage:
 class Metered:
     """What every actor of a pool can do beside its own work."""
 
+    _budget: int | None = None
+
+    def begin(self, code: str, memory: int | None) -> None:
+        """First of all: be of the driver's code, and know how much memory (bytes) there is. Raises CodeMismatch."""
+        check_code(code, _where())
+        self._budget = memory
+        if memory is not None:
+            limit_memory(memory)
+
     def metered(self, method: str, *arguments: Any) -> tuple[Any, Usage]:
         """The answer of a method, and what it took."""
         reset_peaks()
         start, cpu = time.time(), time.process_time()
-        answer = getattr(self, method)(*arguments)
-        context = ray.get_runtime_context()
-        node = f"{ray.util.get_node_ip_address()}/{context.get_node_id()[:6]}"
+        try:
+            answer = getattr(self, method)(*arguments)
+        except Exception as error:
+            short = out_of_memory(error, self._budget)
+            if short is None:
+                raise
+            raise short from None
         took = time.process_time() - cpu
-        return answer, Usage(took, start, time.time(), node, peak_resident(), peak_on_gpu())
+        return answer, Usage(took, start, time.time(), _where(), peak_resident(), peak_on_gpu())
+
+
+def _where() -> str:
+    """The node of this process: its address and the first digits of its id."""
+    return f"{ray.util.get_node_ip_address()}/{ray.get_runtime_context().get_node_id()[:6]}"
 
 
 @dataclass(eq=False)
@@ -98,6 +121,10 @@ class Call:
     def __post_init__(self) -> None:
         self.pending = list(self.refs)
 
+    def abandon(self) -> None:
+        """Give it up: end its group, whatever that is doing. A process that does not listen is killed by its node."""
+        self.pool.drop(self.group)
+
     def result(self) -> Any:
         """Rank 0's answer; else as `results`."""
         return self.results()[0]
@@ -110,6 +137,11 @@ class Call:
             self.pool.drop(self.group)
             if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
                 raise error.cause from None
+            if isinstance(error, RayError) and _FOREIGN_CODE.search(str(error)):
+                raise CodeMismatch(
+                    f"a worker has other code than this driver ({_reason(error)}); install the same version on every node, "
+                    "or let `temporal-merge submit` send it along"
+                ) from error
             if isinstance(error, RayError):
                 raise WorkerLost(_reason(error)) from error
             raise
@@ -128,6 +160,7 @@ class Pool:
             waits for.
         strategy: Ray's placement of a group's members: PACK keeps them together, SPREAD takes as many nodes as there are.
         patient: a place may take any time to come, since nodes may still join.
+        memory: bytes that each actor may have, mapped files aside; None: what the machine has.
     """
 
     def __init__(
@@ -142,7 +175,9 @@ class Pool:
         gather: Callable[[list[Any]], list[Any]] | None = None,
         strategy: str = "PACK",
         patient: bool = False,
+        memory: int | None = None,
     ) -> None:
+        self.memory = memory
         self.name, self.make, self.gather, self.strategy = name, make, gather, strategy
         self.actor: Any = ray.remote(type(actor.__name__, (Metered, actor), {}))
         self.shape, self.patient = Shape(world, cpus, gpus), patient
@@ -179,7 +214,7 @@ class Pool:
             members.append(self.make(self.actor.options(**options), rank))
         group = Group(f"{self.name}-{next(_numbers[self.name])}", members, share, placement)
         self.groups.append(group)
-        group.starting = [member.__ray_ready__.remote() for member in members]
+        group.starting = [member.begin.remote(code_digest(), self.memory) for member in members]
         if self.gather is not None:
             group.starting += self.gather(members)
         return group

@@ -6,6 +6,7 @@ processes that it did not start.
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,8 +26,15 @@ class ClusterError(ValueError):
     exit_code = 2
 
 
+class ClusterLost(Exception):
+    """The cluster under a running study is gone, or no longer tells what becomes of a job."""
+
+
 ANSWER_SECONDS = 10.0
 """How long a cluster's head may take to accept a connection; Ray itself would go on trying for minutes."""
+
+KNOCK_SECONDS, LOST_SECONDS = 2.0, 15.0
+"""How long a running study waits for its cluster's head to accept a connection, and how long it may fail to."""
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Small records only travel through Ray; weights go by path."""
@@ -46,6 +54,33 @@ class Session:
     @property
     def gpus(self) -> float:
         return sum(node.gpus for node in self.nodes)
+
+
+class Head:
+    """The head of the cluster this process is connected to, asked now and then whether it is still there.
+
+    Ray's own calls would wait for a lost head, and in the end take the process with them.
+    """
+
+    def __init__(self) -> None:
+        self.address = ray.get_runtime_context().gcs_address
+        self._since: float | None = None
+
+    def check(self) -> bool:
+        """Whether the head answers now. Raises ClusterLost once it has not for LOST_SECONDS."""
+        host, _, port = self.address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
+        except OSError as error:
+            self._since = self._since or time.monotonic()
+            if time.monotonic() - self._since > LOST_SECONDS:
+                raise ClusterLost(
+                    f"cluster lost: its head at {self.address} does not answer any more ({error}). Finished steps are kept: "
+                    "start the cluster again and give the same command"
+                ) from error
+            return False
+        self._since = None
+        return True
 
 
 def nodes_now() -> tuple[Node, ...]:

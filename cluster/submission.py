@@ -24,7 +24,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
-from cluster.session import ANSWER_SECONDS, ClusterError, require_token
+from cluster.session import ANSWER_SECONDS, ClusterError, ClusterLost, require_token
 
 OLDEST_RAY = (2, 59)
 """Of the cluster; older ones know no token authentication."""
@@ -36,10 +36,6 @@ _OVERRIDES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 """Ray prefers these to the address it is given; the address of the command line is what was meant."""
 
 _TROUBLE = (requests.exceptions.RequestException, aiohttp.ClientError, ConnectionError, TimeoutError)
-
-
-class ClusterLost(Exception):
-    """A job can be watched no longer: its dashboard stopped to answer, or has forgotten it."""
 
 
 @dataclass(frozen=True)

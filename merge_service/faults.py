@@ -3,10 +3,13 @@
 Invariant: without the environment variable a point costs one dictionary look-up and does nothing. A fault fires once per
 marker file, in whatever process first reaches its point for the n-th time, so a rerun under the same environment passes.
 
-`TEMPORAL_MERGE_FAULTS` is JSON: {point: {"at": n, "marker": file, "pid_file": file}}; `pid_file` (JSON with "pid", such as a run's
-`driver.json`) names another process to kill, otherwise it is the one that reaches the point.
+`TEMPORAL_MERGE_FAULTS` is JSON: {point: fault or list of faults}, a fault being {"at": n, "marker": file, "do": what, ...}:
+`kill` (the default) ends the process by SIGKILL, or the one whose id `pid_file` holds (JSON with "pid", such as a run's
+`driver.json`); `stop` suspends it as SIGSTOP does; `spin` never comes back; `allocate` asks for `bytes` of memory; `full` and
+`unwritable` are what a file system says.
 """
 
+import errno
 import json
 import os
 import signal
@@ -16,18 +19,19 @@ from typing import Any
 
 VARIABLE = "TEMPORAL_MERGE_FAULTS"
 
-_plan: dict[str, dict[str, Any]] = json.loads(os.environ.get(VARIABLE) or "{}")
+_plan: dict[str, Any] = json.loads(os.environ.get(VARIABLE) or "{}")
 _reached: dict[str, int] = {}
 
 
 def point(name: str) -> None:
     """Pass the point `name`; dies here if a test has placed a fault on it."""
-    fault = _plan.get(name)
-    if fault is None:
+    placed = _plan.get(name)
+    if placed is None:
         return
     _reached[name] = _reached.get(name, 0) + 1
-    if _reached[name] >= fault.get("at", 1) and _first(fault["marker"]):
-        _kill(fault)
+    for fault in placed if isinstance(placed, list) else [placed]:
+        if _reached[name] >= fault.get("at", 1) and _first(fault["marker"]):
+            _ACTIONS[fault.get("do", "kill")](fault)
 
 
 def _first(marker: str) -> bool:
@@ -45,3 +49,34 @@ def _kill(fault: dict[str, Any]) -> None:
     os.kill(json.loads(Path(fault["pid_file"]).read_text())["pid"], signal.SIGKILL)
     time.sleep(60)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _stop(_: dict[str, Any]) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _spin(_: dict[str, Any]) -> None:
+    while True:
+        time.sleep(0.1)
+
+
+def _allocate(fault: dict[str, Any]) -> None:
+    bytearray(fault["bytes"])
+
+
+def _full(_: dict[str, Any]) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _unwritable(_: dict[str, Any]) -> None:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+_ACTIONS = {
+    "kill": _kill,
+    "stop": _stop,
+    "spin": _spin,
+    "allocate": _allocate,
+    "full": _full,
+    "unwritable": _unwritable,
+}

@@ -11,16 +11,19 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from cluster.code import CodeMismatch
+from cluster.memory import OutOfMemory
 from cluster.pool import Call, Group, Pools, wait
 from cluster.room import Room
-from cluster.session import Session, check_address, connect, nodes_now
+from cluster.session import Head, Session, check_address, connect, nodes_now
 from merge_service.errors import UserError
 from merge_service.faults import point
 from merge_service.own import check_importable
 from merge_service.techniques import get as technique_called
 from pipeline.config import Study
 from pipeline.console import WARNING, complain
-from pipeline.errors import CorruptArtifact, NondeterminismError, StepFailed, StorageFull
+from pipeline.deadlines import Deadlines
+from pipeline.errors import CorruptArtifact, NondeterminismError, StepFailed, StepTimeout, StorageFull
 from pipeline.jobs import Jobs
 from pipeline.lanes import Lane, Lanes
 from pipeline.lock import driver_lock, write_driver
@@ -38,8 +41,10 @@ WAITING_SECONDS = 15.0
 """How long a new group may be without a process before that is said; importing torch takes a part of it."""
 IDLE_SECONDS = 60.0
 """How long an idle group is kept where nodes come and go by themselves."""
-FATAL = (UserError, NondeterminismError, StorageFull)
+FATAL = (UserError, NondeterminismError, StorageFull, CodeMismatch)
 """Errors that another try cannot mend."""
+MEMORY_RETRIES = 2
+"""Other work on the machine may have been what took the memory, but not thrice."""
 
 
 def carry_out(study: Study, out: Path | None, address: str) -> tuple[Path, dict[str, Any], Tracking]:
@@ -89,6 +94,7 @@ class _Drive:
         self.schedule = Schedule(self.steps, done, self.lanes.of, _ranks(workspace))
         self.pools = Pools(self.lanes.pools(patient=self.room is None), self.room)
         self.jobs, self.timeline = Jobs(workspace), Timeline(workspace.out)
+        self.deadlines, self.head = Deadlines(self.study, workspace.scratch), Head()
         self.running: dict[Call, Step] = {}
         self.counts: Counter[str] = Counter()
         self.tries: dict[str, int] = {}
@@ -152,14 +158,14 @@ class _Drive:
         job = self.jobs.of(step)
         call = self.pools.by_name[lane.pool].call("run", job, step, self.workspace.store, group=group)
         self.running[call] = step
+        self.deadlines.start(step)
         self._began[step.fingerprint] = time.time()
         self.counts.update((lane.name, lane.kind))
         self.schedule.start(step.fingerprint)
         self.progress.started(step.fingerprint, step.label)
 
     def _take(self, call: Call) -> None:
-        step = self.running.pop(call)
-        self.counts.subtract((self.lanes.of(step), step.kind))
+        step = self._off(call)
         try:
             record = call.result()
         except CorruptArtifact as error:
@@ -171,6 +177,12 @@ class _Drive:
             self.workspace.keep(record)
             self.timeline.step(step, call.usages, call.group.name)
             self.untold.append((step, record))
+
+    def _off(self, call: Call) -> Step:
+        """A call runs no longer: the step it was for."""
+        step = self.running.pop(call)
+        self.counts.subtract((self.lanes.of(step), step.kind))
+        return step
 
     def _tell(self) -> None:
         """Tell tracker and terminal what has been finished: after its workers have got their next steps."""
@@ -188,6 +200,9 @@ class _Drive:
         if time.monotonic() - self._looked < LOOK_SECONDS:
             return
         self._looked = time.monotonic()
+        if not self.head.check():
+            return
+        self._end_overdue()
         if self.room is None:
             self.pools.drop_idle(IDLE_SECONDS)
         else:
@@ -201,6 +216,21 @@ class _Drive:
             )
         self._waiting = waiting
 
+    def _end_overdue(self) -> None:
+        """Give up what has been silent for too long. Waiting for nodes that have yet to join does not count."""
+        for call, step in list(self.running.items()):
+            if self.room is None and call.group.name in self._waiting:
+                self.deadlines.start(step)
+            elif self.deadlines.overdue(step):
+                call.abandon()
+                limit = self.deadlines.limit(step)
+                self._retry_or_fail(
+                    self._off(call),
+                    StepTimeout(
+                        f"no sign of progress for {limit:g} s (resources: timeout); its worker was ended"
+                    ),
+                )
+
     def _put_back_lost(self, step: Step, why: str) -> None:
         """An input was damaged and has been moved aside: make it again, then this step."""
         for need in self.schedule.needs(step.fingerprint):
@@ -212,12 +242,15 @@ class _Drive:
     def _retry_or_fail(self, step: Step, error: Exception) -> None:
         tries = self.tries[step.fingerprint] = self.tries.get(step.fingerprint, 0) + 1
         limit = self.study.resources.experts.max_retries
+        if isinstance(error, OutOfMemory):
+            limit = min(limit, MEMORY_RETRIES)
         if isinstance(error, FATAL) or tries > limit:
             self.tracking.failed(step, error)
             self.workspace.failure = {"step": step.label, "error": str(error)}
             if isinstance(error, FATAL):
                 raise error
-            raise StepFailed(f"{step.label}: failed {tries} times, the last time with: {_first_line(error)}")
+            failure = StepTimeout if isinstance(error, StepTimeout) else StepFailed
+            raise failure(f"{step.label}: failed {tries} times, the last time with: {_first_line(error)}")
         self.schedule.put_back(step.fingerprint)
         self.progress.put_back(step.fingerprint, f"{_first_line(error)} (try {tries} of {limit})")
         time.sleep(0.1)

@@ -67,5 +67,9 @@ class StepFailed(Exception):
     """A train, merge or evaluate step could not be completed; the message names the step, its task and t, and the cause."""
 
 
+class StepTimeout(StepFailed):
+    """A step showed no sign of life for longer than its `timeout`, again and again."""
+
+
 class TrackingError(Exception):
     """The tracking server refused or garbled what was sent; the rows stay in the outbox."""

@@ -19,13 +19,17 @@ from workers.actors import Worker, gather
 
 @dataclass(frozen=True)
 class Lane:
-    """Steps of one kind, and of one model or one merge actor. `cap` is how many may run at a time, None any number."""
+    """Steps of one kind, and of one model or one merge actor. `cap` is how many may run at a time, None any number.
+
+    `memory` is what each of their workers may have in bytes, None what its machine has.
+    """
 
     name: str
     kind: str
     pool: str
     shape: Shape
     cap: int | None
+    memory: int | None = None
 
 
 class Lanes:
@@ -73,7 +77,7 @@ class Lanes:
 
     def _new(self, name: str, kind: str, model: str) -> Lane:
         if kind == "merge":
-            return Lane(name, kind, name, Shape(1, 0), 1)
+            return Lane(name, kind, name, Shape(1, 0), 1, self.study.resources.merging.memory)
         found = self.study.resources.of(model)
         experts, evaluation = found.experts, found.evaluation
         if kind == "train":
@@ -86,7 +90,8 @@ class Lanes:
                 cap = experts.groups
         if cap == "auto":
             cap = 1 if shape.is_free else None
-        return Lane(name, kind, f"worker {shape}, {shape.threads} threads", shape, cap)
+        pool = f"worker {shape}, {shape.threads} threads, {experts.memory or 'any'} bytes"
+        return Lane(name, kind, pool, shape, cap, experts.memory)
 
     def _merge_actor(self, step: Step) -> str:
         """The merge actor of a step: merges of a growing list of experts go where the state of the list is kept."""
@@ -99,9 +104,11 @@ class Lanes:
 def _pool(lane: Lane, patient: bool) -> Pool:
     shape = lane.shape
     if lane.kind == "merge":
-        return Pool(lane.name, Merger, lambda actor, _: actor.remote(), cpus=0, patient=patient)
+        return Pool(
+            lane.name, Merger, lambda actor, _: actor.remote(), cpus=0, patient=patient, memory=lane.memory
+        )
     device = "cuda" if shape.gpus else "cpu"
     return Pool(
         "worker", Worker, lambda actor, rank: actor.remote(rank, shape.world, shape.threads, device),
-        world=shape.world, cpus=shape.cpus, gpus=shape.gpus, gather=gather, patient=patient,
+        world=shape.world, cpus=shape.cpus, gpus=shape.gpus, gather=gather, patient=patient, memory=lane.memory,
     )  # fmt: skip

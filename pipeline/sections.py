@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from merge_service.shards import bytes_of
 from pipeline.fingerprint import fingerprint
 from workers.jobs import EngineSpec
 from workers.recipe import Mixture
@@ -51,6 +52,18 @@ def _some(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if not values:
         raise ValueError("is an empty list; name at least one, or leave the key out")
     return values
+
+
+def _bytes(value: Any) -> int | None:
+    """A size such as 500MB or 2 GB (decimal), or a number of bytes; None is no limit."""
+    found = None if value is None else bytes_of(str(value))
+    if found is not None and not 50_000_000 <= found <= 10**15:
+        raise ValueError(f"{value!r} must be from 50MB to 1000TB")
+    return found
+
+
+Memory = Annotated[int | None, BeforeValidator(_bytes)]
+Seconds = Annotated[float, Field(gt=0, le=30 * 24 * 3600)]
 
 
 def _auto_or_count(value: Any) -> Any:
@@ -242,7 +255,8 @@ class EvaluationSection(Section):
 class ExpertResources(Section):
     """What one expert gets: `workers` processes with `gpus`, `cpus` and `threads` each. `groups` experts train at a time.
 
-    `checkpoint_every` is in steps (0: never). Workers, ZeRO stage, engine and threads bear on the bits of the result; the
+    `checkpoint_every` is in steps (0: never). `timeout` is in seconds without a sign of progress, then the step is tried again.
+    `memory` is what each worker may have, mapped weights aside; evaluations keep to it as well. Workers, ZeRO stage, engine and threads bear on the bits of the result; the
     others do not.
     """
 
@@ -255,6 +269,8 @@ class ExpertResources(Section):
     checkpoint_every: int = Field(default=50, ge=0)
     groups: Annotated[Any, BeforeValidator(_auto_or_count)] = "auto"
     max_retries: int = Field(default=3, ge=0, le=1000)
+    timeout: Seconds = 3600
+    memory: Memory = None
 
     @model_validator(mode="after")
     def _engine_can(self) -> Self:
@@ -283,20 +299,26 @@ class EvaluationResources(Section):
     """What one evaluation gets; null is what one of the expert's workers has. `actors` score at the same time, auto is as many as fit.
 
     Where the shape is that of experts with one worker, the same processes train and score. 0 CPUs and 0 GPUs take no place
-    of their own: one such evaluator then runs beside the experts.
+    of their own: one such evaluator then runs beside the experts. `timeout` is how many seconds one may take.
     """
 
     gpus: float | None = Field(default=None, ge=0, le=64)
     cpus: float | None = Field(default=None, ge=0, le=1024)
     actors: Annotated[Any, BeforeValidator(_auto_or_count)] = "auto"
     threads: int | None = Field(default=None, ge=1, le=1024)
+    timeout: Seconds = 3600
 
 
 class MergingResources(Section):
-    """`threads` of a merge and `actors` that merge at the same time, without a CPU of their own; no result depends on them."""
+    """`threads` of a merge and `actors` that merge at the same time, without a CPU of their own; no result depends on them.
+
+    `timeout` is how many seconds one merge may take, `memory` what an actor may have, mapped weights aside.
+    """
 
     threads: int = Field(default=1, ge=1, le=1024)
     actors: int = Field(default=1, ge=1, le=1024)
+    timeout: Seconds = 3600
+    memory: Memory = None
 
 
 def _overrides(section: type[Section]) -> Any:

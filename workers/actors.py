@@ -76,6 +76,7 @@ class Worker:
         with store.staged(step) as stage:
             result = train_expert(replace(job, out=str(stage)), rank=0, world=self.world, hooks=hooks)
             record = store.commit(step, stage, result, seconds=time.monotonic() - started)
+        point("train.after_commit")
         for technique, params in job.asked_limits:
             keep_limits(
                 technique, params, job.base, record.path, job.limits,
@@ -93,6 +94,7 @@ class Worker:
         with store.staged(step) as stage:
             result = evaluate(job)
             record = store.commit(step, stage, result, seconds=time.monotonic() - started)
+        point("evaluate.after_commit")
         if job.scratch:
             shutil.rmtree(job.scratch, ignore_errors=True)
         return record

@@ -2,6 +2,7 @@
 
 Invariant: a checkpoint counts only when its marker is there, written last, for the same job, and every file in it still
 has the sha256 the marker states; otherwise the one before it counts, or none. At most one complete checkpoint is kept.
+Whoever began last owns the job: a process that was thought dead, and wakes, finds that out before it changes or hands over anything.
 The scratch directory belongs to one job on this run's own storage and is deleted by whoever commits the result.
 """
 
@@ -10,21 +11,41 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-MARKER = "complete.json"
+MARKER, OWNER = "complete.json", "owner"
 PROGRESS = "progress.json"
 PROGRESS_BYTES = 200  # no report is longer
+
+
+class Superseded(Exception):
+    """Another process has begun the same job since; this one must end without a trace."""
 
 
 class Checkpoints:
     """The checkpoints of one job below `scratch/checkpoints/`; only rank 0 may change or judge them."""
 
     def __init__(self, scratch: Path, fingerprint: str) -> None:
-        self._root = scratch / "checkpoints"
-        self._fingerprint = fingerprint
+        self._root, self._owner = scratch / "checkpoints", scratch / OWNER
+        self._fingerprint, self._token = fingerprint, uuid.uuid4().hex
+
+    def claim(self) -> None:
+        """Own the job from now on: whoever began it before may no longer write."""
+        write_durably(self._owner, self._token)
+
+    def check(self) -> None:
+        """Raise Superseded if somebody else has claimed the job, or ended it, since."""
+        try:
+            token = self._owner.read_text(encoding="utf-8")
+        except OSError:
+            token = "nobody"
+        if token != self._token:
+            raise Superseded(
+                f"{self._owner.parent}: this job was begun anew by another process; nothing is written"
+            )
 
     def staged(self, step: int) -> Path:
         """Where all ranks write the checkpoint after `step` steps, once `stage` has made it."""
@@ -37,6 +58,7 @@ class Checkpoints:
 
     def complete(self, step: int, loop: dict[str, Any]) -> None:
         """Make a staged checkpoint count, with the training loop's own numbers, and drop every other one."""
+        self.check()
         staged = self.staged(step)
         files = {str(file.relative_to(staged)): _digest(file) for file in _files(staged)}
         marker = {"fingerprint": self._fingerprint, "step": step, "loop": loop, "files": files}

@@ -92,6 +92,8 @@ class _Loop:
             _fire(self._hooks, "train.after_step", step + 1)
             if every and (step + 1) % every == 0 and step + 1 < steps:
                 self._checkpoint(engine, step + 1)
+        if self._rank == 0:
+            self._checkpoints.check()
         samples = steps * self._recipe.batch_size
         return {
             "steps": steps,
@@ -123,6 +125,8 @@ class _Loop:
 
     def _resume(self, engine: Engine) -> int | None:
         """Steps already done according to the newest complete checkpoint; rank 0 judges, the others follow."""
+        if self._rank == 0:
+            self._checkpoints.claim()
         newest = self._checkpoints.newest() if self._rank == 0 else 0
         step = _from_rank_zero(newest, self._job.engine)
         if step == 0:

@@ -80,6 +80,7 @@ class Scene:
         monkeypatch.setattr(driver, "Pools", Workers)
         monkeypatch.setattr(driver, "Jobs", lambda _: SimpleNamespace(of=lambda step: None))
         monkeypatch.setattr(driver, "nodes_now", lambda: self.nodes)
+        monkeypatch.setattr(driver, "Head", lambda: SimpleNamespace(check=lambda: True))
         monkeypatch.setattr(driver, "wait", self._wait)
         monkeypatch.setattr(driver.time, "sleep", lambda _: None)
         monkeypatch.setattr(

@@ -123,6 +123,7 @@ def test_damaged_or_foreign_checkpoint_is_never_used(toys: Toys, out: Path, gold
 
 def test_only_the_newest_checkpoint_is_kept_and_leftovers_go(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, "f")
+    checkpoints.claim()
     for step in (10, 20):
         checkpoints.stage(step)
         (checkpoints.staged(step) / "x").write_text("x")

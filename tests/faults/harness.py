@@ -1,0 +1,136 @@
+"""What every test of the fault matrix needs: to place faults, to see that they fired, and to say that nothing came of them.
+
+"Same" is meant strictly: identical sha256 of every weights file and identical scores, the same runs, parameters and metrics in
+MLflow (but for durations and speeds), `verify` clean, and nothing left of stages, temporaries or worker processes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.tracking_export import export
+from tests.world import ROOT, Cluster, artifacts, command
+
+TIMED = ("seconds", "samples_per_second", "throughput", "memory", "rate")
+"""What two runs of the same study may differ in, by a part of the metric's name."""
+PATIENCE = 20.0
+"""How long the orphans of a killed driver may take to go, in seconds."""
+
+
+class Faults:
+    """Faults placed at named points, each with a marker file that tells whether it has fired."""
+
+    def __init__(self, room: Path) -> None:
+        self.room, self.placed, self.markers = room, dict[str, list[dict[str, Any]]](), list[Path]()
+
+    def at(self, point: str, nth: int = 1, do: str = "kill", times: int = 1, **more: Any) -> "Faults":
+        """Have `do` happen at the nth passing of a point, in so many processes one after the other."""
+        for _ in range(times):
+            marker = self.room / f"fault-{len(self.markers)}-{point}"
+            self.markers.append(marker)
+            self.placed.setdefault(point, []).append({"at": nth, "do": do, "marker": str(marker), **more})
+        return self
+
+    @property
+    def missed(self) -> list[str]:
+        """Faults that have not fired."""
+        return [marker.name for marker in self.markers if not marker.exists()]
+
+
+def start(*arguments: Any, faults: Faults | None = None, environment: dict[str, str] | None = None) -> Any:
+    """Start `temporal-merge ...` and come back at once."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", *map(str, arguments)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"TEMPORAL_MERGE_FAULTS": json.dumps(faults.placed if faults else {}), "PYTHONPATH": str(ROOT)}
+        | (environment or {}),
+    )  # fmt: skip
+
+
+def run(study: Path, out: Path, cluster: Cluster, faults: Faults | None = None) -> Any:
+    """A run of a study on the warm cluster, to its end; every fault must have fired."""
+    placed = faults.placed if faults else None
+    answer = command("run", study, "--out", out, "--address", cluster.address, faults=placed)
+    if faults:
+        assert not faults.missed, f"never fired: {faults.missed}: {answer.stderr}"
+    return answer
+
+
+def must_be_same(out: Path, undisturbed: Path, cluster: Cluster | None = None) -> None:
+    """Raise AssertionError unless a run has come out as the undisturbed one, and left nothing behind."""
+    assert artifacts(out) == artifacts(undisturbed)
+    assert tracked(out) == tracked(undisturbed)
+    answer = command("verify", out)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert leftovers(out) == []
+    if cluster is not None:
+        wait_until(lambda: not workers_of(cluster), "workers of a finished run live on")
+
+
+def tracked(out: Path) -> str:
+    """What MLflow holds of a run: runs, models, parameters, metrics; durations by their name only."""
+    kept = []
+    for entry in export(f"sqlite:///{out / 'mlflow.db'}", "temporal-merge"):
+        who = entry.get("run") or entry.get("model")
+        metrics = [
+            (key, *([None] if any(part in key for part in TIMED) else rest))
+            for key, *rest in entry.get("metrics", ())
+        ]
+        kept.append([who, sorted(metrics, key=str), _params(entry)])
+    return json.dumps(sorted(kept, key=str), indent=1)
+
+
+def _params(entry: dict[str, Any]) -> Any:
+    params = entry.get("params") or {}
+    return sorted(dict(params).items()) if isinstance(params, dict) else params
+
+
+def leftovers(out: Path) -> list[str]:
+    """Stages, temporaries and scratch that a finished run should not have."""
+    found = [
+        *(out / "store" / ".stage").glob("*"),
+        *out.rglob("*.tmp"),
+        *(out / "scratch").glob("*/checkpoints"),
+    ]
+    return sorted(str(path.relative_to(out)) for path in found)
+
+
+def created(out: Path) -> dict[str, int]:
+    """When each artifact was committed, to see that none was made again."""
+    return {
+        path.parent.name: json.loads(path.read_text())["created_ms"]
+        for path in (out / "store").glob("*/*/record.json")
+    }
+
+
+def results(out: Path, kind: str) -> list[dict[str, Any]]:
+    """What the records of a kind say of their steps."""
+    return [json.loads(path.read_text())["result"] for path in (out / "store" / kind).glob("*/record.json")]
+
+
+def workers_of(cluster: Cluster) -> list[int]:
+    """Process ids of actors of a test cluster: what a raylet of its session has started and is not idle."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            session = int((entry / "stat").read_text().rpartition(")")[2].split()[3])
+            title = (entry / "cmdline").read_bytes()
+        except (OSError, ValueError, IndexError):
+            continue
+        if session == cluster.process.pid and title.startswith((b"ray::Worker", b"ray::Merger")):
+            found.append(int(entry.name))
+    return found
+
+
+def wait_until(true: Callable[[], Any], what: str, seconds: float = PATIENCE) -> float:
+    """Seconds until something is so. Raises AssertionError with `what` after `seconds`."""
+    began = time.monotonic()
+    while not true():
+        assert time.monotonic() - began < seconds, f"{what} after {seconds:g} s"
+        time.sleep(0.1)
+    return time.monotonic() - began

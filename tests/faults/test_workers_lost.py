@@ -1,0 +1,134 @@
+"""Workers that die, hang, or run out of memory: the study comes out the same, or ends with the step's name."""
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.harness import Faults, created, must_be_same, results, run, wait_until, workers_of
+from tests.world import Cluster, World
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.chaos]
+Record = Any
+
+ONE_AT_A_TIME = {"max_running": {"train": 1}}
+POINTS = (
+    "train.start", "train.after_step", "train.after_ckpt", "train.before_commit", "train.after_commit",
+    "store.after_stage", "store.after_fsync", "store.before_record", "store.after_rename",
+    "merge.start", "merge.before_commit", "merge.after_commit", "evaluate.start", "evaluate.after_commit",
+)  # fmt: skip
+
+
+@pytest.mark.fault("F2")
+@pytest.mark.parametrize("point", POINTS)
+def test_worker_killed_at_a_point_is_replaced_and_nothing_differs(
+    point: str, world: World, cluster: Cluster, undisturbed: Path, tmp_path: Path
+) -> None:
+    faults = Faults(tmp_path).at(point, nth=2)
+    answer = run(world.study(), tmp_path / "out", cluster, faults)
+    assert answer.returncode == 0, answer.stderr
+    must_be_same(tmp_path / "out", undisturbed, cluster)
+
+
+@pytest.mark.fault("F1")
+def test_worker_killed_three_times_goes_on_from_its_checkpoints(
+    world: World, cluster: Cluster, undisturbed: Path, tmp_path: Path, record_property: Record
+) -> None:
+    faults = Faults(tmp_path).at("train.after_step", nth=3, times=3)
+    out = tmp_path / "out"
+    answer = run(world.study(schedule=ONE_AT_A_TIME), out, cluster, faults)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stderr.count("trying again") == 3
+    resumed = [result["resumed_from"] for result in results(out, "train")]
+    assert [step for step in resumed if step], "no expert went on from a checkpoint"
+    record_property("cases", 3)
+    record_property("steps done again per kill, at most", "2 (checkpoints every 2)")
+    must_be_same(out, undisturbed, cluster)
+
+
+@pytest.mark.fault("F1")
+def test_worker_killed_more_often_than_allowed_ends_the_run_with_task_and_t(
+    world: World, cluster: Cluster, tmp_path: Path
+) -> None:
+    faults = Faults(tmp_path).at("train.start", times=4)
+    answer = run(world.study(schedule=ONE_AT_A_TIME), tmp_path / "out", cluster, faults)
+    assert answer.returncode == 1
+    assert re.search(r"StepFailed: train \w+ t=\d.*failed 4 times.*died", answer.stderr), answer.stderr
+
+
+@pytest.mark.fault("F3")
+@pytest.mark.parametrize(("point", "nth"), [("merge.before_commit", 3), ("merge.after_commit", 3)])
+def test_merge_actor_killed_late_commits_each_merge_once(
+    point: str, nth: int, world: World, cluster: Cluster, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    answer = run(world.study(), out, cluster, Faults(tmp_path).at(point, nth=nth))
+    assert answer.returncode == 0, answer.stderr
+    assert created(out).keys() == created(undisturbed).keys()
+    must_be_same(out, undisturbed, cluster)
+
+
+@pytest.mark.fault("F30")
+@pytest.mark.parametrize(
+    ("point", "do"),
+    [("train.after_step", "stop"), ("train.after_step", "spin"), ("merge.start", "stop"), ("evaluate.start", "spin")],
+)  # fmt: skip
+def test_stuck_step_is_ended_at_its_deadline_and_tried_again(
+    point: str,
+    do: str,
+    world: World,
+    cluster: Cluster,
+    undisturbed: Path,
+    tmp_path: Path,
+    record_property: Record,
+) -> None:
+    kind = {"train": "experts", "merge": "merging", "evaluate": "evaluation"}[point.partition(".")[0]]
+    resources = {"experts": {"checkpoint_every": 2}} | {kind: {"timeout": 20}}
+    if kind == "experts":
+        resources = {"experts": {"checkpoint_every": 2, "timeout": 20}}
+    began = time.monotonic()
+    answer = run(
+        world.study(resources=resources), tmp_path / "out", cluster, Faults(tmp_path).at(point, nth=2, do=do)
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert "no sign of progress for 20 s" in answer.stderr
+    record_property("whole run with a deadline of 20 s", f"{time.monotonic() - began:.0f} s")
+    must_be_same(tmp_path / "out", undisturbed, cluster)
+
+
+@pytest.mark.fault("F30")
+def test_step_that_is_always_stuck_ends_the_run_and_leaves_no_process(
+    world: World, cluster: Cluster, tmp_path: Path, record_property: Record
+) -> None:
+    resources = {"experts": {"timeout": 12, "max_retries": 1}}
+    faults = Faults(tmp_path).at("train.start", do="stop", times=2)
+    answer = run(world.study(resources=resources, schedule=ONE_AT_A_TIME), tmp_path / "out", cluster, faults)
+    assert answer.returncode == 1
+    assert re.search(r"StepTimeout: train \w+ t=1.*failed 2 times", answer.stderr), answer.stderr
+    took = wait_until(lambda: not workers_of(cluster), "a stopped worker lives on", 15)
+    record_property("stopped workers gone after", f"{took:.1f} s")
+
+
+@pytest.mark.fault("F29")
+def test_worker_over_its_budget_once_is_tried_again_and_others_are_unharmed(
+    world: World, cluster: Cluster, undisturbed: Path, tmp_path: Path
+) -> None:
+    resources = {"experts": {"checkpoint_every": 2, "memory": "500MB"}}
+    faults = Faults(tmp_path).at("train.after_step", nth=3, do="allocate", bytes=600 * 10**6)
+    answer = run(world.study(resources=resources), tmp_path / "out", cluster, faults)
+    assert answer.returncode == 0, answer.stderr
+    assert "OutOfMemory" in answer.stderr and "500,000,000 bytes" in answer.stderr
+    must_be_same(tmp_path / "out", undisturbed, cluster)
+
+
+@pytest.mark.fault("F29")
+def test_worker_always_over_its_budget_fails_at_the_third_try_with_sizes(
+    world: World, cluster: Cluster, tmp_path: Path
+) -> None:
+    resources = {"experts": {"memory": "500MB", "max_retries": 9}}
+    faults = Faults(tmp_path).at("train.start", do="allocate", bytes=600 * 10**6, times=3)
+    answer = run(world.study(resources=resources, schedule=ONE_AT_A_TIME), tmp_path / "out", cluster, faults)
+    assert answer.returncode == 1
+    assert re.search(r"failed 3 times.*OOM.*its budget is 500,000,000 bytes", answer.stderr), answer.stderr
