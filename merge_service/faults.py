@@ -1,7 +1,8 @@
 """Named points where tests place faults, instead of sleeping and hoping.
 
 Invariant: without the environment variable a point costs one dictionary look-up and does nothing. A fault fires once per
-marker file, in whatever process first reaches its point for the n-th time, so a rerun under the same environment passes.
+marker file, in whatever process first reaches its point for the n-th time (the file then holds its id), so a rerun under the
+same environment passes.
 
 `TEMPORAL_MERGE_FAULTS` is JSON: {point: fault or list of faults}, a fault being {"at": n, "marker": file, "do": what, ...}:
 `kill` (the default) ends the process by SIGKILL, or the one whose id `pid_file` holds (JSON with "pid", such as a run's
@@ -36,9 +37,11 @@ def point(name: str) -> None:
 
 def _first(marker: str) -> bool:
     try:
-        os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+        handle = os.open(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
         return False
+    os.write(handle, str(os.getpid()).encode())
+    os.close(handle)
     return True
 
 

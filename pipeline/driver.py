@@ -15,7 +15,7 @@ from cluster.code import CodeMismatch
 from cluster.memory import OutOfMemory
 from cluster.pool import Call, Group, Pools, wait
 from cluster.room import Room
-from cluster.session import Head, Session, check_address, connect, nodes_now
+from cluster.session import ClusterError, Head, Session, check_address, connect, nodes_now
 from merge_service.errors import UserError
 from merge_service.faults import point
 from merge_service.own import check_importable
@@ -39,6 +39,8 @@ TICK_SECONDS = 0.5
 LOOK_SECONDS = 5.0
 WAITING_SECONDS = 15.0
 """How long a new group may be without a process before that is said; importing torch takes a part of it."""
+GRACE_SECONDS = 30.0
+"""How long nodes that have gone may take to come back when nothing that is left to do has a place without them."""
 IDLE_SECONDS = 60.0
 """How long an idle group is kept where nodes come and go by themselves."""
 FATAL = (UserError, NondeterminismError, StorageFull, CodeMismatch)
@@ -103,6 +105,7 @@ class _Drive:
             len(self.steps), len(self.schedule.done), workspace.scratch, _standings(workspace, done)
         )
         self._looked, self._waiting = 0.0, set[str]()
+        self._homeless: float | None = None
         self._began: dict[str, float] = {}
         self._said: list[dict[str, Any]] = []
         self.timeline.event("ready", cores=session.cpus, gpus=session.gpus, nodes=len(session.nodes))
@@ -207,14 +210,26 @@ class _Drive:
             self.pools.drop_idle(IDLE_SECONDS)
         else:
             self.room.update(nodes_now())
-            if not self.running:
-                self.lanes.check(self.room)
+            self._check_places(self.room)
         waiting = {group.name for group in self.pools.without_place(WAITING_SECONDS)}
         if waiting - self._waiting:
             self.progress.note(
                 f"waiting for a place: {', '.join(sorted(waiting))}; it is taken, or a node has yet to come"
             )
         self._waiting = waiting
+
+    def _check_places(self, room: Room) -> None:
+        """Raise ClusterError if what is left has had no place on any node for GRACE_SECONDS."""
+        try:
+            if not self.running:
+                self.lanes.check(room)
+            self._homeless = None
+        except ClusterError as error:
+            if self._homeless is None:
+                self._homeless = time.monotonic()
+                self.progress.note(f"waiting {GRACE_SECONDS:g} s for nodes to come back: {error}")
+            if time.monotonic() - self._homeless >= GRACE_SECONDS:
+                raise
 
     def _end_overdue(self) -> None:
         """Give up what has been silent for too long. Waiting for nodes that have yet to join does not count."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from merge_service.faults import point
 from pipeline.errors import TrackingError
 
 FILE = "outbox.db"
@@ -91,7 +92,9 @@ class Outbox:
         if not encoded:
             return 0
         with self._transaction() as db:
-            return sum(_insert(db, row, text) for row, text in encoded)
+            added = sum(_insert(db, row, text) for row, text in encoded)
+        point("outbox.after_append")
+        return added
 
     def get(self, key: str) -> dict[str, Any] | None:
         """The payload last appended under a key."""

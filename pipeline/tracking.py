@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
+from merge_service.faults import point
 from pipeline.errors import ConfigError, TrackingError
 from pipeline.outbox import FILE, Entry, Outbox
 from pipeline.tracking_index import STUDY
@@ -151,6 +152,7 @@ class Tracker:
                 return 0.0
             try:
                 self._sink.deliver(entry)
+                point("tracking.after_send")
             except Refused as error:
                 self.last_error = self._refusal = redact(str(error))
                 self._outbox.reject(self._destination, entry.seq, self._refusal)

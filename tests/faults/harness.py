@@ -85,9 +85,10 @@ def tracked(out: Path) -> str:
     return json.dumps(sorted(kept, key=str), indent=1)
 
 
-def _params(entry: dict[str, Any]) -> Any:
-    params = entry.get("params") or {}
-    return sorted(dict(params).items()) if isinstance(params, dict) else params
+def _params(entry: dict[str, Any]) -> list[Any]:
+    """Parameters, but for how a run was scheduled and with what: no result depends on that."""
+    params = entry.get("params") or []
+    return [pair for pair in params if not pair[0].startswith(("schedule.", "resources."))]
 
 
 def leftovers(out: Path) -> list[str]:

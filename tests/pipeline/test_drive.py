@@ -212,6 +212,7 @@ def test_step_that_has_lost_its_only_node_ends_the_run_instead_of_waiting(
 ) -> None:
     scene = Scene(tmp_path, monkeypatch)
     monkeypatch.setattr(driver, "LOOK_SECONDS", -1.0)
+    monkeypatch.setattr(driver, "GRACE_SECONDS", 0.0)
     monkeypatch.setattr(driver, "wait", lambda calls, _: calls[:1])
     scene.nodes = (Node("b", "10.0.0.2", 0.5),)
     with pytest.raises(ClusterError, match=r"do not fit into 0\.5 CPUs"):

@@ -1,0 +1,139 @@
+"""The driver dies, is asked to end, starts twice, or has a clock that is wrong: the same command goes on from there."""
+
+import json
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.harness import (
+    Faults,
+    created,
+    must_be_same,
+    run,
+    start,
+    wait_until,
+    workers_of,
+)
+from tests.world import Cluster, World
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.chaos]
+Record = Any
+
+
+@pytest.mark.fault("F2", "F4")
+@pytest.mark.parametrize("point", ["outbox.after_append", "tracking.after_send", "driver.after_commit"])
+def test_driver_killed_between_its_own_writes_is_rerun_to_the_same(
+    point: str, world: World, cluster: Cluster, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    answer = run(world.study(), out, cluster, Faults(tmp_path).at(point, nth=3))
+    assert answer.returncode == -9, answer.stderr
+    before = created(out)
+    assert run(world.study(), out, cluster).returncode == 0
+    assert before.items() <= created(out).items()
+    must_be_same(out, undisturbed, cluster)
+
+
+@pytest.mark.fault("F4")
+def test_driver_killed_with_experts_running_leaves_no_orphans_and_trains_nothing_twice(
+    world: World, cluster: Cluster, undisturbed: Path, tmp_path: Path, record_property: Record
+) -> None:
+    out, faults = tmp_path / "out", Faults(tmp_path)
+    faults.at("train.after_ckpt", nth=2, pid_file=str(out / "driver.json"))
+    assert run(world.study(), out, cluster, faults).returncode == -9
+    before = created(out)
+    took = wait_until(lambda: not workers_of(cluster), "orphans live on", 10)
+    record_property("orphans gone after", f"{took:.1f} s")
+    assert run(world.study(), out, cluster).returncode == 0
+    assert before.items() <= created(out).items()
+    must_be_same(out, undisturbed, cluster)
+
+
+@pytest.mark.fault("F5")
+def test_two_drivers_of_one_out_are_one_run_and_one_refusal(
+    world: World, cluster: Cluster, undisturbed: Path, tmp_path: Path
+) -> None:
+    out, study = tmp_path / "out", world.study()
+    one = start("run", study, "--out", out, "--address", cluster.address)
+    time.sleep(0.2)
+    two = start("run", study, "--out", out, "--address", cluster.address)
+    told = {
+        process.returncode: said for process in (one, two) for said in [process.communicate(timeout=200)[1]]
+    }
+    assert sorted(told) == [0, 2], told
+    assert re.search(r"is being worked on by process \d+ on", told[2])
+    must_be_same(out, undisturbed, cluster)
+
+
+@pytest.mark.fault("F31")
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [((signal.SIGTERM,), 143), ((signal.SIGINT,), 130), ((signal.SIGINT, signal.SIGINT), 130)],
+    ids=["terminated", "interrupted", "interrupted twice"],
+)
+def test_driver_that_is_asked_to_end_does_so_and_the_rerun_finishes(
+    sent: Any,
+    code: int,
+    world: World,
+    cluster: Cluster,
+    undisturbed: Path,
+    tmp_path: Path,
+    record_property: Record,
+) -> None:
+    out = tmp_path / "out"
+    process = start("run", world.study(), "--out", out, "--address", cluster.address)
+    wait_until(lambda: created(out), "no step ends", 60)
+    began = time.monotonic()
+    for one in sent:
+        process.send_signal(one)
+        time.sleep(0.3)
+    said = process.communicate(timeout=60)[1]
+    record_property("ended after", f"{time.monotonic() - began:.1f} s")
+    assert process.returncode == code, said
+    assert "Traceback" not in said, said
+    wait_until(lambda: not workers_of(cluster), "workers of an ended run live on", 10)
+    assert run(world.study(), out, cluster).returncode == 0
+    must_be_same(out, undisturbed, cluster)
+
+
+@pytest.mark.fault("F32")
+def test_clock_set_back_an_hour_and_then_forward_a_day_changes_nothing(
+    world: World, cluster: Cluster, undisturbed: Path, tmp_path: Path
+) -> None:
+    out, study = tmp_path / "out", world.study()
+    for shift, point in ((-3600, "driver.after_commit"), (86400, None)):
+        site = tmp_path / f"clock{shift}"
+        site.mkdir()
+        (site / "sitecustomize.py").write_text(
+            f"import time\n_time, _ns = time.time, time.time_ns\ntime.time = lambda: _time() + {shift}\n"
+            f"time.time_ns = lambda: _ns() + {shift} * 10**9\n"
+        )
+        faults = Faults(tmp_path).at(point, nth=4) if point else None
+        process = start(
+            "run", study, "--out", out, "--address", cluster.address, faults=faults,
+            environment={"PYTHONPATH": f"{site}:{Path(__file__).parents[2]}"},
+        )  # fmt: skip
+        said = process.communicate(timeout=200)[1]
+        assert process.returncode == (-9 if point else 0), said
+        wrote = json.loads((out / "driver.json").read_text())
+        assert wrote["pid"] == process.pid
+    must_be_same(out, undisturbed, cluster)
+
+
+@pytest.mark.fault("F14")
+@pytest.mark.parametrize("point", ["store.after_stage", "store.before_record", "store.after_rename"])
+def test_disk_that_fills_ends_the_run_and_the_rerun_is_the_same(
+    point: str, world: World, cluster: Cluster, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    answer = run(world.study(), out, cluster, Faults(tmp_path).at(point, nth=3, do="full"))
+    assert answer.returncode == 1, answer.stderr
+    assert re.search(r"StorageFull: .*bytes are needed, [\d,]+ are free", answer.stderr), answer.stderr
+    before = created(out)
+    assert run(world.study(), out, cluster).returncode == 0
+    assert before.items() <= created(out).items()
+    must_be_same(out, undisturbed, cluster)
