@@ -34,5 +34,6 @@ def check_code(expected: str, where: str) -> None:
     if found != expected:
         raise CodeMismatch(
             f"{where}: the worker's code in {Path(__file__).parent.parent} ({found[:12]}) is not the driver's "
-            f"({expected[:12]}); install the same version on every node, or let `temporal-merge submit` send it along"
+            f"({expected[:12]}); install the same version on every node, or let `temporal-merge submit` send it along. If it "
+            "was edited while the study ran, give the same command again: finished steps are kept"
         )

@@ -87,8 +87,8 @@ def tracked(out: Path) -> str:
 
 def _params(entry: dict[str, Any]) -> list[Any]:
     """Parameters, but for how a run was scheduled and with what: no result depends on that."""
-    params = entry.get("params") or []
-    return [pair for pair in params if not pair[0].startswith(("schedule.", "resources."))]
+    params = entry.get("params") or {}
+    return sorted(pair for pair in params.items() if not pair[0].startswith(("schedule.", "resources.")))
 
 
 def leftovers(out: Path) -> list[str]:
