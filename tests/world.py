@@ -88,7 +88,9 @@ def _samples(rng: np.random.Generator, channel: int, count: int) -> list[Sample]
 class Cluster:
     """One warm Ray head for a whole test session, so that a study's run does not pay for starting one."""
 
-    def __init__(self, room: Path, dashboard: bool = False) -> None:
+    def __init__(
+        self, room: Path, dashboard: bool = False, environment: dict[str, str] | None = None
+    ) -> None:
         ports = {
             name: _free_port()
             for name in ("port", "node", "object", "agent", "client", "metrics", "dashboard")
@@ -114,7 +116,8 @@ class Cluster:
                 | {
                     "RAY_AUTH_MODE": "token",
                     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-                },
+                }
+                | (environment or {}),
             )
         self._wait()
 

@@ -31,7 +31,8 @@ def possible() -> bool:
 class TwoNodes:
     """The namespaces `<prefix>-head`, `-work` and `-client`, and the token that all three know."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, environment: dict[str, str] | None = None) -> None:
+        self.environment = environment or {}
         self.home, self.prefix = home, f"tm{os.getpid() % 100000}"
         self.token = home / "token"
         self.token.touch(0o600)
@@ -77,6 +78,10 @@ class TwoNodes:
         return subprocess.Popen(
             argv, text=True, env=self._environment() | {"PYTHONPATH": str(ROOT)}, **options
         )
+
+    def link(self, up: bool) -> None:
+        """Cut the worker's network, or mend it."""
+        self._in("head", "link", "set", f"{self.prefix}h1", "up" if up else "down")
 
     def remove(self) -> None:
         """End what runs in the namespaces, then take them away."""
@@ -132,15 +137,16 @@ class TwoNodes:
         return kept | {
             "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token),
             "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
-        }  # fmt: skip
+        } | self.environment  # fmt: skip
 
     def _in(self, role: str, *arguments: str) -> None:
         _ip("-n", f"{self.prefix}-{role}", *arguments)
 
 
 @contextlib.contextmanager
-def two_nodes(home: Path) -> Iterator[TwoNodes]:
-    nodes = TwoNodes(home)
+def two_nodes(home: Path, environment: dict[str, str] | None = None) -> Iterator[TwoNodes]:
+    """Both nodes, running; `environment` is added to what every process there gets."""
+    nodes = TwoNodes(home, environment)
     try:
         nodes.wire()
         nodes.start()

@@ -1,5 +1,6 @@
 """Groups of several shapes on two nodes with GPUs that do not exist: who gets which, and who gives way."""
 
+import gc
 import os
 import sys
 import time
@@ -154,3 +155,17 @@ def test_call_says_what_it_took_and_where(pools: Pools) -> None:
     for usage in call.usages:
         assert 0 <= usage.cpu_seconds < 0.2 <= usage.end - usage.start and "/" in usage.node
         assert 10 * 2**20 < usage.memory < 4 * 2**30 and usage.gpu_memory == 0
+
+
+@pytest.mark.fault("F20")
+def test_two_hundred_calls_leave_no_ray_object_behind(pools: Pools) -> None:
+    held = ray._private.worker.global_worker.core_worker.get_all_reference_counts
+    pool = pools.by_name["one"]
+    group = pools.group("one")
+    pool.call("where", group=group).result()
+    gc.collect()
+    before = len(held())
+    for _ in range(200):
+        pool.call("where", group=group).result()
+    gc.collect()
+    assert len(held()) == before

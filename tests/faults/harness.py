@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline.store import Store
 from pipeline.tracking_export import export
 from tests.world import ROOT, Cluster, artifacts, command
 
@@ -65,8 +66,7 @@ def must_be_same(out: Path, undisturbed: Path, cluster: Cluster | None = None) -
     """Raise AssertionError unless a run has come out as the undisturbed one, and left nothing behind."""
     assert artifacts(out) == artifacts(undisturbed)
     assert tracked(out) == tracked(undisturbed)
-    answer = command("verify", out)
-    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert Store(out / "store").verify() == []
     assert leftovers(out) == []
     if cluster is not None:
         wait_until(lambda: not workers_of(cluster), "workers of a finished run live on")

@@ -1,0 +1,123 @@
+"""Chaos: runs of the tiny study with random faults, each of which must come out as one that nobody disturbed.
+
+    python -m tests.faults.soak --runs 20 --seed 7
+
+Every run gets three faults drawn from what the matrix places one by one: workers, merge actors and drivers killed, stopped or
+endless at named points, disks that fill, trackers that are gone for one start of the driver. A driver that ends is started
+again with the same command. A line is told for every run; the exit code is 0 if all of them were the same and nothing leaked.
+"""
+
+import argparse
+import json
+import os
+import random
+import secrets
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+from tests.faults.harness import Faults, must_be_same, start, workers_of
+from tests.world import Cluster, World, command, make_world
+
+FAULTS = 3
+STARTS = FAULTS + 2
+"""A driver is started once, once more for every fault, and once for luck that no run should need."""
+WORKER_POINTS = (
+    "train.start", "train.after_step", "train.after_ckpt", "train.before_commit", "train.after_commit",
+    "store.after_stage", "store.after_fsync", "store.before_record", "store.after_rename",
+    "merge.start", "merge.before_commit", "merge.after_commit", "evaluate.start", "evaluate.after_commit",
+)  # fmt: skip
+DRIVER_POINTS = ("driver.after_commit", "outbox.after_append", "tracking.after_send")
+RESOURCES = {
+    "experts": {"checkpoint_every": 2, "timeout": 25},
+    "merging": {"timeout": 25},
+    "evaluation": {"timeout": 25},
+}
+
+
+def draw(rng: random.Random, out: Path, faults: Faults) -> list[str]:
+    """Place three random faults; says which."""
+    told = []
+    for _ in range(FAULTS):
+        nth = rng.randint(1, 3)
+        kind = rng.choice(("worker", "worker", "driver", "stuck", "disk", "beside"))
+        if kind == "driver":
+            point, more = rng.choice(DRIVER_POINTS), {}
+        elif kind == "stuck":
+            point, more = (
+                rng.choice(("train.after_step", "merge.start", "evaluate.start")),
+                {"do": rng.choice(("stop", "spin"))},
+            )
+        elif kind == "disk":
+            point, more = rng.choice(("store.after_stage", "store.before_record")), {"do": "full"}
+        else:
+            point = rng.choice(WORKER_POINTS)
+            more = {"pid_file": str(out / "driver.json")} if kind == "beside" else {}
+        faults.at(point, nth=nth, **more)
+        told.append(f"{more.get('do', 'kill driver' if 'pid_file' in more else 'kill')} at {point} #{nth}")
+    return told
+
+
+def one(world: World, cluster: Cluster, undisturbed: Path, room: Path, seed: int) -> dict[str, object]:
+    """One run to its end, through its faults. Raises AssertionError if it is not the same or has left anything."""
+    rng, faults, out = random.Random(seed), Faults(room), room / "out"
+    placed, began, codes = draw(rng, out, faults), time.monotonic(), []
+    study = world.study(resources=RESOURCES)
+    while not codes or codes[-1] != 0:
+        assert len(codes) < STARTS, f"started {len(codes)} times: {codes}"
+        process = start("run", study, "--out", out, "--address", cluster.address, faults=faults)
+        said = process.communicate(timeout=300)[1]
+        codes.append(process.returncode)
+        assert "Traceback" not in said, said
+    must_be_same(out, undisturbed, cluster)
+    assert command("sync", out).returncode == 0
+    fired = FAULTS - len(faults.missed)
+    return {"seed": seed, "faults": placed, "fired": fired, "exit_codes": codes, "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument(
+        "--seed", type=int, default=random.SystemRandom().randrange(10**6), help="told if it is drawn"
+    )
+    settings = parser.parse_args()
+    print(f"{settings.runs} runs, seed {settings.seed}", flush=True)
+    same, fired = 0, 0
+    with tempfile.TemporaryDirectory() as home:
+        root = Path(home)
+        for name in ("world", "ray", "undisturbed"):
+            (root / name).mkdir()
+        world, cluster = make_world(root / "world"), Cluster(root / "ray")
+        try:
+            undisturbed = root / "undisturbed" / "out"
+            answer = command("run", world.study(), "--out", undisturbed, "--address", cluster.address)
+            assert answer.returncode == 0, answer.stderr
+            for number in range(settings.runs):
+                room = root / f"run{number}"
+                room.mkdir()
+                try:
+                    seen = one(world, cluster, undisturbed, room, settings.seed + number)
+                    same, fired = same + 1, fired + int(str(seen["fired"]))
+                    print(f"[{number + 1}/{settings.runs}] same: {json.dumps(seen)}", flush=True)
+                except AssertionError as error:
+                    print(
+                        f"[{number + 1}/{settings.runs}] NOT THE SAME, seed {settings.seed + number}: {error}",
+                        flush=True,
+                    )
+            left = workers_of(cluster)
+        finally:
+            cluster.stop()
+    print(f"{same} of {settings.runs} the same, {fired} faults fired, {len(left)} worker processes left")
+    return 0 if same == settings.runs and not left else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

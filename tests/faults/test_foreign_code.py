@@ -1,0 +1,45 @@
+"""A cluster whose nodes have another version of this project, or something else by the names of its packages."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.code import PACKAGES
+from tests.faults.harness import created
+from tests.world import ROOT, Cluster, World, command
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.chaos, pytest.mark.fault("F28")]
+
+
+def _stale(place: Path) -> None:
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, place / package, ignore=shutil.ignore_patterns("__pycache__"))
+    with (place / "workers" / "train.py").open("a") as source:
+        source.write("# an older version\n")
+
+
+def _decoys(place: Path) -> None:
+    for package in PACKAGES:
+        (place / package).mkdir()
+        (place / package / "__init__.py").write_text("")
+
+
+@pytest.mark.parametrize("code", [_stale, _decoys])
+def test_study_is_refused_before_any_step_by_workers_of_other_code(
+    code: Any, world: World, tmp_path: Path
+) -> None:
+    place = tmp_path / "site"
+    place.mkdir()
+    code(place)
+    other = Cluster(tmp_path, environment={"PYTHONPATH": str(place)})
+    try:
+        answer = command(
+            "run", world.study(), "--out", tmp_path / "out", "--address", other.address, cwd=tmp_path
+        )
+    finally:
+        other.stop()
+    assert answer.returncode == 2, answer.stderr
+    assert "install the same version on every node" in answer.stderr
+    assert created(tmp_path / "out") == {}
