@@ -155,6 +155,7 @@ def test_mistyped_field_of_a_ray_cluster_fails(path: tuple[Any, ...], value: Any
         check(wrong)
 
 
+@pytest.mark.fault("F27")
 def test_autoscaler_file_fits_rays_own_schema_and_keeps_the_dashboard_to_itself() -> None:
     schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
     cluster = yaml.safe_load(render("aws/cluster.yaml", WORKERS="3", WORKERS_MAX="5"))
@@ -222,6 +223,7 @@ def sbatch(environment: dict[str, str], *arguments: str) -> subprocess.Completed
     )
 
 
+@pytest.mark.fault("F27")
 def test_slurm_job_starts_head_and_workers_runs_the_study_and_leaves_no_token(
     slurm: dict[str, str], tmp_path: Path
 ) -> None:

@@ -137,6 +137,7 @@ def test_nodes_kept_clear_are_left_alone(pools: Pools) -> None:
     assert len(groups) == 4 and not {node for group in groups for node in group.share.nodes} & clear
 
 
+@pytest.mark.fault("F1")
 def test_group_whose_worker_dies_leaves_its_place(pools: Pools) -> None:
     for _ in range(3):
         call = start(pools, "wide", "die")

@@ -8,6 +8,7 @@ import pytest
 from cluster.session import ClusterError, check_address, connect
 
 
+@pytest.mark.fault("F27")
 @pytest.mark.parametrize("address", ["10.1.2.3:6379", "ray://head.example:10001", "head:6379"])
 def test_remote_cluster_without_token_authentication_is_refused(
     address: str, monkeypatch: pytest.MonkeyPatch
@@ -24,6 +25,7 @@ def test_remote_cluster_without_token_authentication_is_refused(
     check_address(address)
 
 
+@pytest.mark.fault("F27")
 @pytest.mark.parametrize(
     "address", ["local", "auto", "127.0.0.1:6379", "localhost:6379", "ray://127.0.0.1:10001"]
 )
@@ -32,6 +34,7 @@ def test_this_machine_needs_no_token(address: str, monkeypatch: pytest.MonkeyPat
     check_address(address)
 
 
+@pytest.mark.fault("F27")
 @pytest.mark.parametrize("address", ["head", "head:", ":6379", "head:port", "http://head", ""])
 def test_what_is_no_address_is_refused(address: str) -> None:
     with pytest.raises(ClusterError, match="give `local`, `auto` or HOST:PORT"):

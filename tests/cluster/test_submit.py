@@ -44,12 +44,14 @@ def test_what_is_no_dashboard_is_refused(url: str) -> None:
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.fault("F27")
 def test_password_in_an_address_is_refused_and_not_repeated() -> None:
     with pytest.raises(ClusterError) as caught:
         check_dashboard("http://me:hunter2@head:8265")
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.fault("F27")
 def test_remote_dashboard_without_token_authentication_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     check_dashboard("http://127.0.0.1:8265")

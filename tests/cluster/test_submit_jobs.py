@@ -92,6 +92,7 @@ def test_mistake_that_only_the_cluster_can_see_ends_with_two_and_a_later_attempt
     assert status.returncode == 2 and "holds no run" in status.stderr
 
 
+@pytest.mark.fault("F28")
 def test_job_runs_the_code_that_was_sent(head: Cluster) -> None:
     with shipment() as room:
         job, said = Remote(head.dashboard).answer(
@@ -100,6 +101,7 @@ def test_job_runs_the_code_that_was_sent(head: Cluster) -> None:
     assert job.exit_code == 0 and "/working_dir_files/_ray_pkg_" in said
 
 
+@pytest.mark.fault("F27")
 def test_wrong_token_is_refused_and_never_shown(world: World, head: Cluster, tmp_path: Path) -> None:
     secret = "0123456789abcdef" * 4
     argv = ["submit", str(world.study()), "--address", head.dashboard, "--out", str(tmp_path / "out")]

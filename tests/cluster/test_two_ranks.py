@@ -30,6 +30,7 @@ def test_study_trains_each_expert_on_two_ranks_with_zero_one(
     assert json.loads((out / "results.json").read_text())["complete"]
 
 
+@pytest.mark.fault("F6")
 @pytest.mark.ray
 def test_request_that_no_node_can_place_ends_the_run_at_once(
     world: World, cluster: Cluster, tmp_path: Path

@@ -4,6 +4,7 @@
 MLflow (but for durations and speeds), `verify` clean, and nothing left of stages, temporaries or worker processes.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline.lock import is_held
 from pipeline.store import Store
 from pipeline.tracking_export import export
 from tests.world import ROOT, Cluster, artifacts, command
@@ -68,6 +70,8 @@ def must_be_same(out: Path, undisturbed: Path, cluster: Cluster | None = None) -
     assert tracked(out) == tracked(undisturbed)
     assert Store(out / "store").verify() == []
     assert leftovers(out) == []
+    assert not is_held(out), "somebody still holds the driver's lock"
+    wait_until(lambda: not handles(out), "files of a finished run are held open")
     if cluster is not None:
         wait_until(lambda: not workers_of(cluster), "workers of a finished run live on")
 
@@ -99,6 +103,16 @@ def leftovers(out: Path) -> list[str]:
         *(out / "scratch").glob("*/checkpoints"),
     ]
     return sorted(str(path.relative_to(out)) for path in found)
+
+
+def handles(out: Path) -> list[str]:
+    """Files of a run that some process has open."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            target = os.readlink(link)
+            found += [target] if target.startswith(f"{out}/") else []
+    return found
 
 
 def created(out: Path) -> dict[str, int]:

@@ -44,6 +44,7 @@ def created(out: Path) -> dict[str, int]:
     }
 
 
+@pytest.mark.fault("F2", "F4")
 @pytest.mark.ray
 @pytest.mark.slow
 def test_driver_killed_at_five_moments_and_rerun_gives_the_same_bytes_and_metrics(
@@ -69,6 +70,7 @@ def test_driver_killed_at_five_moments_and_rerun_gives_the_same_bytes_and_metric
     assert not list((out / "store" / ".stage").iterdir())
 
 
+@pytest.mark.fault("F1", "F3")
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("point", ["train.after_ckpt", "merge.before_commit", "evaluate.start"])

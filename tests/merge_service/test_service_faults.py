@@ -2,7 +2,6 @@
 
 import gc
 import hashlib
-import os
 import re
 import threading
 from itertools import count
@@ -94,7 +93,7 @@ def held() -> tuple[int, int, int]:
     gc.collect()
     resident = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert resident is not None
-    return len(os.listdir("/proc/self/fd")), threading.active_count(), int(resident[1]) * 1024
+    return sum(1 for _ in Path("/proc/self/fd").iterdir()), threading.active_count(), int(resident[1]) * 1024
 
 
 @pytest.mark.fault("F20")

@@ -193,6 +193,7 @@ def test_models_of_several_shapes_share_the_cluster_and_all_finish(
     assert max(len(steps) for steps in scene.together) >= 8
 
 
+@pytest.mark.fault("F1")
 def test_lost_worker_is_tried_again_and_a_damaged_input_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +208,7 @@ def test_lost_worker_is_tried_again_and_a_damaged_input_made_again(
     assert len(order) == len(scene.plan.steps) + 1
 
 
+@pytest.mark.fault("F6")
 def test_step_that_has_lost_its_only_node_ends_the_run_instead_of_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

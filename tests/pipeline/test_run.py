@@ -271,6 +271,7 @@ def test_expert_that_diverges_ends_the_run_with_its_task_and_t(
     assert json.loads(cli("status", out, "--json").out)["state"] == "failed"
 
 
+@pytest.mark.fault("F31")
 @pytest.mark.slow
 def test_interrupted_run_ends_with_130_and_its_rerun_finishes(
     world: World, cluster: Cluster, undisturbed: Path, tmp_path: Path, cli

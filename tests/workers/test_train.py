@@ -65,6 +65,7 @@ def test_same_job_gives_the_same_bytes_and_another_seed_does_not(toys: Toys, out
     assert sha256(job.out) != golden
 
 
+@pytest.mark.fault("F1")
 @pytest.mark.parametrize(
     ("point", "step", "resumes"),
     [
@@ -104,6 +105,7 @@ def damage(checkpoint: Path, how: str) -> None:
         (checkpoint / MARKER).write_text(json.dumps(marker | {"fingerprint": "another job"}))
 
 
+@pytest.mark.fault("F34")
 @pytest.mark.parametrize("how", ["flipped byte", "no marker", "torn marker", "lost file", "another job"])
 def test_damaged_or_foreign_checkpoint_is_never_used(toys: Toys, out: Path, golden: str, how: str) -> None:
     job = toys.job(out, every=2, replay=True)
@@ -121,6 +123,7 @@ def test_damaged_or_foreign_checkpoint_is_never_used(toys: Toys, out: Path, gold
     assert sha256(job.out) == golden
 
 
+@pytest.mark.fault("F34")
 def test_only_the_newest_checkpoint_is_kept_and_leftovers_go(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, "f")
     checkpoints.claim()
