@@ -110,7 +110,7 @@ def handles(out: Path) -> list[str]:
     found = []
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
-            target = os.readlink(link)
+            target = str(link.readlink())
             found += [target] if target.startswith(f"{out}/") else []
     return found
 
