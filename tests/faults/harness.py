@@ -76,10 +76,10 @@ def must_be_same(out: Path, undisturbed: Path, cluster: Cluster | None = None) -
         wait_until(lambda: not workers_of(cluster), "workers of a finished run live on")
 
 
-def tracked(out: Path) -> str:
+def tracked(out: Path, database: str = "mlflow.db") -> str:
     """What MLflow holds of a run: runs, models, parameters, metrics; durations by their name only."""
     kept = []
-    for entry in export(f"sqlite:///{out / 'mlflow.db'}", "temporal-merge"):
+    for entry in export(f"sqlite:///{out / database}", "temporal-merge"):
         who = entry.get("run") or entry.get("model")
         metrics = [
             (key, *([None] if any(part in key for part in TIMED) else rest))
@@ -90,9 +90,11 @@ def tracked(out: Path) -> str:
 
 
 def _params(entry: dict[str, Any]) -> list[Any]:
-    """Parameters, but for how a run was scheduled and with what: no result depends on that."""
+    """Parameters, but for how a run was scheduled, with what, and who was told: no result depends on that."""
     params = entry.get("params") or {}
-    return sorted(pair for pair in params.items() if not pair[0].startswith(("schedule.", "resources.")))
+    return sorted(
+        pair for pair in params.items() if not pair[0].startswith(("schedule.", "resources.", "tracking."))
+    )
 
 
 def leftovers(out: Path) -> list[str]:

@@ -1,0 +1,174 @@
+"""A tracking server that is not there, goes away and comes back, or loses what it is told: whole runs of a study."""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.harness import created, run, start, tracked, wait_until
+from tests.world import Cluster, World, artifacts, command
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.chaos]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def mlflow_at(port: int, home: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """MLflow's own server on a port, with its database in `home`; killed at the end."""
+    argv = [
+        *(sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)),
+        *("--backend-store-uri", f"sqlite:///{home}/server.db", "--artifacts-destination", str(home / "artifacts")),
+    ]  # fmt: skip
+    with (home / "server.log").open("ab") as log:
+        process = subprocess.Popen(argv, stdout=log, stderr=log, cwd=home, start_new_session=True)
+    try:
+        wait_until(lambda: _answers(port), "MLflow did not start", 90)
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def pending(out: Path) -> int:
+    answer = command("status", out, "--json")
+    assert answer.returncode == 0, answer.stderr
+    return int(json.loads(answer.stdout)["tracking"]["pending"])
+
+
+@pytest.mark.fault("F10")
+def test_tracker_that_never_answers_costs_a_run_nothing_and_sync_delivers_once(
+    world: World, cluster: Cluster, undisturbed: Path, tmp_path: Path, record_property: Any
+) -> None:
+    out, port = tmp_path / "out", free_port()
+    answer = run(world.study(tracking={"uri": f"http://127.0.0.1:{port}"}), out, cluster)
+    assert answer.returncode == 0, answer.stderr
+    told = re.search(r"(\d+) (?:MLflow )?rows? (?:are )?pending", answer.stderr)
+    waiting = pending(out)
+    assert told and int(told[1]) == waiting > 50, answer.stderr
+    record_property("rows waiting, then delivered once", str(waiting))
+    assert artifacts(out) == artifacts(undisturbed)
+    with mlflow_at(port, tmp_path):
+        assert command("sync", out).returncode == 0
+        once = tracked(tmp_path, "server.db")
+        assert command("sync", out).returncode == 0
+    assert pending(out) == 0
+    assert tracked(tmp_path, "server.db") == once == tracked(undisturbed)
+
+
+@pytest.mark.fault("F10")
+def test_tracker_that_goes_and_comes_back_has_everything_once(
+    world: World, cluster: Cluster, undisturbed: Path, tmp_path: Path
+) -> None:
+    out, port = tmp_path / "out", free_port()
+    study = world.study(tracking={"uri": f"http://127.0.0.1:{port}"})
+    with mlflow_at(port, tmp_path):
+        process = start("run", study, "--out", out, "--address", cluster.address)
+        wait_until(lambda: len(created(out)) >= 6, "no steps end", 60)
+    wait_until(
+        lambda: len(created(out)) >= 12 or process.poll() is not None, "steps wait for the tracker", 60
+    )
+    with mlflow_at(port, tmp_path):
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, said
+        assert command("sync", out).returncode == 0
+    assert pending(out) == 0
+    assert tracked(tmp_path, "server.db") == tracked(undisturbed)
+
+
+class Unreliable(BaseHTTPRequestHandler):
+    """Passes requests on, but fails three in ten, loses the answer to two in ten, and keeps one in ten waiting."""
+
+    target, rng, lock = "", random.Random(11), threading.Lock()
+    counts = {"failed": 0, "lost": 0, "slow": 0}
+
+    def _pass_on(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        with self.lock:
+            chance, late = self.rng.random(), self.rng.random() < 0.02
+        if late:
+            self.counts["slow"] += 1
+            time.sleep(3)
+        if chance < 0.3:
+            self.counts["failed"] += 1
+            self._answer(500, b"{}")
+            return
+        request = urllib.request.Request(
+            self.target + self.path, data=body or None, method=self.command,
+            headers={"Content-Type": self.headers.get("Content-Type") or "application/json"},
+        )  # fmt: skip
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                code, content = answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            code, content = error.code, error.read()
+        if 0.3 <= chance < 0.5:
+            self.counts["lost"] += 1
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        self._answer(code, content)
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _pass_on  # noqa: N815
+
+    def _answer(self, code: int, content: bytes) -> None:
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.fault("F11")
+@pytest.mark.timeout(500)
+def test_tracker_that_fails_stalls_and_loses_answers_ends_with_everything_once(
+    world: World, cluster: Cluster, undisturbed: Path, tmp_path: Path, record_property: Any
+) -> None:
+    out, port = tmp_path / "out", free_port()
+    with mlflow_at(port, tmp_path):
+        Unreliable.target = f"http://127.0.0.1:{port}"
+        proxy = ThreadingHTTPServer(("127.0.0.1", 0), Unreliable)
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        try:
+            uri = f"http://127.0.0.1:{proxy.server_address[1]}"
+            answer = run(world.study(tracking={"uri": uri}), out, cluster)
+            assert answer.returncode == 0, answer.stderr
+            for _ in range(8):
+                if command("sync", out).returncode == 0:
+                    break
+        finally:
+            proxy.shutdown()
+            proxy.server_close()
+    assert min(Unreliable.counts[what] for what in ("failed", "lost")) >= 10, Unreliable.counts
+    record_property("cases", Unreliable.counts["failed"] + Unreliable.counts["lost"])
+    assert pending(out) == 0
+    assert tracked(tmp_path, "server.db") == tracked(undisturbed)
