@@ -60,7 +60,7 @@ def _answers(port: int) -> bool:
 def pending(out: Path) -> int:
     answer = command("status", out, "--json")
     assert answer.returncode == 0, answer.stderr
-    return int(json.loads(answer.stdout)["tracking"]["pending"])
+    return int(json.loads(answer.stdout)["tracker_pending"])
 
 
 @pytest.mark.fault("F10")
@@ -135,7 +135,7 @@ class Unreliable(BaseHTTPRequestHandler):
             return
         self._answer(code, content)
 
-    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _pass_on  # noqa: N815
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _pass_on
 
     def _answer(self, code: int, content: bytes) -> None:
         self.send_response(code)
