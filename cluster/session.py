@@ -5,12 +5,15 @@ processes that it did not start.
 """
 
 import os
+import signal
 import socket
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import ray
 
@@ -33,8 +36,8 @@ class ClusterLost(Exception):
 ANSWER_SECONDS = 10.0
 """How long a cluster's head may take to accept a connection; Ray itself would go on trying for minutes."""
 
-KNOCK_SECONDS, LOST_SECONDS = 2.0, 15.0
-"""How long a running study waits for its cluster's head to accept a connection, and how long it may fail to."""
+KNOCK_SECONDS, LOST_SECONDS, HANG_SECONDS = 2.0, 15.0, 15.0
+"""How often a running study knocks at its cluster's head, how long that may fail, and then how long a call of Ray may hang."""
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Small records only travel through Ray; weights go by path."""
@@ -57,30 +60,47 @@ class Session:
 
 
 class Head:
-    """The head of the cluster this process is connected to, asked now and then whether it is still there.
+    """Watches the head of the cluster this process is connected to, for the length of a `with` block.
 
-    Ray's own calls would wait for a lost head, and in the end take the process with them.
+    Ray's own calls wait for a lost head, some without an end, until Ray ends the process without a word of ours. So a
+    thread knocks at its door; whoever still runs learns of the loss by `check`, and a process that hangs in Ray is ended.
     """
 
     def __init__(self) -> None:
         self.address = ray.get_runtime_context().gcs_address
-        self._since: float | None = None
+        self.answers, self._lost, self._over = True, "", threading.Event()
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._watch, name="head", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
 
     def check(self) -> bool:
         """Whether the head answers now. Raises ClusterLost once it has not for LOST_SECONDS."""
+        if self._lost:
+            raise ClusterLost(self._lost)
+        return self.answers
+
+    def _watch(self) -> None:
         host, _, port = self.address.rpartition(":")
-        try:
-            socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
-        except OSError as error:
-            self._since = self._since or time.monotonic()
-            if time.monotonic() - self._since > LOST_SECONDS:
-                raise ClusterLost(
-                    f"cluster lost: its head at {self.address} does not answer any more ({error}). Finished steps are kept: "
-                    "start the cluster again and give the same command"
-                ) from error
-            return False
-        self._since = None
-        return True
+        since = time.monotonic()
+        while not self._over.wait(KNOCK_SECONDS):
+            try:
+                socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
+            except OSError as error:
+                self.answers, silent = False, time.monotonic() - since
+                if silent > LOST_SECONDS:
+                    self._lost = (
+                        f"cluster lost: its head at {self.address} does not answer any more ({error}). Finished steps are "
+                        "kept: start the cluster again and give the same command"
+                    )
+                if silent > LOST_SECONDS + HANG_SECONDS:
+                    print(f"failed: ClusterLost: {self._lost}", file=sys.stderr, flush=True)
+                    os._exit(1)
+            else:
+                self.answers, since = True, time.monotonic()
 
 
 def nodes_now() -> tuple[Node, ...]:
@@ -156,6 +176,9 @@ def connect(address: str = "local", *, threads: int = 1, cpus: int | None = None
         ClusterError: the address is unsafe or nobody answers there.
     """
     check_address(address)
+    # Ray puts a handler of its own into the main thread, which ends the process with another exit code.
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM) if in_main else None
     runtime = {"env_vars": _environment(threads)}
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "runtime_env": runtime}
     try:
@@ -168,6 +191,8 @@ def connect(address: str = "local", *, threads: int = 1, cpus: int | None = None
             ray.init(address=address, **quiet)
     except (ConnectionError, TimeoutError) as error:
         raise ClusterError(f"--address {address}: no Ray cluster answers there ({error})") from error
+    if handler is not None:
+        signal.signal(signal.SIGTERM, handler)
     try:
         yield Session(address, nodes_now())
     finally:

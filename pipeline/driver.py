@@ -113,7 +113,7 @@ class _Drive:
 
     def run(self) -> None:
         """Until every step is done. Raises what cannot be mended by trying again."""
-        with self.progress, contextlib.ExitStack() as stack:
+        with self.progress, self.head, contextlib.ExitStack() as stack:
             stack.callback(self.pools.close)
             stack.callback(self._tell)
             while not self.schedule.finished:

@@ -36,7 +36,7 @@ def three_nodes() -> Iterator[Nodes]:
         nodes.wait_for_nodes()
         yield nodes
     finally:
-        for node in nodes.list_all_nodes:
+        for node in nodes.list_all_nodes():
             with suppress(OSError):
                 os.kill(_raylet(node), signal.SIGCONT)
         with suppress(Exception):
@@ -52,7 +52,7 @@ def _node_of(nodes: Nodes, marker: Path) -> tuple[Any, int]:
     wait_until(lambda: marker.exists() and marker.read_text(), "no expert reached its fault", 90)
     pid = int(marker.read_text())
     parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return next(node for node in nodes.list_all_nodes if _raylet(node) == parent), pid
+    return next(node for node in nodes.list_all_nodes() if _raylet(node) == parent), pid
 
 
 def _is_alive(pid: int) -> bool:
@@ -101,7 +101,7 @@ def test_study_without_any_node_left_waits_for_one_and_goes_on_when_it_comes(
     with three_nodes() as nodes:
         process = start("run", world.study(), "--out", out, "--address", nodes.address, faults=faults)
         _node_of(nodes, faults.markers[0])
-        for node in [node for node in nodes.list_all_nodes if node is not nodes.head_node]:
+        for node in [node for node in nodes.list_all_nodes() if node is not nodes.head_node]:
             nodes.remove_node(node, allow_graceful=False)
         time.sleep(12)
         assert process.poll() is None, process.communicate()[1]
@@ -119,7 +119,7 @@ def test_study_that_no_node_can_take_ends_with_what_it_wants(
         process = start("run", world.study(), "--out", out, "--address", nodes.address, faults=faults)
         _node_of(nodes, faults.markers[0])
         began = time.monotonic()
-        for node in [node for node in nodes.list_all_nodes if node is not nodes.head_node]:
+        for node in [node for node in nodes.list_all_nodes() if node is not nodes.head_node]:
             nodes.remove_node(node, allow_graceful=False)
         said = _finish(process, 2)
         record_property("no place is told after", f"{time.monotonic() - began:.0f} s")

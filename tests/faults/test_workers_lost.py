@@ -115,11 +115,11 @@ def test_step_that_is_always_stuck_ends_the_run_and_leaves_no_process(
 def test_worker_over_its_budget_once_is_tried_again_and_others_are_unharmed(
     world: World, cluster: Cluster, undisturbed: Path, tmp_path: Path
 ) -> None:
-    resources = {"experts": {"checkpoint_every": 2, "memory": "500MB"}}
-    faults = Faults(tmp_path).at("train.after_step", nth=3, do="allocate", bytes=600 * 10**6)
+    resources = {"experts": {"checkpoint_every": 2, "memory": "2GB"}}
+    faults = Faults(tmp_path).at("train.after_step", nth=3, do="allocate", bytes=3 * 10**9)
     answer = run(world.study(resources=resources), tmp_path / "out", cluster, faults)
     assert answer.returncode == 0, answer.stderr
-    assert "OutOfMemory" in answer.stderr and "500,000,000 bytes" in answer.stderr
+    assert "OutOfMemory" in answer.stderr and "2,000,000,000 bytes" in answer.stderr
     must_be_same(tmp_path / "out", undisturbed, cluster)
 
 
@@ -127,8 +127,8 @@ def test_worker_over_its_budget_once_is_tried_again_and_others_are_unharmed(
 def test_worker_always_over_its_budget_fails_at_the_third_try_with_sizes(
     world: World, cluster: Cluster, tmp_path: Path
 ) -> None:
-    resources = {"experts": {"memory": "500MB", "max_retries": 9}}
-    faults = Faults(tmp_path).at("train.start", do="allocate", bytes=600 * 10**6, times=3)
+    resources = {"experts": {"memory": "2GB", "max_retries": 9}}
+    faults = Faults(tmp_path).at("train.start", do="allocate", bytes=3 * 10**9, times=3)
     answer = run(world.study(resources=resources, schedule=ONE_AT_A_TIME), tmp_path / "out", cluster, faults)
     assert answer.returncode == 1
-    assert re.search(r"failed 3 times.*OOM.*its budget is 500,000,000 bytes", answer.stderr), answer.stderr
+    assert re.search(r"failed 3 times.*OOM.*its budget is 2,000,000,000 bytes", answer.stderr), answer.stderr

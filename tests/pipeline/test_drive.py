@@ -1,5 +1,6 @@
 """The driver's loop over workers that exist only here: caps, priorities, shapes, faults, and an end to every study."""
 
+import contextlib
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,6 +55,13 @@ class Workers:
         pass
 
 
+class AlwaysThere(contextlib.nullcontext[None]):
+    """A cluster's head that is never lost."""
+
+    def check(self) -> bool:
+        return True
+
+
 class Call(SimpleNamespace):
     """A call that does its work when it is asked for its result."""
 
@@ -80,7 +88,7 @@ class Scene:
         monkeypatch.setattr(driver, "Pools", Workers)
         monkeypatch.setattr(driver, "Jobs", lambda _: SimpleNamespace(of=lambda step: None))
         monkeypatch.setattr(driver, "nodes_now", lambda: self.nodes)
-        monkeypatch.setattr(driver, "Head", lambda: SimpleNamespace(check=lambda: True))
+        monkeypatch.setattr(driver, "Head", AlwaysThere)
         monkeypatch.setattr(driver, "wait", self._wait)
         monkeypatch.setattr(driver.time, "sleep", lambda _: None)
         monkeypatch.setattr(
