@@ -186,7 +186,7 @@ def test_sharded_checkpoint_reads_like_the_whole(tmp_path: Path) -> None:
     [
         ({"weight_map": {"w": "../other.safetensors"}}, "outside its own directory"),
         ({"weight_map": {"w": "/etc/passwd"}}, "outside its own directory"),
-        ({"weight_map": {"w": "gone.safetensors"}}, "gone.safetensors, which is not there"),
+        ({"weight_map": {"w": "gone.safetensors"}}, "gone.safetensors', which is not there"),
         ({"weight_map": {"w": "a.safetensors"}}, "disagree about tensor"),
         ({"weight_map": {"v": "a.safetensors", "x": "a.safetensors"}}, "disagree about tensor"),
         ({"weight_map": {}}, "no weight_map"),
