@@ -224,7 +224,9 @@ def _own_splits(home: Path) -> dict[str, SplitInfo]:
     splits = {}
     try:
         for name, stated in sorted(manifest["splits"].items()):
-            splits[name] = split_info([ShardInfo(**shard) for shard in stated])
+            shards = [ShardInfo(**shard) for shard in stated]
+            _check_types(shards)
+            splits[name] = split_info(shards)
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{home / MANIFEST_FILE} is malformed ({error}); write the dataset again") from None
     for split in splits.values():
@@ -232,6 +234,13 @@ def _own_splits(home: Path) -> dict[str, SplitInfo]:
             if Path(shard.file).name != shard.file or shard.file.startswith("."):
                 raise UserError(f"{home / MANIFEST_FILE}: shard {shard.file!r} is not a plain file name")
     return splits
+
+
+def _check_types(shards: list[ShardInfo]) -> None:
+    for shard in shards:
+        numbers = all(type(n) is int and n >= 0 for n in (shard.samples, shard.bytes))
+        if not numbers or not isinstance(shard.file, str) or not isinstance(shard.sha256, str):
+            raise TypeError(f"{str(shard)[:200]}: file and sha256 must be text, samples and bytes counts")
 
 
 def _indexed_splits(home: Path, kind: str, cache: str | Path | None) -> dict[str, SplitInfo]:
@@ -270,8 +279,8 @@ def _shard_files(place: Path) -> list[Path]:
         place.glob("*.tar"), key=lambda path: (not path.stem.isdigit(), path.stem.zfill(12), path.name)
     )
     stated = _lines(place / "nshards.txt")
-    if stated and (not stated[0].isdigit() or int(stated[0]) != len(files)):
-        raise ShardError(place, "missing", f"nshards.txt states {stated[0]} shards, {len(files)} are there")
+    if stated and stated[0] != str(len(files)):
+        raise ShardError(place, "missing", f"nshards.txt states {stated[0][:20]} shards, {len(files)} are there")
     return files
 
 
@@ -285,13 +294,17 @@ def cache_root(cache: str | Path | None = None) -> Path:
 def _lines(path: Path) -> tuple[str, ...]:
     if not path.is_file():
         return ()
-    return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error}); write it again") from None
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); write it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object")
