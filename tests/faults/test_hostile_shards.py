@@ -267,6 +267,20 @@ def test_manifest_of_any_making_is_refused_or_found_right(place: Path, record_pr
 
 
 @pytest.mark.fault("F24")
+@pytest.mark.parametrize(
+    "index",
+    ["", "[", "[]", '{"train/0.tar": 3}', '{"train/0.tar": [1, 2]}', '{"train/0.tar": null}', "[" * 9000],
+)
+def test_index_of_a_foreign_root_that_was_torn_is_made_again(index: str, place: Path) -> None:
+    dataset(place / "root", poison.shard(), own=False)
+    before = describe(place / "root", "toys", place / "cache")
+    (kept,) = (place / "cache" / "index").iterdir()
+    whole = kept.read_text()
+    kept.write_text(index)
+    assert describe(place / "root", "toys", place / "cache") == before and kept.read_text() == whole
+
+
+@pytest.mark.fault("F24")
 def test_bombs_are_refused_without_memory(place: Path, record_property: Record) -> None:
     bombs = [
         what for what in POISONS if any(word in what for word in ("packed", "50,000", "MB", "size", "10,000"))

@@ -160,6 +160,40 @@ def test_table_or_stream_that_a_study_names_is_refused_by_its_path(name: str, pl
     assert list(place.iterdir()) == [path]
 
 
+ROLES = [
+    "null",
+    "3",
+    '"text"',
+    '{"a": 1}',
+    "[3]",
+    "[null]",
+    '["../x"]',
+    '["a/../../x"]',
+    '["a", "a"]',
+    '["a\\u0000"]',
+    '["\\ud800"]',
+    "[[]]",
+]
+
+
+@pytest.mark.fault("F26")
+@pytest.mark.parametrize("role", ["pretraining", "adaptation", "held_out"])
+def test_suite_under_a_root_with_a_role_that_lists_no_names_is_refused_by_that_role(
+    role: str, place: Path, record_property: Record
+) -> None:
+    (place / "s.yaml").write_text(
+        f"name: s\nmodel: {{config: tiny-clip}}\ndata: {{suite: mini, root: {place}}}\nbudget: {{steps_per_task: 1}}\n"
+        "grid: {strategies: [zero_shot]}\n"
+    )
+    for value in ROLES:
+        roles = {"pretraining": "[]", "adaptation": '["a"]', "held_out": "[]"} | {role: value}
+        listed = ", ".join(f'"{name}": {names}' for name, names in roles.items())
+        (place / "suite.json").write_text(f'{{"roles": {{{listed}}}}}')
+        with pytest.raises(ConfigError, match=rf"suite\.json: `roles\.{role}`"):
+            load_study(place / "s.yaml").resolved()
+    record_property("cases", len(ROLES))
+
+
 @pytest.mark.fault("F26")
 @pytest.mark.parametrize(
     "root", ["a loop", "a link to nowhere", "a file", "a NUL", "a long name", "a long path"]

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class DatasetInfo:
 
 def folder(root: str | Path, dataset: str) -> Path:
     """The dataset's folder under `root`: NAME or wds_NAME (a `/` in NAME is a `-` on disk). Raises UserError."""
-    if not _NAME.fullmatch(dataset) or ".." in dataset:
+    if not _is_name(dataset):
         raise UserError(f"{dataset!r} is no dataset name: use letters, digits, '.', '_', '-'")
     on_disk = dataset.replace("/", "-")
     for candidate in (Path(root) / on_disk, Path(root) / f"wds_{on_disk}"):
@@ -91,6 +92,9 @@ def read_suite(root: str | Path) -> dict[str, Any]:
     roles = suite.get("roles")
     if not isinstance(roles, dict) or set(roles) != set(ROLES):
         raise UserError(f"{path}: `roles` must hold exactly {', '.join(ROLES)}")
+    for role, names in roles.items():
+        if not isinstance(names, list) or not all(_is_name(name) for name in names) or len(set(names)) < len(names):
+            raise UserError(f"{path}: `roles.{role}` must list names of datasets, each once")
     return suite
 
 
@@ -205,6 +209,10 @@ def write_manifest(home: Path, splits: Mapping[str, list[ShardInfo]]) -> None:
     (home / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
 
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None and ".." not in name
+
+
 def _kind(home: Path) -> str:
     stated = _lines(home / KIND_FILE)
     kind = stated[0] if stated else "classification"
@@ -246,7 +254,9 @@ def _check_types(shards: list[ShardInfo]) -> None:
 def _indexed_splits(home: Path, kind: str, cache: str | Path | None) -> dict[str, SplitInfo]:
     """Splits of a root without our manifest, from the cached index where sizes and times still stand."""
     index_file = cache_root(cache) / "index" / f"{home.name}-{_digest(str(home.resolve()))[:16]}.json"
-    known = _json(index_file) if index_file.is_file() else {}
+    known: dict[str, Any] = {}
+    with suppress(UserError):  # an index that cannot be read is made again
+        known = _json(index_file) if index_file.is_file() else {}
     index: dict[str, list[Any]] = {}
     splits = {}
     for place in sorted(path for path in home.iterdir() if path.is_dir() and any(path.glob("*.tar"))):
@@ -256,10 +266,11 @@ def _indexed_splits(home: Path, kind: str, cache: str | Path | None) -> dict[str
                 raise ShardError(path, "missing", "not a regular file")
             status, key = path.stat(), f"{place.name}/{path.name}"
             facts = [kind, status.st_size, status.st_mtime_ns]
-            if known.get(key, [])[:3] == facts:
-                sha256, samples = known[key][3:]
-            else:
-                samples, sha256 = inspect(path, kind), file_sha256(path)
+            match known.get(key):
+                case [*stated, str(sha256), int(samples)] if stated == facts:
+                    pass
+                case _:
+                    samples, sha256 = inspect(path, kind), file_sha256(path)
             index[key] = [*facts, sha256, samples]
             shards.append(ShardInfo(path.name, sha256, samples, status.st_size))
         splits[place.name] = split_info(shards)
