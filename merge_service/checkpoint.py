@@ -15,8 +15,8 @@ import numpy as np
 
 from merge_service.admission import admit, check_finite
 from merge_service.dtypes import decode
-from merge_service.errors import CheckpointError, CorruptCheckpoint
-from merge_service.header import HEADER_LIMIT, TensorInfo, parse_json, read_header
+from merge_service.errors import CheckpointError
+from merge_service.header import HEADER_LIMIT, TensorInfo, corrupt, parse_json, read_header
 from merge_service.shards import SHARD
 from merge_service.writer import CheckpointWriter
 
@@ -91,10 +91,10 @@ class Checkpoint:
     @classmethod
     def _open_index(cls, index: Path) -> "Checkpoint":
         if index.stat().st_size > HEADER_LIMIT:
-            raise CorruptCheckpoint(f"{index} is above the limit of {HEADER_LIMIT} bytes for an index")
+            raise corrupt(index, f"it is above the limit of {HEADER_LIMIT} bytes for an index")
         where = parse_json(index.read_bytes(), index).get("weight_map")
         if not isinstance(where, dict) or not where or not all(isinstance(v, str) for v in where.values()):
-            raise CorruptCheckpoint(f"{index} has no weight_map of tensor names to file names")
+            raise corrupt(index, "it has no weight_map of tensor names to file names")
         shards = sorted(set(where.values()))
         files = [_shard(index, name) for name in shards]
         tensors: dict[str, TensorInfo] = {}
@@ -103,7 +103,7 @@ class Checkpoint:
             held, metadata = read_header(file, number)
             wrong = {name for name, shard in where.items() if shard == file.name} ^ held.keys()
             if wrong:
-                raise CorruptCheckpoint(f"{file} and {index.name} disagree about tensor {min(wrong)!r}")
+                raise corrupt(file, f"it and {index.name} disagree about tensor {min(wrong)!r}")
             tensors |= held
         return cls(index, files, {name: tensors[name] for name in where}, metadata)
 
@@ -178,9 +178,9 @@ def _map(file: Path) -> np.ndarray:
 
 def _shard(index: Path, name: str) -> Path:
     if Path(name).name != name or name in ("", ".", ".."):
-        raise CorruptCheckpoint(f"{index} points outside its own directory: {name!r}")
+        raise corrupt(index, f"it points outside its own directory: {name!r}")
     if not (index.parent / name).is_file():
-        raise CheckpointError(f"{index} names the shard {name}, which is not there")
+        raise CheckpointError(f"{index} names the shard {name[:100]!r}, which is not there")
     return index.parent / name
 
 

@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from merge_service.dtypes import DTYPES, DType
-from merge_service.errors import CorruptCheckpoint
+from merge_service.errors import CheckpointError, CorruptCheckpoint
 
-HEADER_LIMIT = 8 * 1024 * 1024
-"""Bytes. A CLIP header has 40 KB; the parse of this much still takes well under a second."""
+HEADER_LIMIT = 1024 * 1024
+"""Bytes. A CLIP header has 40 KB; parsed JSON can take 30 times its size, so this much costs 30 MB and 0.1 s at worst."""
 MAX_RANK = 64
+MAX_NUMBER = 2**63
+MAX_NAME = 300
+SHOWN = 400
+"""Characters of an explanation: the header it quotes may be long."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,12 @@ def read_header(path: Path, shard: int = 0) -> tuple[dict[str, TensorInfo], dict
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            raise _corrupt(
+            raise corrupt(
                 path,
                 f"the file has {size} bytes but its header claims {length}; it is cut or not safetensors",
             )
         if length > HEADER_LIMIT:
-            raise _corrupt(path, f"its header of {length} bytes is above the limit of {HEADER_LIMIT}")
+            raise corrupt(path, f"its header of {length} bytes is above the limit of {HEADER_LIMIT}")
         text = file.read(length)
     header = parse_json(text, path)
     metadata = _metadata(header.pop("__metadata__", None), path)
@@ -72,7 +76,8 @@ def build_header(
 ) -> tuple[bytes, dict[str, TensorInfo]]:
     """The first bytes of a file that holds `layout` (name -> dtype, shape), and where each tensor goes.
 
-    The header keeps the order of `layout`; the data puts wide types first, so that every tensor is aligned.
+    The header keeps the order of `layout`; the data puts wide types first, so that every tensor is aligned. Raises
+    `CheckpointError` for one that `read_header` would refuse for its length.
     """
     begin, cursor = {}, 0
     infos = {name: TensorInfo(dtype, tuple(shape), 0) for name, (dtype, shape) in layout.items()}
@@ -85,6 +90,10 @@ def build_header(
         entries[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > HEADER_LIMIT:
+        raise CheckpointError(
+            f"{len(layout)} tensors and their metadata need a header of {len(text)} bytes; at most {HEADER_LIMIT} are read"
+        )
     start = 8 + len(text)
     placed = {name: TensorInfo(i.dtype, i.shape, start + begin[name]) for name, i in infos.items()}
     return len(text).to_bytes(8, "little") + text, placed
@@ -104,9 +113,9 @@ def parse_json(text: bytes, path: Path | os.PathLike[str]) -> dict[str, Any]:
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise _corrupt(path, f"its header is not valid JSON: {str(error)[:200]}") from None
+        raise corrupt(path, f"its header is not valid JSON: {str(error)[:200]}") from None
     if not isinstance(value, dict):
-        raise _corrupt(path, "its header is not a JSON object")
+        raise corrupt(path, "its header is not a JSON object")
     return value
 
 
@@ -114,25 +123,27 @@ def _metadata(value: Any, path: Path) -> dict[str, str]:
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-        raise _corrupt(path, "its __metadata__ is not a map of strings")
+        raise corrupt(path, "its __metadata__ is not a map of strings")
     return value
 
 
 def _tensor(name: str, entry: Any, start: int, shard: int, path: Path) -> TensorInfo:
+    if len(name) > MAX_NAME or not name.isprintable():
+        raise corrupt(
+            path, f"the tensor name {name[:60]!r} is no printable text of at most {MAX_NAME} characters"
+        )
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
-        raise _corrupt(path, f"the entry of tensor {name!r} lacks dtype, shape or data_offsets") from None
+        raise corrupt(path, f"the entry of tensor {name!r} lacks dtype, shape or data_offsets") from None
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _corrupt(
-            path, f"tensor {name!r} has the unknown dtype {dtype!r}; known are {', '.join(DTYPES)}"
-        )
+        raise corrupt(path, f"tensor {name!r} has the unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
     numbers = [*shape, begin, end] if isinstance(shape, list) and len(shape) <= MAX_RANK else [-1]
-    if not all(type(n) is int and n >= 0 for n in numbers):
-        raise _corrupt(path, f"tensor {name!r} has an impossible shape or offset")
+    if not all(type(n) is int and 0 <= n < MAX_NUMBER for n in numbers):
+        raise corrupt(path, f"tensor {name!r} has an impossible shape or offset")
     info = TensorInfo(dtype, tuple(shape), start + begin, shard)
     if end - begin != info.nbytes:
-        raise _corrupt(path, f"tensor {name!r} of {info.nbytes} bytes is given {end - begin}")
+        raise corrupt(path, f"tensor {name!r} of {info.nbytes} bytes is given {end - begin}")
     return info
 
 
@@ -140,13 +151,15 @@ def _check_coverage(tensors: dict[str, TensorInfo], start: int, size: int, path:
     cursor = start
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if info.offset != cursor:
-            raise _corrupt(path, f"tensor {name!r} overlaps another or leaves a gap before it")
+            raise corrupt(path, f"tensor {name!r} overlaps another or leaves a gap before it")
         cursor += info.nbytes
     if cursor > size:
-        raise _corrupt(path, f"the file is cut: it has {size} bytes, its tensors need {cursor}")
+        raise corrupt(path, f"the file is cut: it has {size} bytes, its tensors need {cursor}")
     if cursor < size:
-        raise _corrupt(path, f"{size - cursor} bytes follow the last tensor")
+        raise corrupt(path, f"{size - cursor} bytes follow the last tensor")
 
 
-def _corrupt(path: Path | os.PathLike[str], why: str) -> CorruptCheckpoint:
-    return CorruptCheckpoint(f"{path} is not a usable checkpoint: {why}")
+def corrupt(path: Path | os.PathLike[str], why: str) -> CorruptCheckpoint:
+    """The error for a file that is none of ours to repair; a long explanation is cut."""
+    shown = why if len(why) <= SHOWN else f"{why[:SHOWN]}..."
+    return CorruptCheckpoint(f"{path} is not a usable checkpoint: {shown}")

@@ -76,7 +76,10 @@ def read_record(directory: Path) -> Record:
     """The record of an artifact. Raises CorruptArtifact if it is missing, cut, altered or malformed."""
     path = directory / RECORD_FILE
     try:
-        if path.stat().st_size > _MAX_RECORD_BYTES:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise CorruptArtifact(f"{path} is not a regular file")
+        if found.st_size > _MAX_RECORD_BYTES:
             raise CorruptArtifact(f"{path} is larger than any record")
         return parse_record(path.read_bytes(), str(path), directory)
     except OSError as error:
@@ -93,6 +96,7 @@ def parse_record(text: bytes, path: str, directory: Path) -> Record:
         if body.pop("format") != FORMAT:
             raise CorruptArtifact(f"{path} has a format this version does not read")
         record = Record(**body, path=directory)
+        _check_types(record)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptArtifact(f"{path} is not a record: {error}") from error
     for name in record.files:
@@ -140,6 +144,28 @@ def _self_digest(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
+def _check_types(record: Record) -> None:
+    """Raise TypeError where a field holds what no record has: whoever wrote it knew the digest, but not the format."""
+    texts = (record.kind, record.fingerprint, record.slug)
+    maps = (record.inputs, record.input_digests, record.versions)
+    numbers = (record.created_ms, record.seconds)
+    if not all(isinstance(text, str) for text in texts) or not all(type(n) in (int, float) for n in numbers):
+        raise TypeError("kind, fingerprint and slug must be text, created_ms and seconds numbers")
+    if not isinstance(record.spec, dict) or not isinstance(record.result, dict):
+        raise TypeError("spec and result must be mappings")
+    if not all(isinstance(one, dict) and all(isinstance(v, str) for v in one.values()) for one in maps):
+        raise TypeError("inputs, input_digests and versions must map text to text")
+    if not isinstance(record.files, dict) or not all(_is_entry(entry) for entry in record.files.values()):
+        raise TypeError("files must map each name to sha256 and bytes")
+
+
+def _is_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and type(entry.get("bytes")) is int
+    )
+
+
 def _inside(name: str) -> bool:
     path = PurePosixPath(name)
-    return bool(name) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    plain = path.as_posix() == name and "\0" not in name and not any("\ud800" <= c <= "\udfff" for c in name)
+    return plain and bool(path.parts) and not path.is_absolute() and ".." not in path.parts

@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -199,7 +200,10 @@ def base_identity(model: ModelSection) -> tuple[str, str, int]:
             0,
         )
     weights, config = locate(path), path / CONFIG_FILE
-    described = json.loads(config.read_text()) if config.is_file() else model.config
+    try:
+        described = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else model.config
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"model.pretrained: {config} is not JSON ({error}); export the base again") from None
     return hash_file(weights), fingerprint(described), weights.stat().st_size
 
 
@@ -208,9 +212,9 @@ def _cost(study: Study, section: ModelSection, trainable: str, weights: str) -> 
     recipe = study.recipe
     key = [weights, section.config, trainable, recipe.precision, recipe.batch_size]
     kept = cache_of(study) / "costs" / f"{fingerprint(key)[:32]}.json"
-    if kept.is_file():
-        answer: dict[str, float] = json.loads(kept.read_text())
-        return answer
+    with suppress(OSError, ValueError):  # what a crash of the machine left of it is measured again
+        known: dict[str, float] = json.loads(kept.read_text())
+        return known
     from workers.budget import measure, memory_ratio
 
     model: str | Path = (local_base(section) if _is_there(section) else None) or section.config

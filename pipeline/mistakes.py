@@ -71,6 +71,8 @@ def _problem(model: type[BaseModel], entry: Mapping[str, Any], prefix: str) -> P
         text = str(entry["ctx"]["error"])
         return Problem(key, text)
     if kind == "literal_error":
+        if loc[-1] == "[key]":  # a mapping's own key is wrong, and pydantic says so one level below it
+            key, loc = key_path(prefix, loc[:-1]), loc[:-2]
         options = [str(option) for option in _options(model, loc)]
         return Problem(
             key, f"{short(value)} is not one of {', '.join(options)}{nearest(str(value), options)}"

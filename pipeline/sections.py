@@ -76,6 +76,13 @@ def _suite(value: str) -> str:
     return value if value.endswith(SUITE_ENDINGS) else segment(value)
 
 
+def _findable(value: str) -> str:
+    if any(len(part.encode()) > LONGEST_PART for part in value.split("/")):
+        raise ValueError(f"{value[:60]!r}... has a part of more than {LONGEST_PART} bytes; no path has")
+    return value
+
+
+LONGEST_PART = 255
 SUITE_ENDINGS = (".yaml", ".yml")
 
 
@@ -88,6 +95,7 @@ Names = Annotated[tuple[Name, ...], AfterValidator(_distinct)]
 SomeNames = Annotated[Names, AfterValidator(_some)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_one_or_several), AfterValidator(_some)]
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
+Place = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_findable)]
 
 
 class Section(BaseModel):
@@ -104,8 +112,8 @@ def key_of(section: Section) -> str:
 class ModelSection(Section):
     """The base: any open_clip architecture with a tag, a directory or file, `local-dir:` or `hf-hub:`; null is random with `seed`."""
 
-    config: Text
-    pretrained: Text | None = None
+    config: Place
+    pretrained: Place | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     seed: int = Field(default=0, ge=0, lt=2**31)
 
@@ -117,11 +125,11 @@ class DataSection(Section):
     """
 
     suite: Annotated[str, AfterValidator(_suite)] | None = None
-    root: Text | None = None
+    root: Place | None = None
     pretraining: Names | None = None
     adaptation: SomeNames | None = None
     held_out: Names | None = None
-    cache: Text | None = None
+    cache: Place | None = None
 
     @model_validator(mode="after")
     def _located(self) -> Self:
@@ -158,9 +166,9 @@ class StreamSection(Section):
     chunks: int | None = Field(default=None, ge=1, le=1_000_000)
     seed: int = Field(default=0, ge=0, lt=2**31)
     reverse: bool = False
-    table: Text | None = None
+    table: Place | None = None
     dates: dict[Name, int | str] | None = None
-    file: Text | None = None
+    file: Place | None = None
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
@@ -422,7 +430,7 @@ class ScheduleSection(Section):
 class StorageSection(Section):
     """Where artifacts are kept: `store` null is OUT/store, else a directory or an fsspec URL, which studies may share."""
 
-    store: Text | None = None
+    store: Place | None = None
 
     @model_validator(mode="after")
     def _place(self) -> Self:

@@ -46,20 +46,24 @@ class Names:
         temporary = self.root / ".stage" / f"name.{owner_mark()}.{uuid.uuid4().hex[:8]}"
         temporary.parent.mkdir(exist_ok=True)
         if self._name(digits) is None:
-            _write(temporary, wanted)
             try:
-                os.link(temporary, self.room / digits)
-            except OSError as error:
-                if error.errno in _NO_LINKS or (
-                    isinstance(error, FileExistsError) and not self._name(digits)
-                ):
-                    temporary.replace(self.room / digits)
-                elif not isinstance(error, FileExistsError):
-                    raise
+                _write(temporary, wanted)
+                self._give(temporary, digits)
             finally:
                 temporary.unlink(missing_ok=True)
             sync_directory(self.room)
         return self.root / (self._name(digits) or wanted)
+
+    def _give(self, temporary: Path, digits: str) -> None:
+        """Make a written file the name, unless another was first; a damaged name is replaced."""
+        try:
+            os.link(temporary, self.room / digits)
+        except OSError as error:
+            taken = isinstance(error, FileExistsError)
+            if error.errno in _NO_LINKS or (taken and not self._name(digits)):
+                temporary.replace(self.room / digits)
+            elif not taken:
+                raise
 
     def complete(self) -> None:
         """Give a name to every artifact that has none: of an older version's store, or copied in by hand."""

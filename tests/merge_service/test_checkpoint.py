@@ -4,6 +4,7 @@ import json
 import random
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,7 @@ def test_data_that_is_not_aligned_is_still_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(toys.load(path)["w"], [1.5, -2])
 
 
+@pytest.mark.fault("F16")
 @pytest.mark.parametrize(
     ("header", "data", "says"),
     [
@@ -129,6 +131,7 @@ def test_a_damaged_header_is_refused_by_name(tmp_path: Path, header: object, dat
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.fault("F16")
 @pytest.mark.parametrize("length", [2**62, 101 * 2**20, 9])
 def test_a_header_length_that_lies_is_refused_before_it_is_believed(tmp_path: Path, length: int) -> None:
     path = raw_file(tmp_path / "bomb.safetensors", b"{}", length=length)
@@ -140,6 +143,7 @@ def test_a_header_length_that_lies_is_refused_before_it_is_believed(tmp_path: Pa
         Checkpoint.open(path)
 
 
+@pytest.mark.fault("F16")
 def test_a_header_of_half_a_million_tensors_costs_neither_time_nor_memory(tmp_path: Path) -> None:
     many = (
         b"{"
@@ -154,7 +158,9 @@ def test_a_header_of_half_a_million_tensors_costs_neither_time_nor_memory(tmp_pa
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
 
 
-def test_any_cut_of_a_file_is_noticed(tmp_path: Path) -> None:
+@pytest.mark.fault("F15")
+def test_any_cut_of_a_file_is_noticed(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    record_property("cases", 69)
     whole = toys.save(tmp_path / "a.safetensors", toys.towers(np.random.default_rng(0))).read_bytes()
     chance = random.Random(0)
     for length in [0, 1, 7, 8, len(whole) - 1, *(chance.randrange(len(whole)) for _ in range(64))]:
@@ -181,12 +187,13 @@ def test_sharded_checkpoint_reads_like_the_whole(tmp_path: Path) -> None:
             np.testing.assert_array_equal(result[name], model[name])
 
 
+@pytest.mark.fault("F15")
 @pytest.mark.parametrize(
     ("index", "says"),
     [
         ({"weight_map": {"w": "../other.safetensors"}}, "outside its own directory"),
         ({"weight_map": {"w": "/etc/passwd"}}, "outside its own directory"),
-        ({"weight_map": {"w": "gone.safetensors"}}, "gone.safetensors, which is not there"),
+        ({"weight_map": {"w": "gone.safetensors"}}, "gone.safetensors', which is not there"),
         ({"weight_map": {"w": "a.safetensors"}}, "disagree about tensor"),
         ({"weight_map": {"v": "a.safetensors", "x": "a.safetensors"}}, "disagree about tensor"),
         ({"weight_map": {}}, "no weight_map"),
@@ -239,6 +246,7 @@ def test_writer_says_where_it_cannot_write(tmp_path: Path) -> None:
         CheckpointWriter(tmp_path, {})
 
 
+@pytest.mark.fault("F18")
 def test_admit_lists_at_most_ten_differences_with_the_expert(tmp_path: Path) -> None:
     model = {f"w{i}": toys.vector([i]) for i in range(14)}
     reference = toys.save(tmp_path / "a.safetensors", model)
@@ -269,6 +277,7 @@ def test_admit_lets_float_formats_differ(tmp_path: Path) -> None:
         admit(reference, candidate, "half")
 
 
+@pytest.mark.fault("F17")
 def test_check_finite_counts_per_tensor(tmp_path: Path) -> None:
     values = toys.vector([1, np.nan, np.inf, 3e38, 3e38, -np.inf])
     path = toys.save(tmp_path / "a.safetensors", {"fine": toys.vector([3e38, 3e38]), "w": values})

@@ -186,6 +186,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.fault("F15")
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_file_is_passed_over_and_written_anew(room: Room, damage: str) -> None:
     plain = room.merge(keep_limits=True)

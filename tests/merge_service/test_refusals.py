@@ -22,6 +22,7 @@ def files(tmp_path: Path) -> Files:
     return Files(tmp_path)
 
 
+@pytest.mark.fault("F17")
 @pytest.mark.parametrize(("bad", "threads"), [(np.nan, 1), (np.inf, 3), (-np.inf, 1)])
 @pytest.mark.parametrize("name", techniques.names())
 def test_a_non_finite_expert_stops_the_merge_and_touches_nothing(
@@ -36,6 +37,7 @@ def test_a_non_finite_expert_stops_the_merge_and_touches_nothing(
     assert files.out.read_text() == "old" and not list(files.room.glob(".*"))
 
 
+@pytest.mark.fault("F18")
 @pytest.mark.parametrize("change", ["missing", "extra", "shape", "transposed", "kind"])
 def test_an_expert_of_another_architecture_is_refused_by_name(files: Files, change: str) -> None:
     other = dict(files.experts[1])
@@ -57,6 +59,7 @@ def test_an_expert_of_another_architecture_is_refused_by_name(files: Files, chan
     assert "photos (t=2)" in str(caught.value) and tensor in str(caught.value) and not files.out.exists()
 
 
+@pytest.mark.fault("F17")
 def test_a_result_that_the_stored_type_cannot_hold_is_refused(tmp_path: Path) -> None:
     base = toys.save(tmp_path / "b.safetensors", {"w": np.zeros(3, np.float16)})
     new = toys.save(tmp_path / "e.safetensors", {"w": np.full(3, 60000, np.float16)})
@@ -107,6 +110,7 @@ def test_forms_and_numbers_of_experts_that_do_not_exist_are_refused(files: Files
         merge("average", {}, None, [], files.out)
 
 
+@pytest.mark.fault("F18")
 def test_a_state_is_continued_only_with_what_it_was_started_with(files: Files) -> None:
     state, after = files.room / "state.safetensors", files.room / "after.safetensors"
 
@@ -135,6 +139,7 @@ def test_a_state_is_continued_only_with_what_it_was_started_with(files: Files) -
         go(state_in=files.start)
 
 
+@pytest.mark.fault("F17")
 def test_a_non_finite_expert_leaves_no_state_behind(files: Files) -> None:
     toys.save(files.paths[0], files.experts[0] | {"visual.ln_pre.bias": toys.vector([1, 2, 3, 4, np.nan])})
     before = sorted(files.room.iterdir())

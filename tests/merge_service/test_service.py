@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -49,11 +50,16 @@ def served(strategy: Strategy, stream: list[Path], order: tuple[int, ...], scrat
         return [(path / WEIGHTS_FILE).read_bytes() for path in paths]
 
 
+@pytest.mark.fault("F20")
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: f"{s.init}-{s.deploy}-{s.technique}")
 def test_every_order_of_arrival_serves_the_same_bytes(
-    strategy: Strategy, stream: list[Path], tmp_path: Path
+    strategy: Strategy,
+    stream: list[Path],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     orders = list(itertools.permutations((1, 2, 3, 4)))
+    record_property("cases", len(orders))
     expected = served(strategy, stream, orders[0], tmp_path)
     for order in orders[1:]:
         assert served(strategy, stream, order, tmp_path) == expected, order
@@ -80,6 +86,7 @@ def test_service_serves_what_merge_and_fold_make(stream: list[Path], tmp_path: P
             np.testing.assert_array_equal(value, toys.load(running)[tensor])
 
 
+@pytest.mark.fault("F20")
 def test_early_experts_wait_and_weights_before_their_time_are_refused(
     stream: list[Path], tmp_path: Path
 ) -> None:
@@ -94,6 +101,7 @@ def test_early_experts_wait_and_weights_before_their_time_are_refused(
         assert report.experts == 3 and report.out == service.deployed(3)
 
 
+@pytest.mark.fault("F19")
 def test_the_same_expert_again_does_nothing_and_another_is_a_conflict(
     stream: list[Path], tmp_path: Path
 ) -> None:
@@ -146,6 +154,7 @@ def test_a_removed_expert_leaves_a_gap_that_later_ones_wait_for(stream: list[Pat
         assert (service.deployed(3) / WEIGHTS_FILE).read_bytes() == before
 
 
+@pytest.mark.fault("F17", "F18")
 def test_a_bad_expert_is_refused_on_arrival_and_may_come_again_mended(
     stream: list[Path], tmp_path: Path
 ) -> None:

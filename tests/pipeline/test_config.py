@@ -254,6 +254,7 @@ def test_missing_suite_says_how_to_write_it(tmp_path: Path) -> None:
         study_from(raw).resolved()
 
 
+@pytest.mark.fault("F25")
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -264,10 +265,14 @@ def test_missing_suite_says_how_to_write_it(tmp_path: Path) -> None:
             "stream.tasks: is missing",
         ),
         ({"data": {"root": "r", "pretraining": [], "held_out": ["d1"]}}, "d1 is also a task"),
+        (
+            {"resources": {"experts": {"workers": 3}}},
+            "recipe.batch_size: 64 samples cannot be shared equally by resources.experts.workers 3; make it a multiple",
+        ),
         ({"data": {"root": "r", "pretraining": [], "held_out": ["kept"]}}, "takes a share of 0.33 from it"),
     ],
 )
-def test_roles_that_do_not_fit_are_refused(changes: dict[str, Any], words: str) -> None:
+def test_roles_and_resources_that_do_not_fit_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         study_from(raw_study(["best_in_time"], **changes)).resolved()
     assert words in str(caught.value)

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ MISTAKES: list[tuple[str, str, str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.fault("F26")
 @pytest.mark.parametrize(
     ("override", "key", "words"), MISTAKES, ids=[mistake[0][:60] for mistake in MISTAKES]
 )
@@ -125,6 +127,7 @@ def test_mistake_is_answered_with_its_key_and_what_to_do(override: str, key: str
     assert words in problem
 
 
+@pytest.mark.fault("F26")
 def test_password_is_not_repeated_in_the_message() -> None:
     assert "secret" not in str(problems(raw_study(["zero_shot"], tracking={"uri": "http://me:secret@host"})))
 
@@ -137,6 +140,7 @@ def test_missing_section_is_named(section: str) -> None:
     assert (section in problem and "missing" in problem) or "at least one" in problem
 
 
+@pytest.mark.fault("F26")
 def test_all_mistakes_are_told_at_once() -> None:
     raw = raw_study(["best_in_tme"], recipe={"lr": -1, "lrr": 2}, modl={})
     found = problems(raw)
@@ -146,6 +150,7 @@ def test_all_mistakes_are_told_at_once() -> None:
     assert issubclass(ConfigError, UserError)
 
 
+@pytest.mark.fault("F26")
 def test_grid_of_too_many_cells_is_refused() -> None:
     raw = raw_study(["best_in_time"])
     raw["grid"] |= {"seed": list(range(1000)), "recipe.lr": [index / 1e6 for index in range(1, 102)]}
@@ -186,6 +191,7 @@ HOSTILE: dict[str, str | bytes] = {
 }
 
 
+@pytest.mark.fault("F26")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_file_is_refused_quickly_and_does_nothing(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -201,13 +207,18 @@ def test_hostile_file_is_refused_quickly_and_does_nothing(
     assert [entry.name for entry in tmp_path.iterdir()] == ["study.yaml"]
 
 
+@pytest.mark.fault("F26")
 @pytest.mark.parametrize("path", ["nowhere.yaml", "."])
 def test_file_that_cannot_be_read_is_named(path: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         load_study(tmp_path / path)
 
 
-def test_mutated_files_raise_nothing_but_configuration_errors(tmp_path: Path) -> None:
+@pytest.mark.fault("F26")
+def test_mutated_files_raise_nothing_but_configuration_errors(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("cases", 500)
     rng = random.Random(0)
     pieces = [
         "[",
@@ -250,7 +261,11 @@ def test_mutated_files_raise_nothing_but_configuration_errors(tmp_path: Path) ->
     assert 0 < accepted < 400
 
 
-def test_shuffled_trees_raise_nothing_but_configuration_errors() -> None:
+@pytest.mark.fault("F26")
+def test_shuffled_trees_raise_nothing_but_configuration_errors(
+    record_property: Callable[[str, object], None],
+) -> None:
+    record_property("cases", 700)
     rng = random.Random(1)
     values: list[Any] = [
         None,

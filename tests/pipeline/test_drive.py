@@ -201,7 +201,7 @@ def test_models_of_several_shapes_share_the_cluster_and_all_finish(
     assert max(len(steps) for steps in scene.together) >= 8
 
 
-@pytest.mark.fault("F1")
+@pytest.mark.fault("F1", "F15")
 def test_lost_worker_is_tried_again_and_a_damaged_input_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -136,6 +136,7 @@ def test_result_that_is_not_plain_is_refused_before_it_is_kept(empty: Store, res
     assert not empty.has("train", ToyStep().fingerprint)
 
 
+@pytest.mark.fault("F15")
 def test_links_do_not_enter_the_store(empty: Store, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("x")
     with pytest.raises(StoreError, match="regular"), empty.staged(ToyStep()) as stage:
@@ -165,11 +166,13 @@ def test_digest_of_inputs_is_kept_with_what_was_made_of_them(empty: Store) -> No
     assert empty.verify() == []
 
 
+@pytest.mark.fault("F15")
 def test_missing_input_is_named(empty: Store) -> None:
     with pytest.raises(CorruptArtifact, match="t1"):
         empty.open_inputs(ToyStep("merge", inputs={"t1": "a" * 64}))
 
 
+@pytest.mark.fault("F15")
 def test_step_with_a_damaged_record_counts_as_not_done(empty: Store) -> None:
     made = put(empty)
     assert empty.has("train", made.fingerprint)

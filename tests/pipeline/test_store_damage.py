@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,12 @@ def damage_remove(path: Path, rng: random.Random) -> None:
 DAMAGES = {damage_flip: 64, damage_truncate: 64, damage_trail: 4, damage_zero: 1, damage_remove: 1}
 
 
+@pytest.mark.fault("F15")
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_damaged_file_is_found_on_read_set_aside_and_can_be_made_anew(empty: Store, damage: Any) -> None:
+def test_damaged_file_is_found_on_read_set_aside_and_can_be_made_anew(
+    empty: Store, damage: Any, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("cases", DAMAGES[damage])
     rng = random.Random(1)
     for _ in range(DAMAGES[damage]):
         made = put(empty)
@@ -72,8 +77,12 @@ def test_damaged_file_is_found_on_read_set_aside_and_can_be_made_anew(empty: Sto
     assert empty.verify() == []
 
 
+@pytest.mark.fault("F15")
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_damaged_record_is_no_record_and_is_replaced_by_the_next_commit(empty: Store, damage: Any) -> None:
+def test_damaged_record_is_no_record_and_is_replaced_by_the_next_commit(
+    empty: Store, damage: Any, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("cases", DAMAGES[damage] // 2 + 1)
     rng = random.Random(2)
     for _ in range(DAMAGES[damage] // 2 + 1):
         made = put(empty)
@@ -85,6 +94,7 @@ def test_damaged_record_is_no_record_and_is_replaced_by_the_next_commit(empty: S
     assert empty.verify() == []
 
 
+@pytest.mark.fault("F15")
 def test_file_once_verified_is_read_again_when_its_stat_changes(empty: Store) -> None:
     made = put(empty)
     path = made.path / "weights.bin"
@@ -103,6 +113,7 @@ def test_file_once_verified_is_not_read_again(empty: Store, monkeypatch: pytest.
     empty.open_verified(made)
 
 
+@pytest.mark.fault("F15")
 def test_record_of_another_step_does_not_stand_for_this_one(empty: Store) -> None:
     one, two = put(empty), put(empty, ToyStep(spec={"toy": 2}), {"weights.bin": b"two"})
     shutil.copy(two.path / RECORD_FILE, one.path / RECORD_FILE)
@@ -110,6 +121,7 @@ def test_record_of_another_step_does_not_stand_for_this_one(empty: Store) -> Non
     assert any(str(one.path) in problem for problem in empty.verify())
 
 
+@pytest.mark.fault("F15")
 def test_record_cannot_reach_outside_its_artifact(empty: Store, tmp_path: Path) -> None:
     made = put(empty)
     body = json.loads((made.path / RECORD_FILE).read_text())
@@ -121,6 +133,7 @@ def test_record_cannot_reach_outside_its_artifact(empty: Store, tmp_path: Path) 
     assert "secret" in empty.verify()[0]
 
 
+@pytest.mark.fault("F15")
 def test_audit_names_every_kind_of_problem_with_its_path(empty: Store) -> None:
     source = put(empty)
     merged = put(empty, ToyStep("merge", inputs={"t1": source.fingerprint}))
@@ -185,6 +198,7 @@ def test_full_disk_is_recognised_in_what_other_libraries_raise(empty: Store) -> 
         raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
+@pytest.mark.fault("F33")
 @pytest.mark.parametrize("call", ["fsync", "rename"])
 def test_full_or_failing_disk_at_commit_leaves_nothing(
     empty: Store, call: str, monkeypatch: pytest.MonkeyPatch
@@ -206,6 +220,7 @@ def test_full_or_failing_disk_at_commit_leaves_nothing(
     assert empty.verify() == []
 
 
+@pytest.mark.fault("F33")
 def test_place_that_cannot_be_a_store_is_the_users_to_mend(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +239,7 @@ def test_place_that_cannot_be_a_store_is_the_users_to_mend(
         pytest.fail("began")
 
 
+@pytest.mark.fault("F33")
 def test_damage_in_a_store_that_cannot_be_written_is_still_told(
     empty: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,7 @@ def test_commit_into_a_store_of_an_older_version_names_all_that_is_there(empty: 
     assert [empty.find(record.fingerprint) for record in [*records, new]] == [*records, new]
 
 
+@pytest.mark.fault("F15")
 @pytest.mark.parametrize("content", ["", "train", "../../etc", "train/x/../y", "merge/else-0000000000000000"])
 def test_damaged_name_does_not_hide_or_divert_an_artifact(empty: Store, content: str) -> None:
     record = put(empty)
@@ -78,6 +79,7 @@ def test_damaged_name_does_not_hide_or_divert_an_artifact(empty: Store, content:
     assert empty.find(record.fingerprint) == record
 
 
+@pytest.mark.fault("F33")
 def test_name_whose_artifact_was_removed_is_no_artifact_and_is_used_again(empty: Store) -> None:
     record = put(empty)
     shutil.rmtree(record.path)

@@ -127,6 +127,7 @@ def test_other_scores_are_another_result(empty: Store) -> None:
         put(empty, step, {}, {"scores": {"a": 0.6}})
 
 
+@pytest.mark.fault("F15")
 @pytest.mark.parametrize(
     "change",
     [
@@ -161,6 +162,7 @@ def test_inputs_are_opened_by_role_and_their_digests_kept(empty: Store, tmp_path
         empty.open_inputs(ToyStep("merge", inputs={"t2": "a" * 64}))
 
 
+@pytest.mark.fault("F33")
 def test_retry_after_transient_failures_passes_and_a_lasting_one_names_the_url(
     mirror: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +252,7 @@ def test_committers_of_other_results_make_one_artifact_and_an_error_on_s3(
     assert bucket.verify() == []
 
 
+@pytest.mark.fault("F15")
 def test_copies_in_the_mirror_are_made_again_when_they_are_wrong_or_gone(bucket: ObjectStore) -> None:
     record = put(bucket)
     (record.path / "weights.bin").write_bytes(b"wrong")

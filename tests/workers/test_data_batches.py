@@ -56,6 +56,7 @@ def test_same_seed_and_step_give_the_same_batch_in_a_fresh_object(replay) -> Non
     assert not torch.equal(first.batch(7)[0], first.batch(8)[0])
 
 
+@pytest.mark.fault("F25")
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_rank_batches_partition_the_global_batch(replay, world: int) -> None:
     images, tokens = Batches(replay, words, PREPROCESS).batch(3)
@@ -64,6 +65,7 @@ def test_rank_batches_partition_the_global_batch(replay, world: int) -> None:
         assert torch.equal(part, images[rank::world]) and torch.equal(part_tokens, tokens[rank::world])
 
 
+@pytest.mark.fault("F25")
 def test_batch_that_does_not_divide_among_ranks_is_a_user_error(replay) -> None:
     with pytest.raises(UserError, match="batch_size 12 does not divide among 5 workers"):
         Batches(replay, words, PREPROCESS, 0, 5)

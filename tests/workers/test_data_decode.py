@@ -108,6 +108,7 @@ def test_retrieval_captions_come_one_a_line(tmp_path: Path) -> None:
     assert samples.texts(0) == ("a red toy", "ein Würfel")
 
 
+@pytest.mark.fault("F24")
 def test_damaged_shard_stops_the_load_and_leaves_no_cache(tmp_path: Path) -> None:
     shard = write(tmp_path) / "train" / "0.tar"
     shard.write_bytes(shard.read_bytes()[:-2000])
@@ -117,6 +118,7 @@ def test_damaged_shard_stops_the_load_and_leaves_no_cache(tmp_path: Path) -> Non
     assert refused(tmp_path).reason == "cut"
 
 
+@pytest.mark.fault("F24")
 @pytest.mark.parametrize(
     ("label", "says"),
     [(b"3", "classnames.txt holds 3"), (b"two", "has the class 'two'"), (b"\xff", "not UTF-8")],
@@ -135,6 +137,7 @@ def test_label_outside_the_class_list_is_refused_by_name(tmp_path: Path, label: 
         load(Source(str(tmp_path), "toys", "train"), 8, tmp_path / "cache")
 
 
+@pytest.mark.fault("F22")
 def test_environment_of_webdataset_has_no_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_coloured(tmp_path, "toys", 25)
     canary = tmp_path / "canary"

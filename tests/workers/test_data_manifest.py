@@ -112,6 +112,7 @@ def refused(root: Path, split: str = "train", cache: Path | None = None) -> Shar
     return caught.value
 
 
+@pytest.mark.fault("F24")
 @pytest.mark.parametrize("keep", ["boundary", "middle", "nothing"])
 @pytest.mark.parametrize("with_manifest", [True, False])
 def test_cut_shard_is_refused(tmp_path: Path, keep: str, with_manifest: bool) -> None:
@@ -127,6 +128,7 @@ def test_cut_shard_is_refused(tmp_path: Path, keep: str, with_manifest: bool) ->
     assert refused(tmp_path, cache=tmp_path / "cache").reason == "cut"
 
 
+@pytest.mark.fault("F24")
 @pytest.mark.parametrize("with_manifest", [True, False])
 def test_flipped_header_byte_is_refused(tmp_path: Path, with_manifest: bool) -> None:
     home = write(tmp_path)
@@ -141,6 +143,7 @@ def test_flipped_header_byte_is_refused(tmp_path: Path, with_manifest: bool) -> 
     assert refused(tmp_path, cache=tmp_path / "cache").reason == "flipped"
 
 
+@pytest.mark.fault("F24")
 def test_flipped_pixel_byte_is_refused_by_sha256(tmp_path: Path) -> None:
     shard = write(tmp_path) / "train" / "0.tar"
     data = bytearray(shard.read_bytes())
@@ -149,6 +152,7 @@ def test_flipped_pixel_byte_is_refused_by_sha256(tmp_path: Path) -> None:
     assert refused(tmp_path).reason == "flipped"
 
 
+@pytest.mark.fault("F24")
 def test_short_shard_is_refused(tmp_path: Path) -> None:
     home = write(tmp_path)
     body = json.loads((home / manifest.MANIFEST_FILE).read_text())
@@ -158,6 +162,7 @@ def test_short_shard_is_refused(tmp_path: Path) -> None:
     assert error.reason == "short" and "8 samples" in str(error) and "9" in str(error)
 
 
+@pytest.mark.fault("F24")
 def test_missing_shard_is_refused(tmp_path: Path) -> None:
     home = write(tmp_path)
     (home / "train" / "0.tar").unlink()
@@ -167,6 +172,7 @@ def test_missing_shard_is_refused(tmp_path: Path) -> None:
         describe(tmp_path, "toys", tmp_path / "cache")
 
 
+@pytest.mark.fault("F22", "F23")
 @pytest.mark.parametrize(
     "name",
     [
@@ -191,6 +197,7 @@ def test_forbidden_member_is_refused(tmp_path: Path, name: str, with_manifest: b
     assert refused(tmp_path, cache=tmp_path / "cache").reason == "forbidden"
 
 
+@pytest.mark.fault("F23")
 @pytest.mark.parametrize(
     "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE]
 )
@@ -201,6 +208,7 @@ def test_member_that_is_no_regular_file_is_refused(tmp_path: Path, kind: bytes) 
     assert refused(tmp_path).reason == "forbidden"
 
 
+@pytest.mark.fault("F23")
 def test_sample_that_appears_twice_is_refused(tmp_path: Path) -> None:
     home = write(tmp_path)
     add_member(home / "train" / "0.tar", "s0000001.png", encode_png(pictures(1)[0].image))
@@ -208,6 +216,7 @@ def test_sample_that_appears_twice_is_refused(tmp_path: Path) -> None:
     assert refused(tmp_path).reason == "duplicate"
 
 
+@pytest.mark.fault("F24")
 @pytest.mark.parametrize("suffixes", [("png",), ("cls",), ("png", "jpg", "cls")])
 def test_incomplete_sample_is_refused(tmp_path: Path, suffixes: tuple[str, ...]) -> None:
     home = write(tmp_path)
@@ -217,6 +226,7 @@ def test_incomplete_sample_is_refused(tmp_path: Path, suffixes: tuple[str, ...])
     assert refused(tmp_path).reason == "unreadable"
 
 
+@pytest.mark.fault("F24")
 def test_pixel_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     home = write(tmp_path)
     header = b"IHDR" + (50_000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
@@ -265,6 +275,7 @@ def test_changed_foreign_shard_changes_the_digest(tmp_path: Path) -> None:
     assert describe(tmp_path, "toys", tmp_path / "cache").digest != before
 
 
+@pytest.mark.fault("F24")
 def test_verification_is_remembered_until_the_shard_changes(tmp_path: Path) -> None:
     shard = write(tmp_path) / "train" / "0.tar"
     verify(tmp_path, "toys", "train", tmp_path / "cache")

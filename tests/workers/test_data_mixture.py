@@ -37,6 +37,7 @@ def test_decimal_shares_are_not_lost_to_binary_rounding() -> None:
     }
 
 
+@pytest.mark.fault("F25")
 @pytest.mark.parametrize(
     ("mixture", "sizes", "says"),
     [
@@ -90,6 +91,7 @@ def test_every_sample_is_seen_once_before_any_is_seen_twice() -> None:
     assert not np.array_equal(rows[:70], rows[70:140])
 
 
+@pytest.mark.fault("F25")
 def test_batch_larger_than_its_source_repeats_whole_epochs() -> None:
     rows = batch_indices(0, 9, 32, PLAIN, {"update": 10})["update"]
     assert sorted(rows[:30]) == sorted(list(range(10)) * 3)

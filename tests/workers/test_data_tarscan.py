@@ -31,6 +31,7 @@ def survivors(path: Path, data: bytes) -> list[Member] | None:
         return None
 
 
+@pytest.mark.fault("F24")
 @RELAXED
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_flipped_bit_is_refused_or_leaves_every_member(
@@ -42,6 +43,7 @@ def test_flipped_bit_is_refused_or_leaves_every_member(
     assert survivors(path, bytes(damaged)) in (None, whole)
 
 
+@pytest.mark.fault("F24")
 @RELAXED
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_cut_file_is_refused_or_has_lost_padding_only(
@@ -51,6 +53,7 @@ def test_cut_file_is_refused_or_has_lost_padding_only(
     assert survivors(path, data[: int(share * len(data))]) in (None, whole)
 
 
+@pytest.mark.fault("F24")
 @RELAXED
 @given(start=st.integers(0, 40), count=st.integers(1, 6))
 def test_lost_blocks_are_refused_or_were_no_part_of_a_member(
@@ -65,11 +68,13 @@ def test_lost_blocks_are_refused_or_were_no_part_of_a_member(
         assert all(start * 512 <= member.offset - 512 < (start + count) * 512 for member in lost)
 
 
+@pytest.mark.fault("F24")
 @pytest.mark.parametrize("data", [b"", b"x" * 511, b"\x1f\x8b" + b"\0" * 2000, b"\xff" * 4096])
 def test_file_that_is_no_tar_is_refused(tmp_path: Path, data: bytes) -> None:
     assert survivors(tmp_path / "0.tar", data) is None
 
 
+@pytest.mark.fault("F24")
 def test_negative_size_is_refused_and_does_not_loop(shard: tuple[Path, bytes, list[Member]]) -> None:
     path, data, _ = shard
     header = bytearray(data[:512])

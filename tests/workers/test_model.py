@@ -88,6 +88,7 @@ def broken(toys: Toys, tmp_path: Path, **changes: Any) -> Path:
     return tmp_path / "broken"
 
 
+@pytest.mark.fault("F18")
 def test_weights_that_do_not_fit_list_what_differs(toys: Toys, tmp_path: Path) -> None:
     directory = broken(
         toys, tmp_path, logit_scale=None, text_projection=torch.zeros(3, 4), extra=torch.zeros(1)
@@ -98,6 +99,7 @@ def test_weights_that_do_not_fit_list_what_differs(toys: Toys, tmp_path: Path) -
     assert "text_projection has shape [3, 4], the model wants [32, 16]" in str(caught.value)
 
 
+@pytest.mark.fault("F15")
 def test_weights_that_are_cut_are_corrupt(toys: Toys, tmp_path: Path) -> None:
     write_config(tmp_path / "cut")
     (tmp_path / "cut" / WEIGHTS_FILE).write_bytes((toys.base / WEIGHTS_FILE).read_bytes()[:-100])
@@ -125,12 +127,14 @@ def test_base_that_cannot_be_had_is_a_clear_mistake(
         export_base(config.format(toys=toys.root), named, tmp_path / "made")
 
 
+@pytest.mark.fault("F18")
 def test_base_trained_with_another_activation_is_refused(toys: Toys, tmp_path: Path) -> None:
     config = write_config(tmp_path / "quick", quick_gelu=True)
     with pytest.raises(UserError, match="differ in quick_gelu"):
         export_base(str(config), str(toys.base), tmp_path / "made")
 
 
+@pytest.mark.fault("F18")
 @pytest.mark.parametrize("text", ["{", "[]", '{"model_cfg": {"embed_dim": 4}}'])
 def test_configuration_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / CONFIG_FILE).write_text(text)

@@ -105,7 +105,7 @@ def damage(checkpoint: Path, how: str) -> None:
         (checkpoint / MARKER).write_text(json.dumps(marker | {"fingerprint": "another job"}))
 
 
-@pytest.mark.fault("F34")
+@pytest.mark.fault("F15", "F34")
 @pytest.mark.parametrize("how", ["flipped byte", "no marker", "torn marker", "lost file", "another job"])
 def test_damaged_or_foreign_checkpoint_is_never_used(toys: Toys, out: Path, golden: str, how: str) -> None:
     job = toys.job(out, every=2, replay=True)
@@ -184,6 +184,7 @@ def test_loss_curve_of_a_long_expert_has_at_most_two_hundred_points(
     assert len(curve) <= 200 and curve[0] == [6, 3.5] and curve[-1][0] == 1001
 
 
+@pytest.mark.fault("F17")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_loss_that_is_not_finite_names_task_t_and_step(
     toys: Toys, out: Path, monkeypatch: pytest.MonkeyPatch, bad: float
@@ -196,6 +197,7 @@ def test_loss_that_is_not_finite_names_task_t_and_step(
     assert isinstance(caught.value, UserError) and not list(Path(out / "weights").iterdir())
 
 
+@pytest.mark.fault("F17")
 def test_gradient_that_is_not_finite_stops_the_expert_unless_half_precision_skips_it(
     toys: Toys, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +212,7 @@ def test_gradient_that_is_not_finite_stops_the_expert_unless_half_precision_skip
                 train_expert(job)
 
 
+@pytest.mark.fault("F17")
 def test_half_precision_that_skips_every_step_is_stopped(
     toys: Toys, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,6 +221,7 @@ def test_half_precision_that_skips_every_step_is_stopped(
         train_expert(toys.job(out, steps=60, precision="fp16"))
 
 
+@pytest.mark.fault("F17")
 def test_expert_with_weights_that_are_not_finite_is_refused(
     toys: Toys, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +234,7 @@ def test_expert_with_weights_that_are_not_finite_is_refused(
         train_expert(toys.job(out))
 
 
+@pytest.mark.fault("F18")
 def test_expert_of_another_architecture_than_the_base_is_refused(
     toys: Toys, out: Path, tmp_path: Path
 ) -> None:
@@ -239,6 +244,7 @@ def test_expert_of_another_architecture_than_the_base_is_refused(
         train_expert(replace(toys.job(out, steps=1), base=str(tmp_path / "base")))
 
 
+@pytest.mark.fault("F25")
 @pytest.mark.parametrize(
     ("changes", "world", "says"),
     [

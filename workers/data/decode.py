@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import shutil
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -184,16 +185,25 @@ def _samples(
     transform: Callable[[Image.Image], Image.Image],
 ) -> Iterator[tuple[np.ndarray, int, list[str]]]:
     """(image, label, captions) of every sample, in the order of the shards."""
-    from webdataset.tariterators import group_by_keys, tar_file_expander
-
     for shard in split.shards:
         path, count = home / shard.file, 0
-        with path.open("rb") as stream:
-            for sample in group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}])):
+        for sample in _grouped(path):
+            count += 1
+            if count <= shard.samples:
                 yield _decode(sample, path, info, transform)
-                count += 1
         if count != shard.samples:
             raise ShardError(path, "short", f"{count} samples came out, {shard.samples} are stated")
+
+
+def _grouped(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The samples of a shard as webdataset sees them. Raises ShardError where it sees less than the scanner did."""
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    with path.open("rb") as stream:
+        try:
+            yield from group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}]))
+        except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+            raise ShardError(path, "unreadable", f"webdataset cannot read it ({error!s:.200})") from None
 
 
 def _decode(
@@ -203,7 +213,9 @@ def _decode(
     transform: Callable[[Image.Image], Image.Image],
 ) -> tuple[np.ndarray, int, list[str]]:
     key = sample["__key__"]
-    suffix = next(suffix for suffix in IMAGE_SUFFIXES if suffix in sample)
+    suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in sample), "")
+    if not suffix or (info.kind == "classification" and "cls" not in sample):
+        raise ShardError(path, "unreadable", f"sample {key!r} has no image, or no label")
     image = open_image(sample[suffix], path, f"{key}.{suffix}")
     try:
         pixels = np.asarray(transform(image))
@@ -216,13 +228,17 @@ def _decode(
             raise ShardError(path, "unreadable", f"sample {key!r} has no caption")
         return pixels, -1, texts
     label = _text(sample["cls"], path, key).strip()
-    if not label.isdigit() or int(label) >= len(info.classes):
+    if not _is_number(label) or int(label) >= len(info.classes):
         raise ShardError(
             path,
             "unreadable",
             f"sample {key!r} has the class {label[:20]!r}; classnames.txt holds {len(info.classes)}",
         )
     return pixels, int(label), texts
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 9
 
 
 def _text(data: bytes, path: Path, key: str) -> str:

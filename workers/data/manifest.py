@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class DatasetInfo:
 
 def folder(root: str | Path, dataset: str) -> Path:
     """The dataset's folder under `root`: NAME or wds_NAME (a `/` in NAME is a `-` on disk). Raises UserError."""
-    if not _NAME.fullmatch(dataset) or ".." in dataset:
+    if not _is_name(dataset):
         raise UserError(f"{dataset!r} is no dataset name: use letters, digits, '.', '_', '-'")
     on_disk = dataset.replace("/", "-")
     for candidate in (Path(root) / on_disk, Path(root) / f"wds_{on_disk}"):
@@ -91,6 +92,9 @@ def read_suite(root: str | Path) -> dict[str, Any]:
     roles = suite.get("roles")
     if not isinstance(roles, dict) or set(roles) != set(ROLES):
         raise UserError(f"{path}: `roles` must hold exactly {', '.join(ROLES)}")
+    for role, names in roles.items():
+        if not isinstance(names, list) or not all(_is_name(name) for name in names) or len(set(names)) < len(names):
+            raise UserError(f"{path}: `roles.{role}` must list names of datasets, each once")
     return suite
 
 
@@ -205,6 +209,10 @@ def write_manifest(home: Path, splits: Mapping[str, list[ShardInfo]]) -> None:
     (home / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
 
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None and ".." not in name
+
+
 def _kind(home: Path) -> str:
     stated = _lines(home / KIND_FILE)
     kind = stated[0] if stated else "classification"
@@ -224,7 +232,9 @@ def _own_splits(home: Path) -> dict[str, SplitInfo]:
     splits = {}
     try:
         for name, stated in sorted(manifest["splits"].items()):
-            splits[name] = split_info([ShardInfo(**shard) for shard in stated])
+            shards = [ShardInfo(**shard) for shard in stated]
+            _check_types(shards)
+            splits[name] = split_info(shards)
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{home / MANIFEST_FILE} is malformed ({error}); write the dataset again") from None
     for split in splits.values():
@@ -234,10 +244,19 @@ def _own_splits(home: Path) -> dict[str, SplitInfo]:
     return splits
 
 
+def _check_types(shards: list[ShardInfo]) -> None:
+    for shard in shards:
+        numbers = all(type(n) is int and n >= 0 for n in (shard.samples, shard.bytes))
+        if not numbers or not isinstance(shard.file, str) or not isinstance(shard.sha256, str):
+            raise TypeError(f"{str(shard)[:200]}: file and sha256 must be text, samples and bytes counts")
+
+
 def _indexed_splits(home: Path, kind: str, cache: str | Path | None) -> dict[str, SplitInfo]:
     """Splits of a root without our manifest, from the cached index where sizes and times still stand."""
     index_file = cache_root(cache) / "index" / f"{home.name}-{_digest(str(home.resolve()))[:16]}.json"
-    known = _json(index_file) if index_file.is_file() else {}
+    known: dict[str, Any] = {}
+    with suppress(UserError):  # an index that cannot be read is made again
+        known = _json(index_file) if index_file.is_file() else {}
     index: dict[str, list[Any]] = {}
     splits = {}
     for place in sorted(path for path in home.iterdir() if path.is_dir() and any(path.glob("*.tar"))):
@@ -247,10 +266,11 @@ def _indexed_splits(home: Path, kind: str, cache: str | Path | None) -> dict[str
                 raise ShardError(path, "missing", "not a regular file")
             status, key = path.stat(), f"{place.name}/{path.name}"
             facts = [kind, status.st_size, status.st_mtime_ns]
-            if known.get(key, [])[:3] == facts:
-                sha256, samples = known[key][3:]
-            else:
-                samples, sha256 = inspect(path, kind), file_sha256(path)
+            match known.get(key):
+                case [*stated, str(sha256), int(samples)] if stated == facts:
+                    pass
+                case _:
+                    samples, sha256 = inspect(path, kind), file_sha256(path)
             index[key] = [*facts, sha256, samples]
             shards.append(ShardInfo(path.name, sha256, samples, status.st_size))
         splits[place.name] = split_info(shards)
@@ -270,8 +290,8 @@ def _shard_files(place: Path) -> list[Path]:
         place.glob("*.tar"), key=lambda path: (not path.stem.isdigit(), path.stem.zfill(12), path.name)
     )
     stated = _lines(place / "nshards.txt")
-    if stated and (not stated[0].isdigit() or int(stated[0]) != len(files)):
-        raise ShardError(place, "missing", f"nshards.txt states {stated[0]} shards, {len(files)} are there")
+    if stated and stated[0] != str(len(files)):
+        raise ShardError(place, "missing", f"nshards.txt states {stated[0][:20]} shards, {len(files)} are there")
     return files
 
 
@@ -285,13 +305,17 @@ def cache_root(cache: str | Path | None = None) -> Path:
 def _lines(path: Path) -> tuple[str, ...]:
     if not path.is_file():
         return ()
-    return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error}); write it again") from None
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); write it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object")

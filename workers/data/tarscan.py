@@ -19,6 +19,8 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 ALLOWED_SUFFIXES = (*IMAGE_SUFFIXES, "txt", "cls", "json")
 
 BLOCK = 512
+HARMLESS_GLOBALS = {"comment", "mtime", "atime", "ctime", "uid", "gid", "uname", "gname"}
+"""What a header for all members may say. Names and sizes there would be read by some and not by others."""
 MAX_NAME = 1000
 MAX_MEMBER_BYTES = 64 << 20
 MAX_TEXT_BYTES = 1 << 20
@@ -107,8 +109,12 @@ def _headers(stream: BinaryIO, shard: Path, length: int) -> Iterator[tuple[str, 
             body = _extension(stream, shard, position, size, length)
             if kind == b"L":
                 long_name = body.rstrip(b"\0").decode("utf-8", "replace")
-            elif kind == b"x":
-                pax = _pax(body, shard, position)
+            elif kind in (b"x", b"g"):
+                stated = _pax(body, shard, position)
+                if kind == b"x":
+                    pax = stated
+                elif not stated.keys() <= HARMLESS_GLOBALS:
+                    raise _forbidden(shard, ", ".join(stated), "is stated for all members at once")
         else:
             name = pax.get("path", long_name or name)
             size = _decimal(pax["size"], shard, position) if "size" in pax else size
