@@ -22,6 +22,7 @@ def outbox(tmp_path: Path) -> Outbox:
     return box
 
 
+@pytest.mark.fault("F11")
 def test_same_key_twice_is_one_row(outbox: Outbox) -> None:
     assert outbox.append("a", {"x": 1}, 10)
     assert not outbox.append("a", {"x": 2}, 20)
@@ -79,6 +80,7 @@ def test_file_that_is_no_outbox_is_named(tmp_path: Path) -> None:
         count_pending(tmp_path)
 
 
+@pytest.mark.fault("F2")
 def test_rows_survive_a_kill_right_after_append(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys; from pathlib import Path; from pipeline.outbox import Outbox\n"
@@ -123,6 +125,7 @@ def test_reader_in_a_write_protected_directory_still_counts(outbox: Outbox, tmp_
         copy.chmod(0o700)
 
 
+@pytest.mark.fault("F13")
 def test_database_locked_by_a_reader_does_not_stop_appends(outbox: Outbox, tmp_path: Path) -> None:
     outbox.append("a", {}, 1)
     reader = sqlite3.connect(tmp_path / FILE, isolation_level=None)

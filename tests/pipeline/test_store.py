@@ -186,6 +186,7 @@ def test_step_with_a_damaged_record_counts_as_not_done(empty: Store) -> None:
 # --- crashes -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("F2")
 @pytest.mark.parametrize("point", POINTS)
 def test_death_at_any_point_leaves_nothing_or_the_whole_and_a_second_run_completes(
     empty: Store, point: str
@@ -207,12 +208,14 @@ def test_death_at_any_point_leaves_nothing_or_the_whole_and_a_second_run_complet
     assert empty.verify() == []
 
 
+@pytest.mark.fault("F2")
 def test_kill_in_the_middle_of_writing_leaves_nothing(empty: Store) -> None:
     assert exit_code("die_while_writing", empty.root) == -signal.SIGKILL
     assert empty.verify() == []
     assert len(empty.sweep()) == 1
 
 
+@pytest.mark.fault("F32")
 def test_sweep_spares_the_living_and_the_young_of_other_hosts(empty: Store) -> None:
     room = empty.root / ".stage"
     foreign, stale = room / "train-x.0123456789ab-1-1.aaaa", room / "train-y.0123456789ab-1-1.bbbb"
@@ -227,6 +230,7 @@ def test_sweep_spares_the_living_and_the_young_of_other_hosts(empty: Store) -> N
     assert foreign.is_dir()
 
 
+@pytest.mark.fault("F5")
 def test_lock_of_a_dead_process_is_free_and_that_of_a_stopped_one_does_not_wait_for_ever(
     tmp_path: Path,
 ) -> None:
@@ -253,6 +257,7 @@ def race(empty: Store, contents: list[str], gate: Path) -> list[int]:
     return [racer.wait(60) for racer in racers]
 
 
+@pytest.mark.fault("F7")
 def test_committers_of_the_same_bytes_make_one_artifact(empty: Store, tmp_path: Path) -> None:
     assert race(empty, ["same"] * 3, tmp_path / "gate") == [0, 0, 0]
     assert len(list((empty.root / "train").iterdir())) == 8
@@ -260,6 +265,7 @@ def test_committers_of_the_same_bytes_make_one_artifact(empty: Store, tmp_path: 
     assert everything(empty.root / ".stage") == []
 
 
+@pytest.mark.fault("F7")
 def test_committers_of_other_bytes_make_one_artifact_and_one_error(empty: Store, tmp_path: Path) -> None:
     assert sum(race(empty, ["one", "two"], tmp_path / "gate")) == 8
     assert len(list((empty.root / "train").iterdir())) == 8

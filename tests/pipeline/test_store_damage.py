@@ -166,6 +166,7 @@ def test_audit_is_quiet_while_another_process_writes(empty: Store) -> None:
 # --- disks ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("F14")
 def test_step_that_does_not_fit_is_refused_before_it_begins(empty: Store) -> None:
     with pytest.raises(StorageFull, match="needed") as caught, empty.staged(ToyStep(disk_bytes=10**18)):
         pytest.fail("began")
@@ -175,12 +176,14 @@ def test_step_that_does_not_fit_is_refused_before_it_begins(empty: Store) -> Non
     assert (again.needed, str(again)) == (10**18, str(caught.value))
 
 
+@pytest.mark.fault("F14")
 def test_room_for_a_whole_plan_can_be_asked_for(empty: Store) -> None:
     empty.check_room("study toy", 1)
     with pytest.raises(StorageFull, match="study toy"):
         empty.check_room("study toy", 10**18)
 
 
+@pytest.mark.fault("F14")
 def test_disk_that_runs_full_while_writing_is_named_and_leaves_nothing(empty: Store) -> None:
     first = put(empty, ToyStep(spec={"first": 1}))
     with pytest.raises(StorageFull, match="t1 toy: expert"), empty.staged(ToyStep(disk_bytes=5)) as stage:
@@ -193,12 +196,13 @@ def test_disk_that_runs_full_while_writing_is_named_and_leaves_nothing(empty: St
     assert empty.verify() == []
 
 
+@pytest.mark.fault("F14")
 def test_full_disk_is_recognised_in_what_other_libraries_raise(empty: Store) -> None:
     with pytest.raises(StorageFull), empty.staged(ToyStep()):
         raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
-@pytest.mark.fault("F33")
+@pytest.mark.fault("F33", "F14")
 @pytest.mark.parametrize("call", ["fsync", "rename"])
 def test_full_or_failing_disk_at_commit_leaves_nothing(
     empty: Store, call: str, monkeypatch: pytest.MonkeyPatch

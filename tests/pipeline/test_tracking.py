@@ -209,6 +209,7 @@ tracker.close(200)
 """
 
 
+@pytest.mark.fault("F2")
 def test_kill_between_send_and_mark_changes_nothing(
     make_study: Callable[..., Tracked], golden: list[dict[str, Any]]
 ) -> None:
@@ -223,6 +224,7 @@ def test_kill_between_send_and_mark_changes_nothing(
     assert exported(study) == golden
 
 
+@pytest.mark.fault("F11")
 def test_every_row_delivered_twice_changes_nothing(
     make_study: Callable[..., Tracked], golden: list[dict[str, Any]]
 ) -> None:
@@ -248,6 +250,7 @@ def test_every_row_delivered_twice_changes_nothing(
     assert exported(study) == golden
 
 
+@pytest.mark.fault("F10")
 def test_killed_and_rerun_study_ends_as_one_left_alone(
     make_study: Callable[..., Tracked], golden: list[dict[str, Any]]
 ) -> None:
@@ -277,6 +280,7 @@ def test_telling_a_finished_study_again_leaves_nothing_pending(make_study: Calla
     assert outbox.pending("x") == 0
 
 
+@pytest.mark.fault("F13")
 def test_locked_sqlite_is_waited_for_and_the_caller_is_not(make_study: Callable[..., Tracked]) -> None:
     study = make_study("locked", strategies=("zero_shot",))
     outbox = study.outbox()
@@ -334,6 +338,7 @@ def reply(status: int, body: bytes = b"{}", **headers: str) -> Callable[[BaseHTT
     return answer
 
 
+@pytest.mark.fault("F10")
 def test_server_down_then_elsewhere_up_delivers_the_rest_with_sync(
     make_study: Callable[..., Tracked], golden: list[dict[str, Any]]
 ) -> None:
@@ -357,6 +362,7 @@ def test_server_down_then_elsewhere_up_delivers_the_rest_with_sync(
     assert [i["name"] for i in exported(study)] == [i["name"] for i in golden]
 
 
+@pytest.mark.fault("F12")
 @pytest.mark.parametrize(
     "answer",
     [
@@ -382,6 +388,7 @@ def test_hostile_answers_keep_the_outbox_and_say_why(tmp_path: Path, answer: Cal
     assert outbox.pending() == 1 and sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+@pytest.mark.fault("F12")
 @pytest.mark.parametrize(
     ("uri", "location"),
     [
@@ -413,6 +420,7 @@ def test_usual_artifact_places_are_accepted(tmp_path: Path) -> None:
     assert MlflowSink(tmp_path, None, EXPERIMENT)._artifact_target(str(place)) == place
 
 
+@pytest.mark.fault("F12")
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "a\0b", "é"])
 def test_artifact_names_cannot_leave_their_directory(tmp_path: Path, name: str) -> None:
     from pipeline.tracking_sink import _safe_name
@@ -421,6 +429,7 @@ def test_artifact_names_cannot_leave_their_directory(tmp_path: Path, name: str) 
         _safe_name(name)
 
 
+@pytest.mark.fault("F12")
 def test_row_that_points_outside_the_study_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="outside"):
         MlflowSink(tmp_path / "out", None, EXPERIMENT)._inside("../secret")
@@ -461,6 +470,7 @@ def test_refused_row_is_offered_again_once_what_it_lacked_is_there(tmp_path: Pat
     assert tracker.last_error == "orphan: no nobody"
 
 
+@pytest.mark.fault("F5")
 def test_only_one_process_delivers(tmp_path: Path) -> None:
     with FlushLock(tmp_path) as first:
         assert first
@@ -470,6 +480,7 @@ def test_only_one_process_delivers(tmp_path: Path) -> None:
         assert third
 
 
+@pytest.mark.fault("F10")
 def test_ending_never_waits_for_a_tracker_that_hangs(tmp_path: Path) -> None:
     hang = threading.Event()
 
@@ -491,6 +502,7 @@ def test_ending_never_waits_for_a_tracker_that_hangs(tmp_path: Path) -> None:
     hang.set()
 
 
+@pytest.mark.fault("F2")
 def test_half_made_store_is_made_anew(
     tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -510,6 +522,7 @@ def test_half_made_store_is_made_anew(
     assert [path.name for path in tmp_path.iterdir()] == [LOCAL_DB]
 
 
+@pytest.mark.fault("F12")
 def test_client_neither_retries_nor_follows_nor_prints(monkeypatch: pytest.MonkeyPatch) -> None:
     """What exactly-once delivery and a clean standard output rest on."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "7")
@@ -522,6 +535,7 @@ def test_client_neither_retries_nor_follows_nor_prints(monkeypatch: pytest.Monke
     assert os.environ["MLFLOW_ALLOW_HTTP_REDIRECTS"] == "false"
 
 
+@pytest.mark.fault("F10")
 def test_broken_outbox_never_stops_a_study(tmp_path: Path) -> None:
     study = finished_study(tmp_path, strategies=("zero_shot",))
     outbox = study.outbox()

@@ -32,6 +32,7 @@ def of(rows: dict[str, Row], op: str) -> list[dict[str, Any]]:
     return [dict(row.payload) for row in rows.values() if row.payload["op"] == op]
 
 
+@pytest.mark.fault("F20")
 def test_rows_do_not_depend_on_the_order_steps_finished_in(study: Tracked) -> None:
     expected = rows_of(study)
     for seed in range(5):
@@ -48,6 +49,7 @@ def any_order(study: Tracked, seed: int) -> list[str]:
     return done
 
 
+@pytest.mark.fault("F11")
 def test_a_step_told_twice_makes_the_same_rows(study: Tracked) -> None:
     projection = study.projection()
     for fingerprint, step in study.plan.steps.items():
@@ -59,6 +61,7 @@ def test_a_step_told_twice_makes_the_same_rows(study: Tracked) -> None:
     assert again.items() <= expected.items()
 
 
+@pytest.mark.fault("F32")
 def test_measurements_have_the_time_of_their_records(study: Tracked) -> None:
     times = {record.created_ms for record in study.records.values()}
     stamps = {stamp for body in of(rows_of(study), "log") for _, _, _, stamp, _, _ in body["metrics"]}
