@@ -93,7 +93,11 @@ def read_suite(root: str | Path) -> dict[str, Any]:
     if not isinstance(roles, dict) or set(roles) != set(ROLES):
         raise UserError(f"{path}: `roles` must hold exactly {', '.join(ROLES)}")
     for role, names in roles.items():
-        if not isinstance(names, list) or not all(_is_name(name) for name in names) or len(set(names)) < len(names):
+        if (
+            not isinstance(names, list)
+            or not all(_is_name(name) for name in names)
+            or len(set(names)) < len(names)
+        ):
             raise UserError(f"{path}: `roles.{role}` must list names of datasets, each once")
     return suite
 
@@ -291,7 +295,9 @@ def _shard_files(place: Path) -> list[Path]:
     )
     stated = _lines(place / "nshards.txt")
     if stated and stated[0] != str(len(files)):
-        raise ShardError(place, "missing", f"nshards.txt states {stated[0][:20]} shards, {len(files)} are there")
+        raise ShardError(
+            place, "missing", f"nshards.txt states {stated[0][:20]} shards, {len(files)} are there"
+        )
     return files
 
 
