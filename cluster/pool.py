@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorUnschedulableError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -27,6 +27,10 @@ from cluster.session import ClusterError
 
 class WorkerLost(Exception):
     """An actor died, or could not be reached, before it answered; what it was doing may run again."""
+
+
+class PlaceLost(WorkerLost):
+    """The node chosen for a worker had gone before it began: nothing was tried."""
 
 
 PLACEMENT_SECONDS = 60.0
@@ -143,7 +147,8 @@ class Call:
                     "or let `temporal-merge submit` send it along"
                 ) from error
             if isinstance(error, RayError):
-                raise WorkerLost(_reason(error)) from error
+                gone = isinstance(error, ActorUnschedulableError)
+                raise (PlaceLost if gone else WorkerLost)(_reason(error)) from error
             raise
         self.group.idle, self.group.since, self.group.starting = True, time.monotonic(), []
         self.usages = [usage for _, usage in answers]

@@ -13,7 +13,7 @@ from typing import Any
 
 from cluster.code import CodeMismatch
 from cluster.memory import OutOfMemory
-from cluster.pool import Call, Group, Pools, wait
+from cluster.pool import Call, Group, PlaceLost, Pools, WorkerLost, wait
 from cluster.room import Room
 from cluster.session import ClusterError, Head, Session, check_address, connect, nodes_now
 from merge_service.errors import UserError
@@ -256,7 +256,10 @@ class _Drive:
         self._retry_or_fail(step, CorruptArtifact(why))
 
     def _retry_or_fail(self, step: Step, error: Exception) -> None:
-        tries = self.tries[step.fingerprint] = self.tries.get(step.fingerprint, 0) + 1
+        if isinstance(error, WorkerLost):
+            self._looked = 0.0  # its node may have gone: look before anything else is placed there
+        tries = self.tries.get(step.fingerprint, 0) + (not isinstance(error, PlaceLost))
+        self.tries[step.fingerprint] = tries
         limit = self.study.resources.experts.max_retries
         if isinstance(error, OutOfMemory):
             limit = min(limit, MEMORY_RETRIES)
