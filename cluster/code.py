@@ -15,6 +15,14 @@ class CodeMismatch(ValueError):
 
     exit_code = 2
 
+    @classmethod
+    def found(cls, what: str) -> "CodeMismatch":
+        """The error that says what was seen, and what to do."""
+        return cls(
+            f"{what}; install the same version on every node, or let `temporal-merge submit` send it along. If it was edited "
+            "while the study ran, give the same command again: finished steps are kept"
+        )
+
 
 @cache
 def code_digest() -> str:
@@ -32,8 +40,7 @@ def check_code(expected: str, where: str) -> None:
     """Raise CodeMismatch unless this process, which runs on `where`, has the sources of that digest."""
     found = code_digest()
     if found != expected:
-        raise CodeMismatch(
-            f"{where}: the worker's code in {Path(__file__).parent.parent} ({found[:12]}) is not the driver's "
-            f"({expected[:12]}); install the same version on every node, or let `temporal-merge submit` send it along. If it "
-            "was edited while the study ran, give the same command again: finished steps are kept"
+        root = Path(__file__).parent.parent
+        raise CodeMismatch.found(
+            f"{where}: the worker's code in {root} ({found[:12]}) is not the driver's ({expected[:12]})"
         )

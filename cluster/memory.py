@@ -28,8 +28,7 @@ def limit_memory(budget: int) -> None:
     The kernel limits address space, not what is resident: what the process has reserved so far without using it is allowed
     on top.
     """
-    status = (_OWN / "status").read_text()
-    reserved, used = (_kilobytes(status, name) * 1024 for name in ("VmData", "RssAnon"))
+    reserved, used = _status("VmData"), _status("RssAnon")
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (reserved + max(0, budget - used), most))
 
@@ -48,9 +47,10 @@ def out_of_memory(error: BaseException, budget: int | None) -> OutOfMemory | Non
     )
 
 
-def _kilobytes(status: str, name: str) -> int:
-    found = re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)
-    return int(found[1]) if found else 0
+def _status(name: str) -> int:
+    """What the kernel says of this process's memory under a name, in bytes; 0 where it does not say. Raises OSError."""
+    found = re.search(rf"^{name}:\s+(\d+) kB", (_OWN / "status").read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
 
 
 def reset_peaks() -> None:
@@ -64,9 +64,8 @@ def reset_peaks() -> None:
 def peak_resident() -> int:
     """Largest resident memory since the last reset in bytes, mapped files included."""
     with contextlib.suppress(OSError):
-        found = re.search(r"^VmHWM:\s+(\d+) kB", (_OWN / "status").read_text(), re.MULTILINE)
-        if found:
-            return int(found[1]) * 1024
+        if peak := _status("VmHWM"):
+            return peak
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

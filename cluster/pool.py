@@ -142,9 +142,8 @@ class Call:
             if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
                 raise error.cause from None
             if isinstance(error, RayError) and _FOREIGN_CODE.search(str(error)):
-                raise CodeMismatch(
-                    f"a worker has other code than this driver ({_reason(error)}); install the same version on every node, "
-                    "or let `temporal-merge submit` send it along"
+                raise CodeMismatch.found(
+                    f"a worker has other code than this driver ({_reason(error)})"
                 ) from error
             if isinstance(error, RayError):
                 gone = isinstance(error, ActorUnschedulableError)

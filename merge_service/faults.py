@@ -6,8 +6,8 @@ same environment passes.
 
 `TEMPORAL_MERGE_FAULTS` is JSON: {point: fault or list of faults}, a fault being {"at": n, "marker": file, "do": what, ...}:
 `kill` (the default) ends the process by SIGKILL, or the one whose id `pid_file` holds (JSON with "pid", such as a run's
-`driver.json`); `stop` suspends it as SIGSTOP does; `spin` never comes back; `allocate` asks for `bytes` of memory; `full` and
-`unwritable` are what a file system says.
+`driver.json`); `stop` suspends it as SIGSTOP does; `spin` never comes back; `allocate` asks for `bytes` of memory; `full` is
+what a file system says.
 """
 
 import errno
@@ -71,15 +71,10 @@ def _full(_: dict[str, Any]) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _unwritable(_: dict[str, Any]) -> None:
-    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-
 _ACTIONS = {
     "kill": _kill,
     "stop": _stop,
     "spin": _spin,
     "allocate": _allocate,
     "full": _full,
-    "unwritable": _unwritable,
 }

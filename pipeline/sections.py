@@ -264,8 +264,8 @@ class ExpertResources(Section):
     """What one expert gets: `workers` processes with `gpus`, `cpus` and `threads` each. `groups` experts train at a time.
 
     `checkpoint_every` is in steps (0: never). `timeout` is in seconds without a sign of progress, then the step is tried again.
-    `memory` is what each worker may have, mapped weights aside; evaluations keep to it as well. Workers, ZeRO stage, engine and threads bear on the bits of the result; the
-    others do not.
+    `memory` is what each worker may have, mapped weights aside; evaluations keep to it as well. Workers, ZeRO stage, engine and
+    threads bear on the bits of the result; the others do not.
     """
 
     gpus: float = Field(default=0, ge=0, le=64)

@@ -18,11 +18,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cluster.code import PACKAGES
 from merge_service.errors import UserError
 from pipeline.config import Study, load_study
 from pipeline.errors import ConfigError
 
-ROOMS = ("pipeline", "workers", "merge_service", "cluster")
 CODE = Path(__file__).resolve().parent.parent
 MAX_BYTES = 200 * 10**6
 """Of one shipment; Ray keeps it in the head's memory."""
@@ -122,7 +122,7 @@ def shipment(study: Path | None = None, files: Sequence[Path] = ()) -> Iterator[
     """
     with tempfile.TemporaryDirectory(prefix="temporal-merge-") as home:
         room = Path(home)
-        for name in ROOMS:
+        for name in PACKAGES:
             shutil.copytree(
                 CODE / name, room / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
             )

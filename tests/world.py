@@ -92,7 +92,7 @@ class Cluster:
         self, room: Path, dashboard: bool = False, environment: dict[str, str] | None = None
     ) -> None:
         ports = {
-            name: _free_port()
+            name: free_port()
             for name in ("port", "node", "object", "agent", "client", "metrics", "dashboard")
         }
         self.address = f"127.0.0.1:{ports['port']}"
@@ -139,25 +139,41 @@ class Cluster:
             self.process.wait(20)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def command(
-    *arguments: Any, faults: dict[str, Any] | None = None, timeout: float = 240, cwd: Path = ROOT
-) -> subprocess.CompletedProcess[str]:
-    """Run `temporal-merge` as a person would, in a process of its own."""
-    environment = os.environ | {
+def start(
+    *arguments: Any,
+    faults: dict[str, Any] | None = None,
+    environment: dict[str, str] | None = None,
+    cwd: Path = ROOT,
+) -> subprocess.Popen[str]:
+    """Start `temporal-merge` as a person would, in a process of its own, and come back at once."""
+    ours = {
         "TEMPORAL_MERGE_FAULTS": json.dumps(faults or {}),
         "RAY_AUTH_MODE": "token",
         "PYTHONPATH": str(ROOT),
     }
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", "pipeline.cli", *map(str, arguments)],
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout,
+        cwd=cwd, env=os.environ | ours | (environment or {}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def command(
+    *arguments: Any, faults: dict[str, Any] | None = None, timeout: float = 240, cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """Run `temporal-merge` as a person would, to its end; a process that takes longer than `timeout` is killed."""
+    with start(*arguments, faults=faults, cwd=cwd) as process:
+        try:
+            said, errors = process.communicate(timeout=timeout)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, said, errors)
 
 
 def artifacts(out: Path) -> dict[str, str]:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from cluster.code import PACKAGES
 from cluster.session import ClusterError
 from cluster.submission import Cluster, Job, _Seen, check_dashboard
 from merge_service.errors import UserError
 from pipeline.config import load_study
 from pipeline.errors import ConfigError
-from pipeline.submit import ROOMS, _exit_code, key_of, relative_files, shipment, submit_study
+from pipeline.submit import _exit_code, key_of, relative_files, shipment, submit_study
 from tests.world import World
 
 
@@ -151,7 +152,7 @@ def test_shipment_holds_source_study_and_files_and_nothing_else(world: World, se
         assert (room / study.name).read_bytes() == study.read_bytes()
     assert {"pipeline/cli.py", "workers/train.py", "merge_service/actor.py", "cluster/session.py"} <= names
     assert {"models/mine/open_clip_config.json", study.name} <= names
-    assert {name.split("/")[0] for name in names} == {*ROOMS, "models", study.name}
+    assert {name.split("/")[0] for name in names} == {*PACKAGES, "models", study.name}
     assert not any("__pycache__" in name or name.endswith(".pyc") for name in names) and not room.exists()
 
 
@@ -187,9 +188,9 @@ def test_exit_code_is_that_of_the_run(state: str, code: int | None, expected: in
 
 @pytest.fixture
 def free_port() -> int:
-    from tests.world import _free_port
+    from tests.world import free_port
 
-    return _free_port()
+    return free_port()
 
 
 @pytest.fixture

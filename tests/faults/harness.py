@@ -7,8 +7,6 @@ MLflow (but for durations and speeds), `verify` clean, and nothing left of stage
 import contextlib
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +15,16 @@ from typing import Any
 from pipeline.lock import is_held
 from pipeline.store import Store
 from pipeline.tracking_export import export
-from tests.world import ROOT, Cluster, artifacts, command
+from tests.world import Cluster, artifacts, command
 
 TIMED = ("seconds", "samples_per_second", "throughput", "memory", "rate")
 """What two runs of the same study may differ in, by a part of the metric's name."""
+WORKER_POINTS = (
+    "train.start", "train.after_step", "train.after_ckpt", "train.before_commit", "train.after_commit",
+    "store.after_stage", "store.after_fsync", "store.before_record", "store.after_rename",
+    "merge.start", "merge.before_commit", "merge.after_commit", "evaluate.start", "evaluate.after_commit",
+)  # fmt: skip
+DRIVER_POINTS = ("driver.after_commit", "outbox.after_append", "tracking.after_send")
 PATIENCE = 20.0
 """How long the orphans of a killed driver may take to go, in seconds."""
 
@@ -45,16 +49,6 @@ class Faults:
         return [marker.name for marker in self.markers if not marker.exists()]
 
 
-def start(*arguments: Any, faults: Faults | None = None, environment: dict[str, str] | None = None) -> Any:
-    """Start `temporal-merge ...` and come back at once."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", *map(str, arguments)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"TEMPORAL_MERGE_FAULTS": json.dumps(faults.placed if faults else {}), "PYTHONPATH": str(ROOT)}
-        | (environment or {}),
-    )  # fmt: skip
-
-
 def run(study: Path, out: Path, cluster: Cluster, faults: Faults | None = None) -> Any:
     """A run of a study on the warm cluster, to its end; every fault must have fired."""
     placed = faults.placed if faults else None
@@ -62,6 +56,17 @@ def run(study: Path, out: Path, cluster: Cluster, faults: Faults | None = None) 
     if faults:
         assert not faults.missed, f"never fired: {faults.missed}: {answer.stderr}"
     return answer
+
+
+def must_go_on(
+    study: Path, out: Path, undisturbed: Path, address: str, cluster: Cluster | None = None
+) -> None:
+    """Give the command of a run that ended early again: nothing finished is done anew, and it comes out the same."""
+    before = created(out)
+    answer = command("run", study, "--out", out, "--address", address)
+    assert answer.returncode == 0, answer.stderr
+    assert before.items() <= created(out).items(), "a finished step was done again"
+    must_be_same(out, undisturbed, cluster)
 
 
 def must_be_same(out: Path, undisturbed: Path, cluster: Cluster | None = None) -> None:
@@ -136,14 +141,17 @@ def workers_of(cluster: Cluster) -> list[int]:
     """Process ids of actors of a test cluster: what a raylet of its session has started and is not idle."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            session = int((entry / "stat").read_text().rpartition(")")[2].split()[3])
+        with contextlib.suppress(OSError):
             title = (entry / "cmdline").read_bytes()
-        except (OSError, ValueError, IndexError):
-            continue
-        if session == cluster.process.pid and title.startswith((b"ray::Worker", b"ray::Merger")):
-            found.append(int(entry.name))
+            ours = int(process_facts(int(entry.name))[3]) == cluster.process.pid
+            if ours and title.startswith((b"ray::Worker", b"ray::Merger")):
+                found.append(int(entry.name))
     return found
+
+
+def process_facts(pid: int) -> list[str]:
+    """State, parent, group, session and so on of a process, as the kernel lists them. Raises OSError if it is gone."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def wait_until(true: Callable[[], Any], what: str, seconds: float = PATIENCE) -> float:

@@ -21,18 +21,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
-from tests.faults.harness import Faults, must_be_same, start, workers_of
-from tests.world import Cluster, World, command, make_world
+from tests.faults.harness import DRIVER_POINTS, WORKER_POINTS, Faults, must_be_same, workers_of
+from tests.world import Cluster, World, command, make_world, start
 
 FAULTS = 3
 STARTS = FAULTS + 2
 """A driver is started once, once more for every fault, and once for luck that no run should need."""
-WORKER_POINTS = (
-    "train.start", "train.after_step", "train.after_ckpt", "train.before_commit", "train.after_commit",
-    "store.after_stage", "store.after_fsync", "store.before_record", "store.after_rename",
-    "merge.start", "merge.before_commit", "merge.after_commit", "evaluate.start", "evaluate.after_commit",
-)  # fmt: skip
-DRIVER_POINTS = ("driver.after_commit", "outbox.after_append", "tracking.after_send")
 RESOURCES = {
     "experts": {"checkpoint_every": 2, "timeout": 25},
     "merging": {"timeout": 25},
@@ -70,7 +64,7 @@ def one(world: World, cluster: Cluster, undisturbed: Path, room: Path, seed: int
     study = world.study(resources=RESOURCES)
     while not codes or codes[-1] != 0:
         assert len(codes) < STARTS, f"started {len(codes)} times: {codes}"
-        process = start("run", study, "--out", out, "--address", cluster.address, faults=faults)
+        process = start("run", study, "--out", out, "--address", cluster.address, faults=faults.placed)
         said = process.communicate(timeout=300)[1]
         codes.append(process.returncode)
         assert "Traceback" not in said, said

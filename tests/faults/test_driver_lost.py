@@ -13,12 +13,12 @@ from tests.faults.harness import (
     Faults,
     created,
     must_be_same,
+    must_go_on,
     run,
-    start,
     wait_until,
     workers_of,
 )
-from tests.world import Cluster, World
+from tests.world import Cluster, World, start
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.chaos]
 Record = Any
@@ -32,10 +32,7 @@ def test_driver_killed_between_its_own_writes_is_rerun_to_the_same(
     out = tmp_path / "out"
     answer = run(world.study(), out, cluster, Faults(tmp_path).at(point, nth=3))
     assert answer.returncode == -9, answer.stderr
-    before = created(out)
-    assert run(world.study(), out, cluster).returncode == 0
-    assert before.items() <= created(out).items()
-    must_be_same(out, undisturbed, cluster)
+    must_go_on(world.study(), out, undisturbed, cluster.address, cluster)
 
 
 @pytest.mark.fault("F4")
@@ -45,12 +42,9 @@ def test_driver_killed_with_experts_running_leaves_no_orphans_and_trains_nothing
     out, faults = tmp_path / "out", Faults(tmp_path)
     faults.at("train.after_ckpt", nth=2, pid_file=str(out / "driver.json"))
     assert run(world.study(), out, cluster, faults).returncode == -9
-    before = created(out)
     took = wait_until(lambda: not workers_of(cluster), "orphans live on", 10)
     record_property("orphans gone after", f"{took:.1f} s")
-    assert run(world.study(), out, cluster).returncode == 0
-    assert before.items() <= created(out).items()
-    must_be_same(out, undisturbed, cluster)
+    must_go_on(world.study(), out, undisturbed, cluster.address, cluster)
 
 
 @pytest.mark.fault("F5")
@@ -96,8 +90,7 @@ def test_driver_that_is_asked_to_end_does_so_and_the_rerun_finishes(
     assert process.returncode == code, said
     assert "Traceback" not in said, said
     wait_until(lambda: not workers_of(cluster), "workers of an ended run live on", 10)
-    assert run(world.study(), out, cluster).returncode == 0
-    must_be_same(out, undisturbed, cluster)
+    must_go_on(world.study(), out, undisturbed, cluster.address, cluster)
 
 
 @pytest.mark.fault("F32")
@@ -112,7 +105,7 @@ def test_clock_set_back_an_hour_and_then_forward_a_day_changes_nothing(
             f"import time\n_time, _ns = time.time, time.time_ns\ntime.time = lambda: _time() + {shift}\n"
             f"time.time_ns = lambda: _ns() + {shift} * 10**9\n"
         )
-        faults = Faults(tmp_path).at(point, nth=4) if point else None
+        faults = Faults(tmp_path).at(point, nth=4).placed if point else None
         process = start(
             "run", study, "--out", out, "--address", cluster.address, faults=faults,
             environment={"PYTHONPATH": f"{site}:{Path(__file__).parents[2]}"},
@@ -133,7 +126,4 @@ def test_disk_that_fills_ends_the_run_and_the_rerun_is_the_same(
     answer = run(world.study(), out, cluster, Faults(tmp_path).at(point, nth=3, do="full"))
     assert answer.returncode == 1, answer.stderr
     assert re.search(r"StorageFull: .*bytes are needed, [\d,]+ are free", answer.stderr), answer.stderr
-    before = created(out)
-    assert run(world.study(), out, cluster).returncode == 0
-    assert before.items() <= created(out).items()
-    must_be_same(out, undisturbed, cluster)
+    must_go_on(world.study(), out, undisturbed, cluster.address, cluster)

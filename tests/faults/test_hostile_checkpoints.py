@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_service.checkpoint import WEIGHTS_FILE, Checkpoint, CheckpointWriter, admit, check_finite
@@ -17,23 +17,14 @@ from merge_service.errors import CheckpointError, CorruptCheckpoint
 from pipeline.errors import CorruptArtifact
 from pipeline.store import Store
 from tests.faults.corpus_files import checkpoints
+from tests.faults.fuzz import seeded
 from tests.faults.limits import cost_of
 from tests.merge_service import toys
 from tests.pipeline.store_toys import ToyStep, put
 
-SEEDED = settings(
-    max_examples=300,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+SEEDED = seeded(300)
+pytestmark = pytest.mark.usefixtures("no_disk_sync")
 Record = Callable[[str, object], None]
-
-
-@pytest.fixture(autouse=True)
-def no_disk_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda handle: None)
 
 
 @pytest.fixture

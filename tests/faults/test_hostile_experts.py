@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_service.actor import Merger
@@ -22,23 +22,14 @@ from merge_service.service import MergeService
 from merge_service.stream import Member
 from merge_service.timeline import Strategy
 from pipeline.store import Store
+from tests.faults.fuzz import seeded
 from tests.merge_service import toys
 from tests.pipeline.store_toys import ToyStep
 
-SEEDED = settings(
-    max_examples=120,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+SEEDED = seeded(120)
+pytestmark = pytest.mark.usefixtures("no_disk_sync")
 Record = Callable[[str, object], None]
 STRATEGY = Strategy("base", "all", "ties", {"density": 0.5})
-
-
-@pytest.fixture(autouse=True)
-def no_disk_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda handle: None)
 
 
 @pytest.fixture

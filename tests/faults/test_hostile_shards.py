@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from merge_service.errors import UserError
 from tests.faults import poison
 from tests.faults.corpus_files import shards
+from tests.faults.fuzz import seeded
 from tests.faults.limits import cost_of
 from tests.workers.data_helpers import PREPROCESS, job, words, write_coloured
 from workers.data import manifest
@@ -28,13 +29,7 @@ from workers.data.mixture import batch_indices
 from workers.data.tarscan import ShardError
 from workers.jobs import Source
 
-SEEDED = settings(
-    max_examples=150,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+SEEDED = seeded(150)
 Record = Callable[[str, object], None]
 POISONS = poison.poisons()
 

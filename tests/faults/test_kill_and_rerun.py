@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.tracking_export import export
+from tests.faults.harness import created
 from tests.world import Cluster, World, artifacts, command
 
 DRIVER_DEATHS = {
@@ -34,14 +35,6 @@ def measurements(out: Path) -> str:
         if metric[0] in SCORES or metric[0].startswith("score")
     ]
     return json.dumps(kept)
-
-
-def created(out: Path) -> dict[str, int]:
-    """When each artifact was committed, to see that none was made again."""
-    return {
-        path.parent.name: json.loads(path.read_text())["created_ms"]
-        for path in (out / "store").glob("*/*/record.json")
-    }
 
 
 @pytest.mark.fault("F2", "F4")

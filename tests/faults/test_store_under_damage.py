@@ -9,22 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.artifact import RECORD_FILE, _self_digest, read_record
 from pipeline.errors import CorruptArtifact, StoreError
 from pipeline.store import Store
 from tests.faults.corpus_files import records
+from tests.faults.fuzz import seeded
 from tests.pipeline.store_toys import CONTENT, put
 
-SEEDED = settings(
-    max_examples=250,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+SEEDED = seeded(250)
+pytestmark = pytest.mark.usefixtures("no_disk_sync")
 
 
 @pytest.fixture
@@ -32,11 +28,6 @@ def empty(tmp_path: Path) -> Store:
     made = Store(tmp_path / "store")
     made.prepare()
     return made
-
-
-@pytest.fixture(autouse=True)
-def no_disk_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda handle: None)
 
 
 # --- records that lie ----------------------------------------------------------------------------------------------------

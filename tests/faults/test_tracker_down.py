@@ -20,16 +20,10 @@ from typing import Any
 
 import pytest
 
-from tests.faults.harness import created, run, start, tracked, wait_until
-from tests.world import Cluster, World, artifacts, command
+from tests.faults.harness import created, run, tracked, wait_until
+from tests.world import Cluster, World, artifacts, command, free_port, start
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.chaos]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -7,22 +7,26 @@ from typing import Any
 
 import pytest
 
-from tests.faults.harness import Faults, created, must_be_same, results, run, wait_until, workers_of
+from tests.faults.harness import (
+    WORKER_POINTS,
+    Faults,
+    created,
+    must_be_same,
+    results,
+    run,
+    wait_until,
+    workers_of,
+)
 from tests.world import Cluster, World
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.chaos]
 Record = Any
 
 ONE_AT_A_TIME = {"max_running": {"train": 1}}
-POINTS = (
-    "train.start", "train.after_step", "train.after_ckpt", "train.before_commit", "train.after_commit",
-    "store.after_stage", "store.after_fsync", "store.before_record", "store.after_rename",
-    "merge.start", "merge.before_commit", "merge.after_commit", "evaluate.start", "evaluate.after_commit",
-)  # fmt: skip
 
 
 @pytest.mark.fault("F2")
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", WORKER_POINTS)
 def test_worker_killed_at_a_point_is_replaced_and_nothing_differs(
     point: str, world: World, cluster: Cluster, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -85,9 +89,8 @@ def test_stuck_step_is_ended_at_its_deadline_and_tried_again(
     record_property: Record,
 ) -> None:
     kind = {"train": "experts", "merge": "merging", "evaluate": "evaluation"}[point.partition(".")[0]]
-    resources = {"experts": {"checkpoint_every": 2}} | {kind: {"timeout": 20}}
-    if kind == "experts":
-        resources = {"experts": {"checkpoint_every": 2, "timeout": 20}}
+    resources: dict[str, Any] = {"experts": {"checkpoint_every": 2}}
+    resources.setdefault(kind, {})["timeout"] = 20
     began = time.monotonic()
     answer = run(
         world.study(resources=resources), tmp_path / "out", cluster, Faults(tmp_path).at(point, do=do)

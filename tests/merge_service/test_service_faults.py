@@ -1,7 +1,6 @@
 """The merge service over any schedule of arrivals and crashes, and over two hundred arrivals: same bytes, nothing grows."""
 
 import gc
-import hashlib
 import re
 import threading
 from itertools import count
@@ -14,7 +13,7 @@ import toys
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE, sha256_of
 from merge_service.errors import ConflictingArrival
 from merge_service.service import MergeService
 from merge_service.timeline import Strategy
@@ -34,17 +33,13 @@ def stream(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [room / f"{t}" for t in range(T + 1)]
 
 
-def sha(directory: Path) -> str:
-    return hashlib.sha256((directory / WEIGHTS_FILE).read_bytes()).hexdigest()
-
-
 @pytest.fixture(scope="module")
 def golden(stream: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What is served after each arrival when nothing goes wrong."""
     with MergeService(STRATEGY, stream[0], tmp_path_factory.mktemp("golden")) as service:
         for t in range(1, T + 1):
             service.arrive(t, stream[t])
-        return [sha(service.deployed(t)) for t in range(T + 1)]
+        return [sha256_of(service.deployed(t) / WEIGHTS_FILE) for t in range(T + 1)]
 
 
 ACTS = st.tuples(st.sampled_from(["arrive", "again", "other", "crash"]), st.integers(1, T))
@@ -81,7 +76,9 @@ def test_any_schedule_of_arrivals_duplicates_conflicts_and_crashes_serves_the_sa
                 for again in order:
                     service.arrive(again, stream[again])
             reached = next(t for t in count() if t + 1 not in arrived)
-            assert [sha(service.deployed(t)) for t in range(reached + 1)] == golden[: reached + 1]
+            assert [sha256_of(service.deployed(t) / WEIGHTS_FILE) for t in range(reached + 1)] == golden[
+                : reached + 1
+            ]
         service.close()
 
     hold()

@@ -1,0 +1,9 @@
+"""Fixtures of tests that write thousands of tiny files."""
+
+import pytest
+
+
+@pytest.fixture
+def no_disk_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting for the disk after each file would take minutes and prove nothing."""
+    monkeypatch.setattr("os.fsync", lambda handle: None)
