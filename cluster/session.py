@@ -191,6 +191,8 @@ def connect(address: str = "local", *, threads: int = 1, cpus: int | None = None
             ray.init(address=address, **quiet)
     except (ConnectionError, TimeoutError) as error:
         raise ClusterError(f"--address {address}: no Ray cluster answers there ({error})") from error
+    except SystemExit as ended:  # Ray's handler, which exits with the bare number
+        raise SystemExit(128 + signal.SIGTERM if ended.code == signal.SIGTERM else ended.code) from ended
     if handler is not None:
         signal.signal(signal.SIGTERM, handler)
     try:

@@ -65,13 +65,19 @@ def test_two_drivers_of_one_out_are_one_run_and_one_refusal(
 
 @pytest.mark.fault("F31")
 @pytest.mark.parametrize(
-    ("sent", "code"),
-    [((signal.SIGTERM,), 143), ((signal.SIGINT,), 130), ((signal.SIGINT, signal.SIGINT), 130)],
-    ids=["terminated", "interrupted", "interrupted twice"],
+    ("sent", "code", "done"),
+    [
+        ((signal.SIGTERM,), 143, 1),
+        ((signal.SIGTERM,), 143, 2),
+        ((signal.SIGINT,), 130, 2),
+        ((signal.SIGINT, signal.SIGINT), 130, 2),
+    ],
+    ids=["terminated while it joins the cluster", "terminated", "interrupted", "interrupted twice"],
 )
 def test_driver_that_is_asked_to_end_does_so_and_the_rerun_finishes(
     sent: Any,
     code: int,
+    done: int,
     world: World,
     cluster: Cluster,
     undisturbed: Path,
@@ -80,7 +86,9 @@ def test_driver_that_is_asked_to_end_does_so_and_the_rerun_finishes(
 ) -> None:
     out = tmp_path / "out"
     process = start("run", world.study(), "--out", out, "--address", cluster.address)
-    wait_until(lambda: created(out), "no step ends", 60)
+    wait_until(
+        lambda: len(created(out)) >= done, "no step ends", 60
+    )  # the base is there before the cluster is
     began = time.monotonic()
     for one in sent:
         process.send_signal(one)

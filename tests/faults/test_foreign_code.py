@@ -42,4 +42,4 @@ def test_study_is_refused_before_any_step_by_workers_of_other_code(
         other.stop()
     assert answer.returncode == 2, answer.stderr
     assert "install the same version on every node" in answer.stderr
-    assert created(tmp_path / "out") == {}
+    assert not [name for name in created(tmp_path / "out") if not name.startswith("base-")]
