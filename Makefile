@@ -23,7 +23,7 @@ test: $(VENV)/.installed ## the whole test suite
 	$(BIN)/python -m pytest
 
 faults: $(VENV)/.installed ## the whole fault matrix, with nodes lost and hosts cut off; its table goes to docs/reliability.md
-	$(BIN)/python -m pytest -m "fault or chaos" --matrix docs/reliability.md
+	$(BIN)/python -m pytest -m "fault or chaos" --matrix=docs/reliability.md
 
 soak: $(VENV)/.installed ## twenty runs with three random faults each, about twenty minutes; RUNS and SEED may be set
 	$(BIN)/python -m tests.faults.soak --runs $(or $(RUNS),20) $(if $(SEED),--seed $(SEED))
