@@ -6,9 +6,9 @@ else of the package knows of it: a translated strategy is written in our own par
 are those of an equal strategy written by hand.
 
 Not copied: what crashes there (a pruned fraction that rounds to no element, averaging with LiNeS, LiNeS on one block) or
-loses weights (SLERP of a zero tensor, elements whose votes cancel while the tower's do as well); Model Stock's 1e-8 beside
-norms; which of two opposite task vectors of equal size MagMax takes. Random masks have the same distribution, not the same
-draws, and scalars are never dropped.
+loses weights (SLERP of a zero tensor, elements whose votes cancel while the tower's do as well); a rank that binary rounding
+moves by one; Model Stock's 1e-8 beside norms; which of two opposite values of equal size MagMax takes. Random masks have the
+same distribution, not the same draws, and scalars are never dropped.
 
 Invariant: pure, and idempotent: what has no `parity` comes back as it was, and what comes back has none.
 Source: "How to Merge Your Multimodal Models Over Time?" (arXiv 2412.06712) and the protocols `offline_merge`, `ema_paint`,

@@ -35,7 +35,7 @@ def merge(
         )
         merged = {name: base[name].astype(np.float64) + factor[name] * delta[name] for name in names}
     for name in names:
-        if name.endswith("logit_scale") and params["logit_scale"] != "unclamped":
+        if name.endswith("logit_scale"):
             ceiling = max(float(np.float32(math.log(100))), float(base[name]))
             merged[name] = np.minimum(merged[name], ceiling)
     return merged

@@ -44,7 +44,7 @@ def merge(
         delta = _combine(technique, params, names, taus, ids)
         merged = {n: start[n] + params["scale"] * delta[n] for n in names}
     for name in names:
-        if name.endswith("logit_scale") and params["logit_scale"] != "unclamped":
+        if name.endswith("logit_scale"):
             ceiling = max(float(np.float32(math.log(100))), float(base[name]))
             merged[name] = np.minimum(merged[name], ceiling)
     return merged
