@@ -191,8 +191,8 @@ class Blend:
         return outcome
 
     def clamped(self, span: Span, block: np.ndarray) -> np.ndarray:
-        """The block itself, with logit_scale held in place at ln(100) at most as CLIP has it."""
-        if is_logit_scale(span.name):
+        """The block itself, with logit_scale held in place at ln(100) at most as CLIP has it, unless that is not wanted."""
+        if is_logit_scale(span.name) and self.params.get("logit_scale") != "unclamped":
             np.minimum(block, self._ceiling(span), out=block)
         return block
 

@@ -185,7 +185,10 @@ def limits_rule(technique: str, params: Mapping[str, Any]) -> dict[str, Any] | N
     names = ("density", "outliers", "granularity", "count_frozen", "logit_scale")
     if kind is None or params.get("granularity") == "row":
         return None
-    return {"kind": kind, **{name: params[name] for name in names if name in params}}
+    rule = {"kind": kind, **{name: params[name] for name in names if name in params}}
+    if rule.get("logit_scale") == "unclamped":
+        rule["logit_scale"] = "merge"  # both rank it with the others
+    return rule
 
 
 def _rule(blend: "Blend") -> dict[str, Any] | None:

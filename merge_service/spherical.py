@@ -63,6 +63,10 @@ def mean_cosine(squared_norm: float, n: int, zeros: int = 0) -> float:
     The n (n - 1) ordered pairs make up what |sum u|^2 holds beside the squares |u_i|^2. `zeros` of the task vectors are
     zero: they add nothing to the sum, and their cosines count as 0. A single task vector agrees with itself: 1.
     """
+    if n > 1 and n - zeros <= 1:
+        return (
+            0.0  # no pair: what would be left is rounding, and the next fold cannot tell it from a direction
+        )
     return (squared_norm - (n - zeros)) / (n * (n - 1)) if n > 1 else 1.0
 
 

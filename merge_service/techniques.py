@@ -50,8 +50,8 @@ LOGIT_SCALE = Param(
     "logit_scale",
     "choice",
     "merge",
-    "merge: as any parameter, then at most ln(100) as CLIP has it; base: keep the base's",
-    choices=("merge", "base"),
+    "merge: as any parameter, then at most ln(100) as CLIP has it; base: keep the base's; unclamped: as any parameter (TIME)",
+    choices=("merge", "base", "unclamped"),
 )
 OUTLIERS = Param("outliers", "float", 0.01, "fraction of largest magnitudes dropped", 0, 1)
 SEED = Param("seed", "int", 0, "seed of the random masks", 0, 2**63 - 1)

@@ -67,7 +67,9 @@ class Strategy:
 
     `params` are the technique's, for both of its forms at once (`weight` speaks to the fold, `schedule` to the merge).
     `mixture` is (pretraining, update, buffer) data weights, None for the study's own. `joint` means one single task
-    that holds the data of all tasks (the multitask upper reference).
+    that holds the data of all tasks (the multitask upper reference). `alone` is what `all` gives while there is one expert:
+    the technique's merge of one, or the expert as it is. `parity` names other people's definitions that the rest is
+    written in, until `parity.translate` has put it into ours.
     """
 
     init: str = "base"
@@ -77,6 +79,8 @@ class Strategy:
     ema_seed: str = "base"
     mixture: tuple[float, float, float] | None = None
     joint: bool = False
+    alone: Literal["merge", "expert"] = "merge"
+    parity: str | None = None
 
 
 NO_REPLAY = (0.0, 1.0, 0.0)
@@ -180,7 +184,7 @@ def _after(strategy: Strategy, rule: str, finished: int) -> Weights:
     if rule == "latest":
         return Expert(finished)
     if rule == "all":
-        return Merged("all", finished)
+        return Expert(1) if finished == 1 and strategy.alone == "expert" else Merged("all", finished)
     if finished == 1 and strategy.ema_seed == "first_expert":
         return Expert(1)
     return Merged("ema", finished)

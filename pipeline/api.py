@@ -160,11 +160,13 @@ def merge(
     experts: Sequence[PathLike] | Sequence[StateDict],
     base: PathLike | StateDict | None = None,
     out: PathLike | None = None,
+    *,
+    parity: str | None = None,
     **params: Any,
 ) -> "MergeReport | dict[str, Any]":
     """Merge experts, oldest first: files into `out`, or state dicts into a new one of the same kind.
 
-    `params` are the technique's (see `techniques`). State dicts go through temporary files, so that their result is bit
+    `params` are the technique's (see `techniques`), in the terms of `parity` if that is given (`merge_service.parity`). State dicts go through temporary files, so that their result is bit
     for bit that of files; it has the names, dtypes and devices of the base (of the first expert without one). Raises
     UserError, of which `merge_service.merge` says more.
     """
@@ -179,7 +181,7 @@ def merge(
             )
         from pipeline.state_dicts import merge_state_dicts
 
-        return merge_state_dicts(technique, params, base, experts)  # type: ignore[arg-type]
+        return merge_state_dicts(technique, params, base, experts, parity)  # type: ignore[arg-type]
     if not all(files):
         raise UserError(
             "experts and base are all files, or all state dicts; load or save the ones that differ"
@@ -188,7 +190,12 @@ def merge(
         raise UserError("merging files needs out, the file or directory to write")
     paths = [Path(one) for one in given if isinstance(one, str | Path)]
     return merge_files(
-        technique, params, None if base is None else paths[-1], paths[: len(experts)], Path(out)
+        technique,
+        params,
+        None if base is None else paths[-1],
+        paths[: len(experts)],
+        Path(out),
+        parity=parity,
     )
 
 
@@ -199,6 +206,7 @@ def merge_files(
     experts: Sequence[Path],
     out: Path,
     *,
+    parity: str | None = None,
     threads: int | None = None,
     workers: int = 1,
     address: str | None = None,
@@ -208,6 +216,7 @@ def merge_files(
 ) -> "MergeReport":
     """`temporal-merge merge`, whose options these are; all cores by default. Raises UserError, also if `out` is an input."""
     from merge_service.merge import merge as combine
+    from merge_service.parity import translate_merge
     from merge_service.shards import bytes_of
     from merge_service.target import overwrites
 
@@ -221,7 +230,7 @@ def merge_files(
         split = split_over(address or "local", workers, threads or 1)
     return combine(
         technique,
-        params,
+        translate_merge(technique, params, parity, len(experts)),
         base,
         experts,
         out,

@@ -55,6 +55,14 @@ Parameters = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="p=v", help="A parameter of the technique; may be repeated."),
 ]
+Parity = Annotated[
+    str | None,
+    typer.Option(
+        "--parity",
+        metavar="fomo_in_flux",
+        help="Merge as the authors of TIME do (FoMo-in-Flux v1.0) where they differ; --set is then in their terms.",
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(

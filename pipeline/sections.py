@@ -249,6 +249,7 @@ class StrategySection(Section):
     technique: Words | None = None
     params: dict[str, Any] = {}
     ema_seed: str | None = None
+    parity: str | None = None
     mixture: Mixture | None = None
 
 

@@ -27,6 +27,7 @@ def merge_state_dicts(
     params: Mapping[str, Any],
     base: Mapping[str, Any] | None,
     experts: Sequence[Mapping[str, Any]],
+    parity: str | None = None,
 ) -> dict[str, Any]:
     """The merged state dict, with the names, kind, dtypes and devices of the base (of the first expert without one).
 
@@ -40,7 +41,7 @@ def merge_state_dicts(
         room = Path(name)
         paths = [_save(room, f"expert-{number}", one) for number, one in enumerate(experts, 1)]
         start = None if base is None else _save(room, "base", base)
-        merge_files(technique, params, start, paths, room / "merged.safetensors")
+        merge_files(technique, params, start, paths, room / "merged.safetensors", parity=parity)
         with Checkpoint.open(room / "merged.safetensors") as merged:
             return {key: _like(value, merged.raw(key)) for key, value in reference.items()}
 

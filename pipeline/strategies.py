@@ -12,6 +12,7 @@ from typing import Any
 
 from merge_service import timeline
 from merge_service.errors import TechniqueError
+from merge_service.parity import translate
 from merge_service.techniques import get as technique_called
 from merge_service.timeline import PRESETS, Strategy
 from pipeline.mistakes import Problem, nearest, validate
@@ -20,12 +21,17 @@ from pipeline.sections import StrategySection
 
 @dataclass
 class NamedStrategy:
-    """A checked strategy, the key it was written at, and a name; `extras` tell it from others of the same name."""
+    """A checked strategy, the key it was written at, and a name; `extras` tell it from others of the same name.
+
+    `written` is the strategy before it was put into our own terms, and `notes` what that left without effect.
+    """
 
     name: str
     strategy: Strategy
     key: str
+    written: Strategy
     fixed: bool = False
+    notes: list[str] = field(default_factory=list)
     extras: list[str] = field(default_factory=list)
 
     @property
@@ -57,7 +63,7 @@ def read_strategies(entries: Sequence[Any]) -> tuple[list[NamedStrategy], list[P
             else:
                 named.append(variant)
     problems += _name_apart(named)
-    warnings = [f"{n.key} ({n.full}): {text}" for n in named for text in _warnings(n.strategy)]
+    warnings = [f"{n.key} ({n.full}): {text}" for n in named for text in [*n.notes, *_warnings(n.strategy)]]
     return named, problems, warnings
 
 
@@ -89,18 +95,19 @@ def _variants(section: StrategySection, key: str) -> Iterator[NamedStrategy | Pr
         yield Problem(f"{key}.name", "one name cannot stand for several strategies; leave it out")
         return
     for init, deploy, technique in itertools.product(inits, deploys, techniques):
-        strategy = _strategy(section, preset, init, deploy, technique)
+        written = _strategy(section, preset, init, deploy, technique)
         try:
-            _check_joint(section, strategy)
+            _check_joint(section, written)
+            timeline.check(written)
+            strategy, notes = translate(written, seeded=section.ema_seed is not None)
             timeline.check(strategy)
         except TechniqueError as error:
             yield Problem(key, f"({init}, {deploy}, {technique}) {error}" if several else str(error))
             continue
         if strategy.technique is not None:
             strategy = replace(strategy, technique=technique_called(strategy.technique).name)
-        yield NamedStrategy(
-            section.name or _name(section, preset, strategy), strategy, key, section.name is not None
-        )
+        name = section.name or _name(section, preset, strategy)
+        yield NamedStrategy(name, strategy, key, written, section.name is not None, notes)
 
 
 def _strategy(
@@ -118,6 +125,7 @@ def _strategy(
         params={**inherited, **section.params},
         ema_seed=section.ema_seed if section.ema_seed is not None else preset.ema_seed,
         mixture=mixture,
+        parity=section.parity,
     )
 
 
@@ -168,7 +176,7 @@ def _name_apart(named: list[NamedStrategy]) -> Iterator[Problem]:
                 yield Problem(
                     group[later].key, f"repeats {same.key} ({name}); remove one or name them differently"
                 )
-        traits = [_traits(n.strategy) for n in group]
+        traits = [_traits(n.written) for n in group]
         for key in sorted({key for trait in traits for key in trait}):
             if len({str(trait.get(key)) for trait in traits}) > 1:
                 for one, trait in zip(group, traits, strict=True):
@@ -180,6 +188,8 @@ def _traits(strategy: Strategy) -> dict[str, Any]:
     traits: dict[str, Any] = dict(strategy.params)
     if strategy.ema_seed != "base":
         traits["from"] = strategy.ema_seed
+    if strategy.parity is not None:
+        traits["parity"] = strategy.parity
     if strategy.mixture is not None:
         traits["mixture"] = dict(zip(("pretraining", "update", "buffer"), strategy.mixture, strict=True))
     return traits
@@ -193,7 +203,13 @@ def trait_label(key: str, value: Any) -> str:
     elif key == "stream":
         text = "_".join(_stream_words(value))
     else:
-        words = {"multiplier": "x", "steps_per_task": "steps", "samples_per_task": "samples", "config": ""}
+        words = {
+            "multiplier": "x",
+            "steps_per_task": "steps",
+            "samples_per_task": "samples",
+            "config": "",
+            "parity": "",
+        }
         values = (
             value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else [value]
         )

@@ -264,6 +264,7 @@ def test_mean_cosine_is_the_mean_over_pairs_and_zero_vectors_count_as_zero() -> 
     assert_allclose(mean_cosine(total @ total, 3), (pairs.sum() - 3) / 6)
     assert_allclose(mean_cosine(total @ total, 5, zeros=2), (pairs.sum() - 3) / 20)
     assert mean_cosine(0, 3, zeros=3) == 0
+    assert mean_cosine(1 + 1e-8, 2, zeros=1) == 0  # exactly: a rest would be a direction to the next fold
 
 
 def test_model_stock_raw_of_task_vectors_that_cancel_out_is_refused_by_name() -> None:

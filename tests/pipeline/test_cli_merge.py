@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from merge_service import techniques
 from merge_service.merge import merge
+from pipeline import api
 from tests.world import command
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "techniques.json").read_text())
@@ -75,6 +76,20 @@ def test_every_technique_merges_from_the_command_line_as_from_python(name: str, 
     assert told.read_bytes() == called.read_bytes()
 
 
+def test_merge_on_a_par_with_the_authors_is_that_of_the_translated_parameters(
+    cli, files: dict[str, Path], tmp_path: Path
+) -> None:
+    told, called = tmp_path / "told.safetensors", tmp_path / "called.safetensors"
+    line = ["merge", "--technique", "slerp", "--parity", "fomo_in_flux", "--set", "weight=0.9", "--out", told]
+    assert cli(*line, files["one"], files["two"]).code == 0
+    report = api.merge("slerp", [files["one"], files["two"]], out=called, parity="fomo_in_flux", weight=0.9)
+    assert told.read_bytes() == called.read_bytes()
+    assert report.params == {"weight": 0.1, "logit_scale": "unclamped"}  # type: ignore[union-attr]
+    states = [load_file(files[name]) for name in ("one", "two")]
+    merged = api.merge("slerp", states, parity="fomo_in_flux", weight=0.9)
+    np.testing.assert_array_equal(merged["w"], load_file(told)["w"])  # type: ignore[index]
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
     """Checkpoints that fit together, and some that fit nothing."""
@@ -104,6 +119,14 @@ MISTAKES = {
     "not a checkpoint": ("average one garbage", ["garbage.safetensors", "not safetensors"]),
     "no size": ("average --shard-size 5apples one two", ["'5apples' is not a size", "5GB"]),
     "shards too small": ("average --shard-size 0 one two", ["'0' is not a size"]),
+    "unknown parity": (
+        "ties --base base --parity fomo one two",
+        ["unknown parity 'fomo'", "there is fomo_in_flux"],
+    ),
+    "parity without it": (
+        "iso_c --base base --parity fomo_in_flux one two",
+        ["has no iso_c", "it has average"],
+    ),
     "three for slerp": ("slerp one two base", ["slerp merges exactly 2 checkpoints, not 3"]),
 }
 

@@ -156,6 +156,41 @@ def test_equal_names_are_told_apart_by_what_differs() -> None:
     ]
 
 
+def test_parity_is_written_out_in_our_own_parameters_and_told_apart() -> None:
+    entries = [
+        "best_in_time",
+        {"preset": "best_in_time", "parity": "fomo_in_flux"},
+        {"init": "ema", "deploy": ["ema", "latest"], "technique": "ties", "parity": "fomo_in_flux"},
+        {"name": "mine", "init": "ema", "deploy": "ema", "technique": "slerp", "parity": "fomo_in_flux", "params": {"weight": 0.9}},
+    ]  # fmt: skip
+    study = study_from(raw_study(entries))
+    assert [cell.id for cell in study.cells] == [
+        "best_in_time",
+        "best_in_time-fomo_in_flux",
+        "init_ema-deploy_ema-ties",
+        "init_ema-deploy_latest-ties",
+        "mine",
+    ]
+    ours, theirs, folded, double, slerp = (cell.strategy for cell in study.cells)
+    assert ours == PRESETS["best_in_time"]
+    assert theirs.params == {"logit_scale": "unclamped", "weight": 0.5}
+    assert folded.params == double.params == {"logit_scale": "unclamped", "density": 0.3}
+    assert (folded.ema_seed, double.ema_seed) == ("base", "first_expert")
+    assert slerp.params["weight"] == 0.1
+    assert all(cell.strategy.parity is None for cell in study.cells) and study.warnings == ()
+    assert study_from(json.loads(json.dumps(study.model_dump(mode="json")))) == study
+
+
+def test_parity_that_leaves_something_without_effect_warns() -> None:
+    entries = [
+        {"init": "all", "deploy": "ema", "technique": "average", "params": {"weight": 0.9}, "parity": "fomo_in_flux"},
+        {"preset": "continual_finetuning", "parity": "fomo_in_flux"},
+    ]  # fmt: skip
+    reset, idle = study_from(raw_study(entries)).warnings
+    assert "weight = 0.9 is not used" in reset and "weight is 0.5" in reset
+    assert "parity fomo_in_flux has no effect" in idle
+
+
 def test_preset_keeps_its_parameters_unless_the_technique_changes() -> None:
     entries = [
         {"preset": "offline_merging_weighted", "params": {"logit_scale": "base"}},

@@ -120,3 +120,26 @@ def test_no_two_tasks_draw_with_the_same_seed() -> None:
     seeds = [step.spec["seed"] for step in plan.steps.values() if step.kind == "train"]
     assert len(set(seeds)) == 18
     assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_parity_is_the_strategy_written_out_and_null_is_none() -> None:
+    """The switch has no identity of its own: its steps are those of the same parameters set by hand."""
+    theirs = {"init": "latest", "deploy": "ema", "technique": "ties", "parity": "fomo_in_flux"}
+    by_hand = {
+        "init": "latest", "deploy": "ema", "technique": "ties", "ema_seed": "first_expert",
+        "params": {"density": 0.3, "logit_scale": "unclamped"},
+    }  # fmt: skip
+    assert set(plan_of([theirs]).steps) == set(plan_of([by_hand]).steps)
+    assert (
+        plan_of([{"preset": "best_in_time", "parity": None}]).fingerprint
+        == plan_of(["best_in_time"]).fingerprint
+    )
+    (trajectory,) = plan_of([theirs]).trajectories
+    assert (trajectory.params["density"], trajectory.ema_seed) == (0.3, "first_expert")
+
+
+def test_offline_merging_on_a_par_serves_the_first_expert_itself() -> None:
+    plan = plan_of([{"preset": "offline_merging", "technique": "ties", "parity": "fomo_in_flux"}])
+    (trajectory,) = plan.trajectories
+    kinds = [plan.steps[point.deployed].kind for point in trajectory.points[1:]]
+    assert kinds == ["train", "merge", "merge"]
