@@ -14,14 +14,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
-from pipeline.cli import _main
-from tests.matrix import (  # noqa: F401  (hooks of pytest)
+pytest.register_assert_rewrite("tests.faults.harness", "tests.world")
+
+from pipeline.cli import _main  # noqa: E402
+from tests.matrix import (  # noqa: E402, F401  (hooks of pytest)
     pytest_addoption,
     pytest_collection_modifyitems,
     pytest_runtest_logreport,
     pytest_sessionfinish,
 )
-from tests.world import Cluster, World, command, make_world
+from tests.world import Cluster, World, command, make_world  # noqa: E402
 
 # A shell starts what runs in its background deaf to Ctrl-C, and a process hands that on to what it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -16,13 +16,15 @@ ALLOWED_ROOMS = {
     "merge_service": {"merge_service"},
     "cluster": {"cluster"},
 }
+SAID = (("pipeline", "report"), ("pipeline", "claims"))
+"""Where results are told to people."""
 HEAVY = {
     "ray": lambda path: path.parts[0] == "cluster" or path.name == "actors.py",
     "mlflow": lambda path: path.parts[0] == "pipeline" and path.stem.startswith("tracking"),
     "deepspeed": lambda path: path.parts[0] == "workers" and path.stem.startswith("engine"),
     "webdataset": lambda path: path.parts[:2] == ("workers", "data"),
-    "pandas": lambda path: path.parts[:2] == ("pipeline", "report") or path.parts == ("pipeline", "api.py"),
-    "altair": lambda path: path.parts[:2] == ("pipeline", "report"),
+    "pandas": lambda path: path.parts[:2] in SAID or path.parts == ("pipeline", "api.py"),
+    "altair": lambda path: path.parts[:2] in SAID,
 }
 MAX_LINES, MAX_FUNCTION_LINES = 450, 70
 

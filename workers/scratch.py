@@ -40,8 +40,9 @@ class Checkpoints:
         """Raise Superseded if somebody else has claimed the job, or ended it, since."""
         try:
             token = self._owner.read_text(encoding="utf-8")
-        except OSError:
+        except OSError:  # its result is committed and scratch gone: what is here now is ours, and of no use
             token = "nobody"
+            shutil.rmtree(self._root, ignore_errors=True)
         if token != self._token:
             raise Superseded(
                 f"{self._owner.parent}: this job was begun anew by another process; nothing is written"
@@ -52,7 +53,8 @@ class Checkpoints:
         return self._root / f"step-{step:09d}.partial"
 
     def stage(self, step: int) -> None:
-        """Make `staged(step)`, empty."""
+        """Make `staged(step)`, empty. Raises Superseded."""
+        self.check()
         shutil.rmtree(self.staged(step), ignore_errors=True)
         self.staged(step).mkdir(parents=True)
 

@@ -17,7 +17,7 @@ from merge_service.errors import IncompatibleCheckpoint, NonFiniteCheckpoint, Us
 from tests.workers.model_helpers import Toys, sha256, write_config
 from workers.jobs import EngineSpec
 from workers.model import export_base, load
-from workers.scratch import MARKER, Checkpoints, Progress
+from workers.scratch import MARKER, OWNER, Checkpoints, Progress, Superseded
 from workers.train import ExpertError, train_expert
 
 
@@ -281,3 +281,29 @@ def test_number_of_threads_is_the_jobs_during_training_and_restored_after(toys: 
     job = replace(toys.job(out, steps=1), engine=EngineSpec(threads=2))
     train_expert(job, hooks={"train.start": lambda _: seen.append(torch.get_num_threads())})
     assert seen == [2] and torch.get_num_threads() == before
+
+
+@pytest.mark.fault("F4")
+def test_late_process_of_a_job_that_was_ended_meanwhile_leaves_no_trace(tmp_path: Path) -> None:
+    """Its driver was killed, another finished the job and removed scratch; it was training or saving all the while."""
+    late = Checkpoints(tmp_path, "f")
+    late.claim()
+    late.stage(2)
+    (tmp_path / OWNER).unlink()
+    with pytest.raises(Superseded):
+        late.complete(2, {})
+    with pytest.raises(Superseded):
+        late.stage(4)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.fault("F4")
+def test_late_process_leaves_what_the_new_owner_of_its_job_is_writing(tmp_path: Path) -> None:
+    late, owner = Checkpoints(tmp_path, "f"), Checkpoints(tmp_path, "f")
+    late.claim()
+    owner.claim()
+    owner.stage(2)
+    with pytest.raises(Superseded):
+        late.stage(2)
+    owner.complete(2, {"curve": []})
+    assert owner.newest() == 2

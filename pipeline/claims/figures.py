@@ -1,0 +1,163 @@
+"""The figures of a reproduction: the studies' final scores, and one over time. SVG, drawn offline.
+
+Invariant: a figure shows means over replicates with every replicate beside them; nothing is left out that its claim names.
+"""
+
+from typing import Any
+
+import altair as alt
+import pandas as pd
+import vl_convert
+
+from pipeline.claims import claims
+from pipeline.claims.results import Findings
+
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C7F00", "#000000"]
+NAMES = {
+    "base/base": "zero-shot", "base/all": "offline merging", "base/ema": "base → ema", "latest/latest": "continual fine-tuning",
+    "latest/all": "latest → all", "latest/ema": "latest → ema", "ema/latest": "ema → latest", "ema/all": "ema → all",
+    "ema/ema": "Best-in-TIME (ema → ema)", "all/latest": "all → latest", "all/all": "all → all", "all/ema": "all → ema",
+    "joint/joint": "multitask",
+}  # fmt: skip
+SHOWN = ["latest/latest", "ema/ema", "latest/ema", "ema/latest", "latest/all", "base/all", "base/base"]
+WIDTH, HEIGHT = 520, 300
+GM = "GM of KA and ZS"
+
+
+def draw_all(found: Findings) -> dict[str, str]:
+    """Figure name -> SVG."""
+    charts = {
+        "over_time": over_time(found), "offline": offline(found), "cells": cells(found), "variance": variance(found),
+        "budgets": grown(found, claims.BUDGETS, "multiplier", "budget (1 = 50 steps a task)", log=True),
+        "sizes": grown(found, claims.SIZES, "model", "model, small to large"),
+        "horizons": grown(found, claims.HORIZONS, "tasks", "tasks, same total budget"),
+        "ema_weights": weights(found),
+    }  # fmt: skip
+    return {name: vl_convert.vegalite_to_svg(chart.to_json()) for name, chart in charts.items()}
+
+
+def over_time(found: Findings) -> Any:
+    """GM after every task of the main strategies, averaged; one thin line per replicate, the mean on top."""
+    rows = named(found.points[found.points["study"] == claims.CELLS])
+    rows = rows[rows["technique"].isin(["average", "-"]) & rows["cell"].isin(SHOWN)]
+    x, y = alt.X("t:O", title="tasks seen"), alt.Y("gm:Q", title=GM, scale=alt.Scale(zero=False))
+    thin = alt.Chart(rows).mark_line(opacity=0.3, strokeWidth=1).encode(x, y, _colour(), detail="replicate:N")
+    mean = rows.groupby(["strategy", "t"], as_index=False)["gm"].mean()
+    thick = alt.Chart(mean).mark_line(strokeWidth=2.5).encode(x, y, _colour())
+    return _sized(alt.layer(thin, thick))
+
+
+def offline(found: Findings) -> Any:
+    """Offline techniques, best first, with uniform averaging and the replay baseline as rules."""
+    rows = found.final(claims.OFFLINE, **claims.OFFLINE_CELL, replay=False)
+    rows = rows.assign(
+        what=rows["technique"] + rows["params"].map(lambda text: "" if text == "{}" else f" {text}")
+    )
+    order = list(rows.groupby("what")["gm"].mean().sort_values(ascending=False).index)
+    y = alt.Y("what:N", sort=order, title=None, axis=alt.Axis(labelLimit=330, labelFontSize=9))
+    x = alt.X("gm:Q", title=GM, scale=alt.Scale(zero=False))
+    means = rows.groupby("what", as_index=False)["gm"].mean()
+    rule = pd.DataFrame(
+        [
+            {"gm": found.metric(claims.OFFLINE, **claims.BASELINE).mean(), "is": "continual fine-tuning with replay"},
+            {"gm": found.metric(claims.OFFLINE, **claims.OFFLINE_CELL, replay=False, technique="average", params="{}").mean(), "is": "uniform average"},
+        ]
+    )  # fmt: skip
+    colour = alt.Color(
+        "is:N",
+        title=None,
+        scale=alt.Scale(range=[COLOURS[1], COLOURS[0]]),
+        legend=alt.Legend(orient="top", labelLimit=300),
+    )
+    return alt.layer(
+        alt.Chart(rows).mark_point(size=18, color="#777777", filled=True).encode(x, y),
+        alt.Chart(means).mark_tick(color="#000000", thickness=2).encode(x, y),
+        alt.Chart(rule).mark_rule(strokeWidth=1.5, strokeDash=[5, 3]).encode(x="gm:Q", color=colour),
+    ).properties(width=420, height=14 * len(order))  # fmt: skip
+
+
+def cells(found: Findings) -> Any:
+    """Technique x (init, deploy): mean final GM."""
+    rows = named(found.final(claims.CELLS))
+    rows = rows[rows["technique"] != "-"].groupby(["technique", "strategy"], as_index=False)["gm"].mean()
+    order = list(rows.groupby("strategy")["gm"].mean().sort_values(ascending=False).index)
+    x = alt.X(
+        "strategy:N",
+        sort=order,
+        title="initialization → deployment",
+        axis=alt.Axis(labelAngle=-30, labelLimit=200),
+    )
+    y = alt.Y("technique:N", title=None)
+    colour = alt.Color("gm:Q", title="GM", scale=alt.Scale(scheme="viridis"))
+    heat = alt.Chart(rows).mark_rect().encode(x, y, colour)
+    middle = (rows["gm"].min() + rows["gm"].max()) / 2
+    ink = alt.condition(alt.datum.gm > middle, alt.value("black"), alt.value("white"))
+    text = alt.Chart(rows).mark_text(fontSize=11).encode(x, y, text=alt.Text("gm:Q", format=".3f"), color=ink)
+    return alt.layer(heat, text).properties(width=620, height=190)
+
+
+def variance(found: Findings) -> Any:
+    """Shares of the variance of GM, one bar per replicate."""
+    names = {
+        "cell": "initialization and deployment",
+        "technique": "technique",
+        "interplay": "interplay of both",
+    }
+    rows = claims.explained_variance(found)[list(names)].rename(columns=names)
+    rows = rows.rename_axis("replicate").reset_index().melt("replicate", var_name="of", value_name="share")
+    scale = alt.Scale(domain=list(names.values()), range=[COLOURS[0], COLOURS[1], "#bbbbbb"])
+    return (
+        alt.Chart(rows)
+        .mark_bar()
+        .encode(
+            alt.X("share:Q", title="share of the variance of GM", axis=alt.Axis(format="%")),
+            alt.Y("replicate:N", title=None),
+            alt.Color("of:N", title=None, scale=scale, legend=alt.Legend(orient="top", labelLimit=300)),
+        )
+        .properties(width=WIDTH, height=90)
+    )
+
+
+def grown(found: Findings, study: str, column: str, title: str, log: bool = False) -> Any:
+    """Final GM of each averaged strategy against one axis of a study."""
+    rows = named(found.final(study, **claims.AVERAGED))
+    mean = rows.groupby(["strategy", column], as_index=False, sort=False)["gm"].mean()
+    order = list(dict.fromkeys(rows[column]))
+    x = (
+        alt.X(f"{column}:Q", title=title, scale=alt.Scale(type="log", base=2))
+        if log
+        else alt.X(f"{column}:O", title=title, sort=order)
+    )
+    y = alt.Y("gm:Q", title=GM, scale=alt.Scale(zero=False))
+    dots = alt.Chart(rows).mark_point(filled=True, size=20, opacity=0.5).encode(x, y, _colour())
+    return _sized(alt.layer(dots, alt.Chart(mean).mark_line(strokeWidth=2).encode(x, y, _colour())))
+
+
+def weights(found: Findings) -> Any:
+    """KA, ZS and GM of Best-in-TIME against the weight of the new expert."""
+    rows = found.final(claims.WEIGHTS, **claims.BEST_IN_TIME)
+    rows = rows.assign(weight=rows["params"].str.extract(r'"weight": ([0-9.]+)')[0].astype(float))
+    rows = rows.melt(["weight", "replicate"], ["ka", "zs", "gm"], var_name="metric", value_name="score")
+    rows["metric"] = rows["metric"].str.upper()
+    x = alt.X("weight:Q", title="weight of the new expert (ema → ema, average)")
+    y = alt.Y("score:Q", title="score", scale=alt.Scale(zero=False))
+    colour = alt.Color("metric:N", title=None, scale=alt.Scale(range=COLOURS[:3]))
+    mean = rows.groupby(["weight", "metric"], as_index=False)["score"].mean()
+    dots = alt.Chart(rows).mark_point(filled=True, size=20, opacity=0.5).encode(x, y, colour)
+    return _sized(alt.layer(dots, alt.Chart(mean).mark_line(strokeWidth=2).encode(x, y, colour)))
+
+
+def named(rows: pd.DataFrame) -> pd.DataFrame:
+    """With `cell` (init/deploy) and `strategy`, its name for people."""
+    cell = rows["init"] + "/" + rows["deploy"]
+    return rows.assign(cell=cell, strategy=cell.map(NAMES))
+
+
+def _colour() -> alt.Color:
+    order = [NAMES[cell] for cell in ("latest/latest", "base/all", "ema/ema", "latest/ema", "ema/latest", "latest/all", "joint/joint", "base/base", "base/ema", "ema/all", "all/latest", "all/all", "all/ema")]  # fmt: skip
+    scale = alt.Scale(domain=order[:8], range=COLOURS)
+    return alt.Color("strategy:N", title=None, scale=scale, legend=alt.Legend(labelLimit=240))
+
+
+def _sized(chart: Any) -> Any:
+    return chart.properties(width=WIDTH, height=HEIGHT)
