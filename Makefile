@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 PURE := cluster merge_service pipeline workers temporal_merge.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults soak audit browser check format docs clean
+.PHONY: help demo test faults soak reproduce reproduce-quick audit browser check format docs clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
@@ -27,6 +27,12 @@ faults: $(VENV)/.installed ## the whole fault matrix, with nodes lost and hosts 
 
 soak: $(VENV)/.installed ## twenty runs with three random faults each, about twenty minutes; RUNS and SEED may be set
 	$(BIN)/python -m tests.faults.soak --runs $(or $(RUNS),20) $(if $(SEED),--seed $(SEED))
+
+reproduce: $(VENV)/.installed ## TIME's claims, studied and judged: writes docs/reproduction.md; about two hours on two cores, goes on where it stopped
+	OMP_NUM_THREADS=1 $(BIN)/python -m pipeline.claims
+
+reproduce-quick: $(VENV)/.installed ## one replicate of each study, about twenty minutes; says of every verdict whether it is the committed one
+	OMP_NUM_THREADS=1 $(BIN)/python -m pipeline.claims --quick
 
 audit: $(VENV)/.installed ## known advisories of everything that is installed (asks an advisory service)
 	$(BIN)/python -m pip --disable-pip-version-check freeze --exclude-editable > $(VENV)/installed.txt

@@ -78,7 +78,7 @@ def carry_out(study: Study, out: Path | None, address: str) -> tuple[Path, dict[
                 tracking.finished(results)
         finally:
             write_driver(workspace.out, {"ended": True, "failed": workspace.failure})
-            workspace.store.sweep()
+            workspace.tidy()
             retire(workspace.store, workspace.plan, workspace.out)
     return workspace.out, results, tracking
 

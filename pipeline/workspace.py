@@ -4,6 +4,7 @@ Invariant: opening a workspace writes nothing; `prepare` writes what a run needs
 """
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -84,6 +85,14 @@ class Workspace:
     def done(self) -> set[str]:
         """Steps whose artifacts are in the store."""
         return {fp for fp, step in self.plan.steps.items() if self.store.has(step.kind, fp)}
+
+    def tidy(self) -> None:
+        """Remove what processes left that ended too early: stages of writers that are gone, and scratch of steps that are done."""
+        self.store.sweep()
+        for path in self.scratch.glob("*"):
+            step = self.plan.steps.get(path.name)
+            if step is not None and self.store.has(step.kind, step.fingerprint):
+                shutil.rmtree(path, ignore_errors=True)
 
     def check_data(self) -> None:
         """Raise ShardError unless every shard that is still to be read is whole; writes nothing into OUT."""

@@ -208,6 +208,21 @@ def test_finished_run_started_again_does_nothing_and_starts_no_cluster(
     assert stamps() == before
 
 
+@pytest.mark.fault("F2", "F4")
+def test_scratch_that_a_killed_worker_left_of_a_finished_step_goes_with_the_next_run(
+    undisturbed: Path, world: World
+) -> None:
+    """A worker that is killed with its driver may have committed its expert, and not yet removed its checkpoints."""
+    done = json.loads(next((undisturbed / "store" / "train").glob("*/record.json")).read_text())[
+        "fingerprint"
+    ]
+    left = undisturbed / "scratch" / done / "checkpoints" / "step-000000002"
+    left.mkdir(parents=True)
+    answer = command("run", world.study(), "--out", undisturbed, "--address", "127.0.0.1:1")
+    assert answer.returncode == 0, answer.stderr
+    assert not (undisturbed / "scratch" / done).exists()
+
+
 def test_technique_added_to_a_finished_study_trains_no_expert(
     undisturbed: Path, world: World, cluster: Cluster, tmp_path: Path
 ) -> None:
