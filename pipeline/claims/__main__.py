@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 
 from merge_service.errors import UserError
@@ -22,8 +23,8 @@ from pipeline.claims import claims
 from pipeline.claims.figures import draw_all
 from pipeline.claims.judge import Judged
 from pipeline.claims.page import page
-from pipeline.claims.results import Findings, read_findings
-from pipeline.claims.tuning import TUNING, strangers
+from pipeline.claims.results import CELL, Findings, read_findings
+from pipeline.claims.tuning import TUNING, strangers, swept
 
 STUDIES = Path("configs/studies/time_claims")
 PAGE = Path("docs/reproduction.md")
@@ -44,7 +45,12 @@ def reproduce(out: Path, target: Path, quick: bool, rerun: bool) -> list[str]:
         raise UserError("parameters are not those that the rule chooses:\n" + "\n".join(wrong))
     judged = claims.judge_all(found)
     write(target, judged, found, plan, quick)
-    return told(judged, PAGE.parent / DATA / "claims.json") if quick else told(judged)
+    if not quick:
+        return told(judged)
+    return [
+        *told(judged, PAGE.parent / DATA / "claims.json"),
+        agreement(found, PAGE.parent / DATA / "final.csv"),
+    ]
 
 
 def run(name: str, out: Path, overrides: Sequence[str]) -> None:
@@ -83,6 +89,8 @@ def write(
         (folder / f"{name}.svg").write_text(picture, encoding="utf-8")
     points = found.points.drop(columns=["last", "plan"]).round(6)
     points[found.points["last"]].to_csv(folder / "final.csv", index=False)
+    if TUNING[0] in set(found.points["study"]):
+        swept(found).round(6).to_csv(folder / "tuning.csv", index=False)
     curves = points[(points["study"] == claims.CELLS) & points["technique"].isin(["average", "-"])]
     curves.to_csv(folder / "over_time.csv", index=False)
     plans = dict(found.points.groupby("study", sort=False)["plan"].first())
@@ -115,6 +123,18 @@ def told(judged: Sequence[Judged], committed: Path | None = None) -> list[str]:
         )
         lines.append(f"{one.number} {one.verdict}{same}: {one.claim}")
     return lines
+
+
+def agreement(found: Findings, committed: Path) -> str:
+    """How many of the final scores are those of the committed numbers, to six digits."""
+    if not committed.exists():
+        return "no committed numbers to compare with"
+    keys = [*CELL, "replicate"]
+    before = pd.read_csv(committed, dtype={"params": str})
+    now = found.points[found.points["last"]].round(6)
+    both = now.merge(before, on=keys, suffixes=("", "_before"))
+    same = (both["gm"] - both["gm_before"]).abs() < 2e-6
+    return f"{int(same.sum())} of {len(both)} final scores are the committed ones to six digits"
 
 
 def commit() -> str:

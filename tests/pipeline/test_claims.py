@@ -95,7 +95,7 @@ def swapped(one: str, other: str) -> Any:
         ("C1", swapped("base/all", "latest/latest")),
         ("C2", lambda row: gm_of(row) + 0.2 * (row["technique"] == "ties")),
         ("C3", lambda row: gm_of(row) - 0.1 * (row["replay"] and row["study"] == "offline")),
-        ("C4", lambda row: 0.4 + 0.1 * (TECHNIQUES.index(row["technique"]) if row["technique"] in TECHNIQUES else 0)),
+        ("C4", lambda row: 0.4 + len(row["init"]) / 1000 + 0.1 * (TECHNIQUES.index(row["technique"]) if row["technique"] in TECHNIQUES else 0)),
         ("C5", swapped("ema/ema", "latest/latest")),
         ("C6", lambda row: gm_of(row) - 0.1 * {"s": 0, "m": 1, "l": 2}[row["model"]]),
         ("C7", lambda row: gm_of(row) - 0.05 * row["multiplier"] * (row["init"] == "ema")),
@@ -159,6 +159,14 @@ def test_written_numbers_can_be_read_again_and_a_quick_run_compares_with_them(tm
     assert kept["claims"]["C1"]["parts"][0]["effect"] == pytest.approx(judged[0].parts[0].mean)
     final = pd.read_csv(tmp_path / "reproduction" / "final.csv")
     assert len(final) == found.points["last"].sum()
+    numbers = tmp_path / "reproduction" / "final.csv"
+    assert (
+        command.agreement(found, numbers)
+        == f"{len(final)} of {len(final)} final scores are the committed ones to six digits"
+    )
+    moved = findings(lambda row: gm_of(row) + 0.01 * (row["study"] == "sizes"))
+    other = (final["study"] != "sizes").sum()
+    assert command.agreement(moved, numbers).startswith(f"{other} of {len(final)} ")
     committed = tmp_path / "reproduction" / "claims.json"
     assert all("(as committed)" in line for line in command.told(judged, committed))
     other = claims.judge_all(findings(swapped("base/all", "latest/latest")))
