@@ -198,7 +198,25 @@ def connect(address: str = "local", *, threads: int = 1, cpus: int | None = None
     try:
         yield Session(address, nodes_now())
     finally:
-        ray.shutdown()
+        with _undisturbed():
+            ray.shutdown()
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Put off SIGINT and SIGTERM until the block is over: Ray ends a process that leaves it halfway, with another exit code."""
+    put_off: list[int] = []
+    kept = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            kept[number] = signal.signal(number, lambda sent, _: put_off.append(sent))
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    for sent in put_off[:1]:
+        signal.raise_signal(sent)
 
 
 def _start_local(cpus: int, options: dict[str, Any], tries: int = 3) -> None:

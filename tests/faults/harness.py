@@ -81,10 +81,12 @@ def must_be_same(out: Path, undisturbed: Path, cluster: Cluster | None = None) -
         wait_until(lambda: not workers_of(cluster), "workers of a finished run live on")
 
 
-def tracked(out: Path, database: str = "mlflow.db") -> str:
-    """What MLflow holds of a run: runs, models, parameters, metrics; durations by their name only."""
+def tracked(where: Path | str) -> str:
+    """What MLflow holds of the run in an OUT, or at a server: runs, models, parameters, metrics; durations by their name only."""
     kept = []
-    for entry in export(f"sqlite:///{out / database}", "temporal-merge"):
+    for entry in export(
+        where if isinstance(where, str) else f"sqlite:///{where / 'mlflow.db'}", "temporal-merge"
+    ):
         who = entry.get("run") or entry.get("model")
         metrics = [
             (key, *([None] if any(part in key for part in TIMED) else rest))

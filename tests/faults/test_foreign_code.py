@@ -21,9 +21,11 @@ def _stale(place: Path) -> None:
 
 
 def _decoys(place: Path) -> None:
+    """Every module by its name, with nothing in it: what is missing, an editable install would look up in ours."""
     for package in PACKAGES:
-        (place / package).mkdir()
-        (place / package / "__init__.py").write_text("")
+        shutil.copytree(ROOT / package, place / package, ignore=shutil.ignore_patterns("__pycache__"))
+        for source in (place / package).rglob("*.py"):
+            source.write_text("")
 
 
 @pytest.mark.parametrize("code", [_stale, _decoys])
