@@ -31,7 +31,8 @@ from pipeline.tracking_ui import APP, DOOR
 LOCK = "tracking.lock"
 _FIRST_BACKOFF, _LAST_BACKOFF = 0.5, 30.0
 _IDLE_SECONDS = 1.0
-_PATIENCE_WHEN_DOWN = 2.0
+_SYNC_PATIENCE = 15.0
+"""Whoever asks for delivery waits longer for a failing tracker than a study that ends."""
 _LOCAL = "local"
 
 
@@ -84,14 +85,14 @@ class Tracker:
     def pending(self) -> int:
         return self._outbox.pending(self._destination)
 
-    def close(self, timeout: float = 60.0) -> int:
+    def close(self, timeout: float = 60.0, patience: float = 2.0) -> int:
         """Wait for what is left while it moves, then stop; the number of rows that are still pending.
 
-        Waits `timeout` seconds at most, and 2 at most for a tracker that does not answer. When the outbox itself has
-        become unreadable the answer is 1 and `last_error` says so: its rows can be made again.
+        Waits `timeout` seconds at most, and `patience` at most without a row delivered for a tracker that fails. When the
+        outbox itself has become unreadable the answer is 1 and `last_error` says so: its rows can be made again.
         """
         try:
-            self._wait_for_delivery(timeout)
+            self._wait_for_delivery(timeout, patience)
             return self.pending()
         except TrackingError as error:
             self.last_error = str(error)
@@ -103,14 +104,15 @@ class Tracker:
                 # Joined briefly only: a request that hangs must not keep the study from ending.
                 self._thread.join(timeout=0.2)
 
-    def _wait_for_delivery(self, timeout: float) -> None:
-        deadline = time.monotonic() + timeout
-        give_up = time.monotonic() + _PATIENCE_WHEN_DOWN
-        failures = self._failures
+    def _wait_for_delivery(self, timeout: float, patience: float) -> None:
+        began = moved = time.monotonic()
+        left = self.pending()
         self._wake.set()
         while self._alive() and (self._second_chance or self.pending() > self._refused()):
-            failing = self._failures > 0 and (self._failures > failures or time.monotonic() > give_up)
-            if failing or time.monotonic() > deadline:
+            now, pending = time.monotonic(), self.pending()
+            if pending < left:
+                left, moved = pending, now
+            if now > began + timeout or (self._failures > 0 and now > moved + patience):
                 break
             time.sleep(0.02)
 
@@ -229,7 +231,7 @@ def sync(
         experiment = outbox.meta("experiment") or "temporal-merge"
         tracker = Tracker(out, outbox, uri=target, experiment=experiment, sink=sink, remember=False)
         tracker.start()
-        pending = tracker.close(timeout)
+        pending = tracker.close(timeout, _SYNC_PATIENCE)
         return pending, tracker.last_error if pending else None
     finally:
         outbox.close()

@@ -23,6 +23,7 @@ from urllib.parse import unquote, urlsplit
 from pipeline.errors import CorruptArtifact, StoreError, TrackingError
 from pipeline.outbox import Entry
 from pipeline.store_open import store_of
+from pipeline.tracking_client import PatientClient
 from pipeline.tracking_local import (
     LOCAL_ARTIFACTS,
     guard_environment,
@@ -97,7 +98,7 @@ class MlflowSink:
         if self.uri is None:
             make_local_store(self.out)
         uri = self.uri or local_uri(self.out)
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        client = PatientClient(MlflowClient(tracking_uri=uri, registry_uri=uri))
         self._experiment_id = self._find_or_make_experiment(client)
         self._client = client
 

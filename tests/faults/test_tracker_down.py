@@ -158,7 +158,7 @@ def test_tracker_that_fails_stalls_and_loses_answers_ends_with_everything_once(
             uri = f"http://127.0.0.1:{proxy.server_address[1]}"
             answer = run(world.study(tracking={"uri": uri}), out, cluster)
             assert answer.returncode == 0, answer.stderr
-            for _ in range(8):
+            for _ in range(20):
                 if command("sync", out).returncode == 0:
                     break
         finally:

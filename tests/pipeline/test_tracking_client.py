@@ -1,0 +1,81 @@
+"""What is asked again of a failing server, and what never is."""
+
+from typing import Any
+
+import pytest
+
+from pipeline.tracking_client import ONCE, TRIES, PatientClient
+
+
+class Failure(Exception):
+    def __init__(self, error_code: str) -> None:
+        super().__init__(error_code)
+        self.error_code = error_code
+
+
+class Server:
+    """Fails so many times before it answers; `seconds` is how long each answer takes on `clock`."""
+
+    def __init__(self, fails: int, error: Exception, seconds: float = 0.0) -> None:
+        self.fails, self.error, self.seconds, self.asked, self.now = fails, error, seconds, 0, 0.0
+
+    def clock(self) -> float:
+        return self.now
+
+    def __getattr__(self, name: str) -> Any:
+        def method(what: str) -> str:
+            self.asked, self.now = self.asked + 1, self.now + self.seconds
+            if self.asked <= self.fails:
+                raise self.error
+            return f"{name} {what}"
+
+        return method
+
+
+def ask(server: Server, name: str = "get_run") -> str:
+    return str(getattr(PatientClient(server, server.clock), name)("it"))
+
+
+@pytest.mark.fault("F11")
+@pytest.mark.parametrize(
+    "error", [Failure("INTERNAL_ERROR"), ConnectionResetError("lost")], ids=["500", "lost"]
+)
+def test_question_is_asked_again_until_it_is_answered(error: Exception) -> None:
+    server = Server(TRIES - 1, error)
+    assert ask(server) == "get_run it" and server.asked == TRIES
+
+
+@pytest.mark.fault("F11")
+def test_question_that_always_fails_is_given_up() -> None:
+    server = Server(99, Failure("INTERNAL_ERROR"))
+    with pytest.raises(Failure):
+        ask(server)
+    assert server.asked == TRIES
+
+
+@pytest.mark.fault("F11")
+@pytest.mark.parametrize("name", sorted(ONCE))
+def test_request_that_makes_something_new_is_sent_once(name: str) -> None:
+    server = Server(1, ConnectionResetError("lost"))
+    with pytest.raises(ConnectionResetError):
+        ask(server, name)
+    assert server.asked == 1
+
+
+@pytest.mark.fault("F11")
+@pytest.mark.parametrize(
+    ("error", "seconds"),
+    [
+        (Failure("RESOURCE_DOES_NOT_EXIST"), 0.0),
+        (ValueError("ours"), 0.0),
+        (ConnectionResetError("late"), 5.0),
+    ],
+    ids=["a no", "our mistake", "an answer that hung"],
+)
+def test_what_another_try_cannot_mend_or_would_wait_for_again_is_not_asked_again(
+    error: Exception, seconds: float
+) -> None:
+    server = Server(1, error, seconds)
+    with pytest.raises(type(error)):
+        ask(server)
+    assert server.asked == 1
