@@ -136,7 +136,7 @@ def _parameters(found: Findings) -> list[str]:
         "## Parameters",
         "",
         "One rule for all: in every cell a technique has the parameters with the best final GM of its grid, on a stream that no claim is judged on",
-        "(order 100, five tasks). GM over the grid, the chosen point in bold; what has no factor and no weight has its published defaults.",
+        "(order 100, ten tasks). GM over the grid, the chosen point in bold; what has no factor and no weight has its published defaults.",
         "",
         "| replay | init → deploy | technique | GM by parameters |",
         "|---|---|---|---|",
