@@ -108,8 +108,10 @@ class Tracker:
         began = moved = time.monotonic()
         left = self.pending()
         self._wake.set()
-        while self._alive() and (self._second_chance or self.pending() > self._refused()):
-            now, pending = time.monotonic(), self.pending()
+        while self._alive():
+            second_chance, now, pending = self._second_chance, time.monotonic(), self.pending()
+            if not second_chance and pending <= self._refused():
+                break
             if pending < left:
                 left, moved = pending, now
             if now > began + timeout or (self._failures > 0 and now > moved + patience):

@@ -91,18 +91,20 @@ def write(
     points[found.points["last"]].to_csv(folder / "final.csv", index=False)
     if TUNING[0] in set(found.points["study"]):
         swept(found).round(6).to_csv(folder / "tuning.csv", index=False)
-    curves = points[(points["study"] == claims.CELLS) & points["technique"].isin(["average", "-"])]
+    curves = points[
+        (points["study"] == claims.CELLS) & points["technique"].isin(claims.AVERAGED["technique"])
+    ]
     curves.to_csv(folder / "over_time.csv", index=False)
-    plans = dict(found.points.groupby("study", sort=False)["plan"].first())
+    made_by, plans = commit(), dict(found.points.groupby("study", sort=False)["plan"].first())
     answer = {
-        "commit": commit(),
+        "commit": made_by,
         "quick": quick,
         "plans": plans,
         "claims": {one.number: one.plain() for one in judged},
     }
     (folder / "claims.json").write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
     about = {
-        "commit": commit(), "machine": f"{platform.machine()}, {os.cpu_count()} cores", "setting": plan["setting"],
+        "commit": made_by, "machine": f"{platform.machine()}, {os.cpu_count()} cores", "setting": plan["setting"],
         "steps": f"{found.points['trajectory'].groupby(found.points['study']).nunique().sum()} trajectories",
     }  # fmt: skip
     target.write_text(page(judged, found, about, plan["remarks"] or {}, DATA), encoding="utf-8")

@@ -11,8 +11,9 @@ import vl_convert
 
 from pipeline.claims import claims
 from pipeline.claims.results import Findings
+from pipeline.report import figures as report
 
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C7F00", "#000000"]
+COLOURS = [*report.COLOURS, report.BLACK]
 NAMES = {
     "base/base": "zero-shot", "base/all": "offline merging", "base/ema": "base → ema", "latest/latest": "continual fine-tuning",
     "latest/all": "latest → all", "latest/ema": "latest → ema", "ema/latest": "ema → latest", "ema/all": "ema → all",
@@ -39,7 +40,7 @@ def draw_all(found: Findings) -> dict[str, str]:
 def over_time(found: Findings) -> Any:
     """GM after every task of the main strategies, averaged; one thin line per replicate, the mean on top."""
     rows = named(found.points[found.points["study"] == claims.CELLS])
-    rows = rows[rows["technique"].isin(["average", "-"]) & rows["cell"].isin(SHOWN)]
+    rows = rows[rows["technique"].isin(claims.AVERAGED["technique"]) & rows["cell"].isin(SHOWN)]
     x, y = alt.X("t:O", title="tasks seen"), alt.Y("gm:Q", title=GM, scale=alt.Scale(zero=False))
     thin = alt.Chart(rows).mark_line(opacity=0.3, strokeWidth=1).encode(x, y, _colour(), detail="replicate:N")
     mean = rows.groupby(["strategy", "t"], as_index=False)["gm"].mean()

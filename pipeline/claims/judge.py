@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
-from scipy.stats import t as student
+
+from pipeline.report.analysis import half_width
 
 HOLDS, WEAKLY, NOT = "holds", "holds weakly", "does not hold"
 POINT = 0.01
 """The least difference in KA, ZS or GM that counts: one point."""
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,7 @@ class Part:
     @property
     def half_width(self) -> float:
         """Half of the 95 % interval of the mean over replicates (Student's t); NaN for a single one."""
-        count = len(self.values)
-        if count < 2:
-            return math.nan
-        spread = float(self.values.std(ddof=1)) / math.sqrt(count)
-        return float(student.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread
+        return half_width(float(self.values.std(ddof=1)), len(self.values))
 
     @property
     def verdict(self) -> str:

@@ -13,18 +13,20 @@ import pandas as pd
 from pipeline.claims import claims
 from pipeline.claims.judge import Judged, Part
 from pipeline.claims.results import Findings
-from pipeline.claims.tuning import CELL, swept
+from pipeline.claims.tuning import CELL, TUNING, swept
 
-FIGURE_OF = {
-    "C1": ("over_time", "GM after every task; thick lines are means over replicates"),
-    "C2": ("offline", "Final GM of every offline technique, without replay; points are replicates"),
-    "C4": ("cells", "Final GM of every cell and technique, mean over replicates"),
-    "C6": ("sizes", "Final GM by model size"),
-    "C7": ("budgets", "Final GM by budget"),
-    "C8": ("horizons", "Final GM by number of tasks, the total budget being the same"),
-    "C5": ("ema_weights", "Best-in-TIME by the weight of the new expert"),
+FIGURES_OF = {
+    "C2": {"offline": "Final GM of every offline technique, without replay; points are replicates"},
+    "C4": {
+        "cells": "Final GM of every cell and technique, mean over replicates",
+        "variance": "How the variance of GM is shared out",
+    },
+    "C5": {"ema_weights": "Best-in-TIME by the weight of the new expert"},
+    "C6": {"sizes": "Final GM by model size"},
+    "C7": {"budgets": "Final GM by budget"},
+    "C8": {"horizons": "Final GM by number of tasks, the total budget being the same"},
 }
-MORE = {"C4": ("variance", "How the variance of GM is shared out")}
+"""Name and caption; the figure over time opens the page."""
 
 
 def page(
@@ -93,9 +95,8 @@ def _claim(one: Judged, remarks: Mapping[str, Any], folder: str) -> list[str]:
             f"*(The remark on this claim was written for another verdict, {remark['verdict']}, and is left out.)*",
             "",
         ]
-    for name, caption in [pair for pair in (FIGURE_OF.get(one.number), MORE.get(one.number)) if pair]:
-        if name != "over_time":
-            lines += [f"![{caption}]({folder}/{name}.svg)", "", f"*{caption}.*", ""]
+    for name, caption in FIGURES_OF.get(one.number, {}).items():
+        lines += [f"![{caption}]({folder}/{name}.svg)", "", f"*{caption}.*", ""]
     return lines
 
 
@@ -129,7 +130,7 @@ def _shares(name: str, row: pd.Series) -> str:
 
 
 def _parameters(found: Findings) -> list[str]:
-    if "tuning" not in set(found.points["study"]):
+    if TUNING[0] not in set(found.points["study"]):
         return ["## Parameters", "", "The quick version takes the parameters that the full one chose.", ""]
     rows = swept(found)
     lines = [

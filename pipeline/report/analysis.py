@@ -40,7 +40,7 @@ def last(points: pd.DataFrame) -> pd.DataFrame:
         for metric in METRICS:
             values = final[metric].dropna()
             sd = values.std(ddof=1) if len(values) > 1 else math.nan
-            row |= {metric: values.mean(), f"{metric}_sd": sd, f"{metric}_ci": _half_width(sd, len(values))}
+            row |= {metric: values.mean(), f"{metric}_sd": sd, f"{metric}_ci": half_width(sd, len(values))}
         rows.append(row)
     statistics = [f"{metric}{suffix}" for metric in METRICS for suffix in ("", "_sd", "_ci")]
     return pd.DataFrame(rows, columns=[*DESCRIBED, "t", "task", "seeds", *statistics])
@@ -125,7 +125,8 @@ def recommend(rows: pd.DataFrame, metric: str = "gm") -> Advice | None:
     return Advice(best["group"], second["group"], separated, f"{sentence}; {sure}.")
 
 
-def _half_width(sd: float, seeds: int) -> float:
+def half_width(sd: float, seeds: int) -> float:
+    """Half of the 95 % interval of a mean over seeds (Student's t) with that sample standard deviation; NaN for one seed."""
     if seeds < 2:
         return math.nan
     return float(student.ppf((1 + CONFIDENCE) / 2, seeds - 1) * sd / math.sqrt(seeds))
