@@ -127,10 +127,10 @@ def handles(out: Path) -> list[str]:
 
 
 def created(out: Path) -> dict[str, int]:
-    """When each artifact was committed, to see that none was made again."""
+    """When each artifact was committed, to see that none was made again; what is still staged is none."""
     return {
         path.parent.name: json.loads(path.read_text())["created_ms"]
-        for path in (out / "store").glob("*/*/record.json")
+        for path in (out / "store").glob("[!.]*/*/record.json")
     }
 
 
