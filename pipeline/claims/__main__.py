@@ -39,7 +39,7 @@ def reproduce(out: Path, target: Path, quick: bool, rerun: bool) -> list[str]:
         run(name, out / name, plan["quick"][name] if quick else [])
     found = read_findings(out, names)
     wrong = (
-        [] if quick else strangers(found, (claims.CELLS, claims.NO_REPLAY, claims.DATASETS, claims.HORIZONS))
+        [] if quick else strangers(found, tuple(name for name in claims.STUDIES if name != claims.WEIGHTS))
     )
     if wrong:
         raise UserError("parameters are not those that the rule chooses:\n" + "\n".join(wrong))
@@ -96,11 +96,12 @@ def write(
     ]
     curves.to_csv(folder / "over_time.csv", index=False)
     made_by, plans = commit(), dict(found.points.groupby("study", sort=False)["plan"].first())
+    alone = {one.number: one.verdict for one in claims.judge_all(found.of_one_replicate())}
     answer = {
         "commit": made_by,
         "quick": quick,
         "plans": plans,
-        "claims": {one.number: one.plain() for one in judged},
+        "claims": {one.number: {**one.plain(), "of_one_replicate": alone[one.number]} for one in judged},
     }
     (folder / "claims.json").write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
     about = {
@@ -111,20 +112,27 @@ def write(
 
 
 def told(judged: Sequence[Judged], committed: Path | None = None) -> list[str]:
-    """A line per claim; beside committed verdicts, whether it is the same."""
+    """A line per claim; beside committed verdicts, whether it is theirs, and what the same replicate says there if it is not."""
     before = (
         json.loads(committed.read_text(encoding="utf-8"))["claims"]
         if committed and committed.exists()
         else {}
     )
-    lines = []
-    for one in judged:
-        other = before.get(one.number, {}).get("verdict")
-        same = (
-            "" if other is None else " (as committed)" if other == one.verdict else f" (committed: {other})"
-        )
-        lines.append(f"{one.number} {one.verdict}{same}: {one.claim}")
-    return lines
+    return [
+        f"{one.number} {one.verdict}{_beside(one, before.get(one.number))}: {one.claim}" for one in judged
+    ]
+
+
+def _beside(one: Judged, before: Mapping[str, Any] | None) -> str:
+    if before is None:
+        return ""
+    if before["verdict"] == one.verdict:
+        return " (as committed)"
+    alone = before["of_one_replicate"]
+    same = (
+        "as committed of this replicate" if alone == one.verdict else f"committed of this replicate: {alone}"
+    )
+    return f" ({same}; of all: {before['verdict']})"
 
 
 def agreement(found: Findings, committed: Path) -> str:

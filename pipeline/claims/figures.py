@@ -3,6 +3,7 @@
 Invariant: a figure shows means over replicates with every replicate beside them; nothing is left out that its claim names.
 """
 
+import itertools
 from typing import Any
 
 import altair as alt
@@ -20,6 +21,8 @@ NAMES = {
     "ema/ema": "Best-in-TIME (ema → ema)", "all/latest": "all → latest", "all/all": "all → all", "all/ema": "all → ema",
     "joint/joint": "multitask",
 }  # fmt: skip
+ORDER = ["latest/latest", "base/all", "ema/ema", "latest/ema", "ema/latest", "latest/all", "joint/joint", "base/base", "base/ema", "ema/all", "all/latest", "all/all", "all/ema"]  # fmt: skip
+"""Colours are given out in this order; those that are drawn together come first."""
 SHOWN = ["latest/latest", "ema/ema", "latest/ema", "ema/latest", "latest/all", "base/all", "base/base"]
 WIDTH, HEIGHT = 520, 300
 GM = "GM of KA and ZS"
@@ -41,10 +44,17 @@ def over_time(found: Findings) -> Any:
     """GM after every task of the main strategies, averaged; one thin line per replicate, the mean on top."""
     rows = named(found.points[found.points["study"] == claims.CELLS])
     rows = rows[rows["technique"].isin(claims.AVERAGED["technique"]) & rows["cell"].isin(SHOWN)]
-    x, y = alt.X("t:O", title="tasks seen"), alt.Y("gm:Q", title=GM, scale=alt.Scale(zero=False))
-    thin = alt.Chart(rows).mark_line(opacity=0.3, strokeWidth=1).encode(x, y, _colour(), detail="replicate:N")
+    x, y = (
+        alt.X("t:O", title="tasks seen", axis=alt.Axis(labelAngle=0)),
+        alt.Y("gm:Q", title=GM, scale=alt.Scale(zero=False)),
+    )
+    thin = (
+        alt.Chart(rows)
+        .mark_line(opacity=0.3, strokeWidth=1)
+        .encode(x, y, _colour(rows), detail="replicate:N")
+    )
     mean = rows.groupby(["strategy", "t"], as_index=False)["gm"].mean()
-    thick = alt.Chart(mean).mark_line(strokeWidth=2.5).encode(x, y, _colour())
+    thick = alt.Chart(mean).mark_line(strokeWidth=2.5).encode(x, y, _colour(rows))
     return _sized(alt.layer(thin, thick))
 
 
@@ -127,11 +137,11 @@ def grown(found: Findings, study: str, column: str, title: str, log: bool = Fals
     x = (
         alt.X(f"{column}:Q", title=title, scale=alt.Scale(type="log", base=2))
         if log
-        else alt.X(f"{column}:O", title=title, sort=order)
+        else alt.X(f"{column}:O", title=title, sort=order, axis=alt.Axis(labelAngle=0))
     )
     y = alt.Y("gm:Q", title=GM, scale=alt.Scale(zero=False))
-    dots = alt.Chart(rows).mark_point(filled=True, size=20, opacity=0.5).encode(x, y, _colour())
-    return _sized(alt.layer(dots, alt.Chart(mean).mark_line(strokeWidth=2).encode(x, y, _colour())))
+    dots = alt.Chart(rows).mark_point(filled=True, size=20, opacity=0.5).encode(x, y, _colour(rows))
+    return _sized(alt.layer(dots, alt.Chart(mean).mark_line(strokeWidth=2).encode(x, y, _colour(rows))))
 
 
 def weights(found: Findings) -> Any:
@@ -154,10 +164,17 @@ def named(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(cell=cell, strategy=cell.map(NAMES))
 
 
-def _colour() -> alt.Color:
-    order = [NAMES[cell] for cell in ("latest/latest", "base/all", "ema/ema", "latest/ema", "ema/latest", "latest/all", "joint/joint", "base/base", "base/ema", "ema/all", "all/latest", "all/all", "all/ema")]  # fmt: skip
-    scale = alt.Scale(domain=order[:8], range=COLOURS)
-    return alt.Color("strategy:N", title=None, scale=scale, legend=alt.Legend(labelLimit=240))
+def _colour(rows: pd.DataFrame) -> alt.Color:
+    """One colour per strategy, the same in every figure; the legend has those that `rows` show."""
+    hues = dict(zip((NAMES[cell] for cell in ORDER), itertools.cycle(COLOURS)))
+    shown = [name for name in hues if name in set(rows["strategy"])]
+    legend = alt.Legend(labelLimit=240, symbolOpacity=1, symbolStrokeWidth=3)
+    return alt.Color(
+        "strategy:N",
+        title=None,
+        scale=alt.Scale(domain=shown, range=[hues[name] for name in shown]),
+        legend=legend,
+    )
 
 
 def _sized(chart: Any) -> Any:

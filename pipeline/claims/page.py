@@ -72,6 +72,8 @@ def _opening(judged: Sequence[Judged], about: Mapping[str, Any], folder: str) ->
         "",
         f"![The strategies over time]({folder}/over_time.svg)",
         "",
+        "*GM after every task (study `cells`): all train with replay, merges are averages; thick lines are means over replicates, thin ones replicates.*",
+        "",
     ]  # fmt: skip
 
 
@@ -166,7 +168,7 @@ def _made(about: Mapping[str, Any], folder: str) -> list[str]:
         f"Studies: `configs/studies/time_claims/`. This page: commit `{about['commit']}`, {about['machine']}, {about['steps']}.",
         f"Numbers: [{folder}/final.csv]({folder}/final.csv) (last points), [{folder}/over_time.csv]({folder}/over_time.csv),",
         f"[{folder}/claims.json]({folder}/claims.json) (verdicts, effects, fingerprints of the plans). The same study gives the same numbers on the same",
-        "kind of machine and library versions; `make reproduce-quick` says of every verdict whether it is the one above.",
+        "kind of machine and library versions; `make reproduce-quick` says of every verdict whether it is the one above, or that of the same replicate.",
         "",
     ]  # fmt: skip
 

@@ -45,6 +45,11 @@ class Findings:
             raise UserError(f"study {study}: {where} is not one trajectory but {', '.join(several)}")
         return rows.set_index("replicate")[name].sort_index()
 
+    def of_one_replicate(self) -> "Findings":
+        """Of each study its first replicate alone: what a quick reproduction has."""
+        first = self.points.groupby("study")["replicate"].transform("first")
+        return Findings(self.points[self.points["replicate"] == first])
+
 
 def read_findings(root: Path, studies: tuple[str, ...]) -> Findings:
     """The finished studies `root`/NAME. Raises UserError if one is missing or not finished."""

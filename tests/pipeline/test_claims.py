@@ -18,7 +18,7 @@ from pipeline.claims.page import page
 from pipeline.claims.results import Findings
 from pipeline.claims.tuning import TUNING, chosen, strangers
 from pipeline.config import load_study
-from tests.pipeline.claims_toys import TECHNIQUES, findings, gm_of
+from tests.pipeline.claims_toys import REPLICATES, TECHNIQUES, findings, gm_of
 
 STUDIES = Path(__file__).parents[2] / "configs" / "studies" / "time_claims"
 ABOUT = {"commit": "c", "machine": "m", "setting": "a small one.", "steps": "3 trajectories"}
@@ -170,7 +170,19 @@ def test_written_numbers_can_be_read_again_and_a_quick_run_compares_with_them(tm
     committed = tmp_path / "reproduction" / "claims.json"
     assert all("(as committed)" in line for line in command.told(judged, committed))
     other = claims.judge_all(findings(swapped("base/all", "latest/latest")))
-    assert "(committed: holds)" in command.told(other, committed)[0]
+    assert "(committed of this replicate: holds; of all: holds)" in command.told(other, committed)[0]
+
+
+def test_quick_verdict_is_held_against_the_same_replicate_of_the_committed_ones(tmp_path: Path) -> None:
+    """Offline merging ahead in two of three replicates: the first alone says that the claim holds, all together that it does not."""
+    other = swapped("base/all", "latest/latest")
+    found = findings(lambda row: gm_of(row) if row["replicate"] == REPLICATES[0] else other(row))
+    judged = claims.judge_all(found)
+    assert judged[0].verdict == NOT
+    command.write(tmp_path / "page.md", judged, found, {"setting": "small.", "remarks": {}}, quick=False)
+    quick = claims.judge_all(found.of_one_replicate())
+    (line, *_) = command.told(quick, tmp_path / "reproduction" / "claims.json")
+    assert line.startswith("C1 holds (as committed of this replicate; of all: does not hold): ")
 
 
 def test_studies_that_never_ran_are_refused_with_what_to_do(
