@@ -3,7 +3,7 @@
 Invariant: a figure shows means over replicates with every replicate beside them; nothing is left out that its claim names.
 """
 
-import itertools
+import re
 from typing import Any
 
 import altair as alt
@@ -14,18 +14,22 @@ from pipeline.claims import claims
 from pipeline.claims.results import Findings
 from pipeline.report import figures as report
 
-COLOURS = [*report.COLOURS, report.BLACK]
+COLOURS = [*report.COLOURS, report.BLACK, "#888888", "#8C564B"]
 NAMES = {
     "base/base": "zero-shot", "base/all": "offline merging", "base/ema": "base → ema", "latest/latest": "continual fine-tuning",
     "latest/all": "latest → all", "latest/ema": "latest → ema", "ema/latest": "ema → latest", "ema/all": "ema → all",
     "ema/ema": "Best-in-TIME (ema → ema)", "all/latest": "all → latest", "all/all": "all → all", "all/ema": "all → ema",
     "joint/joint": "multitask",
 }  # fmt: skip
-ORDER = ["latest/latest", "base/all", "ema/ema", "latest/ema", "ema/latest", "latest/all", "joint/joint", "base/base", "base/ema", "ema/all", "all/latest", "all/all", "all/ema"]  # fmt: skip
-"""Colours are given out in this order; those that are drawn together come first."""
+HUES = dict(zip(
+    ("latest/latest", "base/all", "ema/ema", "latest/ema", "ema/latest", "latest/all", "joint/joint", "base/base", "ema/all", "base/ema"),
+    COLOURS, strict=True,
+))  # fmt: skip
+"""Colours of the strategies that are drawn as lines, by init/deploy."""
 SHOWN = ["latest/latest", "ema/ema", "latest/ema", "ema/latest", "latest/all", "base/all", "base/base"]
 WIDTH, HEIGHT = 520, 300
 GM = "GM of KA and ZS"
+LEGEND = alt.Legend(labelLimit=240, symbolOpacity=1, symbolStrokeWidth=3)
 
 
 def draw_all(found: Findings) -> dict[str, str]:
@@ -59,10 +63,10 @@ def over_time(found: Findings) -> Any:
 
 
 def offline(found: Findings) -> Any:
-    """Offline techniques, best first, with uniform averaging and the replay baseline as rules."""
+    """Offline techniques, best first, with uniform averaging, zero-shot and the replay baseline as rules."""
     rows = found.final(claims.OFFLINE, **claims.OFFLINE_CELL, replay=False)
     rows = rows.assign(
-        what=rows["technique"] + rows["params"].map(lambda text: "" if text == "{}" else f" {text}")
+        what=rows["technique"] + rows["params"].map(lambda text: re.sub(r'[{}":]', "", f" {text}").rstrip())
     )
     order = list(rows.groupby("what")["gm"].mean().sort_values(ascending=False).index)
     y = alt.Y("what:N", sort=order, title=None, axis=alt.Axis(labelLimit=330, labelFontSize=9))
@@ -72,12 +76,13 @@ def offline(found: Findings) -> Any:
         [
             {"gm": found.metric(claims.OFFLINE, **claims.BASELINE).mean(), "is": "continual fine-tuning with replay"},
             {"gm": found.metric(claims.OFFLINE, **claims.OFFLINE_CELL, replay=False, technique="average", params="{}").mean(), "is": "uniform average"},
+            {"gm": found.metric(claims.NO_REPLAY, init="base", deploy="base").mean(), "is": "zero-shot"},
         ]
     )  # fmt: skip
     colour = alt.Color(
         "is:N",
         title=None,
-        scale=alt.Scale(range=[COLOURS[1], COLOURS[0]]),
+        scale=alt.Scale(range=[HUES["latest/latest"], HUES["base/all"], report.BLACK]),
         legend=alt.Legend(orient="top", labelLimit=300),
     )
     return alt.layer(
@@ -116,7 +121,7 @@ def variance(found: Findings) -> Any:
     }
     rows = claims.explained_variance(found)[list(names)].rename(columns=names)
     rows = rows.rename_axis("replicate").reset_index().melt("replicate", var_name="of", value_name="share")
-    scale = alt.Scale(domain=list(names.values()), range=[COLOURS[0], COLOURS[1], "#bbbbbb"])
+    scale = alt.Scale(domain=list(names.values()), range=[COLOURS[0], COLOURS[1], report.GREY])
     return (
         alt.Chart(rows)
         .mark_bar()
@@ -152,7 +157,7 @@ def weights(found: Findings) -> Any:
     rows["metric"] = rows["metric"].str.upper()
     x = alt.X("weight:Q", title="weight of the new expert (ema → ema, average)")
     y = alt.Y("score:Q", title="score", scale=alt.Scale(zero=False))
-    colour = alt.Color("metric:N", title=None, scale=alt.Scale(range=COLOURS[:3]))
+    colour = alt.Color("metric:N", title=None, scale=alt.Scale(range=COLOURS[:3]), legend=LEGEND)
     mean = rows.groupby(["weight", "metric"], as_index=False)["score"].mean()
     dots = alt.Chart(rows).mark_point(filled=True, size=20, opacity=0.5).encode(x, y, colour)
     return _sized(alt.layer(dots, alt.Chart(mean).mark_line(strokeWidth=2).encode(x, y, colour)))
@@ -166,15 +171,9 @@ def named(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _colour(rows: pd.DataFrame) -> alt.Color:
     """One colour per strategy, the same in every figure; the legend has those that `rows` show."""
-    hues = dict(zip((NAMES[cell] for cell in ORDER), itertools.cycle(COLOURS)))
-    shown = [name for name in hues if name in set(rows["strategy"])]
-    legend = alt.Legend(labelLimit=240, symbolOpacity=1, symbolStrokeWidth=3)
-    return alt.Color(
-        "strategy:N",
-        title=None,
-        scale=alt.Scale(domain=shown, range=[hues[name] for name in shown]),
-        legend=legend,
-    )
+    shown = [cell for cell in HUES if cell in set(rows["cell"])]
+    scale = alt.Scale(domain=[NAMES[cell] for cell in shown], range=[HUES[cell] for cell in shown])
+    return alt.Color("strategy:N", title=None, scale=scale, legend=LEGEND)
 
 
 def _sized(chart: Any) -> Any:

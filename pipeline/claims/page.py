@@ -21,7 +21,7 @@ FIGURES_OF = {
         "cells": "Final GM of every cell and technique, mean over replicates",
         "variance": "How the variance of GM is shared out",
     },
-    "C5": {"ema_weights": "Best-in-TIME by the weight of the new expert"},
+    "C5": {"ema_weights": "Best-in-TIME by the weight of the new expert (1 would be continual fine-tuning)"},
     "C6": {"sizes": "Final GM by model size"},
     "C7": {"budgets": "Final GM by budget"},
     "C8": {"horizons": "Final GM by number of tasks, the total budget being the same"},
@@ -105,7 +105,7 @@ def _claim(one: Judged, remarks: Mapping[str, Any], folder: str) -> list[str]:
 def _row(part: Part) -> str:
     each = " ".join(_number(value) for value in part.values)
     verdict = f"({part.verdict})" if part.beside else f"**{part.verdict}**"
-    return f"| {part.says} | {_effect(part)} | {each} | {part.margin:.2g} | {verdict} |"
+    return f"| {part.says} | {_effect(part)} | {each} | {_number(round(part.margin, 2)).lstrip('+')} | {verdict} |"
 
 
 def _explained(found: Findings) -> list[str]:
