@@ -105,7 +105,7 @@ def _claim(one: Judged, remarks: Mapping[str, Any], folder: str) -> list[str]:
 def _row(part: Part) -> str:
     each = " ".join(_number(value) for value in part.values)
     verdict = f"({part.verdict})" if part.beside else f"**{part.verdict}**"
-    return f"| {part.says} | {_effect(part)} | {each} | {_number(round(part.margin, 2)).lstrip('+')} | {verdict} |"
+    return f"| {part.says} | {_effect(part)} | {each} | {f'{part.margin:.2f}'[1:]} | {verdict} |"
 
 
 def _explained(found: Findings) -> list[str]:
@@ -161,12 +161,12 @@ def _made(about: Mapping[str, Any], folder: str) -> list[str]:
         "## How this was made",
         "",
         "```sh",
-        "make reproduce          # everything; goes on where it stopped",
+        "make reproduce          # everything, about 60 GB of disk; goes on where it stopped",
         "make reproduce-quick    # one replicate of each, about twenty minutes",
         "```",
         "",
         f"Studies: `configs/studies/time_claims/`. This page: commit `{about['commit']}`, {about['machine']}, {about['steps']}.",
-        f"Numbers: [{folder}/final.csv]({folder}/final.csv) (last points), [{folder}/over_time.csv]({folder}/over_time.csv),",
+        f"Numbers: [{folder}/final.csv]({folder}/final.csv) (last points), [{folder}/over_time.csv]({folder}/over_time.csv), [{folder}/tuning.csv]({folder}/tuning.csv),",
         f"[{folder}/claims.json]({folder}/claims.json) (verdicts, effects, fingerprints of the plans). The same study gives the same numbers on the same",
         "kind of machine and library versions; `make reproduce-quick` says of every verdict whether it is the one above, or that of the same replicate.",
         "",
