@@ -41,7 +41,11 @@ def draw_all(found: Findings) -> dict[str, str]:
         "horizons": grown(found, claims.HORIZONS, "tasks", "tasks, same total budget"),
         "ema_weights": weights(found),
     }  # fmt: skip
-    return {name: vl_convert.vegalite_to_svg(chart.to_json()) for name, chart in charts.items()}
+    room = {"left": 5, "top": 5, "bottom": 5, "right": 40}  # a reader's font may be wider than ours
+    return {
+        name: vl_convert.vegalite_to_svg(chart.properties(padding=room).to_json())
+        for name, chart in charts.items()
+    }
 
 
 def over_time(found: Findings) -> Any:
