@@ -83,7 +83,7 @@ def write(
     target: Path, judged: Sequence[Judged], found: Findings, plan: Mapping[str, Any], quick: bool
 ) -> None:
     """The page at `target` with its figures and numbers in a folder beside it."""
-    folder = target.parent / DATA
+    folder, made_by = target.parent / DATA, commit()  # asked before files change
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in draw_all(found).items():
         (folder / f"{name}.svg").write_text(picture, encoding="utf-8")
@@ -95,7 +95,7 @@ def write(
         (points["study"] == claims.CELLS) & points["technique"].isin(claims.AVERAGED["technique"])
     ]
     curves.to_csv(folder / "over_time.csv", index=False)
-    made_by, plans = commit(), dict(found.points.groupby("study", sort=False)["plan"].first())
+    plans = dict(found.points.groupby("study", sort=False)["plan"].first())
     alone = {one.number: one.verdict for one in claims.judge_all(found.of_one_replicate())}
     answer = {
         "commit": made_by,

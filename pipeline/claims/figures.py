@@ -29,6 +29,8 @@ HUES = dict(zip(
 SHOWN = ["latest/latest", "ema/ema", "latest/ema", "ema/latest", "latest/all", "base/all", "base/base"]
 WIDTH, HEIGHT = 520, 300
 GM = "GM of KA and ZS"
+FONT = "DejaVu Sans, Verdana, sans-serif"
+"""Wide ones: where a reader has neither, what is drawn instead is narrower and still fits."""
 LEGEND = alt.Legend(labelLimit=240, symbolOpacity=1, symbolStrokeWidth=3)
 
 
@@ -41,9 +43,8 @@ def draw_all(found: Findings) -> dict[str, str]:
         "horizons": grown(found, claims.HORIZONS, "tasks", "tasks, same total budget"),
         "ema_weights": weights(found),
     }  # fmt: skip
-    room = {"left": 5, "top": 5, "bottom": 5, "right": 40}  # a reader's font may be wider than ours
     return {
-        name: vl_convert.vegalite_to_svg(chart.properties(padding=room).to_json())
+        name: vl_convert.vegalite_to_svg(chart.configure(font=FONT).to_json())
         for name, chart in charts.items()
     }
 
