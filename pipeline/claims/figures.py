@@ -3,16 +3,15 @@
 Invariant: a figure shows means over replicates with every replicate beside them; nothing is left out that its claim names.
 """
 
-import re
 from typing import Any
 
 import altair as alt
 import pandas as pd
-import vl_convert
 
 from pipeline.claims import claims
-from pipeline.claims.results import Findings
+from pipeline.claims.results import Findings, readable
 from pipeline.report import figures as report
+from pipeline.report.page import svg_of
 
 COLOURS = [*report.COLOURS, report.BLACK, "#888888", "#8C564B"]
 NAMES = {
@@ -29,8 +28,6 @@ HUES = dict(zip(
 SHOWN = ["latest/latest", "ema/ema", "latest/ema", "ema/latest", "latest/all", "base/all", "base/base"]
 WIDTH, HEIGHT = 520, 300
 GM = "GM of KA and ZS"
-FONT = "DejaVu Sans, Verdana, sans-serif"
-"""Wide ones: where a reader has neither, what is drawn instead is narrower and still fits."""
 LEGEND = alt.Legend(labelLimit=240, symbolOpacity=1, symbolStrokeWidth=3)
 
 
@@ -43,27 +40,18 @@ def draw_all(found: Findings) -> dict[str, str]:
         "horizons": grown(found, claims.HORIZONS, "tasks", "tasks, same total budget"),
         "ema_weights": weights(found),
     }  # fmt: skip
-    return {
-        name: vl_convert.vegalite_to_svg(chart.configure(font=FONT).to_json())
-        for name, chart in charts.items()
-    }
+    return {name: svg_of(chart.to_dict()) for name, chart in charts.items()}
 
 
 def over_time(found: Findings) -> Any:
     """GM after every task of the main strategies, averaged; one thin line per replicate, the mean on top."""
     rows = named(found.points[found.points["study"] == claims.CELLS])
     rows = rows[rows["technique"].isin(claims.AVERAGED["technique"]) & rows["cell"].isin(SHOWN)]
-    x, y = (
-        alt.X("t:O", title="tasks seen", axis=alt.Axis(labelAngle=0)),
-        alt.Y("gm:Q", title=GM, scale=alt.Scale(zero=False)),
-    )
-    thin = (
-        alt.Chart(rows)
-        .mark_line(opacity=0.3, strokeWidth=1)
-        .encode(x, y, _colour(rows), detail="replicate:N")
-    )
+    x = alt.X("t:O", title="tasks seen", axis=alt.Axis(labelAngle=0))
+    y, colour = alt.Y("gm:Q", title=GM, scale=alt.Scale(zero=False)), _colour(rows)
+    thin = alt.Chart(rows).mark_line(opacity=0.3, strokeWidth=1).encode(x, y, colour, detail="replicate:N")
     mean = rows.groupby(["strategy", "t"], as_index=False)["gm"].mean()
-    thick = alt.Chart(mean).mark_line(strokeWidth=2.5).encode(x, y, _colour(rows))
+    thick = alt.Chart(mean).mark_line(strokeWidth=2.5).encode(x, y, colour)
     return _sized(alt.layer(thin, thick))
 
 
@@ -71,7 +59,7 @@ def offline(found: Findings) -> Any:
     """Offline techniques, best first, with uniform averaging, zero-shot and the replay baseline as rules."""
     rows = found.final(claims.OFFLINE, **claims.OFFLINE_CELL, replay=False)
     rows = rows.assign(
-        what=rows["technique"] + rows["params"].map(lambda text: re.sub(r'[{}":]', "", f" {text}").rstrip())
+        what=(rows["technique"] + " " + rows["params"].map(readable)).str.replace(":", "").str.rstrip()
     )
     order = list(rows.groupby("what")["gm"].mean().sort_values(ascending=False).index)
     y = alt.Y("what:N", sort=order, title=None, axis=alt.Axis(labelLimit=330, labelFontSize=9))
@@ -150,8 +138,7 @@ def grown(found: Findings, study: str, column: str, title: str, log: bool = Fals
         else alt.X(f"{column}:O", title=title, sort=order, axis=alt.Axis(labelAngle=0))
     )
     y = alt.Y("gm:Q", title=GM, scale=alt.Scale(zero=False))
-    dots = alt.Chart(rows).mark_point(filled=True, size=20, opacity=0.5).encode(x, y, _colour(rows))
-    return _sized(alt.layer(dots, alt.Chart(mean).mark_line(strokeWidth=2).encode(x, y, _colour(rows))))
+    return _dots_and_means(rows, mean, x, y, _colour(rows))
 
 
 def weights(found: Findings) -> Any:
@@ -164,8 +151,7 @@ def weights(found: Findings) -> Any:
     y = alt.Y("score:Q", title="score", scale=alt.Scale(zero=False))
     colour = alt.Color("metric:N", title=None, scale=alt.Scale(range=COLOURS[:3]), legend=LEGEND)
     mean = rows.groupby(["weight", "metric"], as_index=False)["score"].mean()
-    dots = alt.Chart(rows).mark_point(filled=True, size=20, opacity=0.5).encode(x, y, colour)
-    return _sized(alt.layer(dots, alt.Chart(mean).mark_line(strokeWidth=2).encode(x, y, colour)))
+    return _dots_and_means(rows, mean, x, y, colour)
 
 
 def named(rows: pd.DataFrame) -> pd.DataFrame:
@@ -179,6 +165,11 @@ def _colour(rows: pd.DataFrame) -> alt.Color:
     shown = [cell for cell in HUES if cell in set(rows["cell"])]
     scale = alt.Scale(domain=[NAMES[cell] for cell in shown], range=[HUES[cell] for cell in shown])
     return alt.Color("strategy:N", title=None, scale=scale, legend=LEGEND)
+
+
+def _dots_and_means(rows: pd.DataFrame, mean: pd.DataFrame, *channels: Any) -> Any:
+    dots = alt.Chart(rows).mark_point(filled=True, size=20, opacity=0.5).encode(*channels)
+    return _sized(alt.layer(dots, alt.Chart(mean).mark_line(strokeWidth=2).encode(*channels)))
 
 
 def _sized(chart: Any) -> Any:

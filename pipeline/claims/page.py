@@ -12,7 +12,7 @@ import pandas as pd
 
 from pipeline.claims import claims
 from pipeline.claims.judge import Judged, Part
-from pipeline.claims.results import Findings
+from pipeline.claims.results import Findings, readable
 from pipeline.claims.tuning import CELL, TUNING, swept
 
 FIGURES_OF = {
@@ -42,7 +42,7 @@ def page(
             *_opening(judged, about, folder),
             *(line for one in judged for line in _claim(one, remarks, folder)),
             *_explained(found),
-            *_parameters(found),
+            *_parameters(found, folder),
             *_made(about, folder),
         ]
     )
@@ -131,7 +131,7 @@ def _shares(name: str, row: pd.Series) -> str:
     return f"| {name} | " + " | ".join(f"{row[column]:.0%}" for column in columns) + " |"
 
 
-def _parameters(found: Findings) -> list[str]:
+def _parameters(found: Findings, folder: str) -> list[str]:
     if TUNING[0] not in set(found.points["study"]):
         return ["## Parameters", "", "The quick version takes the parameters that the full one chose.", ""]
     rows = swept(found)
@@ -140,6 +140,7 @@ def _parameters(found: Findings) -> list[str]:
         "",
         "One rule for all: in every cell a technique has the parameters with the best final GM of its grid, on a stream that no claim is judged on",
         "(order 100, ten tasks). GM over the grid, the chosen point in bold; what has no factor and no weight has its published defaults.",
+        f"As numbers: [{folder}/tuning.csv]({folder}/tuning.csv).",
         "",
         "| replay | init → deploy | technique | GM by parameters |",
         "|---|---|---|---|",
@@ -152,7 +153,7 @@ def _parameters(found: Findings) -> list[str]:
 
 
 def _point(row: Any) -> str:
-    text = f"{row.params.strip('{}').replace(chr(34), '') or 'defaults'} {row.gm:.3f}"
+    text = f"{readable(row.params) or 'defaults'} {row.gm:.3f}"
     return f"**{text}**" if row.chosen else text
 
 
@@ -166,7 +167,7 @@ def _made(about: Mapping[str, Any], folder: str) -> list[str]:
         "```",
         "",
         f"Studies: `configs/studies/time_claims/`. This page: commit `{about['commit']}`, {about['machine']}, {about['steps']}.",
-        f"Numbers: [{folder}/final.csv]({folder}/final.csv) (last points), [{folder}/over_time.csv]({folder}/over_time.csv), [{folder}/tuning.csv]({folder}/tuning.csv),",
+        f"Numbers: [{folder}/final.csv]({folder}/final.csv) (last points), [{folder}/over_time.csv]({folder}/over_time.csv),",
         f"[{folder}/claims.json]({folder}/claims.json) (verdicts, effects, fingerprints of the plans). The same study gives the same numbers on the same",
         "kind of machine and library versions; `make reproduce-quick` says of every verdict whether it is the one above, or that of the same replicate.",
         "",

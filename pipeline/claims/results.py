@@ -96,3 +96,8 @@ def _replicate(cell: Cell) -> str:
     stream = cell.stream
     order = f"order {stream.seed}" if stream.order == "random" else " ".join((stream.tasks or ("",))[:2])
     return order if cell.seed == 0 else f"{order}, seed {cell.seed}"
+
+
+def readable(params: str) -> str:
+    """The parameters of a row for people: `scale: 0.3`; nothing where they are the defaults."""
+    return params.strip("{}").replace('"', "")

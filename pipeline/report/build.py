@@ -20,7 +20,7 @@ from pipeline.plan import Plan
 from pipeline.report import figures as draw
 from pipeline.report.cost import costs, elapsed
 from pipeline.report.figures import Data, Figure, NoData
-from pipeline.report.page import page, records, spec_of
+from pipeline.report.page import page, records, spec_of, svg_of
 from pipeline.results import ReadOnce, results
 from pipeline.status import open_plan, open_store
 from pipeline.steps import total_gflops
@@ -238,9 +238,7 @@ def _write(stage: Path, data: Data, drawn: list[Figure], spent: pd.DataFrame) ->
     for figure in drawn:
         spec = {**spec_of(figure), "datasets": {name: rows[name] for name in figure.data}}
         spec["title"] = {"text": figure.title, "anchor": "start"}
-        (stage / "figures" / f"{figure.name}.svg").write_text(
-            vl_convert.vegalite_to_svg(spec), encoding="utf-8"
-        )
+        (stage / "figures" / f"{figure.name}.svg").write_text(svg_of(spec), encoding="utf-8")
         (stage / "figures" / f"{figure.name}.png").write_bytes(vl_convert.vegalite_to_png(spec, scale=2))
     return {
         "figures": [f"{figure.name}.{kind}" for figure in drawn for kind in ("png", "svg")],

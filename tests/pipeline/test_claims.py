@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,8 @@ def test_written_numbers_can_be_read_again_and_a_quick_run_compares_with_them(tm
     found = findings()
     judged = claims.judge_all(found)
     command.write(tmp_path / "page.md", judged, found, {"setting": "small.", "remarks": {}}, quick=False)
+    links = re.findall(r"\]\(([^#)]+)\)", (tmp_path / "page.md").read_text())
+    assert links and all((tmp_path / link).is_file() for link in links)
     kept = json.loads((tmp_path / "reproduction" / "claims.json").read_text())
     assert kept["claims"]["C1"]["parts"][0]["effect"] == pytest.approx(judged[0].parts[0].mean)
     final = pd.read_csv(tmp_path / "reproduction" / "final.csv")
