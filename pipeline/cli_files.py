@@ -78,8 +78,8 @@ def merge(
     )
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)
-    if report.stacks and not as_json:
-        print(f"towers: {described(report.stacks)}", file=sys.stderr)
+    if any(report.stacks.values()) and not as_json:
+        print(f"towers: {described(report.stacks)}")
     answer = {
         "out": str(report.out),
         "technique": technique,
