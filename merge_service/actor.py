@@ -37,7 +37,8 @@ class Merger:
         return record
 
     def merge(self, job: MergeJob, out: Path) -> dict[str, Any]:
-        """Merge into the directory `out`; the result holds "merge_seconds", norms of task vectors and their cosine.
+        """Merge into the directory `out`; the result holds "merge_seconds", norms of task vectors and their cosine; "notes"
+        where there is something to know of the result.
 
         The cosine is that of the merged model's task vector with the newest expert's.
         """
@@ -54,7 +55,8 @@ class Merger:
                 job.technique, job.params, job.base.path, job.base.sha256, job.members, out
             )
         measured = geometry(job.base.path, out, newest.path, threads=job.threads)
-        return {"merge_seconds": report.seconds, **measured}
+        notes = {"notes": [*report.notes]} if report.notes else {}
+        return {"merge_seconds": report.seconds, **measured, **notes}
 
     def _states_of(self, job: MergeJob) -> StreamCache:
         """One cache per series, which its first expert names: series of other seeds must not evict each other."""

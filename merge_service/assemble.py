@@ -54,8 +54,9 @@ class Assembly:
         keep: CheckpointWriter | None = None,
     ) -> None:
         self.blend, self.writer, self.options, self.held, self.keep = blend, writer, options, held, keep
-        self.tensors = tensors
-        self.over = [] if blend.whole else list(spans(tensors, options.block))
+        whole = {name for name, _ in blend.combined} if blend.whole else set[str]()
+        self.tensors = [tensor for tensor in tensors if tensor[0] in whole]
+        self.over = list(spans([tensor for tensor in tensors if tensor[0] not in whole], options.block))
         self.elections: list[Election] = []
         self.norms: dict[Span, list[float]] = {}
         self.squares: list[float] = []
@@ -109,7 +110,7 @@ class Assembly:
         """The blocks to make again, by the majority sign of their group (0 or -1)."""
         redo: dict[int, list[Span]] = {}
         for span, election in zip(self.over, self.elections):
-            total = balance[self.blend.group(span.name)]
+            total = balance.get(self.blend.group(span.name), 0)
             if election.contested and total <= 0:
                 redo.setdefault(-1 if total < 0 else 0, []).append(span)
         return redo
@@ -164,9 +165,8 @@ def _store(blend: Blend, writer: Writer, span: Span, block: np.ndarray) -> np.nd
             "finite; lower scale, or merge onto a base of a wider dtype"
         )
     writer.write_stored(span.name, span.start, stored)
-    for alias, name in blend.tied.items():
-        if name == span.name:
-            writer.write_stored(alias, span.start, stored)
+    for alias in blend.aliases.get(span.name, ()):
+        writer.write_stored(alias, span.start, stored)
     return stored
 
 
@@ -175,5 +175,5 @@ def copy(blend: Blend, writer: Writer) -> None:
     for span in spans(blend.copied, 1 << 20):
         stored = blend.source.raw(span.name, span.start, span.stop)
         writer.write_stored(span.name, span.start, stored)
-        for alias in [alias for alias, name in blend.tied.items() if name == span.name]:
+        for alias in blend.aliases.get(span.name, ()):
             writer.write_stored(alias, span.start, stored)

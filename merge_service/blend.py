@@ -8,7 +8,6 @@ Invariant: everything here is a function of the checkpoints' contents, the ids a
 of dictionaries, blocks or threads.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,17 +17,19 @@ from typing import Any
 import numpy as np
 
 from merge_service.admission import check_finite
+from merge_service.anatomy import LN_100, Anatomy, anatomy_of, is_logit_scale, is_statistic
 from merge_service.checkpoint import Checkpoint
 from merge_service.device import Device, Host
 from merge_service.dtypes import all_finite
 from merge_service.engine import BLOCK, Scratch, Span, dots, run, spans
-from merge_service.errors import IncompatibleCheckpoint
 from merge_service.fused import Fused, Outcome, fits
 from merge_service.lookahead import look_ahead, magnitude_ranks
 from merge_service.masks import tensor_key
+from merge_service.packed import Packing
 from merge_service.rules import (
     Combine,
     Election,
+    Mean,
     Place,
     State,
     arc,
@@ -50,7 +51,7 @@ from merge_service.thresholds import (
     Products,
     Ranks,
 )
-from merge_service.towers import LN_100, depth_factors, group, is_logit_scale
+from merge_service.ties import Ties, tie
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,9 @@ class Blend:
         inputs: Sequence[Input],
         threads: int = 1,
         device: str | None = None,
+        ties: Ties | None = None,
     ) -> None:
+        """`ties` are found in the checkpoints unless they are given; given ones must have been checked."""
         self.site = Device(device) if device else Host()
         self.technique, self.params, self.base, self.inputs, self.threads = (
             technique,
@@ -89,7 +92,11 @@ class Blend:
         self.whole = technique.combine in RULES
         """Whether tensors are made whole, not span by span."""
         self.combine: Combine = RULES[technique.combine]() if self.whole else combination(technique, params)  # type: ignore[assignment]
-        self.tied = tied(self.reference)
+        others = [expert.weights for expert in inputs if expert.weights is not self.reference]
+        self.tied = tie(self.reference, others) if ties is None else ties
+        self.aliases: dict[str, list[str]] = {}
+        for alias, name in self.tied.items():
+            self.aliases.setdefault(name, []).append(alias)
         self.source = base or inputs[-1].weights
         self.limits: dict[Key, Limits] = {}
         self.scores: dict[Key, Limits] = {}
@@ -98,6 +105,7 @@ class Blend:
         self._fit: dict[str, bool] = {}
         self._read = [*([base] if base else []), *(expert.weights for expert in inputs)]
         self._rows = by_rows(technique, params)
+        self._mean: Combine = Mean()
         loops = self.combine.kernel is not None and device is None
         fusible = loops and not self._rows and not is_trimmed(params)
         self._fused = Fused(self.combine, base, inputs, delta=self.moves) if fusible else None
@@ -116,6 +124,32 @@ class Blend:
         ]
 
     @cached_property
+    def statistics(self) -> frozenset[str]:
+        """Running statistics of BatchNorm, which are averaged whatever the technique: they are no weights.
+
+        A technique that is a mean of weights already, with the base or without, does that by itself.
+        """
+        if self.technique.combine == "mean":
+            return frozenset()
+        return frozenset(name for name, _ in self.merged if is_statistic(name))
+
+    @cached_property
+    def combined(self) -> list[tuple[str, int]]:
+        """Tensors that the technique itself is applied to."""
+        return [(name, numel) for name, numel in self.merged if name not in self.statistics]
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """The towers and stacks of the reference."""
+        return anatomy_of({name: info.shape for name, info in self.reference.tensors.items()})
+
+    @cached_property
+    def packing(self) -> Packing:
+        """Where matrices lie in the reference's tensors."""
+        shapes = {name: info.shape for name, info in self.reference.tensors.items()}
+        return Packing.of(shapes, self.reference.path, split=self.params.get("attention") == "split")
+
+    @cached_property
     def copied(self) -> list[tuple[str, int]]:
         """Tensors taken over as they are: integers, and logit_scale when it stays the base's."""
         merged = {name for name, _ in self.merged}
@@ -127,18 +161,18 @@ class Blend:
         """What the combined task vector of each tensor is multiplied by."""
         names = [name for name, _ in self.merged]
         if self.technique.depth:
-            return depth_factors(names, self.params)
+            return self.anatomy.factors(names, self.params)
         return dict.fromkeys(names, self.params.get(self.technique.factor, 1.0))
 
     def group(self, name: str) -> str:
         """The tensors that share thresholds and a majority sign with this one."""
-        return group(name, self.params.get("granularity", "tensor"))
+        return self.anatomy.group(name, self.params.get("granularity", "tensor"))
 
     @cached_property
     def group_sizes(self) -> dict[str, int]:
         """Number of elements of every group."""
         sizes: dict[str, int] = {}
-        for name, numel in self.merged:
+        for name, numel in self.combined:
             sizes[self.group(name)] = sizes.get(self.group(name), 0) + numel
         return sizes
 
@@ -152,7 +186,9 @@ class Blend:
 
         Thresholds that are in `limits` already are not looked for.
         """
-        ask = ask or Surveyor(self, self.merged).answer
+        if self.technique.depth and self.merged:
+            _ = self.factors  # refuses names that say no depth, before anything is looked at
+        ask = ask or Surveyor(self, self.combined).answer
         look_ahead(self, ask)
         if (
             self.technique.combine == "slerp"
@@ -177,7 +213,9 @@ class Blend:
     ) -> Outcome:
         """One span of the result; `held`, a state to be continued, is changed in place. Raises for numbers that are not finite."""
         places = self._places(span)
-        if self._is_fused(span.name):
+        if span.name in self.statistics:
+            outcome = self._averaged(span, places, held, finish)
+        elif self._is_fused(span.name):
             assert self._fused
             outcome = self._fused.run(
                 span, places, factor=self.factors[span.name], majority=majority, held=held, finish=finish,
@@ -190,8 +228,24 @@ class Blend:
             self.clamped(span, outcome.block)
         return outcome
 
+    def _averaged(self, span: Span, places: Mapping[int, Place], held: State | None, finish: bool) -> Outcome:
+        state = self._empty(span) if held is None else held
+        for expert in self.inputs:
+            self.rule(span.name).add(np, state, self.numbers(expert, span), places[expert.order])
+        block, election = self.rule(span.name).result(np, state, 1)
+        return Outcome(np.array(block) if finish else np.empty(0), election, [], ())
+
+    def rule(self, name: str) -> Any:
+        """How experts come together in a tensor."""
+        return self._mean if name in self.statistics else self.combine
+
     def clamped(self, span: Span, block: np.ndarray) -> np.ndarray:
-        """The block itself, with logit_scale held in place at ln(100) at most as CLIP has it, unless that is not wanted."""
+        """The block itself, with logit_scale held in place at ln(100) at most as CLIP has it, unless that is not wanted.
+
+        A variance below zero is rounding (where an expert was taken out of a mean) and becomes zero.
+        """
+        if span.name.endswith("running_var"):
+            np.maximum(block, 0, out=block)
         if is_logit_scale(span.name) and self.params.get("logit_scale") != "unclamped":
             np.minimum(block, self._ceiling(span), out=block)
         return block
@@ -277,8 +331,8 @@ class Blend:
     def arrays(self, name: str) -> dict[str, np.dtype]:
         """The arrays of a tensor's state and their types."""
         return {
-            **dict.fromkeys(self.combine.floats, self.compute(name)),
-            **dict.fromkeys(self.combine.words, np.dtype(np.uint32)),
+            **dict.fromkeys(self.rule(name).floats, self.compute(name)),
+            **dict.fromkeys(self.rule(name).words, np.dtype(np.uint32)),
         }
 
     def _empty(self, span: Span) -> State:
@@ -290,6 +344,9 @@ class Blend:
     def place(self, expert: Input, span: Span) -> Place:
         """What a rule may know of a span of an expert."""
         order, key = expert.order, (self.group(span.name), expert.order)
+        if span.name in self.statistics:
+            given = self.technique.space == "weights" and self.technique.rule is None
+            return Place(order, share(self.params, order) if given else 1 / order)
         if self.technique.space == "weights":
             return Place(order, share(self.params, order), self.turns.get((span.name, order)))
         return Place(
@@ -364,41 +421,3 @@ def _exact_sum(parts: Sequence[np.ndarray]) -> np.ndarray:
         for j in range(i, size):
             gram[i, j] = gram[j, i] = math.fsum(part[i, j] for part in parts)
     return gram
-
-
-def tied(checkpoint: Checkpoint) -> dict[str, str]:
-    """Names that are the same tensor as another one, from the metadata entry `tied` ({"alias": "name"} as JSON).
-
-    Names that the file does not hold are nothing to merge and are left out. Raises `IncompatibleCheckpoint` when the
-    entry makes no sense.
-    """
-    try:
-        ties = json.loads(checkpoint.metadata.get("tied", "{}"))
-        found = {str(alias): str(name) for alias, name in ties.items() if alias in checkpoint.tensors}
-    except (ValueError, AttributeError):
-        raise IncompatibleCheckpoint(
-            f"{checkpoint.path}: its metadata entry 'tied' is not a JSON map of names"
-        ) from None
-    for alias, name in found.items():
-        if name not in checkpoint.tensors or name in found:
-            raise IncompatibleCheckpoint(
-                f"{checkpoint.path}: {alias} is tied to {name}, which is not a tensor of its own"
-            )
-        if checkpoint.tensors[alias].shape != checkpoint.tensors[name].shape:
-            raise IncompatibleCheckpoint(
-                f"{checkpoint.path}: {alias} is tied to {name} but has another shape"
-            )
-    return found
-
-
-def check_tied(checkpoint: Checkpoint, ties: Mapping[str, str], who: str) -> None:
-    """Raise `IncompatibleCheckpoint` when tensors that must be one differ in this checkpoint."""
-    for alias, name in ties.items():
-        for span in spans([(alias, checkpoint.tensors[alias].numel)], 1 << 20):
-            alike = checkpoint.tensors[alias].dtype == checkpoint.tensors[name].dtype and np.array_equal(
-                checkpoint.raw(alias, span.start, span.stop), checkpoint.raw(name, span.start, span.stop)
-            )
-            if not alike:
-                raise IncompatibleCheckpoint(
-                    f"{who}: {alias} and {name} are tied in the base but differ here"
-                )

@@ -17,8 +17,8 @@ ATTENTION = Param(
     "attention",
     "choice",
     "split",
-    "open_clip's fused attn.in_proj_weight: split into the q, k, v matrices it is (as in Hugging Face models, which the "
-    "published numbers used), or whole",
+    "q, k and v packed in one tensor (and gate and up): split into the matrices they are, which the published numbers used, or "
+    "whole",
     choices=("split", "whole"),
 )
 TEXT_PROJECTION = Param(

@@ -63,14 +63,16 @@ def locate(path: Path | str) -> Path:
 class Checkpoint:
     """An open checkpoint; use as a context manager.
 
-    `tensors` maps names to `TensorInfo` in header order, `metadata` is the file's own (of the first shard if sharded).
+    `tensors` maps names to `TensorInfo` in header order (`ties.py` lets aliases come and go), `metadata` is the file's own (of the
+    first shard if sharded).
     """
 
     def __init__(
         self, path: Path, files: list[Path], tensors: dict[str, TensorInfo], metadata: dict[str, str]
     ) -> None:
         self.path = path
-        self.tensors = tensors
+        self.tensors = dict(tensors)
+        self._stored = tensors
         self.metadata = metadata
         self.files = files
         self._bytes = [_map(file) for file in files]
@@ -134,9 +136,9 @@ class Checkpoint:
         Tells checkpoints apart that training or merging has made; one that was changed on purpose needs the sha256.
         """
         digest = hashlib.sha256(
-            repr([(n, i.dtype, i.shape, i.shard, i.offset) for n, i in self.tensors.items()]).encode()
+            repr([(n, i.dtype, i.shape, i.shard, i.offset) for n, i in self._stored.items()]).encode()
         )
-        for info in self.tensors.values():
+        for info in self._stored.values():
             size = info.nbytes
             data = self._bytes[info.shard][info.offset : info.offset + size]
             for at in (0, (size - SAMPLE) // 2, size - SAMPLE) if size > 3 * SAMPLE else (0,):

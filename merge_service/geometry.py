@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from merge_service.admission import admit
-from merge_service.blend import tied
 from merge_service.checkpoint import Checkpoint
 from merge_service.engine import BLOCK, Scratch, Span, dots, run, spans
+from merge_service.ties import tie
 
 PathLike = Path | str
 
@@ -23,9 +23,9 @@ def geometry(base: PathLike, merged: PathLike, expert: PathLike, *, threads: int
     blocks and threads. The cosine with a zero vector is 0. Raises `CheckpointError` like `merge`.
     """
     with Checkpoint.open(base) as anchor, Checkpoint.open(merged) as one, Checkpoint.open(expert) as two:
+        ties, scratch = tie(anchor, [one, two]), Scratch()
         admit(anchor, one, "the merged model")
         admit(anchor, two, "the expert")
-        ties, scratch = tied(anchor), Scratch()
         sizes = [(n, i.numel) for n, i in anchor.tensors.items() if i.kind.is_float and n not in ties]
 
         def work(span: Span) -> tuple[list[float], list[float], list[float]]:

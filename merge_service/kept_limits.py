@@ -169,8 +169,8 @@ def keep_limits(
 
     plugin = get(technique)
     with Checkpoint.open(base) as anchor, Checkpoint.open(expert) as weights:
-        admit(anchor, weights, "the expert")
         blend = Blend(plugin, plugin.resolve(params, "merge"), anchor, [Input("expert", 1, weights)], threads)
+        admit(anchor, weights, "the expert")
         memory = KeptLimits(blend, keep, {"expert": sha256} if sha256 else None)
         if memory.rule is None:
             return ()
@@ -195,7 +195,7 @@ def _rule(blend: "Blend") -> dict[str, Any] | None:
     """The same and the tensors that are ranked together; None if nothing is to be found."""
     if blend.ranks is None or not blend.inputs:
         return None
-    ranked = [(name, numel, blend.group(name)) for name, numel in blend.merged]
+    ranked = [(name, numel, blend.group(name)) for name, numel in blend.combined]
     rule = limits_rule(blend.technique.name, blend.params)
     return {**(rule or {}), "tensors": hashlib.sha256(repr(ranked).encode()).hexdigest()}
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 def look_ahead(blend: "Blend", ask: Ask) -> None:
     """Find thresholds and norms, and leave them in the blend."""
-    wide = any(blend.compute(name).itemsize == 8 for name, _ in blend.merged)
+    wide = any(blend.compute(name).itemsize == 8 for name, _ in blend.combined)
     params, combine = blend.params, blend.technique.combine
     ranks = magnitude_ranks(blend)
     if ranks:
@@ -83,7 +83,7 @@ def _find_gains(blend: "Blend", ask: Ask, wide: bool) -> None:
     """Factors that give every tensor its L1 norm back after a random drop; 1 where nothing is left."""
     sums = ask(Sums((Quantity("magnitude", wide), Quantity("thinned", wide))))
     assert isinstance(sums, Summed)
-    for name, _ in blend.merged:
+    for name, _ in blend.combined:
         for expert in blend.inputs:
             whole, left = (sums.total(what, name, expert.order) for what in ("magnitude", "thinned"))
             blend.gains[name, expert.order] = whole / left if left else 1.0
@@ -109,6 +109,6 @@ def _find_energies(blend: "Blend", ask: Ask) -> None:
     """Squared norms of what is selected, by tensor and expert."""
     sums = ask(Sums((Quantity("energy", wide=True, joint=True, given=blend.findings),)))
     assert isinstance(sums, Summed)
-    for name, _ in blend.merged:
+    for name, _ in blend.combined:
         for expert in blend.inputs:
             blend.gains[name, expert.order] = sums.total("energy", name, expert.order)

@@ -19,14 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from merge_service import ties
 from merge_service.admission import admit
 from merge_service.assemble import Options, assemble
-from merge_service.blend import Blend, Input, check_tied
+from merge_service.blend import Blend, Input
 from merge_service.checkpoint import Checkpoint, CheckpointWriter
 from merge_service.engine import BLOCK
 from merge_service.errors import TechniqueError
 from merge_service.kept_limits import Keep, KeptLimits
 from merge_service.leftovers import temporary
+from merge_service.report import MergeReport, report_of
 from merge_service.retraction import Retraction, check_bytes
 from merge_service.split import Split
 from merge_service.state import MAX_EXPERTS, METADATA_KEY, StreamState, effective, state_writer
@@ -35,23 +37,6 @@ from merge_service.techniques import Form, Technique, get
 from merge_service.thresholds import Ask
 
 PathLike = Path | str
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge did. `merged_norm` is the L2 norm of merged - base over float tensors, None without a base.
-
-    `notes` say what did not matter to the result but was not done, for instance thresholds that could not be kept.
-    """
-
-    out: Path | None
-    technique: str
-    params: dict[str, Any]
-    experts: int
-    parameters: int
-    seconds: float
-    merged_norm: float | None
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,12 +138,15 @@ def advance(
     device: str | None = None,
     keep_limits: Keep = False,
     shard_bytes: int | None = None,
+    tied: ties.Ties | None = None,
 ) -> MergeReport:
     """Add one expert to a streaming merge: read `state_in` (None to start), write `state_out` and the merged model.
 
     `out` is byte-identical to what `merge` writes for all experts so far with the same ids; with `out=None` only the
     state is written. Cost does not depend on how many came before. Besides what `merge` raises: `TechniqueError` when
-    the technique has no streaming form, the state belongs to another technique, parameters or base, or holds this id.
+    the technique has no streaming form, the state belongs to another technique, parameters or base, or holds this id; `BrokenTie`
+    when the experts so far hold two names as one tensor and this one does not. A stream whose experts are known beforehand gives
+    what is `tied` in all of them (`ties.tie`) with the first.
     """
     began = time.perf_counter()
     plugin = get(technique)
@@ -171,13 +159,16 @@ def advance(
         if held:
             held.check(plugin, resolved, anchor)
             held.check_new(expert_id)
-        blend = Blend(plugin, resolved, anchor, [Input(expert_id, len(seen) + 1, newest)], threads, device)
+        known = held.ties(anchor) if held else tied
+        same = None if known is None else ties.keep(anchor, newest, known)
+        arrival = Input(expert_id, len(seen) + 1, newest)
+        blend = Blend(plugin, resolved, anchor, [arrival], threads, device, same)
         inputs = [*seen, *_inputs([expert_id], sha256)]
-        _admit_all(blend)
+        _admit_all(blend, held)
         target = Target.of(out, [base, expert], shard_bytes) if out is not None else None
         notes = _ready(blend, keep_limits, sha256)
         norm = _continue(blend, held, inputs, target, state_out, Options(threads, block, measure))
-        return _report(blend, target, len(inputs), began, norm, notes)
+        return report_of(blend, target, len(inputs), began, norm, notes)
 
 
 def retract(
@@ -214,14 +205,15 @@ def retract(
         held.check(plugin, resolved, anchor)
         order = held.order_of(expert_id)
         left = Input(expert_id, order, leaving)
-        blend = Retraction(plugin, resolved, anchor, left, len(held.inputs), threads)
+        same = ties.keep(anchor, leaving, held.ties(anchor))
+        blend = Retraction(plugin, resolved, anchor, left, len(held.inputs), threads, same)
         unchecked = check_bytes(held, order, expert, (sha256 or {}).get(expert_id))
         inputs = [entry for entry in held.inputs if entry["id"] != expert_id]
-        _admit_all(blend)
+        _admit_all(blend, held)
         target = Target.of(out, [base, expert], shard_bytes) if out is not None else None
         notes = _ready(blend, keep_limits, sha256)
         norm = _continue(blend, held, inputs, target, state_out, Options(threads, block, measure))
-        return _report(blend, target, len(inputs), began, norm, unchecked + notes)
+        return report_of(blend, target, len(inputs), began, norm, unchecked + notes)
 
 
 def replace(
@@ -293,7 +285,7 @@ def _combine(
         else:
             assert isinstance(writer, CheckpointWriter)
             norm = team.assemble(blend, writer, way.options)
-        return _report(blend, target, len(experts), began, norm, notes)
+        return report_of(blend, target, len(experts), began, norm, notes)
 
 
 def _replay(
@@ -312,6 +304,9 @@ def _replay(
             f"{plugin.name} takes experts one after another and cannot be split over workers; leave --workers out"
         )
     began = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        anchor, *opened = (stack.enter_context(Checkpoint.open(path)) for path in (base, *experts))
+        tied = ties.tie(anchor, opened)
     beside = Path(out).absolute().parent
     beside.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".states-", dir=beside) as states:
@@ -333,6 +328,7 @@ def _replay(
                 measure=way.options.measure,
                 device=way.options.device,
                 shard_bytes=way.shard_bytes,
+                tied=tied,
             )
             if state:
                 state.unlink()
@@ -367,11 +363,14 @@ def _check_count(
         raise TechniqueError(f"the expert id {twice!r} is given twice; every expert counts once")
 
 
-def _admit_all(blend: Blend) -> None:
+def _admit_all(blend: Blend, held: StreamState | None = None) -> None:
+    ties.check(blend.reference, blend.tied, str(blend.reference.path))
     for expert in blend.inputs:
         if expert.weights is not blend.reference:
             admit(blend.reference, expert.weights, expert.id)
-        check_tied(expert.weights, blend.tied, expert.id)
+        ties.check(expert.weights, blend.tied, expert.id)
+    if held:
+        held.check_layout(blend)
 
 
 def _ready(
@@ -415,23 +414,3 @@ def _metadata(
     if blend.technique.origin is not None:
         record["source"] = blend.technique.origin.source
     return {"format": "pt", **blend.reference.metadata, METADATA_KEY: json.dumps(record, sort_keys=True)}
-
-
-def _report(
-    blend: Blend,
-    target: Target | None,
-    experts: int,
-    began: float,
-    norm: float | None,
-    notes: tuple[str, ...],
-) -> MergeReport:
-    return MergeReport(
-        out=target.place(blend.reference) if target else None,
-        technique=blend.technique.name,
-        params=dict(blend.params),
-        experts=experts,
-        parameters=sum(numel for _, numel in blend.merged),
-        seconds=time.perf_counter() - began,
-        merged_norm=norm,
-        notes=notes,
-    )

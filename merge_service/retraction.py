@@ -19,6 +19,7 @@ from merge_service.errors import TechniqueError
 from merge_service.rules import Place, leaving_share
 from merge_service.state import StreamState
 from merge_service.techniques import Technique
+from merge_service.ties import Ties
 
 
 class Retraction(Blend):
@@ -32,8 +33,9 @@ class Retraction(Blend):
         leaving: Input,
         count: int,
         threads: int,
+        ties: Ties,
     ) -> None:
-        super().__init__(technique, without(params, leaving.order), base, [leaving], threads)
+        super().__init__(technique, without(params, leaving.order), base, [leaving], threads, ties=ties)
         if not hasattr(self.combine, "remove"):
             raise TechniqueError(
                 f"{technique.name}{_consensus(params)}: an expert cannot be taken out of its state, because what others would "
@@ -46,10 +48,14 @@ class Retraction(Blend):
         weighted = technique.space == "weights"
         self._share = leaving_share(params, leaving.order, count) if weighted else 1 / (count - 1)
         self.combine = _Removing(self.combine)
+        self._mean = _Removing(self._mean)
         self._fused = None
+        self._uniform = 1 / (count - 1)
 
     def place(self, expert: Input, span: Span) -> Place:
         """As of a `Blend`, with the expert's weight over that of those who stay."""
+        if span.name in self.statistics:
+            return Place(expert.order, self._uniform)
         if self.technique.space == "weights":
             return Place(expert.order, self._share)
         return dataclasses.replace(super().place(expert, span), share=self._share)

@@ -17,6 +17,7 @@ from merge_service.checkpoint import CONFIG_FILE, Checkpoint, admit, check_finit
 from merge_service.errors import ConflictingArrival
 from merge_service.merge import MergeReport, PathLike, fold
 from merge_service.stream import Member, StreamCache
+from merge_service.ties import tie
 from merge_service.timeline import Base, Expert, Merged, Strategy, Weights
 
 
@@ -150,6 +151,7 @@ class MergeService:
     def _admit(self, arrival: Arrival) -> None:
         who = arrival.id if arrival.id == f"t{arrival.t}" else f"{arrival.id} (t={arrival.t})"
         with Checkpoint.open(self.base) as base, Checkpoint.open(arrival.path) as expert:
+            tie(base, [expert])
             admit(base, expert, who)
             check_finite(expert, who)
 

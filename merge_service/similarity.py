@@ -19,10 +19,11 @@ from pathlib import Path
 import numpy as np
 
 from merge_service.admission import admit
+from merge_service.anatomy import anatomy_of
 from merge_service.checkpoint import Checkpoint
 from merge_service.engine import GRAIN, spans
 from merge_service.errors import CheckpointError
-from merge_service.towers import layer, tower
+from merge_service.ties import Ties, tie
 
 CLASH_COSINE, CLASH_CONFLICT = -0.1, 0.55
 """Clearly worse than unrelated task vectors, which have cosine 0 and conflict 0.5."""
@@ -124,30 +125,37 @@ def similarity(base: Path | str, experts: Mapping[str, Path | str]) -> Similarit
     with ExitStack() as stack:
         origin = stack.enter_context(Checkpoint.open(base))
         opened = [stack.enter_context(Checkpoint.open(path)) for path in experts.values()]
+        ties = tie(origin, opened)
         for name, expert in zip(experts, opened, strict=True):
             admit(origin, expert, f"expert {name}")
-        return Similarity(tuple(experts), _overlaps(origin, opened))
+        return Similarity(tuple(experts), _overlaps(origin, opened, ties))
 
 
-def _overlaps(origin: Checkpoint, experts: Sequence[Checkpoint]) -> dict[Part, _Overlap]:
+def _overlaps(origin: Checkpoint, experts: Sequence[Checkpoint], ties: Ties) -> dict[Part, _Overlap]:
+    anatomy = anatomy_of({name: info.shape for name, info in origin.tensors.items()})
+    tower = anatomy.tower
     squares: dict[str, np.ndarray] = {}
     sizes: dict[str, int] = {}
-    for name, deltas in _deltas(origin, experts):
-        squares[tower(name)] = squares.get(tower(name), 0.0) + np.sum(deltas * deltas, axis=1, keepdims=True)
-        sizes[tower(name)] = sizes.get(tower(name), 0) + deltas.shape[1]
+    for name, deltas in _deltas(origin, experts, ties):
+        squares[tower[name]] = squares.get(tower[name], 0.0) + np.sum(deltas * deltas, axis=1, keepdims=True)
+        sizes[tower[name]] = sizes.get(tower[name], 0) + deltas.shape[1]
     least = {which: np.sqrt(total / sizes[which]) for which, total in squares.items()}
     parts: dict[Part, _Overlap] = {}
-    for name, deltas in _deltas(origin, experts):
-        part = tower(name), layer(name)
+    for name, deltas in _deltas(origin, experts, ties):
+        part = tower[name], anatomy.layer(name)
         if part not in parts:
             parts[part] = _Overlap.none(len(experts))
-        parts[part].add(deltas, least[tower(name)])
+        parts[part].add(deltas, least[tower[name]])
     return parts
 
 
-def _deltas(origin: Checkpoint, experts: Sequence[Checkpoint]) -> Iterator[tuple[str, np.ndarray]]:
+def _deltas(
+    origin: Checkpoint, experts: Sequence[Checkpoint], ties: Ties
+) -> Iterator[tuple[str, np.ndarray]]:
     """The task vectors, grain by grain: the tensor's name, and [experts, elements] float64."""
-    sizes = [(name, info.numel) for name, info in origin.tensors.items() if info.kind.is_float]
+    sizes = [
+        (name, info.numel) for name, info in origin.tensors.items() if info.kind.is_float and name not in ties
+    ]
     for span in spans(sizes, GRAIN):
         start = origin.read(span.name, span.start, span.stop)
         deltas = np.empty((len(experts), span.size))

@@ -28,6 +28,7 @@ from merge_service.own import load
 from merge_service.survey import Surveyor
 from merge_service.techniques import Origin, get
 from merge_service.thresholds import Answer, Question, together
+from merge_service.ties import Ties, lend
 from merge_service.writer import Slot, SlotWriter, Written
 
 Call = Callable[..., list[Any]]
@@ -68,6 +69,7 @@ class Part:
     base: Source | None
     experts: tuple[tuple[str, Source], ...]
     tensors: tuple[str, ...]
+    ties: Ties
     options: Options
     origin: Origin | None
 
@@ -99,6 +101,7 @@ class Split:
                 base,
                 experts,
                 tensors,
+                blend.tied,
                 options,
                 blend.technique.origin,
             )
@@ -144,8 +147,11 @@ class PartWorker:
             load(part.technique, part.origin)
         base = part.base.open() if part.base else None
         inputs = [Input(name, order, source.open()) for order, (name, source) in enumerate(part.experts, 1)]
+        for expert in inputs:
+            lend(expert.weights, part.ties)
+        options = part.options
         self.blend = Blend(
-            get(part.technique), part.params, base, inputs, part.options.threads, part.options.device
+            get(part.technique), part.params, base, inputs, options.threads, options.device, part.ties
         )
         mine = set(part.tensors)
         self.tensors = [(name, numel) for name, numel in self.blend.merged if name in mine]
@@ -174,7 +180,8 @@ class PartWorker:
 
     @cached_property
     def _surveyor(self) -> Surveyor:
-        return Surveyor(self.blend, self.tensors)
+        combined = {name for name, _ in self.blend.combined}
+        return Surveyor(self.blend, [tensor for tensor in self.tensors if tensor[0] in combined])
 
 
 def cut(blend: Blend, parts: int) -> list[tuple[str, ...]]:

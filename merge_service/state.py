@@ -20,6 +20,7 @@ from merge_service.errors import CorruptCheckpoint, TechniqueError
 from merge_service.params import nearest
 from merge_service.rules import State
 from merge_service.techniques import Technique
+from merge_service.ties import Ties, recorded
 
 if TYPE_CHECKING:
     from merge_service.blend import Blend
@@ -52,6 +53,11 @@ class StreamState:
                     "start again without a state"
                 )
 
+    def ties(self, base: Checkpoint) -> Ties:
+        """The tensors that are one in every expert of the state."""
+        ties = self.record.get("ties")
+        return recorded(base) if ties is None else dict(ties)
+
     def check_new(self, expert_id: str) -> None:
         """Raise `TechniqueError` unless there is room for an expert of this id."""
         if expert_id in [held["id"] for held in self.inputs]:
@@ -71,6 +77,16 @@ class StreamState:
                 f"the expert {expert_id!r} is not in {self.checkpoint.path}{nearest(expert_id, ids)}; it holds {', '.join(ids[:20])}"
             )
         return ids.index(expert_id) + 1
+
+    def check_layout(self, blend: "Blend") -> None:
+        """Raise `TechniqueError` unless the state has the arrays of every tensor of `blend`."""
+        for name, _ in blend.merged:
+            missing = [role for role in blend.arrays(name) if f"{role}:{name}" not in self.checkpoint.tensors]
+            if missing:
+                raise TechniqueError(
+                    f"{self.checkpoint.path} does not hold {missing[0]} of {name}, so another version wrote it; start again "
+                    "without a state"
+                )
 
     def read(self, span: Span, arrays: Mapping[str, np.dtype]) -> State:
         """The arrays of one span, to be changed in place."""
@@ -95,13 +111,14 @@ def state_writer(path: Path | str, blend: "Blend", inputs: Sequence[Mapping[str,
         for role, dtype in blend.arrays(name).items()
     }
     for role in getattr(blend.combine, "tallies", ()):
-        layout |= {f"{role}:{name}": ("U32", (1,)) for name, _ in blend.merged}
+        layout |= {f"{role}:{name}": ("U32", (1,)) for name, _ in blend.combined}
     layout |= dict.fromkeys(getattr(blend.combine, "totals", ()), ("F64", (1,)))
     assert blend.base is not None
     record = {
         "state": FORMAT,
         **_identity(blend.technique, blend.params, blend.base, len(inputs)),
         "inputs": list(inputs),
+        **({"ties": dict(blend.tied)} if blend.tied != recorded(blend.base) else {}),
     }
     return CheckpointWriter(path, layout, {METADATA_KEY: json.dumps(record, sort_keys=True)})
 

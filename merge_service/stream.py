@@ -11,10 +11,14 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from merge_service import ties
+from merge_service.checkpoint import Checkpoint
 from merge_service.engine import BLOCK
 from merge_service.kept_limits import Keep
 from merge_service.merge import MergeReport, PathLike, advance, merge
@@ -81,6 +85,31 @@ class StreamCache:
         resolved = plugin.resolve(params, "merge", strict=True)
         lineage = self._lineage(plugin.name, resolved, base_sha256)
         start, state = self._longest(lineage, members)
+        steps = partial(self._advance, technique, resolved, base, members, out, common, lineage)
+        try:
+            return steps(start, state)
+        except ties.BrokenTie:
+            with ExitStack() as stack:
+                anchor, *opened = (
+                    stack.enter_context(Checkpoint.open(path)) for path in (base, *(m.path for m in members))
+                )
+                tied = ties.tie(anchor, opened)
+            return steps(0, None, tied)
+
+    def _advance(
+        self,
+        technique: str,
+        resolved: Mapping[str, Any],
+        base: PathLike,
+        members: Sequence[Member],
+        out: PathLike,
+        common: Mapping[str, Any],
+        lineage: str,
+        start: int,
+        state: Path | None,
+        tied: ties.Ties | None = None,
+    ) -> MergeReport:
+        """Take in the members from number `start` on, the first of all with what is `tied` in all."""
         report = None
         for number in range(start, len(members)):
             member, target = members[number], self._next_path()
@@ -93,6 +122,7 @@ class StreamCache:
                 expert_id=member.id,
                 state_in=state,
                 state_out=target,
+                tied=tied,
                 **common,
             )
             self._keep(lineage, members[: number + 1], target)

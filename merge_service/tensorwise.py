@@ -15,17 +15,16 @@ import numpy as np
 
 from merge_service.engine import BLOCK, Span, dots, run, spans
 from merge_service.matrices import isotropic, isotropic_task_specific, opcm_project, rapf_fuse
+from merge_service.packed import Matrix
 from merge_service.rules import State, share
 from merge_service.spherical import mean_cosine, model_stock
 from merge_service.state import StreamState
-from merge_service.towers import matrices_of
 
 if TYPE_CHECKING:
     from merge_service.assemble import Assembly
     from merge_service.blend import Blend, Input
 
 Array = np.ndarray
-Pieces = list[tuple[int, int, tuple[int, int]]]
 
 
 class Tensor:
@@ -36,9 +35,8 @@ class Tensor:
         self.blend, self.name, self.numel, self.dtype = blend, name, info.numel, blend.compute(name)
         self.params = blend.params
         averaged = self.params.get("text_projection") == "mean" and "text_projection" in name
-        split = self.params.get("attention") == "split"
-        self.pieces: Pieces = [] if averaged else matrices_of(name, info.shape, split=split)
-        """Where its matrices lie: start, stop and (rows, columns)."""
+        self.pieces: list[Matrix] = [] if averaged else blend.packing.matrices(name)
+        """Where its matrices lie."""
 
     def blocks(self, expert: "Input") -> Iterator[tuple[slice, Array]]:
         """An expert's task vector (its weights, if those are merged), block by block."""
@@ -54,6 +52,10 @@ class Tensor:
         span = Span(self.name, start, self.numel if stop is None else stop)
         x = self.blend.numbers(expert, span)
         return x - self.blend.base_block(span) if self.blend.moves else x
+
+    def matrix(self, expert: "Input", piece: Matrix) -> Array:
+        """One matrix of the same."""
+        return piece.of(self.whole(expert, piece.start, piece.stop))
 
     def solve(self, function: Callable[..., Any], *matrices: Array, **options: Any) -> Array:
         """A function of `matrices.py`, where blocks are worked on."""
@@ -98,13 +100,13 @@ class _Rule:
             state["sum"][where] += tau
 
     def _by_matrix(
-        self, tensor: Tensor, otherwise: Callable[[], Array], solve: Callable[..., Array]
+        self, tensor: Tensor, otherwise: Callable[[], Array], solve: Callable[[Matrix], Array]
     ) -> Array:
         if not tensor.pieces:
             return otherwise()
         out = np.empty(tensor.numel, tensor.dtype)
-        for start, stop, shape in tensor.pieces:
-            out[start:stop] = solve(start, stop, shape).reshape(-1)
+        for piece in tensor.pieces:
+            piece.put(out[piece.start : piece.stop], solve(piece))
         return out
 
 
@@ -112,8 +114,8 @@ class Isotropic(_Rule):
     """Iso-C: the summed matrix with all singular values made equal; the mean where there is no matrix."""
 
     def result(self, tensor: Tensor, state: State, count: int) -> Array:
-        def solve(start: int, stop: int, shape: tuple[int, int]) -> Array:
-            return tensor.solve(isotropic, state["sum"][start:stop].reshape(shape))
+        def solve(piece: Matrix) -> Array:
+            return tensor.solve(isotropic, _held(state, piece))
 
         return self._by_matrix(tensor, lambda: state["sum"] / tensor.dtype.type(count), solve)
 
@@ -122,12 +124,12 @@ class IsotropicTasks(_Rule):
     """Iso-CTS: as Iso-C, with directions of every expert's own; reads the experts a second time."""
 
     def result(self, tensor: Tensor, state: State, count: int) -> Array:
-        def solve(start: int, stop: int, shape: tuple[int, int]) -> Array:
+        def solve(piece: Matrix) -> Array:
             put = tensor.blend.site.put
-            taus = (put(tensor.whole(expert, start, stop).reshape(shape)) for expert in tensor.blend.inputs)
-            total, fraction = state["sum"][start:stop].reshape(shape), tensor.params["common_fraction"]
+            taus = (put(tensor.matrix(expert, piece)) for expert in tensor.blend.inputs)
+            fraction = tensor.params["common_fraction"]
             return tensor.solve(
-                isotropic_task_specific, total, taus=taus, count=count, common_fraction=fraction
+                isotropic_task_specific, _held(state, piece), taus=taus, count=count, common_fraction=fraction
             )
 
         return self._by_matrix(tensor, lambda: state["sum"] / tensor.dtype.type(count), solve)
@@ -146,13 +148,10 @@ class Orthogonal(_Rule):
         if not tensor.pieces or expert.order == 1:
             super().add(tensor, state, expert)
             return
-        for start, stop, shape in tensor.pieces:
-            held, tau = (
-                state["sum"][start:stop].reshape(shape),
-                tensor.whole(expert, start, stop).reshape(shape),
-            )
+        for piece in tensor.pieces:
+            held, tau = _held(state, piece), tensor.matrix(expert, piece)
             kept = tensor.solve(opcm_project, held, tau, alpha=tensor.params["alpha"])
-            state["sum"][start:stop] += kept.reshape(-1)
+            piece.put(state["sum"][piece.start : piece.stop], held + kept)
 
     def result(self, tensor: Tensor, state: State, count: int) -> Array:
         return state["sum"].copy()
@@ -195,8 +194,8 @@ class FusedMatrices(_Rule):
     def result(self, tensor: Tensor, state: State, count: int) -> Array:
         running, new = tensor.blend.inputs[0], tensor.blend.inputs[-1]
 
-        def solve(start: int, stop: int, shape: tuple[int, int]) -> Array:
-            old, fresh = (tensor.whole(one, start, stop).reshape(shape) for one in (running, new))
+        def solve(piece: Matrix) -> Array:
+            old, fresh = (tensor.matrix(one, piece) for one in (running, new))
             return tensor.solve(rapf_fuse, old, fresh, b=tensor.params["floor"])
 
         return self._by_matrix(tensor, lambda: tensor.whole(new).copy(), solve)
@@ -212,6 +211,11 @@ RULES: Mapping[str, type[_Rule] | type[Stock]] = {
 
 
 Store = Callable[[Span, Array], list[float]]
+
+
+def _held(state: State, piece: Matrix) -> Array:
+    """A matrix of the sum so far."""
+    return piece.of(state["sum"][piece.start : piece.stop])
 
 
 def assemble_tensors(assembly: "Assembly", store: Store) -> list[float]:

@@ -58,6 +58,7 @@ def merge(
 
     Example: temporal-merge merge --technique ties --base base.safetensors --set density=0.2 --out m.safetensors a.safetensors b.safetensors
     """
+    from merge_service.anatomy import described
     from pipeline.api import merge_files
     from pipeline.show import parameters_from
 
@@ -77,11 +78,14 @@ def merge(
     )
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)
+    if any(report.stacks.values()) and not as_json:
+        print(f"towers: {described(report.stacks)}")
     answer = {
         "out": str(report.out),
         "technique": technique,
         "experts": len(experts),
         "seconds": round(report.seconds, 3),
+        **({"towers": report.stacks} if report.stacks else {}),
     }
     print_json(answer) if as_json else print(
         f"{report.out}: {technique} of {len(experts)} checkpoints in {report.seconds:.2f} s"

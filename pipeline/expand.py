@@ -160,7 +160,7 @@ class Draft:
         inputs = {self._id(parent, merged): self._fingerprint(parent) for parent in parents}
         base = self.world.base.fingerprint
         spec = {
-            "version": VERSIONS["merge"],
+            "version": VERSIONS["merge"] + (not self.world.facts.resblocks),
             "technique": strategy.technique,
             "params": timeline.params_for(strategy, merged),
             "form": merged.form,

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -186,7 +187,30 @@ def model_facts(study: Study, model: ModelSection) -> ModelFacts:
             continue
         costs[trainable], ratios[trainable] = cost["gflops_per_sample"], cost["memory_ratio"]
         size = int(cost["weights_bytes"])
-    return ModelFacts(weights, config, costs, ratios, size)
+    return ModelFacts(weights, config, costs, ratios, size, has_resblocks(model))
+
+
+def has_resblocks(model: ModelSection) -> bool:
+    """Whether both towers of a base are open_clip's own transformers, by its configuration; False where that is not at hand."""
+    package = find_spec("open_clip")
+    rooms = [Path(root) / "model_configs" for root in (package and package.submodule_search_locations) or []]
+    given, name = Path((model.pretrained or "").removeprefix(LOCAL)), model.config.removeprefix(LOCAL)
+    ours = [root / "configs/models" / name / CONFIG_FILE for root in (Path.cwd(), Path(__file__).parents[1])]
+    for file in (
+        given / CONFIG_FILE,
+        Path(name) / CONFIG_FILE,
+        Path(name),
+        *ours,
+        *(room / f"{name}.json" for room in rooms),
+    ):
+        if file.suffix == ".json" and file.is_file():
+            with suppress(OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
+                found = json.loads(file.read_text(encoding="utf-8"))
+                found = found.get("model_cfg", found)
+                vision, text = found["vision_cfg"], found["text_cfg"]
+                plain = "timm_model_name" not in vision and not isinstance(vision.get("layers"), list)
+                return plain and "hf_model_name" not in text and "multimodal_cfg" not in found
+    return False
 
 
 def base_identity(model: ModelSection) -> tuple[str, str, int]:

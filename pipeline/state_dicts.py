@@ -13,6 +13,7 @@ import numpy as np
 from merge_service.checkpoint import Checkpoint, CheckpointWriter
 from merge_service.dtypes import DTYPES
 from merge_service.errors import CheckpointError
+from merge_service.ties import Ties, entry, of_groups
 
 _NUMPY = {kind.storage: name for name, kind in DTYPES.items() if name != "BF16"}
 _TORCH = {
@@ -31,6 +32,7 @@ def merge_state_dicts(
 ) -> dict[str, Any]:
     """The merged state dict, with the names, kind, dtypes and devices of the base (of the first expert without one).
 
+    Names that share memory there share it in the result.
     Needs room for all of them among the temporary files. Raises UserError as a merge of files does, and CheckpointError for
     what is no tensor, or of a dtype that checkpoints do not have.
     """
@@ -41,20 +43,44 @@ def merge_state_dicts(
         room = Path(name)
         paths = [_save(room, f"expert-{number}", one) for number, one in enumerate(experts, 1)]
         start = None if base is None else _save(room, "base", base)
+        ties = _shared_in_all(reference, experts)
+        if ties:
+            _save(room, "base" if start else "expert-1", reference, ties)
         merge_files(technique, params, start, paths, room / "merged.safetensors", parity=parity)
         with Checkpoint.open(room / "merged.safetensors") as merged:
-            return {key: _like(value, merged.raw(key)) for key, value in reference.items()}
+            own = {key: _like(value, merged.raw(key)) for key, value in reference.items() if key not in ties}
+            return {key: own[ties.get(key, key)] for key in reference}
 
 
-def _save(room: Path, name: str, tensors: Mapping[str, Any]) -> Path:
+def _save(room: Path, name: str, tensors: Mapping[str, Any], ties: Ties | None = None) -> Path:
     if not isinstance(tensors, Mapping):
         raise CheckpointError(f"{name} is a {type(tensors).__name__}, not a state dict: tensors by name")
     path = room / f"{name}.safetensors"
     layout = {key: (_dtype(value, key, name), tuple(value.shape)) for key, value in tensors.items()}
-    with CheckpointWriter(path, layout, {"format": "pt"}) as writer:
+    with CheckpointWriter(path, layout, {"format": "pt", **entry(ties or {})}) as writer:
         for key, value in tensors.items():
             writer.write_stored(key, 0, _stored(value))
     return path
+
+
+def _shared_in_all(reference: Mapping[str, Any], experts: Sequence[Mapping[str, Any]]) -> Ties:
+    """The names that share one tensor's memory in the reference and hold the same numbers in every expert."""
+    groups: dict[Any, list[str]] = {}
+    for key, value in reference.items():
+        if _is_torch(value) and value.numel() > 0:
+            groups.setdefault((value.data_ptr(), value.dtype, value.shape, value.stride()), []).append(key)
+        elif isinstance(value, np.ndarray) and value.size > 0:
+            place = value.__array_interface__["data"][0]
+            groups.setdefault((place, value.dtype, value.shape, value.strides), []).append(key)
+    return {
+        alias: name
+        for alias, name in of_groups(groups.values()).items()
+        if all(
+            _stored(one[alias]).tobytes() == _stored(one[name]).tobytes()
+            for one in experts
+            if alias in one and name in one
+        )
+    }
 
 
 def _dtype(value: Any, key: str, owner: str) -> str:

@@ -21,7 +21,10 @@ RECORD_BYTES = 16 * 1024
 """A generous guess at the size of a record, for estimates."""
 
 VERSIONS = {"base": 1, "train": 1, "merge": 1, "evaluate": 1}
-"""Raise a kind's number when its code changes results: older artifacts are then no longer taken for it."""
+"""Raise a kind's number when its code changes results: older artifacts are then no longer taken for it.
+
+Merges of a base without `ModelFacts.resblocks` are one version ahead: depth, statistics and packed matrices were once misread there.
+"""
 
 
 class Described(Protocol):
@@ -61,6 +64,7 @@ class ModelFacts:
 
     `gflops_per_sample` (forward + backward) and `memory_ratio` (peak memory against training everything) go by what is
     trained (all, image, text); they may be empty unless the budget is in GFLOPs. `weights_bytes` is a checkpoint's size.
+    `resblocks`: whether both towers are open_clip's own transformers.
     """
 
     weights: str
@@ -68,6 +72,7 @@ class ModelFacts:
     gflops_per_sample: Mapping[str, float] = field(default_factory=dict)
     memory_ratio: Mapping[str, float] = field(default_factory=lambda: {"all": 1.0})
     weights_bytes: int = 0
+    resblocks: bool = True
 
 
 @dataclass(frozen=True)

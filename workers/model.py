@@ -22,6 +22,7 @@ from open_clip.factory import get_model_config
 from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
+from merge_service.anatomy import modality
 from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from merge_service.errors import UserError
 from workers.weights import (
@@ -38,24 +39,19 @@ LOCAL, HUB = "local-dir:", "hf-hub:"
 FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".npz", ".json")
 
 
-def tower(name: str) -> str:
-    """The tower a tensor belongs to: "image" for `visual.*`, "text" for everything else, `logit_scale` included."""
-    return "image" if name.startswith("visual.") else "text"
-
-
 def set_trainable(model: torch.nn.Module, which: str) -> list[str]:
     """Freeze what is not in `which` ("all", "image" or "text") and return the names of the parameters that train.
 
     A frozen tower is put in evaluation mode as well, so that neither its parameters nor its running statistics move.
-    `logit_scale` goes with the text tower (see `tower`): an image-only expert keeps the temperature it started from.
+    `logit_scale` goes with the text tower (see `anatomy.modality`): an image-only expert keeps the temperature it started from.
     """
     assert which in ("all", "image", "text"), which
     model.train()
     for name, module in model.named_modules():
-        if which != "all" and name and tower(f"{name}.") != which:
+        if which != "all" and name and modality(name) != which:
             module.eval()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(which in ("all", tower(name)))
+        parameter.requires_grad_(which in ("all", modality(name)))
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, CheckpointWriter
-from merge_service.errors import CorruptCheckpoint, IncompatibleCheckpoint, UserError
+from merge_service.errors import IncompatibleCheckpoint, UserError
+from merge_service.ties import Ties, entry, of_groups, recorded
 
 LISTED = 10  # differences shown in one error
 _DTYPES = {
@@ -27,33 +28,30 @@ _DTYPES = {
 }
 
 
-def tied(model: torch.nn.Module) -> list[list[str]]:
-    """Groups of state keys that are one and the same tensor; each group and the list of groups are sorted."""
+def tied(model: torch.nn.Module) -> Ties:
+    """The name that each state key stands for which is one and the same tensor as another one."""
     groups: dict[tuple[int, int, tuple[int, ...]], list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.numel():
             place = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape))
             groups.setdefault(place, []).append(name)
-    return sorted(sorted(names) for names in groups.values() if len(names) > 1)
+    return of_groups(groups.values())
 
 
-def recorded_ties(file: Path) -> list[list[str]]:
-    """The groups of tied keys that the writer of a safetensors file recorded."""
+def recorded_ties(file: Path) -> Ties:
+    """The ties that the writer of a safetensors file recorded."""
     with open_weights(file) as checkpoint:
-        try:
-            return json.loads(checkpoint.metadata.get("tied", "[]"))
-        except json.JSONDecodeError as error:
-            raise CorruptCheckpoint(f'{file}: its metadata entry "tied" is not JSON ({error})') from error
+        return recorded(checkpoint)
 
 
-def write_weights(state: Mapping[str, torch.Tensor], file: Path, ties: list[list[str]]) -> None:
+def write_weights(state: Mapping[str, torch.Tensor], file: Path, ties: Ties) -> None:
     """Write `state` to the safetensors `file`, in its order: floats as fp32, integers as they are.
 
     Every key gets its own copy, tied or not, so that a strict loader finds them all; `ties` goes to the metadata.
     """
     plain = {name: t.detach().float() if t.is_floating_point() else t.detach() for name, t in state.items()}
     layout = {name: (_DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in plain.items()}
-    with CheckpointWriter(file, layout, {"tied": json.dumps(ties)} if ties else None) as writer:
+    with CheckpointWriter(file, layout, entry(ties)) as writer:
         for name, tensor in plain.items():
             writer.write(name, 0, tensor.cpu().contiguous().reshape(-1).numpy())
 
@@ -98,11 +96,12 @@ def open_weights(file: Path) -> Checkpoint:
 
 
 def task_vector_norm(base: Path, state: Mapping[str, torch.Tensor]) -> float:
-    """L2 norm of state - base over all float tensors of the weights directory `base`, summed in fp64."""
+    """L2 norm of state - base over all float tensors of the weights directory `base` (tied ones once), summed in fp64."""
     total = 0.0
     with open_weights(base / WEIGHTS_FILE) as checkpoint:
+        ties = recorded(checkpoint)
         for name, info in checkpoint.tensors.items():
-            if info.kind.is_float:
+            if info.kind.is_float and name not in ties:
                 new = state[name].detach().reshape(-1).cpu().numpy()
                 difference = np.subtract(new, checkpoint.read(name), dtype=np.float64)
                 total += float(np.dot(difference, difference))

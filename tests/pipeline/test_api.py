@@ -168,3 +168,25 @@ def test_checkpoint_of_the_best_scores_what_the_run_says(undisturbed: Path, worl
     best = run.best()
     again = tm.evaluate(run.checkpoint(best["trajectory"], best["t"]), tm.load_study(world.study()))
     assert again["gm"] == best["gm"]
+
+
+def test_state_dict_that_shares_one_tensor_under_two_names_stays_so() -> None:
+    def model(seed: int, tie: bool = True) -> dict[str, torch.Tensor]:
+        torch.manual_seed(seed)
+        embed = torch.randn(9, 5)
+        return {
+            "lm_head.weight": embed if tie else torch.randn(9, 5),
+            "embed.weight": embed,
+            "w": torch.randn(3),
+        }
+
+    merged = tm.merge("dare", [model(1), model(2)], model(0))
+    assert merged["lm_head.weight"] is merged["embed.weight"]
+    copies = [{name: value.clone() for name, value in model(seed).items()} for seed in range(3)]
+    again = tm.merge("dare", copies[1:], copies[0])
+    assert torch.equal(again["lm_head.weight"], merged["lm_head.weight"]) and torch.equal(
+        again["embed.weight"], merged["embed.weight"]
+    )
+    assert again["lm_head.weight"] is not again["embed.weight"]
+    apart = tm.merge("dare", [model(1), model(2, tie=False)], model(0))
+    assert not torch.equal(apart["lm_head.weight"], apart["embed.weight"])

@@ -10,8 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from merge_service.anatomy import modality
+from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, CheckpointWriter
 from merge_service.errors import CorruptCheckpoint, IncompatibleCheckpoint, UserError
+from merge_service.merge import merge
 from tests.workers.model_helpers import MODEL_CFG, PREPROCESS_CFG, Toys, sha256, write_config
 from workers.model import (
     _without_values,
@@ -21,7 +23,6 @@ from workers.model import (
     save,
     set_trainable,
     tokenizer,
-    tower,
 )
 from workers.weights import load_strictly, tied, write_weights
 
@@ -154,10 +155,29 @@ def test_tied_tensors_are_written_under_every_key_and_recorded(tmp_path: Path) -
     model = Tied()
     write_weights(model.state_dict(), tmp_path / "t.safetensors", tied(model))
     with safe_open(tmp_path / "t.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["tied"]) == [["a.weight", "b.weight"]]
+        assert json.loads(file.metadata()["tied"]) == {"b.weight": "a.weight"}
         assert torch.equal(file.get_tensor("a.weight"), file.get_tensor("b.weight"))
         assert file.get_tensor("norm.num_batches_tracked").dtype == torch.int64
     load_strictly(Tied(), tmp_path / "t.safetensors")
+
+
+@pytest.mark.parametrize("entry", ['{"b.weight": "a.weight"}', '[["a.weight", "b.weight"]]'])
+def test_tied_model_merges_from_what_this_version_and_older_ones_wrote(tmp_path: Path, entry: str) -> None:
+    files = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        state = Tied().state_dict()
+        files.append(tmp_path / f"{seed}.safetensors")
+        layout = {
+            name: ("F32" if t.is_floating_point() else "I64", tuple(t.shape)) for name, t in state.items()
+        }
+        with CheckpointWriter(files[-1], layout, {"tied": entry}) as writer:
+            for name, tensor in state.items():
+                writer.write(name, 0, tensor.reshape(-1).numpy())
+    merge("dare_ties", {}, files[0], files[1:], tmp_path / "merged.safetensors")
+    load_strictly(Tied(), tmp_path / "merged.safetensors")
+    with Checkpoint.open(tmp_path / "merged.safetensors") as merged:
+        assert merged.raw("a.weight").tobytes() == merged.raw("b.weight").tobytes()
 
 
 def test_saving_what_was_loaded_gives_the_same_bytes(toys: Toys, tmp_path: Path) -> None:
@@ -171,7 +191,7 @@ def test_saving_what_was_loaded_gives_the_same_bytes(toys: Toys, tmp_path: Path)
 def test_trainable_names_a_tower_and_temperature_goes_with_text(toys: Toys, which: str) -> None:
     model = load(toys.base)
     names = set_trainable(model, which)
-    assert {tower(name) for name in names} == ({"image", "text"} if which == "all" else {which})
+    assert {modality(name) for name in names} == ({"image", "text"} if which == "all" else {which})
     assert ("logit_scale" in names) == (which != "image")
     assert model.visual.training == (which != "text") and model.transformer.training == (which != "image")
     assert sum(p.requires_grad for p in model.parameters()) == len(names)
@@ -205,5 +225,5 @@ def test_copies_without_values_keep_ties_and_other_buffers() -> None:
     model = Tied()
     model.register_buffer("mask", torch.ones(2), persistent=False)
     copied = _without_values(_without_values(model, "meta"), "cpu")
-    assert tied(copied) == tied(model) == [["a.weight", "b.weight"]]
+    assert tied(copied) == tied(model) == {"b.weight": "a.weight"}
     assert torch.equal(copied.mask, torch.ones(2)) and copied.a.weight is not model.a.weight
