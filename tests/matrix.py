@@ -51,6 +51,7 @@ ROWS = {
     "F33": ("store not writable, files deleted, rename failing", "typed error with the path; nothing half-made; rerun goes on"),
     "F34": ("DeepSpeed: parity and crash while saving", "same keys and shapes, bounded difference; the last whole checkpoint is used"),
     "F35": ("chaos: runs with random faults", "every run the same bytes; nothing leaked"),
+    "F36": ("power cut at any moment", "what has its name is whole: files forced to disk before names, the record last"),
 }  # fmt: skip
 """Row: what is done to the software, and what must then happen."""
 
