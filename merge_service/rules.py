@@ -331,9 +331,9 @@ def bounds(limits: Limits, dtype: Any) -> tuple[float, float]:
     if str(dtype).endswith("64"):
         return limits.low, limits.high
     low, high = np.float32(limits.low), np.float32(limits.high)
-    if low < limits.low:
+    if float(low) < limits.low:  # numpy would round the limit before it compares
         low = np.nextafter(low, np.float32(math.inf))
-    if high > limits.high:
+    if float(high) > limits.high:
         high = np.nextafter(high, np.float32(-math.inf))
     return float(low), float(high)
 

@@ -1,0 +1,34 @@
+"""The array definitions of the rules on numbers at the edge: votes that cancel, limits that no float32 equals."""
+
+import numpy as np
+import pytest
+
+from merge_service.rules import Disjoint, Place, bounds
+from merge_service.thresholds import Limits
+
+
+@pytest.mark.parametrize("consensus", ["mean", "sum", "max"])
+@pytest.mark.parametrize("majority", [-1, 0, 1])
+def test_votes_that_cancel_go_to_the_majority_and_stay_at_the_base_without_one(
+    consensus: str, majority: int
+) -> None:
+    rule, zeros = Disjoint(consensus), np.zeros(4, np.float32)
+    state = {name: zeros.copy() for name in rule.floats} | {
+        name: zeros.astype(np.uint32) for name in rule.words
+    }
+    for order, x in enumerate(([1, 2, -3, 0], [-1, 2, -3, 0]), 1):
+        rule.add(np, state, np.array(x, np.float32), Place(order, 1 / order))
+    out, election = rule.result(np, state, majority)
+    agreed = 2 if consensus == "sum" else 1
+    assert out.tolist() == [majority, 2 * agreed, -3 * agreed, 0]
+    assert election.contested and election.balance == 0
+
+
+@pytest.mark.parametrize("limit", [0.1, 1 / 3, 0.7, 1e-5, 1e-30, 0.5, np.pi])
+def test_limits_in_float32_keep_exactly_what_they_keep_in_float64(limit: float) -> None:
+    near = np.float32(limit)
+    numbers = [np.nextafter(near, np.float32(0)), near, np.nextafter(near, np.float32(np.inf))]
+    for limits in (Limits(low=limit), Limits(high=limit)):
+        low, high = bounds(limits, np.float32)
+        assert [low <= x <= high for x in numbers] == [limits.low <= float(x) <= limits.high for x in numbers]
+        assert np.float32(low) == low and np.float32(high) == high
