@@ -68,7 +68,14 @@ def _node_of(nodes: Nodes, marker: Path) -> tuple[Any, int]:
     wait_until(lambda: marker.exists() and marker.read_text(), "no expert reached its fault", 90)
     pid = int(marker.read_text())
     parent = int(process_facts(pid)[1])
-    return next(node for node in nodes.list_all_nodes() if _raylet(node) == parent), pid
+    found = [node for node in nodes.list_all_nodes() if _raylet(node) == parent]
+    assert found, f"{_title(pid)} was stopped; its parent {_title(parent)} is no node's raylet"
+    return found[0], pid
+
+
+def _title(pid: int) -> str:
+    """What a process is, for people."""
+    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")[:200]
 
 
 def _is_alive(pid: int) -> bool:

@@ -1,8 +1,9 @@
-"""The array definitions of the rules on numbers at the edge: votes that cancel, limits that no float32 equals."""
+"""The array definitions of the rules at the edge: votes that cancel, limits that no float32 equals, blocks that begin anywhere."""
 
 import numpy as np
 import pytest
 
+from merge_service.masks import hashes
 from merge_service.rules import Disjoint, Place, bounds
 from merge_service.thresholds import Limits
 
@@ -22,6 +23,13 @@ def test_votes_that_cancel_go_to_the_majority_and_stay_at_the_base_without_one(
     agreed = 2 if consensus == "sum" else 1
     assert out.tolist() == [majority, 2 * agreed, -3 * agreed, 0]
     assert election.contested and election.balance == 0
+
+
+@pytest.mark.parametrize("start", range(6))
+def test_mask_of_an_element_is_the_same_wherever_its_block_begins(start: int) -> None:
+    whole = hashes(np, 7, 0, np.zeros(40))
+    assert len(set(whole.tolist())) == 40
+    assert hashes(np, 7, start, np.zeros(9)).tolist() == whole[start : start + 9].tolist()
 
 
 @pytest.mark.parametrize("limit", [0.1, 1 / 3, 0.7, 1e-5, 1e-30, 0.5, np.pi])
