@@ -1,13 +1,12 @@
-"""Deliberately broken lines, and the tests that must fail by each: `make mutants`, or for some of them
+"""Deliberately broken lines, and the test that must fail by each: `make mutants`, or for some of them
 
     python -m tests.mutants --only store outbox
 
-`mutants.yaml` lists them: a `file`, a `text` that stands in it exactly once, what is put there `instead`, and the `tests` that
-catch it. Each is tried in a scratch copy of the tree, one after the other in every copy; nothing of the tree itself changes.
-The exit code is 0 if the tests pass as the tree is, and every named test fails by its mutant.
+`mutant_list.py` lists them. Each is tried in a scratch copy of the tree, one after the other in every copy; nothing of the tree
+itself changes. The exit code is 0 if all tests named there pass as the tree is, and each fails by its mutant.
 
-Invariant: a mutant counts as caught only if each test named with it ran and failed; a file that cannot be compiled, a test
-that is not found or one that takes longer than its time is an error of the list.
+Invariant: a mutant counts as caught only if its test ran and failed; a text that is not there exactly once, a file that is
+not Python any more and a test that does not exist are errors of the list.
 """
 
 import argparse
@@ -24,22 +23,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
-import yaml
+from tests.mutant_list import BROKEN
+from tests.world import ROOT
 
-ROOT = Path(__file__).parent.parent
-LIST = Path(__file__).with_suffix(".yaml")
 SECONDS = 240.0
 """How long the tests of one mutant may take."""
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """A line that is broken. `tests` are ids of pytest without parameters: one failing case of each is enough."""
+    """A `text` that stands in a file exactly once, what is put there `instead`, and the id (without parameters) of a test
+    of which at least one case must then fail."""
 
     file: str
     text: str
     instead: str
-    tests: tuple[str, ...]
+    test: str
 
     @property
     def name(self) -> str:
@@ -60,13 +59,10 @@ class Mutant:
         return broken
 
 
-def read(path: Path = LIST) -> list[Mutant]:
-    """The list, in order."""
-    entries = yaml.safe_load(path.read_text())
-    return [Mutant(**{**entry, "tests": tuple(entry["tests"])}) for entry in entries]
+MUTANTS = [Mutant(file, *entry) for file, entries in BROKEN.items() for entry in entries]
 
 
-def problems(mutants: Sequence[Mutant], root: Path = ROOT) -> list[str]:
+def problems(mutants: Sequence[Mutant], root: Path) -> list[str]:
     """What is wrong with the list itself, without running anything."""
     found = []
     for mutant in mutants:
@@ -74,12 +70,10 @@ def problems(mutants: Sequence[Mutant], root: Path = ROOT) -> list[str]:
             mutant.applied((root / mutant.file).read_text())
         except (OSError, ValueError) as error:
             found.append(str(error))
-        for test in mutant.tests:
-            path, _, name = test.partition("::")
-            if not (root / path).is_file() or f"def {name}(" not in (root / path).read_text():
-                found.append(f"{mutant.name}: no test {test}")
-    names = [(mutant.file, mutant.text, mutant.instead) for mutant in mutants]
-    return found + [f"{file}: listed twice" for file, *rest in names if names.count((file, *rest)) > 1]
+        path, _, name = mutant.test.partition("::")
+        if not (root / path).is_file() or f"def {name}(" not in (root / path).read_text():
+            found.append(f"{mutant.name}: no test {mutant.test}")
+    return found
 
 
 class Tree:
@@ -87,8 +81,13 @@ class Tree:
 
     def __init__(self, source: Path, home: Path) -> None:
         self.root, self._caches = home / "tree", home / "numba"
-        skipped = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "data", "runs", "site")
-        shutil.copytree(source, self.root, ignore=lambda at, names: skipped(at, names) if Path(at) == source else {n for n in names if n == "__pycache__"})  # fmt: skip
+        top = shutil.ignore_patterns(
+            ".*", "__pycache__", "*.egg-info", "data", "runs", "site", "build", "dist"
+        )
+        below = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(
+            source, self.root, ignore=lambda at, names: (top if Path(at) == source else below)(at, names)
+        )
 
     def failing(self, tests: Sequence[str], mutant: Mutant | None = None) -> set[str]:
         """Which of these tests fail, parameters left out. Raises TimeoutExpired, ValueError."""
@@ -121,12 +120,12 @@ class Tree:
 def judge(tree: Tree, mutant: Mutant) -> str:
     """What became of a mutant: "" if it was caught, else why it was not."""
     try:
-        missed = set(mutant.tests) - tree.failing(mutant.tests, mutant)
+        caught = mutant.test in tree.failing([mutant.test], mutant)
     except subprocess.TimeoutExpired:
         return f"no end after {SECONDS:g} s"
     except ValueError as error:
         return str(error)
-    return f"SURVIVED {', '.join(sorted(missed))}" if missed else ""
+    return "" if caught else f"SURVIVED {mutant.test}"
 
 
 def try_all(mutants: Sequence[Mutant], root: Path, copies: int) -> int:
@@ -144,7 +143,7 @@ def try_all(mutants: Sequence[Mutant], root: Path, copies: int) -> int:
             finally:
                 free.put(tree)
 
-        def unbroken(tests: tuple[str, ...]) -> set[str]:
+        def unbroken(tests: Sequence[str]) -> set[str]:
             tree = free.get()
             try:
                 return tree.failing(tests)
@@ -152,8 +151,9 @@ def try_all(mutants: Sequence[Mutant], root: Path, copies: int) -> int:
                 free.put(tree)
 
         with ThreadPoolExecutor(copies) as pool:
-            every = sorted({test for mutant in mutants for test in mutant.tests})
-            failing = set().union(*pool.map(unbroken, [tuple(every[n::copies]) for n in range(copies) if every[n::copies]]))  # fmt: skip
+            every = sorted({mutant.test for mutant in mutants})
+            parts = [every[number::copies] for number in range(min(copies, len(every)))]
+            failing = set[str]().union(*pool.map(unbroken, parts))
             if failing:
                 print(f"fail as the tree is: {', '.join(sorted(failing))}")
                 return len(mutants)
@@ -177,8 +177,8 @@ def main() -> int:
         "--copies", type=int, default=2, help="of the tree, each busy with a mutant of its own"
     )
     settings = parser.parse_args()
-    mutants = [one for one in read() if any(part in f"{one.file} {one.text}" for part in settings.only)]
-    wrong = problems(mutants)
+    mutants = [one for one in MUTANTS if any(part in f"{one.file} {one.text}" for part in settings.only)]
+    wrong = problems(mutants, ROOT)
     if wrong or not mutants:
         print("\n".join(wrong) or "no such mutant")
         return 2

@@ -5,6 +5,7 @@ The nodes are declared dead after seconds instead of Ray's minute; nothing else 
 
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -148,13 +149,13 @@ def test_study_that_no_node_can_take_ends_with_what_it_wants(
 
 
 @pytest.mark.fault("F7")
-@pytest.mark.parametrize(
-    ("point", "nth"), [("train.after_step", 1), ("store.before_record", 2)]
-)  # the driver, too, commits: the base, once
+@pytest.mark.parametrize("point", ["train.after_step", "store.before_record"])
 def test_partitioned_node_that_wakes_late_changes_nothing(
-    point: str, nth: int, world: World, undisturbed: Path, tmp_path: Path, record_property: Record
+    point: str, world: World, undisturbed: Path, tmp_path: Path, record_property: Record
 ) -> None:
-    out, faults = tmp_path / "out", Faults(tmp_path).at(point, nth=nth, do="stop")
+    out, faults = tmp_path / "out", Faults(tmp_path).at(point, do="stop")
+    # The base is there already, so that the first to commit is a worker: the driver has none to, mergers nothing to merge.
+    shutil.copytree(undisturbed / "store" / "base", out / "store" / "base")
     with three_nodes() as nodes:
         process = _run(nodes, world.study(), out, faults)
         node, pid = _node_of(nodes, faults.markers[0])

@@ -20,10 +20,11 @@ LISTENING = "0A"
 NEAR, FAR = "10.99.9.1", "10.99.9.2"
 CALL = """
 import socket, sys
-for port in map(int, sys.argv[2:]):
+for door in sys.argv[1:]:
+    address, _, port = door.rpartition(":")
     try:
-        socket.create_connection((sys.argv[1], port), timeout=2).close()
-        print(port)
+        socket.create_connection((address, int(port)), timeout=2).close()
+        print(door)
     except OSError:
         pass
 """
@@ -55,6 +56,7 @@ def neighbour() -> Iterator[str]:
         _ip("link", "set", f"{cable}a", "up")
         _ip("-n", name, "addr", "add", f"{FAR}/24", "dev", f"{cable}b")
         _ip("-n", name, "link", "set", f"{cable}b", "up")
+        _ip("-n", name, "route", "add", "default", "via", NEAR)
         yield name
     finally:
         _ip("netns", "del", name)
@@ -68,13 +70,14 @@ def test_local_study_listens_on_loopback_only(doors: set[Door]) -> None:
 @pytest.mark.skipif(not possible(), reason=NEEDS)
 def test_local_study_is_not_reached_from_a_machine_beside_it(doors: set[Door], neighbour: str) -> None:
     with socket.create_server(("0.0.0.0", 0)) as open_door:  # the cable works: this one is reached
-        control = open_door.getsockname()[1]
-        ports = [str(port) for port in sorted({port for _, port in doors} | {control})]
+        control = f"{NEAR}:{open_door.getsockname()[1]}"
+        own = {f"{address}:{port}" for address, port in doors if "." in address and not _is_loopback(address)}
+        all_doors = {f"{NEAR}:{port}" for _, port in doors} | own
         answer = subprocess.run(
-            ["ip", "netns", "exec", neighbour, sys.executable, "-c", CALL, NEAR, *ports],
+            [*("ip", "netns", "exec", neighbour, sys.executable, "-c", CALL, control), *sorted(all_doors)],
             capture_output=True, text=True, check=True, timeout=120,
         )  # fmt: skip
-    assert answer.stdout.split() == [str(control)]
+    assert answer.stdout.split() == [control]
 
 
 def family(pid: int) -> set[int]:
