@@ -56,7 +56,7 @@ def test_test_that_fails_anyway_catches_nothing(tree: Path, capsys: pytest.Captu
     ("wrong", "says"),
     [
         (mutant("4 * x", "3 * x"), "the text is there 0 times, not once"),
-        (mutant("x", "y"), "the text is there 6 times, not once"),
+        (mutant("x", "y"), "the text is there 4 times, not once"),
         (mutant("2 * x", "2 *"), "not Python any more"),
         (mutant("2 * x", "2 * x"), "nothing changes"),
         (mutant("2 * x", "3 * x", "test_triple"), "no test tests/test_core.py::test_triple"),
