@@ -9,6 +9,7 @@ import pytest
 from cluster.memory import OutOfMemory
 from cluster.pool import PlaceLost, WorkerLost
 from merge_service.errors import UserError
+from merge_service.leftovers import owner_mark, temporary
 from pipeline.deadlines import Deadlines
 from pipeline.errors import StepFailed, StepTimeout
 from tests.pipeline.plan_toys import study
@@ -89,3 +90,19 @@ def test_step_is_overdue_when_it_was_silent_for_its_timeout_and_every_report_cou
     assert not deadlines.overdue(one)
     now[0] = 21.0
     assert deadlines.overdue(one)
+
+
+@pytest.mark.fault("F2")
+def test_half_written_threshold_of_a_killed_worker_goes_with_the_run_and_that_of_a_live_one_stays(
+    scene: Scene,
+) -> None:
+    limits = scene.workspace.limits
+    limits.mkdir(parents=True)
+    alive = temporary(limits / "expert.limits.json")
+    host, _, pid = owner_mark().rpartition("-")[0].rpartition("-")
+    dead = alive.with_name(alive.name.replace(owner_mark(), f"{host}-{pid}-1"))
+    for path in (alive, dead, limits / "expert.limits.json"):
+        path.write_text("{}")
+    scene.workspace.__dict__["store"].sweep = lambda: []
+    scene.workspace.tidy()
+    assert sorted(path.name for path in limits.iterdir()) == sorted([alive.name, "expert.limits.json"])
