@@ -84,7 +84,7 @@ BROKEN: dict[str, list[tuple[str, str, str]]] = {
          "tests/pipeline/test_outbox.py::test_replacing_row_goes_to_the_end_and_is_pending_again"),
     ],
     "pipeline/tracking_client.py": [
-        ("name in ONCE or", "name not in ONCE or",
+        ("name in ONCE", "name not in ONCE",
          "tests/pipeline/test_tracking_client.py::test_question_is_asked_again_until_it_is_answered"),
     ],
     # the merge engine: thresholds, masks, order of summation, ties
@@ -126,7 +126,7 @@ BROKEN: dict[str, list[tuple[str, str, str]]] = {
     ],
     # the writer of merged checkpoints
     "merge_service/writer.py": [
-        ('            raise AssertionError(f"{self.path}: not every block of {missing[:3]} was written")\n        os.fsync(self._file)', '            raise AssertionError(f"{self.path}: not every block of {missing[:3]} was written")',
+        ("os.fsync(self._file)\n        os.close(self._file)", "os.close(self._file)",
          "tests/faults/test_power_cut.py::test_merged_checkpoint_gets_its_name_when_it_is_safe"),
         ("        sync_directory(self.path.parent)", "        pass",
          "tests/faults/test_power_cut.py::test_merged_checkpoint_gets_its_name_when_it_is_safe"),
@@ -139,7 +139,7 @@ BROKEN: dict[str, list[tuple[str, str, str]]] = {
     ],
     # what may be merged
     "merge_service/admission.py": [
-        ("if want.shape != have.shape:", "if False:",
+        ("if want.shape != have.shape", "if False",
          "tests/merge_service/test_refusals.py::test_an_expert_of_another_architecture_is_refused_by_name"),
         ("if name not in expected", "if False",
          "tests/merge_service/test_refusals.py::test_an_expert_of_another_architecture_is_refused_by_name"),
