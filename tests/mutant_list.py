@@ -99,8 +99,8 @@ BROKEN: dict[str, list[tuple[str, str, str]]] = {
     "merge_service/rules.py": [
         ("(size >= low) & (size <= high)", "(size > low) & (size <= high)",
          "tests/merge_service/test_elementwise.py::test_dare_ties_with_a_second_trim_is_ties_of_what_was_dropped"),
-        ("if float(low) < limits.low:", "if False:",
-         "tests/merge_service/test_rules.py::test_limits_in_float32_keep_exactly_what_they_keep_in_float64"),
+        ('if str(dtype).endswith("64")', "if False",
+         "tests/merge_service/test_rules.py::test_limit_that_no_float32_equals_is_the_float32_nearest_to_it_and_float64_takes_it_as_it_is"),
         ("(total == 0) & (plus > 0)", "(total == 0) & (plus < 0)",
          "tests/merge_service/test_rules.py::test_votes_that_cancel_go_to_the_majority_and_stay_at_the_base_without_one"),
     ],
@@ -122,7 +122,7 @@ BROKEN: dict[str, list[tuple[str, str, str]]] = {
         ("step = -(-block // GRAIN) * GRAIN", "step = -(-block // GRAIN) * GRAIN + 1",
          "tests/merge_service/test_elementwise.py::test_numbers_of_whole_tensors_are_exact_in_any_block_on_any_thread"),
         ("return [future.result() for future in futures]", "return [future.result() for future in reversed(futures)]",
-         "tests/merge_service/test_elementwise.py::test_ram_averages_over_those_that_moved_further_than_the_threshold"),
+         "tests/merge_service/test_elementwise.py::test_numbers_of_whole_tensors_are_exact_in_any_block_on_any_thread"),
     ],
     # the writer of merged checkpoints
     "merge_service/writer.py": [
