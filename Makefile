@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PURE := cluster merge_service pipeline workers temporal_merge.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults soak reproduce reproduce-quick audit browser check format docs clean
+.PHONY: help demo test faults soak mutants reproduce reproduce-quick audit browser check format docs clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -27,6 +27,9 @@ faults: $(VENV)/.installed ## the whole fault matrix, with nodes lost and hosts 
 
 soak: $(VENV)/.installed ## twenty runs with three random faults each, about twenty minutes; RUNS and SEED may be set
 	$(BIN)/python -m tests.faults.soak --runs $(or $(RUNS),20) $(if $(SEED),--seed $(SEED))
+
+mutants: $(VENV)/.installed ## deliberately broken lines, each of which a test must catch, about ten minutes; ONLY="store outbox" for some
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants $(if $(ONLY),--only $(ONLY))
 
 reproduce: $(VENV)/.installed ## TIME's claims, studied and judged: writes docs/reproduction.md; about two hours on two cores, goes on where it stopped
 	OMP_NUM_THREADS=1 $(BIN)/python -m pipeline.claims

@@ -7,7 +7,7 @@ same environment passes.
 `TEMPORAL_MERGE_FAULTS` is JSON: {point: fault or list of faults}, a fault being {"at": n, "marker": file, "do": what, ...}:
 `kill` (the default) ends the process by SIGKILL, or the one whose id `pid_file` holds (JSON with "pid", such as a run's
 `driver.json`); `stop` suspends it as SIGSTOP does; `spin` never comes back; `allocate` asks for `bytes` of memory; `full` is
-what a file system says.
+what a file system says. `count` changes nothing: its marker gets a line at every passing, with the id of the process.
 """
 
 import errno
@@ -31,7 +31,9 @@ def point(name: str) -> None:
         return
     _reached[name] = _reached.get(name, 0) + 1
     for fault in placed if isinstance(placed, list) else [placed]:
-        if _reached[name] >= fault.get("at", 1) and _first(fault["marker"]):
+        if fault.get("do") == "count":
+            _count(fault["marker"])
+        elif _reached[name] >= fault.get("at", 1) and _first(fault["marker"]):
             _ACTIONS[fault.get("do", "kill")](fault)
 
 
@@ -43,6 +45,11 @@ def _first(marker: str) -> bool:
     os.write(handle, str(os.getpid()).encode())
     os.close(handle)
     return True
+
+
+def _count(marker: str) -> None:
+    with Path(marker).open("a") as passings:
+        passings.write(f"{os.getpid()}\n")
 
 
 def _kill(fault: dict[str, Any]) -> None:

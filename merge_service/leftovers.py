@@ -18,6 +18,8 @@ from pathlib import Path
 _FOREIGN_AGE = 7 * 24 * 3600.0
 _FAMILY = re.compile(r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json|\.limits\.json)?$")
 
+_TEMPORARY = re.compile(r"\..+\.([^.]+)\.[^.]+\.tmp")
+
 
 def temporary(path: Path) -> Path:
     """A new name beside `path` to write under until the file is whole."""
@@ -34,6 +36,15 @@ def sweep(path: Path) -> None:
         for entry in entries:
             found = shape.fullmatch(entry.name)
             if found and is_abandoned(found.group(4), time.time() - entry.stat().st_mtime):
+                Path(entry.path).unlink(missing_ok=True)
+
+
+def sweep_directory(place: Path) -> None:
+    """Remove what dead writers left in a directory, whatever file it was to become."""
+    with contextlib.suppress(OSError), os.scandir(place) as entries:
+        for entry in entries:
+            found = _TEMPORARY.fullmatch(entry.name)
+            if found and is_abandoned(found.group(1), time.time() - entry.stat().st_mtime):
                 Path(entry.path).unlink(missing_ok=True)
 
 

@@ -327,15 +327,10 @@ def rescaling(place: Place) -> float:
 
 
 def bounds(limits: Limits, dtype: Any) -> tuple[float, float]:
-    """The limits as numbers of the block's own type, rounded inwards: a comparison there means what it means in float64."""
+    """The limits as numbers of the block's own type; those that were found in it are, those that a person wrote are rounded."""
     if str(dtype).endswith("64"):
         return limits.low, limits.high
-    low, high = np.float32(limits.low), np.float32(limits.high)
-    if low < limits.low:
-        low = np.nextafter(low, np.float32(math.inf))
-    if high > limits.high:
-        high = np.nextafter(high, np.float32(-math.inf))
-    return float(low), float(high)
+    return float(np.float32(limits.low)), float(np.float32(limits.high))
 
 
 def share(params: Mapping[str, Any], order: int) -> float:

@@ -84,6 +84,7 @@ class Store:
             for name in (*KINDS, ".stage"):
                 (self.root / name).mkdir(parents=True, exist_ok=True)
             Names(self.root).complete()
+            sync_directory(self.root)
             probe = self.root / ".stage" / f"probe.{owner_mark()}.{uuid.uuid4().hex[:8]}"
             probe.mkdir()
             probe.rmdir()

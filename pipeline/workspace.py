@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_service.errors import UserError
+from merge_service.leftovers import sweep_directory
 from pipeline.config import Study, load_study
 from pipeline.errors import ConfigError
 from pipeline.facts import check_shards, ensure_data, gather, local_base
@@ -87,8 +88,10 @@ class Workspace:
         return {fp for fp, step in self.plan.steps.items() if self.store.has(step.kind, fp)}
 
     def tidy(self) -> None:
-        """Remove what processes left that ended too early: stages of writers that are gone, and scratch of steps that are done."""
+        """Remove what processes left that ended too early: stages and temporaries of writers that are gone, and scratch of
+        steps that are done."""
         self.store.sweep()
+        sweep_directory(self.limits)
         for path in self.scratch.glob("*"):
             step = self.plan.steps.get(path.name)
             if step is not None and self.store.has(step.kind, step.fingerprint):

@@ -42,15 +42,16 @@ ROWS = {
     "F24": ("shard cut, flipped, or a bomb", "found before training"),
     "F25": ("fewer samples or shards than workers", "refused with both numbers; equal steps on all ranks"),
     "F26": ("malicious or broken study file", "`ConfigError` with the key; nothing imported or made"),
-    "F27": ("Ray open to the world", "refused with the fix; token never shown"),
+    "F27": ("Ray open to the world", "refused with the fix; token never shown; no other machine reaches a study on this one"),
     "F28": ("other code on a worker", "`CodeMismatch` before any step"),
     "F29": ("worker out of memory", "error names the budget; tried again at most twice; others unharmed"),
     "F30": ("step stuck: stopped, endless, collective on a dead rank", "ended at its deadline, tried again; then `StepTimeout`; no process left"),
     "F31": ("signals to the driver", "ends within seconds with 130 or 143; rerun: same bytes"),
-    "F32": ("clock set back or forward", "same bytes, same order in MLflow"),
+    "F32": ("clock set back or forward, between runs and within one", "same bytes, same order in MLflow"),
     "F33": ("store not writable, files deleted, rename failing", "typed error with the path; nothing half-made; rerun goes on"),
     "F34": ("DeepSpeed: parity and crash while saving", "same keys and shapes, bounded difference; the last whole checkpoint is used"),
     "F35": ("chaos: runs with random faults", "every run the same bytes; nothing leaked"),
+    "F36": ("power cut at any moment", "what has its name is whole: files forced to disk before names, the record last"),
 }  # fmt: skip
 """Row: what is done to the software, and what must then happen."""
 

@@ -1,7 +1,10 @@
 """Servers that tests start on loopback, and end."""
 
+import os
+import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -14,21 +17,46 @@ PATIENCE_SECONDS = 90
 
 @contextmanager
 def serving(
-    command: Callable[[int], Sequence[str]], home: Path, environment: Mapping[str, str] | None = None
+    command: Callable[[int], Sequence[str]],
+    home: Path,
+    environment: Mapping[str, str] | None = None,
+    port: int | None = None,
 ) -> Iterator[int]:
-    """Run `command(port)` until it answers on /health; gives the port. Its output is in home/server.log."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Run `command(port)` until it answers on /health; gives the port, by default a free one. Its output is in
+    home/server.log. At the end it is killed, with all that it started."""
+    port = port or free_port()
     log = home / "server.log"
-    with log.open("w") as sink:
-        process = subprocess.Popen(command(port), stdout=sink, stderr=sink, env=environment, cwd=home)
+    with log.open("a") as sink:
+        process = subprocess.Popen(
+            command(port), stdout=sink, stderr=sink, env=environment, cwd=home, start_new_session=True
+        )
     try:
         _wait(f"http://127.0.0.1:{port}/health", process, log)
         yield port
     finally:
-        process.terminate()
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait(30)
+
+
+@contextmanager
+def mlflow_at(home: Path, port: int | None = None) -> Iterator[str]:
+    """MLflow's own server, with its database in `home`: its address. The same home and port are the same server again."""
+
+    def command(port: int) -> list[str]:
+        return [
+            *(sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)),
+            *("--backend-store-uri", f"sqlite:///{home}/server.db", "--artifacts-destination", str(home / "artifacts")),
+        ]  # fmt: skip
+
+    with serving(command, home, port=port) as found:
+        yield f"http://127.0.0.1:{found}"
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _wait(url: str, process: subprocess.Popen, log: Path) -> None:

@@ -6,7 +6,6 @@ It proves that things run, resume and agree to the bit. That they learn is for t
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from tests.servers import free_port
 from workers.data.writer import Sample, write_dataset
 
 ROOT = Path(__file__).parent.parent
@@ -137,12 +137,6 @@ class Cluster:
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(20)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def start(

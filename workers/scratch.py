@@ -65,6 +65,8 @@ class Checkpoints:
         files = {str(file.relative_to(staged)): _digest(file) for file in _files(staged)}
         marker = {"fingerprint": self._fingerprint, "step": step, "loop": loop, "files": files}
         write_durably(staged / MARKER, json.dumps(marker))
+        for directory in (staged, *(path for path in staged.rglob("*") if path.is_dir())):
+            _sync(directory)
         final = staged.with_suffix("")
         shutil.rmtree(final, ignore_errors=True)
         staged.replace(final)

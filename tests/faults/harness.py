@@ -43,6 +43,11 @@ class Faults:
             self.placed.setdefault(point, []).append({"at": nth, "do": do, "marker": str(marker), **more})
         return self
 
+    def counted(self, point: str) -> int:
+        """How often a point was passed, by all processes together; it must have been placed with `do="count"`."""
+        placed = next(fault for fault in self.placed[point] if fault["do"] == "count")
+        return len(Path(placed["marker"]).read_text().splitlines())
+
     @property
     def missed(self) -> list[str]:
         """Faults that have not fired."""
@@ -69,10 +74,15 @@ def must_go_on(
     must_be_same(out, undisturbed, cluster)
 
 
-def must_be_same(out: Path, undisturbed: Path, cluster: Cluster | None = None) -> None:
-    """Raise AssertionError unless a run has come out as the undisturbed one, and left nothing behind."""
+def must_be_same(
+    out: Path, undisturbed: Path, cluster: Cluster | None = None, tracker: str | None = None
+) -> None:
+    """Raise AssertionError unless a run has come out as the undisturbed one, and left nothing behind.
+
+    `tracker` is the address of its MLflow server, if it is not the file in OUT.
+    """
     assert artifacts(out) == artifacts(undisturbed)
-    assert tracked(out) == tracked(undisturbed)
+    assert tracked(tracker or out) == tracked(undisturbed)
     assert Store(out / "store").verify() == []
     assert leftovers(out) == []
     assert not is_held(out), "somebody still holds the driver's lock"

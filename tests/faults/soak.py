@@ -3,11 +3,12 @@
     python -m tests.faults.soak --runs 20 --seed 7
 
 Every run gets three faults drawn from what the matrix places one by one: workers, merge actors and drivers killed, stopped or
-endless at named points, disks that fill, trackers that are gone for one start of the driver. A driver that ends is started
+endless at named points, disks that fill, a tracker that is gone for the first start of the driver. A driver that ends is started
 again with the same command. A line is told for every run; the exit code is 0 if all of them were the same and nothing leaked.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -21,10 +22,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
+from pipeline.outbox import count_pending
 from tests.faults.harness import DRIVER_POINTS, WORKER_POINTS, Faults, must_be_same, workers_of
+from tests.servers import free_port, mlflow_at
 from tests.world import Cluster, World, command, make_world, start
 
 FAULTS = 3
+TRACKER = "tracker gone from the first start on, back for the second"
 STARTS = FAULTS + 2
 """A driver is started once, once more for every fault, and once for luck that no run should need."""
 RESOURCES = {
@@ -37,11 +41,15 @@ RESOURCES = {
 def draw(rng: random.Random, out: Path, faults: Faults) -> list[str]:
     """Place three random faults; says which."""
     told = []
-    for _ in range(FAULTS):
+    kinds = rng.choices(("worker", "worker", "driver", "stuck", "disk", "beside", "tracker"), k=FAULTS)
+    of_driver = [point for point in DRIVER_POINTS if "tracker" not in kinds or point != "tracking.after_send"]
+    for kind in kinds:
         nth = rng.randint(1, 2)
-        kind = rng.choice(("worker", "worker", "driver", "stuck", "disk", "beside"))
-        if kind == "driver":
-            point, more = rng.choice(DRIVER_POINTS), {}
+        if kind == "tracker" and TRACKER not in told:
+            told.append(TRACKER)
+            continue
+        if kind in ("driver", "tracker"):
+            point, more = rng.choice(of_driver), {}
         elif kind == "stuck":
             point, more = (
                 rng.choice(("train.after_step", "merge.start", "evaluate.start")),
@@ -60,19 +68,26 @@ def draw(rng: random.Random, out: Path, faults: Faults) -> list[str]:
 def one(world: World, cluster: Cluster, undisturbed: Path, room: Path, seed: int) -> dict[str, object]:
     """One run to its end, through its faults. Raises AssertionError if it is not the same or has left anything."""
     rng, faults, out = random.Random(seed), Faults(room), room / "out"
-    placed, began, codes = draw(rng, out, faults), time.monotonic(), []
-    study = world.study(resources=RESOURCES)
-    while not codes or codes[-1] != 0:
-        assert len(codes) < STARTS, f"started {len(codes)} times: {codes}"
-        process = start("run", study, "--out", out, "--address", cluster.address, faults=faults.placed)
-        said = process.communicate(timeout=300)[1]
-        codes.append(process.returncode)
-        assert "Traceback" not in said, said
-    must_be_same(out, undisturbed, cluster)
-    assert command("sync", out).returncode == 0
+    placed, began, codes = draw(rng, out, faults), time.monotonic(), list[int]()
+    with contextlib.ExitStack() as served:
+        port = free_port() if TRACKER in placed else None
+        uri = f"http://127.0.0.1:{port}" if port else None
+        study = world.study(resources=RESOURCES, **({"tracking": {"uri": uri}} if uri else {}))
+        while not codes or codes[-1] != 0:
+            assert len(codes) < STARTS, f"started {len(codes)} times: {codes}"
+            if uri and len(codes) == 1:
+                served.enter_context(mlflow_at(room, port))
+            process = start("run", study, "--out", out, "--address", cluster.address, faults=faults.placed)
+            said = process.communicate(timeout=300)[1]
+            codes.append(process.returncode)
+            assert "Traceback" not in said, said
+        if uri and len(codes) == 1:  # one start was enough, so all rows still wait
+            assert count_pending(out) > 0, "the tracker was not missed"
+            served.enter_context(mlflow_at(room, port))
+        assert command("sync", out).returncode == 0
+        must_be_same(out, undisturbed, cluster, uri)
     assert not faults.missed, f"never fired: {faults.missed}"
-    fired = FAULTS
-    return {"seed": seed, "faults": placed, "fired": fired, "exit_codes": codes, "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
+    return {"seed": seed, "faults": placed, "fired": FAULTS, "exit_codes": codes, "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
 
 
 def main() -> int:

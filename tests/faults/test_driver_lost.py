@@ -125,6 +125,47 @@ def test_clock_set_back_an_hour_and_then_forward_a_day_changes_nothing(
     must_be_same(out, undisturbed, cluster)
 
 
+JUMPS = """
+import os, time
+_time, _ns, _steady, _began = time.time, time.time_ns, time.monotonic, time.monotonic()
+_seen = set()
+
+def _shift():
+    jump = (0, -3600, 86400)[int((_steady() - _began) / 2) % 3]
+    if jump not in _seen:
+        _seen.add(jump)
+        with open(os.environ["TEMPORAL_MERGE_JUMPS"], "a") as log:
+            log.write(f"{os.getpid()} {jump}\\n")
+    return jump
+
+time.time = lambda: _time() + _shift()
+time.time_ns = lambda: _ns() + _shift() * 10**9
+"""
+"""Every two seconds a process's clock jumps: an hour back, a day forward, to the truth."""
+
+
+@pytest.mark.fault("F32")
+def test_clocks_that_jump_back_and_forward_in_mid_run_change_nothing(
+    world: World, undisturbed: Path, tmp_path: Path, record_property: Record
+) -> None:
+    out, log = tmp_path / "out", tmp_path / "jumps"
+    (tmp_path / "sitecustomize.py").write_text(JUMPS)
+    jumping = {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}", "TEMPORAL_MERGE_JUMPS": str(log)}
+    cluster = Cluster(tmp_path, environment=jumping)
+    try:
+        process = start("run", world.study(), "--out", out, "--address", cluster.address, environment=jumping)
+        said = process.communicate(timeout=250)[1]
+        assert process.returncode == 0, said
+        must_be_same(out, undisturbed, cluster)
+    finally:
+        cluster.stop()
+    jumps = [line.split() for line in log.read_text().splitlines()]
+    driver = {jump for pid, jump in jumps if int(pid) == process.pid}
+    assert driver == {"0", "-3600", "86400"}, "the driver's clock did not jump"
+    assert len({pid for pid, jump in jumps if jump != "0"}) > 1, "no worker's clock jumped"
+    record_property("processes whose clocks jumped", str(len({pid for pid, jump in jumps if jump != "0"})))
+
+
 @pytest.mark.fault("F14")
 @pytest.mark.parametrize("point", ["store.after_stage", "store.before_record", "store.after_rename"])
 def test_disk_that_fills_ends_the_run_and_the_rerun_is_the_same(

@@ -111,6 +111,19 @@ def test_other_bytes_are_an_error_that_keeps_both(empty: Store) -> None:
     assert empty.verify() == []
 
 
+def test_step_with_the_same_first_digits_as_another_is_refused_and_neither_is_taken_for_the_other(
+    empty: Store,
+) -> None:
+    class Namesake(ToyStep):
+        fingerprint = ToyStep().fingerprint[:16] + "0" * 48
+
+    first = put(empty)
+    assert not empty.has("train", Namesake.fingerprint)
+    with pytest.raises(StoreError, match="another step with the same first 16 digits"):
+        put(empty, Namesake())
+    assert empty.record("train", first.fingerprint) == first and empty.verify() == []
+
+
 def test_other_scores_are_other_results_though_there_are_no_files(empty: Store) -> None:
     step = ToyStep("evaluate")
     first = put(empty, step, {}, {"scores": {"a": 0.5}, "seconds": 1.0})

@@ -88,6 +88,24 @@ def test_name_whose_artifact_was_removed_is_no_artifact_and_is_used_again(empty:
     assert again.path == record.path and empty.verify() == []
 
 
+def test_two_writers_at_the_same_moment_agree_on_the_directory_of_the_first(
+    empty: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second finds no name, and has one ready, when the first takes it: neither locks nor a look beforehand help."""
+    write, chosen = store_names._write, list[Path]()
+
+    def overtaken(path: Path, text: str) -> None:
+        write(path, text)
+        if not chosen:
+            monkeypatch.setattr(store_names, "_write", write)
+            chosen.append(Names(empty.root).claim("train", "a" * 16, "one"))
+
+    monkeypatch.setattr(store_names, "_write", overtaken)
+    chosen.append(Names(empty.root).claim("train", "a" * 16, "two"))
+    assert chosen == [empty.root / "train" / f"one-{'a' * 16}"] * 2
+    assert (empty.root / ".names" / ("a" * 16)).read_text() == f"train/one-{'a' * 16}"
+
+
 def test_two_writers_without_locks_or_links_agree_on_one_directory(
     empty: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -162,6 +162,30 @@ def test_inputs_are_opened_by_role_and_their_digests_kept(empty: Store, tmp_path
         empty.open_inputs(ToyStep("merge", inputs={"t2": "a" * 64}))
 
 
+@pytest.mark.fault("F2")
+def test_files_are_uploaded_then_the_result_is_claimed_and_the_record_created_last(
+    mirror: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = made(f"memory://{uuid.uuid4().hex}")
+    system = store_objects._system(store.url, store_objects.os.getpid())[0]
+    wrote: list[tuple[str, str | None]] = []
+    put_file, pipe_file = system.put_file, system.pipe_file
+
+    def putting(source: str, target: str, *arguments: Any, **options: Any) -> None:
+        wrote.append((target.rpartition("/")[2], None))
+        put_file(source, target, *arguments, **options)
+
+    def piping(target: str, data: bytes, mode: str = "overwrite", **options: Any) -> None:
+        wrote.append(("claim" if "/results/" in target else target.rpartition("/")[2], mode))
+        pipe_file(target, data, mode=mode, **options)
+
+    monkeypatch.setattr(system, "put_file", putting)
+    monkeypatch.setattr(system, "pipe_file", piping)
+    put(store)
+    files = [(name, None) for name in sorted(CONTENT)]
+    assert wrote == [*files, ("claim", "overwrite"), ("record.json", "create")]
+
+
 @pytest.mark.fault("F33")
 def test_retry_after_transient_failures_passes_and_a_lasting_one_names_the_url(
     mirror: Path, monkeypatch: pytest.MonkeyPatch

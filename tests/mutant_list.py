@@ -1,0 +1,244 @@
+"""The lines that `mutants.py` breaks: by file, (a text that is there exactly once, what is put in its place, the test that fails).
+
+Each is a line on which results, safety or what survives a crash rest. Short texts of core lines are chosen, so that they move
+rarely; where one has moved, only its text is to be changed here.
+"""
+
+# fmt: off
+BROKEN: dict[str, list[tuple[str, str, str]]] = {
+    # the store: what is named is whole, and on the disk
+    "pipeline/store.py": [
+        ("os.fsync(handle)", "pass",
+         "tests/faults/test_power_cut.py::test_artifact_and_the_name_that_leads_to_it_are_safe_when_commit_returns"),
+        ("                sync_directory(directory)", "                pass",
+         "tests/faults/test_power_cut.py::test_artifact_and_the_name_that_leads_to_it_are_safe_when_commit_returns"),
+        ("sync_directory(record.path.parent)", "pass",
+         "tests/faults/test_power_cut.py::test_artifact_and_the_name_that_leads_to_it_are_safe_when_commit_returns"),
+        ("if not differing:", "if True:",
+         "tests/pipeline/test_store.py::test_committers_of_other_bytes_make_one_artifact_and_one_error"),
+        ("if existing.fingerprint != record.fingerprint:", "if False:",
+         "tests/pipeline/test_store.py::test_step_with_the_same_first_digits_as_another_is_refused_and_neither_is_taken_for_the_other"),
+    ],
+    "pipeline/artifact.py": [
+        ("os.fsync(stream.fileno())", "pass",
+         "tests/faults/test_power_cut.py::test_artifact_and_the_name_that_leads_to_it_are_safe_when_commit_returns"),
+        ("if stated != _self_digest(body):", "if False:",
+         "tests/pipeline/test_store_damage.py::test_damaged_record_is_no_record_and_is_replaced_by_the_next_commit"),
+        ('if hash_file(path) != entry["sha256"]:', "if False:",
+         "tests/pipeline/test_store_damage.py::test_damaged_file_is_found_on_read_set_aside_and_can_be_made_anew"),
+    ],
+    "pipeline/audit.py": [
+        ("for name in sorted(present - set(record.files)):", "for name in ():",
+         "tests/pipeline/test_store_damage.py::test_audit_names_every_kind_of_problem_with_its_path"),
+    ],
+    # names: one directory a fingerprint
+    "pipeline/store_names.py": [
+        ("os.link(temporary, self.room / digits)", "os.replace(temporary, self.room / digits)",
+         "tests/pipeline/test_store_names.py::test_two_writers_at_the_same_moment_agree_on_the_directory_of_the_first"),
+        ("os.fsync(stream.fileno())", "pass",
+         "tests/faults/test_power_cut.py::test_artifact_and_the_name_that_leads_to_it_are_safe_when_commit_returns"),
+        ("sync_directory(self.room)", "pass",
+         "tests/faults/test_power_cut.py::test_artifact_and_the_name_that_leads_to_it_are_safe_when_commit_returns"),
+    ],
+    # the store on a bucket
+    "pipeline/store_remote.py": [
+        ("        if existing is None:\n            for name in record.files:", "        if existing is None:\n            self.objects.write(_claim(record), (stage / RECORD_FILE).read_bytes())\n            for name in record.files:",
+         "tests/pipeline/test_store_remote.py::test_files_are_uploaded_then_the_result_is_claimed_and_the_record_created_last"),
+    ],
+    "pipeline/store_objects.py": [
+        (', mode="create")', ")",
+         "tests/pipeline/test_store_remote.py::test_files_are_uploaded_then_the_result_is_claimed_and_the_record_created_last"),
+    ],
+    # locks, owners, leases of gc
+    "pipeline/ownership.py": [
+        ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB",
+         "tests/pipeline/test_store.py::test_lock_of_a_dead_process_is_free_and_that_of_a_stopped_one_does_not_wait_for_ever"),
+    ],
+    "merge_service/leftovers.py": [
+        ("return _started(int(pid)) != int(started)", "return _started(int(pid)) is None",
+         "tests/pipeline/test_store.py::test_sweep_spares_the_living_and_the_young_of_other_hosts"),
+    ],
+    "pipeline/lock.py": [
+        ("        try:\n            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)\n            return", "        try:\n            return",
+         "tests/pipeline/test_gc.py::test_gc_refuses_while_a_driver_works_there_and_leaves_what_it_said"),
+    ],
+    "pipeline/gc.py": [
+        ("entry.made_ms >= since", "entry.made_ms < 0",
+         "tests/pipeline/test_gc.py::test_what_was_made_since_a_running_study_registered_stays"),
+        ("kept |= {fp[:DIGITS] for one in left for fp in one.fingerprints}", "kept |= set()",
+         "tests/pipeline/test_gc.py::test_what_another_study_refers_to_stays_until_it_is_forgotten_by_name"),
+    ],
+    "pipeline/registry.py": [
+        ("return is_held(Path(self.out))", "return False",
+         "tests/pipeline/test_gc.py::test_what_was_made_since_a_running_study_registered_stays"),
+        ("self.time_ms < _FOREIGN_MS", "self.time_ms < 0",
+         "tests/pipeline/test_gc.py::test_registration_from_another_host_counts_as_running_for_a_week_unless_it_retired"),
+    ],
+    # the outbox
+    "pipeline/outbox.py": [
+        ("PRAGMA synchronous=FULL", "PRAGMA synchronous=OFF",
+         "tests/faults/test_power_cut.py::test_row_of_the_outbox_is_safe_when_append_returns"),
+        ("ORDER BY seq LIMIT ?", "ORDER BY key LIMIT ?",
+         "tests/pipeline/test_outbox.py::test_rows_come_in_the_order_they_were_appended"),
+        ("known[0] != text", "known[0] == text",
+         "tests/pipeline/test_outbox.py::test_replacing_row_goes_to_the_end_and_is_pending_again"),
+    ],
+    "pipeline/tracking_client.py": [
+        ("name in ONCE", "name not in ONCE",
+         "tests/pipeline/test_tracking_client.py::test_question_is_asked_again_until_it_is_answered"),
+    ],
+    # the merge engine: thresholds, masks, order of summation, ties
+    "merge_service/thresholds.py": [
+        ("return Fraction(repr(float(number)))", "return Fraction(float(number))",
+         "tests/merge_service/test_merge.py::test_density_is_the_decimal_a_person_wrote"),
+        ("if self.rank <= below:", "if self.rank < below:",
+         "tests/merge_service/test_thresholds.py::test_rank_is_found_from_every_window_whatever_side_it_missed"),
+        ("self.rank - below)", "self.rank - below + 1)",
+         "tests/merge_service/test_thresholds.py::test_rank_is_found_from_every_window_whatever_side_it_missed"),
+    ],
+    "merge_service/rules.py": [
+        ("(size >= low) & (size <= high)", "(size > low) & (size <= high)",
+         "tests/merge_service/test_elementwise.py::test_dare_ties_with_a_second_trim_is_ties_of_what_was_dropped"),
+        ('if str(dtype).endswith("64")', "if False",
+         "tests/merge_service/test_rules.py::test_limit_that_no_float32_equals_is_the_float32_nearest_to_it_and_float64_takes_it_as_it_is"),
+        ("(total == 0) & (plus > 0)", "(total == 0) & (plus < 0)",
+         "tests/merge_service/test_rules.py::test_votes_that_cancel_go_to_the_majority_and_stay_at_the_base_without_one"),
+    ],
+    "merge_service/kernels.py": [
+        ("tied = (total == _ZERO) & (plus[i] > _ZERO)", "tied = (total == _ZERO) & (plus[i] < _ZERO)",
+         "tests/merge_service/test_merge.py::test_votes_that_cancel_follow_the_majority_and_stay_at_the_base_without_one"),
+        ("abs(x[i]) >= abs(held[i])", "abs(x[i]) > abs(held[i])",
+         "tests/merge_service/test_elementwise.py::test_fused_loops_give_the_bits_of_the_definitions"),
+        ("x[i] * gain if", "x[i] if",
+         "tests/merge_service/test_elementwise.py::test_fused_loops_give_the_bits_of_the_definitions"),
+    ],
+    "merge_service/masks.py": [
+        ("[start % 2 : start % 2 + size]", "[:size]",
+         "tests/merge_service/test_rules.py::test_mask_of_an_element_is_the_same_wherever_its_block_begins"),
+        ("json.dumps([seed, expert_id, tensor])", "json.dumps([seed, tensor])",
+         "tests/merge_service/test_elementwise.py::test_random_mix_takes_every_expert_alike_and_a_new_one_changes_only_what_it_wins"),
+    ],
+    "merge_service/engine.py": [
+        ("step = -(-block // GRAIN) * GRAIN", "step = -(-block // GRAIN) * GRAIN + 1",
+         "tests/merge_service/test_elementwise.py::test_numbers_of_whole_tensors_are_exact_in_any_block_on_any_thread"),
+        ("return [future.result() for future in futures]", "return [future.result() for future in reversed(futures)]",
+         "tests/merge_service/test_elementwise.py::test_numbers_of_whole_tensors_are_exact_in_any_block_on_any_thread"),
+    ],
+    # the writer of merged checkpoints
+    "merge_service/writer.py": [
+        ("os.fsync(self._file)\n        os.close(self._file)", "os.close(self._file)",
+         "tests/faults/test_power_cut.py::test_merged_checkpoint_gets_its_name_when_it_is_safe"),
+        ("        sync_directory(self.path.parent)", "        pass",
+         "tests/faults/test_power_cut.py::test_merged_checkpoint_gets_its_name_when_it_is_safe"),
+        ("        if missing:", "        if False:",
+         "tests/merge_service/test_checkpoint.py::test_writer_leaves_the_old_file_and_no_rubbish_when_interrupted"),
+    ],
+    "merge_service/shards.py": [
+        ("self.index.unlink(missing_ok=True)\n        sync_directory(self.path.parent)", "self.index.unlink(missing_ok=True)",
+         "tests/faults/test_power_cut.py::test_merged_checkpoint_gets_its_name_when_it_is_safe"),
+    ],
+    # what may be merged
+    "merge_service/admission.py": [
+        ("if want.shape != have.shape", "if False",
+         "tests/merge_service/test_refusals.py::test_an_expert_of_another_architecture_is_refused_by_name"),
+        ("if name not in expected", "if False",
+         "tests/merge_service/test_refusals.py::test_an_expert_of_another_architecture_is_refused_by_name"),
+        ("count += block.size", "count += 0 * block.size",
+         "tests/merge_service/test_refusals.py::test_a_non_finite_expert_stops_the_merge_and_touches_nothing"),
+    ],
+    # checkpoints of an expert under way
+    "workers/scratch.py": [
+        ('whole = all(_digest(directory / name) == sha for name, sha in marker["files"].items())', "whole = True",
+         "tests/workers/test_train.py::test_damaged_or_foreign_checkpoint_is_never_used"),
+        ('whole and marker["fingerprint"] == self._fingerprint', "whole",
+         "tests/workers/test_train.py::test_damaged_or_foreign_checkpoint_is_never_used"),
+        ("if token != self._token:", "if False:",
+         "tests/workers/test_train.py::test_late_process_of_a_job_that_was_ended_meanwhile_leaves_no_trace"),
+        ("        os.fsync(handle.fileno())\n    return digest", "    return digest",
+         "tests/faults/test_power_cut.py::test_checkpoint_of_an_expert_counts_when_its_files_and_its_marker_are_safe"),
+    ],
+    # identity
+    "pipeline/fingerprint.py": [
+        ("enumerate(sorted(value))", "enumerate(value)",
+         "tests/pipeline/test_fingerprint.py::test_canonical_text_is_the_one_that_artifacts_of_released_versions_carry"),
+        ('{"kind": kind, "spec": spec}', '{"spec": spec}',
+         "tests/pipeline/test_fingerprint.py::test_kind_is_part_of_a_step"),
+        ("if not math.isfinite(value):", "if False:",
+         "tests/pipeline/test_fingerprint.py::test_value_without_a_stable_form_is_refused_with_its_place"),
+    ],
+    # budget, replay mixture, evaluation, scores
+    "workers/budget.py": [
+        ("3 * trained_bytes", "2 * trained_bytes",
+         "tests/workers/test_budget.py::test_memory_grows_with_batch_and_shrinks_with_frozen_towers_and_half_precision"),
+    ],
+    "pipeline/expand.py": [
+        ("cost * recipe.batch_size * steps", "cost * steps",
+         "tests/pipeline/test_plan.py::test_summary_counts_unique_naive_and_cached_steps_and_what_is_ahead"),
+    ],
+    "workers/data/mixture.py": [
+        ("_permutation(seed, source, epoch, size)[", "_permutation(seed, source, 0, size)[",
+         "tests/workers/test_data_mixture.py::test_every_sample_is_seen_once_before_any_is_seen_twice"),
+        ("start + len(part), count - len(part)", "0, count - len(part)",
+         "tests/workers/test_data_mixture.py::test_every_sample_is_seen_once_before_any_is_seen_twice"),
+    ],
+    "workers/data/batches.py": [
+        ("first = (self._rank - start) % self._world", "first = self._rank % self._world",
+         "tests/workers/test_data_batches.py::test_rank_batches_partition_the_global_batch"),
+    ],
+    "workers/evaluate.py": [
+        ("logits.argmax(dim=1)", "logits.argmin(dim=1)",
+         "tests/workers/test_evaluate.py::test_accuracy_is_that_of_plain_open_clip"),
+        ("TOP = 5", "TOP = 4",
+         "tests/workers/test_evaluate.py::test_recall_is_that_of_the_definition_in_both_directions"),
+        ("rank < LEAST_PER_CLASS", "rank < 1",
+         "tests/workers/test_evaluate.py::test_subset_is_balanced_seeded_and_never_smaller_than_the_published_floors"),
+    ],
+    "pipeline/results.py": [
+        ("return mean(scores, held_out)", "return mean(scores, held_out[1:])",
+         "tests/pipeline/test_results.py::test_ka_zs_gm_are_unweighted_means_and_their_geometric_mean"),
+        ("return mean(scores, adaptation)", "return mean(scores, adaptation[:1])",
+         "tests/pipeline/test_results.py::test_ka_zs_gm_are_unweighted_means_and_their_geometric_mean"),
+        ("math.sqrt(ka * zs)", "(ka + zs) / 2",
+         "tests/pipeline/test_results.py::test_ka_zs_gm_are_unweighted_means_and_their_geometric_mean"),
+        ("max(self._best.get(i, score), score)", "score",
+         "tests/pipeline/test_results.py::test_forgetting_is_the_mean_fall_from_the_best"),
+    ],
+    # timelines, the order of work, the driver
+    "merge_service/timeline.py": [
+        ("return _after(strategy, strategy.init, t - 1)", "return _after(strategy, strategy.init, t)",
+         "tests/merge_service/test_timeline.py::test_grid_cell_follows_its_definition"),
+        ("finished == 1 and strategy.ema_seed", "finished == 2 and strategy.ema_seed",
+         "tests/merge_service/test_timeline.py::test_grid_cell_follows_its_definition"),
+    ],
+    "merge_service/service.py": [
+        ("while len(self._history) + 1 in self._arrivals", "if len(self._history) + 1 in self._arrivals",
+         "tests/merge_service/test_service.py::test_early_experts_wait_and_weights_before_their_time_are_refused"),
+    ],
+    "pipeline/schedule.py": [
+        ("len(needs - self.done)", "len(needs) and 0",
+         "tests/pipeline/test_schedule.py::test_ready_step_waits_for_inputs_and_for_order"),
+    ],
+    "pipeline/driver.py": [
+        ("tries > limit", "tries > limit + 1",
+         "tests/pipeline/test_retries.py::test_step_that_fails_once_more_than_allowed_ends_the_run_with_its_name"),
+        ("limit = min(limit, MEMORY_RETRIES)", "pass",
+         "tests/pipeline/test_retries.py::test_step_that_runs_out_of_memory_is_tried_thrice_however_many_retries_are_allowed"),
+    ],
+    "pipeline/deadlines.py": [
+        ("if self._sign(step) != sign", "if False",
+         "tests/pipeline/test_retries.py::test_step_is_overdue_when_it_was_silent_for_its_timeout_and_every_report_counts_anew"),
+    ],
+    # who may talk to a cluster
+    "cluster/session.py": [
+        ("if host not in LOOPBACK", "if False",
+         "tests/cluster/test_session.py::test_remote_cluster_without_token_authentication_is_refused"),
+    ],
+    "cluster/submission.py": [
+        ("if job is not None and not job.ended", "if job is not None and job.ended",
+         "tests/cluster/test_job_rules.py::test_study_that_no_job_works_on_gets_one_and_who_comes_later_watches_it"),
+        ("if numbers < OLDEST_RAY", "if False",
+         "tests/cluster/test_job_rules.py::test_cluster_with_a_ray_that_knows_no_tokens_is_refused_with_both_versions"),
+        ("text[max(0, self.passed - self.told) :]", "text",
+         "tests/cluster/test_submit.py::test_log_told_again_after_a_broken_connection_is_passed_on_once"),
+    ],
+}
