@@ -20,10 +20,11 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 from merge_service.faults import point
+from pipeline.addresses import CREDENTIALS, redact, secret_in
 from pipeline.errors import ConfigError, TrackingError
 from pipeline.outbox import FILE, Entry, Outbox
 from pipeline.tracking_index import STUDY
-from pipeline.tracking_local import LOCAL_ARTIFACTS, LOCAL_DB, local_uri, make_local_store, redact
+from pipeline.tracking_local import LOCAL_ARTIFACTS, LOCAL_DB, local_uri, make_local_store
 from pipeline.tracking_rows import Rows
 from pipeline.tracking_sink import MlflowSink, Refused
 from pipeline.tracking_ui import APP, DOOR
@@ -266,11 +267,12 @@ def destination_name(uri: str | None, experiment: str) -> str:
 
 
 def _refuse_password(uri: str | None) -> None:
-    if uri is not None and urlsplit(uri).password is not None:
-        raise ConfigError(
-            f"tracking.uri: {redact(uri)} holds a password. Give it in the environment instead:"
-            " MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or PGPASSWORD, ... for a database)."
-        )
+    try:
+        secret = None if uri is None else secret_in(uri)
+    except ValueError as error:
+        raise ConfigError(f"tracking.uri: {error}") from None
+    if secret:
+        raise ConfigError(f"tracking.uri holds a secret ({secret}): {CREDENTIALS}")
 
 
 def _remember(outbox: Outbox, uri: str | None, experiment: str) -> None:

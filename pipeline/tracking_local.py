@@ -1,13 +1,12 @@
 """The parts of tracking that touch this machine: its environment, its files, and what may be said about them.
 
-Invariant: a tracking store of ours is there whole or not at all, a file appears among MLflow's artifacts whole or not
-at all, and no credential leaves this module in a message.
+Invariant: a tracking store of ours is there whole or not at all, and a file appears among MLflow's artifacts whole or not
+at all.
 """
 
 import contextlib
 import logging
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -71,12 +70,3 @@ def place(source: Path, target: Path) -> None:
     except OSError:
         shutil.copyfile(source, staged)
     staged.replace(target)
-
-
-def redact(text: str) -> str:
-    """`text` without user:password parts of addresses and without the values of MLflow's credential variables."""
-    for variable in ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"):
-        secret = os.environ.get(variable)
-        if secret:
-            text = text.replace(secret, "***")
-    return re.sub(r"(\w+://)[^/@\s]+@", r"\1***@", text)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from pipeline.addresses import redact
 from pipeline.errors import CorruptArtifact, StoreError, TrackingError
 from pipeline.outbox import Entry
 from pipeline.store_open import store_of
@@ -30,7 +31,6 @@ from pipeline.tracking_local import (
     local_uri,
     make_local_store,
     place,
-    redact,
 )
 
 PLAN_TAG = "temporal_merge.plan"

@@ -27,7 +27,6 @@ from pipeline.tracking_local import (
     guard_environment,
     local_uri,
     make_local_store,
-    redact,
 )
 from pipeline.tracking_sink import MlflowSink, Refused
 from tests.pipeline.tracked_study import START_MS, Tracked, finished_study
@@ -552,11 +551,6 @@ def test_password_in_the_address_is_refused_and_never_shown(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD") as caught:
         Tracker(tmp_path, Outbox(tmp_path / FILE), uri="https://ann:s3cret@host/x", experiment=EXPERIMENT)
     assert "s3cret" not in str(caught.value)
-
-
-def test_credentials_of_the_environment_are_not_in_messages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "t0ken")
-    assert redact("GET http://u:p@h/x with t0ken failed") == "GET http://***@h/x with *** failed"
 
 
 def test_ui_is_local_and_opens_on_the_studys_runs(undisturbed: Tracked) -> None:
