@@ -67,6 +67,8 @@ def carry_out(study: Study, out: Path | None, address: str) -> tuple[Path, dict[
         workspace.store.check_room(f"study {workspace.study.name}", summary["disk_bytes"])
         tracking = Tracking(workspace)
         done = workspace.done()
+        for note in tracking.notes:
+            complain("note", note, WARNING)
         print(_outlook(summary), file=sys.stderr, flush=True)
         try:
             with tracking:

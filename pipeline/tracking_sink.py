@@ -47,6 +47,7 @@ _REFUSALS = frozenset(
     {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "INVALID_STATE", "RESOURCE_CONFLICT"}
 )
 # A registry that is not there, or not ours to write, must not hold up what comes after.
+_REGISTRY = frozenset({"register", "alias"})
 _NO_REGISTRY = frozenset({"PERMISSION_DENIED", "FEATURE_DISABLED", "ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED"})
 _REMOTE_SCHEMES = frozenset(
     {"s3", "gs", "abfs", "abfss", "wasb", "wasbs", "hdfs", "viewfs", "dbfs", "oss", "r2", "b2"}
@@ -86,6 +87,7 @@ class MlflowSink:
             "artifact": self._artifact,
             "status": self._status,
             "register": self._register,
+            "alias": self._alias,
         }
 
     def connect(self) -> None:
@@ -119,7 +121,7 @@ class MlflowSink:
         except TrackingError:
             raise
         except MlflowException as error:
-            refused = _REFUSALS | (_NO_REGISTRY if entry.payload["op"] == "register" else frozenset())
+            refused = _REFUSALS | (_NO_REGISTRY if entry.payload["op"] in _REGISTRY else frozenset())
             kind = Refused if error.error_code in refused else TrackingError
             raise kind(f"{entry.key}: {error.error_code}: {_short(error)}") from error
         except Exception as error:  # a hostile answer can fail anywhere inside the client
@@ -225,11 +227,7 @@ class MlflowSink:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             self._client.create_registered_model(name, description=REGISTERED_NOTE)
-        quoted = name.replace("'", "''")
-        versions = pages(
-            lambda _, **query: self._client.search_model_versions(**query), [], f"name='{quoted}'"
-        )
-        version = next((v for v in versions if v.tags.get(MODEL_ID_TAG) == model_id), None)
+        version = self._version(name, model_id)
         if version is None:
             tags = {**body["tags"], MODEL_ID_TAG: model_id}
             version = self._client.create_model_version(
@@ -240,8 +238,24 @@ class MlflowSink:
                 description=body["note"],
                 model_id=model_id,
             )
-        self._client.set_registered_model_alias(name, body["alias"], version.version)
         self._show_version(model_id, name, str(version.version))
+        if "alias" in body:  # a row that an earlier release wrote
+            self._alias(body)
+
+    def _alias(self, body: dict[str, Any]) -> None:
+        name, model_id = body["name"], self._model_id(body["plan"], body["model"])
+        version = self._version(name, model_id)
+        if version is None:
+            raise Refused(f"{name} has no version of {body['model']!r} for the alias {body['alias']!r}")
+        self._client.set_registered_model_alias(name, body["alias"], version.version)
+
+    def _version(self, name: str, model_id: str) -> Any:
+        """The version of a registered model that is this very model, or None."""
+        quoted = name.replace("'", "''")
+        versions = pages(
+            lambda _, **query: self._client.search_model_versions(**query), [], f"name='{quoted}'"
+        )
+        return next((v for v in versions if v.tags.get(MODEL_ID_TAG) == model_id), None)
 
     def _show_version(self, model_id: str, name: str, version: str) -> None:
         """On the model's own page, which reads a tag that servers and `mlflow.register_model` keep, but sqlite does not."""

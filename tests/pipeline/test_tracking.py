@@ -20,7 +20,6 @@ from pipeline.errors import ConfigError, TrackingError
 from pipeline.outbox import FILE, Entry, Outbox, count_pending
 from pipeline.tracking import FlushLock, Tracker, file_with_study, sync, ui_command, ui_url
 from pipeline.tracking_client import TRIES
-from pipeline.tracking_export import export
 from pipeline.tracking_local import (
     LOCAL_ARTIFACTS,
     LOCAL_DB,
@@ -29,42 +28,9 @@ from pipeline.tracking_local import (
     make_local_store,
 )
 from pipeline.tracking_sink import MlflowSink, Refused
-from tests.pipeline.tracked_study import START_MS, Tracked, finished_study
+from tests.pipeline.tracked_study import EXPERIMENT, START_MS, Tracked, deliver, exported, finished_study
 
 ROOT = Path(__file__).parents[2]
-EXPERIMENT = "tests"
-
-
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated, empty tracking store: making one takes seconds, so tests copy it."""
-    home = tmp_path_factory.mktemp("mlflow")
-    make_local_store(home)
-    return home / LOCAL_DB
-
-
-@pytest.fixture
-def make_study(tmp_path: Path, empty_store: Path) -> Callable[..., Tracked]:
-    def make(name: str, **options: Any) -> Tracked:
-        study = finished_study(tmp_path / name, **{"strategies": ("zero_shot", "best_in_time"), **options})
-        shutil.copyfile(empty_store, study.out / LOCAL_DB)
-        return study
-
-    return make
-
-
-def deliver(study: Tracked, outbox: Outbox, on_sent: Callable[[Entry], None] | None = None) -> str | None:
-    """Run a flusher until all is delivered."""
-    tracker = Tracker(study.out, outbox, uri=None, experiment=EXPERIMENT, on_sent=on_sent)
-    tracker.start()
-    assert tracker.close(240) == 0, tracker.last_error
-    return tracker.last_error
-
-
-def exported(study: Tracked) -> list[dict[str, Any]]:
-    """The export without what says where and when: the bytes' own names."""
-    text = json.dumps(export(local_uri(study.out), EXPERIMENT))
-    return json.loads(text.replace(str(study.out), "OUT"))
 
 
 @pytest.fixture(scope="module")
