@@ -14,7 +14,7 @@ from typing import Any, Self
 from pipeline.config import Study
 from pipeline.outbox import FILE, PLAN, Outbox
 from pipeline.results import table, winner
-from pipeline.tracking import Tracker
+from pipeline.tracking import Tracker, settle
 from pipeline.tracking_events import Projection, StudyFacts
 from pipeline.tracking_index import STUDY
 from pipeline.tracking_recorder import Recorder
@@ -28,6 +28,7 @@ class Tracking:
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
+        settle(workspace.out)
         study, plan, store = workspace.study, workspace.plan, workspace.store
         options, fingerprint = study.tracking, plan.fingerprint
         self.outbox = Outbox(workspace.out / FILE)

@@ -7,6 +7,7 @@ the server refuses for good is set aside, counted as pending and offered again b
 Everything here can be interrupted at any instruction: a row sent but not marked is sent again and changes nothing.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -21,10 +22,11 @@ from urllib.parse import urlsplit
 
 from merge_service.faults import point
 from pipeline.addresses import CREDENTIALS, redact, secret_in
+from pipeline.console import WARNING, complain
 from pipeline.errors import ConfigError, TrackingError
 from pipeline.outbox import FILE, Entry, Outbox
 from pipeline.tracking_index import STUDY
-from pipeline.tracking_local import LOCAL_ARTIFACTS, LOCAL_DB, local_uri, make_local_store
+from pipeline.tracking_local import LOCAL_ARTIFACTS, LOCAL_DB, follow_home, local_uri, make_local_store
 from pipeline.tracking_rows import Rows
 from pipeline.tracking_sink import MlflowSink, Refused
 from pipeline.tracking_ui import APP, DOOR
@@ -216,6 +218,18 @@ class FlushLock:
             self._handle = None
 
 
+def settle(out: Path) -> None:
+    """Say so, if OUT was moved or copied and its tracking store had to follow. Whoever delivers at this moment sees to it alone."""
+    with contextlib.suppress(TrackingError), FlushLock(out) as held:
+        before = follow_home(out, wait_seconds=1.0) if held else None
+        if before is not None:
+            complain(
+                "note",
+                f"{out} was moved or copied from {before}: MLflow's addresses of its artifacts follow",
+                WARNING,
+            )
+
+
 def sync(
     out: Path, *, uri: str | None = None, timeout: float = 300.0, sink: Sink | None = None
 ) -> tuple[int, str | None]:
@@ -228,6 +242,7 @@ def sync(
         raise ConfigError(
             f"{out} holds no {FILE}: nothing was tracked there. Give the OUT directory of a run."
         )
+    settle(out)
     outbox = Outbox(out / FILE)
     try:
         target = uri or outbox.meta("uri") or None
@@ -323,7 +338,8 @@ def ui_command(out: Path, *, port: int = 5000) -> list[str]:
         raise ConfigError(f"{out} is tracked on {redact(uri)}: open that address in a browser")
     if uri is None:
         make_local_store(out)
-    root = (out / LOCAL_ARTIFACTS).resolve()
+        settle(out)
+    root = out.resolve() / LOCAL_ARTIFACTS
     return [
         *(sys.executable, "-m", "mlflow", "server", "--app-name", APP),
         *("--backend-store-uri", uri or local_uri(out)),

@@ -27,6 +27,7 @@ from pipeline.store_open import store_of
 from pipeline.tracking_client import PatientClient
 from pipeline.tracking_local import (
     LOCAL_ARTIFACTS,
+    follow_home,
     guard_environment,
     local_uri,
     make_local_store,
@@ -99,6 +100,7 @@ class MlflowSink:
 
         if self.uri is None:
             make_local_store(self.out)
+            follow_home(self.out)
         uri = self.uri or local_uri(self.out)
         client = PatientClient(MlflowClient(tracking_uri=uri, registry_uri=uri))
         self._experiment_id = self._find_or_make_experiment(client)
@@ -377,7 +379,7 @@ class MlflowSink:
                 )
             home = self.out / LOCAL_ARTIFACTS
             if self.uri is None and not path.resolve().is_relative_to(home):
-                raise TrackingError(f"{path} is not inside {home}; was the study's directory moved?")
+                raise TrackingError(f"{path} is not inside {home}, where this study keeps its artifacts")
             return path
         same_host = not parts.netloc or parts.netloc == server.netloc
         if parts.scheme in _REMOTE_SCHEMES or (
