@@ -27,6 +27,7 @@ from pipeline.errors import CorruptArtifact, NondeterminismError, StepFailed, St
 from pipeline.jobs import Jobs
 from pipeline.lanes import Lane, Lanes
 from pipeline.lock import driver_lock, write_driver
+from pipeline.output import steady
 from pipeline.plan import Step
 from pipeline.progress import Progress, Standings
 from pipeline.recording import Tracking
@@ -49,6 +50,7 @@ MEMORY_RETRIES = 2
 """Other work on the machine may have been what took the memory, but not thrice."""
 
 
+@steady()
 def carry_out(study: Study, out: Path | None, address: str) -> tuple[Path, dict[str, Any], Tracking]:
     """Run a study to its end, or from where it stopped: OUT, what results.json says, and the tracking.
 
