@@ -59,13 +59,16 @@ def gc(
 
 
 def sync(out: OutDir, as_json: AsJson = False) -> None:
-    """Deliver to the tracker what it has not received yet.
+    """Deliver to the tracker what it has not received yet; goes on while rows arrive.
 
     Ends with code 1 while something is left. Example: temporal-merge sync runs/demo
     """
     from pipeline.tracking import sync as deliver
 
-    left, why = deliver(out)
+    def say(left: int) -> None:
+        print(f"{out}: {left} rows to go", file=sys.stderr, flush=True)
+
+    left, why = deliver(out, say=say)
     if as_json:
         print_json({"tracker_pending": left, "reason": why})
     else:

@@ -25,7 +25,6 @@ _ADDRESSES = (
     ("model_versions", "storage_location"),
 )
 """Where MLflow's tables hold the places of artifacts."""
-_TIMEOUT_SECONDS = "10"
 
 
 def local_uri(out: Path) -> str:
@@ -104,7 +103,6 @@ def guard_environment() -> None:
     os.environ["MLFLOW_ALLOW_HTTP_REDIRECTS"] = "false"
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", _TIMEOUT_SECONDS)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     import mlflow  # noqa: F401  its import sets up logging at INFO, which would write into the progress display

@@ -14,7 +14,7 @@ import getpass
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from pipeline.addresses import redact
 from pipeline.errors import CorruptArtifact, StoreError, TrackingError
 from pipeline.outbox import Entry
 from pipeline.store_open import store_of
-from pipeline.tracking_client import PatientClient
+from pipeline.tracking_client import Limit, PatientClient, pages
 from pipeline.tracking_local import (
     LOCAL_ARTIFACTS,
     follow_home,
@@ -43,7 +43,7 @@ ERROR_TAG = "error"
 MANIFEST = "manifest.json"
 REGISTERED_NOTE = "What the best trajectory of a study serves at its last t, study after study; see the tags of each version."
 
-_PAGE, _PAGES, _BATCH = 500, 2000, 90
+_BATCH = 90
 _REFUSALS = frozenset(
     {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "INVALID_STATE", "RESOURCE_CONFLICT"}
 )
@@ -72,10 +72,11 @@ class MlflowSink:
     `uri` None means sqlite in `out` with artifacts beside it; anything else is an MLflow tracking URI.
     """
 
-    def __init__(self, out: Path, uri: str | None, experiment: str) -> None:
+    def __init__(self, out: Path, uri: str | None, experiment: str, limit: Limit | None = None) -> None:
         self.out = out.resolve()
         self.uri = uri
         self.experiment = experiment
+        self._limit = limit or Limit()
         self._client: Any = None
         self._experiment_id = ""
         self._runs: dict[str, dict[str, str]] = {}
@@ -102,7 +103,8 @@ class MlflowSink:
             make_local_store(self.out)
             follow_home(self.out)
         uri = self.uri or local_uri(self.out)
-        client = PatientClient(MlflowClient(tracking_uri=uri, registry_uri=uri))
+        self._limit.apply()
+        client = PatientClient(MlflowClient(tracking_uri=uri, registry_uri=uri), self._limit)
         self._experiment_id = self._find_or_make_experiment(client)
         self._client = client
 
@@ -415,18 +417,6 @@ _EXPERIMENT_TAGS = {
     "mlflow.experiment.primaryMetric.name": "gm",
     "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
 }
-
-
-def pages(search: Callable[..., Any], experiment_ids: list[str], query: str | None) -> Iterator[Any]:
-    """Every result of one of MLflow's paged searches. Raises TrackingError when the pages never end."""
-    token = None
-    for _ in range(_PAGES):
-        found = search(experiment_ids, filter_string=query or "", max_results=_PAGE, page_token=token)
-        yield from found
-        token = found.token
-        if not token:
-            return
-    raise TrackingError("the tracking server's list of results does not end")
 
 
 def _dataset_input(dataset: dict[str, str]) -> Any:
