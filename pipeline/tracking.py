@@ -128,7 +128,7 @@ class Tracker:
                 left, moved = pending, now
             stuck = self._failures > 0
             if patience >= SYNC_PATIENCE:
-                patience, moved = max(patience, 1.5 * self._limit.seconds), max(moved, self._limit.answered)
+                patience, moved = max(patience, 1.5 * self._limit.seconds), max(moved, self._limit.moved)
                 stuck = stuck or not self._holds
             if now > began + timeout or (stuck and now > moved + patience):
                 break

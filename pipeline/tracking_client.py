@@ -33,7 +33,7 @@ class TooSlow(TrackingError):
 
 
 class Limit:
-    """How long a request may take, and when the server last answered one (on the clock of `time.monotonic`).
+    """How long a request may take, and when (on the clock of `time.monotonic`) one was last answered or given more time.
 
     Who sets MLFLOW_HTTP_REQUEST_TIMEOUT decides it for good; else it grows after each request that was cut off.
     """
@@ -41,7 +41,7 @@ class Limit:
     def __init__(self) -> None:
         own = os.environ.get(TIMEOUT_VARIABLE, "")
         self._left = [int(own)] if own.isdigit() and int(own) else list(TIMEOUTS)
-        self.answered = 0.0
+        self.moved = 0.0
 
     @property
     def seconds(self) -> int:
@@ -53,12 +53,13 @@ class Limit:
 
         MLFLOW_HTTP_REQUEST_TIMEOUT.default = self.seconds
 
-    def grow(self) -> str:
+    def grow(self, now: float) -> str:
         """A request was cut off: what to say of it."""
         was, self._left = self.seconds, self._left[1:] or self._left
         self.apply()
         text = f"the tracker took more than {was} s to answer"
         if self.seconds > was:
+            self.moved = now
             return f"{text}; from now on it may take {self.seconds} s"
         return f"{text}; set {TIMEOUT_VARIABLE} to more seconds than that"
 
@@ -85,14 +86,14 @@ class PatientClient:
                 began = self._clock()
                 try:
                     answer = method(*arguments, **options)
-                    self._limit.answered = self._clock()
+                    self._limit.moved = self._clock()
                     return answer
                 except Exception as error:
                     took = self._clock() - began
                     if not is_passing(error):
-                        self._limit.answered = self._clock()  # it said no, so it is there
+                        self._limit.moved = self._clock()  # it said no, so it is there
                     elif took >= self._limit.seconds:
-                        raise TooSlow(f"{name}: {self._limit.grow()}") from error
+                        raise TooSlow(f"{name}: {self._limit.grow(self._clock())}") from error
                     if not left or not is_passing(error) or took > QUICK_SECONDS:
                         raise
                 time.sleep(PAUSE_SECONDS)

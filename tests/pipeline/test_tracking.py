@@ -1,5 +1,6 @@
 """Delivery to a real MLflow store: once, in order, whatever dies or answers in between."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ import pytest
 from pipeline.errors import ConfigError, TrackingError
 from pipeline.outbox import FILE, Entry, Outbox, count_pending
 from pipeline.tracking import FlushLock, Tracker, file_with_study, sync, ui_command, ui_url
-from pipeline.tracking_client import TRIES
+from pipeline.tracking_client import TIMEOUT_VARIABLE, TRIES
 from pipeline.tracking_local import (
     LOCAL_ARTIFACTS,
     LOCAL_DB,
@@ -27,7 +28,7 @@ from pipeline.tracking_local import (
     local_uri,
     make_local_store,
 )
-from pipeline.tracking_sink import MlflowSink, Refused
+from pipeline.tracking_sink import _EXPERIMENT_TAGS, MlflowSink, Refused
 from tests.pipeline.tracked_study import EXPERIMENT, START_MS, Tracked, deliver, exported, finished_study
 
 ROOT = Path(__file__).parents[2]
@@ -302,6 +303,59 @@ def reply(status: int, body: bytes = b"{}", **headers: str) -> Callable[[BaseHTT
         handler.wfile.write(body)
 
     return answer
+
+
+class Slow:
+    """A tracking server that answers the requests of a run's row rightly, each after `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.asked, self.over = seconds, list[str](), threading.Event()
+
+    def __call__(self, handler: BaseHTTPRequestHandler) -> None:
+        body = json.loads(handler.rfile.read(int(handler.headers.get("Content-Length") or 0)) or b"{}")
+        what = handler.path.partition("?")[0].rpartition("mlflow/")[2]
+        self.asked.append(what)
+        self.over.wait(self.seconds)
+        tags = [{"key": key, "value": value} for key, value in _EXPERIMENT_TAGS.items()]
+        experiment = {"experiment_id": "1", "name": EXPERIMENT, "lifecycle_stage": "active", "tags": tags}
+        info = {"run_id": "r", "experiment_id": "1", "status": "RUNNING", "start_time": 1}
+        answers = {
+            "experiments/get-by-name": {"experiment": experiment},
+            "runs/create": {"run": {"info": info, "data": {"tags": body.get("tags")}}},
+        }
+        with contextlib.suppress(OSError):
+            reply(200, json.dumps(answers.get(what, {})).encode())(handler)
+
+
+@pytest.mark.fault("F10")
+@pytest.mark.parametrize("seconds", [1.3, 3600], ids=["slow", "never"])
+def test_server_that_takes_longer_than_the_first_time_limit_receives_its_rows(
+    seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit of 1 s that grows to 2 s: a server that needs 1.3 s is served, one that never answers is given up and named."""
+    monkeypatch.delenv(TIMEOUT_VARIABLE, raising=False)
+    monkeypatch.setattr("pipeline.tracking_client.TIMEOUTS", (1, 2))
+    monkeypatch.setattr("pipeline.tracking.SYNC_PATIENCE", 1.0)
+    slow = Slow(seconds)
+    with Server(slow) as server:
+        outbox = Outbox(tmp_path / FILE)
+        body = {
+            "op": "run",
+            "plan": "p",
+            "run": "study",
+            "parent": None,
+            "name": "n",
+            "tags": {},
+            "params": {},
+        }
+        outbox.append("k", {**body, "start_ms": 1, "datasets": []}, 1)
+        Tracker(tmp_path, outbox, uri=server.uri, experiment=EXPERIMENT)
+        outbox.close()
+        pending, why = sync(tmp_path)
+        slow.over.set()
+    assert pending == (0 if seconds < 2 else 1), why
+    assert ("runs/create" in slow.asked) is (pending == 0)
+    assert pending == 0 or (why is not None and TIMEOUT_VARIABLE in why and "more than 2 s" in why)
 
 
 @pytest.mark.fault("F10")
