@@ -86,17 +86,21 @@ def ui(
     ] = 5000,
     as_json: AsJson = False,
 ) -> None:
-    """Open the MLflow UI on a run's tracking store (on this machine only).
+    """Open the MLflow UI on a run's tracking store (on this machine only); its address is printed once it answers.
 
     Example: temporal-merge ui runs/demo
     """
     from pipeline.status import open_store
     from pipeline.tracking import ui_command, ui_url
+    from pipeline.ui_server import check_port, serve
 
     open_store(out)
-    command = ui_command(out, port=port)
+    check_port(port)
+    command, url = ui_command(out, port=port), ui_url(out, port=port)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    url = ui_url(out, port=port)
-    print_json({"url": url}) if as_json else print(f"MLflow UI (Ctrl-C ends it): {url}", flush=True)
-    sys.stdout.flush()
-    os.execv(command[0], command)
+
+    def ready() -> None:
+        print_json({"url": url}) if as_json else print(f"MLflow UI (Ctrl-C ends it): {url}")
+        sys.stdout.flush()
+
+    raise typer.Exit(serve(command, url, ready))
