@@ -217,10 +217,15 @@ class _Drive:
             self.room.update(nodes_now())
             self._check_places(self.room)
         waiting = {group.name for group in self.pools.without_place(WAITING_SECONDS)}
-        if waiting - self._waiting:
-            self.progress.note(
-                f"waiting for a place: {', '.join(sorted(waiting))}; it is taken, or a node has yet to come"
+        for name in self._waiting - waiting:
+            self.progress.settled(name)
+        for name in sorted(waiting - self._waiting):
+            what = (
+                "its place is taken, or a node has yet to come"
+                if self.room is None
+                else "Ray is slow to start its process"
             )
+            self.progress.note(f"{name} has not begun after {WAITING_SECONDS:g} s: {what}", about=name)
         self._waiting = waiting
 
     def _check_places(self, room: Room) -> None:
@@ -229,10 +234,13 @@ class _Drive:
             if not self.running:
                 self.lanes.check(room)
             self._homeless = None
+            self.progress.settled("nodes")
         except ClusterError as error:
             if self._homeless is None:
                 self._homeless = time.monotonic()
-                self.progress.note(f"waiting {GRACE_SECONDS:g} s for nodes to come back: {error}")
+                self.progress.note(
+                    f"waiting {GRACE_SECONDS:g} s for nodes to come back: {error}", about="nodes"
+                )
             if time.monotonic() - self._homeless >= GRACE_SECONDS:
                 raise
 
