@@ -53,8 +53,12 @@ class Steady(io.RawIOBase):
 
     def write(self, data: Any, /) -> int:
         text = bytes(data)
-        if self.exacting or os.getpid() != self._pid:  # a forked process has no thread
+        if self.exacting:
             self._write_now(text)
+            return len(text)
+        if os.getpid() != self._pid:  # a forked process has no thread
+            with contextlib.suppress(OSError, ReaderGone):
+                self._write_now(text)
             return len(text)
         with self._changed:
             if self._thread is None:
@@ -73,8 +77,10 @@ class Steady(io.RawIOBase):
 
     def drain(self, seconds: float) -> None:
         """Wait until everything is written, `seconds` at most."""
+        if os.getpid() != self._pid:
+            return
         with self._changed:
-            if os.getpid() == self._pid and not self._stalled:
+            if not self._stalled:
                 self._stalled = not self._changed.wait_for(lambda: not self._backlog, seconds)
 
     def _work(self) -> None:

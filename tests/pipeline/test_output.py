@@ -80,6 +80,24 @@ def test_answer_that_nobody_reads_ends_its_command(pipe: list[int]) -> None:
         Steady(pipe[1], exacting=True).write(b"answer\n")
 
 
+def test_forked_process_writes_for_itself_and_survives_its_reader(pipe: list[int]) -> None:
+    stream = Steady(pipe[1])
+    stream.write(b"parent\n")
+    stream.drain(10)
+
+    def child() -> int:
+        pid = os.fork()
+        if pid == 0:
+            stream.write(b"child\n")
+            stream.flush()
+            os._exit(7)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    assert child() == 7 and os.read(pipe[0], 100) == b"parent\nchild\n"
+    os.close(pipe[0])
+    assert child() == 7
+
+
 def test_streams_that_a_notebook_has_replaced_stay(capsys: pytest.CaptureFixture[str]) -> None:
     before = sys.stdout, sys.stderr
     with steady():
