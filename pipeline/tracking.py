@@ -126,11 +126,12 @@ class Tracker:
                 break
             if pending < left:
                 left, moved = pending, now
-            stuck = self._failures > 0
+            stuck, enough = self._failures > 0, patience
             if patience >= SYNC_PATIENCE:
-                patience, moved = max(patience, 1.5 * self._limit.seconds), max(moved, self._limit.moved)
-                stuck = stuck or not self._holds
-            if now > began + timeout or (stuck and now > moved + patience):
+                request = self._limit.seconds if self._holds else self._limit.longest
+                stuck, enough = stuck or not self._holds, max(patience, 1.5 * request)
+                moved = max(moved, self._limit.moved)
+            if now > began + timeout or (stuck and now > moved + enough):
                 break
             if now > said + SAY_SECONDS:
                 said = now

@@ -47,6 +47,11 @@ class Limit:
     def seconds(self) -> int:
         return self._left[0]
 
+    @property
+    def longest(self) -> int:
+        """What it may grow to, in this process and, as far as is known, in another."""
+        return self._left[-1]
+
     def apply(self) -> None:
         """Have MLflow's client keep it. The environment is left alone: other threads and programs read it."""
         from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
