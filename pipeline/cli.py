@@ -1,7 +1,7 @@
 """The `temporal-merge` command: what commands there are, and how a command ends.
 
 Invariant: importing this module stays cheap (no torch, ray or mlflow), and a person's mistake ends with exit code 2 and
-one clear message; 0 is done, 1 is a failure that is not the user's, 130 and 143 are signals.
+one clear message; 0 is done, 1 is a failure that is not the user's, 130, 141 (nobody reads the answer) and 143 are signals.
 """
 
 import os
@@ -39,18 +39,24 @@ for panel, commands in PANELS.items():
 
 def main() -> NoReturn:
     """Entry point of the console script."""
+    from pipeline.output import steady
+
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    sys.exit(_main())
+    with steady(exacting=True):
+        sys.exit(_main())
 
 
 def _main() -> int:
     from merge_service.errors import UserError
     from pipeline.console import complain
+    from pipeline.output import ReaderGone
 
     try:
         return app(standalone_mode=False) or 0
     except (typer.Abort, KeyboardInterrupt):
         return 130
+    except ReaderGone:
+        return 141
     except Exception as error:
         if hasattr(error, "show"):  # wrong usage, as the command line library tells it
             error.show()

@@ -4,6 +4,7 @@ Invariant: importing this stays cheap; what a command needs is imported when it 
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,11 +31,13 @@ def run(
     from cluster.session import check_address
     from pipeline.config import load_study
     from pipeline.driver import carry_out
+    from pipeline.output import ReaderGone
     from pipeline.show import print_results, run_summary
 
     check_address(address)
     answer = carry_out(load_study(study, overrides or []), out, address)
-    print_json(run_summary(*answer)) if as_json else print_results(*answer)
+    with suppress(ReaderGone):  # the study is done, whether anybody reads of it or not
+        print_json(run_summary(*answer)) if as_json else print_results(*answer)
 
 
 def plan(

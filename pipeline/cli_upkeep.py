@@ -59,13 +59,16 @@ def gc(
 
 
 def sync(out: OutDir, as_json: AsJson = False) -> None:
-    """Deliver to the tracker what it has not received yet.
+    """Deliver to the tracker what it has not received yet; goes on while rows arrive.
 
     Ends with code 1 while something is left. Example: temporal-merge sync runs/demo
     """
     from pipeline.tracking import sync as deliver
 
-    left, why = deliver(out)
+    def say(left: int) -> None:
+        print(f"{out}: {left} rows to go", file=sys.stderr, flush=True)
+
+    left, why = deliver(out, say=say)
     if as_json:
         print_json({"tracker_pending": left, "reason": why})
     else:
@@ -83,17 +86,21 @@ def ui(
     ] = 5000,
     as_json: AsJson = False,
 ) -> None:
-    """Open the MLflow UI on a run's tracking store (on this machine only).
+    """Open the MLflow UI on a run's tracking store (on this machine only); its address is printed once it answers.
 
     Example: temporal-merge ui runs/demo
     """
     from pipeline.status import open_store
     from pipeline.tracking import ui_command, ui_url
+    from pipeline.ui_server import check_port, serve
 
     open_store(out)
-    command = ui_command(out, port=port)
+    check_port(port)
+    command, url = ui_command(out, port=port), ui_url(out, port=port)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    url = ui_url(out, port=port)
-    print_json({"url": url}) if as_json else print(f"MLflow UI (Ctrl-C ends it): {url}", flush=True)
-    sys.stdout.flush()
-    os.execv(command[0], command)
+
+    def ready() -> None:
+        print_json({"url": url}) if as_json else print(f"MLflow UI (Ctrl-C ends it): {url}")
+        sys.stdout.flush()
+
+    raise typer.Exit(serve(command, url, ready))

@@ -27,6 +27,7 @@ from pipeline.errors import CorruptArtifact, NondeterminismError, StepFailed, St
 from pipeline.jobs import Jobs
 from pipeline.lanes import Lane, Lanes
 from pipeline.lock import driver_lock, write_driver
+from pipeline.output import steady
 from pipeline.plan import Step
 from pipeline.progress import Progress, Standings
 from pipeline.recording import Tracking
@@ -49,6 +50,7 @@ MEMORY_RETRIES = 2
 """Other work on the machine may have been what took the memory, but not thrice."""
 
 
+@steady()
 def carry_out(study: Study, out: Path | None, address: str) -> tuple[Path, dict[str, Any], Tracking]:
     """Run a study to its end, or from where it stopped: OUT, what results.json says, and the tracking.
 
@@ -67,6 +69,8 @@ def carry_out(study: Study, out: Path | None, address: str) -> tuple[Path, dict[
         workspace.store.check_room(f"study {workspace.study.name}", summary["disk_bytes"])
         tracking = Tracking(workspace)
         done = workspace.done()
+        for note in tracking.notes:
+            complain("note", note, WARNING)
         print(_outlook(summary), file=sys.stderr, flush=True)
         try:
             with tracking:
@@ -213,10 +217,15 @@ class _Drive:
             self.room.update(nodes_now())
             self._check_places(self.room)
         waiting = {group.name for group in self.pools.without_place(WAITING_SECONDS)}
-        if waiting - self._waiting:
-            self.progress.note(
-                f"waiting for a place: {', '.join(sorted(waiting))}; it is taken, or a node has yet to come"
+        for name in self._waiting - waiting:
+            self.progress.settled(name)
+        for name in sorted(waiting - self._waiting):
+            what = (
+                "its place is taken, or a node has yet to come"
+                if self.room is None
+                else "Ray is slow to start its process"
             )
+            self.progress.note(f"{name} has not begun after {WAITING_SECONDS:g} s: {what}", about=name)
         self._waiting = waiting
 
     def _check_places(self, room: Room) -> None:
@@ -225,10 +234,13 @@ class _Drive:
             if not self.running:
                 self.lanes.check(room)
             self._homeless = None
+            self.progress.settled("nodes")
         except ClusterError as error:
             if self._homeless is None:
                 self._homeless = time.monotonic()
-                self.progress.note(f"waiting {GRACE_SECONDS:g} s for nodes to come back: {error}")
+                self.progress.note(
+                    f"waiting {GRACE_SECONDS:g} s for nodes to come back: {error}", about="nodes"
+                )
             if time.monotonic() - self._homeless >= GRACE_SECONDS:
                 raise
 

@@ -21,6 +21,8 @@ from merge_service.faults import point
 from pipeline.errors import TrackingError
 
 FILE = "outbox.db"
+PLAN, RESULTS = "plan", "results"
+"""Notes of an outbox: the plan that ran last, and the plan that results.json of OUT is of."""
 _BUSY_SECONDS = 10.0
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS rows (
@@ -32,6 +34,7 @@ CREATE TABLE IF NOT EXISTS rejected (destination TEXT NOT NULL, seq INTEGER NOT 
     PRIMARY KEY (destination, seq)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 """
+_STUDIES = "SELECT payload FROM rows WHERE key LIKE '%/run/study' ORDER BY seq"
 _PENDING = "SELECT count(*) FROM rows WHERE seq NOT IN (SELECT seq FROM delivered WHERE destination = ?)"
 
 
@@ -135,6 +138,10 @@ class Outbox:
         with self._transaction() as db:
             db.execute("DELETE FROM rejected WHERE destination = ?", (destination,))
 
+    def plans(self) -> dict[str, str]:
+        """Every plan that was told to this outbox, the first one first: its fingerprint and the name of its parent run."""
+        return _plans(self._read(_STUDIES))
+
     def destination(self) -> str:
         """The name of the destination this study uses, as last set."""
         return self.meta("destination") or ""
@@ -186,28 +193,51 @@ def _insert(db: sqlite3.Connection, row: Row, text: str) -> bool:
     return added.rowcount == 1
 
 
+@dataclass(frozen=True)
+class Glance:
+    """What an outbox says to whoever only looks: rows that its tracker has not received; the names of the parent runs of other
+    plans that OUT held; the one of those that results.json is still of, if it is another's than the plan's that ran last."""
+
+    pending: int = 0
+    others: tuple[str, ...] = ()
+    results_of: str | None = None
+
+
 def count_pending(out: Path) -> int:
-    """Rows the tracker of a study directory has not received; 0 when nothing was ever tracked. Reads only.
+    """Rows the tracker of a study directory has not received; as `glance`."""
+    return glance(out).pending
+
+
+def glance(out: Path) -> Glance:
+    """What the outbox of a study directory says; nothing when nothing was ever tracked. Reads only.
 
     Raises TrackingError when the file is there but is not an outbox.
     """
     path = out / FILE
     if not path.exists():
-        return 0
+        return Glance()
     try:
         try:
-            return _count(f"{path.resolve().as_uri()}?mode=ro")
+            return _glance(f"{path.resolve().as_uri()}?mode=ro")
         except sqlite3.OperationalError:
             # A WAL database in a directory we may not write: nobody else writes it either.
-            return _count(f"{path.resolve().as_uri()}?immutable=1")
+            return _glance(f"{path.resolve().as_uri()}?immutable=1")
     except sqlite3.Error as error:
         raise TrackingError(f"{path} is not readable as the outbox of the tracker: {error}") from error
 
 
-def _count(uri: str) -> int:
+def _glance(uri: str) -> Glance:
     db = sqlite3.connect(uri, uri=True, timeout=_BUSY_SECONDS)
     try:
-        found = db.execute("SELECT value FROM meta WHERE key = 'destination'").fetchone()
-        return int(db.execute(_PENDING, ("" if found is None else found[0],)).fetchone()[0])
+        meta = dict(db.execute("SELECT key, value FROM meta"))
+        pending = int(db.execute(_PENDING, (meta.get("destination", ""),)).fetchone()[0])
+        plans = _plans(db.execute(_STUDIES)) if PLAN in meta else {}
     finally:
         db.close()
+    others = {plan: name for plan, name in plans.items() if plan != meta[PLAN]}
+    return Glance(pending, tuple(others.values()), others.get(meta.get(RESULTS, "")))
+
+
+def _plans(payloads: Iterable[tuple[Any, ...]]) -> dict[str, str]:
+    found = (json.loads(payload) for (payload,) in payloads)
+    return {body["plan"]: body["name"] for body in found}

@@ -21,6 +21,8 @@ from pipeline.results import gm, ka, zs
 
 SHOWN = 20
 """Trajectories in the live view: those that were scored last."""
+NOTES = 5
+"""Notes in the live view: the newest."""
 REDRAW_SECONDS = 0.25
 
 
@@ -69,7 +71,8 @@ class Progress:
         self.console = console or Console(stderr=True)
         self.running: dict[str, str] = {}
         self._began: dict[str, float] = {}
-        self._note, self._drawn = "", 0.0
+        self._notes: dict[str, str] = {}
+        self._drawn = 0.0
         self._live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
 
     def __enter__(self) -> Self:
@@ -84,13 +87,19 @@ class Progress:
             self._live.update(self._view(), refresh=True)
             self._live.stop()
 
-    def note(self, text: str) -> None:
-        """Something a person should know now."""
+    def note(self, text: str, about: str = "") -> None:
+        """Something a person should know now; on a terminal it stays until it is `settled`, or another note is about the same."""
         if self._live:
-            self._note = text
+            self._notes.pop(about, None)
+            self._notes[about] = text
             self.tick()
         else:
-            self.console.print(text, highlight=False, soft_wrap=True)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def settled(self, about: str) -> None:
+        """What a note was about is no longer so."""
+        if self._notes.pop(about, None) is not None:
+            self.tick()
 
     def started(self, fingerprint: str, label: str) -> None:
         self.running[fingerprint] = label
@@ -101,6 +110,7 @@ class Progress:
         label = self.running.pop(fingerprint)
         seconds = time.monotonic() - self._began.pop(fingerprint)
         self.done += 1
+        self._notes.pop(fingerprint, None)
         if self._live is None:
             self.console.print(
                 f"[{self.done}/{self.total}] {label}: {summary} ({seconds:.1f} s)",
@@ -112,7 +122,7 @@ class Progress:
         """A step did not end and will run again."""
         label = self.running.pop(fingerprint, fingerprint[:16])
         self._began.pop(fingerprint, None)
-        self.note(f"{label}: {why}; trying again")
+        self.note(f"{label}: {why}; trying again", about=fingerprint)
 
     def tick(self) -> None:
         """Draw anew, unless that was done a moment ago."""
@@ -126,10 +136,10 @@ class Progress:
             (label, read_progress(self.scratch, fingerprint), now - self._began[fingerprint])
             for fingerprint, label in self.running.items()
         ]
-        head = Text(f"{self.done} of {self.total} steps done  {self._note}", style="bold")
-        return Group(
-            head, standings_table(self.standings.rows(), self.standings.hidden), running_table(running)
-        )
+        head = Text(f"{self.done} of {self.total} steps done", style="bold")
+        notes = [Text(note) for note in list(self._notes.values())[-NOTES:]]
+        standings = standings_table(self.standings.rows(), self.standings.hidden)
+        return Group(head, *notes, standings, running_table(running))
 
 
 def running_table(running: Iterable[tuple[str, Mapping[str, Any], float]]) -> Table:

@@ -6,15 +6,17 @@ Invariant: tracking never slows, stops or fails a study; what could not be deliv
 import csv
 import io
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from types import TracebackType
 from typing import Any, Self
 
 from pipeline.config import Study
-from pipeline.outbox import FILE, Outbox
+from pipeline.outbox import FILE, PLAN, Outbox
 from pipeline.results import table, winner
-from pipeline.tracking import Tracker
+from pipeline.tracking import Tracker, settle
 from pipeline.tracking_events import Projection, StudyFacts
+from pipeline.tracking_index import STUDY
 from pipeline.tracking_recorder import Recorder
 from pipeline.workspace import Workspace
 
@@ -26,23 +28,29 @@ class Tracking:
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
+        settle(workspace.out)
         study, plan, store = workspace.study, workspace.plan, workspace.store
-        options = study.tracking
+        options, fingerprint = study.tracking, plan.fingerprint
         self.outbox = Outbox(workspace.out / FILE)
         self.tracker = Tracker(
             workspace.out, self.outbox, uri=options.uri, experiment=options.experiment or "temporal-merge"
         )
+        plans = self.outbox.plans()
+        others = [name for one, name in plans.items() if one != fingerprint]
         facts = StudyFacts(
             settings=study.model_dump(mode="json"),
             code_version=version("temporal-merge"),
             log_weights=options.log_weights,
             store="store" if study.storage.store is None else store.where,
             registry=_registry(study),
+            title=plans.get(fingerprint, f"{plan.study} · {fingerprint[:8]}" if others else plan.study),
+            earlier=tuple(others),
         )
         bases = {fp: store.record(base.kind, fp) for fp, base in plan.bases.items()}
         known = {fp: base for fp, base in bases.items() if base is not None}
         assert known.keys() == bases.keys(), "the workspace is prepared first"
         projection = Projection(plan, facts, known)
+        self.notes = [*self._change(projection, facts, plans)]
         self.recorder = Recorder(projection, self.outbox, workspace.out, self.tracker.notify)
         self.pending = 0
 
@@ -61,6 +69,24 @@ class Tracking:
         # On an error nobody waits for the tracker: the rows are safe in the outbox.
         self.pending = self.tracker.close(CLOSE_SECONDS if error is None else 2.0)
         self.outbox.close()
+
+    def _change(self, projection: Projection, facts: StudyFacts, plans: dict[str, str]) -> Iterator[str]:
+        """What becomes of the plan that OUT held, if it is another: a study that was changed in its OUT."""
+        out, now = self.workspace.out, projection.index.fingerprint
+        before = self.outbox.meta(PLAN) or next(reversed(plans), now)
+        if before == now or before not in plans:
+            return
+        told, settings = self.outbox.get(f"{before[:16]}/run/{STUDY}") or {}, projection.settings()
+        params = told.get("params", {})
+        keys = sorted(key for key in params.keys() | settings if params.get(key) != settings.get(key))
+        changed = ", ".join(keys[:6]) + (f" and {len(keys) - 6} more" if len(keys) > 6 else "") or "the grid"
+        alias = f" and the alias {facts.registry['name']}@{facts.registry['alias']}" if facts.registry else ""
+        yield (
+            f"{out} held another plan of study {self.workspace.plan.study} ({plans[before]!r} in MLflow); changed: {changed}. "
+            f"Kept: its artifacts until `temporal-merge gc {out}`, its runs and models in MLflow; steps that both plans need "
+            f"are not done again. Replaced: study.yaml and plan.json now, results.json{alias} when this run ends. "
+            f"In MLflow this plan is {facts.title!r}."
+        )
 
     def committed(self, step: Any, record: Any) -> None:
         self.recorder.step_done(step, record)

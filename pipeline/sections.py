@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from merge_service.shards import bytes_of
+from pipeline.addresses import secret_in
 from pipeline.fingerprint import fingerprint
 from workers.jobs import EngineSpec
 from workers.recipe import Mixture
@@ -437,13 +438,10 @@ class StorageSection(Section):
     def _place(self) -> Self:
         if self.store is None or "://" not in self.store:
             return self
-        try:
-            parts = urlsplit(self.store)
-        except ValueError as error:
-            raise ValueError(f"store is not a URL ({error})") from None
-        if parts.username is not None or parts.password is not None or parts.query:
+        secret = secret_in(self.store) or ("a query" if urlsplit(self.store).query else None)
+        if secret:
             raise ValueError(
-                "store holds a secret (or a query), which would end up in files; give credentials in the environment "
+                f"store holds a secret ({secret}), which would end up in files; give credentials in the environment "
                 "(for s3:// AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), and the plain URL here"
             )
         return self

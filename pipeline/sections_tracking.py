@@ -5,10 +5,10 @@ Invariant: no secret gets past this; names are ones that MLflow takes.
 
 import re
 from typing import Annotated, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, model_validator
 
+from pipeline.addresses import CREDENTIALS, secret_in
 from pipeline.sections import Name, Section, Text
 
 _ALIAS = re.compile(r"[A-Za-z0-9_-]{1,255}")
@@ -43,12 +43,7 @@ class TrackingSection(Section):
 
     @model_validator(mode="after")
     def _no_secret(self) -> Self:
-        try:
-            secret = self.uri is not None and urlsplit(self.uri).password is not None
-        except ValueError as error:
-            raise ValueError(f"uri is not a URI ({error})") from None
+        secret = None if self.uri is None else secret_in(self.uri)
         if secret:
-            raise ValueError(
-                "uri holds a password, which would end up in files; give it in MLFLOW_TRACKING_USERNAME and _PASSWORD"
-            )
+            raise ValueError(f"uri holds a secret ({secret}), which would end up in files; {CREDENTIALS}")
         return self

@@ -133,6 +133,15 @@ def status_view(out: Path, answer: Mapping[str, Any]) -> Group:
     if answer.get("failure"):
         failure = answer["failure"]
         parts.append(Text(f"failed: {failure['step']}: {failure['error']}", style=ERROR))
+    if answer.get("other_plans"):
+        names = ", ".join(answer["other_plans"])
+        parts.append(
+            Text(
+                f"other plans of this study ran here: {names}; their artifacts stay until `temporal-merge gc {out}`"
+            )
+        )
+    if answer.get("results_of"):
+        parts.append(Text(f"results.json is still that of {answer['results_of']}", style=WARNING))
     if answer.get("tracker_pending"):
         text = f"the tracker waits for {answer['tracker_pending']} rows: temporal-merge sync {out}"
         parts.append(Text(text, style=WARNING))

@@ -11,7 +11,7 @@ from typing import Any
 
 from merge_service.errors import UserError
 from pipeline.lock import is_held, read_driver
-from pipeline.outbox import count_pending
+from pipeline.outbox import glance
 from pipeline.plan import Plan
 from pipeline.progress import Standings, read_progress
 from pipeline.store import Store
@@ -52,16 +52,19 @@ class Look:
 
     def __call__(self) -> dict[str, Any]:
         """{"state", "steps": {"done", "running", "failed", "pending"}, "kinds": {kind: {"done", "running", "total"}},
-        "running", "trajectories": [{"trajectory", "t", "tasks", "gm"}], "more_trajectories", "failure", "tracker_pending"}.
+        "running", "trajectories": [{"trajectory", "t", "tasks", "gm"}], "more_trajectories", "failure", "tracker_pending",
+        "other_plans", "results_of"}.
 
         `state` is running while a driver lives, done when every step is in the store, failed when the last driver said so,
-        and partial otherwise. Of many trajectories those scored last are listed.
+        and partial otherwise. Of many trajectories those scored last are listed. "other_plans" are plans that OUT held before its
+        study was changed, by their names in MLflow; "results_of" is the one that results.json is still of, if any.
         """
         self._find_done()
         driver, alive = read_driver(self._out), is_held(self._out)
         running = driver.get("running", []) if alive else []
         running = [step for step in running if step["fingerprint"] not in self._done]
         failure = None if alive else driver.get("failed")
+        told = glance(self._out)
         total, done = len(self._plan.steps), len(self._done)
         state = "running" if alive else "done" if done == total else "failed" if failure else "partial"
         failed = int(bool(failure) and done < total)
@@ -82,7 +85,9 @@ class Look:
             ],
             "more_trajectories": self._standings.hidden,
             "failure": failure,
-            "tracker_pending": count_pending(self._out),
+            "tracker_pending": told.pending,
+            "other_plans": list(told.others),
+            "results_of": told.results_of,
         }  # fmt: skip
 
     def _running(self, step: dict[str, Any]) -> dict[str, Any]:

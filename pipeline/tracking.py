@@ -7,8 +7,10 @@ the server refuses for good is set aside, counted as pending and offered again b
 Everything here can be interrupted at any instruction: a row sent but not marked is sent again and changes nothing.
 """
 
+import contextlib
 import fcntl
 import hashlib
+import math
 import os
 import sqlite3
 import sys
@@ -20,10 +22,13 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 from merge_service.faults import point
+from pipeline.addresses import CREDENTIALS, redact, secret_in
+from pipeline.console import WARNING, complain
 from pipeline.errors import ConfigError, TrackingError
 from pipeline.outbox import FILE, Entry, Outbox
+from pipeline.tracking_client import Limit
 from pipeline.tracking_index import STUDY
-from pipeline.tracking_local import LOCAL_ARTIFACTS, LOCAL_DB, local_uri, make_local_store, redact
+from pipeline.tracking_local import LOCAL_ARTIFACTS, LOCAL_DB, follow_home, local_uri, make_local_store
 from pipeline.tracking_rows import Rows
 from pipeline.tracking_sink import MlflowSink, Refused
 from pipeline.tracking_ui import APP, DOOR
@@ -31,8 +36,9 @@ from pipeline.tracking_ui import APP, DOOR
 LOCK = "tracking.lock"
 _FIRST_BACKOFF, _LAST_BACKOFF = 0.5, 30.0
 _IDLE_SECONDS = 1.0
-_SYNC_PATIENCE = 15.0
-"""Whoever asks for delivery waits longer for a failing tracker than a study that ends."""
+SYNC_PATIENCE = 15.0
+"""Whoever asks for delivery waits longer for a failing tracker than a study that ends, and for a request as long as it may take."""
+SAY_SECONDS = 10.0
 _LOCAL = "local"
 
 
@@ -69,10 +75,12 @@ class Tracker:
         self._destination = destination_name(uri, experiment)
         if remember:
             _remember(outbox, uri, experiment)
-        self._sink: Sink = sink or MlflowSink(out, uri, experiment)
+        self._limit = Limit()
+        self._sink: Sink = sink or MlflowSink(out, uri, experiment, self._limit)
         self._on_sent = on_sent or (lambda entry: None)
         self._wake, self._stop = threading.Event(), threading.Event()
         self._failures = 0
+        self._holds = True
         self._refusal: str | None = None
         self._second_chance = False
         self._thread: threading.Thread | None = None
@@ -85,14 +93,18 @@ class Tracker:
     def pending(self) -> int:
         return self._outbox.pending(self._destination)
 
-    def close(self, timeout: float = 60.0, patience: float = 2.0) -> int:
+    def close(
+        self, timeout: float = 60.0, patience: float = 2.0, say: Callable[[int], None] | None = None
+    ) -> int:
         """Wait for what is left while it moves, then stop; the number of rows that are still pending.
 
-        Waits `timeout` seconds at most, and `patience` at most without a row delivered for a tracker that fails. When the
-        outbox itself has become unreadable the answer is 1 and `last_error` says so: its rows can be made again.
+        Waits `timeout` seconds at most, and `patience` at most without a row delivered for a tracker that fails. With
+        SYNC_PATIENCE it waits as long as a request may take, every answer counts, and another process that delivers must move
+        as well. `say` is called now and then with the rows that are left. When the outbox itself has become unreadable the
+        answer is 1 and `last_error` says so: its rows can be made again.
         """
         try:
-            self._wait_for_delivery(timeout, patience)
+            self._wait_for_delivery(timeout, patience, say or (lambda left: None))
             return self.pending()
         except TrackingError as error:
             self.last_error = str(error)
@@ -104,8 +116,8 @@ class Tracker:
                 # Joined briefly only: a request that hangs must not keep the study from ending.
                 self._thread.join(timeout=0.2)
 
-    def _wait_for_delivery(self, timeout: float, patience: float) -> None:
-        began = moved = time.monotonic()
+    def _wait_for_delivery(self, timeout: float, patience: float, say: Callable[[int], None]) -> None:
+        began = moved = said = time.monotonic()
         left = self.pending()
         self._wake.set()
         while self._alive():
@@ -114,8 +126,16 @@ class Tracker:
                 break
             if pending < left:
                 left, moved = pending, now
-            if now > began + timeout or (self._failures > 0 and now > moved + patience):
+            stuck, enough = self._failures > 0, patience
+            if patience >= SYNC_PATIENCE:
+                request = self._limit.seconds if self._holds else self._limit.longest
+                stuck, enough = stuck or not self._holds, max(patience, 1.5 * request)
+                moved = max(moved, self._limit.moved)
+            if now > began + timeout or (stuck and now > moved + enough):
                 break
+            if now > said + SAY_SECONDS:
+                said = now
+                say(pending)
             time.sleep(0.02)
 
     def _refused(self) -> int:
@@ -130,6 +150,7 @@ class Tracker:
             while not self._stop.is_set():
                 wait = _IDLE_SECONDS
                 with FlushLock(self._out) as held:
+                    self._holds = held
                     if held:
                         # Another process may have delivered since we last held the lock.
                         self._sink.forget()
@@ -215,25 +236,43 @@ class FlushLock:
             self._handle = None
 
 
-def sync(
-    out: Path, *, uri: str | None = None, timeout: float = 300.0, sink: Sink | None = None
-) -> tuple[int, str | None]:
-    """Deliver what the tracker of a study directory has not received: (rows still pending, why).
+def settle(out: Path) -> None:
+    """Say so, if OUT was moved or copied and its tracking store had to follow. Whoever delivers at this moment sees to it alone."""
+    with contextlib.suppress(TrackingError), FlushLock(out) as held:
+        before = follow_home(out, wait_seconds=1.0) if held else None
+        if before is not None:
+            complain(
+                "note",
+                f"{out} was moved or copied from {before}: MLflow's addresses of its artifacts follow",
+                WARNING,
+            )
 
-    `uri` sends everything to another tracking server instead. Safe while the study runs: whoever holds the lock
-    delivers. Raises ConfigError when `out` has no outbox.
+
+def sync(
+    out: Path,
+    *,
+    uri: str | None = None,
+    timeout: float = math.inf,
+    sink: Sink | None = None,
+    say: Callable[[int], None] | None = None,
+) -> tuple[int, str | None]:
+    """Deliver what the tracker of a study directory has not received: (rows still pending, why). Goes on while rows arrive.
+
+    `uri` sends everything to another tracking server instead; `say` is called every ten seconds with the rows that are left.
+    Safe while the study runs: whoever holds the lock delivers. Raises ConfigError when `out` has no outbox.
     """
     if not (out / FILE).exists():
         raise ConfigError(
             f"{out} holds no {FILE}: nothing was tracked there. Give the OUT directory of a run."
         )
+    settle(out)
     outbox = Outbox(out / FILE)
     try:
         target = uri or outbox.meta("uri") or None
         experiment = outbox.meta("experiment") or "temporal-merge"
         tracker = Tracker(out, outbox, uri=target, experiment=experiment, sink=sink, remember=False)
         tracker.start()
-        pending = tracker.close(timeout, _SYNC_PATIENCE)
+        pending = tracker.close(timeout, SYNC_PATIENCE, say)
         return pending, tracker.last_error if pending else None
     finally:
         outbox.close()
@@ -266,11 +305,12 @@ def destination_name(uri: str | None, experiment: str) -> str:
 
 
 def _refuse_password(uri: str | None) -> None:
-    if uri is not None and urlsplit(uri).password is not None:
-        raise ConfigError(
-            f"tracking.uri: {redact(uri)} holds a password. Give it in the environment instead:"
-            " MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or PGPASSWORD, ... for a database)."
-        )
+    try:
+        secret = None if uri is None else secret_in(uri)
+    except ValueError as error:
+        raise ConfigError(f"tracking.uri: {error}") from None
+    if secret:
+        raise ConfigError(f"tracking.uri holds a secret ({secret}): {CREDENTIALS}")
 
 
 def _remember(outbox: Outbox, uri: str | None, experiment: str) -> None:
@@ -321,7 +361,8 @@ def ui_command(out: Path, *, port: int = 5000) -> list[str]:
         raise ConfigError(f"{out} is tracked on {redact(uri)}: open that address in a browser")
     if uri is None:
         make_local_store(out)
-    root = (out / LOCAL_ARTIFACTS).resolve()
+        settle(out)
+    root = out.resolve() / LOCAL_ARTIFACTS
     return [
         *(sys.executable, "-m", "mlflow", "server", "--app-name", APP),
         *("--backend-store-uri", uri or local_uri(out)),

@@ -57,6 +57,10 @@ class StudyFacts:
     store: str = "store"
     registry: Mapping[str, str] | None = None
     """{"name", "by", "alias"} of the registered model that the best trajectory becomes a version of; None: of none."""
+    title: str | None = None
+    """The name of the parent run; None: the study's."""
+    earlier: tuple[str, ...] = ()
+    """The names of the parent runs of other plans that OUT held before."""
 
 
 @dataclass
@@ -105,15 +109,20 @@ class Projection:
             " them; the step of every metric of a trajectory is t. **Models** lists every served checkpoint by"
             " trajectory, t and task."
         )
+        if self._facts.earlier:
+            note += f"\n\nThe study was changed in its OUT: {', '.join(self._facts.earlier)} came before; those runs and models stay."
         tags = {**self._common, "kind": STUDY, "mlflow.note.content": note}
-        params = {
-            key: value
-            for key, value in flat(self._facts.settings).items()
-            if not key.startswith(("grid.", "storage."))
-        }
         trajectories = self._plan.trajectories
         return [
-            self.rows.run(STUDY, None, self._plan.study, tags, params, now_ms, self._datasets()),
+            self.rows.run(
+                STUDY,
+                None,
+                self._facts.title or self._plan.study,
+                tags,
+                self.settings(),
+                now_ms,
+                self._datasets(),
+            ),
             *(
                 self._trajectory_row(trajectory, now_ms - i)
                 for i, trajectory in enumerate(trajectories, start=1)
@@ -122,12 +131,17 @@ class Projection:
             *map(self._base_model_row, self._bases.values()),
         ]
 
+    def settings(self) -> dict[str, str]:
+        """The study's settings as MLflow parameters; the grid's are those of the trajectories."""
+        settings = flat(self._facts.settings)
+        return {key: value for key, value in settings.items() if not key.startswith(("grid.", "storage."))}
+
     def finished(self, table: str | None = None, best: str | None = None) -> list[Row]:
         """The end of the study, all steps done; `table` is its results as CSV, `best` the trajectory to register."""
         end = max(record.created_ms for record in (*self._bases.values(), *self._records.values()))
         rows = [] if table is None else [self.rows.artifact(STUDY, "results.csv", end, text=table)]
         rows += [self.rows.status(key, "FINISHED", end) for key in (EXPERTS, STUDY)]
-        return rows if best is None or self._facts.registry is None else [*rows, self._best_row(best, end)]
+        return rows if best is None or self._facts.registry is None else rows + self._best_rows(best, end)
 
     def failed(self, step: Step, error: str, at_ms: int) -> list[Row]:
         """A step gave up: its expert's run, every trajectory that uses it, and the study are marked as failed."""
@@ -249,8 +263,8 @@ class Projection:
         stamp = record.created_ms
         return self.rows.model(key, trajectory_key(trajectory), stamp, {**body, **self._files(record)})
 
-    def _best_row(self, best: str, stamp: int) -> Row:
-        """What the best trajectory serves at its last t, as a version of the study's registered model."""
+    def _best_rows(self, best: str, stamp: int) -> list[Row]:
+        """What the best trajectory serves at its last t, as a version of the study's registered model, and its alias."""
         registry = self._facts.registry
         assert registry is not None
         trajectory = next(one for one in self._plan.trajectories if one.id == best)
@@ -268,12 +282,15 @@ class Projection:
         }
         why = f"Of the study's trajectories it has the highest {by} at its last t (mean over seeds)."
         note = "\n\n".join([served_note(name, point), why, self._lineage.note(record)])
-        body = {"name": registry["name"], "alias": registry["alias"], "tags": tags, "note": note}
+        body = {"name": registry["name"], "tags": tags, "note": note}
+        model, run = model_key(trajectory, point), trajectory_key(trajectory)
         if point.deployed == BASE:
-            return self.rows.register(base_key(trajectory.base), STUDY, stamp, body)
-        model = model_key(trajectory, point)
+            model, run = base_key(trajectory.base), STUDY
         assert model is not None, "only the base's t=0 has none"
-        return self.rows.register(model, trajectory_key(trajectory), stamp, body)
+        return [
+            self.rows.register(model, run, stamp, body),
+            self.rows.alias(model, stamp, registry["name"], registry["alias"]),
+        ]
 
     def _base_model_row(self, base: Record) -> Row:
         model = self._plan.bases[base.fingerprint].model

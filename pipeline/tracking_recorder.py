@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.artifact import Record
 from pipeline.errors import TrackingError
-from pipeline.outbox import Outbox, Row
+from pipeline.outbox import PLAN, RESULTS, Outbox, Row
 from pipeline.steps import Step
 from pipeline.tracking_events import Projection
 from pipeline.tracking_index import STUDY
@@ -34,6 +34,7 @@ class Recorder:
 
     def study_started(self, now_ms: int) -> None:
         """Announce the study, its trajectories and its base; reopen what an earlier run left as failed."""
+        self._remember(PLAN)
         rows = self._projection.started(now_ms)
         rows += [
             self._file_row(name, now_ms)
@@ -65,8 +66,16 @@ class Recorder:
         filed as well."""
         rows = self._projection.finished(table, best)
         if (self._out / "results.json").is_file():
+            self._remember(RESULTS)
             rows.insert(0, self._file_row("results.json", rows[-1].timestamp_ms))
         self._append(rows)
+
+    def _remember(self, what: str) -> None:
+        """That the plan that runs, or that results.json is of, is this one."""
+        try:
+            self._outbox.set_meta(what, self._projection.index.fingerprint)
+        except TrackingError as error:
+            self.last_error = str(error)
 
     def _file_row(self, name: str, stamp: int) -> Row:
         digest = hashlib.sha256((self._out / name).read_bytes()).hexdigest()

@@ -1,9 +1,9 @@
-"""The six kinds of rows the tracker understands, built from plain values.
+"""The seven kinds of rows the tracker understands, built from plain values.
 
 Invariant: a row's payload is JSON with finite numbers only. `run` makes sure a run exists, `log` adds metrics and tags
 to it (and metrics to a model), `model` makes sure a model exists and is complete, `artifact` files a small file with a
-run, `status` says how a run stands, `register` makes a version of a registered model of a model; `status`, `artifact` and
-`register` rows supersede earlier ones of the same key.
+run, `status` says how a run stands, `register` makes a version of a registered model of a model, `alias` lets an alias point to
+such a version; `status`, `artifact`, `register` and `alias` rows supersede earlier ones of the same key.
 """
 
 import hashlib
@@ -89,10 +89,15 @@ class Rows:
         return self._row(f"model/{key}", {"op": "model", "model": key, "run": run, **body}, stamp)
 
     def register(self, model: str, run: str, stamp: int, body: Mapping[str, Any]) -> Row:
-        """A version of a registered model. `body`: name, alias, tags, note. The study has one; a later one supersedes it."""
+        """A version of a registered model. `body`: name, tags, note. The plan has one; a later one supersedes it."""
         return self._row(
             "register", {"op": "register", "model": model, "run": run, **body}, stamp, replace=True
         )
+
+    def alias(self, model: str, stamp: int, name: str, alias: str) -> Row:
+        """`name@alias` is the version of a model. All plans of an outbox share this row: the alias is of the one that ended last."""
+        body = {"op": "alias", "plan": self._plan, "model": model, "name": name, "alias": alias}
+        return Row(f"alias/{name}@{alias}", body, stamp, replace=True)
 
     def artifact(
         self,

@@ -14,23 +14,24 @@ import getpass
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from pipeline.addresses import redact
 from pipeline.errors import CorruptArtifact, StoreError, TrackingError
 from pipeline.outbox import Entry
 from pipeline.store_open import store_of
-from pipeline.tracking_client import PatientClient
+from pipeline.tracking_client import Limit, PatientClient, pages
 from pipeline.tracking_local import (
     LOCAL_ARTIFACTS,
+    follow_home,
     guard_environment,
     local_uri,
     make_local_store,
     place,
-    redact,
 )
 
 PLAN_TAG = "temporal_merge.plan"
@@ -42,11 +43,12 @@ ERROR_TAG = "error"
 MANIFEST = "manifest.json"
 REGISTERED_NOTE = "What the best trajectory of a study serves at its last t, study after study; see the tags of each version."
 
-_PAGE, _PAGES, _BATCH = 500, 2000, 90
+_BATCH = 90
 _REFUSALS = frozenset(
     {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "INVALID_STATE", "RESOURCE_CONFLICT"}
 )
 # A registry that is not there, or not ours to write, must not hold up what comes after.
+_REGISTRY = frozenset({"register", "alias"})
 _NO_REGISTRY = frozenset({"PERMISSION_DENIED", "FEATURE_DISABLED", "ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED"})
 _REMOTE_SCHEMES = frozenset(
     {"s3", "gs", "abfs", "abfss", "wasb", "wasbs", "hdfs", "viewfs", "dbfs", "oss", "r2", "b2"}
@@ -70,10 +72,11 @@ class MlflowSink:
     `uri` None means sqlite in `out` with artifacts beside it; anything else is an MLflow tracking URI.
     """
 
-    def __init__(self, out: Path, uri: str | None, experiment: str) -> None:
+    def __init__(self, out: Path, uri: str | None, experiment: str, limit: Limit | None = None) -> None:
         self.out = out.resolve()
         self.uri = uri
         self.experiment = experiment
+        self._limit = limit or Limit()
         self._client: Any = None
         self._experiment_id = ""
         self._runs: dict[str, dict[str, str]] = {}
@@ -86,6 +89,7 @@ class MlflowSink:
             "artifact": self._artifact,
             "status": self._status,
             "register": self._register,
+            "alias": self._alias,
         }
 
     def connect(self) -> None:
@@ -97,8 +101,10 @@ class MlflowSink:
 
         if self.uri is None:
             make_local_store(self.out)
+            follow_home(self.out)
         uri = self.uri or local_uri(self.out)
-        client = PatientClient(MlflowClient(tracking_uri=uri, registry_uri=uri))
+        self._limit.apply()
+        client = PatientClient(MlflowClient(tracking_uri=uri, registry_uri=uri), self._limit)
         self._experiment_id = self._find_or_make_experiment(client)
         self._client = client
 
@@ -119,7 +125,7 @@ class MlflowSink:
         except TrackingError:
             raise
         except MlflowException as error:
-            refused = _REFUSALS | (_NO_REGISTRY if entry.payload["op"] == "register" else frozenset())
+            refused = _REFUSALS | (_NO_REGISTRY if entry.payload["op"] in _REGISTRY else frozenset())
             kind = Refused if error.error_code in refused else TrackingError
             raise kind(f"{entry.key}: {error.error_code}: {_short(error)}") from error
         except Exception as error:  # a hostile answer can fail anywhere inside the client
@@ -225,11 +231,7 @@ class MlflowSink:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             self._client.create_registered_model(name, description=REGISTERED_NOTE)
-        quoted = name.replace("'", "''")
-        versions = pages(
-            lambda _, **query: self._client.search_model_versions(**query), [], f"name='{quoted}'"
-        )
-        version = next((v for v in versions if v.tags.get(MODEL_ID_TAG) == model_id), None)
+        version = self._version(name, model_id)
         if version is None:
             tags = {**body["tags"], MODEL_ID_TAG: model_id}
             version = self._client.create_model_version(
@@ -240,8 +242,24 @@ class MlflowSink:
                 description=body["note"],
                 model_id=model_id,
             )
-        self._client.set_registered_model_alias(name, body["alias"], version.version)
         self._show_version(model_id, name, str(version.version))
+        if "alias" in body:  # a row that an earlier release wrote
+            self._alias(body)
+
+    def _alias(self, body: dict[str, Any]) -> None:
+        name, model_id = body["name"], self._model_id(body["plan"], body["model"])
+        version = self._version(name, model_id)
+        if version is None:
+            raise Refused(f"{name} has no version of {body['model']!r} for the alias {body['alias']!r}")
+        self._client.set_registered_model_alias(name, body["alias"], version.version)
+
+    def _version(self, name: str, model_id: str) -> Any:
+        """The version of a registered model that is this very model, or None."""
+        quoted = name.replace("'", "''")
+        versions = pages(
+            lambda _, **query: self._client.search_model_versions(**query), [], f"name='{quoted}'"
+        )
+        return next((v for v in versions if v.tags.get(MODEL_ID_TAG) == model_id), None)
 
     def _show_version(self, model_id: str, name: str, version: str) -> None:
         """On the model's own page, which reads a tag that servers and `mlflow.register_model` keep, but sqlite does not."""
@@ -363,7 +381,7 @@ class MlflowSink:
                 )
             home = self.out / LOCAL_ARTIFACTS
             if self.uri is None and not path.resolve().is_relative_to(home):
-                raise TrackingError(f"{path} is not inside {home}; was the study's directory moved?")
+                raise TrackingError(f"{path} is not inside {home}, where this study keeps its artifacts")
             return path
         same_host = not parts.netloc or parts.netloc == server.netloc
         if parts.scheme in _REMOTE_SCHEMES or (
@@ -399,18 +417,6 @@ _EXPERIMENT_TAGS = {
     "mlflow.experiment.primaryMetric.name": "gm",
     "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
 }
-
-
-def pages(search: Callable[..., Any], experiment_ids: list[str], query: str | None) -> Iterator[Any]:
-    """Every result of one of MLflow's paged searches. Raises TrackingError when the pages never end."""
-    token = None
-    for _ in range(_PAGES):
-        found = search(experiment_ids, filter_string=query or "", max_results=_PAGE, page_token=token)
-        yield from found
-        token = found.token
-        if not token:
-            return
-    raise TrackingError("the tracking server's list of results does not end")
 
 
 def _dataset_input(dataset: dict[str, str]) -> Any:

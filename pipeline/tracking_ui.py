@@ -7,8 +7,11 @@ unless the browser has been asked about it before, and goes on to the study.
 Invariant: nothing of MLflow is changed; the server is on loopback and the page takes a number and nothing else.
 """
 
+import os
 from typing import Any
 
+WORD, WORD_HEADER = "TEMPORAL_MERGE_UI", "X-Temporal-Merge-UI"
+"""What the door answers with, so that who started this server knows it from another on the port."""
 DOOR = "/temporal-merge"
 APP = "temporal-merge"
 """The name of this server among MLflow's (entry point group `mlflow.app`, in setup.cfg)."""
@@ -30,7 +33,7 @@ def create_app() -> Any:
     from starlette.routing import Route
 
     async def door(request: Any) -> HTMLResponse:
-        return HTMLResponse(_PAGE)
+        return HTMLResponse(_PAGE, headers={WORD_HEADER: os.environ.get(WORD, "")})
 
     app.router.routes.insert(0, Route(DOOR, door))
     return app

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.plan import Plan
-from pipeline.progress import SHOWN, Progress, Standings, read_progress, training_columns
+from pipeline.progress import NOTES, SHOWN, Progress, Standings, read_progress, training_columns
 from tests.pipeline.plan_toys import facts, make_plan, study
 
 
@@ -55,6 +55,48 @@ def test_progress_on_a_terminal_shows_rates_trajectories_and_counts(tmp_path: Pa
         "0.412",
     ):
         assert text in shown
+
+
+class Screen:
+    """Progress on a terminal, and what its next drawing will show."""
+
+    def __init__(self, scratch: Path, plan: Plan) -> None:
+        console = Console(file=io.StringIO(), force_terminal=True, width=120)
+        self.progress = Progress(3, 1, scratch, Standings(plan), console)
+
+    def shown(self) -> str:
+        paper = Console(file=io.StringIO(), width=120)
+        paper.print(self.progress._view())
+        return "\n".join(lines(paper))
+
+
+def test_note_leaves_the_live_view_when_it_is_no_longer_true(tmp_path: Path) -> None:
+    screen = Screen(tmp_path, plan_of(["best_in_time"]))
+    with screen.progress as progress:
+        progress.note("worker-1 has not begun after 15 s", about="worker-1")
+        progress.note("waiting 30 s for nodes to come back", about="nodes")
+        progress.started("f1", "t1 animals: average")
+        progress.put_back("f1", "WorkerLost: died (try 1 of 3)")
+        for text in ("worker-1 has not begun", "waiting 30 s", "died (try 1 of 3); trying again"):
+            assert text in screen.shown()
+        progress.settled("worker-1")
+        assert "worker-1" not in screen.shown() and "waiting 30 s" in screen.shown()
+        progress.settled("nodes")
+        progress.started("f1", "t1 animals: average")
+        assert "try 1 of 3" in screen.shown(), "it is still that try"
+        progress.finished("f1", "merged")
+        assert "try 1 of 3" not in screen.shown()
+
+
+def test_newer_note_about_the_same_replaces_the_older_and_only_the_newest_are_shown(tmp_path: Path) -> None:
+    screen = Screen(tmp_path, plan_of(["best_in_time"]))
+    with screen.progress as progress:
+        for number in range(NOTES + 3):
+            progress.note(f"note {number} about one thing", about="one")
+            progress.note(f"note {number} about itself", about=str(number))
+    shown = screen.shown()
+    assert shown.count("about one thing") == 1 and f"note {NOTES + 2} about one thing" in shown
+    assert shown.count("about itself") == NOTES - 1 and "note 0 " not in shown
 
 
 def test_standings_show_the_trajectories_scored_last_and_count_the_others() -> None:

@@ -1,5 +1,6 @@
 """Delivery to a real MLflow store: once, in order, whatever dies or answers in between."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,53 +20,18 @@ import pytest
 from pipeline.errors import ConfigError, TrackingError
 from pipeline.outbox import FILE, Entry, Outbox, count_pending
 from pipeline.tracking import FlushLock, Tracker, file_with_study, sync, ui_command, ui_url
-from pipeline.tracking_client import TRIES
-from pipeline.tracking_export import export
+from pipeline.tracking_client import TIMEOUT_VARIABLE, TRIES
 from pipeline.tracking_local import (
     LOCAL_ARTIFACTS,
     LOCAL_DB,
     guard_environment,
     local_uri,
     make_local_store,
-    redact,
 )
-from pipeline.tracking_sink import MlflowSink, Refused
-from tests.pipeline.tracked_study import START_MS, Tracked, finished_study
+from pipeline.tracking_sink import _EXPERIMENT_TAGS, MlflowSink, Refused
+from tests.pipeline.tracked_study import EXPERIMENT, START_MS, Tracked, deliver, exported, finished_study
 
 ROOT = Path(__file__).parents[2]
-EXPERIMENT = "tests"
-
-
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated, empty tracking store: making one takes seconds, so tests copy it."""
-    home = tmp_path_factory.mktemp("mlflow")
-    make_local_store(home)
-    return home / LOCAL_DB
-
-
-@pytest.fixture
-def make_study(tmp_path: Path, empty_store: Path) -> Callable[..., Tracked]:
-    def make(name: str, **options: Any) -> Tracked:
-        study = finished_study(tmp_path / name, **{"strategies": ("zero_shot", "best_in_time"), **options})
-        shutil.copyfile(empty_store, study.out / LOCAL_DB)
-        return study
-
-    return make
-
-
-def deliver(study: Tracked, outbox: Outbox, on_sent: Callable[[Entry], None] | None = None) -> str | None:
-    """Run a flusher until all is delivered."""
-    tracker = Tracker(study.out, outbox, uri=None, experiment=EXPERIMENT, on_sent=on_sent)
-    tracker.start()
-    assert tracker.close(240) == 0, tracker.last_error
-    return tracker.last_error
-
-
-def exported(study: Tracked) -> list[dict[str, Any]]:
-    """The export without what says where and when: the bytes' own names."""
-    text = json.dumps(export(local_uri(study.out), EXPERIMENT))
-    return json.loads(text.replace(str(study.out), "OUT"))
 
 
 @pytest.fixture(scope="module")
@@ -339,6 +305,59 @@ def reply(status: int, body: bytes = b"{}", **headers: str) -> Callable[[BaseHTT
     return answer
 
 
+class Slow:
+    """A tracking server that answers the requests of a run's row rightly, each after `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.asked, self.over = seconds, list[str](), threading.Event()
+
+    def __call__(self, handler: BaseHTTPRequestHandler) -> None:
+        body = json.loads(handler.rfile.read(int(handler.headers.get("Content-Length") or 0)) or b"{}")
+        what = handler.path.partition("?")[0].rpartition("mlflow/")[2]
+        self.asked.append(what)
+        self.over.wait(self.seconds)
+        tags = [{"key": key, "value": value} for key, value in _EXPERIMENT_TAGS.items()]
+        experiment = {"experiment_id": "1", "name": EXPERIMENT, "lifecycle_stage": "active", "tags": tags}
+        info = {"run_id": "r", "experiment_id": "1", "status": "RUNNING", "start_time": 1}
+        answers = {
+            "experiments/get-by-name": {"experiment": experiment},
+            "runs/create": {"run": {"info": info, "data": {"tags": body.get("tags")}}},
+        }
+        with contextlib.suppress(OSError):
+            reply(200, json.dumps(answers.get(what, {})).encode())(handler)
+
+
+@pytest.mark.fault("F10")
+@pytest.mark.parametrize("seconds", [1.3, 3600], ids=["slow", "never"])
+def test_server_that_takes_longer_than_the_first_time_limit_receives_its_rows(
+    seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit of 1 s that grows to 2 s: a server that needs 1.3 s is served, one that never answers is given up and named."""
+    monkeypatch.delenv(TIMEOUT_VARIABLE, raising=False)
+    monkeypatch.setattr("pipeline.tracking_client.TIMEOUTS", (1, 2))
+    monkeypatch.setattr("pipeline.tracking.SYNC_PATIENCE", 1.0)
+    slow = Slow(seconds)
+    with Server(slow) as server:
+        outbox = Outbox(tmp_path / FILE)
+        body = {
+            "op": "run",
+            "plan": "p",
+            "run": "study",
+            "parent": None,
+            "name": "n",
+            "tags": {},
+            "params": {},
+        }
+        outbox.append("k", {**body, "start_ms": 1, "datasets": []}, 1)
+        Tracker(tmp_path, outbox, uri=server.uri, experiment=EXPERIMENT)
+        outbox.close()
+        pending, why = sync(tmp_path)
+        slow.over.set()
+    assert pending == (0 if seconds < 2 else 1), why
+    assert ("runs/create" in slow.asked) is (pending == 0)
+    assert pending == 0 or (why is not None and TIMEOUT_VARIABLE in why and "more than 2 s" in why)
+
+
 @pytest.mark.fault("F10")
 def test_server_down_then_elsewhere_up_delivers_the_rest_with_sync(
     make_study: Callable[..., Tracked], golden: list[dict[str, Any]]
@@ -552,11 +571,6 @@ def test_password_in_the_address_is_refused_and_never_shown(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD") as caught:
         Tracker(tmp_path, Outbox(tmp_path / FILE), uri="https://ann:s3cret@host/x", experiment=EXPERIMENT)
     assert "s3cret" not in str(caught.value)
-
-
-def test_credentials_of_the_environment_are_not_in_messages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "t0ken")
-    assert redact("GET http://u:p@h/x with t0ken failed") == "GET http://***@h/x with *** failed"
 
 
 def test_ui_is_local_and_opens_on_the_studys_runs(undisturbed: Tracked) -> None:

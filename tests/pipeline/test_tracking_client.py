@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.tracking_client import ONCE, TRIES, PatientClient
+from pipeline.tracking_client import ONCE, TIMEOUT_VARIABLE, TIMEOUTS, TRIES, Limit, PatientClient, TooSlow
 
 
 class Failure(Exception):
@@ -33,7 +33,7 @@ class Server:
 
 
 def ask(server: Server, name: str = "get_run") -> str:
-    return str(getattr(PatientClient(server, server.clock), name)("it"))
+    return str(getattr(PatientClient(server, clock=server.clock), name)("it"))
 
 
 @pytest.mark.fault("F11")
@@ -79,3 +79,36 @@ def test_what_another_try_cannot_mend_or_would_wait_for_again_is_not_asked_again
     with pytest.raises(type(error)):
         ask(server)
     assert server.asked == 1
+
+
+def test_server_that_takes_longer_is_given_longer_and_both_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
+
+    monkeypatch.delenv(TIMEOUT_VARIABLE, raising=False)
+    monkeypatch.setattr(MLFLOW_HTTP_REQUEST_TIMEOUT, "default", 1)
+    limit = Limit()
+    for seconds, then in zip(TIMEOUTS, [*TIMEOUTS[1:], None], strict=True):
+        server = Server(1, Failure("INTERNAL_ERROR"), seconds)
+        with pytest.raises(TooSlow, match=f"more than {seconds} s") as caught:
+            PatientClient(server, limit, server.clock).get_run("it")
+        assert server.asked == 1
+        assert (f"{then} s" if then else TIMEOUT_VARIABLE) in str(caught.value)
+        assert MLFLOW_HTTP_REQUEST_TIMEOUT.get() == limit.seconds == (then or seconds)
+
+
+def test_time_limit_of_the_user_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TIMEOUT_VARIABLE, "45")
+    server, limit = Server(1, Failure("INTERNAL_ERROR"), 45), Limit()
+    assert limit.seconds == 45
+    with pytest.raises(TooSlow, match=TIMEOUT_VARIABLE):
+        PatientClient(server, limit, server.clock).create_run("it")
+    assert limit.seconds == 45
+
+
+def test_every_answer_counts_as_a_sign_of_life_also_a_no() -> None:
+    limit = Limit()
+    for error, answers in ((Failure("INTERNAL_ERROR"), False), (Failure("RESOURCE_DOES_NOT_EXIST"), True)):
+        server = Server(99, error, 1.5)
+        with pytest.raises(Failure):
+            PatientClient(server, limit, server.clock).get_run("it")
+        assert (limit.moved > 0) is answers

@@ -173,8 +173,14 @@ def test_best_trajectory_that_serves_the_base_registers_the_base(study: Tracked)
     best = next(one for one in study.plan.trajectories if one.name == "zero_shot")
     for fingerprint, step in study.plan.steps.items():
         projection.step(step, study.records[fingerprint])
-    row = projection.finished(None, best.id)[-1].payload
-    assert (row["op"], row["name"], row["alias"]) == ("register", "demo", "best")
+    *_, row, alias = (row.payload for row in projection.finished(None, best.id))
+    assert (row["op"], row["name"]) == ("register", "demo")
+    assert (alias["op"], alias["name"], alias["alias"], alias["model"]) == (
+        "alias",
+        "demo",
+        "best",
+        row["model"],
+    )
     assert row["model"] == f"base/{study.base.fingerprint[:16]}" and row["run"] == "study"
 
 

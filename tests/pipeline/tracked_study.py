@@ -1,8 +1,9 @@
 """A small study, planned and finished without training anything: what tracking sees of one, with real records and files."""
 
 import hashlib
+import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,20 @@ from typing import Any
 from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.artifact import Record
 from pipeline.config import study_from
-from pipeline.outbox import FILE, Outbox
+from pipeline.outbox import FILE, Entry, Outbox
 from pipeline.steps import DatasetFacts, Facts, ModelFacts, Plan, Step
 from pipeline.store import Store
+from pipeline.tracking import Tracker
 from pipeline.tracking_events import Projection, StudyFacts
+from pipeline.tracking_export import export
+from pipeline.tracking_local import local_uri
 from pipeline.tracking_recorder import Recorder
 from tests.pipeline.plan_toys import base_of, make_plan
 
 TASKS = ("animals", "scripts", "photos_b")
 HELD_OUT = ("mnist", "icons")
 STRATEGIES = ("zero_shot", "offline_merging", "continual_finetuning", "best_in_time")
+EXPERIMENT = "tests"
 START_MS = 1_790_000_000_000
 
 
@@ -133,3 +138,17 @@ def _result(plan: Plan, step: Step) -> dict[str, Any]:
         learnt = served is not None and name in plan.trajectories[0].stream[: step.t]
         scores[name] = round((0.6 if learnt else 0.4) - step.t / 100 + spread, 6)
     return {"scores": scores, "samples": dict.fromkeys(scores, 100), "seconds": 0.5}
+
+
+def deliver(study: Tracked, outbox: Outbox, on_sent: Callable[[Entry], None] | None = None) -> str | None:
+    """Run a flusher until all is delivered."""
+    tracker = Tracker(study.out, outbox, uri=None, experiment=EXPERIMENT, on_sent=on_sent)
+    tracker.start()
+    assert tracker.close(240) == 0, tracker.last_error
+    return tracker.last_error
+
+
+def exported(study: Tracked) -> list[dict[str, Any]]:
+    """The export without what says where and when: the bytes' own names."""
+    text = json.dumps(export(local_uri(study.out), EXPERIMENT))
+    return json.loads(text.replace(str(study.out), "OUT"))

@@ -1,0 +1,103 @@
+"""What an address may hold, and what may be shown of one.
+
+An address of a tracker or of a store is written into files (the resolved study, the outbox, MLflow's parameters), so it holds no
+secret. Invariant: one rule for all addresses, read percent-decoded; no message repeats an address that breaks it.
+"""
+
+import os
+import re
+from urllib.parse import unquote, unquote_plus, urlsplit
+
+_HOLDS = ("password", "passwd", "passphrase", "secret", "token", "apikey", "accesskey", "accountkey", "sharedkey", "privatekey",
+          "credential", "signature")  # fmt: skip
+"""A parameter whose name holds one of these is a secret, whatever else the name says (`sslpassword`, `X-Amz-Security-Token`)."""
+_IS = frozenset(
+    {
+        "pass",
+        "pw",
+        "pwd",
+        "psw",
+        "key",
+        "auth",
+        "authorization",
+        "bearer",
+        "jwt",
+        "sas",
+        "sig",
+        "keypassphrase",
+    }
+)
+_PARAMETER = re.compile(r"([^?&;#,{}()\s=/]+)\s*=\s*([^&;#,}\s]+)")
+_QUERY = re.compile(r"(?<=[?&;])([^?&;#=\s]+)=([^&;#\s]*)")
+_USERINFO = re.compile(r"//([^/?#\s@]*(?:@[^/?#\s@]*)*)@")
+_DATABASES = frozenset(
+    {"postgresql", "postgres", "mysql", "mariadb", "mssql", "oracle", "cockroachdb", "sqlite"}
+)
+"""Their addresses name a user, which is no secret; of any other scheme what stands before an @ often is a token."""
+_NAMED_KEYS = frozenset({"databricks"})
+"""Schemes whose `name:name` stands for two names, neither of them a port."""
+CREDENTIALS = (
+    "give it in the environment instead: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN "
+    "(PGPASSWORD for PostgreSQL), and the plain address here"
+)
+"""Where the secrets of a tracker belong."""
+_SECRET_VARIABLES = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+
+
+def secret_in(address: str) -> str | None:
+    """What in an address is or may be a secret, in words that do not repeat it; None if nothing is.
+
+    Raises ValueError, without the address, if it cannot be read as one.
+    """
+    text = _decoded(address)
+    scheme = address.partition("://")[0].strip().lower()
+    for named in _USERINFO.findall(text):
+        if ":" in named:
+            return "a password"
+        if scheme.partition("+")[0] not in _DATABASES:
+            return "a user name or token before the @"
+    for key, _ in _PARAMETER.findall(text):
+        if _is_secret(key):
+            return f"the parameter {key[:40]!r}"
+    if "://" in address and _has_odd_port(address, scheme):
+        return "a port that is no number (a password with / or # in it looks so)"
+    return None
+
+
+def redact(text: str) -> str:
+    """`text` without what may be secret in its addresses, and without the values of MLflow's credential variables."""
+    for variable in _SECRET_VARIABLES:
+        secret = os.environ.get(variable)
+        if secret:
+            text = text.replace(secret, "***")
+    text = re.sub(r"(\w+://)[^/@\s]+@", r"\1***@", text)
+    return _QUERY.sub(lambda found: f"{found[1]}=***" if _is_secret(unquote(found[1])) else found[0], text)
+
+
+def _is_secret(key: str) -> bool:
+    plain = re.sub(r"[^a-z0-9]", "", key.lower())
+    return plain in _IS or any(word in plain for word in _HOLDS)
+
+
+def _decoded(address: str) -> str:
+    """Percent-decoded as often as it takes: what is hidden once more is found as well."""
+    for _ in range(4):
+        plain = unquote_plus(address)
+        if plain == address:
+            break
+        address = plain
+    return address
+
+
+def _has_odd_port(address: str, scheme: str) -> bool:
+    try:
+        parts = urlsplit(address)
+    except ValueError:
+        raise ValueError(
+            "it is no address (a bracket is not closed, or a character has no place there)"
+        ) from None
+    host = parts.netloc.rpartition("]")[2]
+    return scheme not in _NAMED_KEYS and any(
+        ":" in one and not one.rpartition(":")[2].isdigit() and not one.endswith(":")
+        for one in host.split(",")
+    )
