@@ -85,6 +85,6 @@ def own_code_first(root: str | None) -> Callable[[], None]:
                     return PathFinder.find_spec(name, [home])
                 return PathFinder.find_spec(name, path)
 
-        sys.meta_path.insert(sys.meta_path.index(PathFinder), OwnCodeFirst)  # type: ignore[arg-type]
+        sys.meta_path.insert(sys.meta_path.index(PathFinder), OwnCodeFirst)
 
     return prepare

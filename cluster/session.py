@@ -30,6 +30,7 @@ ANSWER_SECONDS = 10.0
 KNOCK_SECONDS, LOST_SECONDS, HANG_SECONDS = 2.0, 15.0, 15.0
 """How often a running study knocks at its cluster's head, how long that may fail, and then how long a call of Ray may hang."""
 
+
 @dataclass(frozen=True)
 class Session:
     """A connected Ray session and the nodes it had at first."""
@@ -125,7 +126,7 @@ def require_token(address: str, host: str) -> None:
             f"--address {address}: Ray on another machine without token authentication lets anyone run code there; "
             "start the head with RAY_AUTH_MODE=token, copy its token, and set RAY_AUTH_MODE=token here"
         )
-    if mode:
+    if mode is not None:
         raise ClusterError(
             f"--address {address}: with RAY_AUTH_MODE={mode} anyone who reaches Ray's ports, also another user of this machine, "
             "runs code as you; unset RAY_AUTH_MODE or set it to token (for a cluster that is there: on its nodes as well)"

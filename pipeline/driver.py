@@ -38,7 +38,7 @@ from pipeline.workspace import Workspace
 TICK_SECONDS = 0.5
 LOOK_SECONDS = 5.0
 WAITING_SECONDS = 15.0
-"""How long a new group may be without a process before that is said; importing torch takes a part of it."""
+"""How long a new group may be without an answer before that is said; importing torch takes a part of it."""
 GRACE_SECONDS = 30.0
 """How long nodes that have gone may take to come back when nothing that is left to do has a place without them."""
 IDLE_SECONDS = 60.0
@@ -212,10 +212,17 @@ class _Drive:
         else:
             self.room.update(nodes_now())
             self._check_places(self.room)
-        waiting = {group.name for group in self.pools.without_place(WAITING_SECONDS)}
+        self._note_waiting()
+
+    def _note_waiting(self) -> None:
+        """Say which new groups have not answered yet, and why that may be, as far as it is known."""
+        waiting = {group.name for group in self.pools.not_up(WAITING_SECONDS)}
         if waiting - self._waiting:
+            names = ", ".join(sorted(waiting))
             self.progress.note(
-                f"waiting for a place: {', '.join(sorted(waiting))}; it is taken, or a node has yet to come"
+                f"waiting for {names}: a node has yet to come, another job has the place, or the processes are still starting"
+                if self.room is None
+                else f"{names} still starting after {WAITING_SECONDS:g} s: importing libraries takes long here, or another job has the place"
             )
         self._waiting = waiting
 
@@ -233,19 +240,28 @@ class _Drive:
                 raise
 
     def _end_overdue(self) -> None:
-        """Give up what has been silent for too long. Waiting for nodes that have yet to join does not count."""
+        """Give up what has been silent for too long: a step from when its workers were up, and before that their start-up.
+
+        Waiting for nodes that have yet to join has no limit.
+        """
         for call, step in list(self.running.items()):
-            if self.room is None and call.group.name in self._waiting:
+            up = call.group.up
+            if not up:
                 self.deadlines.start(step)
-            elif self.deadlines.overdue(step):
+            if why := self._overdue(step) if up else self._stillborn(call.group):
                 call.abandon()
-                limit = self.deadlines.limit(step)
-                self._retry_or_fail(
-                    self._off(call),
-                    StepTimeout(
-                        f"no sign of progress for {limit:g} s (resources: timeout); its worker was ended"
-                    ),
-                )
+                self._retry_or_fail(self._off(call), StepTimeout(f"{why}; its worker was ended"))
+
+    def _overdue(self, step: Step) -> str:
+        if not self.deadlines.overdue(step):
+            return ""
+        return f"no sign of progress for {self.deadlines.limit(step):g} s (resources: timeout)"
+
+    def _stillborn(self, group: Group) -> str:
+        limit = self.study.resources.start_timeout
+        if self.room is None or time.monotonic() - group.since <= limit:
+            return ""
+        return f"its worker had not started after {limit:g} s (resources.start_timeout)"
 
     def _put_back_lost(self, step: Step, why: str) -> None:
         """An input was damaged and has been moved aside: make it again, then this step."""

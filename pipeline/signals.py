@@ -39,5 +39,7 @@ def tell(code: int) -> int:
     from pipeline.console import complain
 
     with contextlib.suppress(OSError):  # the terminal may be what has gone
-        complain("ended", f"by {number.name}; what was finished is kept, give the same command again to go on")
+        complain(
+            "ended", f"by {number.name}; what was finished is kept, give the same command again to go on"
+        )
     return 128 + number

@@ -25,13 +25,22 @@ def test_remote_cluster_without_token_authentication_is_refused(
     check_address(address)
 
 
+HERE = ["local", "auto", "127.0.0.1:6379", "localhost:6379", "ray://127.0.0.1:10001"]
+
+
 @pytest.mark.fault("F27")
-@pytest.mark.parametrize(
-    "address", ["local", "auto", "127.0.0.1:6379", "localhost:6379", "ray://127.0.0.1:10001"]
-)
-def test_this_machine_needs_no_token(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    check_address(address)
+@pytest.mark.parametrize("address", HERE)
+def test_session_of_this_machine_with_the_token_switched_off_is_refused(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for mode in ("disabled", ""):
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+        with pytest.raises(ClusterError, match="RAY_AUTH_MODE") as caught, connect(address):
+            pass
+        assert caught.value.exit_code == 2 and "runs code as you" in str(caught.value)
+    for mode in ("token", "TOKEN"):
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+        check_address(address)
 
 
 @pytest.mark.fault("F27")

@@ -48,7 +48,7 @@ class Workers:
     def call(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError
 
-    def without_place(self, seconds: float) -> list[Group]:
+    def not_up(self, seconds: float) -> list[Group]:
         return []
 
     def close(self) -> None:
