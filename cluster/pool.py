@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray._private import state
 from ray.exceptions import ActorUnschedulableError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
@@ -113,7 +114,8 @@ class Group:
     starting: list[Any] = field(default_factory=list)
     idle: bool = True
     since: float = field(default_factory=time.monotonic)
-    """When it was made, or last became idle."""
+    """When it was made, was first seen to have a place, or last became idle."""
+    _placed: bool = False
 
     @property
     def up(self) -> bool:
@@ -121,6 +123,15 @@ class Group:
         if self.starting and not ray.wait(self.starting, num_returns=len(self.starting), timeout=0)[1]:
             self.starting = []
         return not self.starting
+
+    @property
+    def placed(self) -> bool:
+        """Whether every member has a process on some node. Which of the processes are up yet, only `up` tells."""
+        if not self._placed:
+            tables = [state.actors(member._actor_id.hex()) for member in self.members]
+            self._placed = all(table.get("Address", {}).get("IPAddress") for table in tables)
+            self.since = time.monotonic() if self._placed else self.since
+        return self._placed
 
     def kill(self) -> None:
         for member in self.members:

@@ -105,7 +105,7 @@ class _Drive:
         self.progress = Progress(
             len(self.steps), len(self.schedule.done), workspace.scratch, _standings(workspace, done)
         )
-        self._looked, self._waiting = 0.0, set[str]()
+        self._looked, self._waiting = 0.0, set[tuple[str, str]]()
         self._homeless: float | None = None
         self._began: dict[str, float] = {}
         self._said: list[dict[str, Any]] = []
@@ -215,16 +215,19 @@ class _Drive:
         self._note_waiting()
 
     def _note_waiting(self) -> None:
-        """Say which new groups have not answered yet, and why that may be, as far as it is known."""
-        waiting = {group.name for group in self.pools.not_up(WAITING_SECONDS)}
-        if waiting - self._waiting:
-            names = ", ".join(sorted(waiting))
-            self.progress.note(
-                f"waiting for {names}: a node has yet to come, another job has the place, or the processes are still starting"
-                if self.room is None
-                else f"{names} still starting after {WAITING_SECONDS:g} s: importing libraries takes long here, or another job has the place"
-            )
+        """Say which new groups have not answered yet, and why, as far as that is known."""
+        groups = self.pools.not_up(WAITING_SECONDS)
+        waiting = {(group.name, self._why_waiting(group)) for group in groups}
+        for name, why in sorted(waiting - self._waiting):
+            self.progress.note(f"{name} {why}")
         self._waiting = waiting
+
+    def _why_waiting(self, group: Group) -> str:
+        if group.placed:
+            return "is still starting: importing its libraries takes long on its node"
+        if self.room is not None:
+            return "has no process yet: its node is slow to start one, or another job of the cluster has the place"
+        return "waits for a place: it is taken, or a node has yet to come (or is slow to start a process)"
 
     def _check_places(self, room: Room) -> None:
         """Raise ClusterError if what is left has had no place on any node for GRACE_SECONDS."""
@@ -250,18 +253,20 @@ class _Drive:
                 self.deadlines.start(step)
             if why := self._overdue(step) if up else self._stillborn(call.group):
                 call.abandon()
-                self._retry_or_fail(self._off(call), StepTimeout(f"{why}; its worker was ended"))
+                self._retry_or_fail(self._off(call), StepTimeout(f"{why}; it was ended"))
 
     def _overdue(self, step: Step) -> str:
         if not self.deadlines.overdue(step):
             return ""
-        return f"no sign of progress for {self.deadlines.limit(step):g} s (resources: timeout)"
+        return (
+            f"its worker showed no sign of progress for {self.deadlines.limit(step):g} s (resources: timeout)"
+        )
 
     def _stillborn(self, group: Group) -> str:
-        limit = self.study.resources.start_timeout
-        if self.room is None or time.monotonic() - group.since <= limit:
+        limit, placed = self.study.resources.start_timeout, group.placed
+        if time.monotonic() - group.since <= limit or (self.room is None and not placed):
             return ""
-        return f"its worker had not started after {limit:g} s (resources.start_timeout)"
+        return f"its worker had not started after {limit:g} s (resources: start_timeout)"
 
     def _put_back_lost(self, step: Step, why: str) -> None:
         """An input was damaged and has been moved aside: make it again, then this step."""
