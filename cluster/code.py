@@ -62,10 +62,13 @@ def own_code_first(root: str | None) -> Callable[[], None]:
         from importlib.machinery import ModuleSpec, PathFinder
         from pathlib import Path
 
+        if any(getattr(finder, "__name__", "") == "OwnCodeFirst" for finder in sys.meta_path):
+            return
         path = list(sys.path)
 
         def whole(place: str) -> bool:
-            return all((Path(place) / name / "__init__.py").is_file() for name in packages[:-1])
+            parts = ("cluster/code.py", *(f"{name}/__init__.py" for name in packages[:-1]))
+            return all((Path(place) / part).is_file() for part in parts)
 
         def editable() -> str | None:
             for finder in sys.meta_path:
