@@ -162,7 +162,13 @@ def start(
         [sys.executable, "-m", "pipeline.cli", *map(str, arguments)],
         cwd=cwd, env=os.environ | ours | (environment or {}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=start_new_session,
+        preexec_fn=_hear_hangups if start_new_session else None,
     )  # fmt: skip
+
+
+def _hear_hangups() -> None:
+    """A process that nohup has started, and all that it starts, ignore SIGHUP."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def command(
