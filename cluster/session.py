@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import ray
 from ray._private import utils as ray_utils
+from ray.exceptions import AuthenticationError
 
 from cluster.code import own_code_first
 from cluster.errors import ClusterError, ClusterLost
@@ -189,6 +190,11 @@ def connect(address: str = "local", *, threads: int = 1, cpus: int | None = None
                 ray.init(address=address, **quiet)
     except (ConnectionError, TimeoutError) as error:
         raise ClusterError(f"--address {address}: no Ray cluster answers there ({error})") from error
+    except AuthenticationError as error:
+        raise ClusterError(
+            f"--address {address}: the cluster wants its token, and this machine has none or another one; put the token that its "
+            "head was started with into the file that RAY_AUTH_TOKEN_PATH names (or ~/.ray/auth_token)"
+        ) from error
     try:
         yield Session(address, nodes_now())
     finally:
