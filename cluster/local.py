@@ -5,8 +5,9 @@ Invariant: every port of it is bound to loopback, every connection needs a token
 
 import os
 import secrets
+import sys
 import tempfile
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ def start_local(cpus: int, options: dict[str, Any], tries: int = 3) -> None:
     Raises:
         ClusterError: Ray does not start, has no place for its sockets, or does not keep to loopback.
     """
-    place = temporary_directory(os.environ)
+    place = temporary_directory(
+        os.environ, say=lambda text: print(f"note: {text}", file=sys.stderr, flush=True)
+    )
     _ensure_token(os.environ)
     for left in reversed(range(tries)):
         try:
@@ -60,8 +63,8 @@ def start_local(cpus: int, options: dict[str, Any], tries: int = 3) -> None:
         )
 
 
-def temporary_directory(environment: MutableMapping[str, str]) -> Path:
-    """Ray's directory for sockets and logs: where RAY_TMPDIR or TMPDIR says, or in a shorter place if that cannot be used.
+def temporary_directory(environment: Mapping[str, str], say: Callable[[str], None]) -> Path:
+    """Ray's directory for sockets and logs: where RAY_TMPDIR or TMPDIR says, or another place, and a word, if that cannot be used.
 
     Raises ClusterError, which names the variable, if there is none.
     """
@@ -74,6 +77,8 @@ def temporary_directory(environment: MutableMapping[str, str]) -> Path:
             if reason := _unfit(place):
                 reasons.append(f"{place}: {reason}")
             else:
+                if variable and parent != wished:
+                    say(f"Ray's sockets and logs go to {place} instead of {variable} ({reasons[0]})")
                 return place
     raise ClusterError(
         f"Ray finds no directory for its sockets ({'; '.join(reasons)}); set RAY_TMPDIR to a directory that you may write "

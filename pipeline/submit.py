@@ -181,8 +181,9 @@ def _unfit(path: Path) -> Iterator[str]:
 
 
 def _unfit_part(part: Path, home: Path) -> str:
-    if part.is_symlink() and not part.resolve().is_relative_to(home):
-        return f"a link to {part.resolve()}, outside of what the study names; put the file itself there, or give {_SHARED}"
+    target = Path(os.path.realpath(part))  # Path.resolve raises where links go round in a circle
+    if part.is_symlink() and not target.is_relative_to(home):
+        return f"a link to {target}, outside of what the study names; put the file itself there, or give {_SHARED}"
     if part.is_dir():
         return f"a link to a directory, which is not sent; put the files themselves there, or give {_SHARED}"
     if not part.is_file():
@@ -196,11 +197,17 @@ def _contents(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     found = []
-    for folder, below, names in os.walk(path):
+    for folder, below, names in os.walk(path, onerror=_unreadable):
         links = [name for name in below if (Path(folder) / name).is_symlink()]
         below[:] = sorted(name for name in below if not name.startswith("."))
         found += [Path(folder) / name for name in sorted(names + links) if not name.startswith(".")]
     return found
+
+
+def _unreadable(error: OSError) -> None:
+    raise ConfigError(
+        f"{error.filename} cannot be read ({error.strerror}), so it cannot be sent; mend its permissions"
+    )
 
 
 def _bytes(files: Iterable[Path]) -> int:

@@ -127,13 +127,18 @@ def _ip(*arguments: str) -> None:
 def test_place_that_is_too_long_for_a_socket_gives_way_to_a_short_one(variable: str, tmp_path: Path) -> None:
     long = tmp_path / ("x" * 90)
     long.mkdir()
-    place = temporary_directory({variable: str(long)})
+    said: list[str] = []
+    place = temporary_directory({variable: str(long)}, said.append)
+    assert len(said) == 1 and f"{place} instead of {variable}" in said[0] and "107 are allowed" in said[0]
     assert str(place.parent) in SHORT_PLACES and len(f"{place.parent}{SOCKET_OF_A_SESSION}") <= 107
 
 
 def test_short_place_that_the_environment_names_is_taken() -> None:
-    assert temporary_directory({"TMPDIR": "/var/tmp", "RAY_TMPDIR": "/dev/shm"}).parent == Path("/dev/shm")
-    assert temporary_directory({"TMPDIR": "/var/tmp"}).parent == Path("/var/tmp")
+    said: list[str] = []
+    both = {"TMPDIR": "/var/tmp", "RAY_TMPDIR": "/dev/shm"}
+    assert temporary_directory(both, said.append).parent == Path("/dev/shm")
+    assert temporary_directory({"TMPDIR": "/var/tmp"}, said.append).parent == Path("/var/tmp")
+    assert not said
 
 
 def test_machine_without_any_place_for_sockets_is_refused_with_the_variable_and_the_limit(
@@ -141,7 +146,7 @@ def test_machine_without_any_place_for_sockets_is_refused_with_the_variable_and_
 ) -> None:
     monkeypatch.setattr("cluster.local.SHORT_PLACES", ("/nowhere",))
     with pytest.raises(ClusterError, match=r"RAY_TMPDIR .*at most \d\d characters") as caught:
-        temporary_directory({"TMPDIR": f"{tmp_path}/{'x' * 90}"})
+        temporary_directory({"TMPDIR": f"{tmp_path}/{'x' * 90}"}, print)
     assert "107 are allowed" in str(caught.value) and "/nowhere/ray: no directory" in str(caught.value)
 
 

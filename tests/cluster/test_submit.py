@@ -187,6 +187,12 @@ def _dangling(place: Path, secret: Path) -> str:
     return "gone: neither a file nor a directory"
 
 
+def _circle(place: Path, secret: Path) -> str:
+    (place / "one").symlink_to("two")
+    (place / "two").symlink_to("one")
+    return "one: neither a file nor a directory"
+
+
 def _pipe(place: Path, secret: Path) -> str:
     os.mkfifo(place / "pipe")
     return "pipe: neither a file nor a directory"
@@ -198,7 +204,7 @@ def _itself(place: Path, secret: Path) -> str:
     return "models/mine is a link to .*/secret, outside this directory"
 
 
-@pytest.mark.parametrize("make", [_file, _folder, _chain, _loop, _dangling, _pipe, _itself])
+@pytest.mark.parametrize("make", [_file, _folder, _chain, _loop, _circle, _dangling, _pipe, _itself])
 def test_link_out_of_a_model_and_what_is_no_file_are_refused_by_name(
     make: Callable[[Path, Path], str], world: World, seat: Path
 ) -> None:
