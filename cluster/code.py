@@ -47,13 +47,14 @@ def check_code(expected: str, where: str) -> None:
         )
 
 
-def own_code_first(root: str | None) -> Callable[[], None]:
+def own_code_first(root: str | None, *, keep_path: bool = False) -> Callable[[], None]:
     """What makes a process import this project's own packages, whatever files of their names lie where it looks first.
 
-    Ray puts its driver's current directory before everything else on the import path of its workers: a `workers.py` or a
-    `torch.py` there would take the place of what is installed. After the returned function has run, a name is looked up there
-    only if nothing else has it, and names of ours are only looked up in `root`, or, without one, where this process has all
-    of them together. The function holds all that it needs, since a worker calls it before it can import anything of ours.
+    After the returned function has run, names of ours are looked up only in `root`, or, without one, where this process has all
+    of them together; with `keep_path` every other name is looked up where it was up to then before anywhere else. Workers want
+    both: Ray puts its driver's current directory before everything else on their import path, and a `workers.py` or a `torch.py`
+    there would take the place of what is installed. The function holds all that it needs, since a worker calls it before it can
+    import anything of ours.
     """
     packages = (*PACKAGES, "temporal_merge")
 
@@ -86,7 +87,7 @@ def own_code_first(root: str | None) -> Callable[[], None]:
                     return None
                 if name in packages and home is not None:
                     return PathFinder.find_spec(name, [home])
-                return PathFinder.find_spec(name, path)
+                return PathFinder.find_spec(name, path) if keep_path else None
 
         sys.meta_path.insert(sys.meta_path.index(PathFinder), OwnCodeFirst)
 

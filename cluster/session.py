@@ -176,7 +176,7 @@ def connect(address: str = "local", *, threads: int = 1, cpus: int | None = None
     root = str(Path(__file__).parent.parent)
     runtime = {
         "env_vars": _environment(threads),
-        "worker_process_setup_hook": own_code_first(root if address == "local" else None),
+        "worker_process_setup_hook": own_code_first(root if address == "local" else None, keep_path=True),
     }
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "runtime_env": runtime}
     try:

@@ -49,7 +49,7 @@ def test_worker_imports_our_code_whatever_lies_in_the_current_directory(
     shadow(here)  # type: ignore[operator]
     (here / "my_technique.py").write_text("")
     pickled = tmp_path / "hook"
-    make = f"from ray import cloudpickle; from cluster.code import own_code_first; open({str(pickled)!r}, 'wb').write(cloudpickle.dumps(own_code_first({str(ROOT) if given else None!r})))"
+    make = f"from ray import cloudpickle; from cluster.code import own_code_first; open({str(pickled)!r}, 'wb').write(cloudpickle.dumps(own_code_first({str(ROOT) if given else None!r}, keep_path=True)))"
     subprocess.run([sys.executable, "-c", make], cwd=ROOT, check=True)
     if on_path:  # what is on PYTHONPATH goes before what is installed, but for our own
         for name in ("safetensors", "filecmp"):
