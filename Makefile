@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-PURE := cluster merge_service pipeline workers temporal_merge.py
+PURE := cluster merge_service pipeline workers temporal_merge.py temporal_merge_command.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test faults soak mutants reproduce reproduce-quick audit browser check format docs clean

@@ -35,10 +35,28 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _check_packages()
     from pipeline import api
 
     value = globals()[name] = getattr(api, name)
     return value
+
+
+def _check_packages() -> None:
+    """Raise ImportError, which names the file, if a program has something else by the name of a package of ours."""
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    for package in ("pipeline", "workers", "merge_service", "cluster"):
+        ours = (Path(__file__).parent / package).resolve()
+        spec = find_spec(package)
+        places = [] if spec is None else [*(spec.submodule_search_locations or ()), str(spec.origin)]
+        if not places or Path(places[0]).resolve() != ours:
+            found = places[0] if places else "nothing"
+            raise ImportError(
+                f"temporal-merge has a package {package}, but Python finds {found} by that name; rename it, or take its directory off "
+                "the import path (PYTHONPATH, the directory of your program)"
+            )
 
 
 def __dir__() -> list[str]:

@@ -4,6 +4,7 @@ Invariant: equal digests mean equal sources of this project; what is installed b
 """
 
 import hashlib
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -44,3 +45,50 @@ def check_code(expected: str, where: str) -> None:
         raise CodeMismatch.found(
             f"{where}: the worker's code in {root} ({found[:12]}) is not the driver's ({expected[:12]})"
         )
+
+
+def own_code_first(root: str | None, *, keep_path: bool = False) -> Callable[[], None]:
+    """What makes a process import this project's own packages, whatever files of their names lie where it looks first.
+
+    After the returned function has run, names of ours are looked up only in `root`, or, without one, where this process has all
+    of them together; with `keep_path` every other name is looked up where it was up to then before anywhere else. Workers want
+    both: Ray puts its driver's current directory before everything else on their import path, and a `workers.py` or a `torch.py`
+    there would take the place of what is installed. The function holds all that it needs, since a worker calls it before it can
+    import anything of ours.
+    """
+    packages = (*PACKAGES, "temporal_merge")
+
+    def prepare() -> None:
+        import sys
+        from importlib.machinery import ModuleSpec, PathFinder
+        from pathlib import Path
+
+        if any(getattr(finder, "__name__", "") == "OwnCodeFirst" for finder in sys.meta_path):
+            return
+        path = list(sys.path)
+
+        def whole(place: str) -> bool:
+            parts = ("cluster/code.py", *(f"{name}/__init__.py" for name in packages[:-1]))
+            return all((Path(place) / part).is_file() for part in parts)
+
+        def editable() -> str | None:
+            for finder in sys.meta_path:
+                found = None if finder is PathFinder else finder.find_spec(packages[0], None)
+                if found is not None and found.origin:
+                    return str(Path(found.origin).parent.parent)
+            return None
+
+        home = root or next(filter(whole, path), None) or editable()
+
+        class OwnCodeFirst:
+            @classmethod
+            def find_spec(cls, name: str, path_of: object = None, target: object = None) -> ModuleSpec | None:
+                if path_of is not None:
+                    return None
+                if name in packages and home is not None:
+                    return PathFinder.find_spec(name, [home])
+                return PathFinder.find_spec(name, path) if keep_path else None
+
+        sys.meta_path.insert(sys.meta_path.index(PathFinder), OwnCodeFirst)
+
+    return prepare

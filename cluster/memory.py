@@ -11,11 +11,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_OWN = Path("/proc/self")
+_OWN, _KERNEL = Path("/proc/self"), Path("/proc/vmstat")
 _WORDS = re.compile(
     r"can't allocate memory|not enough memory|out of memory|cannot allocate memory", re.IGNORECASE
 )
 """What torch, CUDA and the C library say when memory is short."""
+
+
+MORE_MEMORY = (
+    "let fewer steps run at a time (resources.experts.groups, resources.evaluation.actors, schedule.max_running), lower "
+    "recipe.batch_size or evaluation.batch_size, set resources.experts.memory so that a worker which takes too much fails "
+    "alone, or give the node more memory"
+)
+"""What to change where the memory of a whole node runs out."""
 
 
 class OutOfMemory(Exception):
@@ -45,6 +53,19 @@ def out_of_memory(error: BaseException, budget: int | None) -> OutOfMemory | Non
         f"out of memory (OOM): the worker had {peak_resident():,} bytes, {allowed} (resources: memory); give it more, or "
         f"lower the batch size; {type(error).__name__}: {first}"
     )
+
+
+def is_about_memory(text: str) -> bool:
+    """Whether a message of Ray's says that its memory monitor has ended a process."""
+    return "running low on memory" in text or "memory monitor" in text.lower()
+
+
+def kernel_kills() -> int:
+    """How many processes of this machine the kernel has killed for want of memory since it started; 0 where it does not say."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^oom_kill (\d+)$", _KERNEL.read_text(), re.MULTILINE):
+            return int(found[1])
+    return 0
 
 
 def _status(name: str) -> int:

@@ -15,14 +15,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray._private import state
 from ray.exceptions import ActorUnschedulableError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from cluster.code import CodeMismatch, check_code, code_digest
-from cluster.memory import limit_memory, out_of_memory, peak_on_gpu, peak_resident, reset_peaks
+from cluster.errors import ClusterError
+from cluster.memory import (
+    MORE_MEMORY,
+    OutOfMemory,
+    is_about_memory,
+    kernel_kills,
+    limit_memory,
+    out_of_memory,
+    peak_on_gpu,
+    peak_resident,
+    reset_peaks,
+)
 from cluster.room import Room, Shape, Share
-from cluster.session import ClusterError
 
 
 class WorkerLost(Exception):
@@ -103,7 +114,24 @@ class Group:
     starting: list[Any] = field(default_factory=list)
     idle: bool = True
     since: float = field(default_factory=time.monotonic)
-    """When it was made, or last became idle."""
+    """When it was made, was first seen to have a place, or last became idle."""
+    _placed: bool = False
+
+    @property
+    def up(self) -> bool:
+        """Whether all members have answered for the first time: their processes run, and know each other."""
+        if self.starting and not ray.wait(self.starting, num_returns=len(self.starting), timeout=0)[1]:
+            self.starting = []
+        return not self.starting
+
+    @property
+    def placed(self) -> bool:
+        """Whether every member has a process on some node. Which of the processes are up yet, only `up` tells."""
+        if not self._placed:
+            tables = [state.actors(member._actor_id.hex()) for member in self.members]
+            self._placed = all(table.get("Address", {}).get("IPAddress") for table in tables)
+            self.since = time.monotonic() if self._placed else self.since
+        return self._placed
 
     def kill(self) -> None:
         for member in self.members:
@@ -123,7 +151,7 @@ class Call:
     """Every member's, once `results` has returned."""
 
     def __post_init__(self) -> None:
-        self.pending = list(self.refs)
+        self.pending, self._kernel_kills = list(self.refs), kernel_kills()
 
     def abandon(self) -> None:
         """Give it up: end its group, whatever that is doing. A process that does not listen is killed by its node."""
@@ -146,12 +174,27 @@ class Call:
                     f"a worker has other code than this driver ({_reason(error)})"
                 ) from error
             if isinstance(error, RayError):
-                gone = isinstance(error, ActorUnschedulableError)
-                raise (PlaceLost if gone else WorkerLost)(_reason(error)) from error
+                raise self._lost(error) from error
             raise
         self.group.idle, self.group.since, self.group.starting = True, time.monotonic(), []
         self.usages = [usage for _, usage in answers]
         return [answer for answer, _ in answers]
+
+    def _lost(self, error: RayError) -> Exception:
+        """What it means that a worker is gone."""
+        reason = _reason(error)
+        if isinstance(error, ActorUnschedulableError):
+            return PlaceLost(reason)
+        if is_about_memory(str(error)):
+            return OutOfMemory(
+                f"out of memory (OOM): Ray ended the worker because the memory of its node was running out; {MORE_MEMORY} ({reason})"
+            )
+        if kernel_kills() > self._kernel_kills:
+            return OutOfMemory(
+                f"out of memory (OOM): the kernel of this machine has killed a process for want of memory, and a worker is gone; "
+                f"{MORE_MEMORY} ({reason})"
+            )
+        return WorkerLost(reason)
 
 
 class Pool:
@@ -284,14 +327,10 @@ class Pools:
             if time.monotonic() - group.since > seconds:
                 pool.drop(group)
 
-    def without_place(self, seconds: float) -> list[Group]:
-        """Groups that have work but, so long after they were made, no process yet."""
-        young = (group for pool in self.by_name.values() for group in pool.groups if group.starting)
-        old = [group for group in young if time.monotonic() - group.since > seconds]
-        for group in old:
-            if ray.wait(group.starting[:1], timeout=0)[0]:
-                group.starting = []
-        return [group for group in old if group.starting]
+    def not_up(self, seconds: float) -> list[Group]:
+        """Groups that have not answered yet, so long after they were made. Where there is a room, each has a place in it."""
+        groups = (group for pool in self.by_name.values() for group in pool.groups)
+        return [group for group in groups if time.monotonic() - group.since > seconds and not group.up]
 
     def close(self) -> None:
         for pool in self.by_name.values():

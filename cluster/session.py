@@ -1,7 +1,7 @@
 """One Ray session for the length of a study: started here, or joined.
 
-Invariant: a session never listens, or talks, beyond this machine without Ray's token authentication, and it never ends
-processes that it did not start.
+Invariant: no session goes without Ray's token authentication, one that is started here listens on loopback only, and a
+session never ends processes that it did not start.
 """
 
 import os
@@ -13,34 +13,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import ray
+from ray._private import utils as ray_utils
+from ray.exceptions import AuthenticationError
 
+from cluster.code import own_code_first
+from cluster.errors import ClusterError, ClusterLost
+from cluster.local import LOOPBACK, start_local
 from cluster.room import Node
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-"""Hosts for which a missing token is tolerated."""
-
-
-class ClusterError(ValueError):
-    """The cluster cannot be reached or must not be used as it is."""
-
-    exit_code = 2
-
-
-class ClusterLost(Exception):
-    """The cluster under a running study is gone, or no longer tells what becomes of a job."""
-
 
 ANSWER_SECONDS = 10.0
 """How long a cluster's head may take to accept a connection; Ray itself would go on trying for minutes."""
 
 KNOCK_SECONDS, LOST_SECONDS, HANG_SECONDS = 2.0, 15.0, 15.0
 """How often a running study knocks at its cluster's head, how long that may fail, and then how long a call of Ray may hang."""
-
-OBJECT_STORE_BYTES = 256 * 2**20
-"""Small records only travel through Ray; weights go by path."""
 
 
 @dataclass(frozen=True)
@@ -115,25 +104,33 @@ def nodes_now() -> tuple[Node, ...]:
 
 
 def check_address(address: str) -> None:
-    """Refuse a remote cluster without token authentication.
+    """Refuse a cluster without token authentication.
 
     Raises:
-        ClusterError: `HOST:PORT` beyond loopback while RAY_AUTH_MODE is not `token`.
+        ClusterError: what is no address, or RAY_AUTH_MODE is not `token`.
     """
-    if address in ("local", "auto"):
-        return
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        raise ClusterError(f"--address {address!r}: give `local`, `auto` or HOST:PORT")
+    host = LOOPBACK[0]
+    if address not in ("local", "auto"):
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        if not host or not port.isdigit():
+            raise ClusterError(f"--address {address!r}: give `local`, `auto` or HOST:PORT")
     require_token(address, host)
 
 
 def require_token(address: str, host: str) -> None:
-    """Raise ClusterError if `host` is another machine's and RAY_AUTH_MODE is not `token`."""
-    if host not in LOOPBACK and os.environ.get("RAY_AUTH_MODE") != "token":
+    """Raise ClusterError if RAY_AUTH_MODE is not `token`; on this machine it may be unset, since Ray then uses a token."""
+    mode = os.environ.get("RAY_AUTH_MODE")
+    if mode is not None and mode.lower() == "token":
+        return
+    if host not in LOOPBACK:
         raise ClusterError(
             f"--address {address}: Ray on another machine without token authentication lets anyone run code there; "
             "start the head with RAY_AUTH_MODE=token, copy its token, and set RAY_AUTH_MODE=token here"
+        )
+    if mode is not None:
+        raise ClusterError(
+            f"--address {address}: with RAY_AUTH_MODE={mode} anyone who reaches Ray's ports, also another user of this machine, "
+            "runs code as you; unset RAY_AUTH_MODE or set it to token (for a cluster that is there: on its nodes as well)"
         )
 
 
@@ -176,25 +173,28 @@ def connect(address: str = "local", *, threads: int = 1, cpus: int | None = None
         ClusterError: the address is unsafe or nobody answers there.
     """
     check_address(address)
-    # Ray puts a handler of its own into the main thread, which ends the process with another exit code.
-    in_main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGTERM) if in_main else None
-    runtime = {"env_vars": _environment(threads)}
+    root = str(Path(__file__).parent.parent)
+    runtime = {
+        "env_vars": _environment(threads),
+        "worker_process_setup_hook": own_code_first(root if address == "local" else None, keep_path=True),
+    }
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "runtime_env": runtime}
     try:
-        if address == "local":
-            os.environ.update(_environment(threads))
-            _start_local(cpus or os.cpu_count() or 1, quiet)
-        else:
-            if address != "auto":
-                _knock(address)
-            ray.init(address=address, **quiet)
+        with _signals_as_they_are():
+            if address == "local":
+                os.environ.update(_environment(threads))
+                start_local(cpus or os.cpu_count() or 1, quiet)
+            else:
+                if address != "auto":
+                    _knock(address)
+                ray.init(address=address, **quiet)
     except (ConnectionError, TimeoutError) as error:
         raise ClusterError(f"--address {address}: no Ray cluster answers there ({error})") from error
-    except SystemExit as ended:  # Ray's handler, which exits with the bare number
-        raise SystemExit(128 + signal.SIGTERM if ended.code == signal.SIGTERM else ended.code) from ended
-    if handler is not None:
-        signal.signal(signal.SIGTERM, handler)
+    except AuthenticationError as error:
+        raise ClusterError(
+            f"--address {address}: the cluster wants its token, and this machine has none or another one; put the token that its "
+            "head was started with into the file that RAY_AUTH_TOKEN_PATH names (or ~/.ray/auth_token)"
+        ) from error
     try:
         yield Session(address, nodes_now())
     finally:
@@ -203,12 +203,30 @@ def connect(address: str = "local", *, threads: int = 1, cpus: int | None = None
 
 
 @contextmanager
+def _signals_as_they_are() -> Iterator[None]:
+    """Keep the handlers of this process's signals.
+
+    Ray gives the main thread a Python handler of its own for SIGTERM, and its core puts another one below Python, which aborts
+    the process; setting ours again takes the latter away.
+    """
+    theirs = ray_utils.set_sigterm_handler
+    ray_utils.set_sigterm_handler = lambda _: None
+    try:
+        yield
+    finally:
+        ray_utils.set_sigterm_handler = theirs
+        ours = signal.getsignal(signal.SIGTERM)
+        if ours is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ours)
+
+
+@contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Put off SIGINT and SIGTERM until the block is over: Ray ends a process that leaves it halfway, with another exit code."""
+    """Put off SIGINT, SIGTERM and SIGHUP until the block is over: Ray ends a process that leaves it halfway, with another exit code."""
     put_off: list[int] = []
     kept = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             kept[number] = signal.signal(number, lambda sent, _: put_off.append(sent))
     try:
         yield
@@ -217,18 +235,3 @@ def _undisturbed() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
     for sent in put_off[:1]:
         signal.raise_signal(sent)
-
-
-def _start_local(cpus: int, options: dict[str, Any], tries: int = 3) -> None:
-    """Start a cluster on loopback; on a machine that is busy for a while its parts may need a second try to meet."""
-    for left in reversed(range(tries)):
-        try:
-            ray.init(
-                address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES,
-                _node_ip_address="127.0.0.1", **options,
-            )  # fmt: skip
-            return
-        except Exception as error:
-            ray.shutdown()
-            if not left or "timed out during startup" not in str(error):
-                raise ClusterError(f"Ray does not start on this machine: {error}") from error

@@ -24,7 +24,8 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
-from cluster.session import ANSWER_SECONDS, ClusterError, ClusterLost, require_token
+from cluster.errors import ClusterError, ClusterLost
+from cluster.session import ANSWER_SECONDS, require_token
 
 OLDEST_RAY = (2, 59)
 """Of the cluster; older ones know no token authentication."""

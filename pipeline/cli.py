@@ -5,13 +5,14 @@ one clear message; 0 is done, 1 is a failure that is not the user's, 130, 141 (n
 """
 
 import os
-import signal
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 import typer
 
-from pipeline import cli_files, cli_studies, cli_upkeep
+from cluster.code import own_code_first
+from pipeline import cli_files, cli_studies, cli_upkeep, signals
 
 PANELS = {
     "Plan and run": (cli_studies.plan, cli_studies.run, cli_studies.submit, cli_studies.stop),
@@ -41,34 +42,41 @@ def main() -> NoReturn:
     """Entry point of the console script."""
     from pipeline.output import steady
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signals.watch()
+    own_code_first(str(Path(__file__).parent.parent))()
     with steady(exacting=True):
         sys.exit(_main())
 
 
 def _main() -> int:
+    try:
+        code = app(standalone_mode=False) or 0
+    except (typer.Abort, KeyboardInterrupt):
+        code = 128 + signals.SIGINT
+    except Exception as error:
+        code = 1 if signals.received() else _tell(error)  # whatever breaks on the way out is no news
+    return signals.tell(code)
+
+
+def _tell(error: Exception) -> int:
+    """Say what went wrong: the exit code."""
     from merge_service.errors import UserError
     from pipeline.console import complain
     from pipeline.output import ReaderGone
 
-    try:
-        return app(standalone_mode=False) or 0
-    except (typer.Abort, KeyboardInterrupt):
-        return 130
-    except ReaderGone:
+    if isinstance(error, ReaderGone):
         return 141
-    except Exception as error:
-        if hasattr(error, "show"):  # wrong usage, as the command line library tells it
-            error.show()
-            return 2
-        if isinstance(error, UserError) or getattr(error, "exit_code", None) == 2:
-            complain("error", str(error))
-            return 2
-        if os.environ.get("TEMPORAL_MERGE_TRACEBACK"):
-            raise
-        complain("failed", f"{type(error).__name__}: {error}")
-        print("(set TEMPORAL_MERGE_TRACEBACK=1 for the traceback)", file=sys.stderr)
-        return 1
+    if hasattr(error, "show"):  # wrong usage, as the command line library tells it
+        error.show()
+        return 2
+    if isinstance(error, UserError) or getattr(error, "exit_code", None) == 2:
+        complain("error", str(error))
+        return 2
+    if os.environ.get("TEMPORAL_MERGE_TRACEBACK"):
+        raise error
+    complain("failed", f"{type(error).__name__}: {error}")
+    print("(set TEMPORAL_MERGE_TRACEBACK=1 for the traceback)", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

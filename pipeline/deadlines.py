@@ -20,7 +20,7 @@ class Deadlines:
         self._alive: dict[str, tuple[float, int]] = {}
 
     def start(self, step: Step) -> None:
-        """A step begins, or its waiting for a place is not to count."""
+        """A step begins, or what has passed of it was the start-up of its workers."""
         self._alive[step.fingerprint] = (self._clock(), self._sign(step))
 
     def limit(self, step: Step) -> float:

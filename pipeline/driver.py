@@ -39,7 +39,7 @@ from pipeline.workspace import Workspace
 TICK_SECONDS = 0.5
 LOOK_SECONDS = 5.0
 WAITING_SECONDS = 15.0
-"""How long a new group may be without a process before that is said; importing torch takes a part of it."""
+"""How long a new group may be without an answer before that is said; importing torch takes a part of it."""
 GRACE_SECONDS = 30.0
 """How long nodes that have gone may take to come back when nothing that is left to do has a place without them."""
 IDLE_SECONDS = 60.0
@@ -109,7 +109,7 @@ class _Drive:
         self.progress = Progress(
             len(self.steps), len(self.schedule.done), workspace.scratch, _standings(workspace, done)
         )
-        self._looked, self._waiting = 0.0, set[str]()
+        self._looked, self._waiting = 0.0, dict[str, str]()
         self._homeless: float | None = None
         self._began: dict[str, float] = {}
         self._said: list[dict[str, Any]] = []
@@ -216,17 +216,23 @@ class _Drive:
         else:
             self.room.update(nodes_now())
             self._check_places(self.room)
-        waiting = {group.name for group in self.pools.without_place(WAITING_SECONDS)}
-        for name in self._waiting - waiting:
+        self._note_waiting()
+
+    def _note_waiting(self) -> None:
+        """Say which new groups have not answered yet, and why as far as that is known, for as long as it is true."""
+        waiting = {group.name: self._why_waiting(group) for group in self.pools.not_up(WAITING_SECONDS)}
+        for name in self._waiting.keys() - waiting.keys():
             self.progress.settled(name)
-        for name in sorted(waiting - self._waiting):
-            what = (
-                "its place is taken, or a node has yet to come"
-                if self.room is None
-                else "Ray is slow to start its process"
-            )
-            self.progress.note(f"{name} has not begun after {WAITING_SECONDS:g} s: {what}", about=name)
+        for name, why in sorted(waiting.items() - self._waiting.items()):
+            self.progress.note(f"{name} {why}", about=name)
         self._waiting = waiting
+
+    def _why_waiting(self, group: Group) -> str:
+        if group.placed:
+            return "is still starting: importing its libraries takes long on its node"
+        if self.room is not None:
+            return "has no process yet: its node is slow to start one, or another job of the cluster has the place"
+        return "waits for a place: it is taken, or a node has yet to come (or is slow to start a process)"
 
     def _check_places(self, room: Room) -> None:
         """Raise ClusterError if what is left has had no place on any node for GRACE_SECONDS."""
@@ -245,19 +251,30 @@ class _Drive:
                 raise
 
     def _end_overdue(self) -> None:
-        """Give up what has been silent for too long. Waiting for nodes that have yet to join does not count."""
+        """Give up what has been silent for too long: a step from when its workers were up, and before that their start-up.
+
+        Waiting for nodes that have yet to join has no limit.
+        """
         for call, step in list(self.running.items()):
-            if self.room is None and call.group.name in self._waiting:
+            up = call.group.up
+            if not up:
                 self.deadlines.start(step)
-            elif self.deadlines.overdue(step):
+            if why := self._overdue(step) if up else self._stillborn(call.group):
                 call.abandon()
-                limit = self.deadlines.limit(step)
-                self._retry_or_fail(
-                    self._off(call),
-                    StepTimeout(
-                        f"no sign of progress for {limit:g} s (resources: timeout); its worker was ended"
-                    ),
-                )
+                self._retry_or_fail(self._off(call), StepTimeout(f"{why}; it was ended"))
+
+    def _overdue(self, step: Step) -> str:
+        if not self.deadlines.overdue(step):
+            return ""
+        return (
+            f"its worker showed no sign of progress for {self.deadlines.limit(step):g} s (resources: timeout)"
+        )
+
+    def _stillborn(self, group: Group) -> str:
+        limit, placed = self.study.resources.start_timeout, group.placed
+        if time.monotonic() - group.since <= limit or (self.room is None and not placed):
+            return ""
+        return f"its worker had not started after {limit:g} s (resources: start_timeout)"
 
     def _put_back_lost(self, step: Step, why: str) -> None:
         """An input was damaged and has been moved aside: make it again, then this step."""

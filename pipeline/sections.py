@@ -366,14 +366,15 @@ class ModelResources:
 class ResourcesSection(Section):
     """Where and how wide things run. `by_model` holds what differs for the model of that `model.config`.
 
-    `autoscaling`: nodes may join later, so nothing is too large to ask for, and `groups` must be a number.
-    """
+    `autoscaling`: nodes may join later, so nothing is too large to ask for, and `groups` must be a number. `start_timeout` is
+    how many seconds a worker may take to start (import torch, meet the other ranks) before its first step."""
 
     experts: ExpertResources = ExpertResources()
     evaluation: EvaluationResources = EvaluationResources()
     merging: MergingResources = MergingResources()
     by_model: dict[str, ModelOverrides] = {}
     autoscaling: bool = False
+    start_timeout: Seconds = 600
 
     @model_validator(mode="after")
     def _whole(self) -> Self:

@@ -1,34 +1,41 @@
 """A study sent to a cluster that this machine is no part of: what goes along, and what is asked of it later.
 
-Invariant: what is shipped is this package's source, the study file and the files that it names by relative path; nothing
-that a cluster's node cannot open under the same name is let through without a word. What was shipped is decided here once,
-so the job reads exactly the study that was checked here.
+Invariant: what is shipped is this package's source, the study file and the files that it names by relative path, all of
+them below the current directory: no link leads out of it, or out of a folder that the study names. Nothing that a cluster's
+node cannot open under the same name is let through without a word. What was shipped is decided here once, so the job reads
+exactly the study that was checked here.
 """
 
 import hashlib
 import json
+import os
 import secrets
 import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cluster.code import PACKAGES
+from cluster.memory import MORE_MEMORY, is_about_memory
 from merge_service.errors import UserError
 from pipeline.config import Study, load_study
 from pipeline.errors import ConfigError
 
 CODE = Path(__file__).resolve().parent.parent
 MAX_BYTES = 200 * 10**6
+MAX_FILES = 2000
 """Of one shipment; Ray keeps it in the head's memory."""
 
 PLACES = ("data.root", "data.cache", "storage.store")
 """Keys whose paths are never shipped: every node must see them."""
+
+KILLED = (-9, 137)
+"""Exit codes of a process that SIGKILL has ended, as Python and as a shell gives them."""
 
 PYTHON = "python -m pipeline.cli"
 _NOT_INSTALLED = ("No module named", "cannot import name", "SyntaxError")
@@ -45,6 +52,7 @@ def submit_study(
     study = load_study(path, overrides)
     where = _shared_out(study, out)
     files = list(dict.fromkeys(relative_files(study)))
+    sent = [file for path in files for file in _contents(path)]
     from cluster.submission import Cluster, check_dashboard
 
     check_dashboard(url)
@@ -60,7 +68,7 @@ def submit_study(
             f"`temporal-merge stop {where} --address {url}`, or choose another --out"
         )
     print(
-        f"job {job.id} {'is already under way: attached' if attached else 'submitted'}",
+        f"job {job.id} {'is already under way: attached' if attached else f'submitted with {_counted(sent)} of the study'}",
         file=sys.stderr,
         flush=True,
     )
@@ -116,22 +124,16 @@ def key_of(name: str, out: Path) -> str:
 
 @contextmanager
 def shipment(study: Path | None = None, files: Sequence[Path] = ()) -> Iterator[Path]:
-    """A directory with this package's source, the study file, and `files` under their relative paths.
-
-    Raises ConfigError if it is too large to be sent.
-    """
+    """A directory with this package's source, the study file, and `files` under their relative paths, hidden ones left out."""
     with tempfile.TemporaryDirectory(prefix="temporal-merge-") as home:
         room = Path(home)
         for name in PACKAGES:
             shutil.copytree(
                 CODE / name, room / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
             )
-        for path in files:
-            if path.is_dir():
-                shutil.copytree(path, room / path, dirs_exist_ok=True)
-            else:
-                (room / path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, room / path)
+        for path in (file for named in files for file in _contents(named)):
+            (room / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, room / path)
         if study is not None:
             shutil.copyfile(study, room / study.name)
         yield room
@@ -142,7 +144,8 @@ def relative_files(study: Study) -> Iterator[Path]:
 
     Paths of data and storage are never shipped: they must be absolute, on storage that all nodes share, or URLs.
     """
-    problems, total = [], 0
+    problems: list[str] = []
+    sent: set[Path] = set()
     texts = dict(_texts(study.model_dump(mode="json"))) | {"data.root": study.data_root}
     for key, text in texts.items():
         path = Path(text.removeprefix("local-dir:"))
@@ -153,19 +156,66 @@ def relative_files(study: Study) -> Iterator[Path]:
                 f"{key}: {text} is a place on this machine; give {_SHARED}, for instance --set {key}=/shared/{path.name}"
             )
         elif ("/" in text or path.suffix) and path.exists():
-            if ".." in path.parts:
+            problems += [f"{key}: {problem}" for problem in _unfit(path)]
+            sent |= set(_contents(path))
+            if len(sent) > MAX_FILES or _bytes(sent) > MAX_BYTES:
                 problems.append(
-                    f"{key}: {text} lies outside this directory; give a path below it, or {_SHARED}"
+                    f"{key}: with {text} {_counted(sent)} would be sent along, which is too much (at most {MAX_FILES} files, "
+                    f"{MAX_BYTES / 1e6:g} MB); give {_SHARED}"
                 )
-            size = _size(path)
-            if total + size > MAX_BYTES:
-                problems.append(
-                    f"{key}: {text} has {size / 1e6:.0f} MB, too much to be sent along; give {_SHARED}"
-                )
-            total += size
             yield path
     if problems:
         raise ConfigError([f"study {study.name}: {problem}" for problem in problems])
+
+
+def _unfit(path: Path) -> Iterator[str]:
+    """Why what a study names cannot be sent as it is: it lies elsewhere, or a part of it does."""
+    if ".." in path.parts:
+        yield f"{path} lies outside this directory; give a path below it, or {_SHARED}"
+    elif not (home := path.resolve()).is_relative_to(Path.cwd().resolve()):
+        yield f"{path} is a link to {home}, outside this directory; give a path below it, or {_SHARED}"
+    elif path.parts[0] in PACKAGES:
+        yield f"{path} lies in a directory with the name of a package of temporal-merge, which is sent as well; rename it"
+    else:
+        yield from (f"{part}: {problem}" for part in _contents(path) if (problem := _unfit_part(part, home)))
+
+
+def _unfit_part(part: Path, home: Path) -> str:
+    target = Path(os.path.realpath(part))  # Path.resolve raises where links go round in a circle
+    if part.is_symlink() and not target.is_relative_to(home):
+        return f"a link to {target}, outside of what the study names; put the file itself there, or give {_SHARED}"
+    if part.is_dir():
+        return f"a link to a directory, which is not sent; put the files themselves there, or give {_SHARED}"
+    if not part.is_file():
+        return "neither a file nor a directory; take it away"
+    return "" if os.access(part, os.R_OK) else "cannot be read; mend its permissions"
+
+
+def _contents(path: Path) -> list[Path]:
+    """The files below a path that are sent, links to directories as they are. Hidden ones stay here: some would tell Ray to leave
+    out others, and none is of a model."""
+    if not path.is_dir():
+        return [path]
+    found = []
+    for folder, below, names in os.walk(path, onerror=_unreadable):
+        links = [name for name in below if (Path(folder) / name).is_symlink()]
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        found += [Path(folder) / name for name in sorted(names + links) if not name.startswith(".")]
+    return found
+
+
+def _unreadable(error: OSError) -> None:
+    raise ConfigError(
+        f"{error.filename} cannot be read ({error.strerror}), so it cannot be sent; mend its permissions"
+    )
+
+
+def _bytes(files: Iterable[Path]) -> int:
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _counted(files: Collection[Path]) -> str:
+    return f"{len(files)} files ({_bytes(files) / 1e6:.1f} MB)"
 
 
 _SHARED = "an absolute path on storage that all nodes of the cluster share"
@@ -190,11 +240,6 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, list):
         for index, item in enumerate(value):
             yield from _texts(item, f"{key}[{index}]")
-
-
-def _size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _digest(study: Study) -> str:
@@ -241,6 +286,8 @@ def _exit_code(job: Any) -> int:
 def _why(job: Any) -> str:
     if job.state == "stopped":
         return "somebody ended it; submit again to go on"
+    if job.exit_code in KILLED or is_about_memory(job.message):
+        return f"its driver was killed on the head, as happens where memory runs out: {MORE_MEMORY}; submit again to go on"
     if job.exit_code == 127 or any(sign in job.message for sign in _NOT_INSTALLED):
         return (
             "its node cannot import what it needs: the `python` on the PATH of `ray start` must be 3.11 or newer and have "

@@ -144,6 +144,7 @@ def start(
     faults: dict[str, Any] | None = None,
     environment: dict[str, str] | None = None,
     cwd: Path = ROOT,
+    start_new_session: bool = False,
 ) -> subprocess.Popen[str]:
     """Start `temporal-merge` as a person would, in a process of its own, and come back at once."""
     ours = {
@@ -154,7 +155,14 @@ def start(
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline.cli", *map(str, arguments)],
         cwd=cwd, env=os.environ | ours | (environment or {}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=start_new_session,
+        preexec_fn=_hear_hangups if start_new_session else None,
     )  # fmt: skip
+
+
+def _hear_hangups() -> None:
+    """A process that nohup has started, and all that it starts, ignore SIGHUP."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def command(

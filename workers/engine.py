@@ -9,6 +9,7 @@ import datetime
 import json
 import math
 import os
+import socket
 from pathlib import Path
 from typing import Protocol
 
@@ -81,14 +82,31 @@ def _join(rank: int, world: int, device: str, place: dict[str, str], timeout: fl
         assert current == (rank, world), f"this process is rank {current[0]} of {current[1]} already"
         return
     os.environ.update(place | {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0"})
-    store = distributed.HashStore() if not place else None
+    limit = datetime.timedelta(seconds=timeout)
     distributed.init_process_group(
         "nccl" if device == "cuda" else "gloo",
-        init_method=f"tcp://{place['MASTER_ADDR']}:{place['MASTER_PORT']}" if place else None,
-        store=store,
+        store=_meeting_point(place["MASTER_ADDR"], int(place["MASTER_PORT"]), rank, world, limit)
+        if place
+        else distributed.HashStore(),
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(seconds=timeout),
+        timeout=limit,
+    )
+
+
+def _meeting_point(
+    host: str, port: int, rank: int, world: int, limit: datetime.timedelta
+) -> distributed.Store:
+    """The store where ranks find each other. torch's own would listen on every interface of rank 0's machine; this one listens
+    on `host` only, and ranks of one machine talk over its loopback."""
+    if host == "127.0.0.1":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    if rank != 0:
+        return distributed.TCPStore(host, port, world, timeout=limit)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.create_server((host, port), family=family, backlog=max(128, world))
+    return distributed.TCPStore(
+        host, port, world, is_master=True, timeout=limit, master_listen_fd=listening.detach()
     )
 
 

@@ -4,6 +4,7 @@ The autoscaler's file is checked by Ray's own schema, Kubernetes objects by the 
 custom resources by ours, the Slurm script by a dry run over commands that only say what they were asked.
 """
 
+import configparser
 import copy
 import json
 import os
@@ -19,6 +20,7 @@ import pytest
 import ray
 import yaml
 
+from cluster.code import PACKAGES
 from tests.world import ROOT
 
 LAUNCH = ROOT / "cluster"
@@ -188,6 +190,14 @@ def test_images_base_is_pinned_its_sources_exist_and_its_user_is_not_root() -> N
         i for i, line in enumerate(lines) if line[0] == "RUN"
     )
     assert "ENTRYPOINT" in dict(lines) and "RAY_AUTH_MODE=token" in text and "AUTH_TOKEN=" not in text
+
+
+def test_image_holds_every_package_and_module_that_is_installed() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    modules = [f"{name}.py" for name in setup["options"]["py_modules"].split()]
+    copied = re.findall(r"^COPY (.*) \S+$", (LAUNCH / "Dockerfile").read_text(), re.MULTILINE)
+    assert {*modules, *PACKAGES} <= {source for line in copied for source in line.split()}
 
 
 @pytest.fixture

@@ -1,11 +1,16 @@
 """Which clusters a session joins, and which it refuses at once."""
 
+import os
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from cluster.session import ClusterError, check_address, connect
+from tests.world import ROOT
 
 
 @pytest.mark.fault("F27")
@@ -25,13 +30,22 @@ def test_remote_cluster_without_token_authentication_is_refused(
     check_address(address)
 
 
+HERE = ["local", "auto", "127.0.0.1:6379", "localhost:6379", "ray://127.0.0.1:10001"]
+
+
 @pytest.mark.fault("F27")
-@pytest.mark.parametrize(
-    "address", ["local", "auto", "127.0.0.1:6379", "localhost:6379", "ray://127.0.0.1:10001"]
-)
-def test_this_machine_needs_no_token(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    check_address(address)
+@pytest.mark.parametrize("address", HERE)
+def test_session_of_this_machine_with_the_token_switched_off_is_refused(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for mode in ("disabled", ""):
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+        with pytest.raises(ClusterError, match="RAY_AUTH_MODE") as caught, connect(address):
+            pass
+        assert caught.value.exit_code == 2 and "runs code as you" in str(caught.value)
+    for mode in ("token", "TOKEN"):
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+        check_address(address)
 
 
 @pytest.mark.fault("F27")
@@ -49,3 +63,16 @@ def test_silent_address_is_refused_at_once() -> None:
         with pytest.raises(ClusterError, match="no Ray cluster answers there") as caught, connect(address):
             pass
     assert time.monotonic() - started < 30 and address in str(caught.value)
+
+
+@pytest.mark.fault("F27")
+def test_cluster_is_not_joined_without_a_token_and_the_error_says_where_to_put_it(tmp_path: Path) -> None:
+    join = "import sys; from cluster.session import connect\nwith connect(sys.argv[1]): pass"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        answer = subprocess.run(
+            [sys.executable, "-c", join, f"127.0.0.1:{silent.getsockname()[1]}"], cwd=ROOT,
+            env=environment | {"HOME": str(tmp_path)}, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+    last = answer.stderr.strip().splitlines()[-1]
+    assert "ClusterError" in last and "RAY_AUTH_TOKEN_PATH" in last, answer.stderr

@@ -1,6 +1,8 @@
 """What is sent along with a study, under which name, and which addresses and paths are refused before anything is sent."""
 
 import http.server
+import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,17 +15,18 @@ from cluster.submission import Cluster, Job, _Seen, check_dashboard
 from merge_service.errors import UserError
 from pipeline.config import load_study
 from pipeline.errors import ConfigError
-from pipeline.submit import _exit_code, key_of, relative_files, shipment, submit_study
+from pipeline.submit import _exit_code, _why, key_of, relative_files, shipment, submit_study
 from tests.world import World
 
 
 @pytest.fixture
 def seat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the client's person sits, with a model of their own."""
-    (tmp_path / "models" / "mine").mkdir(parents=True)
-    (tmp_path / "models" / "mine" / "open_clip_config.json").write_text("{}")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    seat = tmp_path / "seat"
+    (seat / "models" / "mine").mkdir(parents=True)
+    (seat / "models" / "mine" / "open_clip_config.json").write_text("{}")
+    monkeypatch.chdir(seat)
+    return seat
 
 
 @pytest.mark.parametrize(
@@ -55,7 +58,8 @@ def test_password_in_an_address_is_refused_and_not_repeated() -> None:
 @pytest.mark.fault("F27")
 def test_remote_dashboard_without_token_authentication_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    check_dashboard("http://127.0.0.1:8265")
+    with pytest.raises(ClusterError, match="runs code as you"):
+        check_dashboard("http://127.0.0.1:8265")
     with pytest.raises(ClusterError, match="set RAY_AUTH_MODE=token here"):
         check_dashboard("http://10.1.2.3:8265")
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
@@ -140,8 +144,95 @@ def test_model_too_large_to_be_sent_is_refused(
     monkeypatch.setattr("pipeline.submit.MAX_BYTES", 1)
     study = load_study(world.study(model={"config": "x", "pretrained": "models/mine"}))
     with pytest.raises(
-        ConfigError, match=r"model\.pretrained: models/mine has 0 MB, too much to be sent along"
+        ConfigError,
+        match=r"model\.pretrained: with models/mine 1 files .* which is too much \(at most 2000 files",
     ):
+        list(relative_files(study))
+
+
+def test_more_files_than_are_sent_are_refused_with_their_number(
+    world: World, seat: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.submit.MAX_FILES", 2)
+    for number in range(2):
+        (seat / "models" / "mine" / f"{number}.json").write_text("{}")
+    study = load_study(world.study(model={"config": "x", "pretrained": "models/mine"}))
+    with pytest.raises(ConfigError, match=r"with models/mine 3 files \(0\.0 MB\) would be sent"):
+        list(relative_files(study))
+
+
+def _file(place: Path, secret: Path) -> str:
+    (place / "model.safetensors").symlink_to(secret / "key")
+    return "a link to .*/secret/key, outside of what the study names"
+
+
+def _folder(place: Path, secret: Path) -> str:
+    (place / "more").symlink_to(secret)
+    return "a link to .*/secret, outside of what the study names"
+
+
+def _chain(place: Path, secret: Path) -> str:
+    (place / "one").symlink_to("two")
+    (place / "two").symlink_to(f"../../../{secret.name}/key")
+    return "models/mine/one: a link to .*/secret/key"
+
+
+def _loop(place: Path, secret: Path) -> str:
+    (place / "again").symlink_to(".")
+    return "a link to a directory, which is not sent"
+
+
+def _dangling(place: Path, secret: Path) -> str:
+    (place / "gone").symlink_to("nowhere")
+    return "gone: neither a file nor a directory"
+
+
+def _circle(place: Path, secret: Path) -> str:
+    (place / "one").symlink_to("two")
+    (place / "two").symlink_to("one")
+    return "one: neither a file nor a directory"
+
+
+def _pipe(place: Path, secret: Path) -> str:
+    os.mkfifo(place / "pipe")
+    return "pipe: neither a file nor a directory"
+
+
+def _itself(place: Path, secret: Path) -> str:
+    shutil.rmtree(place)
+    place.symlink_to(secret)
+    return "models/mine is a link to .*/secret, outside this directory"
+
+
+@pytest.mark.parametrize("make", [_file, _folder, _chain, _loop, _circle, _dangling, _pipe, _itself])
+def test_link_out_of_a_model_and_what_is_no_file_are_refused_by_name(
+    make: Callable[[Path, Path], str], world: World, seat: Path
+) -> None:
+    secret = seat.parent / "secret"
+    secret.mkdir(exist_ok=True)
+    (secret / "key").write_text("hunter2")
+    said = make(seat / "models" / "mine", secret)
+    study = load_study(world.study(model={"config": "x", "pretrained": "models/mine"}))
+    with pytest.raises(ConfigError, match=said):
+        list(relative_files(study))
+
+
+def test_link_within_a_model_goes_along_as_a_file_and_hidden_files_stay(world: World, seat: Path) -> None:
+    mine = seat / "models" / "mine"
+    (mine / "a.json").symlink_to("open_clip_config.json")
+    (mine / ".gitignore").write_text("*")
+    (mine / ".git").mkdir()
+    (mine / ".git" / "objects").write_text("")
+    with shipment(world.study(), [Path("models/mine")]) as room:
+        sent = room / "models" / "mine"
+        assert {path.name for path in sent.rglob("*")} == {"a.json", "open_clip_config.json"}
+        assert not (sent / "a.json").is_symlink() and (sent / "a.json").read_text() == "{}"
+
+
+def test_model_in_a_directory_of_the_name_of_a_package_is_refused(world: World, seat: Path) -> None:
+    shutil.copytree(seat / "models", seat / "workers")
+    study = load_study(world.study(model={"config": "x", "pretrained": "workers/mine"}))
+    with pytest.raises(ConfigError, match="name of a package of temporal-merge"):
         list(relative_files(study))
 
 
@@ -184,6 +275,15 @@ def test_log_told_again_after_a_broken_connection_is_passed_on_once() -> None:
 )
 def test_exit_code_is_that_of_the_run(state: str, code: int | None, expected: int) -> None:
     assert _exit_code(Job("x.1", state, True, code, "", {})) == expected
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [(-9, ""), (137, ""), (None, "The actor died: the node was running low on memory.")],
+)
+def test_job_whose_driver_was_killed_says_what_to_do_about_memory(code: int | None, message: str) -> None:
+    said = _why(Job("x.1", "failed", True, code, message, {}))
+    assert "memory runs out" in said and "resources.experts.memory" in said and "submit again" in said
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The driver dies, is asked to end, starts twice, or has a clock that is wrong: the same command goes on from there."""
 
 import json
+import os
 import re
 import signal
 import time
@@ -99,6 +100,31 @@ def test_driver_that_is_asked_to_end_does_so_and_the_rerun_finishes(
     assert "Traceback" not in said, said
     wait_until(lambda: not workers_of(cluster), "workers of an ended run live on", 10)
     must_go_on(world.study(), out, undisturbed, cluster.address, cluster)
+
+
+@pytest.mark.fault("F31")
+@pytest.mark.parametrize(
+    ("sent", "everybody", "code"),
+    [
+        ((signal.SIGTERM,), False, 143),
+        ((signal.SIGTERM, signal.SIGTERM), False, 143),
+        ((signal.SIGTERM,), True, 143),
+        ((signal.SIGHUP,), True, 129),
+    ],
+    ids=["terminated", "terminated twice", "terminated with all its processes", "its terminal closed"],
+)
+def test_run_on_its_own_ray_that_is_asked_to_end_after_a_step_ends_with_the_signals_code(
+    sent: Any, everybody: bool, code: int, world: World, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = start("run", world.study(), "--out", out, start_new_session=True)
+    wait_until(lambda: len(created(out)) >= 2, "no step ends", 120)
+    for one in sent:
+        (os.killpg if everybody else os.kill)(process.pid, one)
+        time.sleep(0.3)
+    said = process.communicate(timeout=90)[1]
+    assert process.returncode == code, said
+    assert f"ended: by {sent[0].name}" in said and "Traceback" not in said, said
 
 
 @pytest.mark.fault("F32")

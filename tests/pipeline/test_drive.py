@@ -48,7 +48,7 @@ class Workers:
     def call(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError
 
-    def without_place(self, seconds: float) -> list[Group]:
+    def not_up(self, seconds: float) -> list[Group]:
         return []
 
     def close(self) -> None:
@@ -227,3 +227,66 @@ def test_step_that_has_lost_its_only_node_ends_the_run_instead_of_waiting(
     scene.nodes = (Node("b", "10.0.0.2", 0.5),)
     with pytest.raises(ClusterError, match=r"do not fit into 0\.5 CPUs"):
         scene.drive.run()
+
+
+@pytest.fixture
+def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A drive with one step that runs on a group which has not answered yet, under a clock that the test moves."""
+    clock = SimpleNamespace(now=1000.0)
+    resources = {"experts": {"timeout": 10}, "start_timeout": 100}
+    scene = Scene(tmp_path, monkeypatch, resources=resources)
+    monkeypatch.setattr(driver.time, "monotonic", lambda: clock.now)
+    scene.drive.deadlines._clock = lambda: clock.now
+    step = next(step for step in scene.plan.steps.values() if step.kind == "train")
+    group = SimpleNamespace(name="worker-7", up=False, placed=False, since=1000.0)
+    scene.drive.running = {Call(group=group, abandon=lambda: None): step}
+    scene.drive.deadlines.start(step)
+    given_up: list[str] = []
+    monkeypatch.setattr(scene.drive, "_retry_or_fail", lambda step, error: given_up.append(str(error)))
+
+    def after(seconds: float, **changes: Any) -> list[str]:
+        clock.now += seconds
+        group.__dict__.update(changes)
+        scene.drive._end_overdue()
+        return given_up
+
+    return SimpleNamespace(after=after, drive=scene.drive, group=group)
+
+
+@pytest.mark.fault("F30")
+def test_start_up_of_a_worker_does_not_eat_the_timeout_of_its_first_step(slow: Any) -> None:
+    assert not slow.after(99)
+    assert not slow.after(9, up=True)
+    assert slow.after(2) == [
+        "its worker showed no sign of progress for 10 s (resources: timeout); it was ended"
+    ]
+
+
+@pytest.mark.fault("F30")
+def test_start_up_that_never_ends_is_ended_by_its_own_limit(slow: Any) -> None:
+    assert slow.after(101) == [
+        "its worker had not started after 100 s (resources: start_timeout); it was ended"
+    ]
+
+
+@pytest.mark.fault("F30")
+def test_worker_without_a_place_is_waited_for_where_nodes_may_come_until_it_has_one(slow: Any) -> None:
+    slow.drive.room = None
+    assert not slow.after(1000)
+    assert not slow.after(99, placed=True, since=2000.0)
+    assert "start_timeout" in slow.after(2)[0]
+
+
+def test_waiting_for_a_place_is_said_only_of_a_worker_without_a_process(slow: Any) -> None:
+    said: list[str] = []
+    slow.drive.progress = SimpleNamespace(note=said.append)
+    slow.drive.pools = SimpleNamespace(not_up=lambda seconds: [slow.group])
+    slow.drive._note_waiting()
+    slow.drive._note_waiting()
+    slow.group.placed = True
+    slow.drive._note_waiting()
+    slow.drive.room, slow.group.placed = None, False
+    slow.drive._note_waiting()
+    assert [line.removeprefix("worker-7 ")[:14] for line in said] == [
+        "has no process", "is still start", "waits for a pl"
+    ]  # fmt: skip

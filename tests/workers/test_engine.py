@@ -1,6 +1,8 @@
 """The plain engine takes exactly the step the recipe describes, and goes on from a checkpoint with the same bits."""
 
+import datetime
 import math
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from workers.engine import (
     MAX_LOGIT_SCALE,
     LossScale,
     TorchEngine,
+    _meeting_point,
     adamw,
     clip,
     join_alone,
@@ -175,3 +178,19 @@ def test_clipping_is_torchs_to_the_bit(bound: float) -> None:
     assert clip(ours, bound) == float(expected)
     for one, other in zip(ours[:3], theirs[:3], strict=True):
         assert torch.equal(one.grad, other.grad)
+
+
+@pytest.mark.fault("F27")
+def test_ranks_meet_on_the_given_address_and_no_other() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    store = _meeting_point("127.0.0.1", port, 0, 1, datetime.timedelta(seconds=20))
+    store.set("key", "value")
+    listening = [
+        line.split()[1]
+        for table in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+        if line.split()[3] == "0A" and line.split()[1].endswith(f":{port:04X}")
+    ]
+    assert listening == [f"0100007F:{port:04X}"]
