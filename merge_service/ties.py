@@ -25,6 +25,7 @@ Ties = Mapping[str, str]
 """The name that each alias stands for; a name is never an alias itself."""
 KEY = "tied"
 
+_OUTPUT = re.compile(r"(?:^|\.)(?:lm_head|embed_out|proj_out|output)\.weight$")
 _CHUNK = 1 << 20
 _SAMPLE = 8
 _SOURCE = (
@@ -40,7 +41,8 @@ class BrokenTie(TechniqueError):
 def tie(reference: Checkpoint, others: Sequence[Checkpoint]) -> Ties:
     """What is tied in all of these checkpoints; every other one then holds an alias wherever the reference does.
 
-    Raises `IncompatibleCheckpoint` for an entry `tied` of the reference that makes no sense.
+    Raises `IncompatibleCheckpoint` for an entry `tied` of the reference that makes no sense, and where only one checkpoint leaves out an
+    output layer.
     """
     ties = dict(recorded(reference))
     groups = _equal(reference, [list(names) for names in _alike(reference, set(ties)).values()])
@@ -55,6 +57,9 @@ def tie(reference: Checkpoint, others: Sequence[Checkpoint]) -> Ties:
     for other in others:
         lend(other, ties | missing)
         _drop_copies(reference, other)
+    for other in others:
+        _refuse_half_tied(reference, other)
+        _refuse_half_tied(other, reference)
     found = [(group, varied[id(group)]) for group in groups]
     for other in others:
         found = [
@@ -206,6 +211,18 @@ def _drop_copies(reference: Checkpoint, other: Checkpoint) -> None:
         says_something = info.numel > 1 and info.kind.is_float and not _is_constant(other, alias)
         if says_something and any(_same(other, alias, name) for name in sources):
             del other.tensors[alias]
+
+
+def _refuse_half_tied(one: Checkpoint, other: Checkpoint) -> None:
+    """Raise `IncompatibleCheckpoint` where one leaves out an output layer, to tie it, that the other has trained apart."""
+    for output in [name for name in other.tensors if name not in one.tensors and _OUTPUT.search(name)]:
+        for name, info in one.tensors.items():
+            is_source = any(pattern.search(name) for pattern in _SOURCE) and name in other.tensors
+            if is_source and info.shape == other.tensors[output].shape:
+                raise IncompatibleCheckpoint(
+                    f"{other.path} holds {output} as a tensor of its own, {one.path} leaves it out, as models do that tie it to "
+                    f"{name}; if that is so, write {one.path} with a copy of {name} under {output}, and merge again"
+                )
 
 
 def _as_ties(group: Sequence[str]) -> dict[str, str]:

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import toys
 
+from merge_service.actor import Merger
 from merge_service.checkpoint import Checkpoint
 from merge_service.errors import TechniqueError
+from merge_service.jobs import MergeJob
 from merge_service.merge import advance, fold, merge, retract
 from merge_service.split import PartWorker, Split
+from merge_service.stream import Member
 from merge_service.techniques import get, names
 
 BLOCK = "visual.layer1.0.bn1."
@@ -153,3 +156,13 @@ def test_state_that_sums_statistics_as_older_versions_did_is_refused(world: Worl
         TechniqueError, match=r"does not hold mean of .*running_mean.*another version wrote it"
     ):
         advance("task_arithmetic", {}, world.start, world.paths[1], None, expert_id="1", state_in=older, state_out=state)  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["merge", "fold"])
+def test_record_of_a_merge_step_says_that_statistics_want_re_estimation(world: World, form: str) -> None:
+    members = [Member(str(i), path, str(i)) for i, path in enumerate([world.start, *world.paths])]
+    job = MergeJob(
+        "m", "ties", {}, form, members[0], tuple(members[1:3]), 1, str(world.room), str(world.room)
+    )
+    result = Merger().merge(job, world.out)
+    assert any("estimate them again" in note for note in result["notes"]) and "merged_norm" in result

@@ -234,6 +234,23 @@ def test_missing_tensor_of_a_block_is_never_filled_in_from_an_equal_one(tmp_path
         merge("average", {}, base, [expert], tmp_path / "o.safetensors")
 
 
+@pytest.mark.parametrize("base", [{"head": False}, {"untied": True}], ids=["tied base", "tied expert"])
+def test_output_layer_that_only_one_leaves_out_is_refused_with_the_way_out(tmp_path: Path, base) -> None:
+    world, rng = World(tmp_path), np.random.default_rng(0)
+    tied, apart = (
+        world.save(n, model(rng, **k)) for n, k in (("tied", {"head": False}), ("apart", {"untied": True}))
+    )
+    start, expert = (tied, apart) if "head" in base else (apart, tied)
+    with pytest.raises(
+        IncompatibleCheckpoint,
+        match=r"tied\.safetensors with a copy of model\.embed_tokens\.weight under lm_head",
+    ):
+        merge("average", {}, start, [expert], world.out)
+    held = toys.load(tied)
+    mended = world.save("mended", {**held, HEAD: held[EMBED]})
+    merge("average", {}, *((mended, [apart]) if "head" in base else (apart, [mended])), world.out)
+
+
 def test_entry_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
     for entry, why in (
         ('"x"', "not a JSON map"), ('{"a": "b", "b": "a"}', "not a tensor of its own"), ("[1]", "not a JSON map"),

@@ -8,7 +8,9 @@ import pytest
 from plan_toys import REPLAY, facts, make_plan, raw_study, study
 
 from pipeline.config import study_from
+from pipeline.facts import has_resblocks
 from pipeline.plan import VERSIONS, Plan
+from pipeline.sections import ModelSection
 from pipeline.steps import DatasetFacts
 
 
@@ -143,3 +145,28 @@ def test_offline_merging_on_a_par_serves_the_first_expert_itself() -> None:
     (trajectory,) = plan.trajectories
     kinds = [plan.steps[point.deployed].kind for point in trajectory.points[1:]]
     assert kinds == ["train", "merge", "merge"]
+
+
+def test_merges_of_a_base_that_is_not_made_of_resblocks_are_a_version_ahead() -> None:
+    ours, theirs = (
+        make_plan(study(["offline_merging"]), facts(resblocks=resblocks)) for resblocks in (True, False)
+    )
+    versions = [
+        {
+            kind: {s.spec["version"] for s in plan.steps.values() if s.kind == kind}
+            for kind in ("train", "merge")
+        }
+        for plan in (ours, theirs)
+    ]
+    assert versions == [{"train": {1}, "merge": {1}}, {"train": {1}, "merge": {2}}]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ("ViT-B-32", True), ("ViT-L-14-quickgelu", True), ("tiny-clip", True), ("RN50", False), ("convnext_base", False),
+        ("ViT-B-16-SigLIP", False), ("coca_ViT-B-32", False), ("roberta-ViT-B-32", False), ("hf-hub:somebody/something", False),
+    ],
+)  # fmt: skip
+def test_configuration_says_whether_a_base_is_made_of_resblocks(config: str, expected: bool) -> None:
+    assert has_resblocks(ModelSection(config=config)) == expected
