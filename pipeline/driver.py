@@ -26,6 +26,7 @@ from pipeline.deadlines import Deadlines
 from pipeline.errors import CorruptArtifact, NondeterminismError, StepFailed, StepTimeout, StorageFull
 from pipeline.jobs import Jobs
 from pipeline.lanes import Lane, Lanes
+from pipeline.lease import Holder, Leases
 from pipeline.lock import driver_lock, write_driver
 from pipeline.plan import Step
 from pipeline.progress import Progress, Standings
@@ -98,6 +99,8 @@ class _Drive:
         self.pools = Pools(self.lanes.pools(patient=self.room is None), self.room)
         self.jobs, self.timeline = Jobs(workspace), Timeline(workspace.out)
         self.deadlines, self.head = Deadlines(self.study, workspace.scratch), Head()
+        self.leases = Leases(workspace.store, workspace.study.name, workspace.out)
+        self.elsewhere: dict[str, Holder] = {}
         self.running: dict[Call, Step] = {}
         self.counts: Counter[str] = Counter()
         self.tries: dict[str, int] = {}
@@ -105,23 +108,26 @@ class _Drive:
         self.progress = Progress(
             len(self.steps), len(self.schedule.done), workspace.scratch, _standings(workspace, done)
         )
-        self._looked, self._waiting = 0.0, set[str]()
+        self._looked, self._asked, self._waiting = 0.0, 0.0, set[str]()
         self._homeless: float | None = None
         self._began: dict[str, float] = {}
-        self._said: list[dict[str, Any]] = []
+        self._said: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
         self.timeline.event("ready", cores=session.cpus, gpus=session.gpus, nodes=len(session.nodes))
 
     def run(self) -> None:
         """Until every step is done. Raises what cannot be mended by trying again."""
-        with self.progress, self.head, contextlib.ExitStack() as stack:
+        with self.leases, self.progress, self.head, contextlib.ExitStack() as stack:
             stack.callback(self.pools.close)
             stack.callback(self._tell)
             while not self.schedule.finished:
                 self._start_ready()
                 self._say()
                 self._tell()
+                if self.schedule.finished:  # other drivers have done the rest
+                    break
                 for call in wait(list(self.running), TICK_SECONDS):
                     self._take(call)
+                self._ask_others()
                 self._look_after()
 
     def _start_ready(self) -> None:
@@ -139,7 +145,8 @@ class _Drive:
                 if self.room is not None:
                     kept_clear |= self.room.reserved_for(lane.shape)
                 continue
-            self._start(self.steps[fingerprint], lane, group)
+            if self._is_mine(self.steps[fingerprint]):
+                self._start(self.steps[fingerprint], lane, group)
 
     def _best(self, barred: set[str]) -> tuple[str, Lane] | None:
         """The most important step of the lanes that are neither barred nor at their cap."""
@@ -157,6 +164,43 @@ class _Drive:
             return None
         _, fingerprint, lane = min(found, key=lambda entry: entry[:2])
         return fingerprint, lane
+
+    def _is_mine(self, step: Step) -> bool:
+        """Whether to carry out a step here: not if another driver does it now, or has done it meanwhile."""
+        holder = self.leases.take(step.fingerprint)
+        if holder is not None:
+            self.elsewhere[step.fingerprint] = holder
+            self.schedule.start(step.fingerprint)
+            self.progress.started(step.fingerprint, f"{step.label} (waiting for {holder})")
+            return False
+        record = self.workspace.known(step.fingerprint)
+        if record is None:
+            return True
+        self.leases.give_back(step.fingerprint)
+        self._found(step, record)
+        return False
+
+    def _found(self, step: Step, record: Any) -> None:
+        """Another driver has carried out a step."""
+        self.progress.started(step.fingerprint, f"{step.label} (by another driver)")
+        self.schedule.finish(step.fingerprint)
+        self.untold.append((step, record))
+
+    def _ask_others(self) -> None:
+        """What has become of the steps that other drivers carry out: done, given back, or under way still."""
+        if not self.elsewhere or time.monotonic() - self._asked < self.workspace.store.poll_seconds:
+            return
+        self._asked = time.monotonic()
+        for fingerprint in list(self.elsewhere):
+            holder = self.leases.holder_of(fingerprint)
+            record = self.workspace.known(fingerprint) if holder is None else None
+            if holder is None:
+                self.elsewhere.pop(fingerprint)
+                if record is None:
+                    self.schedule.put_back(fingerprint)
+                    self.progress.put_back(fingerprint, "another driver has given it up")
+                else:
+                    self._found(self.steps[fingerprint], record)
 
     def _start(self, step: Step, lane: Lane, group: Group) -> None:
         job = self.jobs.of(step)
@@ -185,6 +229,7 @@ class _Drive:
     def _off(self, call: Call) -> Step:
         """A call runs no longer: the step it was for."""
         step = self.running.pop(call)
+        self.leases.give_back(step.fingerprint)
         self.counts.subtract((self.lanes.of(step), step.kind))
         return step
 
@@ -275,7 +320,7 @@ class _Drive:
         time.sleep(0.1)
 
     def _say(self) -> None:
-        """What is running, for `status`; written when it has changed."""
+        """What is running and what is waited for, for `status`; written when it has changed."""
         running = [
             {
                 "fingerprint": step.fingerprint,
@@ -285,9 +330,13 @@ class _Drive:
             }
             for step in self.running.values()
         ]
-        if running != self._said:
-            write_driver(self.workspace.out, {"running": running})
-            self._said = running
+        waiting = [
+            {"fingerprint": fingerprint, "label": self.steps[fingerprint].label, "holder": str(holder)}
+            for fingerprint, holder in self.elsewhere.items()
+        ]
+        if (running, waiting) != self._said:
+            write_driver(self.workspace.out, {"running": running, "waiting": waiting})
+            self._said = running, waiting
 
 
 def _ranks(workspace: Workspace) -> dict[str, Rank]:
