@@ -21,14 +21,20 @@ _FULL_TEXTS = ("No space left on device", "database or disk is full")
 _PIECE = 1 << 20
 
 
-def write_whole(path: Path, pieces: str | Iterable[str]) -> None:
-    """Replace a small file by a text, or by the pieces of one as they come. Raises StorageFull, OSError."""
+def write_whole(path: Path, pieces: str | Iterable[str], *, sync: bool = False) -> None:
+    """Replace a file by a text, or by the pieces of one as they come; `sync` forces it to disk first.
+
+    Raises StorageFull, OSError.
+    """
     target = temporary(path)
     with room_for(path.name, path.parent):
         try:
             with target.open("w", encoding="utf-8", buffering=_PIECE) as stream:
                 for piece in [pieces] if isinstance(pieces, str) else pieces:
                     stream.write(piece)
+                if sync:
+                    stream.flush()
+                    os.fsync(stream.fileno())
             target.replace(path)
         except BaseException:
             target.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from merge_service.errors import UserError
 from pipeline.lock import is_held, read_driver
 from pipeline.outbox import count_pending
 from pipeline.plan import Plan
+from pipeline.plan_file import read
 from pipeline.progress import Standings, read_progress
 from pipeline.store import Store
 from pipeline.store_open import store_of
@@ -21,7 +22,7 @@ from pipeline.store_open import store_of
 def open_plan(out: Path) -> Plan:
     """The plan of a run. Raises UserError if OUT holds none."""
     try:
-        return Plan.from_json(json.loads((out / "plan.json").read_text()))
+        return read(out / "plan.json")
     except OSError:
         raise UserError(
             f"{out} holds no run (no plan.json); give the directory that `temporal-merge run` wrote, e.g. runs/demo"
@@ -48,7 +49,8 @@ class Look:
         self._out, self._plan, self._store = out, open_plan(out), store_of(out)
         self._standings = Standings(self._plan)
         self._done: set[str] = set()
-        self._totals = Counter(step.kind for step in self._plan.steps.values())
+        self._kinds = self._plan.kinds
+        self._totals = Counter(self._kinds.values())
 
     def __call__(self) -> dict[str, Any]:
         """{"state", "steps": {"done", "running", "failed", "pending"}, "kinds": {kind: {"done", "running", "total"}},
@@ -65,7 +67,7 @@ class Look:
         total, done = len(self._plan.steps), len(self._done)
         state = "running" if alive else "done" if done == total else "failed" if failure else "partial"
         failed = int(bool(failure) and done < total)
-        kinds_done = Counter(self._plan.steps[fingerprint].kind for fingerprint in self._done)
+        kinds_done = Counter(self._kinds[fingerprint] for fingerprint in self._done)
         kinds_running = Counter(step["kind"] for step in running)
         return {
             "state": state,
@@ -95,11 +97,11 @@ class Look:
         }
 
     def _find_done(self) -> None:
-        for fingerprint, step in self._plan.steps.items():
-            if fingerprint in self._done or not self._store.has(step.kind, fingerprint):
+        for fingerprint, kind in self._kinds.items():
+            if fingerprint in self._done or not self._store.has(kind, fingerprint):
                 continue
             self._done.add(fingerprint)
-            record = self._store.record(step.kind, fingerprint) if step.kind == "evaluate" else None
+            record = self._store.record(kind, fingerprint) if kind == "evaluate" else None
             if record is not None:
                 self._standings.scored(fingerprint, record.result["scores"])
 

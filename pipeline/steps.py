@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from pipeline.errors import PlanError
 from pipeline.fingerprint import fingerprint
 from pipeline.streams import Stream
 
@@ -16,7 +15,6 @@ Kind = Literal["base", "train", "merge", "evaluate"]
 KINDS: tuple[Kind, ...] = ("train", "merge", "evaluate")
 BASE = "base"
 TRAIN, TEST = "train", "test"
-FORMAT = 2
 RECORD_BYTES = 16 * 1024
 """A generous guess at the size of a record, for estimates."""
 
@@ -168,7 +166,7 @@ class Plan:
 
     study: str
     bases: dict[str, Step]
-    steps: dict[str, Step]
+    steps: Mapping[str, Step]
     trajectories: tuple[TrajectoryPlan, ...]
     streams: dict[str, dict[str, tuple[str, ...]]]
     classes: dict[str, tuple[str, ...]]
@@ -226,42 +224,24 @@ class Plan:
             "missing": list(self.missing),
         }
 
+    @property
+    def kinds(self) -> Mapping[str, str]:
+        """The kind of every step by its fingerprint."""
+        known: Mapping[str, str] | None = getattr(self.steps, "kinds", None)
+        return known or {fingerprint: step.kind for fingerprint, step in self.steps.items()}
+
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON values; `from_json` gives an equal plan."""
-        trajectories = [
-            {**vars(trajectory), "points": [dict(vars(point)) for point in trajectory.points]}
-            for trajectory in self.trajectories
-        ]
-        steps = [dict(vars(step)) for step in self.steps.values()]
-        bases = [dict(vars(base)) for base in self.bases.values()]
-        body = {**vars(self), "bases": bases, "steps": steps, "trajectories": trajectories}
-        return {"format": FORMAT, "fingerprint": self.fingerprint, **body}
+        from pipeline.plan_file import encode
+
+        return encode(self)
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> "Plan":
         """A plan from its JSON. Raises PlanError if it is not one."""
-        try:
-            if body["format"] != FORMAT:
-                raise PlanError(
-                    f"the plan has format {body['format']!r}, this version reads {FORMAT}; run again"
-                )
-            return cls(
-                study=body["study"],
-                bases={entry["fingerprint"]: _step(entry) for entry in body["bases"]},
-                steps={entry["fingerprint"]: _step(entry) for entry in body["steps"]},
-                trajectories=tuple(_trajectory(entry) for entry in body["trajectories"]),
-                streams={key: _lists(tasks) for key, tasks in body["streams"].items()},
-                classes=_lists(body["classes"]),
-                adaptation=tuple(body["adaptation"]),
-                held_out=tuple(body["held_out"]),
-                naive=dict(body["naive"]),
-                naive_gflops=body["naive_gflops"],
-                missing=tuple(body["missing"]),
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise PlanError(
-                f"the plan is malformed ({error!r}); run the study again to write it anew"
-            ) from None
+        from pipeline.plan_file import decode
+
+        return decode(body)
 
 
 def critical_path(steps: Mapping[str, Step]) -> dict[str, int]:
@@ -293,16 +273,3 @@ def total_gflops(costs: Iterable[float | None]) -> float | None:
             return None
         total += cost
     return total
-
-
-def _lists(body: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    return {key: tuple(values) for key, values in body.items()}
-
-
-def _step(entry: Mapping[str, Any]) -> Step:
-    return Step(**{**entry, "after": tuple(entry["after"])})
-
-
-def _trajectory(entry: Mapping[str, Any]) -> TrajectoryPlan:
-    points = tuple(Point(**point) for point in entry["points"])
-    return TrajectoryPlan(**{**entry, "points": points, "stream": tuple(entry["stream"])})
