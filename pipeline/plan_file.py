@@ -268,10 +268,10 @@ def _step(entry: Mapping[str, Any], values: "_Known") -> Step:
 
 
 def _trajectory_body(trajectory: TrajectoryPlan, numbers: Mapping[str, int]) -> dict[str, Any]:
-    points = [
-        [point.t, point.task, *(numbers.get(one, one) for one in map(vars(point).get, _REFERENCES))]
-        for point in trajectory.points
-    ]
+    points = []
+    for point in trajectory.points:
+        named = [getattr(point, name) for name in _REFERENCES]
+        points.append([point.t, point.task, *(numbers.get(one, one) for one in named)])
     return {**vars(trajectory), "points": points}
 
 
