@@ -46,6 +46,7 @@ def main() -> NoReturn:
 def _main() -> int:
     from merge_service.errors import UserError
     from pipeline.console import complain
+    from pipeline.disk import explain
 
     try:
         return app(standalone_mode=False) or 0
@@ -57,6 +58,10 @@ def _main() -> int:
             return 2
         if isinstance(error, UserError) or getattr(error, "exit_code", None) == 2:
             complain("error", str(error))
+            return 2
+        surroundings = explain(error)
+        if surroundings is not None:
+            complain("error", surroundings)
             return 2
         if os.environ.get("TEMPORAL_MERGE_TRACEBACK"):
             raise

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ from typing import Any, Protocol, Self
 from merge_service.faults import point
 from merge_service.leftovers import temporary
 from pipeline.disk import room_for
-from pipeline.errors import StoreError
+from pipeline.errors import StoreError, StoreUnwritable
 from pipeline.ownership import is_abandoned, locked, owner_mark
 
 BEAT_SECONDS, SILENT_SECONDS = 5.0, 30.0
@@ -144,7 +144,7 @@ class Leases:
     def take(self, fingerprint: str) -> Holder | None:
         """Lease a step: None when it is this driver's now, else who carries it out."""
         key = f"{ROOM}/{fingerprint}"
-        with room_for("lease of a step", self._lock.parent):
+        with self._guarded():
             if not self._held:
                 self._beat()
             for _ in range(3):  # it may be given back between two looks
@@ -160,6 +160,17 @@ class Leases:
         self._held.add(fingerprint)
         point("lease.after_take")
         return None
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            with room_for("lease of a step", self._lock.parent):
+                yield
+        except OSError as error:
+            raise StoreUnwritable(
+                f"{self._lock.parent / ROOM} cannot be written ({error.strerror or error}); whoever shares a store must be "
+                "allowed to write all of it: mend its permissions or choose another storage.store"
+            ) from error
 
     def give_back(self, fingerprint: str) -> None:
         """The step is no longer being carried out here, however it ended."""

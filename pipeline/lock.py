@@ -3,19 +3,19 @@
 Invariant: whoever holds the lock is alive. `driver.json` is only information; the lock decides.
 """
 
+import contextlib
 import fcntl
 import json
 import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from merge_service.errors import UserError
 from pipeline.disk import NO_LOCKS, clear_leftovers, room_for, write_whole
-from pipeline.errors import StoreUnwritable
+from pipeline.errors import StorageFull, StoreUnwritable
 
 LOCK_FILE, DRIVER_FILE = ".driver.lock", "driver.json"
 LOOKS = 20
@@ -29,7 +29,7 @@ class NoLocks(UserError):
     """OUT is on a file system that has no file locks, so two drivers could work there without knowing of each other."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def driver_lock(out: Path) -> Iterator[None]:
     """Hold OUT for this process. Raises AlreadyRunning, NoLocks, StorageFull, StoreUnwritable."""
     try:
@@ -97,7 +97,22 @@ def is_held(out: Path) -> bool:
 
 def write_driver(out: Path, state: dict[str, Any]) -> None:
     """Say who drives and what is running or failed; replaced as a whole. Raises StorageFull."""
-    write_whole(out / DRIVER_FILE, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), **state}))
+    write_whole(out / DRIVER_FILE, _driver_text(state))
+
+
+def _driver_text(state: dict[str, Any]) -> str:
+    return json.dumps({"pid": os.getpid(), "host": socket.gethostname(), **state})
+
+
+def write_last(out: Path, state: dict[str, Any]) -> None:
+    """As `write_driver`, when the run ends: on a full disk over the old words, which takes no new room. Best effort."""
+    try:
+        write_driver(out, state)
+    except OSError:
+        pass
+    except StorageFull:
+        with contextlib.suppress(OSError):
+            (out / DRIVER_FILE).write_text(_driver_text(state), encoding="utf-8")
 
 
 def read_driver(out: Path) -> dict[str, Any]:

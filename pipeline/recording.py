@@ -62,6 +62,11 @@ class Tracking:
         self.pending = self.tracker.close(CLOSE_SECONDS if error is None else 2.0)
         self.outbox.close()
 
+    @property
+    def trouble(self) -> str | None:
+        """Why rows wait just now; None while they are delivered."""
+        return self.tracker.last_error or self.recorder.last_error
+
     def committed(self, step: Any, record: Any) -> None:
         self.recorder.step_done(step, record)
 

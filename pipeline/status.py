@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_service.errors import UserError
+from pipeline.events import read_events
 from pipeline.lock import is_held, read_driver
 from pipeline.outbox import count_pending
 from pipeline.plan import Plan
@@ -17,6 +18,7 @@ from pipeline.plan_file import read
 from pipeline.progress import Standings, read_progress
 from pipeline.store import Store
 from pipeline.store_open import store_of
+from pipeline.versions import mixed
 
 
 def open_plan(out: Path) -> Plan:
@@ -49,19 +51,22 @@ class Look:
         self._out, self._plan, self._store = out, open_plan(out), store_of(out)
         self._standings = Standings(self._plan)
         self._done: set[str] = set()
+        self._versions: dict[str, dict[str, int]] = {}
         self._kinds = self._plan.kinds
         self._totals = Counter(self._kinds.values())
 
     def __call__(self) -> dict[str, Any]:
         """{"state", "steps": {"done", "running", "failed", "pending"}, "kinds": {kind: {"done", "running", "total"}},
-        "running", "trajectories": [{"trajectory", "t", "tasks", "gm"}], "more_trajectories", "failure", "tracker_pending"}.
+        "running", "trajectories": [{"trajectory", "t", "tasks", "gm"}], "more_trajectories", "waiting": [{"fingerprint", "label",
+        "holder"}], "failure", "versions": {package: {version: artifacts}}, "events": [{"time", "kind", "text"}], "tracker_pending"}.
 
         `state` is running while a driver lives, done when every step is in the store, failed when the last driver said so,
-        and partial otherwise. Of many trajectories those scored last are listed.
+        and partial otherwise. Of many trajectories those scored last are listed. `waiting` is what another driver carries out,
+        `versions` names the packages of which several versions made artifacts, `events` are the last of OUT/events.jsonl.
         """
         self._find_done()
         driver, alive = read_driver(self._out), is_held(self._out)
-        running = driver.get("running", []) if alive else []
+        running, waiting = (driver.get(key, []) if alive else [] for key in ("running", "waiting"))
         running = [step for step in running if step["fingerprint"] not in self._done]
         failure = None if alive else driver.get("failed")
         total, done = len(self._plan.steps), len(self._done)
@@ -83,7 +88,10 @@ class Look:
                 {"trajectory": name, "t": t, "tasks": tasks, "gm": gm} for name, t, tasks, gm in self._standings.rows()
             ],
             "more_trajectories": self._standings.hidden,
+            "waiting": [step for step in waiting if step["fingerprint"] not in self._done],
             "failure": failure,
+            "versions": mixed(self._versions),
+            "events": read_events(self._out),
             "tracker_pending": count_pending(self._out),
         }  # fmt: skip
 
@@ -101,8 +109,13 @@ class Look:
             if fingerprint in self._done or not self._store.has(kind, fingerprint):
                 continue
             self._done.add(fingerprint)
-            record = self._store.record(kind, fingerprint) if kind == "evaluate" else None
-            if record is not None:
+            record = self._store.record(kind, fingerprint)
+            if record is None:
+                continue
+            for package, version in record.versions.items():
+                known = self._versions.setdefault(package, {})
+                known[version] = known.get(version, 0) + 1
+            if kind == "evaluate":
                 self._standings.scored(fingerprint, record.result["scores"])
 
 

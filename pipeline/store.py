@@ -11,14 +11,11 @@ import contextlib
 import errno
 import json
 import os
-import platform
 import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -38,8 +35,8 @@ from pipeline.errors import CorruptArtifact, NondeterminismError, StorageFull, S
 from pipeline.lease import Files, Shelf
 from pipeline.ownership import is_abandoned, locked, owner_mark
 from pipeline.store_names import DIGITS, KINDS, Names, is_there, sync_directory
+from pipeline.versions import here
 
-_PACKAGES = ("temporal-merge", "torch", "open_clip_torch", "deepspeed", "numpy", "safetensors")
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 _sound: set[tuple[str, int, int, int]] = set()
@@ -89,7 +86,7 @@ class Store:
     def prepare(self) -> None:
         """Create the store, make sure it can be written, and remove what dead writers left. Raises StoreUnwritable."""
         with self._guarded("prepare", 0):
-            for name in (*KINDS, ".stage", ".leases"):
+            for name in (*KINDS, ".stage"):
                 (self.root / name).mkdir(parents=True, exist_ok=True)
             Names(self.root).complete()
             probe = self.root / ".stage" / f"probe.{owner_mark()}.{uuid.uuid4().hex[:8]}"
@@ -201,7 +198,7 @@ class Store:
                 result=_plain(result, step),
                 created_ms=time.time_ns() // 1_000_000,
                 seconds=round(float(seconds), 6),
-                versions=dict(versions or _versions()),
+                versions=dict(versions or here()),
                 path=home,
             )
             point("store.before_record")
@@ -393,12 +390,3 @@ def _plain(result: Mapping[str, Any], step: StepLike) -> dict[str, Any]:
             f"{step.label}: its result is not plain JSON ({error}); use null where there is no number"
         ) from error
     return plain
-
-
-@cache
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found

@@ -90,7 +90,7 @@ class Scene:
         self.stored: dict[str, Any] = {}
         self.workspace.__dict__["store"] = SimpleNamespace(
             has=lambda kind, fp: fp not in self.damaged, record=lambda kind, fp: self.stored.get(fp),
-            root=room, shelf=Files(room), poll_seconds=0.0,
+            root=room, shelf=Files(room), poll_seconds=0.0, where="store",
         )  # fmt: skip
         monkeypatch.setattr(driver, "Pools", Workers)
         monkeypatch.setattr(driver, "Jobs", lambda _: SimpleNamespace(of=lambda step: None))
@@ -105,7 +105,9 @@ class Scene:
         self.nodes = (Node("a", "10.0.0.1", cpus),)
         self.told: list[str] = []
         tracking: Any = SimpleNamespace(
-            committed=lambda step, record: self.told.append(step.fingerprint), failed=lambda *_: None
+            committed=lambda step, record: self.told.append(step.fingerprint),
+            failed=lambda *_: None,
+            trouble=None,
         )
         self.drive = driver._Drive(self.workspace, Session("local", self.nodes), tracking, set())
 
@@ -126,7 +128,9 @@ class Scene:
     def record(self, step: Any) -> Any:
         scores = dict.fromkeys((*self.plan.adaptation, *self.plan.held_out), 0.5)
         result = {"steps": 1, "loss": [[1, 1.0]], "samples_per_second": 1.0, "scores": scores}
-        return SimpleNamespace(kind=step.kind, fingerprint=step.fingerprint, result=result, path=Path())
+        return SimpleNamespace(
+            kind=step.kind, fingerprint=step.fingerprint, result=result, path=Path(), versions={}
+        )
 
     def _wait(self, calls: list[Any], timeout: float) -> list[Any]:
         if not calls:
