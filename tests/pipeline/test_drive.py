@@ -83,6 +83,7 @@ class Scene:
         self.together: list[list[Any]] = []
         self.damaged: set[str] = set()
         self.victim = ""
+        strict = changes.pop("strict_versions", False)
         one = study(changes.pop("strategies", STRATEGIES), **changes)
         known = facts()
         self.plan = make_plan(one, known)
@@ -109,7 +110,7 @@ class Scene:
             failed=lambda *_: None,
             trouble=None,
         )
-        self.drive = driver._Drive(self.workspace, Session("local", self.nodes), tracking, set())
+        self.drive = driver._Drive(self.workspace, Session("local", self.nodes), tracking, set(), strict)
 
     def _call(self, step: Any, group: Group) -> Call:
         group.idle = False
