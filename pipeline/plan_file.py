@@ -10,6 +10,7 @@ import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pipeline.steps import BASE, Plan, Point, Step, TrajectoryPlan
 
 FORMAT = 3
 _REFERENCES = ("train", "init", "deployed", "merge", "evaluate", "own")
+_FIELDS = tuple(one.name for one in fields(Step) if one.name not in ("spec", "inputs"))
 _LINE = re.compile(r'\{"kind": "([a-z]+)", "fingerprint": "([0-9a-f]+)"')
 _STEPS, _VALUES, _NEXT, _END = '"steps": [\n', '"values": [\n', "],\n", "]}\n"
 
@@ -254,7 +256,7 @@ def _until(stream: Iterator[str], end: str) -> Iterator[str]:
 
 
 def _step_body(step: Step, values: Values) -> dict[str, Any]:
-    body = {key: value for key, value in vars(step).items() if key not in ("spec", "inputs")}
+    body = {name: getattr(step, name) for name in _FIELDS}
     plain = {key: value for key, value in step.spec.items() if not isinstance(value, list | dict)}
     more = {key: values.of(value) for key, value in step.spec.items() if key not in plain}
     return {**body, "spec": plain, "values": more}

@@ -5,7 +5,7 @@ labels, slugs, costs and `after` are for people and schedulers and never part of
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
 from pipeline.fingerprint import fingerprint
@@ -82,7 +82,7 @@ class Facts:
     missing: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """One unit of work. `inputs` maps roles to fingerprints; `after` are steps to wait for without using their results.
 
@@ -104,7 +104,7 @@ class Step:
     model: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Point:
     """One trajectory at one time step, as fingerprints; the base is "base", what does not exist None.
 
@@ -191,8 +191,9 @@ class Plan:
     @property
     def fingerprint(self) -> str:
         """Identity of the whole: study name, trajectories, and every step they take."""
+        names = [one.name for one in fields(Point)]
         points = {
-            trajectory.id: [list(vars(point).values()) for point in trajectory.points]
+            trajectory.id: [[getattr(point, name) for name in names] for point in trajectory.points]
             for trajectory in self.trajectories
         }
         return fingerprint({"study": self.study, "base": "+".join(self.bases), "trajectories": points})

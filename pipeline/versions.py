@@ -68,7 +68,9 @@ def told(found: Found) -> str:
     """torch 2.5.0 (3 artifacts) and 2.6.0 (20); numpy ..., for people."""
     parts = []
     for package, versions in found.items():
-        counts = [f"{one} ({count} artifact{'s' if count > 1 else ''})" for one, count in sorted(versions.items())]
+        counts = [
+            f"{one} ({count} artifact{'s' if count > 1 else ''})" for one, count in sorted(versions.items())
+        ]
         parts.append(f"{package} {' and '.join(counts)}")
     return "; ".join(parts)
 
