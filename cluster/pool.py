@@ -387,6 +387,7 @@ def wait(calls: Sequence[Call], timeout: float) -> list[Call]:
     """The calls that have ended, well or badly, after at most `timeout` seconds."""
     refs = [ref for call in calls for ref in call.pending]
     if not refs:
+        time.sleep(timeout)
         return []
     ready = set(ray.wait(refs, num_returns=1, timeout=timeout)[0])
     ready |= set(ray.wait(refs, num_returns=len(refs), timeout=0)[0])

@@ -18,6 +18,7 @@ of an earlier or equal time step, so steps taken in the order of `needed_merges`
 """
 
 import difflib
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -127,7 +128,9 @@ def needed_merges(strategy: Strategy, tasks: int) -> tuple[Merged, ...]:
     needed: set[Merged] = set()
     for t in range(1, tasks + 1):
         for weights in (initial(strategy, t), deployed(strategy, t)):
-            needed.update(_ancestry(strategy, weights))
+            needed.update(
+                itertools.takewhile(lambda merged: merged not in needed, _ancestry(strategy, weights))
+            )
     return tuple(sorted(needed, key=lambda m: (m.t, m.policy)))
 
 
@@ -191,8 +194,11 @@ def _after(strategy: Strategy, rule: str, finished: int) -> Weights:
 
 
 def _ancestry(strategy: Strategy, weights: Weights) -> Iterator[Merged]:
+    """Merges that `weights` are made of, the newest first: a fold of the fold before it, a merge of all of experts alone."""
     while isinstance(weights, Merged):
         yield weights
+        if weights.policy == "all":
+            return
         weights = parents(strategy, weights)[0]
 
 

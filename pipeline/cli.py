@@ -62,6 +62,7 @@ def _tell(error: Exception) -> int:
     """Say what went wrong: the exit code."""
     from merge_service.errors import UserError
     from pipeline.console import complain
+    from pipeline.disk import explain
     from pipeline.output import ReaderGone
 
     if isinstance(error, ReaderGone):
@@ -69,8 +70,10 @@ def _tell(error: Exception) -> int:
     if hasattr(error, "show"):  # wrong usage, as the command line library tells it
         error.show()
         return 2
-    if isinstance(error, UserError) or getattr(error, "exit_code", None) == 2:
-        complain("error", str(error))
+    known = isinstance(error, UserError) or getattr(error, "exit_code", None) == 2
+    text = str(error) if known else explain(error)
+    if text is not None:
+        complain("error", text)
         return 2
     if os.environ.get("TEMPORAL_MERGE_TRACEBACK"):
         raise error

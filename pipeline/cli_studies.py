@@ -22,6 +22,12 @@ def run(
         str,
         typer.Option("--address", metavar="local|auto|HOST:PORT", help="Which Ray cluster does the work."),
     ] = "local",
+    strict_versions: Annotated[
+        bool,
+        typer.Option(
+            "--strict-versions", help="Refuse artifacts in the store that other library versions have made."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a study, or go on where it stopped; what is in OUT already is not done again.
@@ -35,7 +41,7 @@ def run(
     from pipeline.show import print_results, run_summary
 
     check_address(address)
-    answer = carry_out(load_study(study, overrides or []), out, address)
+    answer = carry_out(load_study(study, overrides or []), out, address, strict_versions=strict_versions)
     with suppress(ReaderGone):  # the study is done, whether anybody reads of it or not
         print_json(run_summary(*answer)) if as_json else print_results(*answer)
 

@@ -5,6 +5,7 @@ means that the store has the artifact. So the same command, run again after any 
 """
 
 import contextlib
+import os
 import sys
 import time
 from collections import Counter
@@ -23,10 +24,14 @@ from merge_service.techniques import get as technique_called
 from pipeline.config import Study
 from pipeline.console import WARNING, complain
 from pipeline.deadlines import Deadlines
+from pipeline.disk import room_for
 from pipeline.errors import CorruptArtifact, NondeterminismError, StepFailed, StepTimeout, StorageFull
+from pipeline.events import Events
 from pipeline.jobs import Jobs
 from pipeline.lanes import Lane, Lanes
-from pipeline.lock import driver_lock, write_driver
+from pipeline.lease import Holder
+from pipeline.lock import driver_lock, write_driver, write_last
+from pipeline.others import Others, other_versions
 from pipeline.output import steady
 from pipeline.plan import Step
 from pipeline.progress import Progress, Standings
@@ -51,10 +56,13 @@ MEMORY_RETRIES = 2
 
 
 @steady()
-def carry_out(study: Study, out: Path | None, address: str) -> tuple[Path, dict[str, Any], Tracking]:
+def carry_out(
+    study: Study, out: Path | None, address: str, *, strict_versions: bool = False
+) -> tuple[Path, dict[str, Any], Tracking]:
     """Run a study to its end, or from where it stopped: OUT, what results.json says, and the tracking.
 
-    Not a word on stdout. Raises UserError (exit 2) or StepFailed.
+    Not a word on stdout. With `strict_versions` no artifact is used that other library versions made.
+    Raises UserError (exit 2), StorageFull or StepFailed.
     """
     check_address(address)
     workspace = Workspace.of(study, out)
@@ -63,26 +71,43 @@ def carry_out(study: Study, out: Path | None, address: str) -> tuple[Path, dict[
     workspace.check_data()
     for name in {step.spec["technique"] for step in workspace.plan.steps.values() if step.kind == "merge"}:
         check_importable(technique_called(name))
-    with driver_lock(workspace.out):
+    with driver_lock(workspace.out), room_for(f"study {workspace.study.name}", workspace.out):
+        events = Events(workspace.out)
+        events.add("start", f"study {workspace.study.name} on {address}", pid=os.getpid())
+        for warning in workspace.study.warnings:
+            events.add("warning", warning)
         workspace.prepare()
         summary = workspace.summary()
         workspace.store.check_room(f"study {workspace.study.name}", summary["disk_bytes"])
-        tracking = Tracking(workspace)
         done = workspace.done()
+        other = other_versions(workspace, done, strict_versions)
+        if other:
+            complain("warning", other, WARNING)
+            events.add("versions", other)
+        tracking = Tracking(workspace)
         for note in tracking.notes:
             complain("note", note, WARNING)
+            events.add("plan", note)
         print(_outlook(summary), file=sys.stderr, flush=True)
         try:
             with tracking:
                 if len(done) < len(workspace.plan.steps):
                     Timeline(workspace.out).event("start", address=address)
                     with connect(address, threads=workspace.study.resources.experts.threads) as session:
-                        _Drive(workspace, session, tracking, done).run()
+                        _Drive(workspace, session, tracking, done, strict_versions).run()
                 results = workspace.write_results()
                 tracking.finished(results)
+        except BaseException as error:
+            if isinstance(error, Exception):
+                study_itself = {"step": f"study {workspace.study.name}", "error": _first_line(error)}
+                workspace.failure = workspace.failure or study_itself
+            events.add("failed" if isinstance(error, Exception) else "end", _first_line(error))
+            raise
+        else:
+            events.add("end", _ended(tracking))
         finally:
-            write_driver(workspace.out, {"ended": True, "failed": workspace.failure})
             workspace.tidy()
+            write_last(workspace.out, {"ended": True, "failed": workspace.failure})
             retire(workspace.store, workspace.plan, workspace.out)
     return workspace.out, results, tracking
 
@@ -90,8 +115,17 @@ def carry_out(study: Study, out: Path | None, address: str) -> tuple[Path, dict[
 class _Drive:
     """One run over one session."""
 
-    def __init__(self, workspace: Workspace, session: Session, tracking: Tracking, done: set[str]) -> None:
+    def __init__(
+        self,
+        workspace: Workspace,
+        session: Session,
+        tracking: Tracking,
+        done: set[str],
+        strict_versions: bool = False,
+    ) -> None:
         self.workspace, self.tracking = workspace, tracking
+        self.events = Events(workspace.out)
+        self._trouble: str | None = None
         self.study, self.steps = workspace.study, workspace.plan.steps
         self.lanes = Lanes(self.study, {fp: step for fp, step in self.steps.items() if fp not in done})
         self.room = None if self.study.resources.autoscaling else Room(session.nodes)
@@ -102,6 +136,7 @@ class _Drive:
         self.pools = Pools(self.lanes.pools(patient=self.room is None), self.room)
         self.jobs, self.timeline = Jobs(workspace), Timeline(workspace.out)
         self.deadlines, self.head = Deadlines(self.study, workspace.scratch), Head()
+        self.others = Others(workspace, strict_versions)
         self.running: dict[Call, Step] = {}
         self.counts: Counter[str] = Counter()
         self.tries: dict[str, int] = {}
@@ -112,20 +147,23 @@ class _Drive:
         self._looked, self._waiting = 0.0, dict[str, str]()
         self._homeless: float | None = None
         self._began: dict[str, float] = {}
-        self._said: list[dict[str, Any]] = []
+        self._said: tuple[list[dict[str, Any]], list[dict[str, str]]] = ([], [])
         self.timeline.event("ready", cores=session.cpus, gpus=session.gpus, nodes=len(session.nodes))
 
     def run(self) -> None:
         """Until every step is done. Raises what cannot be mended by trying again."""
-        with self.progress, self.head, contextlib.ExitStack() as stack:
+        with self.others, self.progress, self.head, contextlib.ExitStack() as stack:
             stack.callback(self.pools.close)
             stack.callback(self._tell)
             while not self.schedule.finished:
                 self._start_ready()
                 self._say()
                 self._tell()
+                if self.schedule.finished:  # other drivers have done the rest
+                    break
                 for call in wait(list(self.running), TICK_SECONDS):
                     self._take(call)
+                self._ask_others()
                 self._look_after()
 
     def _start_ready(self) -> None:
@@ -143,7 +181,8 @@ class _Drive:
                 if self.room is not None:
                     kept_clear |= self.room.reserved_for(lane.shape)
                 continue
-            self._start(self.steps[fingerprint], lane, group)
+            if self._is_mine(self.steps[fingerprint]):
+                self._start(self.steps[fingerprint], lane, group)
 
     def _best(self, barred: set[str]) -> tuple[str, Lane] | None:
         """The most important step of the lanes that are neither barred nor at their cap."""
@@ -161,6 +200,36 @@ class _Drive:
             return None
         _, fingerprint, lane = min(found, key=lambda entry: entry[:2])
         return fingerprint, lane
+
+    def _is_mine(self, step: Step) -> bool:
+        """Whether to carry out a step here: not if another driver does it now, or has done it meanwhile."""
+        found = self.others.take(step)
+        if isinstance(found, Holder):
+            text = f"{step.label}: waiting for {found}, which carries it out"
+            self._note("waiting", text, about=step.fingerprint)
+            self.schedule.start(step.fingerprint)
+            self.progress.started(step.fingerprint, f"{step.label} (waiting for {found})")
+        elif found is not None:
+            self._found(step, found)
+        return found is None
+
+    def _found(self, step: Step, record: Any) -> None:
+        """Another driver has carried out a step."""
+        text = self.others.other_versions(record)
+        if text:
+            self._note("versions", text)
+        self.progress.started(step.fingerprint, f"{step.label} (by another driver)")
+        self.schedule.finish(step.fingerprint)
+        self.untold.append((step, record))
+
+    def _ask_others(self) -> None:
+        """What has become of the steps that other drivers carry out: done, or free to be done here."""
+        for fingerprint, record in self.others.settled():
+            if record is not None:
+                self._found(self.steps[fingerprint], record)
+            else:
+                self.schedule.put_back(fingerprint)
+                self._put_back("lost", fingerprint, "the other driver has given it up or is gone")
 
     def _start(self, step: Step, lane: Lane, group: Group) -> None:
         job = self.jobs.of(step)
@@ -189,6 +258,7 @@ class _Drive:
     def _off(self, call: Call) -> Step:
         """A call runs no longer: the step it was for."""
         step = self.running.pop(call)
+        self.others.give_back(step)
         self.counts.subtract((self.lanes.of(step), step.kind))
         return step
 
@@ -208,6 +278,7 @@ class _Drive:
         if time.monotonic() - self._looked < LOOK_SECONDS:
             return
         self._looked = time.monotonic()
+        self._watch_tracker()
         if not self.head.check():
             return
         self._end_overdue()
@@ -224,7 +295,7 @@ class _Drive:
         for name in self._waiting.keys() - waiting.keys():
             self.progress.settled(name)
         for name, why in sorted(waiting.items() - self._waiting.items()):
-            self.progress.note(f"{name} {why}", about=name)
+            self._note("waiting", f"{name} {why}", about=name)
         self._waiting = waiting
 
     def _why_waiting(self, group: Group) -> str:
@@ -244,9 +315,8 @@ class _Drive:
         except ClusterError as error:
             if self._homeless is None:
                 self._homeless = time.monotonic()
-                self.progress.note(
-                    f"waiting {GRACE_SECONDS:g} s for nodes to come back: {error}", about="nodes"
-                )
+                text = f"waiting {GRACE_SECONDS:g} s for nodes to come back: {error}"
+                self._note("lost", text, about="nodes")
             if time.monotonic() - self._homeless >= GRACE_SECONDS:
                 raise
 
@@ -300,11 +370,29 @@ class _Drive:
             failure = StepTimeout if isinstance(error, StepTimeout) else StepFailed
             raise failure(f"{step.label}: failed {tries} times, the last time with: {_first_line(error)}")
         self.schedule.put_back(step.fingerprint)
-        self.progress.put_back(step.fingerprint, f"{_first_line(error)} (try {tries} of {limit})")
+        kind = "lost" if isinstance(error, WorkerLost | CorruptArtifact) else "retry"
+        self._put_back(kind, step.fingerprint, f"{_first_line(error)} (try {tries} of {limit})")
         time.sleep(0.1)
 
+    def _note(self, kind: str, text: str, about: str = "") -> None:
+        """Something a person should know now, for as long as it is true, and may look up later."""
+        self.events.add(kind, text)
+        self.progress.note(text, about)
+
+    def _put_back(self, kind: str, fingerprint: str, why: str) -> None:
+        """A step did not end and will run again."""
+        self.events.add(kind, f"{self.steps[fingerprint].label}: {why}", step=fingerprint)
+        self.progress.put_back(fingerprint, why)
+
+    def _watch_tracker(self) -> None:
+        """Log when the tracker stops taking rows, and when it takes them again."""
+        trouble = self.tracking.trouble
+        if trouble != self._trouble:
+            self.events.add("tracker", f"rows wait: {trouble}" if trouble else "rows are delivered again")
+            self._trouble = trouble
+
     def _say(self) -> None:
-        """What is running, for `status`; written when it has changed."""
+        """What is running and what is waited for, for `status`; written when it has changed."""
         running = [
             {
                 "fingerprint": step.fingerprint,
@@ -314,9 +402,10 @@ class _Drive:
             }
             for step in self.running.values()
         ]
-        if running != self._said:
-            write_driver(self.workspace.out, {"running": running})
-            self._said = running
+        waiting = self.others.waited_for()
+        if (running, waiting) != self._said:
+            write_driver(self.workspace.out, {"running": running, "waiting": waiting})
+            self._said = running, waiting
 
 
 def _ranks(workspace: Workspace) -> dict[str, Rank]:
@@ -366,6 +455,12 @@ def _summary(record: Any) -> str:
     return f"mean of {len(scores)} scores {sum(scores.values()) / len(scores):.3f}"
 
 
-def _first_line(error: Exception) -> str:
+def _ended(tracking: Tracking) -> str:
+    if not tracking.pending:
+        return "every step is done"
+    return f"every step is done; {tracking.pending} rows wait for the tracker ({tracking.trouble})"
+
+
+def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"

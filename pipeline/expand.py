@@ -5,18 +5,18 @@ trajectory's seed and the task's name, not from its place in the stream, so that
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from merge_service import timeline
 from merge_service.techniques import get as technique_called
 from merge_service.timeline import Base, Expert, Merged, Weights
 from pipeline.config import Roles, Study
-from pipeline.fingerprint import canonical
 from pipeline.grid import Cell
 from pipeline.steps import BASE, RECORD_BYTES, TRAIN, VERSIONS, ModelFacts, Point, Step
 from pipeline.streams import Part, Stream, StreamTask
+from workers.recipe import Recipe
 
 JOINT_TASK = "multitask"
 
@@ -45,7 +45,9 @@ class Steps(Protocol):
     ) -> str: ...
     def evaluate(self, weights: str, step: Step) -> str: ...
     def own_task(self, expert: str, task: StreamTask) -> None: ...
-    def sources(self, parts: Iterable[Part], split: str) -> list[dict[str, Any]]: ...
+    def sources(self, key: Any, parts: Callable[[], Iterable[Part]], split: str) -> list[dict[str, Any]]: ...
+    def recipe(self, recipe: Recipe) -> tuple[dict[str, Any], str]: ...
+    def engine(self, model: str) -> dict[str, Any]: ...
 
 
 class Draft:
@@ -59,8 +61,7 @@ class Draft:
         self.merges: dict[Merged, str] = {}
         self.experts_used: set[str] = set()
         self.merges_used: set[str] = set()
-        self.recipe = cell.recipe.model_dump(mode="json")
-        self.recipe_text = canonical(self.recipe)
+        self.recipe, self.recipe_text = planner.recipe(cell.recipe)
 
     def points(self) -> list[Point]:
         """t = 0 to the end of the stream; adds every step on the way."""
@@ -68,15 +69,16 @@ class Draft:
         base = self.world.base
         points = [Point(0, BASE, evaluate=planner.evaluate(base.fingerprint, base))]
         trains = timeline.needs_experts(strategy)
-        needed = timeline.needed_merges(strategy, len(self.tasks)) if trains else ()
+        needed: dict[int, list[Merged]] = {}
+        for merged in timeline.needed_merges(strategy, len(self.tasks)) if trains else ():
+            needed.setdefault(merged.t, []).append(merged)
         for t, task in enumerate(self.tasks, start=1):
             init = train = None
             if trains:
                 init = self._ref(timeline.initial(strategy, t))
                 train = self._expert(t, task)
-                for merged in needed:
-                    if merged.t == t:
-                        self._merge(merged, task)
+                for merged in needed.get(t, ()):
+                    self._merge(merged, task)
             deployed = timeline.deployed(strategy, t)
             fp, step = self._fingerprint(deployed), self._step(deployed)
             merge = fp if isinstance(deployed, Merged) else None
@@ -115,36 +117,37 @@ class Draft:
         )
         fp = planner.experts.get(known)
         if fp is None:
-            earlier = self.tasks[: t - 1] if replays else ()
-            fp = planner.experts[known] = self._train(t, task, start, earlier, steps)
+            fp = planner.experts[known] = self._train(t, task, start, replays and t > 1, steps)
             planner.own_task(fp, task)
         self.experts[t] = fp
         self.experts_used.add(fp)
         return fp
 
-    def _train(
-        self, t: int, task: StreamTask, start: Weights, earlier: Sequence[StreamTask], steps: int
-    ) -> str:
+    def _train(self, t: int, task: StreamTask, start: Weights, replays: bool, steps: int) -> str:
         planner, world = self.planner, self.world
         init = self._fingerprint(start)
         pool = planner.roles.pretraining if self.cell.recipe.mixture.pretraining > 0 else ()
         spec = {
             "version": VERSIONS["train"],
             "init": init,
-            "update": planner.sources(task.parts, TRAIN),
-            "buffer": planner.sources(together(earlier), TRAIN),
-            "pretraining": planner.sources(map(Part, pool), TRAIN),
+            "update": planner.sources(task.parts, lambda: task.parts, TRAIN),
+            "buffer": planner.sources(
+                (world.stream_id, t) if replays else (),
+                lambda: together(self.tasks[: t - 1]) if replays else (),
+                TRAIN,
+            ),
+            "pretraining": planner.sources((*pool,), lambda: map(Part, pool), TRAIN),
             "recipe": self.recipe,
             "steps": steps,
             "seed": _task_seed(self.cell.seed, task.name),
-            "engine": asdict(planner.study.engine_of(world.model)),
+            "engine": planner.engine(world.model),
         }
         how = self._how(start)
         return planner.add(
             "train",
             spec,
             f"t{t}-{task.name}-init_{how}",
-            f"t{t} {task.name}: expert from {how}{' with replay' if earlier else ''}",
+            f"t{t} {task.name}: expert from {how}{' with replay' if replays else ''}",
             t,
             task.name,
             inputs={"init": init},
@@ -170,7 +173,7 @@ class Draft:
         origin = technique_called(str(strategy.technique)).origin
         if origin is not None:  # a technique of one's own: what it does is what its file says
             spec["source"] = origin.source
-        earlier = [self.merges[m] for m in self.merges if m.policy == merged.policy and m.t == merged.t - 1]
+        earlier = self.merges.get(Merged(merged.policy, merged.t - 1))
         what = f"{merged.policy}-{strategy.technique}"
         fp = planner.add(
             "merge",
@@ -180,7 +183,7 @@ class Draft:
             merged.t,
             task.name,
             inputs={"base": base, **inputs},
-            after=tuple(earlier),
+            after=() if earlier is None else (earlier,),
             disk_bytes=self.world.facts.weights_bytes + RECORD_BYTES,
             base=base,
             model=self.world.model,

@@ -8,81 +8,123 @@ The text is JSON in the manner of RFC 8785: keys sorted, no spaces, and one spel
 
 import hashlib
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from json.encoder import encode_basestring
-from typing import Any
+from typing import Any, TypeVar
 
 _EXACT_INTEGERS = 2**53
 _MAX_DEPTH = 64
 
+Kept = TypeVar("Kept")
+Where = tuple[str | int, Any]
 
-def fingerprint(value: Any) -> str:
+
+class Texts:
+    """Canonical texts of values that stand in many others, each made once. They are kept here and must not change."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[Any, str]] = {}
+
+    def keep(self, value: Kept) -> Kept:
+        """The value itself, whose text is known from now on."""
+        if id(value) not in self._kept:
+            self._kept[id(value)] = value, canonical(value, self)
+        return value
+
+    def of(self, value: Any) -> str | None:
+        """The text of this very object, if it is kept."""
+        found = self._kept.get(id(value))
+        return None if found is None else found[1]
+
+
+def fingerprint(value: Any, texts: Texts | None = None) -> str:
     """sha256, as 64 hex digits, of the canonical text of `value`. Raises `TypeError` on values with no stable form."""
-    return hashlib.sha256(_bytes(value)).hexdigest()
+    return hashlib.sha256(_bytes(value, texts)).hexdigest()
 
 
-def step_fingerprint(kind: str, spec: dict[str, Any]) -> str:
+def step_fingerprint(kind: str, spec: dict[str, Any], texts: Texts | None = None) -> str:
     """Fingerprint of a step: its kind and the spec of all that bears on its result, nothing else."""
-    return fingerprint({"kind": kind, "spec": spec})
+    return fingerprint({"kind": kind, "spec": spec}, texts)
 
 
-def canonical(value: Any) -> str:
+def canonical(value: Any, texts: Texts | None = None) -> str:
     """The canonical text itself. Raises `TypeError` on values with no stable form."""
-    return _bytes(value).decode("utf-8")
+    return _bytes(value, texts).decode("utf-8")
 
 
-def _bytes(value: Any) -> bytes:
+def _bytes(value: Any, texts: Texts | None) -> bytes:
     parts: list[str] = []
-    _write(value, "$", 0, parts.append)
+    _Writer(parts.append, texts or Texts()).write(value, ("$", None), 0)
     try:
         return "".join(parts).encode("utf-8")
     except UnicodeEncodeError:
         raise TypeError("$: text with a lone surrogate has no stable form; no fingerprint") from None
 
 
-def _write(value: Any, where: str, depth: int, emit: Any) -> None:
-    if depth > _MAX_DEPTH:
-        raise TypeError(f"{where}: nested deeper than {_MAX_DEPTH} levels; no fingerprint")
-    kind = type(value)
-    if kind is str:
-        emit(encode_basestring(value))
-    elif value is None or kind is bool:
-        emit("null" if value is None else "true" if value else "false")
-    elif kind is int:
-        emit(str(value))
-    elif kind is float:
-        emit(_number(value, where))
-    elif kind is dict:
-        _write_object(value, where, depth, emit)
-    elif kind is list or kind is tuple:
-        emit("[")
+@dataclass(frozen=True)
+class _Writer:
+    """Writes one value; `where` is the way to it, the last part first."""
+
+    emit: Callable[[str], None]
+    texts: Texts
+
+    def write(self, value: Any, where: Where, depth: int) -> None:
+        if depth > _MAX_DEPTH:
+            raise TypeError(f"{_place(where)}: nested deeper than {_MAX_DEPTH} levels; no fingerprint")
+        kind = type(value)
+        if kind is str:
+            self.emit(encode_basestring(value))
+        elif value is None or kind is bool:
+            self.emit("null" if value is None else "true" if value else "false")
+        elif kind is int:
+            self.emit(str(value))
+        elif kind is float:
+            self.emit(_number(value, where))
+        elif kind is dict or kind is list or kind is tuple:
+            known = self.texts.of(value)
+            if known is not None:
+                self.emit(known)
+            else:
+                (self._object if kind is dict else self._array)(value, where, depth)
+        else:
+            raise TypeError(
+                f"{_place(where)}: a value of type {kind.__module__}.{kind.__qualname__} has no stable form; no fingerprint"
+            )
+
+    def _array(self, value: Any, where: Where, depth: int) -> None:
+        self.emit("[")
         for index, item in enumerate(value):
             if index:
-                emit(",")
-            _write(item, f"{where}[{index}]", depth + 1, emit)
-        emit("]")
-    else:
-        raise TypeError(
-            f"{where}: a value of type {kind.__module__}.{kind.__qualname__} has no stable form; no fingerprint"
-        )
+                self.emit(",")
+            self.write(item, (index, where), depth + 1)
+        self.emit("]")
+
+    def _object(self, value: dict[Any, Any], where: Where, depth: int) -> None:
+        for key in value:
+            if type(key) is not str:
+                raise TypeError(f"{_place(where)}: the key {key!r} is not text; no fingerprint")
+        self.emit("{")
+        for index, key in enumerate(sorted(value)):
+            if index:
+                self.emit(",")
+            self.emit(encode_basestring(key))
+            self.emit(":")
+            self.write(value[key], (key, where), depth + 1)
+        self.emit("}")
 
 
-def _write_object(value: dict[Any, Any], where: str, depth: int, emit: Any) -> None:
-    for key in value:
-        if type(key) is not str:
-            raise TypeError(f"{where}: the key {key!r} is not text; no fingerprint")
-    emit("{")
-    for index, key in enumerate(sorted(value)):
-        if index:
-            emit(",")
-        emit(encode_basestring(key))
-        emit(":")
-        _write(value[key], f"{where}.{key}", depth + 1, emit)
-    emit("}")
+def _place(where: Where) -> str:
+    """$.key[3], for people."""
+    part, before = where
+    if before is None:
+        return str(part)
+    return f"{_place(before)}[{part}]" if isinstance(part, int) else f"{_place(before)}.{part}"
 
 
-def _number(value: float, where: str) -> str:
+def _number(value: float, where: Where) -> str:
     if not math.isfinite(value):
-        raise TypeError(f"{where}: {value} has no stable form; no fingerprint")
+        raise TypeError(f"{_place(where)}: {value} has no stable form; no fingerprint")
     if value.is_integer() and abs(value) < _EXACT_INTEGERS:
         return str(int(value))
     return repr(value)

@@ -20,18 +20,19 @@ from pipeline.registry import Registration, registration, registrations
 from pipeline.status import open_plan, open_store
 from pipeline.store import Store
 from pipeline.store_names import DIGITS
-from pipeline.store_upkeep import Entry, Upkeep, upkeep
+from pipeline.store_upkeep import Entry, Upkeep, sizes_of, upkeep
 
 
 def collect(out: Path, dry_run: bool, forget: list[str], set_aside: bool) -> dict[str, Any]:
     """Remove from the store of OUT what nobody refers to; what goes (or would), stays set aside, and is registered.
 
-    {"dry_run", "store", "removed": [{kind, digits, place, bytes, made_ms}], "bytes", "scratch": [path], "set_aside": {name:
-    bytes}, "studies": [{name, study, host, out, gone}], "forgotten"}. Raises UserError while a driver works on OUT, or for a
-    name to forget that is not registered or whose OUT is still there.
+    {"dry_run", "store", "removed": [{kind, digits, place, bytes, made_ms, linked}], "bytes", "linked", "scratch": [path],
+    "set_aside": {name: bytes}, "studies": [{name, study, host, out, gone, running}], "forgotten"}. "bytes" are those that
+    become free, "linked" those of artifacts that go which other names hold on to. Raises UserError while a driver works on
+    OUT, or for a name to forget that is not registered, whose OUT is still there, or that may be running elsewhere.
     """
     plan, store = open_plan(out), open_store(out)
-    keeper = upkeep(store)
+    keeper, driver = upkeep(store), read_driver(out)
     with contextlib.ExitStack() as held:
         if not dry_run:
             held.enter_context(_held(out))
@@ -41,23 +42,32 @@ def collect(out: Path, dry_run: bool, forget: list[str], set_aside: bool) -> dic
                 for name in forget:
                     keeper.drop_note(name)
             left = [one for one in registrations(keeper) if one.name not in forget]
-            running = [one for one in left if one.may_run and not _is_at(one, out)]
+            running = [one for one in left if one.may_run and not _is_at(one, out, driver)]
             doomed = _unreferenced(keeper, plan, left, min((one.time_ms for one in running), default=None))
             if not dry_run:
                 for entry in doomed:
                     keeper.take_out(entry, files_too=not running)
         scratch, aside = _scratch(out, plan, store), keeper.aside()
+        freed = sum(sizes_of(path)[0] for path in scratch) + (sum(aside.values()) if set_aside else 0)
         if not dry_run:
             _remove(keeper, scratch, list(aside) if set_aside else [])
     return {
         "dry_run": dry_run,
         "store": store.where,
         "removed": [asdict(entry) for entry in doomed],
-        "bytes": sum(entry.bytes for entry in doomed),
+        "bytes": sum(entry.bytes for entry in doomed) + freed,
+        "linked": sum(entry.linked for entry in doomed),
         "scratch": [str(path) for path in scratch],
         "set_aside": aside,
         "studies": [
-            {"name": one.name, "study": one.study, "host": one.host, "out": one.out, "gone": one.is_gone}
+            {
+                "name": one.name,
+                "study": one.study,
+                "host": one.host,
+                "out": one.out,
+                "gone": one.is_gone,
+                "running": one in running,
+            }
             for one in left
         ],
         "forgotten": forget,
@@ -71,12 +81,18 @@ def describe(answer: dict[str, Any]) -> list[str]:
     lines += [f"{'scratch':>16}  {path}" for path in answer["scratch"]]
     for study in answer["studies"]:
         gone = f"; it is gone: --forget {study['name']} drops it" if study["gone"] else ""
-        lines.append(f"kept for {study['study']} ({study['host']}:{study['out']}{gone})")
+        running = "; it may be running, so what was made since it began stays too" if study["running"] else ""
+        lines.append(f"kept for {study['study']} ({study['host']}:{study['out']}{gone}{running})")
     for name, size in answer["set_aside"].items():
         lines.append(f"set aside: {size:,} bytes in {name} (--set-aside removes it)")
+    if answer["linked"]:
+        lines.append(
+            f"{answer['linked']:,} bytes more stay on the disk: other names hold them (hard links, such as the files of MLflow's "
+            "artifacts); they go when those are deleted too"
+        )
     return [
         *lines,
-        f"{answer['store']}: {len(answer['removed'])} artifacts, {answer['bytes']:,} bytes {verb}",
+        f"{answer['store']}: {len(answer['removed'])} artifacts {verb}; bytes that become free: {answer['bytes']:,}",
     ]
 
 
@@ -105,6 +121,11 @@ def _check_forgotten(keeper: Upkeep, forget: list[str]) -> None:
             continue
         if one.host == socket.gethostname() and not one.is_gone:
             raise UserError(f"--forget {name}: its OUT {one.out} is still there; remove that first")
+        if one.host != socket.gethostname() and one.may_run:
+            raise UserError(
+                f"--forget {name}: it may be running in {one.out} on {one.host}, which has not said that it ended; end it there, "
+                "or wait a week after it began"
+            )
 
 
 def _scratch(out: Path, plan: Plan, store: Store) -> list[Path]:
@@ -141,5 +162,9 @@ def _held(out: Path) -> Iterator[None]:
             write_driver(out, said)
 
 
-def _is_at(one: Registration, out: Path) -> bool:
-    return one.out == str(out.absolute())
+def _is_at(one: Registration, out: Path, driver: dict[str, Any]) -> bool:
+    """Whether a registration is of this very OUT: the same path, from this host or from the one that last drove it.
+
+    The same path on any other host may be another directory.
+    """
+    return one.out == str(out.absolute()) and one.host in (socket.gethostname(), driver.get("host"))

@@ -5,7 +5,6 @@ other hosts cannot be asked, so theirs is left alone until it is old.
 """
 
 import contextlib
-import errno
 import fcntl
 import os
 import time
@@ -13,11 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from merge_service.leftovers import is_abandoned, owner_mark
+from pipeline.disk import NO_LOCKS
 from pipeline.errors import StoreError
 
 __all__ = ["is_abandoned", "locked", "owner_mark"]
-
-_UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS}
 
 
 @contextlib.contextmanager
@@ -46,6 +44,6 @@ def _acquire(handle: int, path: Path, until: float) -> None:
                 ) from None
             time.sleep(0.005)
         except OSError as error:
-            if error.errno in _UNSUPPORTED:
+            if error.errno in NO_LOCKS:
                 return
             raise

@@ -8,15 +8,15 @@ a study, no degree of parallelism.
 """
 
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from merge_service import timeline
 from pipeline.config import Study
 from pipeline.errors import PlanError
 from pipeline.expand import Draft, World, effective_params, joint_task, together
-from pipeline.fingerprint import fingerprint, step_fingerprint
+from pipeline.fingerprint import Texts, canonical, fingerprint, step_fingerprint
 from pipeline.grid import Cell
 from pipeline.sections import BudgetSection, key_of
 from pipeline.steps import (
@@ -34,6 +34,7 @@ from pipeline.steps import (
     TrajectoryPlan,
 )
 from pipeline.streams import Part, Stream, StreamTask
+from workers.recipe import Recipe
 
 __all__ = [
     "BASE",
@@ -125,7 +126,11 @@ class Planner:
         self._scored: dict[str, str] = {}
         self._own_tasks: dict[str, tuple[Step, tuple[str, ...]]] = {}
         self._used: list[tuple[set[str], set[str], set[str]]] = []
+        self.texts = Texts()
         self._sources: dict[tuple[Part, str], dict[str, Any]] = {}
+        self._lists: dict[Any, list[dict[str, Any]]] = {}
+        self._recipes: dict[str, dict[str, Any]] = {}
+        self._engines: dict[str, dict[str, Any]] = {}
         self._test = sorted({*self.roles.adaptation, *self.roles.held_out})
         self._check_data()
 
@@ -180,7 +185,7 @@ class Planner:
         self, kind: Any, spec: dict[str, Any], slug: str, label: str, t: int, task: str, **more: Any
     ) -> str:
         """The fingerprint of a step, which is in the plan from now on."""
-        fp = step_fingerprint(kind, spec)
+        fp = step_fingerprint(kind, spec, self.texts)
         if fp not in self.steps:
             self.steps[fp] = Step(kind, fp, slug[:120], label, t, task, spec, **more)
         return fp
@@ -197,9 +202,26 @@ class Planner:
         if datasets:
             self._own_tasks.setdefault(expert, (self.steps[expert], datasets))
 
-    def sources(self, parts: Iterable[Part], split: str) -> list[dict[str, Any]]:
-        """What a step reads, as a spec has it: content, not place. A list of classes is named by its digest."""
-        return [self._source(part, split) for part in parts]
+    def sources(self, key: Any, parts: Callable[[], Iterable[Part]], split: str) -> list[dict[str, Any]]:
+        """What a step reads, as a spec has it: content, not place. A list of classes is named by its digest.
+
+        Steps that read the same hold one list; `key` tells it from all others, and `parts` says what it is made of.
+        """
+        if (key, split) not in self._lists:
+            self._lists[key, split] = [self._source(part, split) for part in parts()]
+        return self._lists[key, split]
+
+    def recipe(self, recipe: Recipe) -> tuple[dict[str, Any], str]:
+        """A recipe as specs have it, and its canonical text."""
+        values = recipe.model_dump(mode="json")
+        text = canonical(values)
+        return self._recipes.setdefault(text, values), text
+
+    def engine(self, model: str) -> dict[str, Any]:
+        """What trains experts of a model, as specs have it."""
+        if model not in self._engines:
+            self._engines[model] = asdict(self.study.engine_of(model))
+        return self._engines[model]
 
     def _source(self, part: Part, split: str) -> dict[str, Any]:
         found = self._sources.get((part, split))
@@ -209,13 +231,15 @@ class Planner:
             if part.classes is not None:
                 digest = fingerprint([part.dataset, list(part.classes)])
                 self.classes[digest] = part.classes
-            found = self._sources[part, split] = {
-                "dataset": part.dataset,
-                "split": split,
-                "digest": facts.digests[split],
-                "prompts": facts.prompts,
-                "classes": digest,
-            }
+            found = self._sources[part, split] = self.texts.keep(
+                {
+                    "dataset": part.dataset,
+                    "split": split,
+                    "digest": facts.digests[split],
+                    "prompts": facts.prompts,
+                    "classes": digest,
+                }
+            )
         return found
 
     def _evaluate(self, weights: str, step: Step, datasets: Sequence[str], what: str) -> str:
@@ -223,7 +247,7 @@ class Planner:
         spec = {
             "version": VERSIONS["evaluate"],
             "model": weights,
-            "datasets": self.sources(map(Part, datasets), TEST),
+            "datasets": self.texts.keep(self.sources((*datasets,), lambda: map(Part, datasets), TEST)),
             "fraction": options.fraction,
             "seed": options.seed if options.fraction < 1 else 0,
             "device": self.study.evaluation_device_of(step.model),

@@ -88,6 +88,11 @@ class Tracking:
             f"In MLflow this plan is {facts.title!r}."
         )
 
+    @property
+    def trouble(self) -> str | None:
+        """Why rows wait just now; None while they are delivered."""
+        return self.tracker.last_error or self.recorder.last_error
+
     def committed(self, step: Any, record: Any) -> None:
         self.recorder.step_done(step, record)
 

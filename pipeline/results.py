@@ -7,7 +7,6 @@ what is there and says so.
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean as average
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 
 from merge_service.checkpoint import WEIGHTS_FILE
 from pipeline.artifact import Record
+from pipeline.disk import write_whole
 from pipeline.expand import JOINT_TASK
 from pipeline.steps import BASE, Plan, Point, TrajectoryPlan
 
@@ -141,16 +141,7 @@ def results(plan: Plan, store: Records) -> dict[str, Any]:
 
 def write_results(path: Path, answer: Mapping[str, Any]) -> None:
     """Write `results.json`, as a whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as stream:
-            json.dump(answer, stream, indent=1, allow_nan=False)
-            stream.write("\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, [*json.JSONEncoder(indent=1, allow_nan=False).iterencode(answer), "\n"], sync=True)
 
 
 def table(answer: Mapping[str, Any]) -> list[dict[str, Any]]:

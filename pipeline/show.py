@@ -24,6 +24,7 @@ from pipeline.progress import running_table, standings_table
 from pipeline.results import summary as standings
 from pipeline.results import winner
 from pipeline.steps import Plan, TrajectoryPlan
+from pipeline.versions import mixed_text
 
 STATES = {"running": BUSY, "starting": BUSY, "done": GOOD, "failed": ERROR, "partial": WARNING}
 UNDER_WAY = frozenset({"running", "starting"})
@@ -51,6 +52,8 @@ def parameters_from(overrides: Sequence[str]) -> dict[str, Any]:
     return answer
 
 
+SHOWN_EVENTS = 8
+"""Events that `status` shows; all of them are in OUT/events.jsonl."""
 LISTED = 60
 """Lines of trajectories that a plan shows."""
 
@@ -130,6 +133,11 @@ def status_view(out: Path, answer: Mapping[str, Any]) -> Group:
     if answer.get("running"):
         running = [(step["label"], step["progress"], step["seconds"] or 0.0) for step in answer["running"]]
         parts.append(running_table(running))
+    parts += [Text(f"waiting for {step['holder']}: {step['label']}") for step in answer.get("waiting", ())]
+    if answer.get("versions"):
+        parts.append(Text(mixed_text(answer["versions"]), style=WARNING))
+    if answer.get("events"):
+        parts.append(_events(answer["events"]))
     if answer.get("failure"):
         failure = answer["failure"]
         parts.append(Text(f"failed: {failure['step']}: {failure['error']}", style=ERROR))
@@ -146,6 +154,16 @@ def status_view(out: Path, answer: Mapping[str, Any]) -> Group:
         text = f"the tracker waits for {answer['tracker_pending']} rows: temporal-merge sync {out}"
         parts.append(Text(text, style=WARNING))
     return Group(*parts)
+
+
+def _events(events: Sequence[Mapping[str, Any]]) -> Table:
+    """The last events of a run, oldest first."""
+    table = _table("", "events", "")
+    table.columns[1].justify = "left"
+    for event in events[-SHOWN_EVENTS:]:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
+        table.add_row(when, Text(f"{event['kind']}: {event['text']}"))
+    return table
 
 
 def show_status(out: Path, answer: Mapping[str, Any]) -> None:

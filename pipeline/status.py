@@ -10,18 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from merge_service.errors import UserError
+from pipeline.events import read_events
 from pipeline.lock import is_held, read_driver
 from pipeline.outbox import glance
 from pipeline.plan import Plan
+from pipeline.plan_file import read
 from pipeline.progress import Standings, read_progress
 from pipeline.store import Store
 from pipeline.store_open import store_of
+from pipeline.versions import mixed
 
 
 def open_plan(out: Path) -> Plan:
     """The plan of a run. Raises UserError if OUT holds none."""
     try:
-        return Plan.from_json(json.loads((out / "plan.json").read_text()))
+        return read(out / "plan.json")
     except OSError:
         raise UserError(
             f"{out} holds no run (no plan.json); give the directory that `temporal-merge run` wrote, e.g. runs/demo"
@@ -48,27 +51,32 @@ class Look:
         self._out, self._plan, self._store = out, open_plan(out), store_of(out)
         self._standings = Standings(self._plan)
         self._done: set[str] = set()
-        self._totals = Counter(step.kind for step in self._plan.steps.values())
+        self._versions: dict[str, dict[str, int]] = {}
+        self._kinds = self._plan.kinds
+        self._totals = Counter(self._kinds.values())
 
     def __call__(self) -> dict[str, Any]:
         """{"state", "steps": {"done", "running", "failed", "pending"}, "kinds": {kind: {"done", "running", "total"}},
-        "running", "trajectories": [{"trajectory", "t", "tasks", "gm"}], "more_trajectories", "failure", "tracker_pending",
+        "running", "trajectories": [{"trajectory", "t", "tasks", "gm"}], "more_trajectories", "waiting": [{"fingerprint", "label",
+        "holder"}], "failure", "versions": {package: {version: artifacts}}, "events": [{"time", "kind", "text"}], "tracker_pending",
         "other_plans", "results_of"}.
 
         `state` is running while a driver lives, done when every step is in the store, failed when the last driver said so,
-        and partial otherwise. Of many trajectories those scored last are listed. "other_plans" are plans that OUT held before its
-        study was changed, by their names in MLflow; "results_of" is the one that results.json is still of, if any.
+        and partial otherwise. Of many trajectories those scored last are listed. `waiting` is what another driver carries out,
+        `versions` names the packages of which several versions made artifacts, `events` are the last of OUT/events.jsonl.
+        `other_plans` are plans that OUT held before its study was changed, by their names in MLflow; `results_of` is the one that
+        results.json is still of, if any.
         """
         self._find_done()
         driver, alive = read_driver(self._out), is_held(self._out)
-        running = driver.get("running", []) if alive else []
+        running, waiting = (driver.get(key, []) if alive else [] for key in ("running", "waiting"))
         running = [step for step in running if step["fingerprint"] not in self._done]
         failure = None if alive else driver.get("failed")
         told = glance(self._out)
         total, done = len(self._plan.steps), len(self._done)
         state = "running" if alive else "done" if done == total else "failed" if failure else "partial"
         failed = int(bool(failure) and done < total)
-        kinds_done = Counter(self._plan.steps[fingerprint].kind for fingerprint in self._done)
+        kinds_done = Counter(self._kinds[fingerprint] for fingerprint in self._done)
         kinds_running = Counter(step["kind"] for step in running)
         return {
             "state": state,
@@ -84,7 +92,10 @@ class Look:
                 {"trajectory": name, "t": t, "tasks": tasks, "gm": gm} for name, t, tasks, gm in self._standings.rows()
             ],
             "more_trajectories": self._standings.hidden,
+            "waiting": [step for step in waiting if step["fingerprint"] not in self._done],
             "failure": failure,
+            "versions": mixed(self._versions),
+            "events": read_events(self._out),
             "tracker_pending": told.pending,
             "other_plans": list(told.others),
             "results_of": told.results_of,
@@ -100,12 +111,17 @@ class Look:
         }
 
     def _find_done(self) -> None:
-        for fingerprint, step in self._plan.steps.items():
-            if fingerprint in self._done or not self._store.has(step.kind, fingerprint):
+        for fingerprint, kind in self._kinds.items():
+            if fingerprint in self._done or not self._store.has(kind, fingerprint):
                 continue
             self._done.add(fingerprint)
-            record = self._store.record(step.kind, fingerprint) if step.kind == "evaluate" else None
-            if record is not None:
+            record = self._store.record(kind, fingerprint)
+            if record is None:
+                continue
+            for package, version in record.versions.items():
+                known = self._versions.setdefault(package, {})
+                known[version] = known.get(version, 0) + 1
+            if kind == "evaluate":
                 self._standings.scored(fingerprint, record.result["scores"])
 
 

@@ -5,10 +5,9 @@ labels, slugs, costs and `after` are for people and schedulers and never part of
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
-from pipeline.errors import PlanError
 from pipeline.fingerprint import fingerprint
 from pipeline.streams import Stream
 
@@ -16,7 +15,6 @@ Kind = Literal["base", "train", "merge", "evaluate"]
 KINDS: tuple[Kind, ...] = ("train", "merge", "evaluate")
 BASE = "base"
 TRAIN, TEST = "train", "test"
-FORMAT = 2
 RECORD_BYTES = 16 * 1024
 """A generous guess at the size of a record, for estimates."""
 
@@ -89,7 +87,7 @@ class Facts:
     missing: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """One unit of work. `inputs` maps roles to fingerprints; `after` are steps to wait for without using their results.
 
@@ -111,7 +109,7 @@ class Step:
     model: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Point:
     """One trajectory at one time step, as fingerprints; the base is "base", what does not exist None.
 
@@ -173,7 +171,7 @@ class Plan:
 
     study: str
     bases: dict[str, Step]
-    steps: dict[str, Step]
+    steps: Mapping[str, Step]
     trajectories: tuple[TrajectoryPlan, ...]
     streams: dict[str, dict[str, tuple[str, ...]]]
     classes: dict[str, tuple[str, ...]]
@@ -198,8 +196,9 @@ class Plan:
     @property
     def fingerprint(self) -> str:
         """Identity of the whole: study name, trajectories, and every step they take."""
+        names = [one.name for one in fields(Point)]
         points = {
-            trajectory.id: [list(vars(point).values()) for point in trajectory.points]
+            trajectory.id: [[getattr(point, name) for name in names] for point in trajectory.points]
             for trajectory in self.trajectories
         }
         return fingerprint({"study": self.study, "base": "+".join(self.bases), "trajectories": points})
@@ -231,42 +230,24 @@ class Plan:
             "missing": list(self.missing),
         }
 
+    @property
+    def kinds(self) -> Mapping[str, str]:
+        """The kind of every step by its fingerprint."""
+        known: Mapping[str, str] | None = getattr(self.steps, "kinds", None)
+        return known or {fingerprint: step.kind for fingerprint, step in self.steps.items()}
+
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON values; `from_json` gives an equal plan."""
-        trajectories = [
-            {**vars(trajectory), "points": [dict(vars(point)) for point in trajectory.points]}
-            for trajectory in self.trajectories
-        ]
-        steps = [dict(vars(step)) for step in self.steps.values()]
-        bases = [dict(vars(base)) for base in self.bases.values()]
-        body = {**vars(self), "bases": bases, "steps": steps, "trajectories": trajectories}
-        return {"format": FORMAT, "fingerprint": self.fingerprint, **body}
+        from pipeline.plan_file import encode
+
+        return encode(self)
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> "Plan":
         """A plan from its JSON. Raises PlanError if it is not one."""
-        try:
-            if body["format"] != FORMAT:
-                raise PlanError(
-                    f"the plan has format {body['format']!r}, this version reads {FORMAT}; run again"
-                )
-            return cls(
-                study=body["study"],
-                bases={entry["fingerprint"]: _step(entry) for entry in body["bases"]},
-                steps={entry["fingerprint"]: _step(entry) for entry in body["steps"]},
-                trajectories=tuple(_trajectory(entry) for entry in body["trajectories"]),
-                streams={key: _lists(tasks) for key, tasks in body["streams"].items()},
-                classes=_lists(body["classes"]),
-                adaptation=tuple(body["adaptation"]),
-                held_out=tuple(body["held_out"]),
-                naive=dict(body["naive"]),
-                naive_gflops=body["naive_gflops"],
-                missing=tuple(body["missing"]),
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise PlanError(
-                f"the plan is malformed ({error!r}); run the study again to write it anew"
-            ) from None
+        from pipeline.plan_file import decode
+
+        return decode(body)
 
 
 def critical_path(steps: Mapping[str, Step]) -> dict[str, int]:
@@ -298,16 +279,3 @@ def total_gflops(costs: Iterable[float | None]) -> float | None:
             return None
         total += cost
     return total
-
-
-def _lists(body: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    return {key: tuple(values) for key, values in body.items()}
-
-
-def _step(entry: Mapping[str, Any]) -> Step:
-    return Step(**{**entry, "after": tuple(entry["after"])})
-
-
-def _trajectory(entry: Mapping[str, Any]) -> TrajectoryPlan:
-    points = tuple(Point(**point) for point in entry["points"])
-    return TrajectoryPlan(**{**entry, "points": points, "stream": tuple(entry["stream"])})

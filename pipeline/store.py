@@ -11,16 +11,13 @@ import contextlib
 import errno
 import json
 import os
-import platform
 import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from merge_service.faults import point
 from pipeline import audit
@@ -33,13 +30,14 @@ from pipeline.artifact import (
     read_record,
     write_record,
 )
+from pipeline.disk import free_bytes, full_text, is_full
 from pipeline.errors import CorruptArtifact, NondeterminismError, StorageFull, StoreError, StoreUnwritable
+from pipeline.lease import Files, Shelf
 from pipeline.ownership import is_abandoned, locked, owner_mark
 from pipeline.store_names import DIGITS, KINDS, Names, is_there, sync_directory
+from pipeline.versions import here
 
-_PACKAGES = ("temporal-merge", "torch", "open_clip_torch", "deepspeed", "numpy", "safetensors")
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 _sound: set[tuple[str, int, int, int]] = set()
 _verified: dict[tuple[str, int, int, int, int], str] = {}
@@ -69,6 +67,8 @@ class Store:
     """A store at `root`. It holds nothing but the path, so it travels between processes."""
 
     root: Path
+    poll_seconds: ClassVar[float] = 1.0
+    """How often it may be asked what has become of a step that another driver carries out."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", Path(self.root).absolute())
@@ -77,6 +77,11 @@ class Store:
     def where(self) -> str:
         """The place of the store, for people."""
         return str(self.root)
+
+    @property
+    def shelf(self) -> Shelf:
+        """Where its small files lie beside the artifacts: leases."""
+        return Files(self.root)
 
     def prepare(self) -> None:
         """Create the store, make sure it can be written, and remove what dead writers left. Raises StoreUnwritable."""
@@ -194,7 +199,7 @@ class Store:
                 result=_plain(result, step),
                 created_ms=time.time_ns() // 1_000_000,
                 seconds=round(float(seconds), 6),
-                versions=dict(versions or _versions()),
+                versions=dict(versions or here()),
                 path=home,
             )
             point("store.before_record")
@@ -237,9 +242,9 @@ class Store:
 
     def _check_free(self, what: str, needed: int) -> None:
         with self._guarded(what, needed):
-            free = self._free()
+            free = free_bytes(self.root)
         if needed and free < needed:
-            raise StorageFull(_full_text(what, self.root, needed, free), needed, free)
+            raise StorageFull(full_text(what, self.root, needed, free), needed, free)
 
     def verify(self, progress: Callable[[Path], None] | None = None) -> list[str]:
         """Re-hash every artifact and follow every lineage edge; the problems found, each with its path. Changes nothing."""
@@ -313,21 +318,15 @@ class Store:
         found = Names(self.root).find(fingerprint[:DIGITS])
         return found if found is None or kind in (None, found.parent.name) else None
 
-    def _free(self) -> int:
-        place = self.root
-        while not place.exists() and place != place.parent:
-            place = place.parent
-        return shutil.disk_usage(place).free
-
     @contextlib.contextmanager
     def _guarded(self, what: str, needed: int, foreign: bool = False) -> Iterator[None]:
         """Turn errors of the disk into ours. In `foreign` code other errors than a full disk pass as they are."""
         try:
             yield
         except Exception as error:
-            if _is_full(error):
-                free = self._free()
-                raise StorageFull(_full_text(what, self.root, needed, free), needed, free) from error
+            if is_full(error):
+                free = free_bytes(self.root)
+                raise StorageFull(full_text(what, self.root, needed, free), needed, free) from error
             if foreign or not isinstance(error, OSError):
                 raise
             if error.errno in _UNWRITABLE:
@@ -392,28 +391,3 @@ def _plain(result: Mapping[str, Any], step: StepLike) -> dict[str, Any]:
             f"{step.label}: its result is not plain JSON ({error}); use null where there is no number"
         ) from error
     return plain
-
-
-def _is_full(error: BaseException | None) -> bool:
-    seen = 0
-    while error is not None and seen < 8:
-        if isinstance(error, OSError) and error.errno in _FULL:
-            return True
-        if not isinstance(error, StoreError) and "No space left on device" in str(error):
-            return True
-        error, seen = error.__cause__ or error.__context__, seen + 1
-    return False
-
-
-def _full_text(what: str, root: Path, needed: int, free: int) -> str:
-    wanted = f"{needed:,} bytes are needed, {free:,} are free" if needed else f"{free:,} bytes are free"
-    return f"{what}: no room in {root}: {wanted}. Free some space and run again; finished steps are kept"
-
-
-@cache
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found

@@ -16,12 +16,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from typing import ClassVar
 
 from merge_service.faults import point
 from pipeline import audit
 from pipeline.artifact import RECORD_FILE, Record, difference, parse_record, read_record, write_record
 from pipeline.errors import CorruptArtifact, StoreError, StoreUnwritable
 from pipeline.fingerprint import fingerprint as digest_of
+from pipeline.lease import Shelf
 from pipeline.ownership import locked, owner_mark
 from pipeline.store import StepLike, Store, conflict, differences
 from pipeline.store_names import DIGITS, KINDS
@@ -40,6 +42,7 @@ class ObjectStore(Store):
 
     url: str
     always: tuple[str, ...] = ()
+    poll_seconds: ClassVar[float] = 5.0
 
     @classmethod
     def at(cls, url: str, always: tuple[str, ...] = ()) -> "ObjectStore":
@@ -51,6 +54,10 @@ class ObjectStore(Store):
     @cached_property
     def objects(self) -> Objects:
         return Objects(self.url)
+
+    @property
+    def shelf(self) -> Shelf:
+        return self.objects
 
     @property
     def where(self) -> str:

@@ -26,13 +26,17 @@ _WAIT_SECONDS, _LEASE_SECONDS = 120.0, 900.0
 
 @dataclass(frozen=True)
 class Entry:
-    """Something under a kind: an artifact, whole or damaged, or (`made_ms` None) files that no record speaks of."""
+    """Something under a kind: an artifact, whole or damaged, or (`made_ms` None) files that no record speaks of.
+
+    `bytes` become free when it goes; `linked` do not, because other names (hard links, as MLflow's artifacts have) hold them.
+    """
 
     kind: str
     digits: str
     place: str
     bytes: int
     made_ms: int | None
+    linked: int = 0
 
 
 class Upkeep:
@@ -66,7 +70,8 @@ class Upkeep:
                 made = path if not (path / RECORD_FILE).is_file() else path / RECORD_FILE
                 with contextlib.suppress(FileNotFoundError):
                     stamp = int(made.stat().st_mtime * 1000)
-                    yield Entry(kind, path.name[-DIGITS:], str(path), _size(path), stamp)
+                    freed, linked = sizes_of(path)
+                    yield Entry(kind, path.name[-DIGITS:], str(path), freed, stamp, linked)
 
     def take_out(self, entry: Entry, files_too: bool) -> None:
         """Make it no artifact any more; its bytes go with the next `clear`."""
@@ -84,7 +89,7 @@ class Upkeep:
     def aside(self) -> dict[str, int]:
         """Bytes by name of what was set aside: damaged artifacts and second results."""
         return {
-            f"{room}/{path.name}": _size(path)
+            f"{room}/{path.name}": sizes_of(path)[0]
             for room in ASIDE
             for path in sorted((self.root / room).glob("*"))
         }
@@ -188,12 +193,25 @@ def upkeep(store: Store) -> Upkeep:
     return Upkeep(store) if type(store) is Store else ObjectUpkeep(store)
 
 
-def _size(path: Path) -> int:
-    if not path.is_dir():
-        return path.lstat().st_size
-    sizes = 0
-    for place, _, names in os.walk(path):
-        for name in names:
-            with contextlib.suppress(OSError):
-                sizes += (Path(place) / name).lstat().st_size
-    return sizes
+def sizes_of(path: Path) -> tuple[int, int]:
+    """Bytes that become free when a file or directory is removed, and bytes that other names hold."""
+    places = (
+        [path]
+        if not path.is_dir() or path.is_symlink()
+        else (Path(place) / name for place, _, names in os.walk(path) for name in names)
+    )
+    freed = linked = 0
+    shared: dict[tuple[int, int], list[int]] = {}
+    for one in places:
+        with contextlib.suppress(OSError):
+            found = one.lstat()
+            if found.st_nlink == 1:
+                freed += found.st_size
+            else:
+                shared.setdefault((found.st_dev, found.st_ino), [found.st_size, found.st_nlink])[1] -= 1
+    for size, elsewhere in shared.values():
+        if elsewhere:
+            linked += size
+        else:
+            freed += size
+    return freed, linked

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from pipeline.disk import write_whole
 from pipeline.errors import ConfigError, PlanError
 from pipeline.fingerprint import fingerprint
 from pipeline.mistakes import nearest, validate
@@ -294,9 +295,7 @@ def save(stream: Stream, path: Path) -> None:
     """Write a stream as a JSON file, the same bytes for the same stream."""
     body = {"format": FORMAT, "made": dict(stream.made), **stream.to_json()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(body, indent=1, ensure_ascii=False) + "\n")
 
 
 def load(path: Path) -> Stream:

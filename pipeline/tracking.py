@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 from merge_service.faults import point
 from pipeline.addresses import CREDENTIALS, redact, secret_in
 from pipeline.console import WARNING, complain
+from pipeline.disk import NO_LOCKS
 from pipeline.errors import ConfigError, TrackingError
 from pipeline.outbox import FILE, Entry, Outbox
 from pipeline.tracking_client import Limit
@@ -224,9 +225,11 @@ class FlushLock:
             raise TrackingError(f"{self._path} cannot be opened: {error}") from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(handle)
-            return False
+        except OSError as error:
+            # Where there are no locks two processes may deliver the same row: the second changes nothing.
+            if error.errno not in NO_LOCKS:
+                os.close(handle)
+                return False
         self._handle = handle
         return True
 

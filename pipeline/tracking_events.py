@@ -44,6 +44,7 @@ from pipeline.tracking_names import (
     trajectory_note,
 )
 from pipeline.tracking_rows import Metrics, Rows
+from pipeline.versions import counted, mixed_text
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,9 @@ class Projection:
         """The end of the study, all steps done; `table` is its results as CSV, `best` the trajectory to register."""
         end = max(record.created_ms for record in (*self._bases.values(), *self._records.values()))
         rows = [] if table is None else [self.rows.artifact(STUDY, "results.csv", end, text=table)]
+        several = mixed_text(counted((*self._bases.values(), *self._records.values())))
+        if several:
+            rows.append(self.rows.log(STUDY, "versions", Metrics(end), tags={"library_versions": several}))
         rows += [self.rows.status(key, "FINISHED", end) for key in (EXPERTS, STUDY)]
         return rows if best is None or self._facts.registry is None else rows + self._best_rows(best, end)
 

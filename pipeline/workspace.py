@@ -3,7 +3,6 @@
 Invariant: opening a workspace writes nothing; `prepare` writes what a run needs, each file whole or not at all.
 """
 
-import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -15,9 +14,11 @@ from typing import Any
 from merge_service.errors import UserError
 from merge_service.leftovers import sweep_directory
 from pipeline.config import Study, load_study
+from pipeline.disk import clear_leftovers, write_whole
 from pipeline.errors import ConfigError
 from pipeline.facts import check_shards, ensure_data, gather, local_base
 from pipeline.plan import Plan, Step, base_step, make_plan
+from pipeline.plan_file import study_of, write
 from pipeline.registry import register
 from pipeline.results import results, write_results
 from pipeline.sections import ModelSection, key_of
@@ -107,8 +108,10 @@ class Workspace:
         self.store.prepare()
         self._check_same_study()
         register(self.store, self.plan, self.out)
-        _write(self.out / STUDY_FILE, self.study.resolved_yaml())
-        _write(self.out / PLAN_FILE, json.dumps(self.plan.to_json()))
+        files = self.out / STUDY_FILE, self.out / PLAN_FILE, self.out / RESULTS_FILE
+        clear_leftovers(*files)
+        write_whole(files[0], self.study.resolved_yaml(), sync=True)
+        write(self.plan, files[1])
         self.save_streams(self.out / STREAMS)
         for model in self.study.models:
             known = self.facts.models[key_of(model)]
@@ -160,17 +163,8 @@ class Workspace:
 
     def _check_same_study(self) -> None:
         """One OUT is one study: another name there would mix two studies' results."""
-        try:
-            there = json.loads((self.out / PLAN_FILE).read_text())["study"]
-        except (OSError, ValueError, KeyError):
-            return
-        if there != self.plan.study:
+        there = study_of(self.out / PLAN_FILE)
+        if there is not None and there != self.plan.study:
             raise ConfigError(
                 f"{self.out} holds the study {there!r}, not {self.plan.study!r}; choose another --out"
             )
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

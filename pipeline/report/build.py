@@ -26,6 +26,7 @@ from pipeline.status import open_plan, open_store
 from pipeline.steps import total_gflops
 from pipeline.store import Store
 from pipeline.timeline import read_timeline
+from pipeline.versions import counted, mixed_text
 
 EXPERTS = 12
 """More experts than this make a heat map nobody reads; the first are compared."""
@@ -96,7 +97,8 @@ def write_report(
     stage = out / ".report.partial"
     shutil.rmtree(stage, ignore_errors=True)
     written = _write(stage, data, drawn, spent)
-    partial = "" if answer["complete"] else _unfinished(plan, answer)
+    unfinished = "" if answer["complete"] else _unfinished(plan, answer)
+    partial = ". ".join(filter(None, [unfinished.removesuffix("."), mixed_text(counted(made))]))
     text = page(
         plan.study,
         f"{len(answer['trajectories'])} trajectories, {len(data.last)} groups that differ in more than the seed",

@@ -1,7 +1,9 @@
 """The driver's loop over workers that exist only here: caps, priorities, shapes, faults, and an end to every study."""
 
 import contextlib
+import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +15,7 @@ from cluster.room import Node, Room
 from cluster.session import ClusterError, Session
 from pipeline import driver
 from pipeline.errors import CorruptArtifact
+from pipeline.lease import Files, Leases
 from pipeline.timeline import read_timeline
 from pipeline.workspace import Workspace
 from tests.pipeline.plan_toys import facts, make_plan, study
@@ -80,11 +83,16 @@ class Scene:
         self.together: list[list[Any]] = []
         self.damaged: set[str] = set()
         self.victim = ""
+        strict = changes.pop("strict_versions", False)
         one = study(changes.pop("strategies", STRATEGIES), **changes)
         known = facts()
         self.plan = make_plan(one, known)
         self.workspace = Workspace(one, room, self.plan, known)
-        self.workspace.__dict__["store"] = SimpleNamespace(has=lambda kind, fp: fp not in self.damaged)
+        self.stored: dict[str, Any] = {}
+        self.workspace.__dict__["store"] = SimpleNamespace(
+            has=lambda kind, fp: fp not in self.damaged, record=lambda kind, fp: self.stored.get(fp),
+            root=room, shelf=Files(room), poll_seconds=0.0, where="store",
+        )  # fmt: skip
         monkeypatch.setattr(driver, "Pools", Workers)
         monkeypatch.setattr(driver, "Jobs", lambda _: SimpleNamespace(of=lambda step: None))
         monkeypatch.setattr(driver, "nodes_now", lambda: self.nodes)
@@ -94,12 +102,15 @@ class Scene:
         monkeypatch.setattr(
             Workers, "call", lambda pools, method, job, step, store, group: self._call(step, group)
         )
+        self.idle: Callable[[], None] = lambda: pytest.fail("the driver waits for nobody")
         self.nodes = (Node("a", "10.0.0.1", cpus),)
         self.told: list[str] = []
         tracking: Any = SimpleNamespace(
-            committed=lambda step, record: self.told.append(step.fingerprint), failed=lambda *_: None
+            committed=lambda step, record: self.told.append(step.fingerprint),
+            failed=lambda *_: None,
+            trouble=None,
         )
-        self.drive = driver._Drive(self.workspace, Session("local", self.nodes), tracking, set())
+        self.drive = driver._Drive(self.workspace, Session("local", self.nodes), tracking, set(), strict)
 
     def _call(self, step: Any, group: Group) -> Call:
         group.idle = False
@@ -113,12 +124,19 @@ class Scene:
             raise error
         self.ended.append(step)
         self.damaged.discard(step.fingerprint)
+        return self.record(step)
+
+    def record(self, step: Any) -> Any:
         scores = dict.fromkeys((*self.plan.adaptation, *self.plan.held_out), 0.5)
         result = {"steps": 1, "loss": [[1, 1.0]], "samples_per_second": 1.0, "scores": scores}
-        return SimpleNamespace(kind=step.kind, fingerprint=step.fingerprint, result=result, path=Path())
+        return SimpleNamespace(
+            kind=step.kind, fingerprint=step.fingerprint, result=result, path=Path(), versions={}
+        )
 
     def _wait(self, calls: list[Any], timeout: float) -> list[Any]:
-        assert calls, "the driver waits for nobody"
+        if not calls:
+            self.idle()
+            return []
         self.together.append([call.step for call in calls])
         return [self.rng.choice(calls)]
 
@@ -279,7 +297,9 @@ def test_worker_without_a_place_is_waited_for_where_nodes_may_come_until_it_has_
 
 def test_waiting_for_a_place_is_said_only_of_a_worker_without_a_process(slow: Any) -> None:
     said: list[str] = []
-    slow.drive.progress = SimpleNamespace(note=said.append)
+    slow.drive.progress = SimpleNamespace(
+        note=lambda text, about="": said.append(text), settled=lambda about: None
+    )
     slow.drive.pools = SimpleNamespace(not_up=lambda seconds: [slow.group])
     slow.drive._note_waiting()
     slow.drive._note_waiting()
@@ -290,3 +310,62 @@ def test_waiting_for_a_place_is_said_only_of_a_worker_without_a_process(slow: An
     assert [line.removeprefix("worker-7 ")[:14] for line in said] == [
         "has no process", "is still start", "waits for a pl"
     ]  # fmt: skip
+
+
+def test_step_of_another_driver_is_waited_for_while_others_go_on_and_is_not_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(tmp_path, monkeypatch)
+    first = next(step for step in scene.plan.steps.values() if step.kind == "train")
+    store: Any = scene.workspace.store
+    other = Leases(store, "other", tmp_path / "other")
+    assert other.take(first.fingerprint) is None
+    before: list[int] = []
+
+    def finish() -> None:
+        """All that does not need the step is done: now the other driver commits it."""
+        before.append(len(scene.ended))
+        assert "study other" in json.loads((tmp_path / "driver.json").read_text())["waiting"][0]["holder"]
+        scene.stored[first.fingerprint] = scene.record(first)
+        other.give_back(first.fingerprint)
+
+    scene.idle = finish
+    scene.drive.run()
+    assert len(before) == 1 and before[0] > 0
+    assert first.fingerprint not in {step.fingerprint for step in scene.ended}
+    assert sorted(scene.told) == sorted(scene.plan.steps)
+
+
+def test_step_that_the_other_driver_gives_up_is_done_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(tmp_path, monkeypatch)
+    first = next(step for step in scene.plan.steps.values() if step.kind == "train")
+    store: Any = scene.workspace.store
+    other = Leases(store, "other", tmp_path / "other")
+    other.take(first.fingerprint)
+    scene.idle = lambda: other.give_back(first.fingerprint)
+    scene.drive.run()
+    assert sorted(step.fingerprint for step in scene.ended) == sorted(scene.plan.steps)
+
+
+def test_what_was_done_since_the_run_began_is_found_before_it_is_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(tmp_path, monkeypatch)
+    for fingerprint, step in list(scene.plan.steps.items())[::2]:
+        scene.stored[fingerprint] = scene.record(step)
+    scene.drive.run()
+    assert {step.fingerprint for step in scene.ended} == set(scene.plan.steps) - set(scene.stored)
+    assert sorted(scene.told) == sorted(scene.plan.steps)
+
+
+def test_run_that_ends_in_an_error_holds_no_lease_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(tmp_path, monkeypatch)
+    first = next(step for step in scene.plan.steps.values() if step.kind == "train")
+    scene.errors[first.fingerprint] = [KeyboardInterrupt()]  # type: ignore[list-item]
+    with pytest.raises(KeyboardInterrupt):
+        scene.drive.run()
+    assert Files(tmp_path).sizes(".leases") == {}

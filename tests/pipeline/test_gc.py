@@ -1,6 +1,7 @@
 """What nobody refers to goes; what any registered study refers to, or a running one makes, stays."""
 
 import json
+import os
 import shutil
 import socket
 import time
@@ -153,3 +154,47 @@ def test_registration_from_another_host_counts_as_running_for_a_week_unless_it_r
     assert one.host == here and one.may_run and not one.is_gone
     monkeypatch.setattr(time, "time", lambda: one.time_ms / 1000 + 8 * 24 * 3600)
     assert not one.may_run
+
+
+def test_running_study_of_the_same_path_on_another_host_keeps_what_it_makes(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any
+) -> None:
+    out = tmp_path / "out"
+    _, store = finished(out, where, ["zero_shot"])
+    here = socket.gethostname()
+    monkeypatch.setattr(socket, "gethostname", lambda: "other-host")
+    register(store, make_plan(study(["zero_shot"], tasks=2), facts(2)), out)
+    monkeypatch.setattr(socket, "gethostname", lambda: here)
+    time.sleep(0.01)
+    fresh = make_plan(study(["multitask"], tasks=2), facts(2))
+    carry_out(fresh, store)
+    said = cli("gc", out)
+    assert all(store.has(step.kind, fp) for fp, step in fresh.steps.items())
+    assert "may be running" in said.out
+    name = next(one.name for one in registrations(upkeep(store)) if one.host == "other-host")
+    refused = cli("gc", out, "--forget", name)
+    assert refused.code == 2 and "may be running" in refused.err and "other-host" in refused.err
+    (out / "driver.json").write_text(json.dumps({"pid": 1, "host": "other-host"}))
+    cli("gc", out)
+    assert not all(store.has(step.kind, fp) for fp, step in fresh.steps.items()), (
+        "it is the same OUT, whose lock gc holds"
+    )
+
+
+def test_bytes_are_those_that_become_free_and_not_those_that_mlflow_holds(tmp_path: Path, cli: Any) -> None:
+    out = tmp_path / "out"
+    before, store = finished(out, str(tmp_path / "store"), ["best_in_time", "offline_merging"])
+    plan, _ = finished(out, str(tmp_path / "store"), ["best_in_time"])
+    gone = next(step for fp, step in before.steps.items() if fp not in plan.steps and step.kind == "merge")
+    files = [
+        path
+        for path in store.path("merge", gone.fingerprint, gone.slug).iterdir()
+        if path.name != "record.json"
+    ]
+    whole = json.loads(cli("gc", out, "--dry-run", "--json").out)
+    for path in files:
+        os.link(path, tmp_path / f"held-{path.name}")
+    held = sum(path.stat().st_size for path in files)
+    said = json.loads(cli("gc", out, "--dry-run", "--json").out)
+    assert held > 0 and said["linked"] == held and said["bytes"] == whole["bytes"] - held
+    assert "other names hold them" in cli("gc", out).out

@@ -1,0 +1,135 @@
+"""Small files of OUT and of the store, and what is said when a disk is full or has no locks.
+
+Invariant: a file written here is there whole under its name or not at all, and nothing of a failed attempt is left; a full disk
+is a `StorageFull` with the bytes that are free, wherever in the pipeline it is noticed.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from merge_service.leftovers import sweep, temporary
+from pipeline.errors import StorageFull, StoreError
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS})
+"""What `flock` answers on a file system that has no locks (Lustre without `flock`, some FUSE and NFS mounts)."""
+_FULL_TEXTS = ("No space left on device", "database or disk is full")
+_PIECE = 1 << 20
+
+
+def write_whole(path: Path, pieces: str | Iterable[str], *, sync: bool = False) -> None:
+    """Replace a file by a text, or by the pieces of one as they come; `sync` forces it to disk first.
+
+    Raises StorageFull, OSError.
+    """
+    target = temporary(path)
+    with room_for(path.name, path.parent):
+        try:
+            with target.open("w", encoding="utf-8", buffering=_PIECE) as stream:
+                for piece in [pieces] if isinstance(pieces, str) else pieces:
+                    stream.write(piece)
+                if sync:
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            target.replace(path)
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+
+
+def clear_leftovers(*paths: Path) -> None:
+    """Remove what writers of these files that died on the way have left beside them."""
+    for path in paths:
+        sweep(path)
+
+
+@contextlib.contextmanager
+def room_for(what: str, place: Path, needed: int = 0) -> Iterator[None]:
+    """Turn a full disk, noticed in this block, into StorageFull; every other error passes as it is."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, StorageFull) or not is_full(error):
+            raise
+        free = free_bytes(place)
+        raise StorageFull(full_text(what, place, needed, free), needed, free) from error
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether a full disk is what an error, or whatever it came from, is about."""
+    seen = 0
+    while error is not None and seen < 8:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return True
+        if not isinstance(error, StoreError) and any(text in str(error) for text in _FULL_TEXTS):
+            return True
+        error, seen = error.__cause__ or error.__context__, seen + 1
+    return False
+
+
+def full_text(what: str, place: Path | str, needed: int, free: int) -> str:
+    """The message of a StorageFull."""
+    wanted = f"{needed:,} bytes are needed, {free:,} are free" if needed else f"{free:,} bytes are free"
+    return f"{what}: no room in {place}: {wanted}. Free some space and run again; finished steps are kept"
+
+
+def free_bytes(place: Path) -> int:
+    """Bytes that are free where `place` is, or will be."""
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def explain(error: BaseException | None) -> str | None:
+    """What to change when the machine, not the study, is what an error came from; None if it is none of these."""
+    seen = 0
+    while error is not None and seen < 8:
+        if isinstance(error, OSError):
+            text = _too_many(error) or _not_writable(error)
+            if text:
+                return text
+        error, seen = error.__cause__ or error.__context__, seen + 1
+    return None
+
+
+def _too_many(error: OSError) -> str | None:
+    import resource
+
+    if error.errno == errno.EMFILE:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return (
+            f"too many open files: this process may have {soft:,} at a time. Raise the limit and run the same command again: "
+            f"ulimit -n {min(65536, hard) if hard != resource.RLIM_INFINITY else 65536}"
+        )
+    if error.errno == errno.ENFILE:
+        return "too many open files on this machine (fs.file-max): end what else holds files, and run the same command again"
+    return None
+
+
+def _not_writable(error: OSError) -> str | None:
+    """A cache or a temporary file that has no place: below HOME, or below TMPDIR."""
+    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT):
+        return None
+    if not error.filename or not isinstance(error.filename, str | os.PathLike):
+        return None
+    path, reason = Path(error.filename).absolute(), error.strerror or str(error)
+    for variable, also in _VARIABLES.items():
+        value = os.environ.get(variable)
+        if error.errno == errno.ENOENT and value and Path(value).exists():
+            continue  # something that is missing there, not a place that cannot be written
+        if value and path.is_relative_to(Path(value).absolute()) and not os.access(value, os.W_OK):
+            return f"{variable}={value} cannot be written ({path}: {reason}); set {also}"
+    return None
+
+
+_VARIABLES = {
+    "HF_HOME": "HF_HOME to a directory that you may write",
+    "XDG_CACHE_HOME": "XDG_CACHE_HOME to a directory that you may write",
+    "TMPDIR": "TMPDIR to a directory that you may write",
+    "HOME": "HOME to a directory that you may write, or HF_HOME (models of the Hub), XDG_CACHE_HOME (decoded images; "
+    "data.cache in a study) and NUMBA_CACHE_DIR each to one",
+}
