@@ -33,7 +33,7 @@ def test_spans_are_whole_grains_so_that_partial_sums_are_the_same_for_every_bloc
     size = 7 * GRAIN + 5
     cut = list(spans([("a", size), ("b", 3)], block))
     assert [
-        span for span in cut if span.start % GRAIN or span.stop % GRAIN and span.stop not in (size, 3)
+        span for span in cut if span.start % GRAIN or (span.stop % GRAIN and span.stop not in (size, 3))
     ] == []
     assert sum(span.size for span in cut if span.name == "a") == size and cut[-1] == Span("b", 0, 3)
 
