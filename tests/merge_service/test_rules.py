@@ -1,8 +1,11 @@
-"""The array definitions of the rules at the edge: votes that cancel, limits that no float32 equals, blocks that begin anywhere."""
+"""What every technique rests on, at the edge: votes that cancel, limits that no float32 equals, blocks of any size."""
+
+import threading
 
 import numpy as np
 import pytest
 
+from merge_service.engine import GRAIN, Span, run, spans
 from merge_service.masks import hashes
 from merge_service.rules import Disjoint, Place, bounds
 from merge_service.thresholds import Limits
@@ -23,6 +26,30 @@ def test_votes_that_cancel_go_to_the_majority_and_stay_at_the_base_without_one(
     agreed = 2 if consensus == "sum" else 1
     assert out.tolist() == [majority, 2 * agreed, -3 * agreed, 0]
     assert election.contested and election.balance == 0
+
+
+@pytest.mark.parametrize("block", [1, GRAIN - 1, GRAIN, GRAIN + 1, 3 * GRAIN])
+def test_spans_are_whole_grains_so_that_partial_sums_are_the_same_for_every_block(block: int) -> None:
+    size = 7 * GRAIN + 5
+    cut = list(spans([("a", size), ("b", 3)], block))
+    assert [
+        span for span in cut if span.start % GRAIN or (span.stop % GRAIN and span.stop not in (size, 3))
+    ] == []
+    assert sum(span.size for span in cut if span.name == "a") == size and cut[-1] == Span("b", 0, 3)
+
+
+def test_results_are_in_the_order_of_the_spans_whichever_ends_first() -> None:
+    """So that what is added up is added up in that order."""
+    second = threading.Event()
+
+    def work(number: int) -> int:
+        if number == 0:
+            assert second.wait(30)
+        if number == 1:
+            second.set()
+        return number
+
+    assert run(work, range(5), threads=2) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("start", range(6))
