@@ -134,7 +134,9 @@ def test_mistake_is_answered_with_its_key_and_what_to_do(override: str, key: str
 
 @pytest.mark.fault("F26")
 def test_password_is_not_repeated_in_the_message() -> None:
-    assert "hunter2" not in str(problems(raw_study(["zero_shot"], tracking={"uri": "http://me:hunter2@host"})))
+    assert "hunter2" not in str(
+        problems(raw_study(["zero_shot"], tracking={"uri": "http://me:hunter2@host"}))
+    )
 
 
 @pytest.mark.parametrize("section", ["name", "model", "data", "budget", "grid"])
