@@ -64,6 +64,16 @@ def secret_in(address: str) -> str | None:
     return None
 
 
+def refuse_secret(key: str, address: str, instead: str, *, queries: bool = True) -> None:
+    """Raise ValueError if the address under a key may hold a secret, or a query where `queries` is false; `instead` is what to do."""
+    try:
+        found = secret_in(address) or ("a query" if not queries and urlsplit(address).query else None)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    if found:
+        raise ValueError(f"{key} holds a secret ({found}), which would end up in files; {instead}")
+
+
 def redact(text: str) -> str:
     """`text` without what may be secret in its addresses, and without the values of MLflow's credential variables."""
     for variable in _SECRET_VARIABLES:

@@ -12,6 +12,8 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from pipeline.addresses import redact
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -46,8 +48,8 @@ def key_path(prefix: str, loc: Iterable[str | int]) -> str:
 
 
 def short(value: Any) -> str:
-    """A value as a person wrote it, cut to a readable length."""
-    text = json.dumps(value, ensure_ascii=False, default=repr)
+    """A value as a person wrote it, cut to a readable length, without what may be secret in an address."""
+    text = redact(json.dumps(value, ensure_ascii=False, default=repr))
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
 from typing import Annotated, Any, Literal, Optional, Self
-from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -24,7 +23,7 @@ from pydantic import (
 )
 
 from merge_service.shards import bytes_of
-from pipeline.addresses import secret_in
+from pipeline.addresses import refuse_secret
 from pipeline.fingerprint import fingerprint
 from workers.jobs import EngineSpec
 from workers.recipe import Mixture
@@ -439,10 +438,6 @@ class StorageSection(Section):
     def _place(self) -> Self:
         if self.store is None or "://" not in self.store:
             return self
-        secret = secret_in(self.store) or ("a query" if urlsplit(self.store).query else None)
-        if secret:
-            raise ValueError(
-                f"store holds a secret ({secret}), which would end up in files; give credentials in the environment "
-                "(for s3:// AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), and the plain URL here"
-            )
+        instead = "give credentials in the environment (for s3:// AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), and the plain URL here"
+        refuse_secret("store", self.store, instead, queries=False)
         return self

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, model_validator
 
-from pipeline.addresses import CREDENTIALS, secret_in
+from pipeline.addresses import CREDENTIALS, refuse_secret
 from pipeline.sections import Name, Section, Text
 
 _ALIAS = re.compile(r"[A-Za-z0-9_-]{1,255}")
@@ -43,7 +43,6 @@ class TrackingSection(Section):
 
     @model_validator(mode="after")
     def _no_secret(self) -> Self:
-        secret = None if self.uri is None else secret_in(self.uri)
-        if secret:
-            raise ValueError(f"uri holds a secret ({secret}), which would end up in files; {CREDENTIALS}")
+        if self.uri is not None:
+            refuse_secret("uri", self.uri, CREDENTIALS)
         return self

@@ -22,7 +22,7 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 from merge_service.faults import point
-from pipeline.addresses import CREDENTIALS, redact, secret_in
+from pipeline.addresses import CREDENTIALS, redact, refuse_secret
 from pipeline.console import WARNING, complain
 from pipeline.disk import NO_LOCKS
 from pipeline.errors import ConfigError, TrackingError
@@ -309,11 +309,10 @@ def destination_name(uri: str | None, experiment: str) -> str:
 
 def _refuse_password(uri: str | None) -> None:
     try:
-        secret = None if uri is None else secret_in(uri)
+        if uri is not None:
+            refuse_secret("tracking.uri", uri, CREDENTIALS)
     except ValueError as error:
-        raise ConfigError(f"tracking.uri: {error}") from None
-    if secret:
-        raise ConfigError(f"tracking.uri holds a secret ({secret}): {CREDENTIALS}")
+        raise ConfigError(str(error)) from None
 
 
 def _remember(outbox: Outbox, uri: str | None, experiment: str) -> None:

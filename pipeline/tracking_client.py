@@ -6,6 +6,7 @@ out (the sink looks for the thing before it makes it again), and one that hung i
 """
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,6 +27,8 @@ ONCE = frozenset(
 """What leaves a second thing, or an error, when it is done twice."""
 PASSING = frozenset({"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "IO_ERROR"})
 """Error codes that may be another the next time."""
+_CUT_OFF = re.compile(r"time(d )?-?out", re.IGNORECASE)
+"""What the client says of a request that it has cut off; a locked database that is waited for as long does not say so."""
 
 
 class TooSlow(TrackingError):
@@ -97,7 +100,7 @@ class PatientClient:
                     took = self._clock() - began
                     if not is_passing(error):
                         self._limit.moved = self._clock()  # it said no, so it is there
-                    elif took >= self._limit.seconds:
+                    elif took >= self._limit.seconds and _CUT_OFF.search(str(error)):
                         raise TooSlow(f"{name}: {self._limit.grow(self._clock())}") from error
                     if not left or not is_passing(error) or took > QUICK_SECONDS:
                         raise

@@ -84,3 +84,15 @@ def test_messages_hold_no_credentials_and_keep_the_rest(monkeypatch: pytest.Monk
     assert (
         redact("http://h/x?page=2&api_key=3 said key='lr'") == "http://h/x?page=2&api_key=*** said key='lr'"
     )
+
+
+def test_mistake_beside_an_address_does_not_repeat_its_secret() -> None:
+    tree = study(["zero_shot"], tasks=2).model_dump(mode="json") | {"grid": {"strategies": ["zero_shot"]}}
+    for wrong in (
+        f"http://ann:{SECRET}@host",
+        {"url": f"http://ann:{SECRET}@host"},
+        {"uri": [f"http://{SECRET}@host"]},
+    ):
+        with pytest.raises(ConfigError, match="tracking") as caught:
+            study_from(tree | {"tracking": wrong})
+        assert SECRET not in str(caught.value)

@@ -247,6 +247,8 @@ def test_technique_added_to_a_finished_study_trains_no_expert(
     assert {path: path.stat().st_ino for path in (out / "store" / "train").iterdir()} == experts
     lines = [json.loads(line) for line in (out / "timeline.jsonl").read_text().splitlines()[before:]]
     assert {line["kind"] for line in lines if "kind" in line} == {"merge", "evaluate"}
+    assert "held another plan of study tiny ('tiny' in MLflow); changed: the grid" in answer.stderr
+    assert f"note: {out} was moved or copied from {undisturbed}" in answer.stderr
     assert len(results(out)["trajectories"]) == 5 and results(out)["complete"]
 
 

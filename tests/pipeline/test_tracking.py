@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -498,6 +499,26 @@ def test_only_one_process_delivers(tmp_path: Path) -> None:
             assert not second
     with FlushLock(tmp_path) as third:
         assert third
+
+
+@pytest.mark.fault("F5")
+def test_sync_waits_for_another_process_in_a_request_and_then_delivers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be in a request as long as one may take: three seconds here, and it lets go before."""
+    monkeypatch.delenv(TIMEOUT_VARIABLE, raising=False)
+    monkeypatch.setattr("pipeline.tracking_client.TIMEOUTS", (1, 2))
+    monkeypatch.setattr("pipeline.tracking.SYNC_PATIENCE", 0.1)
+    have: list[str] = []
+    sink: Any = SimpleNamespace(deliver=lambda entry: have.append(entry.key), forget=lambda: None)
+    outbox = Outbox(tmp_path / FILE)
+    outbox.append("row", {}, 1)
+    outbox.close()
+    other = FlushLock(tmp_path)
+    assert other.__enter__()
+    threading.Timer(0.8, other.__exit__).start()
+    assert sync(tmp_path, sink=sink) == (0, None)
+    assert have == ["row"]
 
 
 @pytest.mark.fault("F10")

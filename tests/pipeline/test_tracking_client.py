@@ -8,8 +8,8 @@ from pipeline.tracking_client import ONCE, TIMEOUT_VARIABLE, TIMEOUTS, TRIES, Li
 
 
 class Failure(Exception):
-    def __init__(self, error_code: str) -> None:
-        super().__init__(error_code)
+    def __init__(self, error_code: str, text: str = "") -> None:
+        super().__init__(text or error_code)
         self.error_code = error_code
 
 
@@ -88,7 +88,7 @@ def test_server_that_takes_longer_is_given_longer_and_both_are_said(monkeypatch:
     monkeypatch.setattr(MLFLOW_HTTP_REQUEST_TIMEOUT, "default", 1)
     limit = Limit()
     for seconds, then in zip(TIMEOUTS, [*TIMEOUTS[1:], None], strict=True):
-        server = Server(1, Failure("INTERNAL_ERROR"), seconds)
+        server = Server(1, Failure("INTERNAL_ERROR", "Read timed out."), seconds)
         with pytest.raises(TooSlow, match=f"more than {seconds} s") as caught:
             PatientClient(server, limit, server.clock).get_run("it")
         assert server.asked == 1
@@ -98,7 +98,7 @@ def test_server_that_takes_longer_is_given_longer_and_both_are_said(monkeypatch:
 
 def test_time_limit_of_the_user_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TIMEOUT_VARIABLE, "45")
-    server, limit = Server(1, Failure("INTERNAL_ERROR"), 45), Limit()
+    server, limit = Server(1, Failure("INTERNAL_ERROR", "failed with timeout exception"), 45), Limit()
     assert limit.seconds == 45
     with pytest.raises(TooSlow, match=TIMEOUT_VARIABLE):
         PatientClient(server, limit, server.clock).create_run("it")
@@ -112,3 +112,11 @@ def test_every_answer_counts_as_a_sign_of_life_also_a_no() -> None:
         with pytest.raises(Failure):
             PatientClient(server, limit, server.clock).get_run("it")
         assert (limit.moved > 0) is answers
+
+
+def test_database_that_is_locked_for_long_is_no_slow_server() -> None:
+    server, limit = Server(1, Failure("TEMPORARILY_UNAVAILABLE", "database is locked"), 60), Limit()
+    before = limit.seconds
+    with pytest.raises(Failure, match="locked"):
+        PatientClient(server, limit, server.clock).get_run("it")
+    assert limit.seconds == before

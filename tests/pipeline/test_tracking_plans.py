@@ -1,9 +1,13 @@
 """A study that is changed in its OUT, and changed back: what MLflow, status and the alias say then."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+from pipeline.config import study_from
 from pipeline.outbox import glance
+from pipeline.recording import Tracking
+from pipeline.store import Store
 from pipeline.tracking import Tracker, sync
 from pipeline.tracking_local import local_uri
 from tests.pipeline.tracked_study import EXPERIMENT, Tracked, deliver, exported
@@ -80,3 +84,31 @@ def test_plans_of_one_out_are_told_apart_by_the_names_of_their_parent_runs(
     assert "demo came before" in names[f"demo · {changed.plan.fingerprint[:8]}"]
     tell(first)
     assert glance(first.out).others == (f"demo · {changed.plan.fingerprint[:8]}",)
+
+
+def test_run_of_a_changed_study_says_what_it_keeps_and_replaces(
+    make_study: Callable[..., Tracked],
+) -> None:
+    first, changed = make_study("one", **FIRST), make_study("one", **CHANGED)
+    said = []
+    for study in (first, first, changed, first):
+        workspace: Any = SimpleNamespace(
+            study=study_from(dict(study.facts.settings)), plan=study.plan, store=Store(study.out / "store"), out=study.out
+        )  # fmt: skip
+        tracking = Tracking(workspace)
+        said.append(tracking.notes)
+        tracking.recorder.study_started(1)
+        tracking.outbox.close()
+    assert said[0] == said[1] == []
+    name = f"demo · {changed.plan.fingerprint[:8]}"
+    (there,), (back,) = said[2:]
+    for words in (
+        "'demo' in MLflow",
+        "stream.tasks",
+        f"temporal-merge gc {first.out}",
+        "demo@best",
+        f"is {name!r}",
+    ):
+        assert words in there, there
+    assert f"({name!r} in MLflow)" in back and "is 'demo'" in back
+    assert glance(first.out).others == (name,)
