@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from pipeline.plan import Step
 from pipeline.progress import Progress, Standings
 from pipeline.recording import Tracking
 from pipeline.registry import retire
-from pipeline.schedule import Rank, Schedule, critical_path, in_turn
+from pipeline.schedule import Schedule, ranks
 from pipeline.timeline import Timeline
 from pipeline.workspace import Workspace
 
@@ -71,14 +72,18 @@ def carry_out(
     workspace.check_data()
     for name in {step.spec["technique"] for step in workspace.plan.steps.values() if step.kind == "merge"}:
         check_importable(technique_called(name))
-    with driver_lock(workspace.out), room_for(f"study {workspace.study.name}", workspace.out):
-        events = Events(workspace.out)
-        events.add("start", f"study {workspace.study.name} on {address}", pid=os.getpid())
+    events = Events(workspace.out)
+    with (
+        driver_lock(workspace.out),
+        _last_words(workspace, events),
+        room_for(_name(workspace), workspace.out),
+    ):
+        events.add("start", f"{_name(workspace)} on {address}", pid=os.getpid())
         for warning in workspace.study.warnings:
             events.add("warning", warning)
         workspace.prepare()
         summary = workspace.summary()
-        workspace.store.check_room(f"study {workspace.study.name}", summary["disk_bytes"])
+        workspace.store.check_room(_name(workspace), summary["disk_bytes"])
         done = workspace.done()
         other = other_versions(workspace, done, strict_versions)
         if other:
@@ -97,19 +102,26 @@ def carry_out(
                         _Drive(workspace, session, tracking, done, strict_versions).run()
                 results = workspace.write_results()
                 tracking.finished(results)
-        except BaseException as error:
-            if isinstance(error, Exception):
-                study_itself = {"step": f"study {workspace.study.name}", "error": _first_line(error)}
-                workspace.failure = workspace.failure or study_itself
-            events.add("failed" if isinstance(error, Exception) else "end", _first_line(error))
-            raise
-        else:
-            events.add("end", _ended(tracking))
         finally:
             workspace.tidy()
-            write_last(workspace.out, {"ended": True, "failed": workspace.failure})
             retire(workspace.store, workspace.plan, workspace.out)
+        events.add("end", _ended(tracking))
     return workspace.out, results, tracking
+
+
+@contextlib.contextmanager
+def _last_words(workspace: Workspace, events: Events) -> Iterator[None]:
+    """Keep, for `status`, how a run ended."""
+    try:
+        yield
+    except BaseException as error:
+        failed = isinstance(error, Exception)
+        if failed and workspace.failure is None:
+            workspace.failure = {"step": _name(workspace), "error": _first_line(error)}
+        events.add("failed" if failed else "end", _first_line(error))
+        raise
+    finally:
+        write_last(workspace.out, {"ended": True, "failed": workspace.failure})
 
 
 class _Drive:
@@ -132,7 +144,9 @@ class _Drive:
         if self.room is not None:
             self.lanes.check(self.room)
         self.lanes.add(self.steps)
-        self.schedule = Schedule(self.steps, done, self.lanes.of, _ranks(workspace))
+        self.schedule = Schedule(
+            self.steps, done, self.lanes.of, ranks(workspace.plan, self.study.schedule.priority)
+        )
         self.pools = Pools(self.lanes.pools(patient=self.room is None), self.room)
         self.jobs, self.timeline = Jobs(workspace), Timeline(workspace.out)
         self.deadlines, self.head = Deadlines(self.study, workspace.scratch), Head()
@@ -408,23 +422,6 @@ class _Drive:
             self._said = running, waiting
 
 
-def _ranks(workspace: Workspace) -> dict[str, Rank]:
-    """What goes first, by the study's priority."""
-    plan = workspace.plan
-    if workspace.study.schedule.priority == "critical_path":
-        return critical_path(plan.steps)
-    wanted = [
-        {
-            step
-            for point in trajectory.points
-            for step in (point.train, point.deployed, point.evaluate)
-            if step
-        }
-        for trajectory in plan.trajectories
-    ]
-    return in_turn(plan.steps, wanted)
-
-
 def _standings(workspace: Workspace, done: set[str]) -> Standings:
     """How far the trajectories are by what is in the store already."""
     standings = Standings(workspace.plan)
@@ -453,6 +450,10 @@ def _summary(record: Any) -> str:
         return f"norm {result['merged_norm']:.3f}" if result.get("merged_norm") is not None else "merged"
     scores = result["scores"]
     return f"mean of {len(scores)} scores {sum(scores.values()) / len(scores):.3f}"
+
+
+def _name(workspace: Workspace) -> str:
+    return f"study {workspace.study.name}"
 
 
 def _ended(tracking: Tracking) -> str:

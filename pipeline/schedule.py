@@ -118,6 +118,26 @@ class Schedule:
             heapq.heappush(self._queues[self._lane[fingerprint]], (self._ranks[fingerprint], fingerprint))
 
 
+class Ranked(Protocol):
+    """What is asked of a plan: its steps, and its trajectories, each with its points over time."""
+
+    @property
+    def steps(self) -> Mapping[str, Any]: ...
+    @property
+    def trajectories(self) -> Sequence[Any]: ...
+
+
+def ranks(plan: Ranked, priority: str) -> dict[str, Rank]:
+    """What goes first by the study's `schedule.priority`: critical_path or trajectories."""
+    if priority == "critical_path":
+        return critical_path(plan.steps)
+    wanted = [
+        {step for point in one.points for step in (point.train, point.deployed, point.evaluate) if step}
+        for one in plan.trajectories
+    ]
+    return in_turn(plan.steps, wanted)
+
+
 def critical_path(steps: Mapping[str, Node]) -> dict[str, Rank]:
     """The longest chain of work first, so that sequential chains never starve; ties in plan order."""
     weight = _weights(steps)
