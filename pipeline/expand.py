@@ -138,6 +138,7 @@ class Draft:
             "steps": steps,
             "seed": _task_seed(self.cell.seed, task.name),
             "engine": asdict(planner.study.engine_of(world.model)),
+            **world.facts.training,
         }
         how = self._how(start)
         return planner.add(

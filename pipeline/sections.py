@@ -25,6 +25,8 @@ from pydantic import (
 
 from merge_service.shards import bytes_of
 from pipeline.fingerprint import fingerprint
+from pipeline.places import expanded
+from workers.configuration import Preprocess
 from workers.jobs import EngineSpec
 from workers.recipe import Mixture
 
@@ -73,7 +75,7 @@ def _auto_or_count(value: Any) -> Any:
 
 
 def _suite(value: str) -> str:
-    return value if value.endswith(SUITE_ENDINGS) else segment(value)
+    return expanded(value) if value.endswith(SUITE_ENDINGS) else segment(value)
 
 
 def _findable(value: str) -> str:
@@ -95,7 +97,9 @@ Names = Annotated[tuple[Name, ...], AfterValidator(_distinct)]
 SomeNames = Annotated[Names, AfterValidator(_some)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_one_or_several), AfterValidator(_some)]
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
-Place = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_findable)]
+Place = Annotated[
+    str, Field(min_length=1, max_length=1024), AfterValidator(expanded), AfterValidator(_findable)
+]
 
 
 class Section(BaseModel):
@@ -110,10 +114,14 @@ def key_of(section: Section) -> str:
 
 
 class ModelSection(Section):
-    """The base: any open_clip architecture with a tag, a directory or file, `local-dir:` or `hf-hub:`; null is random with `seed`."""
+    """The base: any open_clip architecture with a tag, a directory or file, `local-dir:` or `hf-hub:`; null is random with `seed`.
+
+    `preprocess` states how pixels become its input, key by key instead of what its configuration says (see `workers.base`).
+    """
 
     config: Place
     pretrained: Place | None = None
+    preprocess: Preprocess | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     seed: int = Field(default=0, ge=0, lt=2**31)
 

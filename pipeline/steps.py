@@ -61,6 +61,7 @@ class ModelFacts:
 
     `gflops_per_sample` (forward + backward) and `memory_ratio` (peak memory against training everything) go by what is
     trained (all, image, text); they may be empty unless the budget is in GFLOPs. `weights_bytes` is a checkpoint's size.
+    `training` is what the network decides of its training and other networks do not have; `notes` are for people.
     """
 
     weights: str
@@ -68,6 +69,8 @@ class ModelFacts:
     gflops_per_sample: Mapping[str, float] = field(default_factory=dict)
     memory_ratio: Mapping[str, float] = field(default_factory=lambda: {"all": 1.0})
     weights_bytes: int = 0
+    training: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 from merge_service.errors import UserError
 from pipeline.config import Study, load_study
 from pipeline.errors import ConfigError
-from pipeline.facts import check_shards, ensure_data, gather, local_base
+from pipeline.facts import check_shards, ensure_data, gather, local_base, stated
 from pipeline.plan import Plan, Step, base_step, make_plan
 from pipeline.registry import register
 from pipeline.results import results, write_results
@@ -57,6 +57,11 @@ class Workspace:
         study = settled(study.resolved())
         facts = gather(study, provisional)
         return cls(study, out or Path("runs") / study.name, make_plan(study, facts), facts)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said of the bases: how their pixels are prepared, where that is not certain."""
+        return tuple(dict.fromkeys(note for model in self.facts.models.values() for note in model.notes))
 
     @cached_property
     def store(self) -> Store:
@@ -148,11 +153,12 @@ class Workspace:
         return answer
 
     def _export(self, model: ModelSection, base: Step) -> None:
-        from workers.model import export_base
+        from workers.export import export_base
 
         started, source = time.monotonic(), local_base(model)
         with self.store.staged(base) as stage:
-            origin = export_base(model.config, str(source) if source else model.pretrained, stage, model.seed)
+            pretrained = str(source) if source else model.pretrained
+            origin = export_base(model.config, pretrained, stage, model.seed, stated(model))
             self.store.commit(base, stage, {"origin": origin}, seconds=time.monotonic() - started)
 
     def _check_same_study(self) -> None:

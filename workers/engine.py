@@ -9,6 +9,7 @@ import datetime
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -17,14 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed
 
+from workers.base import MAX_LOGIT_SCALE, check_temperature
 from workers.jobs import EngineSpec
 from workers.model import set_trainable
 from workers.objective import ContrastiveLoss, TwoTowers
 from workers.recipe import Recipe
-
-MAX_LOGIT_SCALE = math.log(
-    100
-)  # CLIP (Radford et al. 2021, 2.5): the temperature never scales logits by more than 100
 
 
 class Engine(Protocol):
@@ -53,7 +51,13 @@ class Engine(Protocol):
 def make_engine(
     model: torch.nn.Module, recipe: Recipe, steps: int, spec: EngineSpec, seed: int, rank: int = 0
 ) -> Engine:
-    """The engine `spec` asks for, around a freshly loaded fp32 model, which it takes over."""
+    """The engine `spec` asks for, around a freshly loaded fp32 model, which it takes over.
+
+    Raises ModelError for a model that the objective does not fit.
+    """
+    if getattr(model, "logit_bias", None) is None:
+        scale: torch.Tensor = model.get_parameter("logit_scale").detach()
+        check_temperature(float(scale.reshape(-1)[0]), "the model")
     if spec.kind == "deepspeed":
         from workers.engine_deepspeed import DeepSpeedEngine  # takes seconds to import
 
@@ -169,8 +173,9 @@ class TorchEngine:
         self._rank, self._world = rank, spec.world
         trained = set(set_trainable(model, recipe.trainable))
         self._trained = {name: p for name, p in model.named_parameters() if name in trained}
-        self._towers = TwoTowers(model, recipe.precision)
+        self._towers = TwoTowers(model, recipe.precision, world=spec.world)
         self._loss = ContrastiveLoss(rank, spec.world)
+        self._temperature = softmax_temperature(self._trained)
         self._optimizer = adamw(list(self._trained.values()), recipe)
         self._scale = LossScale(recipe.precision == "fp16")
         self._done = 0
@@ -193,7 +198,7 @@ class TorchEngine:
         skipped = self._scale.enabled and not math.isfinite(norm)
         if not skipped:
             self._optimizer.step()
-            clamp_temperature(self._trained.get("logit_scale"))
+            clamp_temperature(self._temperature)
         self._scale.update(skipped)
         self._done += 1
         return {"loss": float(loss), "grad_norm": norm, "lr": lr}
@@ -259,6 +264,11 @@ def average_over_ranks(tensors: list[torch.Tensor], world: int) -> None:
     for tensor in tensors:
         tensor.copy_(flat[offset : offset + tensor.numel()].view_as(tensor))
         offset += tensor.numel()
+
+
+def softmax_temperature(trained: Mapping[str, torch.nn.Parameter]) -> torch.nn.Parameter | None:
+    """The temperature that is to be clamped: that of CLIP's softmax; SigLIP's sigmoid, which has a bias, knows no bound."""
+    return None if "logit_bias" in trained else trained.get("logit_scale")
 
 
 @torch.no_grad()
