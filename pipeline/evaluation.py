@@ -97,16 +97,17 @@ def _weights_directory(checkpoint: Path, study: Study, room: Path) -> tuple[Path
     Its configuration is the one beside it, else that of the study's base; `model.preprocess` comes before either.
     """
     weights, asked = locate(checkpoint), stated(study.model)
-    home = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    if (home / CONFIG_FILE).is_file():
-        base = find(str(home), None, asked)
+    beside = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    home: Path | None = beside
+    if (beside / CONFIG_FILE).is_file():
+        base = find(str(beside), None, asked)
         if checkpoint.is_dir() and base.usual:
             return checkpoint, base
     else:
         lent = base_of(study.model)
         assert lent is not None
-        base, home = lent, lent.home or home
-    for path in home.iterdir():
+        base, home = lent, lent.home
+    for path in home.iterdir() if home is not None else ():
         if is_tokenizer_file(path):
             (room / path.name).symlink_to(path.absolute())
     (room / WEIGHTS_FILE).symlink_to(weights.absolute())

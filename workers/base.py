@@ -283,9 +283,10 @@ def _tag(config: str, tag: str, model_cfg: Mapping[str, Any]) -> Mapping[str, An
 def _hub_configuration(name: str) -> dict[str, Any]:
     file = download(name.removeprefix(HUB), (CONFIG_FILE,), name)
     try:
-        return checked(json.loads(file.read_text(encoding="utf-8")), f"{name}: {CONFIG_FILE}")
-    except ValueError as error:
-        raise UserError(f"{name}: {CONFIG_FILE} is not JSON: {error}") from error
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{name}: {CONFIG_FILE} is not JSON: {error}") from error
+    return checked(raw, f"{name}: {CONFIG_FILE}")
 
 
 def download(repository: str, names: tuple[str, ...], what: str) -> Path:
