@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed
 
-from workers.base import MAX_LOGIT_SCALE, check_temperature
+from workers.base import MAX_LOGIT_SCALE
 from workers.jobs import EngineSpec
 from workers.model import set_trainable
 from workers.objective import ContrastiveLoss, TwoTowers
@@ -51,13 +51,7 @@ class Engine(Protocol):
 def make_engine(
     model: torch.nn.Module, recipe: Recipe, steps: int, spec: EngineSpec, seed: int, rank: int = 0
 ) -> Engine:
-    """The engine `spec` asks for, around a freshly loaded fp32 model, which it takes over.
-
-    Raises ModelError for a model that the objective does not fit.
-    """
-    if getattr(model, "logit_bias", None) is None:
-        scale: torch.Tensor = model.get_parameter("logit_scale").detach()
-        check_temperature(float(scale.reshape(-1)[0]), "the model")
+    """The engine `spec` asks for, around a freshly loaded fp32 model, which it takes over."""
     if spec.kind == "deepspeed":
         from workers.engine_deepspeed import DeepSpeedEngine  # takes seconds to import
 
