@@ -7,6 +7,7 @@ one clear message; 0 is done, 1 is a failure that is not the user's, 130 and 143
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 import typer
@@ -48,7 +49,7 @@ def _main() -> int:
     from pipeline.console import complain
 
     try:
-        return app(standalone_mode=False) or 0
+        return app(args=_written_out(sys.argv[1:]), standalone_mode=False) or 0
     except (typer.Abort, KeyboardInterrupt):
         return 130
     except Exception as error:
@@ -63,6 +64,24 @@ def _main() -> int:
         complain("failed", f"{type(error).__name__}: {error}")
         print("(set TEMPORAL_MERGE_TRACEBACK=1 for the traceback)", file=sys.stderr)
         return 1
+
+
+def _written_out(arguments: Sequence[str]) -> list[str]:
+    """Arguments with `~` and variables replaced that the shell has left; a value of --set is a study's matter. Raises UserError."""
+    from merge_service.errors import UserError
+    from pipeline.places import expanded
+
+    answer: list[str] = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        if option == "--set" or (answer and answer[-1] == "--set"):
+            answer.append(argument)
+            continue
+        try:
+            answer.append(f"{option}{equals}{expanded(value)}")
+        except ValueError as error:
+            raise UserError(f"{option or 'argument'}: {error}") from None
+    return answer
 
 
 if __name__ == "__main__":

@@ -6,8 +6,12 @@ Invariant: what is left of a path holds neither; a variable that is not set is a
 import os
 import re
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
 
 SCHEMES = ("local-dir:",)
+LONGEST_PART = 255
 _VARIABLE = re.compile(r"\$(?:\{([^{}]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -39,3 +43,15 @@ def _value(path: str, name: str) -> str:
             f"{path!r}: the environment variable {name} is {'empty' if value == '' else 'not set'}; set it, or write the path out"
         )
     return value
+
+
+def _findable(value: str) -> str:
+    if any(len(part.encode()) > LONGEST_PART for part in value.split("/")):
+        raise ValueError(f"{value[:60]!r}... has a part of more than {LONGEST_PART} bytes; no path has")
+    return value
+
+
+Place = Annotated[
+    str, Field(min_length=1, max_length=1024), AfterValidator(expanded), AfterValidator(_findable)
+]
+"""A path, or a name that may be one, in a study file."""

@@ -25,7 +25,7 @@ from pydantic import (
 
 from merge_service.shards import bytes_of
 from pipeline.fingerprint import fingerprint
-from pipeline.places import expanded
+from pipeline.places import Place, expanded
 from workers.configuration import Preprocess
 from workers.jobs import EngineSpec
 from workers.recipe import Mixture
@@ -78,13 +78,6 @@ def _suite(value: str) -> str:
     return expanded(value) if value.endswith(SUITE_ENDINGS) else segment(value)
 
 
-def _findable(value: str) -> str:
-    if any(len(part.encode()) > LONGEST_PART for part in value.split("/")):
-        raise ValueError(f"{value[:60]!r}... has a part of more than {LONGEST_PART} bytes; no path has")
-    return value
-
-
-LONGEST_PART = 255
 SUITE_ENDINGS = (".yaml", ".yml")
 
 
@@ -97,9 +90,6 @@ Names = Annotated[tuple[Name, ...], AfterValidator(_distinct)]
 SomeNames = Annotated[Names, AfterValidator(_some)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_one_or_several), AfterValidator(_some)]
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
-Place = Annotated[
-    str, Field(min_length=1, max_length=1024), AfterValidator(expanded), AfterValidator(_findable)
-]
 
 
 class Section(BaseModel):

@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
+from merge_service.errors import UserError
+from pipeline.cli import _written_out
 from pipeline.config import load_study, study_from
 from pipeline.errors import ConfigError
 from tests.pipeline.plan_toys import raw_study
@@ -70,3 +73,42 @@ def test_variable_that_yaml_takes_for_braces_is_pointed_out(at_home: Path, text:
     with pytest.raises(ConfigError) as caught:
         load_study(file)
     assert 'environment variable into quotes: "${PLACE}/x"' in str(caught.value)
+
+
+def test_arguments_that_the_shell_left_are_written_out_and_overrides_are_not(at_home: Path) -> None:
+    given = [
+        "plan",
+        "~/s.yaml",
+        "--out=~/x",
+        "--out",
+        "$PLACE/y",
+        "--set",
+        "data.root=~/d",
+        "--set=a=$PLACE",
+        "--json",
+    ]
+    assert _written_out(given) == [
+        "plan", f"{at_home}/s.yaml", f"--out={at_home}/x", "--out", "/somewhere/y", "--set", "data.root=~/d", "--set=a=$PLACE", "--json",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"--out: .* NOT_THERE is not set"):
+        _written_out(["run", "--out=${NOT_THERE}/x"])
+
+
+def test_study_sent_to_a_cluster_has_its_paths_written_out(at_home: Path) -> None:
+    from pipeline.submit import _written_out as sent
+
+    file = at_home / "study.yaml"
+    for root, override, written in (
+        ("/plain", "data.cache=/c", False),
+        ("~/d", "data.cache=/c", True),
+        ("/plain", "data.cache=$PLACE", True),
+    ):
+        raw = raw_study(["zero_shot"])
+        raw["data"]["root"] = root
+        file.write_text(yaml.safe_dump(raw))
+        study = load_study(file, [override])
+        text = sent(study, file, [override])
+        assert (text is not None) == written
+        if text is not None:
+            file.write_text(text)
+            assert load_study(file) == study and "~/" not in text and "$" not in text
