@@ -106,7 +106,7 @@ def _weights_directory(checkpoint: Path, study: Study, room: Path) -> tuple[Path
     else:
         lent = base_of(study.model)
         assert lent is not None
-        base, home = lent, lent.home
+        base, home = lent, lent.tokenizer_home
     for path in home.iterdir() if home is not None else ():
         if is_tokenizer_file(path):
             (room / path.name).symlink_to(path.absolute())

@@ -64,6 +64,12 @@ class Base:
         return self.configuration["preprocess_cfg"]
 
     @property
+    def tokenizer_home(self) -> Path | None:
+        """The directory whose tokenizer is this model's: not every folder that a file lies in."""
+        whole = self.home is not None and (self.home / CONFIG_FILE).is_file()
+        return self.home if whole else None
+
+    @property
     def activation(self) -> str:
         return "quick_gelu" if self.model_cfg.get("quick_gelu") else "gelu"
 

@@ -46,7 +46,7 @@ def export_base(
     elif file is not None:
         _load_foreign(model, file, base)
     write_configuration(configuration, out)
-    save_tokenizer(base.model_cfg, base.home, out)
+    save_tokenizer(base.model_cfg, base.tokenizer_home, out)
     ties = tied(model)
     write_weights(model.state_dict(), out / WEIGHTS_FILE, ties)
     return {
