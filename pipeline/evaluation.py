@@ -9,7 +9,7 @@ from typing import Any
 from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE, locate
 from merge_service.errors import UserError
 from pipeline.config import Study, load_study
-from pipeline.facts import base_of, cache_of, ensure_data, stated
+from pipeline.facts import base_for_now, base_of, cache_of, ensure_data, stated
 from pipeline.results import gm, ka, zs
 from workers.base import Base, describe, find
 from workers.configuration import is_tokenizer_file
@@ -51,7 +51,7 @@ def score(checkpoint: Path, study: Study, names: Sequence[str] | None) -> dict[s
 
 def _said(base: Base, study: Study) -> dict[str, Any]:
     """How the pixels became input, for the answer, and what is worth a note: a study's base that is seen in another way."""
-    notes, ours = list(base.notes), base_of(study.model, provisional=True)
+    notes, (ours, _) = list(base.notes), base_for_now(study.model)
     if ours is not None:
         for what, mine, other in (
             ("preprocessing", describe(base.preprocess), describe(ours.preprocess)),
@@ -105,7 +105,6 @@ def _weights_directory(checkpoint: Path, study: Study, room: Path) -> tuple[Path
             return checkpoint, base
     else:
         lent = base_of(study.model)
-        assert lent is not None
         base, home = lent, lent.tokenizer_home
     for path in home.iterdir() if home is not None else ():
         if is_tokenizer_file(path):

@@ -63,14 +63,14 @@ def gather(study: Study, provisional: bool = False) -> Facts:
             local_base(model)
     models = study.models
     absent = tuple(model.pretrained or "" for model in models if not _is_there(model))
-    bases = {key_of(model): base_of(model, provisional) for model in models}
+    bases = {key_of(model): _base(model, provisional) for model in models}
     described = study.suite.described() if missing and study.suite is not None else {}
     datasets = {
         name: described[name] if name in missing else describe(study.data_root, name, cache) for name in names
     }
     return Facts(
         datasets={name: DatasetFacts.of(info) for name, info in datasets.items()},
-        models={key_of(model): model_facts(study, model, bases[key_of(model)]) for model in models},
+        models={key_of(model): model_facts(study, model, *bases[key_of(model)]) for model in models},
         streams={key_of(section): stream_of(study, section, datasets) for section in study.streams},
         missing=missing + absent,
     )
@@ -154,22 +154,25 @@ def stated(model: ModelSection) -> dict[str, Any]:
     return {} if model.preprocess is None else model.preprocess.model_dump(mode="json", exclude_none=True)
 
 
-def base_of(model: ModelSection, provisional: bool = False) -> Base | None:
-    """What is known of a base before its weights are read. Raises UserError for a model that a run would refuse.
+def base_of(model: ModelSection) -> Base:
+    """What is known of a base before its weights are read. Raises UserError for a model that a run would refuse."""
+    source = local_base(model)
+    return find(model.config, str(source) if source else model.pretrained, stated(model))
 
-    A `provisional` answer is None where the base cannot be looked at now: weights that are to come, a Hub that is out of reach.
-    """
+
+def base_for_now(model: ModelSection) -> tuple[Base | None, tuple[str, ...]]:
+    """The same where it can be had now, and its notes; None, and why, for weights that are to come and a Hub out of reach."""
     try:
-        source = local_base(model)
-        return find(model.config, str(source) if source else model.pretrained, stated(model))
+        base = base_of(model)
+        return base, base.notes
     except ModelError:
         raise
-    except UserError:
-        if not provisional or (_is_there(model) and not _on_hub(model)):
+    except UserError as error:
+        if _is_there(model) and not _on_hub(model):
             raise
-    if not _on_hub(model):
-        configuration_of(model.config)
-    return None
+        if not _on_hub(model):
+            configuration_of(model.config)
+        return None, (str(error),)
 
 
 def local_base(model: ModelSection) -> Path | None:
@@ -202,7 +205,14 @@ def _is_there(model: ModelSection) -> bool:
     return True
 
 
-def model_facts(study: Study, model: ModelSection, base: Base | None) -> ModelFacts:
+def _base(model: ModelSection, provisional: bool) -> tuple[Base | None, tuple[str, ...]]:
+    if provisional:
+        return base_for_now(model)
+    base = base_of(model)
+    return base, base.notes
+
+
+def model_facts(study: Study, model: ModelSection, base: Base | None, notes: tuple[str, ...]) -> ModelFacts:
     """What a base is, how it is trained, and what that costs where it can be measured.
 
     A model that cannot be measured is an error only where the budget is in GFLOPs.
