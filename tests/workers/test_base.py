@@ -238,3 +238,10 @@ def test_directory_with_its_own_tokenizer_needs_no_network(
     assert torch.equal(tokenizer(tmp_path / "expert")(["a red thing", "a"]), found)
     assert not list((tmp_path / "expert").glob("*.py"))
     assert set(load_file(tmp_path / "expert" / WEIGHTS_FILE)) == set(load_file(toys.base / WEIGHTS_FILE))
+
+
+def test_tag_that_is_published_as_a_pickle_alone_is_refused(tmp_path: Path, hub: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"none of .*\.safetensors.*Pickled weights \(\.bin, \.pt\) are not read"
+    ):
+        export_base("ViTamin-S", "datacomp1b", tmp_path / "out")
