@@ -29,9 +29,9 @@ from pipeline.sections import (
     ScheduleSection,
     Section,
     StorageSection,
-    StreamSection,
     key_of,
 )
+from pipeline.sections_stream import StreamSection
 from pipeline.sections_tracking import TrackingSection
 from pipeline.streams import datasets_of, length_of
 from pipeline.suites import Suite, read_suite_file

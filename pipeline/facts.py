@@ -19,7 +19,8 @@ from merge_service.timeline import needs_experts
 from pipeline.artifact import hash_file
 from pipeline.config import Study
 from pipeline.fingerprint import fingerprint
-from pipeline.sections import ModelSection, StreamSection, key_of
+from pipeline.sections import ModelSection, key_of
+from pipeline.sections_stream import StreamSection
 from pipeline.steps import DatasetFacts, Described, Facts, ModelFacts, Step
 from pipeline.streams import Element, Stream, datasets_of, make_stream
 from workers.base import STATED, Base, check_temperature, configuration_of, find, is_path, temperature

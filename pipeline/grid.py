@@ -17,7 +17,8 @@ from merge_service.techniques import get as technique_called
 from merge_service.timeline import Strategy, needs_experts
 from pipeline.fingerprint import fingerprint
 from pipeline.mistakes import Problem, leaf_keys, nearest, short, validate
-from pipeline.sections import BUDGETS, BudgetSection, ModelSection, StreamSection
+from pipeline.sections import BUDGETS, BudgetSection, ModelSection
+from pipeline.sections_stream import StreamSection
 from pipeline.strategies import NamedStrategy, read_strategies, trait_label
 from workers.recipe import Mixture, Recipe
 
@@ -196,9 +197,9 @@ def _cells(
     varying = _varying([chosen for chosen, _ in varied])
     seen: dict[str, int] = {}
     for named in strategies:
-        without = [key for key in varying if not _has_effect(key, named.strategy)]
         met: set[str] = set()
         for every, settings in varied:
+            without = {key for key in varying if not _has_effect(key, named.strategy, settings)}
             chosen = {key: value for key, value in every.items() if key not in without}
             if (meaning := fingerprint(chosen)) in met:
                 continue
@@ -222,9 +223,11 @@ def _cells(
                 )  # fmt: skip
 
 
-def _has_effect(key: str, strategy: Strategy) -> bool:
-    """Whether an axis changes anything for a strategy: what trains nothing has no recipe and no budget, and a strategy with a
-    mixture of its own does not take the study's."""
+def _has_effect(key: str, strategy: Strategy, settings: Settings) -> bool:
+    """Whether an axis changes anything for a strategy: what trains nothing has no recipe and no budget, a strategy with a
+    mixture of its own does not take the study's, and weights that are given are not drawn."""
+    if key == "model.seed":
+        return settings.model.pretrained is None
     if not needs_experts(strategy):
         return key.split(".")[0] not in ("recipe", "budget")
     return strategy.mixture is None or not f"{key}.".startswith("recipe.mixture.")

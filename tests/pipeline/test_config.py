@@ -121,6 +121,7 @@ def test_axes_multiply_out_in_the_order_written_and_are_named() -> None:
         ("offline_merging", {"recipe.mixture": [REPLAY, {"update": 1}], "recipe.lr": [1e-5, 1e-4]}, ["offline_merging-lr1e-05", "offline_merging-lr0.0001"]),
         ("zero_shot", {"seed": [0, 1], "recipe.lr": [1e-5, 1e-4]}, ["zero_shot-seed0", "zero_shot-seed1"]),
         ("zero_shot", {"recipe.lr": [1e-5]}, ["zero_shot"]),
+        ("best_in_time", {"model.pretrained": ["a/b"], "model.seed": [0, 1]}, ["best_in_time"]),
     ],
 )  # fmt: skip
 def test_axis_without_effect_on_a_strategy_counts_once(

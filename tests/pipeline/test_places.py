@@ -31,6 +31,7 @@ def at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         ("model.pretrained", "${PLACE}/clip.safetensors", "/somewhere/clip.safetensors"),
         ("stream.file", "~/stream.json", "{home}/stream.json"),
         ("storage.store", "${PLACE}/store", "/somewhere/store"),
+        ("tracking.uri", "sqlite:///${PLACE}/mlflow.db", "sqlite:////somewhere/mlflow.db"),
         ("data.suite", "${PLACE}/suite.yaml", "/somewhere/suite.yaml"),
     ],
 )
@@ -112,3 +113,9 @@ def test_study_sent_to_a_cluster_has_its_paths_written_out(at_home: Path) -> Non
         if text is not None:
             file.write_text(text)
             assert load_study(file) == study and "~/" not in text and "$" not in text
+
+
+def test_file_of_a_technique_of_ones_own_is_written_out(at_home: Path) -> None:
+    raw = raw_study([{"init": "base", "deploy": "all", "technique": "~/nothing-there.py:blend"}])
+    with pytest.raises(ConfigError, match=str(at_home / "nothing-there.py")):
+        study_from(raw)
