@@ -193,7 +193,8 @@ def _notes(
             f"{describe(_whole(entry, base.model_cfg))}): check model.preprocess"
         )
     activations = {bool(entry.get("quick_gelu")) for _, _, entry in known}
-    if is_path(base.pretrained) and known and activations != {base.activation == "quick_gelu"}:
+    said = not is_path(base.pretrained) or base.tokenizer_home is not None  # by a tag, or by what lies beside
+    if known and not said and activations != {base.activation == "quick_gelu"}:
         others = [
             tag for _, tag, e in known if bool(e.get("quick_gelu")) != (base.activation == "quick_gelu")
         ]
