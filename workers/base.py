@@ -229,11 +229,7 @@ def temperature(weights: Path) -> float:
 
 def describe(preprocess: Mapping[str, Any]) -> str:
     """One line."""
-    mean, std = (
-        ", ".join(f"{float(value):.4g}" for value in preprocess[key]) if isinstance(preprocess[key], list | tuple)
-        else str(preprocess[key])
-        for key in ("mean", "std")
-    )  # fmt: skip
+    mean, std = (", ".join(f"{float(value):.4g}" for value in preprocess[key]) for key in ("mean", "std"))
     return f"mean {mean}; std {std}; {preprocess['interpolation']}; {preprocess['resize_mode']}"
 
 
