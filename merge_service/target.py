@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, CheckpointWriter, locate
+from merge_service.configurations import check_alike
 from merge_service.errors import CheckpointError
 from merge_service.shards import INDEX_SUFFIX, SHARD, SHARD_BYTES, ShardedWriter, remove_index, split
 from merge_service.writer import Layout, Writer
@@ -36,6 +37,7 @@ class Target:
             return cls(path, path, None, shard_bytes)
         for source in sources:
             if (Path(source) / CONFIG_FILE).is_file():
+                check_alike(sources)
                 return cls(path, path / WEIGHTS_FILE, Path(source) / CONFIG_FILE, shard_bytes)
         raise CheckpointError(
             f"cannot tell how to write {path}: name a .safetensors file, or give inputs that are directories with "

@@ -6,6 +6,7 @@ one clear message; 0 is done, 1 is a failure that is not the user's, 130, 141 (n
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -50,7 +51,7 @@ def main() -> NoReturn:
 
 def _main() -> int:
     try:
-        code = app(standalone_mode=False) or 0
+        code = app(args=_written_out(sys.argv[1:]), standalone_mode=False) or 0
     except (typer.Abort, KeyboardInterrupt):
         code = 128 + signals.SIGINT
     except Exception as error:
@@ -80,6 +81,24 @@ def _tell(error: Exception) -> int:
     complain("failed", f"{type(error).__name__}: {error}")
     print("(set TEMPORAL_MERGE_TRACEBACK=1 for the traceback)", file=sys.stderr)
     return 1
+
+
+def _written_out(arguments: Sequence[str]) -> list[str]:
+    """Arguments with `~` and variables replaced that the shell has left; a value of --set is a study's matter. Raises UserError."""
+    from merge_service.errors import UserError
+    from pipeline.places import expanded
+
+    answer: list[str] = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        if option == "--set" or (answer and answer[-1] == "--set"):
+            answer.append(argument)
+            continue
+        try:
+            answer.append(f"{option}{equals}{expanded(value)}")
+        except ValueError as error:
+            raise UserError(f"{option or 'argument'}: {error}") from None
+    return answer
 
 
 if __name__ == "__main__":

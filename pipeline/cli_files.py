@@ -114,6 +114,8 @@ def evaluate(
 
     names = [name.strip() for name in datasets.split(",") if name.strip()] if datasets else None
     answer = evaluate_checkpoint(checkpoint, study, overrides or [], names)
+    for note in answer["notes"]:
+        print(f"note: {note}", file=sys.stderr)
     print_json(answer) if as_json else show_scores(answer)
 
 

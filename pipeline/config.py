@@ -16,8 +16,8 @@ import yaml
 from merge_service import timeline
 from merge_service.errors import TechniqueError, UserError
 from pipeline.errors import ConfigError
-from pipeline.grid import SECTIONS, Cell, Expansion, Settings, expand, flatten
-from pipeline.mistakes import Problem, nearest, validate
+from pipeline.grid import AXES, SECTIONS, Cell, Expansion, Settings, expand, flatten
+from pipeline.mistakes import Problem, nearest, short, validate
 from pipeline.sections import (
     BUDGETS,
     BudgetSection,
@@ -29,9 +29,9 @@ from pipeline.sections import (
     ScheduleSection,
     Section,
     StorageSection,
-    StreamSection,
     key_of,
 )
+from pipeline.sections_stream import StreamSection
 from pipeline.sections_tracking import TrackingSection
 from pipeline.streams import datasets_of, length_of
 from pipeline.suites import Suite, read_suite_file
@@ -298,12 +298,42 @@ def study_from(raw: Mapping[str, Any], where: str = "study", overrides: Sequence
                 grid, problems = flatten(value)
     _lend(tree, grid)
     study, wrong = validate(Study, {**tree, "grid": grid})
-    problems += wrong
+    problems += [_axis_meant(problem, tree) for problem in wrong]
     if all(problem.key != "grid" for problem in problems):
         problems += _grid_problems(tree, grid) if study is None else study.expansion.problems
     if problems or study is None:
         raise ConfigError(list(dict.fromkeys(_located(problem, where, overridden) for problem in problems)))
     return study
+
+
+def _axis_meant(problem: Problem, tree: Mapping[str, Any]) -> Problem:
+    """A list where one value belongs was meant as an axis, if each of its values would do: say where axes stand."""
+    if problem.key in ("seed", "strategies"):
+        return Problem(problem.key, f"is an axis: write grid.{problem.key}")
+    for axis in sorted(AXES, key=len, reverse=True):
+        if problem.key != axis and not problem.key.startswith((f"{axis}[", f"{axis}.")):
+            continue
+        values: Any = tree
+        for part in axis.split("."):
+            values = values.get(part) if isinstance(values, Mapping) else None
+        section, _, path = axis.partition(".")
+        if (
+            isinstance(values, list)
+            and values
+            and all(_would_do(section, path, tree, value) for value in values)
+        ):
+            text = f"{short(values)} is a list, and one value belongs here; to run every one of them write grid.{axis}"
+            return Problem(axis, text)
+    return problem
+
+
+def _would_do(section: str, path: str, tree: Mapping[str, Any], value: Any) -> bool:
+    """Whether a section of the study is valid with one key of it (dotted; "" is all of it) set anew."""
+    raw: Any = value
+    if path:
+        raw = copy.deepcopy(tree.get(section))
+        override(raw, path, value)
+    return isinstance(raw, dict) and validate(SECTIONS[section], raw, section)[0] is not None
 
 
 def _lend(tree: dict[str, Any], grid: Mapping[str, Sequence[Any]]) -> None:

@@ -69,6 +69,8 @@ def carry_out(
     workspace = Workspace.of(study, out)
     for warning in workspace.study.warnings:
         complain("warning", warning, WARNING)
+    for note in workspace.notes:
+        complain("note", note, WARNING)
     workspace.check_data()
     for name in {step.spec["technique"] for step in workspace.plan.steps.values() if step.kind == "merge"}:
         check_importable(technique_called(name))

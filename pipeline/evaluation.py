@@ -1,5 +1,6 @@
 """Score one checkpoint from the command line exactly as a run scores it: same data, same functions, no cluster."""
 
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,17 +9,20 @@ from typing import Any
 from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE, locate
 from merge_service.errors import UserError
 from pipeline.config import Study, load_study
-from pipeline.facts import cache_of, ensure_data, local_base
+from pipeline.facts import base_for_now, base_of, cache_of, ensure_data, stated
 from pipeline.results import gm, ka, zs
+from workers.base import Base, describe, find
+from workers.configuration import is_tokenizer_file
 from workers.jobs import EvaluateJob, Source
 
 
 def evaluate_checkpoint(
     checkpoint: Path, study_path: Path, overrides: Sequence[str], names: Sequence[str] | None
 ) -> dict[str, Any]:
-    """{"checkpoint", "scores": {dataset: fraction}, "samples", "ka", "zs", "gm"}; the last three only without `names`.
+    """{"checkpoint", "scores": {dataset: fraction}, "samples", "preprocess", "preprocess_from", "activation", "notes", "ka", "zs",
+    "gm"}; the last three only without `names`.
 
-    A bare .safetensors file is read with the configuration of the study's base. Raises UserError.
+    A file without a configuration beside it is read with that of the study's base. Raises UserError.
     """
     return score(checkpoint, load_study(study_path, overrides), names)
 
@@ -34,8 +38,8 @@ def score(checkpoint: Path, study: Study, names: Sequence[str] | None) -> dict[s
             f"--datasets: the study does not score {', '.join(unknown)}; it scores {', '.join(known)}"
         )
     with tempfile.TemporaryDirectory() as room:
-        model = _weights_directory(checkpoint, study, Path(room))
-        answer = _evaluate(model, study, names or list(known))
+        model, base = _weights_directory(checkpoint, study, Path(room))
+        answer = _evaluate(model, study, names or list(known)) | _said(base, study)
     if names is None:
         answer["ka"], answer["zs"] = (
             ka(answer["scores"], study.roles.adaptation),
@@ -43,6 +47,24 @@ def score(checkpoint: Path, study: Study, names: Sequence[str] | None) -> dict[s
         )
         answer["gm"] = gm(answer["ka"], answer["zs"])
     return {"checkpoint": str(checkpoint), **answer}
+
+
+def _said(base: Base, study: Study) -> dict[str, Any]:
+    """How the pixels became input, for the answer, and what is worth a note: a study's base that is seen in another way."""
+    notes, (ours, _) = list(base.notes), base_for_now(study.model)
+    if ours is not None:
+        for what, mine, other in (
+            ("preprocessing", describe(base.preprocess), describe(ours.preprocess)),
+            ("activation", base.activation, ours.activation),
+        ):
+            if mine != other:
+                notes.append(
+                    f"{what}: {mine} (from {base.preprocess_from}), while the study's base has {other}"
+                )
+    return {
+        "preprocess": base.preprocess, "preprocess_from": base.preprocess_from, "activation": base.activation,
+        "notes": notes,
+    }  # fmt: skip
 
 
 def _evaluate(model: Path, study: Study, names: Sequence[str]) -> dict[str, Any]:
@@ -69,18 +91,24 @@ def _evaluate(model: Path, study: Study, names: Sequence[str]) -> dict[str, Any]
     return {"scores": answer["scores"], "samples": answer["samples"]}
 
 
-def _weights_directory(checkpoint: Path, study: Study, room: Path) -> Path:
-    """The checkpoint as a weights directory, lent the base's configuration if it has none."""
-    if checkpoint.is_dir() and (checkpoint / CONFIG_FILE).is_file():
-        return checkpoint
-    weights, base = locate(checkpoint), local_base(study.model)
-    if base is None or not (base / CONFIG_FILE).is_file():
-        raise UserError(
-            f"{checkpoint} has no {CONFIG_FILE} beside it, and the study's base is no directory to take one from; "
-            "put the checkpoint into a weights directory"
-        )
-    for path in base.iterdir():
-        if path.is_file() and path.suffix != ".safetensors":
+def _weights_directory(checkpoint: Path, study: Study, room: Path) -> tuple[Path, Base]:
+    """The checkpoint as a weights directory, and what is known of it.
+
+    Its configuration is the one beside it, else that of the study's base; `model.preprocess` comes before either.
+    """
+    weights, asked = locate(checkpoint), stated(study.model)
+    beside = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    home: Path | None = beside
+    if (beside / CONFIG_FILE).is_file():
+        base = find(str(beside), None, asked)
+        if checkpoint.is_dir() and base.usual:
+            return checkpoint, base
+    else:
+        lent = base_of(study.model)
+        base, home = lent, lent.tokenizer_home
+    for path in home.iterdir() if home is not None else ():
+        if is_tokenizer_file(path):
             (room / path.name).symlink_to(path.absolute())
     (room / WEIGHTS_FILE).symlink_to(weights.absolute())
-    return room
+    (room / CONFIG_FILE).write_text(json.dumps(base.configuration), encoding="utf-8")
+    return room, base

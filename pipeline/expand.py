@@ -141,6 +141,7 @@ class Draft:
             "steps": steps,
             "seed": _task_seed(self.cell.seed, task.name),
             "engine": planner.engine(world.model),
+            **world.facts.training,
         }
         how = self._how(start)
         return planner.add(

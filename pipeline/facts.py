@@ -10,21 +10,22 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from merge_service.checkpoint import CONFIG_FILE, locate
 from merge_service.errors import UserError
+from merge_service.timeline import needs_experts
 from pipeline.artifact import hash_file
 from pipeline.config import Study
 from pipeline.fingerprint import fingerprint
-from pipeline.sections import ModelSection, StreamSection, key_of
+from pipeline.sections import ModelSection, key_of
+from pipeline.sections_stream import StreamSection
 from pipeline.steps import DatasetFacts, Described, Facts, ModelFacts, Step
 from pipeline.streams import Element, Stream, datasets_of, make_stream
+from workers.base import STATED, Base, check_temperature, configuration_of, find, is_path, temperature
+from workers.configuration import HUB, LOCAL, ModelError, own_configuration, read_configuration
 from workers.data.manifest import cache_root, describe, folder, verify
-
-LOCAL = "local-dir:"
 
 
 def ensure_data(study: Study) -> None:
@@ -63,13 +64,14 @@ def gather(study: Study, provisional: bool = False) -> Facts:
             local_base(model)
     models = study.models
     absent = tuple(model.pretrained or "" for model in models if not _is_there(model))
+    bases = {key_of(model): _base(model, provisional) for model in models}
     described = study.suite.described() if missing and study.suite is not None else {}
     datasets = {
         name: described[name] if name in missing else describe(study.data_root, name, cache) for name in names
     }
     return Facts(
         datasets={name: DatasetFacts.of(info) for name, info in datasets.items()},
-        models={key_of(model): model_facts(study, model) for model in models},
+        models={key_of(model): model_facts(study, model, *bases[key_of(model)]) for model in models},
         streams={key_of(section): stream_of(study, section, datasets) for section in study.streams},
         missing=missing + absent,
     )
@@ -92,18 +94,19 @@ def _classes(info: Described) -> tuple[str, ...]:
 
 def _measured(study: Study, section: StreamSection, names: Sequence[str]) -> Mapping[Element, Any]:
     """What the study's own base says of every class; kept in the cache, so that only the first plan takes time."""
-    from workers.model import export_base
+    from workers.export import export_base
     from workers.stream_orders import Subject, measure
 
     order = cast(Literal["performance", "similarity"], section.order)
     model = study.model
-    weights, config, _ = base_identity(model)
+    weights, config, _ = base_identity(model, base_of(model))
     with tempfile.TemporaryDirectory() as room:
 
         def exported() -> Path:
             print(f"measuring the classes for stream.order {section.order}", file=sys.stderr, flush=True)
             source = local_base(model)
-            export_base(model.config, str(source) if source else model.pretrained, Path(room), model.seed)
+            pretrained = str(source) if source else model.pretrained
+            export_base(model.config, pretrained, Path(room), model.seed, stated(model))
             return Path(room)
 
         subject = Subject(fingerprint([weights, config]), exported, study.data_root, cache_of(study))
@@ -147,19 +150,52 @@ def check_shards(study: Study, steps: Iterable[Step]) -> None:
         verify(study.data_root, dataset, split, cache)
 
 
+def stated(model: ModelSection) -> dict[str, Any]:
+    """What `model.preprocess` states, key by key."""
+    return {} if model.preprocess is None else model.preprocess.model_dump(mode="json", exclude_none=True)
+
+
+def base_of(model: ModelSection) -> Base:
+    """What is known of a base before its weights are read. Raises UserError for a model that a run would refuse."""
+    source = local_base(model)
+    return find(model.config, str(source) if source else model.pretrained, stated(model))
+
+
+def base_for_now(model: ModelSection) -> tuple[Base | None, tuple[str, ...]]:
+    """The same where it can be had now, and its notes; None, and why, for weights that are to come and a Hub out of reach."""
+    try:
+        base = base_of(model)
+        return base, base.notes
+    except ModelError:
+        raise
+    except UserError as error:
+        if _is_there(model) and not _on_hub(model):
+            raise
+        if not _on_hub(model):
+            configuration_of(model.config)
+        return None, (str(error),)
+
+
 def local_base(model: ModelSection) -> Path | None:
-    """The directory or file that a base comes from, None for a tag, a hub model or a random base."""
+    """The directory or file that a base comes from, None for a tag, a hub model or a random base.
+
+    A `model.config` that is a directory brings its own weights. Raises UserError for a path that leads nowhere.
+    """
     pretrained = model.pretrained
-    if pretrained is None or pretrained.startswith("hf-hub:"):
+    if pretrained is None and (model.config.startswith(LOCAL) or Path(model.config).is_dir()):
+        pretrained = model.config
+    if pretrained is None or not is_path(pretrained):
         return None
     path = Path(pretrained.removeprefix(LOCAL))
-    if path.exists():
-        return path
-    if pretrained.startswith(LOCAL) or "/" in pretrained:
+    if not path.exists():
         raise UserError(
             f"model.pretrained: {path} does not exist; give a weights directory, an open_clip tag, or hf-hub:NAME"
         )
-    return None
+    return path
+
+
+def _on_hub(model: ModelSection) -> bool:
+    return any(name.startswith(HUB) for name in (model.config, model.pretrained or ""))
 
 
 def _is_there(model: ModelSection) -> bool:
@@ -170,65 +206,81 @@ def _is_there(model: ModelSection) -> bool:
     return True
 
 
-def model_facts(study: Study, model: ModelSection) -> ModelFacts:
-    """What a base is, and what its training costs where it can be measured.
+def _base(model: ModelSection, provisional: bool) -> tuple[Base | None, tuple[str, ...]]:
+    if provisional:
+        return base_for_now(model)
+    base = base_of(model)
+    return base, base.notes
+
+
+def model_facts(study: Study, model: ModelSection, base: Base | None, notes: tuple[str, ...]) -> ModelFacts:
+    """What a base is, how it is trained, and what that costs where it can be measured.
 
     A model that cannot be measured is an error only where the budget is in GFLOPs.
     """
-    weights, config, size = base_identity(model)
+    weights, config, size = base_identity(model, base)
     costs: dict[str, float] = {}
     ratios: dict[str, float] = {"all": 1.0}
     for trainable in sorted({cell.recipe.trainable for cell in study.cells}):
         try:
             cost = _cost(study, model, trainable, weights)
+        except ModelError:
+            raise
         except UserError:
             if any(cell.budget.total_gflops is not None for cell in study.cells):
                 raise
             continue
         costs[trainable], ratios[trainable] = cost["gflops_per_sample"], cost["memory_ratio"]
         size = int(cost["weights_bytes"])
-    return ModelFacts(weights, config, costs, ratios, size, has_resblocks(model))
+    training = _training(study, model, base)
+    return ModelFacts(weights, config, costs, ratios, size, _has_resblocks(base), training, notes)
 
 
-def has_resblocks(model: ModelSection) -> bool:
-    """Whether both towers of a base are open_clip's own transformers, by its configuration; False where that is not at hand."""
-    package = find_spec("open_clip")
-    rooms = [Path(root) / "model_configs" for root in (package and package.submodule_search_locations) or []]
-    given, name = Path((model.pretrained or "").removeprefix(LOCAL)), model.config.removeprefix(LOCAL)
-    ours = [root / "configs/models" / name / CONFIG_FILE for root in (Path.cwd(), Path(__file__).parents[1])]
-    for file in (
-        given / CONFIG_FILE,
-        Path(name) / CONFIG_FILE,
-        Path(name),
-        *ours,
-        *(room / f"{name}.json" for room in rooms),
-    ):
-        if file.suffix == ".json" and file.is_file():
-            with suppress(OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
-                found = json.loads(file.read_text(encoding="utf-8"))
-                found = found.get("model_cfg", found)
-                vision, text = found["vision_cfg"], found["text_cfg"]
-                plain = "timm_model_name" not in vision and not isinstance(vision.get("layers"), list)
-                return plain and "hf_model_name" not in text and "multimodal_cfg" not in found
-    return False
+def _has_resblocks(base: Base | None) -> bool:
+    """Whether both towers are open_clip's own transformers, by the configuration; False where that is not at hand."""
+    if base is None:
+        return False
+    vision, text = base.model_cfg["vision_cfg"], base.model_cfg["text_cfg"]
+    plain = "timm_model_name" not in vision and not isinstance(vision.get("layers"), list)
+    return plain and "hf_model_name" not in text and "multimodal_cfg" not in base.model_cfg
 
 
-def base_identity(model: ModelSection) -> tuple[str, str, int]:
-    """(identity of the weights, of the configuration, bytes of the weights or 0 if unknown before loading)."""
+def _training(study: Study, model: ModelSection, base: Base | None) -> dict[str, str]:
+    """What the network itself decides of its training, where that is not what it is for a CLIP of vision transformers."""
+    if base is None or not any(needs_experts(cell.strategy) for cell in study.cells):
+        return {}
+    found = {} if base.model_cfg.get("init_logit_bias") is None else {"objective": "sigmoid"}
+    path = local_base(model)
+    if path is not None and not found:
+        check_temperature(temperature(locate(path)), f"model.pretrained: {path}")
+    if study.engine_of(model.config).world > 1:
+        from workers.budget import has_batch_norm
+
+        if has_batch_norm(base.configuration, model.config):
+            found["batch_norm"] = "synchronised"
+    return found
+
+
+def base_identity(model: ModelSection, base: Base | None) -> tuple[str, str, int]:
+    """(identity of the weights, of the configuration, bytes of the weights or 0 if unknown before loading).
+
+    A configuration that a file holds counts by its content, others by name. The preprocessing counts where it is not the one that
+    open_clip would take.
+    """
     path = local_base(model) if _is_there(model) else None
+    own = own_configuration(model.config)
+    described: Any = model.config if own is None or not own.is_file() else read_configuration(own)
+    beside = None if path is None else (path if path.is_dir() else path.parent) / CONFIG_FILE
+    if beside is not None and beside.is_file():
+        described = read_configuration(beside)
+    config = fingerprint(described)
+    if base is not None and not base.usual:
+        config = fingerprint([described, {key: base.preprocess[key] for key in STATED}])
     if path is None:
         seed = model.seed if model.pretrained is None else None
-        return (
-            fingerprint([model.config, model.pretrained, model.precision, seed]),
-            fingerprint(model.config),
-            0,
-        )
-    weights, config = locate(path), path / CONFIG_FILE
-    try:
-        described = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else model.config
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"model.pretrained: {config} is not JSON ({error}); export the base again") from None
-    return hash_file(weights), fingerprint(described), weights.stat().st_size
+        return fingerprint([described, model.pretrained, model.precision, seed]), config, 0
+    weights = locate(path)
+    return hash_file(weights), config, weights.stat().st_size
 
 
 def _cost(study: Study, section: ModelSection, trainable: str, weights: str) -> dict[str, float]:

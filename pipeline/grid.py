@@ -3,7 +3,8 @@
 Keys of `grid` are `strategies`, `seed`, and any key of the sections `model`, `stream`, `recipe` and `budget` by its dotted path,
 each with a list of values; `model`, `stream` and `recipe.mixture` also as a whole.
 Invariant: cells come in the order in which a person wrote the grid (strategies outermost, seeds innermost), each with an id
-that no other has; a cell that exists can be planned.
+that no other has; a cell that exists can be planned. Settings that mean the same for a strategy are one cell, whose name and axes
+leave out what has no effect; seeds stay, for they are repetitions and no settings.
 """
 
 import copy
@@ -13,9 +14,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from merge_service.techniques import get as technique_called
-from merge_service.timeline import Strategy
+from merge_service.timeline import Strategy, needs_experts
+from pipeline.fingerprint import fingerprint
 from pipeline.mistakes import Problem, leaf_keys, nearest, short, validate
-from pipeline.sections import BUDGETS, BudgetSection, ModelSection, StreamSection
+from pipeline.sections import BUDGETS, BudgetSection, ModelSection
+from pipeline.sections_stream import StreamSection
 from pipeline.strategies import NamedStrategy, read_strategies, trait_label
 from workers.recipe import Mixture, Recipe
 
@@ -130,7 +133,8 @@ def with_values(section: Any, name: str, values: Mapping[str, Any]) -> tuple[Any
         place = raw
         *path, last = key.split(".")
         for part in path:
-            place = place.setdefault(part, {})
+            place[part] = place.get(part) or {}
+            place = place[part]
         if key:
             place[last] = value
     return validate(SECTIONS[name], raw, name)
@@ -190,10 +194,17 @@ def _cells(
     varied: Sequence[tuple[dict[str, Any], Settings]],
     seeds: Sequence[int],
 ) -> Iterator[Cell]:
-    labels = _labels([chosen for chosen, _ in varied])
+    varying = _varying([chosen for chosen, _ in varied])
     seen: dict[str, int] = {}
     for named in strategies:
-        for (chosen, settings), (traits, budget) in zip(varied, labels, strict=True):
+        met: set[str] = set()
+        for every, settings in varied:
+            without = {key for key in varying if not _has_effect(key, named.strategy, settings)}
+            chosen = {key: value for key, value in every.items() if key not in without}
+            if (meaning := fingerprint(chosen)) in met:
+                continue
+            met.add(meaning)
+            traits, budget = _labels(chosen, varying)
             name = "-".join([named.full, *traits])[:100]
             group = "-".join([name, *budget])
             seen[group] = seen.get(group, 0) + 1
@@ -212,16 +223,27 @@ def _cells(
                 )  # fmt: skip
 
 
-def _labels(settings: Sequence[Mapping[str, Any]]) -> list[tuple[list[str], list[str]]]:
-    """For each setting the pieces of a name that tell it from the others: those of the budget apart."""
-    keys = [
-        key for key in (settings[0] if settings else ()) if len({str(chosen[key]) for chosen in settings}) > 1
-    ]
-    answer = []
-    for chosen in settings:
-        traits = [trait_label(key, chosen[key]) for key in keys if not key.startswith("budget.")]
-        answer.append((traits, [trait_label(key, chosen[key]) for key in keys if key.startswith("budget.")]))
-    return answer
+def _has_effect(key: str, strategy: Strategy, settings: Settings) -> bool:
+    """Whether an axis changes anything for a strategy: what trains nothing has no recipe and no budget, a strategy with a
+    mixture of its own does not take the study's, and weights that are given are not drawn."""
+    if key == "model.seed":
+        return settings.model.pretrained is None
+    if not needs_experts(strategy):
+        return key.split(".")[0] not in ("recipe", "budget")
+    return strategy.mixture is None or not f"{key}.".startswith("recipe.mixture.")
+
+
+def _varying(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The axes that have more than one value."""
+    first = settings[0] if settings else {}
+    return [key for key in first if len({str(chosen[key]) for chosen in settings}) > 1]
+
+
+def _labels(chosen: Mapping[str, Any], varying: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The pieces of a name that tell a setting from the others: those of the budget apart."""
+    keys = [key for key in varying if key in chosen]
+    traits = [trait_label(key, chosen[key]) for key in keys if not key.startswith("budget.")]
+    return traits, [trait_label(key, chosen[key]) for key in keys if key.startswith("budget.")]
 
 
 def _seeded(strategy: Strategy, seed: int) -> Strategy:

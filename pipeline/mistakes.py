@@ -67,6 +67,8 @@ def _problem(model: type[BaseModel], entry: Mapping[str, Any], prefix: str) -> P
     key = key_path(prefix, loc)
     if kind == "extra_forbidden":
         return Problem(key, _unknown(model, loc, prefix))
+    if kind == "missing" and isinstance(loc[-1], int):
+        return Problem(key_path(prefix, loc[:-1]), f"{short(value)} has too few values")
     if kind == "missing":
         return Problem(key, "is missing; it has no default")
     if kind == "value_error":

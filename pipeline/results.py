@@ -18,6 +18,7 @@ from pipeline.artifact import Record
 from pipeline.disk import write_whole
 from pipeline.expand import JOINT_TASK
 from pipeline.steps import BASE, Plan, Point, TrajectoryPlan
+from workers.base import describe
 
 Scores = Mapping[str, float]
 METRICS = ("ka", "zs", "gm")
@@ -135,8 +136,32 @@ def results(plan: Plan, store: Records) -> dict[str, Any]:
         "complete": complete,
         "adaptation": list(plan.adaptation),
         "held_out": list(plan.held_out),
+        "bases": [
+            found
+            for step in plan.bases.values()
+            if (found := seen(step.model, store.record(BASE, step.fingerprint)))
+        ],
         "trajectories": trajectories,
     }
+
+
+SEEN = ("preprocess", "preprocess_from", "activation", "objective", "notes")
+
+
+def seen(model: str, base: Record | None) -> dict[str, Any] | None:
+    """How a base sees pictures and what it is trained for: {"model", "sha256", and what its record says of `SEEN`}."""
+    if base is None:
+        return None
+    origin = base.result.get("origin", {})
+    return {"model": model, "sha256": _weights(base), **{key: origin[key] for key in SEEN if key in origin}}
+
+
+def sentence_of(found: Mapping[str, Any]) -> str:
+    """The same in words; nothing for a base whose record is older than that."""
+    if "preprocess" not in found:
+        return ""
+    text = f"{found['model']}: pictures with {describe(found['preprocess'])} (from {found['preprocess_from']}); activation {found['activation']}"
+    return " ".join([f"{text}; trained with the {found['objective']} loss.", *found["notes"]])
 
 
 def write_results(path: Path, answer: Mapping[str, Any]) -> None:

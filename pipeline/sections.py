@@ -5,9 +5,7 @@ recipe, nowhere else. Only names that are one plain path segment get as far as a
 """
 
 import re
-from contextlib import suppress
 from dataclasses import dataclass
-from datetime import date
 from functools import cached_property
 from typing import Annotated, Any, Literal, Optional, Self
 
@@ -25,11 +23,12 @@ from pydantic import (
 from merge_service.shards import bytes_of
 from pipeline.addresses import refuse_secret
 from pipeline.fingerprint import fingerprint
+from pipeline.places import Place, expanded
+from workers.configuration import Preprocess
 from workers.jobs import EngineSpec
 from workers.recipe import Mixture
 
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_PERIOD = re.compile(r"[0-9]{4}(-[0-9]{2}){0,2}")
 
 
 def segment(value: str) -> str:
@@ -72,17 +71,14 @@ def _auto_or_count(value: Any) -> Any:
     raise ValueError(f"{value!r} must be auto or a whole number from 1 to 10000")
 
 
+def _written_out(values: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(map(expanded, values))
+
+
 def _suite(value: str) -> str:
-    return value if value.endswith(SUITE_ENDINGS) else segment(value)
+    return expanded(value) if value.endswith(SUITE_ENDINGS) else segment(value)
 
 
-def _findable(value: str) -> str:
-    if any(len(part.encode()) > LONGEST_PART for part in value.split("/")):
-        raise ValueError(f"{value[:60]!r}... has a part of more than {LONGEST_PART} bytes; no path has")
-    return value
-
-
-LONGEST_PART = 255
 SUITE_ENDINGS = (".yaml", ".yml")
 
 
@@ -95,7 +91,6 @@ Names = Annotated[tuple[Name, ...], AfterValidator(_distinct)]
 SomeNames = Annotated[Names, AfterValidator(_some)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_one_or_several), AfterValidator(_some)]
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
-Place = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_findable)]
 
 
 class Section(BaseModel):
@@ -110,10 +105,14 @@ def key_of(section: Section) -> str:
 
 
 class ModelSection(Section):
-    """The base: any open_clip architecture with a tag, a directory or file, `local-dir:` or `hf-hub:`; null is random with `seed`."""
+    """The base: any open_clip architecture with a tag, a directory or file, `local-dir:` or `hf-hub:`; null is random with `seed`.
+
+    `preprocess` states how pixels become its input, key by key instead of what its configuration says (see `workers.base`).
+    """
 
     config: Place
     pretrained: Place | None = None
+    preprocess: Preprocess | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     seed: int = Field(default=0, ge=0, lt=2**31)
 
@@ -147,78 +146,6 @@ class DataSection(Section):
         return self.suite is not None and self.suite.endswith(SUITE_ENDINGS)
 
 
-Order = Literal["dataset_incremental", "random", "performance", "similarity", "frequency", "time"]
-MEASURED = ("performance", "similarity")
-"""Orders that come from the base model's own view of the classes."""
-DRAWN = ("random", "frequency", "time")
-"""Orders that draw something with `stream.seed`: everything, the ties, the classes of one period."""
-
-
-class StreamSection(Section):
-    """The order in which tasks arrive, and how many there are; or `file`, a saved stream, which is both.
-
-    dataset_incremental makes every dataset one task, in the order of `tasks`. With `chunks`, the classes of all datasets of
-    `tasks` (default: every adaptation set) are put in `order` and cut into that many tasks.
-    """
-
-    order: Order = "dataset_incremental"
-    tasks: SomeNames | None = None
-    chunks: int | None = Field(default=None, ge=1, le=1_000_000)
-    seed: int = Field(default=0, ge=0, lt=2**31)
-    reverse: bool = False
-    table: Place | None = None
-    dates: dict[Name, int | str] | None = None
-    file: Place | None = None
-
-    @model_validator(mode="after")
-    def _makes_sense(self) -> Self:
-        problem = self._not_beside_file() if self.file is not None else self._misfit()
-        if problem:
-            raise ValueError(problem)
-        return self
-
-    @property
-    def measured(self) -> bool:
-        """Whether the base model has to be asked before the stream is known."""
-        return self.file is None and self.order in MEASURED
-
-    @property
-    def periods(self) -> dict[str, tuple[int, ...]]:
-        """`dates` as numbers that sort by time: (year,), (year, month) or (year, month, day), the same for all."""
-        return {name: period(value) for name, value in (self.dates or {}).items()}
-
-    def _not_beside_file(self) -> str:
-        fields = {name: field.default for name, field in type(self).model_fields.items() if name != "file"}
-        given = [name for name, default in fields.items() if getattr(self, name) != default]
-        return f"file is a whole stream by itself; remove {', '.join(given)}, or remove file" if given else ""
-
-    def _misfit(self) -> str:
-        if self.order != "dataset_incremental" and self.chunks is None:
-            return f"order {self.order} orders classes; give chunks, the number of tasks to cut them into"
-        if self.order == "frequency" and self.table is None:
-            return "order frequency needs table, a file with a count for every class name"
-        for key, order in (("table", "frequency"), ("dates", "time")):
-            if self.order != order and getattr(self, key) is not None:
-                return f"{key} bears on order {order} only, not on {self.order}; remove it"
-        if self.seed and self.order not in DRAWN:
-            return f"order {self.order} draws nothing, so seed {self.seed} would change nothing; remove it"
-        if len({len(value) for value in self.periods.values()}) > 1:
-            return "dates mixes years with months or days, which have no order; write all of them alike"
-        return ""
-
-
-def period(value: int | str) -> tuple[int, ...]:
-    """(year,), (year, month) or (year, month, day) of a year or an ISO date. Raises ValueError."""
-    text = str(value).zfill(4)
-    if _PERIOD.fullmatch(text):
-        numbers = tuple(int(part) for part in text.split("-"))
-        with suppress(ValueError):
-            year, month, day = (*numbers, 1, 1)[:3]
-            date(year, month, day)
-            return numbers
-    raise ValueError(f"dates: {value!r} is no year or ISO date; write 2009, 2009-06 or 2009-06-30")
-
-
 BUDGETS = ("total_gflops", "steps_per_task", "samples_per_task")
 
 
@@ -246,7 +173,7 @@ class StrategySection(Section):
     name: Name | None = None
     init: Words | None = None
     deploy: Words | None = None
-    technique: Words | None = None
+    technique: Annotated[Words, AfterValidator(_written_out)] | None = None
     params: dict[str, Any] = {}
     ema_seed: str | None = None
     parity: str | None = None

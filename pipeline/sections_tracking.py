@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, model_validator
 
 from pipeline.addresses import CREDENTIALS, refuse_secret
+from pipeline.places import expanded
 from pipeline.sections import Name, Section, Text
 
 _ALIAS = re.compile(r"[A-Za-z0-9_-]{1,255}")
@@ -36,7 +37,7 @@ class TrackingSection(Section):
     """MLflow: `uri` null keeps a sqlite store in OUT; `log_weights` also sends the merged weights there; `registry` null
     registers nothing."""
 
-    uri: Text | None = None
+    uri: Annotated[Text, AfterValidator(expanded)] | None = None
     experiment: Text | None = None
     log_weights: bool = True
     registry: RegistrySection | None = RegistrySection()

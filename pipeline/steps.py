@@ -62,7 +62,8 @@ class ModelFacts:
 
     `gflops_per_sample` (forward + backward) and `memory_ratio` (peak memory against training everything) go by what is
     trained (all, image, text); they may be empty unless the budget is in GFLOPs. `weights_bytes` is a checkpoint's size.
-    `resblocks`: whether both towers are open_clip's own transformers.
+    `resblocks`: whether both towers are open_clip's own transformers. `training` is what the network decides of its training and
+    other networks do not have; `notes` are for people.
     """
 
     weights: str
@@ -71,6 +72,8 @@ class ModelFacts:
     memory_ratio: Mapping[str, float] = field(default_factory=lambda: {"all": 1.0})
     weights_bytes: int = 0
     resblocks: bool = True
+    training: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from pipeline.disk import write_whole
 from pipeline.errors import ConfigError, PlanError
 from pipeline.fingerprint import fingerprint
 from pipeline.mistakes import nearest, validate
-from pipeline.sections import Name, Section, StreamSection, Text
+from pipeline.sections import Name, Section, Text
+from pipeline.sections_stream import StreamSection
 from pipeline.stream_tables import read_counts
 
 FORMAT = 1

@@ -58,9 +58,10 @@ def submit_study(
     check_dashboard(url)
     cluster = Cluster(url)
     metadata = {"study": study.name, "out": str(where), "study_sha256": _digest(study)}
-    sets = [part for text in overrides for part in ("--set", text)]
+    text = _written_out(study, path, overrides)
+    sets = [part for one in overrides for part in ("--set", one)] if text is None else []
     command = f"{PYTHON} {shlex.join(['run', path.name, *sets, '--address', 'auto', '--out', str(where)])}"
-    with shipment(path, files) as room:
+    with shipment(path, files, text) as room:
         job, attached = cluster.submit_or_attach(key_of(study.name, where), command, room, metadata)
     if attached and job.metadata.get("study_sha256") != metadata["study_sha256"]:
         raise UserError(
@@ -123,8 +124,11 @@ def key_of(name: str, out: Path) -> str:
 
 
 @contextmanager
-def shipment(study: Path | None = None, files: Sequence[Path] = ()) -> Iterator[Path]:
-    """A directory with this package's source, the study file, and `files` under their relative paths, hidden ones left out."""
+def shipment(
+    study: Path | None = None, files: Sequence[Path] = (), text: str | None = None
+) -> Iterator[Path]:
+    """A directory with this package's source, the study file (as it is, or with `text` in it), and `files` under their relative
+    paths, hidden ones left out."""
     with tempfile.TemporaryDirectory(prefix="temporal-merge-") as home:
         room = Path(home)
         for name in PACKAGES:
@@ -134,9 +138,17 @@ def shipment(study: Path | None = None, files: Sequence[Path] = ()) -> Iterator[
         for path in (file for named in files for file in _contents(named)):
             (room / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, room / path)
-        if study is not None:
+        if study is not None and text is not None:
+            (room / study.name).write_text(text, encoding="utf-8")
+        elif study is not None:
             shutil.copyfile(study, room / study.name)
         yield room
+
+
+def _written_out(study: Study, path: Path, overrides: Sequence[str]) -> str | None:
+    """The study with its paths and overrides written out, where a variable or a home would mean another place on the cluster."""
+    said = (path.read_text(encoding="utf-8"), *overrides)
+    return study.resolved_yaml() if any("$" in text or "~" in text for text in said) else None
 
 
 def relative_files(study: Study) -> Iterator[Path]:

@@ -19,7 +19,7 @@ from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from pipeline import results
 from pipeline.artifact import Record
 from pipeline.outbox import Row
-from pipeline.results import OverTime
+from pipeline.results import OverTime, seen, sentence_of
 from pipeline.steps import BASE, Plan, Point, Step, TrajectoryPlan
 from pipeline.tracking_experts import ExpertRows
 from pipeline.tracking_index import (
@@ -299,15 +299,18 @@ class Projection:
     def _base_model_row(self, base: Record) -> Row:
         model = self._plan.bases[base.fingerprint].model
         several = f"-{model}" if len(self._bases) > 1 else ""
-        searchable = {"t": "0", "task": BASE}
+        searchable, said = {"t": "0", "task": BASE}, seen(model, base) or {}
         body = {
             "name": plain(f"{BASE}-{self._plan.study}{several}"),
             "type": BASE,
             "step": 0,
-            "params": searchable,
+            "params": searchable
+            | flat({key: value for key, value in said.items() if key != "notes"}, "base."),
             "tags": {
                 **searchable,
-                **self._model_tags(base, "The base model the study starts from."),
+                **self._model_tags(
+                    base, " ".join(["The base model the study starts from.", sentence_of(said)]).strip()
+                ),
             },
             "manifest": self._manifest(base, 0, BASE),
         }

@@ -16,7 +16,7 @@ from merge_service.leftovers import sweep_directory
 from pipeline.config import Study, load_study
 from pipeline.disk import clear_leftovers, write_whole
 from pipeline.errors import ConfigError
-from pipeline.facts import check_shards, ensure_data, gather, local_base
+from pipeline.facts import check_shards, ensure_data, gather, local_base, stated
 from pipeline.plan import Plan, Step, base_step, make_plan
 from pipeline.plan_file import study_of, write
 from pipeline.registry import register
@@ -59,6 +59,11 @@ class Workspace:
         study = settled(study.resolved())
         facts = gather(study, provisional)
         return cls(study, out or Path("runs") / study.name, make_plan(study, facts), facts)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said of the bases: how their pixels are prepared, where that is not certain."""
+        return tuple(dict.fromkeys(note for model in self.facts.models.values() for note in model.notes))
 
     @cached_property
     def store(self) -> Store:
@@ -154,11 +159,12 @@ class Workspace:
         return answer
 
     def _export(self, model: ModelSection, base: Step) -> None:
-        from workers.model import export_base
+        from workers.export import export_base
 
         started, source = time.monotonic(), local_base(model)
         with self.store.staged(base) as stage:
-            origin = export_base(model.config, str(source) if source else model.pretrained, stage, model.seed)
+            pretrained = str(source) if source else model.pretrained
+            origin = export_base(model.config, pretrained, stage, model.seed, stated(model))
             self.store.commit(base, stage, {"origin": origin}, seconds=time.monotonic() - started)
 
     def _check_same_study(self) -> None:

@@ -88,6 +88,7 @@ def parse(data: bytes | str, where: str) -> Any:
         raise ConfigError(
             f"{where} is larger than {MAX_BYTES // 1024} kB; a study file is small, check the path"
         )
+    text = ""
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
         _check_events(text, where)
@@ -101,7 +102,9 @@ def parse(data: bytes | str, where: str) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{where} is not valid YAML: {_explain(error)}") from None
+        raise ConfigError(
+            f"{where} is not valid YAML: {_explain(error)}{_about_variables(error, text)}"
+        ) from None
     problems = list(_check_values(value, "", where))
     if problems:
         raise ConfigError(problems)
@@ -197,3 +200,11 @@ def _explain(error: BaseException) -> str:
     problem = getattr(error, "problem", None)
     text = f"line {mark.line + 1}: {problem}" if mark is not None and problem else str(error)
     return " ".join(text.split())[:300]
+
+
+def _about_variables(error: BaseException, text: str) -> str:
+    """A hint where the line holds a variable: within { } and [ ], YAML takes the braces of a variable for its own."""
+    mark, lines = getattr(error, "problem_mark", None), text.splitlines()
+    near = lines[max(0, mark.line - 1) : mark.line + 1] if mark is not None else []
+    found = next((found for line in near for found in re.findall(r"\$\{[^}]*\}[^,}\]\s]*", line)), None)
+    return f'; put the value with the environment variable into quotes: "{found}"' if found else ""

@@ -6,7 +6,7 @@ Invariant: a cost depends on the architecture, batch size, trained tower and pre
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from open_clip import create_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from merge_service.checkpoint import CONFIG_FILE
 from merge_service.errors import UserError
-from workers.model import LOCAL, architecture, quiet, set_trainable
+from workers.base import configuration_of
+from workers.batch_norm import normalises_over_batch
+from workers.model import set_trainable
+from workers.network import build
 from workers.objective import ContrastiveLoss, TwoTowers
 
 
@@ -51,7 +52,8 @@ def measure(model: str | Path, batch_size: int, trainable: str = "all", precisio
     63,394.76 and takes the transpose of the logits where open_clip's loss multiplies again, which is the whole difference
     (6 instead of 3 products of 512 x 512 x 512; likewise for locked towers). Raises UserError for an unknown configuration, or one that cannot be run without its weights.
     """
-    return _measure(json.dumps(architecture(str(model)), sort_keys=True), batch_size, trainable, precision)
+    configuration = json.dumps(configuration_of(str(model)), sort_keys=True)
+    return _measure(configuration, str(model), batch_size, trainable, precision)
 
 
 def memory_ratio(model: str | Path, batch_size: int, trainable: str, precision: str) -> float:
@@ -61,10 +63,10 @@ def memory_ratio(model: str | Path, batch_size: int, trainable: str, precision: 
 
 
 @lru_cache(maxsize=64)
-def _measure(configuration: str, batch_size: int, trainable: str, precision: str) -> Cost:
+def _measure(configuration: str, where: str, batch_size: int, trainable: str, precision: str) -> Cost:
     found = json.loads(configuration)
     try:
-        model = _without_storage(found)
+        model = _without_storage(found, where)
         with FakeTensorMode():
             _make_fake(model)
             trained = set(set_trainable(model, trainable))
@@ -89,12 +91,14 @@ def _measure(configuration: str, batch_size: int, trainable: str, precision: str
     )
 
 
-def _without_storage(found: dict[str, Any]) -> torch.nn.Module:
-    with tempfile.TemporaryDirectory() as directory, quiet(), torch.device("meta"):
-        (Path(directory) / CONFIG_FILE).write_text(json.dumps(found))
-        model: torch.nn.Module = create_model(
-            LOCAL + directory, load_weights=False, pretrained_text=False, device="meta"
-        )
+def has_batch_norm(configuration: Mapping[str, Any], where: str) -> bool:
+    """Whether a network normalises over the batch, so that its training depends on what is in a batch together."""
+    return normalises_over_batch(_without_storage(configuration, where))
+
+
+def _without_storage(found: Mapping[str, Any], where: str) -> torch.nn.Module:
+    with tempfile.TemporaryDirectory() as directory, torch.device("meta"):
+        model: torch.nn.Module = build(found, Path(directory), where, "meta")
     return model
 
 

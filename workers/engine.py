@@ -10,6 +10,7 @@ import json
 import math
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -18,14 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed
 
+from workers.base import MAX_LOGIT_SCALE
 from workers.jobs import EngineSpec
 from workers.model import set_trainable
 from workers.objective import ContrastiveLoss, TwoTowers
 from workers.recipe import Recipe
-
-MAX_LOGIT_SCALE = math.log(
-    100
-)  # CLIP (Radford et al. 2021, 2.5): the temperature never scales logits by more than 100
 
 
 class Engine(Protocol):
@@ -187,8 +185,9 @@ class TorchEngine:
         self._rank, self._world = rank, spec.world
         trained = set(set_trainable(model, recipe.trainable))
         self._trained = {name: p for name, p in model.named_parameters() if name in trained}
-        self._towers = TwoTowers(model, recipe.precision)
+        self._towers = TwoTowers(model, recipe.precision, world=spec.world)
         self._loss = ContrastiveLoss(rank, spec.world)
+        self._temperature = softmax_temperature(self._trained)
         self._optimizer = adamw(list(self._trained.values()), recipe)
         self._scale = LossScale(recipe.precision == "fp16")
         self._done = 0
@@ -211,7 +210,7 @@ class TorchEngine:
         skipped = self._scale.enabled and not math.isfinite(norm)
         if not skipped:
             self._optimizer.step()
-            clamp_temperature(self._trained.get("logit_scale"))
+            clamp_temperature(self._temperature)
         self._scale.update(skipped)
         self._done += 1
         return {"loss": float(loss), "grad_norm": norm, "lr": lr}
@@ -277,6 +276,11 @@ def average_over_ranks(tensors: list[torch.Tensor], world: int) -> None:
     for tensor in tensors:
         tensor.copy_(flat[offset : offset + tensor.numel()].view_as(tensor))
         offset += tensor.numel()
+
+
+def softmax_temperature(trained: Mapping[str, torch.nn.Parameter]) -> torch.nn.Parameter | None:
+    """The temperature that is to be clamped: that of CLIP's softmax; SigLIP's sigmoid, which has a bias, knows no bound."""
+    return None if "logit_bias" in trained else trained.get("logit_scale")
 
 
 @torch.no_grad()

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from workers.base import MAX_LOGIT_SCALE
 from workers.engine import (
-    MAX_LOGIT_SCALE,
     LossScale,
     adamw,
     average_over_ranks,
@@ -28,6 +28,7 @@ from workers.engine import (
     join_alone,
     learning_rate,
     seed_step,
+    softmax_temperature,
 )
 from workers.jobs import EngineSpec
 from workers.model import set_trainable
@@ -67,6 +68,7 @@ class DeepSpeedEngine:
         self._rank, self._world, self._stage = rank, spec.world, spec.zero_stage
         trained = set(set_trainable(model, recipe.trainable))
         self._trained = {name: p for name, p in model.named_parameters() if name in trained}
+        self._temperature = softmax_temperature(self._trained)
         self._scalars = _without_scalars(model)
         self._loss = ContrastiveLoss(rank, spec.world)
         self._scale = LossScale(recipe.precision == "fp16")
@@ -76,7 +78,7 @@ class DeepSpeedEngine:
             torch.nn.functional.linear
         )  # stage 3 replaces it for the whole process, and leaves it so
         self._engine, *_ = self._deepspeed.initialize(
-            model=TwoTowers(model, recipe.precision),
+            model=TwoTowers(model, recipe.precision, world=spec.world),
             optimizer=adamw(list(self._trained.values()), recipe),
             config=_config(recipe, spec, min(-(-numel // 1024) * 1024, BUCKET)),
             dist_init_required=False,
@@ -108,7 +110,7 @@ class DeepSpeedEngine:
         if self._scale.enabled and not math.isfinite(norm):
             self._engine.zero_grad()  # a step without gradients changes nothing
         self._engine.step()
-        clamp_temperature(self._trained.get("logit_scale"))
+        clamp_temperature(self._temperature)
         return norm
 
     def _update_sharded(self, loss: torch.Tensor) -> float:
@@ -125,7 +127,7 @@ class DeepSpeedEngine:
 
     def _clamp_sharded(self) -> None:
         """Clamp the temperature in the working copy and in the optimiser's; every rank sees the same value and agrees."""
-        parameter = self._trained.get("logit_scale")
+        parameter = self._temperature
         if parameter is None:
             return
         with _gathered([parameter], self._stage):

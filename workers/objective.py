@@ -1,17 +1,22 @@
-"""What an expert minimises: CLIP's symmetric contrastive loss over the whole batch, on however many ranks it is spread.
+"""What an expert minimises: a contrastive loss over the whole batch, on however many ranks it is spread.
 
+A model without a bias is trained with CLIP's symmetric softmax, one with a bias with SigLIP's sigmoid, as it was before.
 Invariant: with W ranks, each holding batch/W pairs, the mean over ranks of the gradients equals the gradient one rank
 would have computed on the whole batch (up to rounding). That needs features gathered *with* their gradient: each rank's
 loss covers its own rows against all columns, the gather's backward pass sums the W losses, the mean over ranks divides
-by W again (open_clip's `local_loss` with `gather_with_grad`).
+by W again (open_clip's `local_loss` with `gather_with_grad`). Batch normalisation takes its statistics over all ranks.
 """
 
 import warnings
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from open_clip import CLIP, ClipLoss, CoCa
+from open_clip.loss import SigLipLoss
 from open_clip.transformer import TextTransformer
+
+from workers.batch_norm import OverRanks, normalises_over_batch
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -33,12 +38,15 @@ class TwoTowers(torch.nn.Module):
     of class names holds few distinct ones, and a text tower without dropout gives them equal features anyway.
     """
 
-    def __init__(self, model: torch.nn.Module, precision: str, share_texts: bool = True) -> None:
+    def __init__(
+        self, model: torch.nn.Module, precision: str, share_texts: bool = True, world: int = 1
+    ) -> None:
         super().__init__()
         self.model = model
         self.dtype = AUTOCAST.get(precision)
         plain_text = isinstance(model, CLIP) or isinstance(getattr(model, "text", None), TextTransformer)
         self._share_texts = share_texts and plain_text and not isinstance(model, CoCa)
+        self._spread = world if world > 1 and normalises_over_batch(model) else 0
 
     def forward(self, images: torch.Tensor, tokens: torch.Tensor) -> Features:
         if not self._share_texts:
@@ -48,7 +56,8 @@ class TwoTowers(torch.nn.Module):
         return features._replace(text=features.text.index_select(0, place))
 
     def _encode(self, images: torch.Tensor, tokens: torch.Tensor) -> Features:
-        with torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+        norm = OverRanks(self._spread) if self._spread else nullcontext()
+        with torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype is not None), norm:
             found = self.model(images, tokens)
         if isinstance(found, dict):  # CoCa: its captions are not trained here, only the contrastive part
             image, text, scale = (found[key] for key in ("image_features", "text_features", "logit_scale"))
@@ -60,16 +69,21 @@ class TwoTowers(torch.nn.Module):
 
 
 class ContrastiveLoss:
-    """open_clip's `ClipLoss` over all ranks; calling it gives this rank's share, whose mean over ranks is the loss."""
+    """open_clip's `ClipLoss`, or `SigLipLoss` for a model with a bias, over all ranks.
+
+    Calling it gives this rank's share, whose mean over ranks is the loss.
+    """
 
     def __init__(self, rank: int, world: int) -> None:
         spread = world > 1
         if spread:  # torch and DeepSpeed warn about their own use of torch.distributed, at every collective
             warnings.filterwarnings("ignore", message=r"`?torch\.distributed\.", category=FutureWarning)
-        self._loss = ClipLoss(
+        self._softmax = ClipLoss(
             local_loss=spread, gather_with_grad=spread, cache_labels=True, rank=rank, world_size=world
         )
+        self._sigmoid = SigLipLoss(rank=rank, world_size=world, dist_impl="gather")
 
     def __call__(self, features: Features) -> torch.Tensor:
-        found: Any = self._loss(features.image, features.text, features.scale, logit_bias=features.bias)
+        loss = self._softmax if features.bias is None else self._sigmoid
+        found: Any = loss(features.image, features.text, features.scale, logit_bias=features.bias)
         return found

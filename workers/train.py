@@ -19,6 +19,7 @@ from torch import distributed
 
 from merge_service.checkpoint import Checkpoint, admit, check_finite
 from merge_service.errors import UserError
+from workers.base import check_temperature
 from workers.data.batches import Batches
 from workers.engine import Engine, make_engine
 from workers.jobs import EngineSpec, TrainJob
@@ -52,6 +53,9 @@ def train_expert(job: TrainJob, rank: int = 0, world: int = 1, hooks: Hooks | No
     with _numerics(job.engine):
         init = Path(job.init)
         model = load(init, job.engine.device)
+        if getattr(model, "logit_bias", None) is None:
+            who = f"task {job.task!r} (t={job.t}): the model in {init}"
+            check_temperature(float(model.get_parameter("logit_scale").detach().reshape(-1)[0]), who)
         batches = Batches(job, tokenizer(init), preprocess_cfg(init), rank, world)
         engine = make_engine(model, recipe, job.steps, job.engine, job.seed, rank)
         with closing(engine):

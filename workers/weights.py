@@ -4,10 +4,8 @@ Invariant: equal weights give equal bytes (the sha256 of the safetensors file is
 ever loaded into a model that has exactly its keys and shapes. No pickle is opened here or anywhere else.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -106,21 +104,3 @@ def task_vector_norm(base: Path, state: Mapping[str, torch.Tensor]) -> float:
                 difference = np.subtract(new, checkpoint.read(name), dtype=np.float64)
                 total += float(np.dot(difference, difference))
     return float(np.sqrt(total))
-
-
-def read_configuration(file: Path) -> dict[str, Any]:
-    """A parsed `open_clip_config.json`: {"model_cfg": {...}, "preprocess_cfg": {...}}. Raises UserError."""
-    if not file.is_file():
-        raise UserError(f"{file} is missing: a weights directory holds {WEIGHTS_FILE} and {CONFIG_FILE}")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not JSON: {error}") from error
-    model_cfg = found.get("model_cfg") if isinstance(found, dict) else None
-    model_cfg = model_cfg if isinstance(model_cfg, dict) else {}
-    lacking = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in model_cfg]
-    if lacking:
-        raise UserError(
-            f'{file} has no {", ".join(lacking)} under "model_cfg": it does not describe an open_clip model'
-        )
-    return found

@@ -192,7 +192,9 @@ def scaling(found: Findings) -> Judged:
 def multitask(found: Findings) -> Judged:
     """C7: Best-in-TIME comes near the multitask reference, the more so with compute."""
     low, high = ends(found)
-    zero = found.metric(BUDGETS, init="base", deploy="base", multiplier=high)
+    zero = found.metric(
+        BUDGETS, init="base", deploy="base", multiplier=low
+    )  # it is one trajectory: no budget bears on it
 
     def reached(multiplier: float) -> pd.Series:
         joint = found.metric(BUDGETS, init="joint", multiplier=multiplier)

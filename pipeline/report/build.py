@@ -21,7 +21,7 @@ from pipeline.report import figures as draw
 from pipeline.report.cost import costs, elapsed
 from pipeline.report.figures import Data, Figure, NoData
 from pipeline.report.page import page, records, spec_of, svg_of
-from pipeline.results import ReadOnce, results
+from pipeline.results import ReadOnce, results, sentence_of
 from pipeline.status import open_plan, open_store
 from pipeline.steps import total_gflops
 from pipeline.store import Store
@@ -101,7 +101,8 @@ def write_report(
     partial = ". ".join(filter(None, [unfinished.removesuffix("."), mixed_text(counted(made))]))
     text = page(
         plan.study,
-        f"{len(answer['trajectories'])} trajectories, {len(data.last)} groups that differ in more than the seed",
+        f"{len(answer['trajectories'])} trajectories, {len(data.last)} groups that differ in more than the seed"
+        + "".join(f". {text}" for base in answer.get("bases", ()) if (text := sentence_of(base))),
         partial,
         advice,
         f"temporal-merge report {out}",

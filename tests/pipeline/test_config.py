@@ -97,11 +97,11 @@ def test_numbers_mean_what_yaml_1_2_says() -> None:
 
 
 def test_axes_multiply_out_in_the_order_written_and_are_named() -> None:
-    raw = raw_study(["zero_shot", "best_in_time"])
+    raw = raw_study(["continual_finetuning", "best_in_time"])
     raw["grid"] |= {"budget": {"multiplier": [0.5, 1]}, "recipe.lr": [1e-5, 1e-4], "seed": [0, 7]}
     cells = study_from(raw).cells
     assert len(cells) == 2 * 2 * 2 * 2
-    assert cells[0].id == "zero_shot-lr1e-05-x0.5-seed0"
+    assert cells[0].id == "continual_finetuning-lr1e-05-x0.5-seed0"
     assert (cells[-1].id, cells[-1].group, cells[-1].name) == (
         "best_in_time-lr0.0001-x1-seed7",
         "best_in_time-lr0.0001-x1",
@@ -110,6 +110,54 @@ def test_axes_multiply_out_in_the_order_written_and_are_named() -> None:
     assert (cells[-1].recipe.lr, cells[-1].budget.multiplier, cells[-1].seed) == (1e-4, 1.0, 7)
     assert len({cell.id for cell in cells}) == len(cells)
     assert len({cell.group for cell in cells}) == len(cells) / 2
+
+
+@pytest.mark.parametrize(
+    ("strategy", "axes", "names"),
+    [
+        ("zero_shot", {"recipe.lr": [1e-5, 1e-4], "budget.multiplier": [1, 2]}, ["zero_shot"]),
+        ("zero_shot", {"recipe.trainable": ["all", "image"], "model.seed": [0, 1]}, ["zero_shot-seed0", "zero_shot-seed1"]),
+        ("offline_merging", {"recipe.mixture": [REPLAY, {"update": 1}]}, ["offline_merging"]),
+        ("offline_merging", {"recipe.mixture": [REPLAY, {"update": 1}], "recipe.lr": [1e-5, 1e-4]}, ["offline_merging-lr1e-05", "offline_merging-lr0.0001"]),
+        ("zero_shot", {"seed": [0, 1], "recipe.lr": [1e-5, 1e-4]}, ["zero_shot-seed0", "zero_shot-seed1"]),
+        ("zero_shot", {"recipe.lr": [1e-5]}, ["zero_shot"]),
+        ("best_in_time", {"model.pretrained": ["a/b"], "model.seed": [0, 1]}, ["best_in_time"]),
+    ],
+)  # fmt: skip
+def test_axis_without_effect_on_a_strategy_counts_once(
+    strategy: str, axes: dict[str, Any], names: list[str]
+) -> None:
+    raw = raw_study([strategy], recipe={"batch_size": 64, "precision": "fp32", "mixture": {}})
+    raw["grid"] |= axes
+    cells = study_from(raw).cells
+    assert [cell.id for cell in cells] == names
+    merged = {key for key, values in axes.items() if len(values) > 1 and len(cells) == 1}
+    assert not any(merged & set(cell.axes) for cell in cells)
+
+
+@pytest.mark.parametrize(
+    ("override", "axis"),
+    [
+        ("recipe.lr=[1e-4,3e-4]", "grid.recipe.lr"),
+        ("recipe.betas=[[0.9,0.98],[0.9,0.999]]", "grid.recipe.betas"),
+        ("recipe.mixture=[{update: 1},{update: 0.5, buffer: 0.5}]", "grid.recipe.mixture"),
+        ("budget.steps_per_task=[10,20]", "grid.budget.steps_per_task"),
+        ("model=[{config: a},{config: b}]", "grid.model"),
+        ("model.pretrained=[a,b]", "grid.model.pretrained"),
+        ("stream=[{order: random, chunks: 3}]", "grid.stream"),
+        ("seed=[0,1]", "grid.seed"),
+    ],
+)
+def test_list_where_one_value_belongs_points_to_the_axis(override: str, axis: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        study_from(raw_study(["best_in_time"]), "f", [override])
+    assert f"write {axis}" in str(caught.value) and "--set" in str(caught.value)
+
+
+def test_list_of_bad_values_is_answered_as_a_bad_value() -> None:
+    with pytest.raises(ConfigError) as caught:
+        study_from(raw_study(["best_in_time"]), "f", ["recipe.lr=[fast,slow]"])
+    assert "grid.recipe.lr" not in str(caught.value)
 
 
 def test_dotted_and_nested_axes_are_the_same() -> None:

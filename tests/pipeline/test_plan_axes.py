@@ -228,7 +228,7 @@ def test_multitask_reference_has_the_summed_budget_of_its_stream() -> None:
 
 
 def test_mixtures_are_an_axis() -> None:
-    raw = raw_study(["continual_finetuning"], 2)
+    raw = raw_study([{"init": "latest", "deploy": "latest"}], 2)
     raw["grid"]["recipe.mixture"] = [REPLAY, {"update": 1.0}]
     plan = make_plan(study_from(raw).resolved(), facts(2))
     assert len({t.name for t in plan.trajectories}) == 2

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.errors import ConfigError, PlanError
 from pipeline.mistakes import validate
-from pipeline.sections import StreamSection, period
+from pipeline.sections_stream import StreamSection, period
 from pipeline.stream_tables import read_counts
 from pipeline.streams import (
     Part,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from merge_service.errors import UserError
-from pipeline.sections import StreamSection
+from pipeline.sections_stream import StreamSection
 from pipeline.streams import make_stream
 from tests.workers.model_helpers import COLOURS, Toys, noisy
 from workers import stream_orders
