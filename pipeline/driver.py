@@ -35,7 +35,7 @@ from pipeline.lock import driver_lock, write_driver, write_last
 from pipeline.others import Others, other_versions
 from pipeline.output import steady
 from pipeline.plan import Step
-from pipeline.progress import Progress, Standings
+from pipeline.progress import Progress, Standings, headline, outlook
 from pipeline.recording import Tracking
 from pipeline.registry import retire
 from pipeline.schedule import Schedule, ranks
@@ -95,7 +95,7 @@ def carry_out(
         for note in tracking.notes:
             complain("note", note, WARNING)
             events.add("plan", note)
-        print(_outlook(summary), file=sys.stderr, flush=True)
+        print(outlook(summary), file=sys.stderr, flush=True)
         try:
             with tracking:
                 if len(done) < len(workspace.plan.steps):
@@ -157,9 +157,9 @@ class _Drive:
         self.counts: Counter[str] = Counter()
         self.tries: dict[str, int] = {}
         self.untold: list[tuple[Step, Any]] = []
-        self.progress = Progress(
-            len(self.steps), len(self.schedule.done), workspace.scratch, _standings(workspace, done)
-        )
+        standings = Standings(workspace.plan)
+        standings.scored_before(filter(None, map(workspace.known, done)))
+        self.progress = Progress(len(self.steps), len(self.schedule.done), workspace.scratch, standings)
         self._looked, self._waiting = 0.0, dict[str, str]()
         self._homeless: float | None = None
         self._began: dict[str, float] = {}
@@ -285,7 +285,7 @@ class _Drive:
             self.tracking.committed(step, record)
             if step.kind == "evaluate":
                 self.progress.standings.scored(step.fingerprint, record.result["scores"])
-            self.progress.finished(step.fingerprint, _summary(record))
+            self.progress.finished(step.fingerprint, headline(record))
             point("driver.after_commit")
 
     def _look_after(self) -> None:
@@ -422,36 +422,6 @@ class _Drive:
         if (running, waiting) != self._said:
             write_driver(self.workspace.out, {"running": running, "waiting": waiting})
             self._said = running, waiting
-
-
-def _standings(workspace: Workspace, done: set[str]) -> Standings:
-    """How far the trajectories are by what is in the store already."""
-    standings = Standings(workspace.plan)
-    for fingerprint in done:
-        record = workspace.known(fingerprint)
-        if record is not None and record.kind == "evaluate":
-            standings.scored(fingerprint, record.result["scores"])
-    return standings
-
-
-def _outlook(summary: dict[str, Any]) -> str:
-    """What is ahead, and what sharing saves, in one line."""
-    kinds = [
-        f"{counts['unique']} {kind} ({counts['naive']} one by one, {counts['cached']} in store)"
-        for kind, counts in summary["steps"].items()
-    ]
-    return f"{summary['study']}: {summary['trajectories']} trajectories; steps: {', '.join(kinds)}"
-
-
-def _summary(record: Any) -> str:
-    """The one thing a person wants to know of a finished step."""
-    result = record.result
-    if record.kind == "train":
-        return f"{result['steps']} steps, loss {result['loss'][-1][1]:.3f}, {result['samples_per_second']:.0f} samples/s"
-    if record.kind == "merge":
-        return f"norm {result['merged_norm']:.3f}" if result.get("merged_norm") is not None else "merged"
-    scores = result["scores"]
-    return f"mean of {len(scores)} scores {sum(scores.values()) / len(scores):.3f}"
 
 
 def _name(workspace: Workspace) -> str:

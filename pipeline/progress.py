@@ -46,6 +46,12 @@ class Standings:
                 self._rows.pop(trajectory.id, None)
                 self._rows[trajectory.id] = (t, score)
 
+    def scored_before(self, records: Iterable[Any]) -> None:
+        """What is in the store already, by the records of finished steps."""
+        for record in records:
+            if record.kind == "evaluate":
+                self.scored(record.fingerprint, record.result["scores"])
+
     def rows(self) -> list[tuple[str, int, int, float | None]]:
         """(trajectory, newest t scored, number of tasks, GM there), in the study's order: those scored last, then the first."""
         chosen = dict.fromkeys(itertools.islice(reversed(self._rows), SHOWN))
@@ -186,3 +192,23 @@ def training_columns(progress: Mapping[str, Any], elapsed: float) -> tuple[str, 
         eta,
         f"{loss:.3f}" if loss is not None else "",
     )
+
+
+def outlook(summary: dict[str, Any]) -> str:
+    """What is ahead, and what sharing saves, in one line."""
+    kinds = [
+        f"{counts['unique']} {kind} ({counts['naive']} one by one, {counts['cached']} in store)"
+        for kind, counts in summary["steps"].items()
+    ]
+    return f"{summary['study']}: {summary['trajectories']} trajectories; steps: {', '.join(kinds)}"
+
+
+def headline(record: Any) -> str:
+    """The one thing a person wants to know of a finished step."""
+    result = record.result
+    if record.kind == "train":
+        return f"{result['steps']} steps, loss {result['loss'][-1][1]:.3f}, {result['samples_per_second']:.0f} samples/s"
+    if record.kind == "merge":
+        return f"norm {result['merged_norm']:.3f}" if result.get("merged_norm") is not None else "merged"
+    scores = result["scores"]
+    return f"mean of {len(scores)} scores {sum(scores.values()) / len(scores):.3f}"
