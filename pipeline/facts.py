@@ -17,6 +17,7 @@ from merge_service.checkpoint import CONFIG_FILE, locate
 from merge_service.errors import UserError
 from pipeline.artifact import hash_file
 from pipeline.config import Study
+from pipeline.disk import write_whole
 from pipeline.fingerprint import fingerprint
 from pipeline.sections import ModelSection, StreamSection, key_of
 from pipeline.steps import DatasetFacts, Described, Facts, ModelFacts, Step
@@ -227,7 +228,5 @@ def _cost(study: Study, section: ModelSection, trainable: str, weights: str) -> 
         "weights_bytes": cost.weights_bytes,
     }
     kept.parent.mkdir(parents=True, exist_ok=True)
-    temporary = kept.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(answer))
-    temporary.replace(kept)
+    write_whole(kept, json.dumps(answer))
     return answer
