@@ -49,15 +49,17 @@ def plan(study: Study, out: PathLike | None = None) -> dict[str, Any]:
     return Workspace.of(study, _path(out), provisional=True).summary()
 
 
-def run(study: Study, out: PathLike | None = None, address: str = "local") -> "Run":
+def run(
+    study: Study, out: PathLike | None = None, address: str = "local", *, strict_versions: bool = False
+) -> "Run":
     """Run a study to its end, or go on where it stopped; `out` is runs/<study name> by default.
 
-    Progress goes to stderr. `address` is local, auto or HOST:PORT of a Ray cluster. Raises UserError, or StepFailed when
-    a step failed too often.
+    Progress goes to stderr. `address` is local, auto or HOST:PORT of a Ray cluster. With `strict_versions` artifacts in the
+    store that other library versions made are refused. Raises UserError, or StepFailed when a step failed too often.
     """
     from pipeline.driver import carry_out
 
-    return Run(carry_out(study, _path(out), address)[0])
+    return Run(carry_out(study, _path(out), address, strict_versions=strict_versions)[0])
 
 
 def open_run(out: PathLike) -> "Run":

@@ -101,10 +101,13 @@ def _too_many(error: OSError) -> str | None:
 
     if error.errno == errno.EMFILE:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        return (
-            f"too many open files: this process may have {soft:,} at a time. Raise the limit and run the same command again: "
-            f"ulimit -n {min(65536, hard) if hard != resource.RLIM_INFINITY else 65536}"
+        wanted = 65536 if hard == resource.RLIM_INFINITY else min(65536, hard)
+        how = (
+            f"ulimit -n {wanted}"
+            if wanted > soft
+            else "its hard limit too, where the machine sets it (limits.conf, LimitNOFILE of a service, --ulimit of a container)"
         )
+        return f"too many open files: this process may have {soft:,} at a time. Raise that and run the same command again: {how}"
     if error.errno == errno.ENFILE:
         return "too many open files on this machine (fs.file-max): end what else holds files, and run the same command again"
     return None

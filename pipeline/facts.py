@@ -18,6 +18,7 @@ from merge_service.errors import UserError
 from merge_service.timeline import needs_experts
 from pipeline.artifact import hash_file
 from pipeline.config import Study
+from pipeline.disk import write_whole
 from pipeline.fingerprint import fingerprint
 from pipeline.sections import ModelSection, key_of
 from pipeline.sections_stream import StreamSection
@@ -303,7 +304,5 @@ def _cost(study: Study, section: ModelSection, trainable: str, weights: str) -> 
         "weights_bytes": cost.weights_bytes,
     }
     kept.parent.mkdir(parents=True, exist_ok=True)
-    temporary = kept.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(answer))
-    temporary.replace(kept)
+    write_whole(kept, json.dumps(answer))
     return answer

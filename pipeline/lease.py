@@ -145,7 +145,7 @@ class Leases:
         """Lease a step: None when it is this driver's now, else who carries it out."""
         key = f"{ROOM}/{fingerprint}"
         with self._guarded():
-            if not self._held:
+            if not self._beats:
                 self._beat()
             for _ in range(3):  # it may be given back between two looks
                 if self._shelf.create(key, self._text):
@@ -210,7 +210,7 @@ class Leases:
 
     def _beat_on(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
-            if self._held:
+            if self._beats:
                 with contextlib.suppress(
                     StoreError, OSError
                 ):  # whoever waits takes over, and nothing is lost

@@ -1,4 +1,4 @@
-"""A whole run with its store elsewhere: the same bytes as with a store of its own."""
+"""A whole run with its store elsewhere, or shared with another at the same time: the same bytes as with a store of its own."""
 
 import json
 import os
@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 from s3_server import s3_server
 
+from pipeline.lease import Files
+from pipeline.status import open_plan
 from pipeline.store_remote import MIRROR
-from tests.world import TASKS, Cluster, World, command
+from pipeline.timeline import read_timeline
+from tests.world import TASKS, Cluster, World, command, start
 
 pytestmark = pytest.mark.ray
 
@@ -51,3 +54,18 @@ def test_run_on_s3_gives_the_checkpoints_of_a_local_run_and_a_second_study_reuse
         finally:
             warm.stop()
     assert "AWS_ENDPOINT_URL" not in os.environ
+
+
+def test_two_studies_at_once_on_one_store_do_no_step_twice_and_get_the_same_checkpoints(
+    undisturbed: Path, world: World, cluster: Cluster, tmp_path: Path
+) -> None:
+    where = ("--set", f"storage.store={tmp_path / 'store'}", "--address", cluster.address)
+    outs = [tmp_path / name for name in ("one", "two")]
+    runs = [start("run", world.study(name=out.name), "--out", out, *where) for out in outs]
+    said = [(run.communicate(timeout=240)[1], run.returncode) for run in runs]
+    assert [code for _, code in said] == [0, 0], said
+    rows = [[row["fingerprint"] for row in read_timeline(out) if "fingerprint" in row] for out in outs]
+    assert not set(rows[0]) & set(rows[1])
+    assert {one for some in rows for one in some} == set(open_plan(outs[0]).steps)
+    assert checkpoints(outs[0]) == checkpoints(outs[1]) == checkpoints(undisturbed)
+    assert Files(tmp_path / "store").sizes(".leases") == {}
