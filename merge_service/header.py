@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merge_service.dtypes import DTYPES, DType
-from merge_service.errors import CheckpointError, CorruptCheckpoint
+from merge_service.dtypes import DTYPES, QUANTISED, DType
+from merge_service.errors import CheckpointError, CorruptCheckpoint, QuantisedCheckpoint
 
-HEADER_LIMIT = 1024 * 1024
-"""Bytes. A CLIP header has 40 KB; parsed JSON can take 30 times its size, so this much costs 30 MB and 0.1 s at worst."""
+HEADER_LIMIT = 100_000_000
+"""Bytes of a header or an index: the limit of safetensors itself. A CLIP header has 40 KB, an index of 45,000 tensors 9 MB."""
+MAX_VALUES = 2_000_000
+"""JSON values in a header or an index, ten or fewer per tensor. They cost about 100 bytes each, whatever the text claims."""
 MAX_RANK = 64
 MAX_NUMBER = 2**63
 MAX_NAME = 300
@@ -100,7 +102,13 @@ def build_header(
 
 
 def parse_json(text: bytes, path: Path | os.PathLike[str]) -> dict[str, Any]:
-    """A JSON object without repeated keys; raises `CorruptCheckpoint`."""
+    """A JSON object without repeated keys; raises `CorruptCheckpoint`.
+
+    Parsed JSON can take 30 times the room of its text. Every value follows a comma or a bracket, so these are counted first.
+    """
+    values = sum(text.count(mark) for mark in (b",", b"[", b"{"))
+    if values > MAX_VALUES:
+        raise corrupt(path, f"its header may hold {values} values, above the limit of {MAX_VALUES}")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -136,6 +144,11 @@ def _tensor(name: str, entry: Any, start: int, shard: int, path: Path) -> Tensor
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise corrupt(path, f"the entry of tensor {name!r} lacks dtype, shape or data_offsets") from None
+    if isinstance(dtype, str) and dtype in QUANTISED:
+        raise QuantisedCheckpoint(
+            f"{path} holds {QUANTISED[dtype]} ({name!r} is {dtype}), which cannot be merged as numbers; "
+            "convert it to float16, bfloat16 or float32 first"
+        )
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise corrupt(path, f"tensor {name!r} has the unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
     numbers = [*shape, begin, end] if isinstance(shape, list) and len(shape) <= MAX_RANK else [-1]

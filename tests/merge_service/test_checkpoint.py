@@ -113,7 +113,7 @@ def test_data_that_is_not_aligned_is_still_read(tmp_path: Path) -> None:
         ({"w": entry(0, 8, "2")}, bytes(8), "impossible shape"),
         ({"w": entry(0, 8, [2**62, 2**62])}, bytes(8), "is given 8"),
         ({"w": entry(8, 0, [])}, bytes(8), "is given -8"),
-        ({"w": entry(0, 8, dtype="F8_E4M3")}, bytes(8), "unknown dtype 'F8_E4M3'"),
+        ({"w": entry(0, 8, dtype="F9")}, bytes(8), "unknown dtype 'F9'"),
         ({"w": {"dtype": "F32", "shape": [2]}}, bytes(8), "lacks dtype, shape or data_offsets"),
         ({"w": [1]}, bytes(8), "lacks dtype, shape or data_offsets"),
         ({"__metadata__": {"a": 1}}, b"", "not a map of strings"),
@@ -152,7 +152,7 @@ def test_a_header_of_half_a_million_tensors_costs_neither_time_nor_memory(tmp_pa
     )
     path = raw_file(tmp_path / "many.safetensors", many)
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    with pytest.raises(CorruptCheckpoint, match="above the limit"):
+    with pytest.raises(CorruptCheckpoint, match="values, above the limit"):
         Checkpoint.open(path)
     assert time.process_time() - began < 0.2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
