@@ -3,8 +3,7 @@
 Nothing is ever skipped, truncated or padded to fit. A merge with a tensor left out looks like a success.
 """
 
-import os
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -77,7 +76,11 @@ def _mend_prefix(reference: "Checkpoint", candidate: "Checkpoint", who: str) -> 
             if {name[cut:] for name in longer} == shorter:
                 old, new = (prefix[:cut], "") if longer is found else ("", prefix[:cut])
                 candidate.rename(old, new)
-                done = f"without their prefix {old!r}" if old else f"with the prefix {new!r} that the others have"
+                done = (
+                    f"without their prefix {old!r}"
+                    if old
+                    else f"with the prefix {new!r} that the others have"
+                )
                 return [f"{who}: its tensor names were read {done}"]
     return []
 
@@ -87,7 +90,10 @@ def _mend_positions(reference: "Checkpoint", candidate: "Checkpoint", who: str) 
     extra = [name for name in _loose(candidate) if name not in reference.tensors]
     for name in extra:
         del candidate.tensors[name]
-    only = {**dict.fromkeys(extra, "not in the reference"), **dict.fromkeys(_loose(reference) - candidate.tensors.keys(), "missing")}
+    only = {
+        **dict.fromkeys(extra, "not in the reference"),
+        **dict.fromkeys(_loose(reference) - candidate.tensors.keys(), "missing"),
+    }
     return [f"{who}: {name} is {what}, but only numbers positions" for name, what in sorted(only.items())]
 
 
@@ -103,10 +109,11 @@ def _loose(checkpoint: "Checkpoint") -> set[str]:
     }
 
 
-def _prefix(names: Iterable[str]) -> str:
+def _prefix(names: Collection[str]) -> str:
     """What all names begin with, whole components only ("module." or "a.b.")."""
-    common = os.path.commonprefix(list(names))
-    return common[: common.rfind(".") + 1]
+    first, last = min(names), max(names)
+    size = next((at for at, (a, b) in enumerate(zip(first, last)) if a != b), len(first))
+    return first[: first.rfind(".", 0, size) + 1]
 
 
 def _hint(expected: list[str], found: list[str]) -> str:

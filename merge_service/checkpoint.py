@@ -157,12 +157,15 @@ class Checkpoint:
         sums, parts = list[tuple[str, int, int]](), list[str]()
         for number in range(len(self.files)):
             digest = hashlib.sha256()
-            held = sorted((i.offset, i.nbytes, i.dtype, i.numel) for i in self._stored.values() if i.shard == number)
-            digest.update(self._bytes[number][: held[0][0] if held else None])
+            data = memoryview(self._bytes[number])  # type: ignore[arg-type]
+            held = sorted(
+                (i.offset, i.nbytes, i.dtype, i.numel) for i in self._stored.values() if i.shard == number
+            )
+            digest.update(data[: held[0][0] if held else None])
             for offset, size, dtype, numel in held:
                 crc = 0
                 for at in range(offset, offset + size, _CHUNK):
-                    chunk = self._bytes[number][at : min(at + _CHUNK, offset + size)]
+                    chunk = data[at : min(at + _CHUNK, offset + size)]
                     digest.update(chunk)
                     crc = zlib.crc32(chunk, crc)
                 sums.append((dtype, numel, crc))

@@ -40,9 +40,7 @@ def _by_bytes(begun: bytes) -> str | None:
     if begun[8:9] == b"{":  # the length of a header may begin as any of these
         return None
     if begun.startswith(b"version https://git-lfs"):
-        return (
-            "a pointer of Git LFS, not the weights themselves: run `git lfs pull` where it was cloned, or download the file"
-        )
+        return "a pointer of Git LFS, not the weights themselves: run `git lfs pull` where it was cloned, or download the file"
     if begun.startswith(b"PK\x03\x04"):
         return _PICKLE
     if begun[:1] == b"\x80" and begun[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
@@ -50,7 +48,9 @@ def _by_bytes(begun: bytes) -> str | None:
     if begun.startswith(b"GGUF"):
         return "a GGUF file, made for inference and mostly quantised; merge the safetensors files that it was made from"
     if begun.startswith(b"\x89HDF"):
-        return "an HDF5 file (of Keras, for instance); load it in its own framework and save it as safetensors"
+        return (
+            "an HDF5 file (of Keras, for instance); load it in its own framework and save it as safetensors"
+        )
     if begun.startswith(b"\x93NUMPY"):
         return "an array of NumPy; save the tensors by name with safetensors.numpy.save_file"
     if begun.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):

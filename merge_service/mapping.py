@@ -17,7 +17,14 @@ import numpy as np
 _FAILED = ctypes.c_void_p(-1).value
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
@@ -33,6 +40,6 @@ def mapped(file: Path) -> np.ndarray:
         raise OSError(number, f"cannot be mapped: {os.strerror(number)}", str(file))
     memory = (ctypes.c_uint8 * size).from_address(address)
     weakref.finalize(memory, _libc.munmap, address, size).atexit = False
-    data = np.frombuffer(memory, np.uint8)
+    data = np.frombuffer(memoryview(memory), np.uint8)
     data.flags.writeable = False
     return data

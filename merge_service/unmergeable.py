@@ -54,7 +54,9 @@ def check_integers(reference: "Checkpoint", candidate: "Checkpoint", who: str) -
             continue
         if (info.dtype in ("I8", "U8") and len(info.shape) > 1) or _scale_of(candidate, name):
             raise _quantised(candidate, who, f"the integers of {name} differ from those of {reference.path}")
-        notes.append(f"{who}: the integers of {name} differ from those of {reference.path} and are not merged")
+        notes.append(
+            f"{who}: the integers of {name} differ from those of {reference.path} and are not merged"
+        )
     return tuple(notes)
 
 
