@@ -39,7 +39,10 @@ for panel, commands in PANELS.items():
 
 def main() -> NoReturn:
     """Entry point of the console script."""
+    from pipeline.console import spell_out
+
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    spell_out()
     sys.exit(_main())
 
 
