@@ -9,7 +9,6 @@ Invariant: the memory is mapped as long as any array that views it lives, and is
 import ctypes
 import mmap
 import os
-import weakref
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,23 @@ _libc.mmap.argtypes = (
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
+class _Map:
+    """A mapped file as numpy takes it: an array that views it keeps it alive."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.address, self.size = address, size
+        read_only = True
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": "|u1",
+            "shape": (size,),
+            "data": (address, read_only),
+        }
+
+    def __del__(self) -> None:
+        _libc.munmap(self.address, self.size)
+
+
 def mapped(file: Path) -> np.ndarray:
     """The bytes of a file, uint8 [size], read-only. Raises OSError naming the file."""
     with file.open("rb") as handle:
@@ -38,8 +54,4 @@ def mapped(file: Path) -> np.ndarray:
     if address in (None, _FAILED):
         number = ctypes.get_errno()
         raise OSError(number, f"cannot be mapped: {os.strerror(number)}", str(file))
-    memory = (ctypes.c_uint8 * size).from_address(address)
-    weakref.finalize(memory, _libc.munmap, address, size).atexit = False
-    data = np.frombuffer(memoryview(memory), np.uint8)
-    data.flags.writeable = False
-    return data
+    return np.asarray(_Map(address, size))

@@ -41,7 +41,7 @@ PathLike = Path | str
 class MergeReport:
     """What a merge did. `merged_norm` is the L2 norm of merged - base over float tensors, None without a base.
 
-    `inputs` are the experts by id, file and sha256 as far as they are known. `notes` say what is unusual about the inputs and
+    `inputs` are the experts by id, file and sha256 where the merge had to find these out. `notes` say what is unusual about the inputs and
     how they were read, and what did not matter to the result but was not done, such as thresholds that could not be kept.
     """
 
@@ -441,5 +441,5 @@ def _report(
         seconds=time.perf_counter() - began,
         merged_norm=norm,
         notes=known.notes + notes,
-        inputs=tuple(known.inputs),
+        inputs=tuple(known.inputs) if known.about else (),
     )
