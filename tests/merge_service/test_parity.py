@@ -406,7 +406,9 @@ def test_bad_parity_technique_and_count_are_named() -> None:
 def test_unclamped_logit_scale_is_what_any_parameter_is(world: World, technique: str) -> None:
     def merged(choice: str, **options: Any) -> dict[str, np.ndarray]:
         out = world.room / "out.safetensors"
-        engine.merge(technique, {"logit_scale": choice}, world.start, world.paths[:3], out, rules=ANY, **options)
+        engine.merge(
+            technique, {"logit_scale": choice}, world.start, world.paths[:3], out, rules=ANY, **options
+        )
         return toys.load(out)
 
     free, held, ceiling = merged("unclamped"), merged("merge"), max(np.log(100), world.base["logit_scale"])

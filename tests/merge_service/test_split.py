@@ -163,7 +163,9 @@ def test_number_that_is_not_finite_is_told_by_a_part_as_by_the_merge(
     out, told = tmp_path / "out.safetensors", []
     out.write_bytes(b"what was there")
     for split in (None, Split(2, here)):
-        with pytest.raises(NonFiniteCheckpoint, match=r"broken\.safetensors.*visual\.proj has 1 of") as caught:
+        with pytest.raises(
+            NonFiniteCheckpoint, match=r"broken\.safetensors.*visual\.proj has 1 of"
+        ) as caught:
             merge(name, {}, world.base, [world.experts[0], broken], out, split=split)
         told.append(str(caught.value))
         assert out.read_bytes() == b"what was there" and not list(tmp_path.glob(".*.tmp"))

@@ -200,4 +200,8 @@ def test_merge_keeps_thresholds_when_asked_and_says_when_it_cannot(
     (tmp_path / "two.safetensors.limits.json").mkdir()
     answer = cli(*line, "--keep-thresholds", files["one"], files["two"])
     assert answer.code == 0 and (tmp_path / "one.safetensors.limits.json").is_file()
-    assert answer.err.startswith("note: ") and "thresholds were not kept" in answer.err and answer.err.count("\n") == 1
+    assert (
+        answer.err.startswith("note: ")
+        and "thresholds were not kept" in answer.err
+        and answer.err.count("\n") == 1
+    )

@@ -53,7 +53,11 @@ def test_mistake_that_a_ray_worker_finds_ends_with_code_2_and_its_one_line(
     out = tmp_path / "out.safetensors"
     answer = command(*arguments(files, cluster, out))
     assert answer.returncode == 2, answer.stderr
-    assert answer.stderr.startswith("error: ") and f"({files[2]})" in answer.stderr and answer.stderr.count("\n") == 1
+    assert (
+        answer.stderr.startswith("error: ")
+        and f"({files[2]})" in answer.stderr
+        and answer.stderr.count("\n") == 1
+    )
     assert "visual.proj has 90000 of 90000 values NaN or infinite" in answer.stderr
     assert not out.exists() and not list(tmp_path.glob(".*.tmp"))
 
