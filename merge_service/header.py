@@ -64,6 +64,8 @@ def read_header(path: Path, shard: int = 0) -> tuple[dict[str, TensorInfo], dict
             )
         if length > HEADER_LIMIT:
             raise corrupt(path, f"its header of {length} bytes is above the limit of {HEADER_LIMIT}")
+        if file.peek(1)[:1] != b"{":
+            raise corrupt(path, "its header is not a JSON object; it is not safetensors")
         text = file.read(length)
     header = parse_json(text, path)
     metadata = _metadata(header.pop("__metadata__", None), path)
@@ -92,13 +94,19 @@ def build_header(
         entries[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    if len(text) > HEADER_LIMIT:
-        raise CheckpointError(
-            f"{len(layout)} tensors and their metadata need a header of {len(text)} bytes; at most {HEADER_LIMIT} are read"
-        )
+    check_readable(text, f"{len(layout)} tensors and their metadata")
     start = 8 + len(text)
     placed = {name: TensorInfo(i.dtype, i.shape, start + begin[name]) for name, i in infos.items()}
     return len(text).to_bytes(8, "little") + text, placed
+
+
+def check_readable(text: bytes, what: str) -> None:
+    """Raise `CheckpointError` naming `what` for a header or an index that would be refused when it is read."""
+    if len(text) > HEADER_LIMIT or _values(text) > MAX_VALUES:
+        raise CheckpointError(
+            f"{what} need {len(text)} bytes of JSON with up to {_values(text)} values; at most {HEADER_LIMIT} bytes and "
+            f"{MAX_VALUES} values are read"
+        )
 
 
 def parse_json(text: bytes, path: Path | os.PathLike[str]) -> dict[str, Any]:
@@ -106,9 +114,8 @@ def parse_json(text: bytes, path: Path | os.PathLike[str]) -> dict[str, Any]:
 
     Parsed JSON can take 30 times the room of its text. Every value follows a comma or a bracket, so these are counted first.
     """
-    values = sum(text.count(mark) for mark in (b",", b"[", b"{"))
-    if values > MAX_VALUES:
-        raise corrupt(path, f"its header may hold {values} values, above the limit of {MAX_VALUES}")
+    if _values(text) > MAX_VALUES:
+        raise corrupt(path, f"its header may hold {_values(text)} values, above the limit of {MAX_VALUES}")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -125,6 +132,11 @@ def parse_json(text: bytes, path: Path | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise corrupt(path, "its header is not a JSON object")
     return value
+
+
+def _values(text: bytes) -> int:
+    """At most so many values are in a JSON text."""
+    return sum(text.count(mark) for mark in (b",", b"[", b"{"))
 
 
 def _metadata(value: Any, path: Path) -> dict[str, str]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from merge_service.errors import CheckpointError
 from merge_service.faults import point
-from merge_service.header import TensorInfo
+from merge_service.header import TensorInfo, check_readable
 from merge_service.leftovers import temporary
 from merge_service.writer import CheckpointWriter, Layout, sync_directory
 
@@ -49,9 +49,16 @@ class ShardedWriter:
         self._lock = threading.Lock()
         self._in_use: Counter[CheckpointWriter] = Counter()
         stem = path.name.removesuffix(".safetensors")
+        shards = [
+            path.with_name(f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors")
+            for number in range(1, len(parts) + 1)
+        ]
+        where = {name: shard.name for shard, layout in zip(shards, parts) for name in layout}
+        total = sum(TensorInfo(d, tuple(s), 0).nbytes for layout in parts for d, s in layout.values())
+        self._text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n"
+        check_readable(self._text.encode(), f"{len(where)} tensors in an index")
         try:
-            for number, layout in enumerate(parts, 1):
-                shard = path.with_name(f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors")
+            for shard, layout in zip(shards, parts):
                 self._writers.append(CheckpointWriter(shard, layout, metadata))
                 self._of |= dict.fromkeys(layout, self._writers[-1])
                 self._rest()
@@ -99,13 +106,10 @@ class ShardedWriter:
                 writer.rest()
 
     def _write_index(self) -> None:
-        total = sum(info.nbytes for writer in self._writers for info in writer.tensors.values())
-        where = {name: writer.path.name for name, writer in self._of.items()}
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2)
         whole = temporary(self.index)
         try:
             with whole.open("x", encoding="utf-8") as stream:
-                stream.write(text + "\n")
+                stream.write(self._text)
                 stream.flush()
                 os.fsync(stream.fileno())
             point("shards.before_index")

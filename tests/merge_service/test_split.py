@@ -98,10 +98,9 @@ def test_merge_in_parts_has_the_bytes_and_the_report_of_the_merge(
 def test_merge_in_parts_of_float64_has_the_bytes_of_the_merge(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     shapes = {"a": (300, 300), "b": (7,), "c": (40, 40)}
-    files = [
-        save(tmp_path / f"{i}.safetensors", {n: rng.normal(size=s) for n, s in shapes.items()})
-        for i in range(3)
-    ]
+    base = {n: rng.normal(size=s) for n, s in shapes.items()}
+    models = [base, *({n: v + 0.1 * rng.normal(size=v.shape) for n, v in base.items()} for _ in range(2))]
+    files = [save(tmp_path / f"{i}.safetensors", model) for i, model in enumerate(models)]
     outs = [tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"]
     for out, split in zip(outs, (None, Split(2, here))):
         merge("ties", {}, files[0], files[1:], out, split=split)
