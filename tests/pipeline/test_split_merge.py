@@ -18,7 +18,8 @@ def files(tmp_path: Path) -> list[Path]:
     base = {name: rng.normal(size=(300, 300)).astype(np.float32) for name in ("visual.proj", "text", "head")}
     for number in range(4):
         moved = {
-            name: value + rng.normal(size=value.shape).astype(np.float32) for name, value in base.items()
+            name: value + 0.1 * rng.normal(size=value.shape).astype(np.float32)
+            for name, value in base.items()
         }
         written.append(tmp_path / f"{number}.safetensors")
         save_file(moved if number else base, written[-1])
