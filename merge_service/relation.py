@@ -59,12 +59,11 @@ def check_related(base: "Checkpoint", expert: "Checkpoint", who: str, whose: str
     median, apart = statistics.median(found), sum(ratio > APART for ratio in found)
     if median <= FAR and apart <= max(2, SHARE * len(found)):
         return
-    far = f"the median over {len(found)} matrices is {median:.2f}, and {apart} of them are above {APART:g}"
     raise UnrelatedCheckpoint(
-        f"{who} ({expert.path}) was not trained from {whose} ({base.path}): |expert - base| / |base| says so: {far}, where "
-        f"fine-tuned experts have about 0.05 and at most {FAR:g} is taken. Models that were trained apart, or whose units are "
-        "permuted, give noise when they are merged. Check the base; if it is meant, --any-base takes it "
-        "(any_base=True in Python, resources.merging.any_base: true in a study)"
+        f"{who} ({expert.path}) was not trained from {whose} ({base.path}): |expert - base| / |base| is {median:.2f} in the "
+        f"median (matrices: {len(found)}, above {APART:g}: {apart}); fine-tuned experts have about 0.05, and at most {FAR:g} is "
+        "taken. Models that were trained apart, or whose units are permuted, give noise when they are merged. Check the base; "
+        "if it is meant, --any-base takes it (any_base=True in Python, resources.merging.any_base: true in a study)"
     )
 
 
