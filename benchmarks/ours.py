@@ -33,6 +33,9 @@ def _merge(job: dict[str, Any]) -> float:
     if job["form"] == "fold":
         running, new = experts
         return fold(job["technique"], job["params"], base, running, new, out, **options).seconds
+    options["ids"] = [
+        f"t{t}" for t in range(1, len(experts) + 1)
+    ]  # as a study: names by content cost a hash of all
     return merge(job["technique"], job["params"], base, experts, out, **options).seconds
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from merge_service.faults import point
 from merge_service.geometry import geometry
+from merge_service.intake import Rules
 from merge_service.jobs import MergeJob
-from merge_service.merge import fold
 from merge_service.own import load
-from merge_service.stream import StreamCache
+from merge_service.stream import StreamCache, fold_in
 
 
 class Merger:
@@ -44,11 +44,9 @@ class Merger:
         """
         newest = job.members[-1]
         if job.form == "fold":
-            running, new = job.members
-            report = fold(
-                job.technique, job.params, job.base.path, running.path, new.path, out,
-                ids=(running.id, new.id), sha256={running.id: running.sha256, new.id: new.sha256},
-                threads=job.threads, measure=False, keep_limits=job.limits,
+            report = fold_in(
+                job.technique, job.params, job.base.path, job.members, out,
+                threads=job.threads, measure=False, keep_limits=job.limits, rules=Rules(job.any_base),
             )  # fmt: skip
         else:
             report = self._states_of(job).merge(
@@ -63,6 +61,10 @@ class Merger:
         series = job.members[0].sha256
         if series not in self._states:
             self._states[series] = StreamCache(
-                job.scratch, threads=job.threads, measure=False, keep_limits=job.limits
+                job.scratch,
+                threads=job.threads,
+                measure=False,
+                keep_limits=job.limits,
+                rules=Rules(job.any_base),
             )
         return self._states[series]

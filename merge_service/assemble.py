@@ -173,7 +173,8 @@ def _store(blend: Blend, writer: Writer, span: Span, block: np.ndarray) -> np.nd
 def copy(blend: Blend, writer: Writer) -> None:
     """Store the tensors that are taken over as they are."""
     for span in spans(blend.copied, 1 << 20):
-        stored = blend.source.raw(span.name, span.start, span.stop)
+        source = blend.source if span.name in blend.source.tensors else blend.reference
+        stored = source.raw(span.name, span.start, span.stop)
         writer.write_stored(span.name, span.start, stored)
         for alias in blend.aliases.get(span.name, ()):
             writer.write_stored(alias, span.start, stored)

@@ -7,7 +7,8 @@ Invariant: an open checkpoint has a fully validated header, and `read` never cha
 """
 
 import hashlib
-import mmap
+import zlib
+from collections import Counter
 from pathlib import Path
 from types import TracebackType
 
@@ -16,7 +17,9 @@ import numpy as np
 from merge_service.admission import admit, check_finite
 from merge_service.dtypes import decode
 from merge_service.errors import CheckpointError
+from merge_service.foreign import check_file, explain_directory
 from merge_service.header import HEADER_LIMIT, TensorInfo, corrupt, parse_json, read_header
+from merge_service.mapping import mapped
 from merge_service.shards import SHARD
 from merge_service.writer import CheckpointWriter
 
@@ -36,6 +39,7 @@ WEIGHTS_FILE = "open_clip_model.safetensors"
 CONFIG_FILE = "open_clip_config.json"
 SAMPLE = 1024
 """Bytes of a tensor that a fingerprint reads in one place."""
+_CHUNK = 1 << 20
 
 
 def locate(path: Path | str) -> Path:
@@ -50,6 +54,8 @@ def locate(path: Path | str) -> Path:
     found = sorted(path.glob("*.safetensors.index.json")) or sorted(
         file for file in path.glob("*.safetensors") if not SHARD.search(file.name)
     )
+    if not found:
+        explain_directory(path)
     if len(found) != 1:
         what = (
             f"holds {len(found)} of them ({', '.join(f.name for f in found[:5])})" if found else "holds none"
@@ -64,7 +70,8 @@ class Checkpoint:
     """An open checkpoint; use as a context manager.
 
     `tensors` maps names to `TensorInfo` in header order (`ties.py` lets aliases come and go), `metadata` is the file's own (of the
-    first shard if sharded).
+    first shard if sharded). `renames` are the prefixes under which names are read that the file has otherwise, as (old, new). No
+    file stays open: there may be hundreds of experts.
     """
 
     def __init__(
@@ -72,10 +79,11 @@ class Checkpoint:
     ) -> None:
         self.path = path
         self.tensors = dict(tensors)
-        self._stored = tensors
         self.metadata = metadata
         self.files = files
-        self._bytes = [_map(file) for file in files]
+        self.renames: list[tuple[str, str]] = []
+        self._stored = dict(tensors)
+        self._bytes = [mapped(file) for file in files]
         self._addresses = [data.ctypes.data for data in self._bytes]
 
     @classmethod
@@ -83,6 +91,7 @@ class Checkpoint:
         """Open and validate. Raises `CorruptCheckpoint` naming the file, `CheckpointError` when there is nothing to open."""
         file = locate(path)
         try:
+            check_file(file)
             if file.name.endswith(".json"):
                 return cls._open_index(file)
             tensors, metadata = read_header(file)
@@ -130,6 +139,42 @@ class Checkpoint:
         address = self._addresses[info.shard] + info.offset
         return address if address % info.kind.itemsize == 0 else None
 
+    def rename(self, old: str, new: str) -> int:
+        """Read names that begin with `old` as beginning with `new` instead; how many. Raises `CheckpointError` if two meet."""
+        moved = {name: new + name[len(old) :] if name.startswith(old) else name for name in self.tensors}
+        if len(set(moved.values())) != len(moved):
+            twice = next(name for name, count in Counter(moved.values()).items() if count > 1)
+            raise CheckpointError(f"{self.path} holds {twice!r} with the prefix {old!r} and without it")
+        self.tensors = {moved[name]: info for name, info in self.tensors.items()}
+        self.renames.append((old, new))
+        return sum(name != kept for name, kept in moved.items())
+
+    def digests(self) -> tuple[str, str]:
+        """What the tensors hold, whatever their names, order and files, and the sha256 of `sha256_of`; in one read.
+
+        The first is made of a checksum (CRC-32) of each tensor: it tells experts apart and proves nothing.
+        """
+        sums, parts = list[tuple[str, int, int]](), list[str]()
+        for number in range(len(self.files)):
+            digest = hashlib.sha256()
+            data = memoryview(self._bytes[number])  # type: ignore[arg-type]
+            held = sorted(
+                (i.offset, i.nbytes, i.dtype, i.numel) for i in self._stored.values() if i.shard == number
+            )
+            digest.update(data[: held[0][0] if held else None])
+            for offset, size, dtype, numel in held:
+                crc = 0
+                for at in range(offset, offset + size, _CHUNK):
+                    chunk = data[at : min(at + _CHUNK, offset + size)]
+                    digest.update(chunk)
+                    crc = zlib.crc32(chunk, crc)
+                sums.append((dtype, numel, crc))
+            parts.append(digest.hexdigest())
+        content = hashlib.sha256(repr(sorted(sums)).encode()).hexdigest()
+        if self.path.name.endswith(".json"):
+            parts = [hashlib.sha256("".join([_sha256(self.path), *parts]).encode()).hexdigest()]
+        return content, parts[0]
+
     def fingerprint(self) -> str:
         """A digest of the headers and of the beginning, middle and end of every tensor, in milliseconds.
 
@@ -171,11 +216,6 @@ def sha256_of(path: Path | str) -> str:
 def _sha256(file: Path) -> str:
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _map(file: Path) -> np.ndarray:
-    with file.open("rb") as handle:
-        return np.frombuffer(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
 
 
 def _shard(index: Path, name: str) -> Path:

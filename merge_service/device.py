@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from merge_service.checkpoint import Checkpoint
-from merge_service.dtypes import all_finite
+from merge_service.dtypes import EIGHT_BITS, all_finite
 from merge_service.engine import Span
 from merge_service.errors import TechniqueError
 
@@ -74,6 +74,8 @@ class Device(Host):
         """As of `Host`; copied as it is stored, widened on the device."""
         kind = weights.tensors[span.name].kind
         raw = weights.raw(span.name, span.start, span.stop)
+        if kind.name in EIGHT_BITS:
+            raw = EIGHT_BITS[kind.name][raw]
         block = self._upload(raw.view(np.int16) if kind.name == "BF16" else raw, role)
         if kind.name == "BF16":
             block = block.view(self.xp.bfloat16)

@@ -21,6 +21,22 @@ class IncompatibleCheckpoint(CheckpointError):
     """A checkpoint differs from its reference in keys, shapes or dtypes."""
 
 
+class ForeignCheckpoint(CheckpointError):
+    """A file that is no safetensors file but something else that is known: a pickle, a Git-LFS pointer, a study."""
+
+
+class QuantisedCheckpoint(CheckpointError):
+    """A checkpoint whose stored numbers are codes that only mean something with their scales."""
+
+
+class AdapterCheckpoint(CheckpointError):
+    """A checkpoint that holds an adapter, such as the factors of LoRA, not the weights of a model."""
+
+
+class UnrelatedCheckpoint(CheckpointError):
+    """An expert so far from its base that it cannot have been trained from it."""
+
+
 class NonFiniteCheckpoint(CheckpointError):
     """A checkpoint holds NaN or infinity."""
 

@@ -33,7 +33,7 @@ class Outcome:
 
 def fits(weights: Sequence[Checkpoint], name: str) -> bool:
     """Whether the loops can read this tensor where it lies."""
-    return all(one.address(name) is not None for one in weights)
+    return all(one.address(name) is not None and one.tensors[name].kind.name in _KINDS for one in weights)
 
 
 class Fused:

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merge_service.dtypes import DTYPES, DType
-from merge_service.errors import CheckpointError, CorruptCheckpoint
+from merge_service.dtypes import DTYPES, QUANTISED, DType
+from merge_service.errors import CheckpointError, CorruptCheckpoint, QuantisedCheckpoint
 
-HEADER_LIMIT = 1024 * 1024
-"""Bytes. A CLIP header has 40 KB; parsed JSON can take 30 times its size, so this much costs 30 MB and 0.1 s at worst."""
+HEADER_LIMIT = 100_000_000
+"""Bytes of a header or an index: the limit of safetensors itself. A CLIP header has 40 KB, an index of 45,000 tensors 9 MB."""
+MAX_VALUES = 2_000_000
+"""JSON values in a header or an index, ten or fewer per tensor. They cost about 100 bytes each, whatever the text claims."""
 MAX_RANK = 64
 MAX_NUMBER = 2**63
 MAX_NAME = 300
@@ -62,6 +64,8 @@ def read_header(path: Path, shard: int = 0) -> tuple[dict[str, TensorInfo], dict
             )
         if length > HEADER_LIMIT:
             raise corrupt(path, f"its header of {length} bytes is above the limit of {HEADER_LIMIT}")
+        if file.peek(1)[:1] != b"{":
+            raise corrupt(path, "its header is not a JSON object; it is not safetensors")
         text = file.read(length)
     header = parse_json(text, path)
     metadata = _metadata(header.pop("__metadata__", None), path)
@@ -90,17 +94,28 @@ def build_header(
         entries[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    if len(text) > HEADER_LIMIT:
-        raise CheckpointError(
-            f"{len(layout)} tensors and their metadata need a header of {len(text)} bytes; at most {HEADER_LIMIT} are read"
-        )
+    check_readable(text, f"{len(layout)} tensors and their metadata")
     start = 8 + len(text)
     placed = {name: TensorInfo(i.dtype, i.shape, start + begin[name]) for name, i in infos.items()}
     return len(text).to_bytes(8, "little") + text, placed
 
 
+def check_readable(text: bytes, what: str) -> None:
+    """Raise `CheckpointError` naming `what` for a header or an index that would be refused when it is read."""
+    if len(text) > HEADER_LIMIT or _values(text) > MAX_VALUES:
+        raise CheckpointError(
+            f"{what} need {len(text)} bytes of JSON with up to {_values(text)} values; at most {HEADER_LIMIT} bytes and "
+            f"{MAX_VALUES} values are read"
+        )
+
+
 def parse_json(text: bytes, path: Path | os.PathLike[str]) -> dict[str, Any]:
-    """A JSON object without repeated keys; raises `CorruptCheckpoint`."""
+    """A JSON object without repeated keys; raises `CorruptCheckpoint`.
+
+    Parsed JSON can take 30 times the room of its text. Every value follows a comma or a bracket, so these are counted first.
+    """
+    if _values(text) > MAX_VALUES:
+        raise corrupt(path, f"its header may hold {_values(text)} values, above the limit of {MAX_VALUES}")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -117,6 +132,11 @@ def parse_json(text: bytes, path: Path | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise corrupt(path, "its header is not a JSON object")
     return value
+
+
+def _values(text: bytes) -> int:
+    """At most so many values are in a JSON text."""
+    return sum(text.count(mark) for mark in (b",", b"[", b"{"))
 
 
 def _metadata(value: Any, path: Path) -> dict[str, str]:
@@ -136,6 +156,11 @@ def _tensor(name: str, entry: Any, start: int, shard: int, path: Path) -> Tensor
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise corrupt(path, f"the entry of tensor {name!r} lacks dtype, shape or data_offsets") from None
+    if isinstance(dtype, str) and dtype in QUANTISED:
+        raise QuantisedCheckpoint(
+            f"{path} holds {QUANTISED[dtype]} ({name!r} is {dtype}), which cannot be merged as numbers; "
+            "convert it to float16, bfloat16 or float32 first"
+        )
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise corrupt(path, f"tensor {name!r} has the unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
     numbers = [*shape, begin, end] if isinstance(shape, list) and len(shape) <= MAX_RANK else [-1]

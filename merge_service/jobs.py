@@ -14,7 +14,7 @@ class MergeJob:
 
     `members` come in the technique's order, oldest first; their ids seed random masks, so they are part of the result.
     `scratch` is for streaming states and `limits` for kept thresholds: caches, rebuilt when they are missing.
-    `origin` is where a technique that is not ours is written.
+    `origin` is where a technique that is not ours is written. `any_base` takes experts that may lie far from the base.
     """
 
     label: str
@@ -27,3 +27,4 @@ class MergeJob:
     scratch: str
     limits: str
     origin: Origin | None = None
+    any_base: bool = False

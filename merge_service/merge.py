@@ -20,18 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from merge_service import ties
-from merge_service.admission import admit
 from merge_service.assemble import Options, assemble
 from merge_service.blend import Blend, Input
 from merge_service.checkpoint import Checkpoint, CheckpointWriter
 from merge_service.engine import BLOCK
 from merge_service.errors import TechniqueError
+from merge_service.intake import Lineage, Rules, by_content, check_count, check_inputs, open_all, shown
 from merge_service.kept_limits import Keep, KeptLimits
 from merge_service.leftovers import temporary
 from merge_service.report import MergeReport, report_of
 from merge_service.retraction import Retraction, check_bytes
 from merge_service.split import Split
-from merge_service.state import MAX_EXPERTS, METADATA_KEY, StreamState, effective, state_writer
+from merge_service.state import METADATA_KEY, StreamState, effective, state_writer
 from merge_service.target import Target
 from merge_service.techniques import Form, Technique, get
 from merge_service.thresholds import Ask
@@ -47,6 +47,7 @@ class Way:
     keep_limits: Keep
     shard_bytes: int | None
     split: Split | None
+    rules: Rules
 
 
 def merge(
@@ -56,8 +57,10 @@ def merge(
     experts: Sequence[PathLike],
     out: PathLike,
     *,
-    ids: Sequence[str] | None = None,
+    ids: Sequence[str | None] | None = None,
     sha256: Mapping[str, str] | None = None,
+    lineage: bool = False,
+    rules: Rules = Rules(),
     threads: int = 1,
     block: int = BLOCK,
     measure: bool = True,
@@ -74,22 +77,25 @@ def merge(
     for it at any size. The output has the tensors, dtypes and metadata of the base (of the first expert without one), plus an
     entry `temporal_merge` that says how it was made. With no experts it is the base.
 
-    `ids` name experts in messages and seed their random masks (by default expert-1, expert-2, ...); `sha256` by id is
-    recorded as given. `measure=False` saves computing `merged_norm`. With `split` the work is done in parts, elsewhere.
+    `ids` name experts and seed their random masks; one that is None comes from the tensors' content. With `lineage`, or when
+    an id is None, the output names file and sha256 of every input and the versions that computed; else it has `sha256` by id
+    as given. `rules` say which inputs are taken. `measure=False` saves computing `merged_norm`. With `split` the work is done in parts, elsewhere.
     `keep_limits` keeps the thresholds that were found (`kept_limits.py`); those that are kept already are always used.
 
-    Raises `TechniqueError` (technique, parameters, number of experts), `IncompatibleCheckpoint`,
-    `NonFiniteCheckpoint` or `CorruptCheckpoint` naming the expert and tensor; `out` is then untouched.
+    Raises `TechniqueError` (technique, parameters, number of experts), or the kind of `CheckpointError` that fits, naming the
+    expert and tensor; `out` is then untouched.
     """
     plugin = get(technique)
     resolved = plugin.resolve(params, "merge", strict=True)
-    names = list(ids) if ids is not None else [f"expert-{i}" for i in range(1, len(experts) + 1)]
-    _check_count(plugin, resolved, base, len(experts), names)
-    way = Way(Options(threads, block, measure, device), keep_limits, shard_bytes, split)
+    names = list(ids) if ids is not None else [None] * len(experts)
+    check_count(plugin, resolved, base, len(experts), names)
+    way = Way(Options(threads, block, measure, device), keep_limits, shard_bytes, split, rules)
+    given = [name for name in names if name is not None]
+    known = Lineage.given(given, sha256) if len(given) == len(names) and not lineage else None
     if plugin.ordered and experts:
         assert base is not None
-        return _replay(plugin, resolved, base, experts, names, out, sha256, way)
-    return _combine(plugin, resolved, "merge", base, experts, names, out, sha256, way)
+        return _replay(plugin, resolved, base, experts, names, out, known, way)
+    return _combine(plugin, resolved, "merge", base, experts, names, out, known, way)
 
 
 def fold(
@@ -102,6 +108,7 @@ def fold(
     *,
     ids: tuple[str, str] = ("running", "new"),
     sha256: Mapping[str, str] | None = None,
+    rules: Rules = Rules(),
     threads: int = 1,
     block: int = BLOCK,
     measure: bool = True,
@@ -116,9 +123,10 @@ def fold(
     """
     plugin = get(technique)
     resolved = plugin.resolve(params, "fold", strict=True)
-    _check_count(plugin, resolved, base, 2, list(ids))
-    way = Way(Options(threads, block, measure, device), keep_limits, shard_bytes, split)
-    return _combine(plugin, resolved, "fold", base, [running, new], list(ids), out, sha256, way)
+    check_count(plugin, resolved, base, 2, list(ids))
+    way = Way(Options(threads, block, measure, device), keep_limits, shard_bytes, split, rules)
+    known = Lineage.given(ids, sha256)
+    return _combine(plugin, resolved, "fold", base, [running, new], list(ids), out, known, way)
 
 
 def advance(
@@ -132,6 +140,8 @@ def advance(
     state_in: PathLike | None,
     state_out: PathLike,
     sha256: Mapping[str, str] | None = None,
+    lineage: Lineage | None = None,
+    rules: Rules = Rules(),
     threads: int = 1,
     block: int = BLOCK,
     measure: bool = True,
@@ -143,32 +153,35 @@ def advance(
     """Add one expert to a streaming merge: read `state_in` (None to start), write `state_out` and the merged model.
 
     `out` is byte-identical to what `merge` writes for all experts so far with the same ids; with `out=None` only the
-    state is written. Cost does not depend on how many came before. Besides what `merge` raises: `TechniqueError` when
-    the technique has no streaming form, the state belongs to another technique, parameters or base, or holds this id; `BrokenTie`
-    when the experts so far hold two names as one tensor and this one does not. A stream whose experts are known beforehand gives
-    what is `tied` in all of them (`ties.tie`) with the first.
+    state is written. Cost does not depend on how many came before. `lineage` is what the outputs say of the expert, by default
+    its id and `sha256`. Besides what `merge` raises: `TechniqueError` when the technique has no streaming form, the state belongs to
+    another technique, parameters or base, or holds this id; `BrokenTie` when the experts so far hold two names as one tensor and this
+    one does not. A stream whose experts are known beforehand gives what is `tied` in all of them (`ties.tie`) with the first.
     """
     began = time.perf_counter()
     plugin = get(technique)
     plugin.require("stream")
     resolved = plugin.resolve(params, "merge", strict=True)
+    known = lineage or Lineage.given([expert_id], sha256)
     with contextlib.ExitStack() as stack:
-        anchor, newest = (stack.enter_context(Checkpoint.open(path)) for path in (base, expert))
+        anchor, (newest,) = open_all(stack, base, [expert], rules)
+        assert anchor is not None
         held = stack.enter_context(StreamState(state_in)) if state_in is not None else None
         seen = held.inputs if held else []
         if held:
             held.check(plugin, resolved, anchor)
             held.check_new(expert_id)
-        known = held.ties(anchor) if held else tied
-        same = None if known is None else ties.keep(anchor, newest, known)
+        same = held.ties(anchor) if held else tied
+        said, same = check_inputs(anchor, [newest], [expert_id], rules, known=same)
         arrival = Input(expert_id, len(seen) + 1, newest)
         blend = Blend(plugin, resolved, anchor, [arrival], threads, device, same)
-        inputs = [*seen, *_inputs([expert_id], sha256)]
-        _admit_all(blend, held)
+        if held:
+            held.check_layout(blend)
+        known = dataclasses.replace(known, inputs=[*seen, *known.inputs], notes=said)
         target = Target.of(out, [base, expert], shard_bytes) if out is not None else None
         notes = _ready(blend, keep_limits, sha256)
-        norm = _continue(blend, held, inputs, target, state_out, Options(threads, block, measure))
-        return report_of(blend, target, len(inputs), began, norm, notes)
+        norm = _continue(blend, held, known, target, state_out, Options(threads, block, measure))
+        return report_of(blend, target, known, began, norm, notes)
 
 
 def retract(
@@ -205,15 +218,16 @@ def retract(
         held.check(plugin, resolved, anchor)
         order = held.order_of(expert_id)
         left = Input(expert_id, order, leaving)
-        same = ties.keep(anchor, leaving, held.ties(anchor))
+        any_base = Rules(any_base=True)
+        said, same = check_inputs(anchor, [leaving], [expert_id], any_base, known=held.ties(anchor))
         blend = Retraction(plugin, resolved, anchor, left, len(held.inputs), threads, same)
         unchecked = check_bytes(held, order, expert, (sha256 or {}).get(expert_id))
-        inputs = [entry for entry in held.inputs if entry["id"] != expert_id]
-        _admit_all(blend, held)
+        known = Lineage([entry for entry in held.inputs if entry["id"] != expert_id], notes=said + unchecked)
+        held.check_layout(blend)
         target = Target.of(out, [base, expert], shard_bytes) if out is not None else None
         notes = _ready(blend, keep_limits, sha256)
-        norm = _continue(blend, held, inputs, target, state_out, Options(threads, block, measure))
-        return report_of(blend, target, len(inputs), began, norm, unchecked + notes)
+        norm = _continue(blend, held, known, target, state_out, Options(threads, block, measure))
+        return report_of(blend, target, known, began, norm, notes)
 
 
 def replace(
@@ -260,32 +274,48 @@ def _combine(
     form: Form,
     base: PathLike | None,
     experts: Sequence[PathLike],
-    ids: list[str],
+    ids: Sequence[str | None],
     out: PathLike,
-    sha256: Mapping[str, str] | None,
+    known: Lineage | None,
     way: Way,
 ) -> MergeReport:
     if way.split is not None and way.shard_bytes is not None:
         raise TechniqueError("workers write one file between them; leave --shard-size or --workers out")
     began = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        anchor = stack.enter_context(Checkpoint.open(base)) if base is not None else None
-        opened = [stack.enter_context(Checkpoint.open(path)) for path in experts]
-        inputs = [Input(name, order, weights) for order, (name, weights) in enumerate(zip(ids, opened), 1)]
-        blend = Blend(plugin, params, anchor, inputs, way.options.threads, way.options.device)
-        _admit_all(blend)
+        anchor, opened = open_all(stack, base, experts, way.rules)
+        known, tied = _taken_in(anchor, opened, form, ids, known, way)
+        inputs = [
+            Input(entry["id"], order, weights)
+            for order, (entry, weights) in enumerate(zip(known.inputs, opened), 1)
+        ]
+        blend = Blend(plugin, params, anchor, inputs, way.options.threads, way.options.device, tied)
         target = Target.of(out, [*experts, *([base] if base is not None else [])][::-1], way.shard_bytes)
         team = stack.enter_context(way.split.team(blend, way.options)) if way.split else None
-        notes = _ready(blend, way.keep_limits, sha256, team.answer if team else None)
-        writer = stack.enter_context(
-            target.open(blend.reference, _metadata(blend, form, params, _inputs(ids, sha256)))
-        )
+        notes = _ready(blend, way.keep_limits, known.sha256, team.answer if team else None)
+        writer = stack.enter_context(target.open(blend.reference, _metadata(blend, form, params, known)))
         if team is None:
             norm = assemble(blend, writer, way.options)
         else:
             assert isinstance(writer, CheckpointWriter)
             norm = team.assemble(blend, writer, way.options)
-        return report_of(blend, target, len(experts), began, norm, notes)
+        return report_of(blend, target, known, began, norm, notes)
+
+
+def _taken_in(
+    base: Checkpoint | None,
+    opened: Sequence[Checkpoint],
+    form: Form,
+    ids: Sequence[str | None],
+    known: Lineage | None,
+    way: Way,
+) -> tuple[Lineage, ties.Ties]:
+    """What the output says of inputs that may be merged, and what is tied in all of them; a running model that a merge made is
+    not asked where it comes from."""
+    exempt = 0 if form == "fold" and METADATA_KEY in opened[0].metadata else None
+    said, tied = check_inputs(base, opened, shown(opened, ids), way.rules, exempt)
+    found = known or by_content(base, opened, ids, way.options.threads)
+    return dataclasses.replace(found, notes=said + found.notes), tied
 
 
 def _replay(
@@ -293,9 +323,9 @@ def _replay(
     params: dict[str, Any],
     base: PathLike,
     experts: Sequence[PathLike],
-    ids: list[str],
+    ids: Sequence[str | None],
     out: PathLike,
-    sha256: Mapping[str, str] | None,
+    known: Lineage | None,
     way: Way,
 ) -> MergeReport:
     """All experts at once for a technique that takes them one after another: the stream from the first on."""
@@ -305,13 +335,12 @@ def _replay(
         )
     began = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        anchor, *opened = (stack.enter_context(Checkpoint.open(path)) for path in (base, *experts))
-        tied = ties.tie(anchor, opened)
+        known, tied = _taken_in(*open_all(stack, base, experts, way.rules), "merge", ids, known, way)
     beside = Path(out).absolute().parent
     beside.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".states-", dir=beside) as states:
         state: Path | None = None
-        for number, (name, expert) in enumerate(zip(ids, experts), 1):
+        for number, (entry, expert) in enumerate(zip(known.inputs, experts), 1):
             target = Path(states) / f"{number}.safetensors"
             report = advance(
                 plugin.name,
@@ -319,10 +348,12 @@ def _replay(
                 base,
                 expert,
                 out if number == len(experts) else None,
-                expert_id=name,
+                expert_id=entry["id"],
                 state_in=state,
                 state_out=target,
-                sha256=sha256,
+                sha256=known.sha256,
+                lineage=dataclasses.replace(known, inputs=[entry]),
+                rules=way.rules,
                 threads=way.options.threads,
                 block=way.options.block,
                 measure=way.options.measure,
@@ -333,44 +364,7 @@ def _replay(
             if state:
                 state.unlink()
             state = target
-    return dataclasses.replace(report, seconds=time.perf_counter() - began)
-
-
-def _check_count(
-    plugin: Technique, params: Mapping[str, Any], base: PathLike | None, experts: int, ids: Sequence[str]
-) -> None:
-    if (plugin.moves(params) or "base" in plugin.needs) and base is None:
-        raise TechniqueError(f"{plugin.name} merges differences from a base model; give the base (--base)")
-    if params.get("logit_scale") == "base" and base is None:
-        raise TechniqueError(f"{plugin.name}: logit_scale = base needs the base; give it (--base)")
-    if experts == 0 and base is None:
-        raise TechniqueError("there is nothing to merge: give experts, or a base")
-    if plugin.arity is not None and experts not in (0, plugin.arity):
-        raise TechniqueError(
-            f"{plugin.name} merges exactly {plugin.arity} checkpoints, not {experts}; fold them one by one, or use average"
-        )
-    if experts > MAX_EXPERTS:
-        raise TechniqueError(f"at most {MAX_EXPERTS} experts can be merged at once, not {experts}")
-    weights = params.get("weights")
-    if weights is not None and len(weights) != experts:
-        raise TechniqueError(
-            f"{plugin.name}: weights has {len(weights)} entries but there are {experts} experts"
-        )
-    if len(ids) != experts:
-        raise TechniqueError(f"{len(ids)} ids for {experts} experts")
-    if len(set(ids)) != len(ids):
-        twice = next(name for name in ids if list(ids).count(name) > 1)
-        raise TechniqueError(f"the expert id {twice!r} is given twice; every expert counts once")
-
-
-def _admit_all(blend: Blend, held: StreamState | None = None) -> None:
-    ties.check(blend.reference, blend.tied, str(blend.reference.path))
-    for expert in blend.inputs:
-        if expert.weights is not blend.reference:
-            admit(blend.reference, expert.weights, expert.id)
-        ties.check(expert.weights, blend.tied, expert.id)
-    if held:
-        held.check_layout(blend)
+    return dataclasses.replace(report, seconds=time.perf_counter() - began, notes=known.notes)
 
 
 def _ready(
@@ -386,31 +380,30 @@ def _ready(
 def _continue(
     blend: Blend,
     held: StreamState | None,
-    inputs: Sequence[Mapping[str, str]],
+    known: Lineage,
     target: Target | None,
     state_out: PathLike,
     options: Options,
 ) -> float | None:
     """Write the state after `inputs`, and the merged model if there is a target; its norm."""
     with contextlib.ExitStack() as stack:
-        keep = stack.enter_context(state_writer(state_out, blend, inputs))
+        keep = stack.enter_context(state_writer(state_out, blend, known.inputs))
         writer = None
         if target:
-            metadata = _metadata(blend, "merge", effective(blend.params, len(inputs)), inputs)
+            metadata = _metadata(blend, "merge", effective(blend.params, len(known.inputs)), known)
             writer = stack.enter_context(target.open(blend.reference, metadata))
         return assemble(blend, writer, options, held, keep)
 
 
-def _inputs(ids: Sequence[str], sha256: Mapping[str, str] | None) -> list[dict[str, str]]:
-    known = sha256 or {}
-    return [{"id": name, **({"sha256": known[name]} if name in known else {})} for name in ids]
-
-
-def _metadata(
-    blend: Blend, form: Form, params: Mapping[str, Any], inputs: Sequence[Mapping[str, str]]
-) -> dict[str, str]:
+def _metadata(blend: Blend, form: Form, params: Mapping[str, Any], known: Lineage) -> dict[str, str]:
     """The reference's own metadata, and how this file was made."""
-    record = {"technique": blend.technique.name, "form": form, "params": dict(params), "inputs": list(inputs)}
+    record = {
+        "technique": blend.technique.name,
+        "form": form,
+        "params": dict(params),
+        "inputs": known.inputs,
+        **known.about,
+    }
     if blend.technique.origin is not None:
         record["source"] = blend.technique.origin.source
     return {"format": "pt", **blend.reference.metadata, METADATA_KEY: json.dumps(record, sort_keys=True)}

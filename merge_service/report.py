@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_service.blend import Blend
+from merge_service.intake import Lineage
 from merge_service.target import Target
 
 _SHOWN = 3
@@ -19,7 +20,8 @@ _SHOWN = 3
 class MergeReport:
     """What a merge did. `merged_norm` is the L2 norm of merged - base over float tensors, None without a base.
 
-    `notes` say what a person should know: thresholds that could not be kept, statistics that want re-estimation, tensors that
+    `inputs` are the experts by id, file and sha256 where the merge had to find these out. `notes` say what a person should know: what
+    is unusual about the inputs and how they were read, thresholds that could not be kept, statistics that want re-estimation, tensors that
     were found tied, matrices that stayed fused. `stacks` has the depth of every stack of blocks by tower, where a technique asks for
     towers or depth.
     """
@@ -32,13 +34,14 @@ class MergeReport:
     seconds: float
     merged_norm: float | None
     notes: tuple[str, ...] = ()
+    inputs: tuple[dict[str, str], ...] = ()
     stacks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 def report_of(
     blend: Blend,
     target: Target | None,
-    experts: int,
+    known: Lineage,
     began: float,
     norm: float | None,
     notes: tuple[str, ...],
@@ -49,11 +52,12 @@ def report_of(
         out=target.place(blend.reference) if target else None,
         technique=blend.technique.name,
         params=dict(blend.params),
-        experts=experts,
+        experts=len(known.inputs),
         parameters=sum(numel for _, numel in blend.merged),
         seconds=time.perf_counter() - began,
         merged_norm=norm,
-        notes=(*notes, *_remarks(blend)),
+        notes=(*known.notes, *notes, *_remarks(blend)),
+        inputs=tuple(known.inputs) if known.about else (),
         stacks={tower: dict(stacks) for tower, stacks in blend.anatomy.stacks.items()} if asks else {},
     )
 

@@ -4,20 +4,22 @@ Plain Python over paths; the actor is a thin shell around it. Experts may have b
 against the base and checked for non-finite numbers when it arrives, before anything is built on it.
 
 Invariant: everything held is a cache. The same experts, arriving in any order, any number of times, to a fresh service,
-give the same bytes.
+give the same bytes, which are those of a study. A call that fails leaves the service as it was.
 """
 
+import contextlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from merge_service import timeline
-from merge_service.checkpoint import CONFIG_FILE, Checkpoint, admit, check_finite, sha256_of
+from merge_service.checkpoint import CONFIG_FILE, check_finite, sha256_of
 from merge_service.errors import ConflictingArrival
-from merge_service.merge import MergeReport, PathLike, fold
-from merge_service.stream import Member, StreamCache
-from merge_service.ties import tie
+from merge_service.intake import Rules, check_inputs, open_all
+from merge_service.merge import MergeReport, PathLike
+from merge_service.stream import Member, StreamCache, fold_in
 from merge_service.timeline import Base, Expert, Merged, Strategy, Weights
 
 
@@ -41,18 +43,31 @@ class Moment:
 
 
 class MergeService:
-    """One strategy over one stream. Use as a context manager, or `close` it, to free its scratch space."""
+    """One strategy over one stream. Use as a context manager, or `close` it, to free its scratch space.
 
-    def __init__(self, strategy: Strategy, base: PathLike, scratch: PathLike, *, threads: int = 1) -> None:
+    `any_base` takes experts that cannot have been trained from the base.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        base: PathLike,
+        scratch: PathLike,
+        *,
+        threads: int = 1,
+        any_base: bool = False,
+    ) -> None:
         timeline.check(strategy)
         self.strategy, self.base = strategy, Path(base)
         self._base_sha256 = sha256_of(self.base)
         Path(scratch).mkdir(parents=True, exist_ok=True)
         self._directory = Path(tempfile.mkdtemp(prefix="merged-", dir=scratch))
-        self._states = StreamCache(scratch, threads=threads)
+        self._rules = Rules(any_base)
+        self._states = StreamCache(scratch, threads=threads, rules=self._rules)
         self._threads = threads
+        self._made = 0
         self._arrivals: dict[int, Arrival] = {}
-        self._merged: dict[Merged, Path] = {}
+        self._merged: dict[Merged, Member] = {}
         self._history: list[Moment] = []
 
     def arrive(
@@ -61,8 +76,8 @@ class MergeService:
         """Take in the expert of task `t` (1-based) and do what has become possible; the time steps that completed.
 
         Time steps complete in order: an early expert waits for those before it. The same expert again does nothing.
-        Raises `ConflictingArrival` for other bytes at the same `t` or under the same id, and what `admit` and
-        `check_finite` raise; the service is then as it was.
+        Raises `ConflictingArrival` for other bytes at the same `t` or under the same id, a `CheckpointError` for an expert
+        that cannot be merged, and what writing a merge raises; the service is then as it was.
         """
         if t < 1:
             raise ValueError(f"tasks are numbered from 1, not {t}")
@@ -70,11 +85,8 @@ class MergeService:
         if self._is_known(arrival):
             return []
         self._admit(arrival)
-        self._arrivals[t] = arrival
-        done = []
-        while len(self._history) + 1 in self._arrivals:
-            done.append(self._complete(self._arrivals[len(self._history) + 1]))
-        return done
+        with self._all_or_nothing():
+            return self._take(arrival)
 
     def replace(
         self, t: int, expert: PathLike, *, expert_id: str | None = None, sha256: str | None = None
@@ -93,20 +105,19 @@ class MergeService:
                     f"{arrival.id} is already the expert of task {other.t}; give it its own id"
                 )
         self._admit(arrival)
-        self.remove(t)
-        return self.arrive(t, expert, expert_id=arrival.id, sha256=arrival.sha256)
+        with self._all_or_nothing():
+            self._forget(t)
+            return self._take(arrival)
 
     def remove(self, t: int) -> None:
         """Forget the expert of task `t`, as if it had never arrived: later ones wait for another in its place.
 
         What was served from time step `t` on is deleted. Raises `LookupError` when there is no such expert.
         """
-        if self._arrivals.pop(t, None) is None:
+        if t not in self._arrivals:
             raise LookupError(f"no expert of task {t} has arrived, so there is none to remove")
-        del self._history[t - 1 :]
-        for merged in [merged for merged in self._merged if merged.t >= t]:
-            path = self._merged.pop(merged)
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        with self._all_or_nothing():
+            self._forget(t)
 
     def initial(self, t: int) -> Path:
         """The weights that training on task `t` starts from. Raises `LookupError` until the experts before it arrived."""
@@ -135,6 +146,34 @@ class MergeService:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Of what is done inside, keep all or, when it fails, nothing; files of what is kept no longer go last."""
+        before = (dict(self._arrivals), dict(self._merged), list(self._history))
+        kept = before[1]
+        try:
+            yield
+            kept = self._merged
+        except BaseException:
+            self._arrivals, self._merged, self._history = before
+            raise
+        finally:
+            still = {member.path.name for member in kept.values()}
+            for path in [path for path in self._directory.iterdir() if path.name not in still]:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def _take(self, arrival: Arrival) -> list[Moment]:
+        """Book an admitted expert and complete the time steps that have become possible."""
+        self._arrivals[arrival.t] = arrival
+        done = []
+        while len(self._history) + 1 in self._arrivals:
+            done.append(self._complete(self._arrivals[len(self._history) + 1]))
+        return done
+
+    def _forget(self, t: int) -> None:
+        del self._arrivals[t], self._history[t - 1 :]
+        self._merged = {merged: member for merged, member in self._merged.items() if merged.t < t}
+
     def _is_known(self, arrival: Arrival) -> bool:
         for known in self._arrivals.values():
             if known.t != arrival.t and known.id != arrival.id:
@@ -150,9 +189,9 @@ class MergeService:
 
     def _admit(self, arrival: Arrival) -> None:
         who = arrival.id if arrival.id == f"t{arrival.t}" else f"{arrival.id} (t={arrival.t})"
-        with Checkpoint.open(self.base) as base, Checkpoint.open(arrival.path) as expert:
-            tie(base, [expert])
-            admit(base, expert, who)
+        with contextlib.ExitStack() as stack:
+            base, (expert,) = open_all(stack, self.base, [arrival.path], self._rules)
+            check_inputs(base, [expert], [who], self._rules)
             check_finite(expert, who)
 
     def _complete(self, arrival: Arrival) -> Moment:
@@ -168,38 +207,38 @@ class MergeService:
     def _make(self, merged: Merged) -> MergeReport:
         assert self.strategy.technique is not None
         params = timeline.params_for(self.strategy, merged)
-        out = self._directory / f"{merged.policy}-{merged.t}{'' if self._as_directory() else '.safetensors'}"
+        self._made += 1  # a new name: what was made before stays until the call has succeeded
+        out = (
+            self._directory
+            / f"{merged.policy}-{merged.t}-{self._made}{'' if self._as_directory() else '.safetensors'}"
+        )
         if merged.policy == "all":
-            members = [
-                Member(a.id, a.path, a.sha256) for a in (self._arrivals[t] for t in range(1, merged.t + 1))
-            ]
+            members = [self._member(Expert(t)) for t in range(1, merged.t + 1)]
             report = self._states.merge(
                 self.strategy.technique, params, self.base, self._base_sha256, members, out
             )
         else:
-            running, newest = timeline.parents(self.strategy, merged)
-            report = fold(
-                self.strategy.technique,
-                params,
-                self.base,
-                self._path(running),
-                self._path(newest),
-                out,
-                ids=(f"running-{merged.t - 1}", self._arrivals[merged.t].id),
-                sha256={self._arrivals[merged.t].id: self._arrivals[merged.t].sha256},
-                threads=self._threads,
-            )
-        self._merged[merged] = out
+            running, newest = map(self._member, timeline.parents(self.strategy, merged))
+            running = Member(f"running-{merged.t - 1}", running.path, running.sha256)
+            report = fold_in(
+                self.strategy.technique, params, self.base, (running, newest), out,
+                threads=self._threads, rules=self._rules,
+            )  # fmt: skip
+        self._merged[merged] = Member(out.name, out, sha256_of(out))
         return report
 
     def _as_directory(self) -> bool:
         return (self.base / CONFIG_FILE).is_file()
 
     def _path(self, weights: Weights) -> Path:
+        return self._member(weights).path
+
+    def _member(self, weights: Weights) -> Member:
         if isinstance(weights, Base):
-            return self.base
+            return Member("base", self.base, self._base_sha256)
         if isinstance(weights, Expert) and weights.t in self._arrivals:
-            return self._arrivals[weights.t].path
+            arrival = self._arrivals[weights.t]
+            return Member(arrival.id, arrival.path, arrival.sha256)
         if isinstance(weights, Merged) and weights in self._merged:
             return self._merged[weights]
         missing = [t for t in range(1, weights.t + 1) if t not in self._arrivals]

@@ -10,6 +10,8 @@ Invariant: the index is there only while every shard it names is whole and of th
 import json
 import os
 import re
+import threading
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +20,7 @@ import numpy as np
 
 from merge_service.errors import CheckpointError
 from merge_service.faults import point
-from merge_service.header import TensorInfo
+from merge_service.header import TensorInfo, check_readable
 from merge_service.leftovers import temporary
 from merge_service.writer import CheckpointWriter, Layout, sync_directory
 
@@ -27,7 +29,9 @@ SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 SHARD_BYTES = 5 * 10**9
 """Bytes of a shard where an index is asked for but no size: the long-standing default of Hugging Face."""
 MOST = 500
-"""Shards; each is an open file while it is written."""
+"""Shards."""
+OPEN = 8
+"""Shards that are open files at a time while they are written."""
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -42,19 +46,38 @@ class ShardedWriter:
                 raise CheckpointError(f"cannot write {place}: it is a directory; name a file")
         self._writers: list[CheckpointWriter] = []
         self._of: dict[str, CheckpointWriter] = {}
+        self._lock = threading.Lock()
+        self._in_use: Counter[CheckpointWriter] = Counter()
         stem = path.name.removesuffix(".safetensors")
+        shards = [
+            path.with_name(f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors")
+            for number in range(1, len(parts) + 1)
+        ]
+        where = {name: shard.name for shard, layout in zip(shards, parts) for name in layout}
+        total = sum(TensorInfo(d, tuple(s), 0).nbytes for layout in parts for d, s in layout.values())
+        self._text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n"
+        check_readable(self._text.encode(), f"{len(where)} tensors in an index")
         try:
-            for number, layout in enumerate(parts, 1):
-                shard = path.with_name(f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors")
+            for shard, layout in zip(shards, parts):
                 self._writers.append(CheckpointWriter(shard, layout, metadata))
                 self._of |= dict.fromkeys(layout, self._writers[-1])
+                self._rest()
         except BaseException:
             self.abort()
             raise
 
     def write_stored(self, name: str, start: int, stored: np.ndarray) -> None:
         """As `CheckpointWriter.write_stored`, into the tensor's shard."""
-        self._of[name].write_stored(name, start, stored)
+        writer = self._of[name]
+        with self._lock:
+            self._in_use[writer] += 1
+            writer.wake()
+        try:
+            writer.write_stored(name, start, stored)
+        finally:
+            with self._lock:
+                self._in_use[writer] -= 1
+                self._rest()
 
     def close(self) -> None:
         """Make shards and then the index appear under their names, and remove what had the name before."""
@@ -75,14 +98,18 @@ class ShardedWriter:
         for writer in self._writers:
             writer.abort()
 
+    def _rest(self) -> None:
+        """Close files until few are open, those that nobody writes to at the moment, in their order."""
+        awake = [writer for writer in self._writers if writer.awake]
+        for writer in awake[: max(0, len(awake) - OPEN)]:
+            if not self._in_use[writer]:
+                writer.rest()
+
     def _write_index(self) -> None:
-        total = sum(info.nbytes for writer in self._writers for info in writer.tensors.values())
-        where = {name: writer.path.name for name, writer in self._of.items()}
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2)
         whole = temporary(self.index)
         try:
             with whole.open("x", encoding="utf-8") as stream:
-                stream.write(text + "\n")
+                stream.write(self._text)
                 stream.flush()
                 os.fsync(stream.fileno())
             point("shards.before_index")
@@ -102,6 +129,20 @@ class ShardedWriter:
                 self.close()
         finally:
             self.abort()
+
+
+class SingleWriter(CheckpointWriter):
+    """Writes NAME.safetensors as one file, which takes the place of shards of that name: their index goes first."""
+
+    def publish(self) -> None:
+        """As of `CheckpointWriter`; a crash on the way leaves the new model or none, never the old one as the newest."""
+        index = self.path.with_name(self.path.name + INDEX_SUFFIX)
+        if index.is_file():
+            index.unlink(missing_ok=True)
+            sync_directory(self.path.parent)
+            point("single.before_publish")
+        super().publish()
+        remove_shards(self.path, keep=set())
 
 
 def split(layout: Layout, shard_bytes: int) -> list[Layout]:
@@ -125,12 +166,6 @@ def split(layout: Layout, shard_bytes: int) -> list[Layout]:
             f"shards of {shard_bytes} bytes would be {len(parts)} files, more than {MOST}; make them larger"
         )
     return list(parts)
-
-
-def remove_index(path: Path) -> None:
-    """Remove the sharded form of `path`, NAME.safetensors: the index first, then its shards."""
-    path.with_name(path.name + INDEX_SUFFIX).unlink(missing_ok=True)
-    remove_shards(path, keep=set())
 
 
 def remove_shards(path: Path, keep: set[str]) -> None:

@@ -39,14 +39,16 @@ Hire = Callable[[Sequence["Part"]], contextlib.AbstractContextManager[Call]]
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint by absolute path, and the fingerprint that tells whether another machine sees the same one."""
+    """A checkpoint by absolute path, the fingerprint that tells whether another machine sees the same one, and the prefixes
+    under which its names are read otherwise (`Checkpoint.renames`)."""
 
     path: Path
     fingerprint: str
+    renames: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Source":
-        return cls(checkpoint.path.absolute(), checkpoint.fingerprint())
+        return cls(checkpoint.path.absolute(), checkpoint.fingerprint(), tuple(checkpoint.renames))
 
     def open(self) -> Checkpoint:
         """Raises `CheckpointError` naming this machine and the path unless the same file is here."""
@@ -57,6 +59,8 @@ class Source:
         if checkpoint.fingerprint() != self.fingerprint:
             checkpoint.close()
             raise _not_shared(f"{self.path} is another file than where the merge was started")
+        for old, new in self.renames:
+            checkpoint.rename(old, new)
         return checkpoint
 
 

@@ -20,8 +20,9 @@ from typing import Any
 from merge_service import ties
 from merge_service.checkpoint import Checkpoint
 from merge_service.engine import BLOCK
+from merge_service.intake import Rules
 from merge_service.kept_limits import Keep
-from merge_service.merge import MergeReport, PathLike, advance, merge
+from merge_service.merge import MergeReport, PathLike, advance, fold, merge
 from merge_service.techniques import get
 
 
@@ -34,6 +35,23 @@ class Member:
     sha256: str
 
 
+def fold_in(
+    technique: str,
+    params: Mapping[str, Any],
+    base: PathLike,
+    members: Sequence[Member],
+    out: PathLike,
+    **options: Any,
+) -> MergeReport:
+    """`fold` of the running model and the newest expert, both named in the output: the one way in which a series is folded.
+
+    `options` as of `fold`.
+    """
+    running, newest = members
+    ids, known = (running.id, newest.id), {one.id: one.sha256 for one in members}
+    return fold(technique, params, base, running.path, newest.path, out, ids=ids, sha256=known, **options)
+
+
 @dataclass(frozen=True)
 class _Held:
     members: tuple[tuple[str, str], ...]
@@ -43,7 +61,7 @@ class _Held:
 class StreamCache:
     """Streaming states in a directory of its own under `scratch`; one per technique, parameters and base.
 
-    `measure=False` saves computing `merged_norm`; the bytes are the same. `keep_limits` as in `merge`.
+    `measure=False` saves computing `merged_norm`; the bytes are the same. `keep_limits` and `rules` as in `merge`.
     """
 
     def __init__(
@@ -54,6 +72,7 @@ class StreamCache:
         block: int = BLOCK,
         measure: bool = True,
         keep_limits: Keep = False,
+        rules: Rules = Rules(),
     ) -> None:
         Path(scratch).mkdir(parents=True, exist_ok=True)
         self._directory = Path(tempfile.mkdtemp(prefix="states-", dir=scratch))
@@ -62,6 +81,7 @@ class StreamCache:
             "block": block,
             "measure": measure,
             "keep_limits": keep_limits,
+            "rules": rules,
         }
         self._held: dict[str, _Held] = {}
         self._written = 0

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, CheckpointWriter, locate
+from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, locate
 from merge_service.configurations import check_alike
 from merge_service.errors import CheckpointError
-from merge_service.shards import INDEX_SUFFIX, SHARD, SHARD_BYTES, ShardedWriter, remove_index, split
+from merge_service.shards import INDEX_SUFFIX, SHARD, SHARD_BYTES, ShardedWriter, SingleWriter, split
 from merge_service.writer import Layout, Writer
 
 
@@ -54,17 +54,15 @@ class Target:
     def open(self, reference: Checkpoint, metadata: dict[str, str]) -> Iterator[Writer]:
         """A writer shaped like `reference`; the configuration is there before the weights are."""
         parts = self._parts(reference)
-        writer: CheckpointWriter | ShardedWriter
+        writer: SingleWriter | ShardedWriter
         if len(parts) == 1 and not self.indexed:
-            writer = CheckpointWriter(self.weights, parts[0], metadata)
+            writer = SingleWriter(self.weights, parts[0], metadata)
         else:
             writer = ShardedWriter(self.weights, parts, metadata)
         with writer:
             yield writer
             if self.config is not None and self.config.parent.resolve() != self.path.resolve():
                 shutil.copyfile(self.config, self.path / CONFIG_FILE)
-        if self.shard_bytes is not None and isinstance(writer, CheckpointWriter):
-            remove_index(self.weights)
 
     def _parts(self, reference: Checkpoint) -> list[Layout]:
         layout = {name: (info.dtype, info.shape) for name, info in reference.tensors.items()}

@@ -90,6 +90,21 @@ class CheckpointWriter:
             done += os.preadv(self._file, [view[done:]], info.offset + done)
         return out
 
+    @property
+    def awake(self) -> bool:
+        """Whether the file is open: a resting or settled one is not."""
+        return self._file >= 0
+
+    def rest(self) -> None:
+        """Close the file for now, so that few are open at a time; `wake` goes on with it."""
+        os.close(self._file)
+        self._file = -1
+
+    def wake(self) -> None:
+        """Open a resting file again."""
+        if not self.awake:
+            self._file = os.open(self._temporary, os.O_RDWR | os.O_CLOEXEC)
+
     def slot(self) -> "Slot":
         """For others to write into the same temporary, through `SlotWriter`; from here on this writer must not write.
 
@@ -116,6 +131,7 @@ class CheckpointWriter:
         if missing:
             self.abort()
             raise AssertionError(f"{self.path}: not every block of {missing[:3]} was written")
+        self.wake()
         os.fsync(self._file)
         os.close(self._file)
         self._file = -1

@@ -164,12 +164,17 @@ def merge(
     out: PathLike | None = None,
     *,
     parity: str | None = None,
+    ids: Sequence[str | None] | None = None,
+    strip_prefix: str | None = None,
+    any_base: bool = False,
     **params: Any,
 ) -> "MergeReport | dict[str, Any]":
     """Merge experts, oldest first: files into `out`, or state dicts into a new one of the same kind.
 
     `params` are the technique's (see `techniques`), in the terms of `parity` if that is given (`merge_service.parity`). State dicts go through temporary files, so that their result is bit
-    for bit that of files; it has the names, dtypes and devices of the base (of the first expert without one). Raises
+    for bit that of files; it has the names, dtypes and devices of the base (of the first expert without one). `ids` name the
+    experts, whose names (and random masks) otherwise come from their content; `strip_prefix` is taken off tensor names that
+    begin with it; with `any_base` experts that cannot have been trained from the base are merged all the same. Raises
     UserError, of which `merge_service.merge` says more.
     """
     if isinstance(experts, str | Path | Mapping):
@@ -183,7 +188,8 @@ def merge(
             )
         from pipeline.state_dicts import merge_state_dicts
 
-        return merge_state_dicts(technique, params, base, experts, parity)  # type: ignore[arg-type]
+        options = {"parity": parity, "ids": ids, "strip_prefix": strip_prefix, "any_base": any_base}
+        return merge_state_dicts(technique, params, base, experts, **options)  # type: ignore[arg-type]
     if not all(files):
         raise UserError(
             "experts and base are all files, or all state dicts; load or save the ones that differ"
@@ -198,6 +204,9 @@ def merge(
         paths[: len(experts)],
         Path(out),
         parity=parity,
+        ids=ids,
+        strip_prefix=strip_prefix,
+        any_base=any_base,
     )
 
 
@@ -209,6 +218,9 @@ def merge_files(
     out: Path,
     *,
     parity: str | None = None,
+    ids: Sequence[str | None] | None = None,
+    strip_prefix: str | None = None,
+    any_base: bool = False,
     threads: int | None = None,
     workers: int = 1,
     address: str | None = None,
@@ -217,6 +229,7 @@ def merge_files(
     keep_thresholds: bool = False,
 ) -> "MergeReport":
     """`temporal-merge merge`, whose options these are; all cores by default. Raises UserError, also if `out` is an input."""
+    from merge_service.intake import Rules
     from merge_service.merge import merge as combine
     from merge_service.parity import translate_merge
     from merge_service.shards import bytes_of
@@ -236,12 +249,32 @@ def merge_files(
         base,
         experts,
         out,
+        ids=ids,
+        lineage=True,
+        rules=Rules(any_base, strip_prefix),
         threads=threads or (len(os.sched_getaffinity(0)) if split is None else 1),
         split=split,
         device=device,
         keep_limits=keep_thresholds,
         shard_bytes=bytes_of(shard_size) if shard_size else None,
     )
+
+
+def ids_from(named: Sequence[str], experts: Sequence[Path]) -> list[str | None]:
+    """The ids that NAME=FILE pairs give these experts, None for the others. Raises UserError for a file that is none of them."""
+    ids: list[str | None] = [None] * len(experts)
+    for pair in named:
+        name, _, file = pair.partition("=")
+        if not name.strip() or not file:
+            raise UserError(f"--id {pair!r}: write NAME=FILE, e.g. --id animals=animals.safetensors")
+        places = [at for at, expert in enumerate(experts) if expert == Path(file) and ids[at] is None]
+        if not places:
+            given = ", ".join(str(expert) for expert in experts[:5])
+            raise UserError(
+                f"--id {pair!r}: {file} is none of the experts that have no id yet ({given}); write it as there"
+            )
+        ids[places[0]] = name.strip()
+    return ids
 
 
 def evaluate(checkpoint: PathLike, study: Study, datasets: Sequence[str] | None = None) -> dict[str, Any]:

@@ -41,10 +41,12 @@ for panel, commands in PANELS.items():
 
 def main() -> NoReturn:
     """Entry point of the console script."""
+    from pipeline.console import spell_out
     from pipeline.output import steady
 
     signals.watch()
     own_code_first(str(Path(__file__).parent.parent))()
+    spell_out()
     with steady(exacting=True):
         sys.exit(_main())
 

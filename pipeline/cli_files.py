@@ -10,15 +10,18 @@ from typing import Annotated
 import typer
 
 from pipeline.cli_options import (
+    AnyBase,
     AsJson,
     Base,
     DeviceName,
     KeepThresholds,
     MergedOut,
+    Named,
     Overrides,
     Parameters,
     Parity,
     ShardSize,
+    StripPrefix,
     Threads,
     Workers,
     WorkersAddress,
@@ -43,6 +46,9 @@ def merge(
     base: Base = None,
     overrides: Parameters = None,
     parity: Parity = None,
+    named: Named = None,
+    strip_prefix: StripPrefix = None,
+    any_base: AnyBase = False,
     threads: Threads = None,
     workers: Workers = 1,
     address: WorkersAddress = None,
@@ -59,7 +65,7 @@ def merge(
     Example: temporal-merge merge --technique ties --base base.safetensors --set density=0.2 --out m.safetensors a.safetensors b.safetensors
     """
     from merge_service.anatomy import described
-    from pipeline.api import merge_files
+    from pipeline.api import ids_from, merge_files
     from pipeline.show import parameters_from
 
     report = merge_files(
@@ -69,6 +75,9 @@ def merge(
         experts,
         out,
         parity=parity,
+        ids=ids_from(named or [], experts),
+        strip_prefix=strip_prefix,
+        any_base=any_base,
         threads=threads,
         workers=workers,
         address=address,
@@ -84,6 +93,7 @@ def merge(
         "out": str(report.out),
         "technique": technique,
         "experts": len(experts),
+        "inputs": report.inputs,
         "seconds": round(report.seconds, 3),
         **({"towers": report.stacks} if report.stacks else {}),
     }

@@ -63,6 +63,28 @@ Parity = Annotated[
         help="Merge as the authors of TIME do (FoMo-in-Flux v1.0) where they differ; --set is then in their terms.",
     ),
 ]
+Named = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--id",
+        metavar="NAME=FILE",
+        help="Name an expert, for messages, the output's metadata and the seed of its random masks; may be repeated. "
+        "By default its name comes from its content, so that the order of files changes no mask.",
+    ),
+]
+StripPrefix = Annotated[
+    str | None,
+    typer.Option(
+        "--strip-prefix",
+        metavar="PREFIX",
+        help="Take this off every tensor name that begins with it, e.g. module. ; a prefix that all names of a file have "
+        "and nobody else is taken off by itself.",
+    ),
+]
+AnyBase = Annotated[
+    bool,
+    typer.Option("--any-base", help="Also merge experts that cannot have been trained from the base."),
+]
 Threads = Annotated[
     int | None,
     typer.Option(

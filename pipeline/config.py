@@ -16,6 +16,7 @@ import yaml
 from merge_service import timeline
 from merge_service.errors import TechniqueError, UserError
 from pipeline.errors import ConfigError
+from pipeline.file_kinds import expect
 from pipeline.grid import AXES, SECTIONS, Cell, Expansion, Settings, expand, flatten
 from pipeline.mistakes import Problem, nearest, short, validate
 from pipeline.sections import (
@@ -277,6 +278,7 @@ class Study(Section):
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     """The study in a YAML file, with `key.path=value` overrides applied. Raises ConfigError with every mistake found."""
     raw = read(Path(path))
+    expect("study", raw, Path(path))
     return study_from(raw, str(path), overrides)
 
 

@@ -1,12 +1,41 @@
 """Where the command line writes, and in which colours.
 
-Invariant: colours are for terminals only (NO_COLOR is respected), and what is piped is never folded.
+Invariant: colours are for terminals only (NO_COLOR is respected), what is piped is never folded, and no character ends a
+command: where the encoding lacks it, its name or nearest letter is written.
 """
+
+import codecs
+import os
+import sys
+import unicodedata
 
 from rich.console import Console
 from rich.text import Text
 
 ERROR, WARNING, GOOD, BUSY = "bold red", "yellow", "bold green", "bold cyan"
+
+
+_WORDS = {
+    "θ": "theta", "τ": "tau", "λ": "lambda", "Δ": "Delta", "Σ": "sum", "Ω": "Omega", "·": "*", "±": "+-", "²": "^2", "ᵀ": "^T",
+    "→": "->", "∘": "o", "∝": "~", "…": "...", "\u0302": "^", "\u0304": "_", "–": "-", "—": "-", "×": "x", "≤": "<=", "≥": ">=",
+}  # fmt: skip
+
+
+def spell_out() -> None:
+    """Make stdout and stderr write what their encoding lacks in other characters, instead of failing."""
+    codecs.register_error("spelled-out", _spelled)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # tests and notebooks put other streams there
+            stream.reconfigure(errors="spelled-out")
+
+
+def _spelled(error: UnicodeError) -> tuple[str | bytes, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    sign = error.object[error.start]
+    if "\udc80" <= sign <= "\udcff":  # a byte of a file's name that is no text: as it is
+        return os.fsencode(sign), error.start + 1
+    near = unicodedata.normalize("NFKD", sign).encode("ascii", "ignore").decode()
+    return _WORDS.get(sign) or near or "?", error.start + 1
 
 
 def console(*, stderr: bool = False) -> Console:

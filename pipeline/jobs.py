@@ -85,7 +85,14 @@ def _merge(step: Step, workspace: Workspace) -> MergeJob:
         scratch=str(workspace.scratch),
         limits=str(workspace.limits),
         origin=get(spec["technique"]).origin,
+        any_base=workspace.study.resources.merging.any_base or _wanders(step, workspace),
     )
+
+
+def _wanders(step: Step, workspace: Workspace) -> bool:
+    """Whether an expert of a merge began elsewhere than at the base: it lies farther from it with every task, as it should."""
+    experts = [workspace.plan.weights_step(fp) for _, fp in step.spec["inputs"]]
+    return any(one.kind == "train" and one.spec["init"] != step.base for one in experts)
 
 
 def _member(name: str, fingerprint: str, workspace: Workspace) -> Member:

@@ -246,15 +246,16 @@ class EvaluationResources(Section):
 
 
 class MergingResources(Section):
-    """`threads` of a merge and `actors` that merge at the same time, without a CPU of their own; no result depends on them.
+    """`threads` of a merge, `actors` that merge at the same time, without a CPU of their own; no result depends on them.
 
-    `timeout` is how many seconds one merge may take, `memory` what an actor may have, mapped weights aside.
+    `timeout`: seconds a merge may take; `memory`: an actor's, mapped weights aside; `any_base`: merge experts far from the base.
     """
 
     threads: int = Field(default=1, ge=1, le=1024)
     actors: int = Field(default=1, ge=1, le=1024)
     timeout: Seconds = 3600
     memory: Memory = None
+    any_base: bool = False
 
 
 def _overrides(section: type[Section]) -> Any:

@@ -15,12 +15,20 @@ from merge_service.dtypes import DTYPES
 from merge_service.errors import CheckpointError
 from merge_service.ties import Ties, entry, of_groups
 
-_NUMPY = {kind.storage: name for name, kind in DTYPES.items() if name != "BF16"}
+_NUMPY = {kind.storage: name for name, kind in DTYPES.items() if name != "BF16" and not name.startswith("F8")}
 _TORCH = {
     "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
-    "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8",
+    "torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2", "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8",
     "torch.uint16": "U16", "torch.uint32": "U32", "torch.uint64": "U64", "torch.bool": "BOOL",
 }  # fmt: skip
+
+
+_BITS = {
+    "torch.bfloat16": ("int16", np.uint16),
+    "torch.float8_e4m3fn": ("uint8", np.uint8),
+    "torch.float8_e5m2": ("uint8", np.uint8),
+}
+"""Formats that numpy lacks: the integers under which their bits go there, in torch and in a file."""
 
 
 def merge_state_dicts(
@@ -28,12 +36,12 @@ def merge_state_dicts(
     params: Mapping[str, Any],
     base: Mapping[str, Any] | None,
     experts: Sequence[Mapping[str, Any]],
-    parity: str | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """The merged state dict, with the names, kind, dtypes and devices of the base (of the first expert without one).
 
-    Names that share memory there share it in the result.
-    Needs room for all of them among the temporary files. Raises UserError as a merge of files does, and CheckpointError for
+    `options` are those of `pipeline.api.merge`. Names that share memory there share it in the result. Needs room for all of them
+    among the temporary files. Raises UserError as a merge of files does, and CheckpointError for
     what is no tensor, or of a dtype that checkpoints do not have.
     """
     from pipeline.api import merge_files
@@ -43,18 +51,26 @@ def merge_state_dicts(
         room = Path(name)
         paths = [_save(room, f"expert-{number}", one) for number, one in enumerate(experts, 1)]
         start = None if base is None else _save(room, "base", base)
-        ties = _shared_in_all(reference, experts)
-        if ties:
-            _save(room, "base" if start else "expert-1", reference, ties)
-        merge_files(technique, params, start, paths, room / "merged.safetensors", parity=parity)
+        shared = _shared_in_all(reference, experts)
+        if shared:
+            _save(room, "base" if start else "expert-1", reference, shared)
+        merge_files(technique, params, start, paths, room / "merged.safetensors", **options)
+        prefix = options.get("strip_prefix") or ""
         with Checkpoint.open(room / "merged.safetensors") as merged:
-            own = {key: _like(value, merged.raw(key)) for key, value in reference.items() if key not in ties}
-            return {key: own[ties.get(key, key)] for key in reference}
+            own = {
+                key: _like(value, merged.raw(key.removeprefix(prefix)))
+                for key, value in reference.items()
+                if key not in shared
+            }
+        return {key.removeprefix(prefix): own[shared.get(key, key)] for key in reference}
 
 
 def _save(room: Path, name: str, tensors: Mapping[str, Any], ties: Ties | None = None) -> Path:
     if not isinstance(tensors, Mapping):
-        raise CheckpointError(f"{name} is a {type(tensors).__name__}, not a state dict: tensors by name")
+        hint = "; give its state_dict()" if hasattr(tensors, "state_dict") else ""
+        raise CheckpointError(
+            f"{name} is a {type(tensors).__name__}, not a state dict: tensors by name{hint}"
+        )
     path = room / f"{name}.safetensors"
     layout = {key: (_dtype(value, key, name), tuple(value.shape)) for key, value in tensors.items()}
     with CheckpointWriter(path, layout, {"format": "pt", **entry(ties or {})}) as writer:
@@ -84,6 +100,9 @@ def _shared_in_all(reference: Mapping[str, Any], experts: Sequence[Mapping[str, 
 
 
 def _dtype(value: Any, key: str, owner: str) -> str:
+    unusual = _unusual(value)
+    if unusual is not None:
+        raise CheckpointError(f"{owner}: {key!r} is {unusual}")
     found = _NUMPY.get(value.dtype) if isinstance(value, np.ndarray | np.generic) else None
     if _is_torch(value):
         found = _TORCH.get(str(value.dtype))
@@ -95,6 +114,21 @@ def _dtype(value: Any, key: str, owner: str) -> str:
     return found
 
 
+def _unusual(value: Any) -> str | None:
+    """What a value is that has no numbers to merge, and the way on; None for a plain tensor, or for what nobody knows."""
+    if isinstance(value, Mapping):
+        return "a dict itself: give the state dict that lies in it (for instance checkpoint['state_dict'])"
+    if not _is_torch(value):
+        return None
+    if value.is_meta:
+        return "on the meta device, which holds no numbers; load the weights first"
+    if value.is_quantized:
+        return "quantised; give its dequantize()"
+    if str(value.layout) != "torch.strided":
+        return f"sparse ({value.layout}); give its to_dense()"
+    return None
+
+
 def _is_torch(value: Any) -> bool:
     return any(kind.__module__ == "torch" and kind.__name__ == "Tensor" for kind in type(value).__mro__)
 
@@ -104,11 +138,12 @@ def _stored(value: Any) -> np.ndarray:
     if isinstance(value, np.ndarray | np.generic):  # arithmetic turns arrays without axes into the latter
         return np.ascontiguousarray(value).reshape(-1)
     flat = value.detach().cpu().contiguous().reshape(-1)
-    if str(flat.dtype) != "torch.bfloat16":
+    if str(flat.dtype) not in _BITS:
         return np.asarray(flat.numpy())
     import torch
 
-    return np.asarray(flat.view(torch.int16).numpy().view(np.uint16))
+    as_bits, storage = _BITS[str(flat.dtype)]
+    return np.asarray(flat.view(getattr(torch, as_bits)).numpy().view(storage))
 
 
 def _like(reference: Any, stored: np.ndarray) -> Any:
@@ -118,6 +153,7 @@ def _like(reference: Any, stored: np.ndarray) -> Any:
         return own
     import torch
 
-    if reference.dtype == torch.bfloat16:
-        return torch.from_numpy(own.view(np.int16)).view(torch.bfloat16).to(reference.device)
+    if str(reference.dtype) in _BITS:
+        as_bits, _ = _BITS[str(reference.dtype)]
+        return torch.from_numpy(own.view(as_bits)).view(reference.dtype).to(reference.device)
     return torch.from_numpy(own).to(reference.device)

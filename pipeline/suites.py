@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from merge_service.errors import UserError
 from pipeline.errors import ConfigError
+from pipeline.file_kinds import expect
 from pipeline.mistakes import validate
 from pipeline.sections import Name, Section, Text
 from pipeline.yaml_input import read
@@ -147,7 +148,9 @@ def _no_shards(name: str, split: str, samples: int) -> SplitInfo:
 
 def read_suite_file(path: str | Path) -> Suite:
     """The suite in a YAML file. Raises ConfigError with every mistake found, each with its key."""
-    suite, problems = validate(Suite, read(Path(path)))
+    raw = read(Path(path))
+    expect("suite", raw, Path(path))
+    suite, problems = validate(Suite, raw)
     if suite is None:
         raise ConfigError([f"{path}: {problem.key}: {problem.text}" for problem in problems])
     return suite

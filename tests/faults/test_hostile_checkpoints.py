@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_service.checkpoint import WEIGHTS_FILE, Checkpoint, CheckpointWriter, admit, check_finite
-from merge_service.errors import CheckpointError, CorruptCheckpoint
+from merge_service.errors import CheckpointError, CorruptCheckpoint, ForeignCheckpoint
 from pipeline.errors import CorruptArtifact
 from pipeline.store import Store
 from tests.faults.corpus_files import checkpoints
@@ -256,8 +256,46 @@ end(slowest=slowest)
     record_property("slowest header", f"{cost.more['slowest']:.2f} s")
 
 
+LARGE = {
+    "lists": b"[]," * 26_000_000,
+    "numbers": b"1000," * 16_000_000,
+    "strings": b'"ab",' * 16_000_000,
+    "maps": b'{"":0},' * 11_000_000,
+    "nothing": bytes(80_000_000),
+}
+
+
 @pytest.mark.fault("F16")
-def test_model_whose_header_nobody_would_read_is_refused_before_its_file_is_begun(tmp_path: Path) -> None:
+def test_headers_as_long_as_may_be_cost_their_text_and_not_thirty_times_that(
+    tmp_path: Path, record_property: Record
+) -> None:
+    for name, body in LARGE.items():
+        text = body if name == "nothing" else b'{"w":[' + body + b"0]}"
+        (tmp_path / f"{name}.safetensors").write_bytes(packed(text, b""))
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "m.safetensors.index.json").write_bytes(b'{"weight_map":[' + LARGE["lists"])
+    cost = cost_of("""
+from merge_service.checkpoint import Checkpoint
+from merge_service.errors import CorruptCheckpoint
+begin()
+for path in arguments:
+    try:
+        Checkpoint.open(path)
+        raise SystemExit(f"{path} was opened")
+    except CorruptCheckpoint as error:
+        assert len(str(error)) < 1000
+end()
+""", *sorted(tmp_path.iterdir()))  # fmt: skip
+    assert cost.grown < 200, f"{cost.grown:.0f} MB"
+    record_property("memory for 80 MB", f"{cost.grown:.0f} MB")
+
+
+@pytest.mark.fault("F16")
+@pytest.mark.parametrize("limit", ["HEADER_LIMIT", "MAX_VALUES"])
+def test_model_whose_header_nobody_would_read_is_refused_before_its_file_is_begun(
+    limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"merge_service.header.{limit}", 100_000)
     with pytest.raises(CheckpointError, match="20000 tensors"):
         CheckpointWriter(
             tmp_path / "w.safetensors", {f"tensor-{n:040}": ("F32", (0,)) for n in range(20_000)}
@@ -268,7 +306,7 @@ def test_model_whose_header_nobody_would_read_is_refused_before_its_file_is_begu
 @pytest.mark.fault("F16")
 def test_checkpoint_of_the_corpus_is_refused_by_its_path(record_property: Record) -> None:
     for path in checkpoints():
-        with pytest.raises(CorruptCheckpoint) as caught:
+        with pytest.raises((CorruptCheckpoint, ForeignCheckpoint)) as caught:
             Checkpoint.open(path)
         assert str(path) in str(caught.value) and len(str(caught.value)) < 1000, path.name
         str(caught.value).encode()

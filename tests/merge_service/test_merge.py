@@ -291,7 +291,7 @@ def test_a_weighted_stream_equals_the_batch(files: Files) -> None:
         advance("average", params, files.start, path, files.room / "stream.safetensors",
                 expert_id=f"expert-{number}", state_in=state, state_out=target)  # fmt: skip
         state = target
-    files.merge("average", params)
+    files.merge("average", params, ids=["expert-1", "expert-2"])
     assert files.out.read_bytes() == (files.room / "stream.safetensors").read_bytes()
     with pytest.raises(TechniqueError, match="at least 3 experts"):
         advance(

@@ -173,4 +173,4 @@ def test_merged_file_says_by_which_source_it_was_made(tmp_path: Path) -> None:
     declare()
     files = Files(tmp_path)
     merge("mine", {}, files.start, files.paths, files.out)
-    assert set(made(files.out)) == {"technique", "form", "params", "inputs", "source"}
+    assert set(made(files.out)) == {"technique", "form", "params", "inputs", "source", "base", "versions"}

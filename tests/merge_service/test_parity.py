@@ -12,12 +12,15 @@ import toys
 from merge_service import merge as engine
 from merge_service import timeline
 from merge_service.errors import TechniqueError
+from merge_service.intake import Rules
 from merge_service.parity import TECHNIQUES, translate, translate_merge
 from merge_service.techniques import get, names
 from merge_service.timeline import Base, Expert, Merged, Strategy
 
 THEIRS = "fomo_in_flux"
 TASKS = 5
+ANY = Rules(any_base=True)
+"""Random weights are no fine-tuned experts."""
 SEEDS = (0, 1, 2)
 LINES = (0.5, 0.5, "linear")
 CRUMBS = {"top": 0.01}
@@ -99,9 +102,9 @@ class World:
         )
         assert strategy.technique is not None
         if weights.policy == "all":
-            engine.merge(strategy.technique, params, self.start, inputs, out)
+            engine.merge(strategy.technique, params, self.start, inputs, out, rules=ANY)
         else:
-            engine.fold(strategy.technique, params, self.start, inputs[0], inputs[1], out)
+            engine.fold(strategy.technique, params, self.start, inputs[0], inputs[1], out, rules=ANY)
         return out
 
 
@@ -194,7 +197,7 @@ def test_votes_that_cancel_follow_the_majority_of_the_tower(tmp_path: Path, cons
     paths = [toys.save(tmp_path / f"{i}.safetensors", model) for i, model in enumerate([base, *experts])]
     params = translate_merge("ties", {"consensus": consensus}, THEIRS, 4)
     out = tmp_path / "out.safetensors"
-    engine.merge("ties", params, paths[0], paths[1:], out)
+    engine.merge("ties", params, paths[0], paths[1:], out, rules=ANY)
     expected = authors.merge("ties", {"prune": 0.2, "function": consensus}, base, experts)
     for name, value in expected.items():
         np.testing.assert_allclose(toys.load(out)[name], value, rtol=2e-7, atol=0, err_msg=name)
@@ -209,7 +212,7 @@ def test_dare_keeps_task_vectors_over_density_or_nothing(tmp_path: Path, form: s
     strategy = Strategy("base", form, "dare_ties")
     (params,) = [translate(replace(strategy, parity=THEIRS))[0].params]
     out = tmp_path / "one.safetensors"
-    engine.merge("dare_ties", params, world.start, world.paths[:1], out)
+    engine.merge("dare_ties", params, world.start, world.paths[:1], out, rules=ANY)
     kept = total = 0
     for name, value in toys.load(out).items():
         tau, moved = world.experts[0][name] - world.base[name], value - world.base[name]
@@ -235,9 +238,9 @@ def test_dare_is_theirs_in_expectation(tmp_path: Path, technique: str, form: str
     for seed in range(draws):
         out, given = tmp_path / "out.safetensors", {**params, "seed": seed}
         if form == "fold":
-            engine.fold(technique, given, world.start, world.paths[0], world.paths[1], out)
+            engine.fold(technique, given, world.start, world.paths[0], world.paths[1], out, rules=ANY)
         else:
-            engine.merge(technique, given, world.start, world.paths[:2], out)
+            engine.merge(technique, given, world.start, world.paths[:2], out, rules=ANY)
         found.append(authors.flat(toys.load(out), image))
         dropped = [_dropped(rng, world.base, expert, prune) for expert in world.experts[:2]]
         expected.append(authors.flat(authors.merge("given", options, world.base, dropped), image))
@@ -403,7 +406,9 @@ def test_bad_parity_technique_and_count_are_named() -> None:
 def test_unclamped_logit_scale_is_what_any_parameter_is(world: World, technique: str) -> None:
     def merged(choice: str, **options: Any) -> dict[str, np.ndarray]:
         out = world.room / "out.safetensors"
-        engine.merge(technique, {"logit_scale": choice}, world.start, world.paths[:3], out, **options)
+        engine.merge(
+            technique, {"logit_scale": choice}, world.start, world.paths[:3], out, rules=ANY, **options
+        )
         return toys.load(out)
 
     free, held, ceiling = merged("unclamped"), merged("merge"), max(np.log(100), world.base["logit_scale"])
@@ -420,7 +425,7 @@ def test_unclamped_logit_scale_in_a_stream_and_a_fold(world: World) -> None:
     for t, path in enumerate(world.paths[:2], 1):
         new = world.room / f"state-{t}.safetensors"
         given = {"expert_id": f"t{t}", "state_in": state, "state_out": new}
-        engine.advance("task_arithmetic", params, world.start, path, out, **given)
+        engine.advance("task_arithmetic", params, world.start, path, out, rules=ANY, **given)
         state = new
     start, taus = (
         world.base["logit_scale"],
@@ -428,7 +433,7 @@ def test_unclamped_logit_scale_in_a_stream_and_a_fold(world: World) -> None:
     )
     assert float(toys.load(out)["logit_scale"]) == pytest.approx(float(start + taus[0] + taus[1]), rel=1e-6)
     assert float(toys.load(out)["logit_scale"]) > np.log(100)
-    engine.fold("task_arithmetic", params, world.start, world.paths[0], world.paths[1], out)
+    engine.fold("task_arithmetic", params, world.start, world.paths[0], world.paths[1], out, rules=ANY)
     assert float(toys.load(out)["logit_scale"]) == pytest.approx(float(start + taus[0] + taus[1]), rel=1e-6)
 
 

@@ -1,8 +1,11 @@
 """The merge service over any schedule of arrivals and crashes, and over two hundred arrivals: same bytes, nothing grows."""
 
+import contextlib
 import gc
 import re
 import threading
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,13 @@ import toys
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE, sha256_of
-from merge_service.errors import ConflictingArrival
+from merge_service.actor import Merger
+from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointWriter, sha256_of
+from merge_service.errors import ConflictingArrival, UnrelatedCheckpoint
+from merge_service.jobs import MergeJob
 from merge_service.service import MergeService
-from merge_service.timeline import Strategy
+from merge_service.stream import Member
+from merge_service.timeline import Merged, Strategy, params_for
 
 T = 5
 STRATEGY = Strategy("ema", "ema", "ties", {"density": 0.5}, "first_expert")
@@ -110,3 +116,106 @@ def test_two_hundred_arrivals_take_no_more_files_threads_or_memory_than_twenty(
     record_property(
         "growth over arrivals 21 to 200", f"{(after[2] - before[2]) / 1e6:.1f} MB, 0 files, 0 threads"
     )
+
+
+class Full(OSError):
+    """What a file system says."""
+
+
+@pytest.mark.parametrize("place", ["state", "model"])
+def test_arrival_whose_merge_fails_is_forgotten_and_completes_when_it_comes_again(
+    place: str, stream: list[Path], golden: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with MergeService(STRATEGY, stream[0], tmp_path) as service:
+        service.arrive(1, stream[1])
+        service.arrive(3, stream[3])
+        before = service.history(), service.waiting(), sorted(tmp_path.rglob("*"))
+        with fails_at(2 if place == "model" else 1, monkeypatch), pytest.raises(Full):
+            service.arrive(2, stream[2])
+        assert (service.history(), service.waiting(), sorted(tmp_path.rglob("*"))) == before
+        with pytest.raises(LookupError, match="task 2 has not arrived"):
+            service.deployed(2)
+        assert [moment.t for moment in service.arrive(2, stream[2])] == [2, 3]
+        served = [sha256_of(service.deployed(t) / WEIGHTS_FILE) for t in range(4)]
+    assert served == golden[:4]
+
+
+@contextlib.contextmanager
+def fails_at(number: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """From the `number`-th merge on, files get no name."""
+    made = count(1)
+    publish = CheckpointWriter.publish
+
+    def broken(writer: CheckpointWriter) -> None:
+        if next(made) >= number:
+            raise Full(28, "No space left on device")
+        publish(writer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CheckpointWriter, "publish", broken)
+        yield
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_replacement_that_fails_leaves_what_was_served(
+    number: int, stream: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with MergeService(STRATEGY, stream[0], tmp_path) as service:
+        for t in range(1, 5):
+            service.arrive(t, stream[t])
+        before = service.history(), {t: sha256_of(service.deployed(t)) for t in range(5)}
+        with fails_at(number, monkeypatch), pytest.raises(Full):
+            service.replace(2, stream[5])
+        assert (service.history(), {t: sha256_of(service.deployed(t)) for t in range(5)}) == before
+        assert [moment.t for moment in service.replace(2, stream[5])] == [2, 3, 4]
+        assert sha256_of(service.deployed(4)) != before[1][4]
+
+
+def test_service_refuses_an_expert_of_another_base_unless_it_is_meant(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    paths = [
+        toys.save(tmp_path / f"{i}.safetensors", {"w": rng.normal(size=(16, 16)).astype(np.float32)})
+        for i in range(2)
+    ]
+    strategy = Strategy("base", "all", "average")
+    with MergeService(strategy, paths[0], tmp_path / "scratch") as service:
+        with pytest.raises(UnrelatedCheckpoint, match=r"^t1 \("):
+            service.arrive(1, paths[1])
+        assert service.history() == () and service.waiting() == ()
+    with MergeService(strategy, paths[0], tmp_path / "scratch", any_base=True) as service:
+        assert [moment.t for moment in service.arrive(1, paths[1])] == [1]
+
+
+@pytest.mark.parametrize("deploy", ["all", "ema"])
+@pytest.mark.parametrize("technique", ["average", "dare_ties", "slerp"])
+def test_service_writes_the_files_of_a_study_to_the_byte(
+    technique: str, deploy: str, stream: list[Path], tmp_path: Path
+) -> None:
+    if (technique, deploy) == ("slerp", "all"):
+        pytest.skip("merges exactly two")
+    strategy = Strategy("base", deploy, technique)
+    base, merger = Member("base", stream[0], sha256_of(stream[0])), Merger()
+    members = [Member(f"t{t}", stream[t], sha256_of(stream[t])) for t in range(1, 4)]
+    running = base
+    with MergeService(strategy, stream[0], tmp_path / "service") as service:
+        for t in range(1, 4):
+            service.arrive(t, stream[t])
+            out, form = tmp_path / f"study-{t}", "merge" if deploy == "all" else "fold"
+            inputs = (
+                members[:t] if deploy == "all" else [replace(running, id=f"running-{t - 1}"), members[t - 1]]
+            )
+            params = params_for(strategy, Merged(deploy, t))  # type: ignore[arg-type]
+            job = MergeJob(
+                f"t{t}",
+                technique,
+                params,
+                form,
+                base,
+                tuple(inputs),
+                1,
+                str(tmp_path / "s"),
+                str(tmp_path / "l"),
+            )
+            merger.merge(job, out)
+            running = Member(f"running-{t}", out, sha256_of(out))
+            assert sha256_of(service.deployed(t)) == running.sha256

@@ -240,3 +240,57 @@ def test_failed_merge_leaves_no_shards(files: Files, monkeypatch: pytest.MonkeyP
     with pytest.raises(RuntimeError):
         sharded(files)
     assert not list((files.room / "out").iterdir())
+
+
+@pytest.mark.parametrize("how", [merge, fold, advance])
+def test_one_file_takes_the_place_of_shards_of_its_name_however_it_is_asked_for(
+    how: object, files: Files
+) -> None:
+    index = sharded(files)
+    foreign = toys.save(index.with_name("other-00001-of-00002.safetensors"), {"w": toys.vector([1])})
+    out = index.with_name("m.safetensors")
+    if how is fold:
+        fold("average", {}, files.start, *files.paths, out)
+    elif how is advance:
+        state = {"state_in": None, "state_out": files.room / "s.safetensors"}
+        advance("average", {}, files.start, files.paths[0], out, expert_id="a", **state)
+    else:
+        merge("average", {}, files.start, files.paths, out)
+    assert listed(out) == sorted([out.name, foreign.name])
+    foreign.unlink()
+    assert same(out.parent, out)
+
+
+def test_crash_before_one_file_has_its_name_leaves_no_index_of_what_was_there(files: Files) -> None:
+    index, marker = sharded(files), files.room / "marker"
+    code = (
+        "import sys; from merge_service.merge import merge; "
+        "merge('average', {}, sys.argv[1], sys.argv[2:4], sys.argv[4])"
+    )
+    fault = {"single.before_publish": {"marker": str(marker)}}
+    answer = subprocess.run(
+        [sys.executable, "-c", code, files.start, *files.paths, index.with_name("m.safetensors")],
+        env={**os.environ, "TEMPORAL_MERGE_FAULTS": json.dumps(fault)}, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert answer.returncode == -signal.SIGKILL and marker.exists() and not index.exists()
+
+
+def test_hundred_shards_are_written_and_read_with_few_files_open(files: Files) -> None:
+    rng = np.random.default_rng(0)
+    model = {f"w{i:03}": rng.normal(size=3).astype(np.float32) for i in range(100)}
+    paths = [toys.save(files.room / f"{i}.safetensors", model) for i in range(2)]
+    code = (
+        "import resource, sys; from merge_service.merge import merge; "
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32)); "
+        "merge('average', {}, None, sys.argv[1:2], sys.argv[3], shard_bytes=12, threads=4); "
+        "merge('average', {}, None, [sys.argv[3] + '.index.json', sys.argv[2]], sys.argv[4])"
+    )
+    out = files.room / "again.safetensors"
+    answer = subprocess.run(
+        [sys.executable, "-c", code, *paths, files.room / "cut" / "m.safetensors", out],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+    assert len(listed(files.room / "cut" / "m.safetensors")) == 101
+    for name, value in toys.load(out).items():
+        np.testing.assert_array_equal(value, model[name])

@@ -83,6 +83,49 @@ def test_torch_state_dicts_in_half_precision_give_the_bits_of_files_and_stay_as_
         assert all(torch.equal(m[name], b[name]) for m, b in zip(models, before))
 
 
+@pytest.mark.parametrize("technique", ["dare", "random_mix", "dare_ties"])
+def test_state_dicts_and_files_of_the_same_tensors_get_the_same_random_masks(
+    technique: str, tmp_path: Path
+) -> None:
+    files = Files(tmp_path)
+    params = {} if technique == "random_mix" else {"density": 0.5}
+    tm.merge(technique, files.paths, base=files.start, out=files.out, **params)  # type: ignore[arg-type]
+    experts = [dict(reversed(one.items())) for one in files.experts]
+    merged = tm.merge(technique, experts[::-1], base=files.base, **params)  # type: ignore[arg-type]
+    for name, value in load(files.out).items():
+        np.testing.assert_array_equal(merged[name], value)  # type: ignore[index]
+
+
+def test_state_dicts_of_eight_bit_floats_come_back_as_such() -> None:
+    random = torch.Generator().manual_seed(0)
+    one, two = ({"w": torch.randn(4, 4, generator=random).to(torch.float8_e4m3fn)} for _ in range(2))
+    merged = tm.merge("average", [one, two])
+    expected = ((one["w"].float() + two["w"].float()) / 2).to(torch.float8_e4m3fn)
+    assert merged["w"].dtype == torch.float8_e4m3fn and torch.equal(merged["w"].float(), expected.float())
+
+
+def test_state_dicts_without_numbers_are_called_what_they_are() -> None:
+    whole = {"w": torch.zeros(2, 2)}
+    for says, one in {
+        "meta device": {"w": torch.zeros(2, 2, device="meta")},
+        "sparse .*to_dense": {"w": torch.eye(2).to_sparse()},
+        "quantised; .*dequantize": {"w": torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.qint8)},
+        "'state_dict' is a dict itself": {"epoch": torch.tensor(3), "state_dict": whole},
+        "give its state_dict": torch.nn.Linear(2, 2),
+    }.items():
+        with pytest.raises(UserError, match=f"expert-2.*{says}"):
+            tm.merge("average", [whole, one])
+
+
+def test_state_dicts_merge_over_a_prefix_and_from_any_base_when_asked() -> None:
+    rng = np.random.default_rng(0)
+    one, two = ({"w": rng.normal(size=(16, 16)).astype(np.float32)} for _ in range(2))
+    with pytest.raises(UserError, match="any_base=True"):
+        tm.merge("average", [one, two])
+    merged = tm.merge("average", [{"module.w": one["w"]}, two], strip_prefix="module.", any_base=True)
+    np.testing.assert_allclose(merged["w"], (one["w"] + two["w"]) / 2, atol=1e-6)  # type: ignore[index]
+
+
 def test_merge_refuses_what_cannot_be_meant(tmp_path: Path) -> None:
     files = Files(tmp_path)
     one = {"w": np.zeros(2, np.float32)}

@@ -209,3 +209,14 @@ def test_plan_json_has_the_stated_shape_and_shares_experts(world: World, cli, tm
     assert not list(tmp_path.iterdir())
     table = cli("plan", world.study(), "--out", tmp_path / "out").out
     assert "best_in_time" in table and "one by one" in table
+
+
+def test_file_of_another_kind_is_called_what_it_is(cli, world: World, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("merge_method: ties\nbase_model: x\nmodels: []\n")
+    suite = "configs/fomo_in_flux/datasets.yaml"
+    refused(cli("check", world.study(), "--root", tmp_path), "is a study, not a suite", "temporal-merge plan")
+    refused(cli("plan", suite), "is a suite of datasets, not a study", "temporal-merge check")
+    refused(cli("plan", recipe), "is a merge recipe of another tool", "temporal-merge merge")
+    expert = ["merge", "--technique", "average", "--out", tmp_path / "m.safetensors", recipe]
+    refused(cli(*expert), "is a YAML file, such as a study", "not a checkpoint")

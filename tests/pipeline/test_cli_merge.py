@@ -1,16 +1,23 @@
 """`temporal-merge merge` on files: the golden numbers through the command line, and mistakes that end with code 2."""
 
+import hashlib
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from merge_service import techniques
 from merge_service.merge import merge
 from pipeline import api
+from pipeline.console import spell_out
 from tests.world import command
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "techniques.json").read_text())
@@ -200,4 +207,129 @@ def test_merge_keeps_thresholds_when_asked_and_says_when_it_cannot(
     (tmp_path / "two.safetensors.limits.json").mkdir()
     answer = cli(*line, "--keep-thresholds", files["one"], files["two"])
     assert answer.code == 0 and (tmp_path / "one.safetensors.limits.json").is_file()
-    assert answer.err.startswith("note: expert-2: thresholds were not kept") and answer.err.count("\n") == 1
+    assert (
+        answer.err.startswith("note: ")
+        and "thresholds were not kept" in answer.err
+        and answer.err.count("\n") == 1
+    )
+
+
+def test_merge_is_the_same_whatever_the_order_of_files_and_names_what_it_is_told(
+    cli, files: dict[str, Path], tmp_path: Path
+) -> None:
+    outs = [tmp_path / f"m{number}.safetensors" for number in range(3)]
+    line = [
+        "merge",
+        "--technique",
+        "dare",
+        "--set",
+        "density=0.5",
+        "--base",
+        files["base"],
+        "--json",
+        "--out",
+    ]
+    one, two = files["one"], files["two"]
+    answers = [
+        cli(*line, outs[0], one, two),
+        cli(*line, outs[1], two, one),
+        cli(*line, outs[2], "--id", f"animals={two}", one, two),
+    ]
+    assert [answer.code for answer in answers] == [0, 0, 0], answers
+    first, second, third = map(load_file, outs)
+    np.testing.assert_array_equal(first["w"], second["w"])
+    assert not np.array_equal(first["w"], third["w"])
+    inputs = json.loads(answers[2].out)["inputs"]
+    assert [entry["file"] for entry in inputs] == ["one.safetensors", "two.safetensors"]
+    assert (
+        inputs[1]["id"] == "animals" and inputs[1]["sha256"] == hashlib.sha256(two.read_bytes()).hexdigest()
+    )
+    with safe_open(outs[2], "numpy") as made:
+        record = json.loads(made.metadata()["temporal_merge"])
+    assert record["inputs"] == inputs and record["base"]["file"] == "base.safetensors"
+    assert {"technique", "params", "versions", "form"} <= record.keys()
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        (["--id", "animals"], "write NAME=FILE"),
+        (["--id", "animals=nowhere.safetensors"], "none of the experts"),
+        (["--strip-prefix", "module."], "no tensor name begins with the prefix 'module.'"),
+    ],
+)
+def test_merge_refuses_a_name_or_a_prefix_that_fits_nothing(
+    option: list[str], says: str, cli, files: dict[str, Path], tmp_path: Path
+) -> None:
+    line = ["merge", "--technique", "average", "--out", tmp_path / "m.safetensors", *option]
+    answer = cli(*line, files["one"], files["two"])
+    assert answer.code == 2 and says in answer.err and answer.err.count("\n") == 1, answer.err
+
+
+def test_merge_says_which_names_it_read_without_a_prefix(cli, files: dict[str, Path], tmp_path: Path) -> None:
+    wrapped = tmp_path / "ddp.safetensors"
+    save_file({f"module.{name}": value for name, value in load_file(files["two"]).items()}, wrapped)
+    expected, line = tmp_path / "expected.safetensors", ["merge", "--technique", "average", "--out"]
+    assert cli(*line, expected, files["one"], files["two"]).code == 0
+    for option in ([], ["--strip-prefix", "module."]):
+        answer = cli(*line, tmp_path / "m.safetensors", *option, files["one"], wrapped)
+        assert answer.code == 0 and ("without their prefix 'module.'" in answer.err) == (not option)
+        np.testing.assert_array_equal(load_file(tmp_path / "m.safetensors")["w"], load_file(expected)["w"])
+
+
+def test_merge_refuses_experts_of_another_base_unless_it_is_told_to_take_them(cli, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    for path in paths:
+        save_file({"w": rng.normal(size=(32, 32)).astype(np.float32)}, path)
+    line = ["merge", "--technique", "ties", "--base", paths[0], "--out", tmp_path / "m.safetensors"]
+    answer = cli(*line, *paths[1:])
+    assert answer.code == 2 and "was not trained from the base" in answer.err and "--any-base" in answer.err
+    assert (
+        re.search(r"is 1\.\d\d in the median", answer.err)
+        and "at most 0.5" in answer.err
+        and answer.err.count("\n") == 1
+    )
+    assert cli(*line, "--any-base", *paths[1:]).code == 0
+
+
+def test_merge_of_a_hundred_experts_needs_few_open_files(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(8, 8)).astype(np.float32)
+    for number in range(100):
+        moved = base + 0.1 * rng.normal(size=base.shape).astype(np.float32)
+        save_file({"w": moved}, tmp_path / f"e{number:03}.safetensors")
+    answer = subprocess.run(
+        f"ulimit -n 64; exec {sys.executable} -m pipeline.cli merge --technique average --out m.safetensors e*.safetensors",
+        shell=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True, text=True, executable="/bin/bash",
+    )  # fmt: skip
+    assert answer.returncode == 0 and "average of 100 checkpoints" in answer.stdout, answer.stderr
+
+
+ASCII = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
+
+def test_commands_print_on_a_terminal_that_has_ascii_only(tmp_path: Path) -> None:
+    shown = run_in_ascii("techniques", "ties")
+    assert shown.returncode == 0 and b"tau^_i" in shown.stdout and b"theta" in shown.stdout
+    missing = run_in_ascii(
+        "merge", "--technique", "average", "--out", tmp_path / "m.safetensors", tmp_path / "größe.safetensors"
+    )
+    assert missing.returncode == 2 and "größe.safetensors does not exist".encode() in missing.stderr
+    assert run_in_ascii("report", tmp_path / "näh").returncode == 2
+    for name in techniques.names():
+        assert list(_spelled_out(techniques.get(name).formula)) == []
+
+
+def run_in_ascii(*words: object) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", *map(str, words)],
+        env={**os.environ, **ASCII}, cwd=Path(__file__).parents[2], capture_output=True,
+    )  # fmt: skip
+
+
+def _spelled_out(text: str) -> list[str]:
+    """The signs of a formula of which an ASCII terminal would only show that something is there."""
+    spell_out()
+    return [sign for sign in text if b"?" in sign.encode("ascii", "spelled-out")]

@@ -1,0 +1,71 @@
+"""What a file is that is given as a checkpoint and is none: told from its first bytes and its name, never by loading it.
+
+People have pickles, pointers of Git LFS, adapters' recipes and studies at hand. Each has its own way on, which the message
+gives; "not safetensors" would leave the reader with a damaged file.
+
+Invariant: nothing of the file is executed or unpickled, and at most its first bytes are read.
+"""
+
+from pathlib import Path
+
+from merge_service.errors import ForeignCheckpoint
+
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".th")
+_FIRST = 512
+_PICKLE = (
+    "a pickle of torch, which is never loaded here because it can run code. Convert it once in Python: load it with "
+    'torch.load and weights_only=True, take the state dict out of it if it is nested (often under "state_dict" or "model"), '
+    "and write that with safetensors.torch.save_file to NAME.safetensors"
+)
+
+
+def check_file(path: Path) -> None:
+    """Raise `ForeignCheckpoint` saying what `path` is if it is known to be something else than safetensors or an index."""
+    with path.open("rb") as file:
+        begun = file.read(_FIRST)
+    what = _by_bytes(begun) or _by_name(path, begun)
+    if what is not None:
+        raise ForeignCheckpoint(f"{path} is {what}")
+
+
+def explain_directory(directory: Path) -> None:
+    """Raise `ForeignCheckpoint` if a directory without safetensors files holds pickled weights."""
+    found = sorted(file.name for file in directory.iterdir() if file.suffix in PICKLES and file.is_file())
+    if found:
+        shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        raise ForeignCheckpoint(f"{directory} holds no safetensors file but {shown}: {_PICKLE}")
+
+
+def _by_bytes(begun: bytes) -> str | None:
+    if begun[8:9] == b"{":  # the length of a header may begin as any of these
+        return None
+    if begun.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, not the weights themselves: run `git lfs pull` where it was cloned, or download the file"
+    if begun.startswith(b"PK\x03\x04"):
+        return _PICKLE
+    if begun[:1] == b"\x80" and begun[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return _PICKLE
+    if begun.startswith(b"GGUF"):
+        return "a GGUF file, made for inference and mostly quantised; merge the safetensors files that it was made from"
+    if begun.startswith(b"\x89HDF"):
+        return (
+            "an HDF5 file (of Keras, for instance); load it in its own framework and save it as safetensors"
+        )
+    if begun.startswith(b"\x93NUMPY"):
+        return "an array of NumPy; save the tensors by name with safetensors.numpy.save_file"
+    if begun.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
+        return "an HTML page, as a download without access leaves it; download the weights again"
+    return None
+
+
+def _by_name(path: Path, begun: bytes) -> str | None:
+    if path.suffix in (".yaml", ".yml"):
+        return (
+            "a YAML file, such as a study, a suite or another tool's recipe, not a checkpoint; give the .safetensors files "
+            "themselves (a study is for `temporal-merge run`)"
+        )
+    if path.name.endswith(".bin.index.json"):
+        return f"the index of pickled shards, each {_PICKLE}"
+    if path.suffix in PICKLES and begun[8:9] != b"{":
+        return f"by its name {_PICKLE}"
+    return None

@@ -1,0 +1,399 @@
+"""What comes into a merge: mended where only the form differs, refused by name where the numbers are none, named by content."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import toys
+from toys import Files
+
+from merge_service.checkpoint import Checkpoint, locate, sha256_of
+from merge_service.errors import (
+    AdapterCheckpoint,
+    CheckpointError,
+    ForeignCheckpoint,
+    IncompatibleCheckpoint,
+    QuantisedCheckpoint,
+    TechniqueError,
+    UnrelatedCheckpoint,
+)
+from merge_service.intake import Rules
+from merge_service.merge import advance, fold, merge
+from merge_service.relation import ratios
+from merge_service.split import Part, PartWorker, Split
+
+Tensors = dict[str, np.ndarray]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    return Files(tmp_path)
+
+
+FOREIGN: dict[str, tuple[str, bytes, str]] = {
+    "zip of torch": ("a.safetensors", b"PK\x03\x04" + bytes(600), "pickle of torch.*weights_only=True"),
+    "old pickle": ("a.safetensors", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P" + bytes(600), "pickle of torch"),
+    "by its name": ("a.ckpt", b"anything at all", "by its name a pickle of torch"),
+    "pointer": ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+    "GGUF": ("a.gguf", b"GGUF\x03\x00\x00\x00" + bytes(20), "GGUF"),
+    "HDF5": ("a.h5", b"\x89HDF\r\n\x1a\n" + bytes(20), "HDF5"),
+    "page": ("a.safetensors", b"<!DOCTYPE html><html>", "HTML page"),
+    "study": ("a.yaml", b"name: demo\nmodel: {}\n", "YAML file, such as a study.*temporal-merge run"),
+    "index of pickles": ("pytorch_model.bin.index.json", b'{"weight_map": {"w": "a.bin"}}', "index of pickled shards"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_file_that_is_no_safetensors_is_called_what_it_is(case: str, tmp_path: Path) -> None:
+    name, content, says = FOREIGN[case]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ForeignCheckpoint, match=says) as caught:
+        Checkpoint.open(tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_directory_of_pickled_weights_names_them(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model-00001-of-00002.bin").write_bytes(b"PK\x03\x04")
+    with pytest.raises(ForeignCheckpoint, match=r"pytorch_model-00001-of-00002\.bin.*pickle"):
+        locate(tmp_path)
+
+
+@pytest.mark.parametrize("length", [0x0280, 0x0480])
+def test_header_whose_length_begins_like_a_pickle_is_a_header(length: int, tmp_path: Path) -> None:
+    text = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode().ljust(length)
+    (tmp_path / "a.safetensors").write_bytes(length.to_bytes(8, "little") + text + bytes(4))
+    with Checkpoint.open(tmp_path / "a.safetensors") as opened:
+        assert opened.read("w").tolist() == [0]
+
+
+def codes(shape: tuple[int, ...] = (4, 8), dtype: str = "int8") -> np.ndarray:
+    return np.arange(np.prod(shape)).astype(dtype).reshape(shape)
+
+
+QUANTISED: dict[str, tuple[Tensors, dict[str, str]]] = {
+    "int8 beside a scale": ({"w": codes(), "w_scale": toys.vector([1])}, {"w": "I8"}),
+    "module's scale": ({"l.weight": codes(), "l.weight_scale": toys.vector([1])}, {"l.weight": "I8"}),
+    "GPTQ": ({"l.qweight": codes(dtype="int64"), "l.scales": toys.vector([1])}, {}),
+    "bitsandbytes": ({"l.weight": codes(dtype="int8"), "l.weight.absmax": toys.vector([1])}, {"l.weight": "U8"}),
+    "LLM.int8": ({"l.weight": codes(), "l.SCB": toys.vector([1])}, {"l.weight": "I8"}),
+    "blocks of fp8": ({"l.weight": codes(dtype="uint8"), "l.weight_scale_inv": toys.vector([1])}, {"l.weight": "F8_E4M3"}),
+}  # fmt: skip
+
+
+def stored(path: Path, tensors: Tensors, dtypes: dict[str, str]) -> Path:
+    """As `toys.save`, with bytes under whatever dtype of one byte is asked for."""
+    from merge_service.checkpoint import CheckpointWriter
+
+    layout = {n: (dtypes.get(n, toys.DTYPE.get(v.dtype, "I8")), v.shape) for n, v in tensors.items()}
+    with CheckpointWriter(path, layout) as writer:
+        for name, value in tensors.items():
+            writer.write_stored(name, 0, value.reshape(-1).view(writer.storage(name)))
+    return path
+
+
+@pytest.mark.parametrize("case", QUANTISED)
+def test_quantised_weights_are_refused_with_the_way_on(case: str, tmp_path: Path) -> None:
+    path = stored(tmp_path / "a.safetensors", *QUANTISED[case])
+    with pytest.raises(QuantisedCheckpoint, match=r"a\.safetensors.*is quantised: .*dequantise it first"):
+        merge("average", {}, None, [path], tmp_path / "m.safetensors")
+    assert not (tmp_path / "m.safetensors").exists()
+
+
+def test_quantisation_that_only_the_config_beside_it_tells_is_refused(files: Files) -> None:
+    (files.room / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    with pytest.raises(QuantisedCheckpoint, match=r"quantization_config \(gptq\)"):
+        files.merge("average")
+    (files.room / "config.json").write_text('{"model_type": "clip"}')
+    files.merge("average")
+
+
+def test_bytes_in_a_matrix_that_differ_are_codes_whatever_they_are_called(tmp_path: Path) -> None:
+    paths = [
+        stored(tmp_path / f"{i}.safetensors", {"w": codes() + np.int8(i), "b": toys.vector([i])}, {"w": "I8"})
+        for i in range(2)
+    ]
+    with pytest.raises(QuantisedCheckpoint, match="the integers of w differ"):
+        merge("average", {}, paths[0], paths[1:], tmp_path / "m.safetensors")
+
+
+def test_counters_and_positions_are_no_codes_and_the_base_s_are_kept(tmp_path: Path) -> None:
+    model = {
+        "bn.num_batches_tracked": np.array(7),
+        "embeddings.position_ids": np.arange(4)[None],
+        "relative_position_index": np.arange(9).reshape(3, 3),
+        "w": toys.vector([1, 2]),
+        "w_scale": toys.vector([1]),
+    }
+    base = toys.save(tmp_path / "base.safetensors", model)
+    expert = toys.save(tmp_path / "e.safetensors", model | {"bn.num_batches_tracked": np.array(9)})
+    report = merge("average", {}, base, [expert], tmp_path / "m.safetensors")
+    assert report.notes == () and toys.load(tmp_path / "m.safetensors")["bn.num_batches_tracked"] == 7
+
+
+def test_integers_that_differ_and_are_no_codes_are_mentioned(files: Files) -> None:
+    toys.save(files.paths[1], files.experts[1] | {"position_ids": np.arange(6)[::-1].copy()})
+    report = merge("average", {}, files.start, files.paths, files.out)
+    assert ["the integers of position_ids differ" in note for note in report.notes] == [True]
+
+
+@pytest.mark.parametrize(
+    "factor", ["lora_A.weight", "lora_B.default.weight", "lora_embedding_A", "hada_w1_a", "lora_down.weight"]
+)
+def test_adapters_are_refused_with_the_way_on(factor: str, tmp_path: Path) -> None:
+    path = toys.save(
+        tmp_path / "adapter.safetensors", {f"base_model.model.l.{factor}": toys.vector([[1, 2]])}
+    )
+    with pytest.raises(AdapterCheckpoint, match=r"adapter.*merge_and_unload"):
+        merge("average", {}, None, [path], tmp_path / "m.safetensors")
+
+
+def wrapped(files: Files, change: Callable[[Tensors], Tensors], number: int = 1) -> Path:
+    return toys.save(files.paths[number], change(files.experts[number]))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.clip."])
+@pytest.mark.parametrize("technique", ["dare_ties", "opcm"])
+def test_a_prefix_that_all_names_of_one_file_have_is_read_away_and_said(
+    prefix: str, technique: str, files: Files
+) -> None:
+    expected = files.merge(technique, ids=["a", "b"])
+    wrapped(files, lambda model: {prefix + name: value for name, value in model.items()})
+    report = merge(technique, {}, files.start, files.paths, files.out, ids=["a", "b"])
+    assert f"b: its tensor names were read without their prefix {prefix!r}" in report.notes
+    for name, value in toys.load(files.out).items():
+        np.testing.assert_array_equal(value, expected[name])
+
+
+def test_a_prefix_of_the_base_alone_is_given_to_the_others(files: Files) -> None:
+    toys.save(files.start, {f"module.{name}": value for name, value in files.base.items()})
+    report = merge("average", {}, files.start, files.paths, files.out)
+    assert set(toys.load(files.out)) == {f"module.{name}" for name in files.base} and len(report.notes) == 2
+
+
+def test_a_prefix_is_no_other_architecture_s_excuse(files: Files) -> None:
+    wrapped(files, lambda model: {f"module.{n}": v for n, v in model.items() if n != "text_projection"})
+    with pytest.raises(IncompatibleCheckpoint, match=r"--strip-prefix module\."):
+        merge("average", {}, files.start, files.paths, files.out)
+    with pytest.raises(IncompatibleCheckpoint, match="text_projection is missing"):
+        merge("average", {}, files.start, files.paths, files.out, rules=Rules(strip_prefix="module."))
+
+
+def test_prefix_to_be_stripped_that_nobody_has_or_that_makes_two_names_one_is_refused(files: Files) -> None:
+    with pytest.raises(CheckpointError, match=r"no tensor name begins with the prefix 'modul\.'"):
+        merge("average", {}, files.start, files.paths, files.out, rules=Rules(strip_prefix="modul."))
+    with pytest.raises(CheckpointError, match=r"holds '.*' with the prefix 'visual\.' and without"):
+        merge("average", {}, files.start, files.paths, files.out, rules=Rules(strip_prefix="visual."))
+
+
+def test_workers_read_names_without_the_prefix_too(files: Files) -> None:
+    expected = files.merge("ties")
+    wrapped(files, lambda model: {f"module.{name}": value for name, value in model.items()})
+
+    def here(parts):  # type: ignore[no-untyped-def]
+        import contextlib
+
+        workers = [PartWorker(part) for part in parts]
+        assert all(isinstance(part, Part) for part in parts)
+        return contextlib.nullcontext(
+            lambda method, *given: [getattr(one, method)(*given) for one in workers]
+        )
+
+    merge("ties", {}, files.start, files.paths, files.out, split=Split(2, here))
+    for name, value in toys.load(files.out).items():
+        np.testing.assert_array_equal(value, expected[name])
+
+
+def test_one_number_has_one_shape(files: Files) -> None:
+    expected = files.merge("task_arithmetic")
+    wrapped(files, lambda model: {**model, "logit_scale": model["logit_scale"].reshape(1)})
+    result = files.merge("task_arithmetic")
+    assert result["logit_scale"].shape == () and result["logit_scale"] == expected["logit_scale"]
+
+
+@pytest.mark.parametrize("where", ["base", "expert", "first of no base"])
+def test_positions_that_one_file_saves_and_another_does_not_are_no_difference(
+    where: str, files: Files
+) -> None:
+    lacking = {name: value for name, value in files.experts[1].items() if name != "position_ids"}
+    toys.save(files.paths[1], lacking)
+    if where == "base":
+        toys.save(files.start, {name: v for name, v in files.base.items() if name != "position_ids"})
+    base = None if where == "first of no base" else files.start
+    report = merge("average", {}, base, files.paths, files.out)
+    assert any("position_ids" in note and "only numbers positions" in note for note in report.notes)
+    assert ("position_ids" in toys.load(files.out)) == (where != "base")
+
+
+def test_positions_that_are_not_0_1_2_are_a_difference(files: Files) -> None:
+    toys.save(files.paths[1], files.experts[1] | {"other.position_ids": np.arange(6)[::-1].copy()})
+    with pytest.raises(IncompatibleCheckpoint, match=r"other\.position_ids is not in the reference"):
+        merge("average", {}, files.start, files.paths, files.out)
+
+
+# Whether experts come from the base.
+
+
+def model(rng: np.random.Generator, layers: int = 4, width: int = 16) -> Tensors:
+    made = {"zero": np.zeros((width, width), np.float32), "scale": toys.vector(1.0)}
+    for i in range(layers):
+        made[f"blocks.{i}.attn.weight"] = rng.normal(size=(width, width)).astype(np.float32)
+        made[f"blocks.{i}.up.weight"] = rng.normal(size=(4 * width, width)).astype(np.float32)
+        made[f"blocks.{i}.down.weight"] = rng.normal(size=(width, 4 * width)).astype(np.float32)
+    return made
+
+
+def tuned(rng: np.random.Generator, base: Tensors, far: float = 0.05) -> Tensors:
+    return {n: (v + far * rng.normal(size=v.shape)).astype(np.float32) for n, v in base.items()}
+
+
+def permuted(rng: np.random.Generator, base: Tensors) -> Tensors:
+    """The same function: hidden units of every MLP in another order."""
+    made = dict(base)
+    for name in [name for name in base if name.endswith("up.weight")]:
+        order = rng.permutation(len(base[name]))
+        made[name], down = base[name][order], name.replace("up", "down")
+        made[down] = base[down][:, order]
+    return made
+
+
+@pytest.fixture
+def kin(tmp_path: Path) -> dict[str, Path]:
+    rng = np.random.default_rng(0)
+    base = model(rng)
+    made = {
+        "base": base,
+        "tuned": tuned(rng, base),
+        "other": tuned(rng, base, 0.1),
+        "stranger": model(rng),
+        "permuted": permuted(rng, tuned(rng, base)),
+        "farther": tuned(rng, base, 0.45),
+    }
+    return {name: toys.save(tmp_path / f"{name}.safetensors", one) for name, one in made.items()}
+
+
+@pytest.mark.parametrize("who", ["stranger", "permuted"])
+@pytest.mark.parametrize("technique", ["average", "task_arithmetic", "opcm"])
+def test_expert_of_another_base_is_refused_unless_it_is_meant(
+    who: str, technique: str, kin: dict[str, Path], tmp_path: Path
+) -> None:
+    experts, out = [kin["tuned"], kin[who]], tmp_path / "m.safetensors"
+    with pytest.raises(
+        UnrelatedCheckpoint, match=rf"{who}\.safetensors.*was not trained from the base.*base\.safet"
+    ) as caught:
+        merge(technique, {}, kin["base"], experts, out)
+    assert "--any-base" in str(caught.value) and "0.5" in str(caught.value) and not out.exists()
+    merge(technique, {}, kin["base"], experts, out, rules=Rules(any_base=True))
+
+
+def test_fine_tuned_experts_are_taken_and_strangers_measured(kin: dict[str, Path], tmp_path: Path) -> None:
+    merge("ties", {}, kin["base"], [kin["tuned"], kin["other"], kin["farther"]], tmp_path / "m.safetensors")
+    with Checkpoint.open(kin["base"]) as base, Checkpoint.open(kin["stranger"]) as stranger:
+        found = ratios(base, stranger)
+    assert len(found) == 12 and np.median(found) == pytest.approx(2**0.5, rel=0.1)
+
+
+def test_without_a_base_experts_are_held_against_the_first(kin: dict[str, Path], tmp_path: Path) -> None:
+    merge("average", {}, None, [kin["tuned"], kin["other"]], tmp_path / "m.safetensors")
+    with pytest.raises(UnrelatedCheckpoint, match="what the first expert was"):
+        merge("average", {}, None, [kin["tuned"], kin["stranger"]], tmp_path / "m.safetensors")
+
+
+def test_stream_and_fold_refuse_a_stranger_and_a_fold_takes_the_running_model_of_merges(
+    kin: dict[str, Path], tmp_path: Path
+) -> None:
+    base, out = kin["base"], tmp_path / "m.safetensors"
+    given = {"expert_id": "s", "state_in": None, "state_out": tmp_path / "s.safetensors"}
+    with pytest.raises(UnrelatedCheckpoint, match=r"^s \("):
+        advance("ties", {}, base, kin["stranger"], out, **given)  # type: ignore[arg-type]
+    for running, new in (("stranger", "tuned"), ("tuned", "stranger")):
+        with pytest.raises(UnrelatedCheckpoint):
+            fold("average", {}, base, kin[running], kin[new], out)
+    far = tmp_path / "far.safetensors"
+    fold("task_arithmetic", {"scale": 30.0}, base, kin["tuned"], kin["other"], far)
+    fold("average", {}, base, far, kin["other"], out)
+
+
+# What names an expert.
+
+
+def test_random_masks_depend_on_content_and_on_no_order_name_or_folder(files: Files, tmp_path: Path) -> None:
+    expected = files.merge("dare", {"density": 0.5})
+    moved = [
+        toys.save(tmp_path / "x" / n, e, {"k": n})
+        for n, e in zip(("z.safetensors", "a.safetensors"), files.experts)
+    ]
+    merge("dare", {"density": 0.5}, files.start, moved[::-1], files.out)
+    for name, value in toys.load(files.out).items():
+        np.testing.assert_array_equal(value, expected[name])
+    again = files.merge("dare", {"density": 0.5}, ids=["a", None])
+    assert any(not np.array_equal(value, expected[name]) for name, value in again.items())
+
+
+def test_shards_and_one_file_of_the_same_tensors_have_one_name(files: Files) -> None:
+    cut = merge(
+        "average", {}, None, files.paths[:1], files.room / "cut" / "m.safetensors", shard_bytes=80
+    ).out
+    whole = merge("average", {}, None, files.paths[:1], files.room / "whole.safetensors")
+    assert cut is not None and whole.out is not None
+    with Checkpoint.open(cut) as a, Checkpoint.open(whole.out) as b:
+        (one, first), (other, second) = a.digests(), b.digests()
+    assert one == other and (first, second) == (sha256_of(cut), sha256_of(whole.out))
+
+
+def test_output_names_every_input_the_base_the_parameters_and_the_versions(files: Files) -> None:
+    report = merge("ties", {"density": 0.5}, files.start, files.paths, files.out, ids=["animals", None])
+    made = toys.made(files.out)
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files.paths]
+    assert [entry["file"] for entry in made["inputs"]] == ["e0.safetensors", "e1.safetensors"]
+    assert [entry["sha256"] for entry in made["inputs"]] == hashes and made["inputs"] == list(report.inputs)
+    assert made["inputs"][0]["id"] == "animals" and len(made["inputs"][1]["id"]) == 12
+    assert made["base"] == {"file": "base.safetensors", "sha256": sha256_of(files.start)}
+    assert made["params"]["density"] == 0.5 and set(made["versions"]) == {"numpy", "temporal-merge"}
+    ordered = merge("opcm", {}, files.start, files.paths, files.out)
+    assert toys.made(files.out)["inputs"] == list(ordered.inputs) and "base" in toys.made(files.out)
+
+
+def test_an_expert_given_twice_counts_twice_and_is_mentioned(files: Files) -> None:
+    report = merge("average", {}, files.start, [files.paths[0], files.paths[0]], files.out)
+    (note,) = report.notes
+    assert "hold the same tensors; both count" in note
+    first, second = (entry["id"] for entry in report.inputs)
+    assert second == f"{first}-2"
+    with pytest.raises(TechniqueError, match="'a' is given twice"):
+        merge("average", {}, files.start, files.paths, files.out, ids=["a", "a"])
+
+
+# Numbers of eight bits.
+
+
+def test_eight_bit_floats_are_read_exactly_and_merged_in_float32(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    rng = torch.Generator().manual_seed(0)
+    base = torch.randn(16, 16, generator=rng)
+    experts = [base + 0.1 * torch.randn(16, 16, generator=rng) for _ in range(2)]
+    kinds = (torch.float8_e4m3fn, torch.float8_e5m2)
+    save_file({"w": base}, tmp_path / "base.safetensors")
+    for number, (expert, kind) in enumerate(zip(experts, kinds)):
+        save_file({"w": expert.to(kind)}, tmp_path / f"{number}.safetensors")
+    paths = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    for options in ({}, {"device": "cpu"}):
+        merge("average", {}, tmp_path / "base.safetensors", paths, tmp_path / "m.safetensors", **options)  # type: ignore[arg-type]
+        mean = (experts[0].to(kinds[0]).float() + experts[1].to(kinds[1]).float()) / 2
+        np.testing.assert_allclose(toys.load(tmp_path / "m.safetensors")["w"], mean.numpy(), atol=1e-6)
+    merge("average", {}, None, paths, tmp_path / "m.safetensors")
+    with Checkpoint.open(tmp_path / "m.safetensors") as merged:
+        assert merged.tensors["w"].dtype == "F8_E4M3"
+        np.testing.assert_array_equal(merged.raw("w"), mean.to(kinds[0]).view(torch.uint8).numpy().ravel())
+
+
+@pytest.mark.parametrize(("dtype", "what"), [("F4", "MX"), ("F8_E8M0", "MX"), ("C64", "complex")])
+def test_dtypes_that_are_no_numbers_of_their_own_are_named(dtype: str, what: str, tmp_path: Path) -> None:
+    text = json.dumps({"w": {"dtype": dtype, "shape": [4], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(QuantisedCheckpoint, match=f"{what}.*'w' is {dtype}"):
+        Checkpoint.open(tmp_path / "a.safetensors")
