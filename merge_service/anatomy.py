@@ -17,6 +17,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from merge_service.errors import TechniqueError
@@ -40,11 +41,20 @@ _SHAPES = {"linear": lambda x: x, "quadratic": lambda x: x * x, "sqrt": math.sqr
 
 def modality(name: str) -> str:
     """The side of a CLIP that a tensor or module is of: "image" ("audio" in models of sound), else "text"."""
-    for part in name.split("."):
-        found = _MODALITY.fullmatch(part)
-        if found:
-            return str(found.lastgroup)
-    return TEXT
+    return next((side for part in name.split(".") if (side := _side(part))), TEXT)
+
+
+@cache
+def _side(word: str) -> str | None:
+    """The side that one component of a name speaks of."""
+    found = None if word.isdigit() else _MODALITY.fullmatch(word)
+    return found.lastgroup if found else None
+
+
+@cache
+def _is_blocks(word: str) -> bool:
+    """Whether a component is a usual name of a list of blocks."""
+    return bool(_BLOCKS.fullmatch(word))
 
 
 def is_logit_scale(name: str) -> bool:
@@ -111,7 +121,10 @@ def described(stacks: Mapping[str, Mapping[str, int]]) -> str:
     """Stacks by tower for people: `image: visual.transformer.resblocks (12 blocks); text: transformer.resblocks (12 blocks)`."""
 
     def blocks(depths: Mapping[str, int]) -> str:
-        known = (f"{name} ({depth} block{'s' * (depth != 1)})" for name, depth in depths.items())
+        known = (
+            f"{name or 'the model itself'} ({depth} block{'s' * (depth != 1)})"
+            for name, depth in depths.items()
+        )
         return ", ".join(known) or "no numbered blocks"
 
     return "; ".join(f"{tower}: {blocks(depths)}" for tower, depths in stacks.items())
@@ -172,7 +185,7 @@ class _List:
     @property
     def is_known(self) -> bool:
         """Whether its name is a usual one for blocks."""
-        return bool(_BLOCKS.fullmatch(self.name.rpartition(".")[2].removesuffix("<s>")))
+        return _is_blocks(self.name.rpartition(".")[2].removesuffix("<s>"))
 
     @property
     def is_sequence(self) -> bool:
@@ -237,7 +250,7 @@ def _entry(name: str) -> _Entry | None:
     """Where a tensor stands by its name alone; a list without stages has stage -1."""
     parts = name.split(".")
     numbers = [place for place, part in enumerate(parts) if part.isascii() and part.isdigit()]
-    later = [place for place in numbers if place and _BLOCKS.fullmatch(parts[place - 1])]
+    later = [place for place in numbers if place and _is_blocks(parts[place - 1])]
     if not numbers:
         return None
     place = (
