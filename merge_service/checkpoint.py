@@ -150,7 +150,7 @@ class Checkpoint:
         return sum(name != kept for name, kept in moved.items())
 
     def digests(self) -> tuple[str, str]:
-        """What the tensors hold, whatever their names, order and files, and the sha256 of `sha256_of`; in one read.
+        """What the tensors hold, whatever their names, copies, order and files, and the sha256 of `sha256_of`; in one read.
 
         The first is made of a checksum (CRC-32) of each tensor: it tells experts apart and proves nothing.
         """
@@ -170,7 +170,7 @@ class Checkpoint:
                     crc = zlib.crc32(chunk, crc)
                 sums.append((dtype, numel, crc))
             parts.append(digest.hexdigest())
-        content = hashlib.sha256(repr(sorted(sums)).encode()).hexdigest()
+        content = hashlib.sha256(repr(sorted(set(sums))).encode()).hexdigest()
         if self.path.name.endswith(".json"):
             parts = [hashlib.sha256("".join([_sha256(self.path), *parts]).encode()).hexdigest()]
         return content, parts[0]

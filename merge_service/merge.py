@@ -364,7 +364,8 @@ def _replay(
             if state:
                 state.unlink()
             state = target
-    return dataclasses.replace(report, seconds=time.perf_counter() - began, notes=known.notes)
+    notes = tuple(dict.fromkeys((*known.notes, *report.notes)))
+    return dataclasses.replace(report, seconds=time.perf_counter() - began, notes=notes)
 
 
 def _ready(

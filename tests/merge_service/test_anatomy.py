@@ -48,6 +48,8 @@ def test_clip_under_other_usual_names_merges_to_the_same_numbers(
     rng = np.random.default_rng(0)
     models = [{name: rng.standard_normal(shape).astype(np.float32) for name, (shape, _) in CLIP.items()} for _ in range(3)]  # fmt: skip
 
+    models = [toys.kin(models[0], model) for model in models]
+
     def merged(rename) -> dict[str, np.ndarray]:
         files = [
             toys.save(tmp_path / f"{i}.safetensors", {rename(n): v for n, v in model.items()})

@@ -70,8 +70,10 @@ class World:
         self.count, self.room = len(rows), room
         if config:
             (room / "config.json").write_text(json.dumps(config))
-        models = [parts(*rows) for _ in range(3)]
+        first, *models = (dict(enumerate(parts(*rows))) for _ in range(3))
+        models = [list(toys.kin(first, model).values()) for model in (first, *models)]
         others = [{n: RNG.standard_normal(s).astype(np.float32) for n, s in beside.items()} for _ in range(3)]
+        others = [toys.kin(others[0], other) for other in others]
         self.packed = [
             toys.save(room / f"p{i}.safetensors", {self.name: self.pack(m), **o})
             for i, (m, o) in enumerate(zip(models, others))

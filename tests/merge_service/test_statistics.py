@@ -36,7 +36,8 @@ def model(rng: np.random.Generator, seen: int) -> dict[str, np.ndarray]:
 class World:
     def __init__(self, room: Path) -> None:
         rng = np.random.default_rng(0)
-        self.models = [model(rng, seen) for seen in range(5)]
+        base, *others = (model(rng, seen) for seen in range(5))
+        self.models = [base, *(toys.kin(base, other) for other in others)]
         files = [toys.save(room / f"{i}.safetensors", one) for i, one in enumerate(self.models)]
         self.start, self.paths, self.out, self.room = files[0], files[1:], room / "out.safetensors", room
 

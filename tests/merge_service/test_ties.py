@@ -38,7 +38,9 @@ class World:
     def __init__(self, room: Path, base: str = "both", experts: str = "both") -> None:
         rng = np.random.default_rng(3)
         self.room, self.out = room, room / "out.safetensors"
-        models = [model(rng) for _ in range(5)]
+        origin, *others = (model(rng) for _ in range(5))
+        models = [origin, *(toys.kin(origin, other) for other in others)]
+        self.origin = origin
         self.start = self.save("base", models[0], base)
         self.paths = [self.save(f"e{i}", one, experts) for i, one in enumerate(models[1:])]
 
@@ -152,7 +154,7 @@ def test_retract_and_replace_keep_tied_tensors_one(world: World) -> None:
 
 
 def test_expert_that_is_not_tied_makes_them_two_tensors_for_all(world: World) -> None:
-    untied = world.save("untied", model(np.random.default_rng(9), untied=True))
+    untied = world.save("untied", toys.kin(world.origin, model(np.random.default_rng(9), untied=True)))
     paths = [*world.paths[:2], untied]
     found = world.merge("dare_ties", {"density": 0.5}, paths, ids=["0", "1", "2"])
     assert not np.array_equal(found[HEAD], found[EMBED])
@@ -173,7 +175,7 @@ def test_expert_that_is_not_tied_makes_them_two_tensors_for_all(world: World) ->
 
 
 def test_ordered_technique_with_an_expert_that_is_not_tied_merges_them_as_two(world: World) -> None:
-    untied = world.save("untied", model(np.random.default_rng(9), untied=True))
+    untied = world.save("untied", toys.kin(world.origin, model(np.random.default_rng(9), untied=True)))
     found = world.merge("opcm", {}, [world.paths[0], untied])
     assert not np.array_equal(found[HEAD], found[EMBED])
 
@@ -237,9 +239,8 @@ def test_missing_tensor_of_a_block_is_never_filled_in_from_an_equal_one(tmp_path
 @pytest.mark.parametrize("base", [{"head": False}, {"untied": True}], ids=["tied base", "tied expert"])
 def test_output_layer_that_only_one_leaves_out_is_refused_with_the_way_out(tmp_path: Path, base) -> None:
     world, rng = World(tmp_path), np.random.default_rng(0)
-    tied, apart = (
-        world.save(n, model(rng, **k)) for n, k in (("tied", {"head": False}), ("apart", {"untied": True}))
-    )
+    kin = [toys.kin(world.origin, model(rng, **how)) for how in ({"head": False}, {"untied": True})]
+    tied, apart = (world.save(name, one) for name, one in zip(("tied", "apart"), kin))
     start, expert = (tied, apart) if "head" in base else (apart, tied)
     with pytest.raises(
         IncompatibleCheckpoint,
