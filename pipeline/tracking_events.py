@@ -300,12 +300,12 @@ class Projection:
         model = self._plan.bases[base.fingerprint].model
         several = f"-{model}" if len(self._bases) > 1 else ""
         searchable, said = {"t": "0", "task": BASE}, seen(model, base) or {}
+        how = flat({key: value for key, value in said.items() if key != "notes"}, "base.")
         body = {
             "name": plain(f"{BASE}-{self._plan.study}{several}"),
             "type": BASE,
             "step": 0,
-            "params": searchable
-            | flat({key: value for key, value in said.items() if key != "notes"}, "base."),
+            "params": searchable | {key: value[:250] for key, value in how.items()},
             "tags": {
                 **searchable,
                 **self._model_tags(
