@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import ray
+from ray import _raylet
 from ray._private import utils as ray_utils
 from ray.exceptions import AuthenticationError
 
@@ -173,6 +174,7 @@ def connect(address: str = "local", *, threads: int = 1, cpus: int | None = None
         ClusterError: the address is unsafe or nobody answers there.
     """
     check_address(address)
+    _heed_token_mode()
     root = str(Path(__file__).parent.parent)
     runtime = {
         "env_vars": _environment(threads),
@@ -200,6 +202,13 @@ def connect(address: str = "local", *, threads: int = 1, cpus: int | None = None
     finally:
         with _undisturbed():
             ray.shutdown()
+
+
+def _heed_token_mode() -> None:
+    """Let Ray's core read RAY_AUTH_MODE again: it does so when it is imported, perhaps by a program that did not import us first."""
+    core: Any = _raylet
+    if os.environ.get("RAY_AUTH_MODE") and core.get_authentication_mode() != core.AuthenticationMode.TOKEN:
+        core.Config.initialize("")
 
 
 @contextmanager
