@@ -49,7 +49,13 @@ class Merger:
             )  # fmt: skip
         else:
             report = self._states_of(job).merge(
-                job.technique, job.params, job.base.path, job.base.sha256, job.members, out
+                job.technique,
+                job.params,
+                job.base.path,
+                job.base.sha256,
+                job.members,
+                out,
+                Rules(job.any_base),
             )
         measured = geometry(job.base.path, out, newest.path, threads=job.threads)
         return {"merge_seconds": report.seconds, **measured}
@@ -63,6 +69,5 @@ class Merger:
                 threads=job.threads,
                 measure=False,
                 keep_limits=job.limits,
-                rules=Rules(job.any_base),
             )
         return self._states[series]

@@ -397,3 +397,44 @@ def test_dtypes_that_are_no_numbers_of_their_own_are_named(dtype: str, what: str
     (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
     with pytest.raises(QuantisedCheckpoint, match=f"{what}.*'w' is {dtype}"):
         Checkpoint.open(tmp_path / "a.safetensors")
+
+
+def test_a_merge_step_of_a_study_refuses_a_stranger_unless_its_job_takes_any(
+    kin: dict[str, Path], tmp_path: Path
+) -> None:
+    from merge_service.actor import Merger
+    from merge_service.checkpoint import WEIGHTS_FILE
+    from merge_service.jobs import MergeJob
+    from merge_service.stream import Member
+
+    def member(name: str, who: str) -> Member:
+        folder = tmp_path / f"{who}-directory"
+        folder.mkdir(exist_ok=True)
+        (folder / WEIGHTS_FILE).write_bytes(kin[who].read_bytes())
+        (folder / "open_clip_config.json").write_text("{}")
+        return Member(name, folder, sha256_of(folder))
+
+    base, merger = member("base", "base"), Merger()
+    for form, members in {
+        "merge": (member("t1", "tuned"), member("t2", "permuted")),
+        "fold": (member("running-1", "tuned"), member("t2", "stranger")),
+    }.items():
+        for taken in (False, True, False):
+            job = MergeJob(
+                "t2",
+                "average",
+                {},
+                form,
+                base,
+                members,
+                1,
+                str(tmp_path / "s"),
+                str(tmp_path / "l"),
+                None,
+                taken,
+            )
+            if taken:
+                merger.merge(job, tmp_path / form)
+            else:
+                with pytest.raises(UnrelatedCheckpoint, match=r"^t2 \("):
+                    merger.merge(job, tmp_path / form)
