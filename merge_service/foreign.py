@@ -29,7 +29,12 @@ def check_file(path: Path) -> None:
 
 
 def explain_directory(directory: Path) -> None:
-    """Raise `ForeignCheckpoint` if a directory without safetensors files holds pickled weights."""
+    """Raise `ForeignCheckpoint` if a directory without safetensors files is that of a run, or holds pickled weights."""
+    if (directory / "plan.json").is_file():
+        raise ForeignCheckpoint(
+            f"{directory} is the directory of a run, not a checkpoint; its checkpoints are the directories under "
+            f"{directory / 'store'} (in Python: open_run(OUT).checkpoint(trajectory, t))"
+        )
     found = sorted(file.name for file in directory.iterdir() if file.suffix in PICKLES and file.is_file())
     if found:
         shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")

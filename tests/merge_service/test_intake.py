@@ -61,6 +61,12 @@ def test_directory_of_pickled_weights_names_them(tmp_path: Path) -> None:
         locate(tmp_path)
 
 
+def test_directory_of_a_run_is_no_checkpoint_and_leads_to_those_in_it(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(ForeignCheckpoint, match=r"directory of a run.*store"):
+        locate(tmp_path)
+
+
 @pytest.mark.parametrize("length", [0x0280, 0x0480])
 def test_header_whose_length_begins_like_a_pickle_is_a_header(length: int, tmp_path: Path) -> None:
     text = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode().ljust(length)
