@@ -20,9 +20,15 @@ _PICKLE = (
 
 
 def check_file(path: Path) -> None:
-    """Raise `ForeignCheckpoint` saying what `path` is if it is known to be something else than safetensors or an index."""
-    with path.open("rb") as file:
-        begun = file.read(_FIRST)
+    """Raise `ForeignCheckpoint` saying what `path` is if it is known to be something else than safetensors or an index.
+
+    A file that cannot be read is left to whoever opens it next.
+    """
+    try:
+        with path.open("rb") as file:
+            begun = file.read(_FIRST)
+    except OSError:
+        return
     what = _by_bytes(begun) or _by_name(path, begun)
     if what is not None:
         raise ForeignCheckpoint(f"{path} is {what}")

@@ -50,9 +50,10 @@ FOREIGN: dict[str, tuple[str, bytes, str]] = {
 def test_file_that_is_no_safetensors_is_called_what_it_is(case: str, tmp_path: Path) -> None:
     name, content, says = FOREIGN[case]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ForeignCheckpoint, match=says) as caught:
-        Checkpoint.open(tmp_path / name)
-    assert str(tmp_path / name) in str(caught.value)
+    for look in (Checkpoint.open, locate, sha256_of):
+        with pytest.raises(ForeignCheckpoint, match=says) as caught:
+            look(tmp_path / name)  # type: ignore[operator]
+        assert str(tmp_path / name) in str(caught.value)
 
 
 def test_directory_of_pickled_weights_names_them(tmp_path: Path) -> None:
