@@ -342,13 +342,12 @@ def test_p16_memory_does_not_grow_with_the_experts_or_the_model(
             "b": rng.standard_normal((500, 1000), np.float32),
         }
         paths.append(toys.save(tmp_path / f"{number}.safetensors", tensors))
-    peaks, out, block = [], tmp_path / "out.safetensors", engine.GRAIN
-    merge(
-        name, {}, paths[0], paths[1:3], out, block=block
-    )  # compiled loops are loaded once, whatever is merged
+    peaks, out = [], tmp_path / "out.safetensors"
+    options = {"block": engine.GRAIN, "rules": Rules(any_base=True)}
+    merge(name, {}, paths[0], paths[1:3], out, **options)  # type: ignore[arg-type]  # compiled loops are loaded once, whatever is merged
     for count in (2, 6):
         tracemalloc.start()
-        merge(name, {}, paths[0], paths[1 : count + 1], out, block=block)
+        merge(name, {}, paths[0], paths[1 : count + 1], out, **options)  # type: ignore[arg-type]
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     if name in JOINT:  # a few blocks of every expert, where the experts themselves would add 32 MB
