@@ -50,7 +50,13 @@ class Merger:
             )  # fmt: skip
         else:
             report = self._states_of(job).merge(
-                job.technique, job.params, job.base.path, job.base.sha256, job.members, out
+                job.technique,
+                job.params,
+                job.base.path,
+                job.base.sha256,
+                job.members,
+                out,
+                Rules(job.any_base),
             )
         measured = geometry(job.base.path, out, newest.path, threads=job.threads)
         notes = {"notes": [*report.notes]} if report.notes else {}
@@ -65,6 +71,5 @@ class Merger:
                 threads=job.threads,
                 measure=False,
                 keep_limits=job.limits,
-                rules=Rules(job.any_base),
             )
         return self._states[series]

@@ -43,8 +43,16 @@ _CHUNK = 1 << 20
 
 
 def locate(path: Path | str) -> Path:
-    """The weights file or index behind `path`. Raises `CheckpointError` when there is none, or more than one candidate."""
-    path = Path(path)
+    """The weights file or index behind `path`.
+
+    Raises `CheckpointError` when there is none, or more than one candidate, and `ForeignCheckpoint` when it is something else.
+    """
+    found = _locate(Path(path))
+    check_file(found)
+    return found
+
+
+def _locate(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
@@ -91,7 +99,6 @@ class Checkpoint:
         """Open and validate. Raises `CorruptCheckpoint` naming the file, `CheckpointError` when there is nothing to open."""
         file = locate(path)
         try:
-            check_file(file)
             if file.name.endswith(".json"):
                 return cls._open_index(file)
             tensors, metadata = read_header(file)

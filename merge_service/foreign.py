@@ -20,16 +20,27 @@ _PICKLE = (
 
 
 def check_file(path: Path) -> None:
-    """Raise `ForeignCheckpoint` saying what `path` is if it is known to be something else than safetensors or an index."""
-    with path.open("rb") as file:
-        begun = file.read(_FIRST)
+    """Raise `ForeignCheckpoint` saying what `path` is if it is known to be something else than safetensors or an index.
+
+    A file that cannot be read is left to whoever opens it next.
+    """
+    try:
+        with path.open("rb") as file:
+            begun = file.read(_FIRST)
+    except OSError:
+        return
     what = _by_bytes(begun) or _by_name(path, begun)
     if what is not None:
         raise ForeignCheckpoint(f"{path} is {what}")
 
 
 def explain_directory(directory: Path) -> None:
-    """Raise `ForeignCheckpoint` if a directory without safetensors files holds pickled weights."""
+    """Raise `ForeignCheckpoint` if a directory without safetensors files is that of a run, or holds pickled weights."""
+    if (directory / "plan.json").is_file():
+        raise ForeignCheckpoint(
+            f"{directory} is the directory of a run, not a checkpoint; its checkpoints are the directories under "
+            f"{directory / 'store'} (in Python: open_run(OUT).checkpoint(trajectory, t))"
+        )
     found = sorted(file.name for file in directory.iterdir() if file.suffix in PICKLES and file.is_file())
     if found:
         shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")

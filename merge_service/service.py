@@ -63,7 +63,7 @@ class MergeService:
         Path(scratch).mkdir(parents=True, exist_ok=True)
         self._directory = Path(tempfile.mkdtemp(prefix="merged-", dir=scratch))
         self._rules = Rules(any_base)
-        self._states = StreamCache(scratch, threads=threads, rules=self._rules)
+        self._states = StreamCache(scratch, threads=threads)
         self._threads = threads
         self._made = 0
         self._arrivals: dict[int, Arrival] = {}
@@ -215,7 +215,7 @@ class MergeService:
         if merged.policy == "all":
             members = [self._member(Expert(t)) for t in range(1, merged.t + 1)]
             report = self._states.merge(
-                self.strategy.technique, params, self.base, self._base_sha256, members, out
+                self.strategy.technique, params, self.base, self._base_sha256, members, out, self._rules
             )
         else:
             running, newest = map(self._member, timeline.parents(self.strategy, merged))

@@ -61,7 +61,7 @@ class _Held:
 class StreamCache:
     """Streaming states in a directory of its own under `scratch`; one per technique, parameters and base.
 
-    `measure=False` saves computing `merged_norm`; the bytes are the same. `keep_limits` and `rules` as in `merge`.
+    `measure=False` saves computing `merged_norm`; the bytes are the same. `keep_limits` as in `merge`.
     """
 
     def __init__(
@@ -72,7 +72,6 @@ class StreamCache:
         block: int = BLOCK,
         measure: bool = True,
         keep_limits: Keep = False,
-        rules: Rules = Rules(),
     ) -> None:
         Path(scratch).mkdir(parents=True, exist_ok=True)
         self._directory = Path(tempfile.mkdtemp(prefix="states-", dir=scratch))
@@ -81,7 +80,6 @@ class StreamCache:
             "block": block,
             "measure": measure,
             "keep_limits": keep_limits,
-            "rules": rules,
         }
         self._held: dict[str, _Held] = {}
         self._written = 0
@@ -94,11 +92,12 @@ class StreamCache:
         base_sha256: str,
         members: Sequence[Member],
         out: PathLike,
+        rules: Rules = Rules(),
     ) -> MergeReport:
         """`merge` of the members in this order, to the byte; cheap when all but the last were merged just before."""
         plugin = get(technique)
         known = {member.id: member.sha256 for member in members}
-        common = {"sha256": known, **self._common}
+        common = {"sha256": known, "rules": rules, **self._common}
         if "stream" not in plugin.forms or not members:
             ids, paths = [m.id for m in members], [m.path for m in members]
             return merge(technique, params, base, paths, out, ids=ids, **common)

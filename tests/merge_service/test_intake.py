@@ -50,14 +50,21 @@ FOREIGN: dict[str, tuple[str, bytes, str]] = {
 def test_file_that_is_no_safetensors_is_called_what_it_is(case: str, tmp_path: Path) -> None:
     name, content, says = FOREIGN[case]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ForeignCheckpoint, match=says) as caught:
-        Checkpoint.open(tmp_path / name)
-    assert str(tmp_path / name) in str(caught.value)
+    for look in (Checkpoint.open, locate, sha256_of):
+        with pytest.raises(ForeignCheckpoint, match=says) as caught:
+            look(tmp_path / name)  # type: ignore[operator]
+        assert str(tmp_path / name) in str(caught.value)
 
 
 def test_directory_of_pickled_weights_names_them(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model-00001-of-00002.bin").write_bytes(b"PK\x03\x04")
     with pytest.raises(ForeignCheckpoint, match=r"pytorch_model-00001-of-00002\.bin.*pickle"):
+        locate(tmp_path)
+
+
+def test_directory_of_a_run_is_no_checkpoint_and_leads_to_those_in_it(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(ForeignCheckpoint, match=r"directory of a run.*store"):
         locate(tmp_path)
 
 
@@ -397,3 +404,44 @@ def test_dtypes_that_are_no_numbers_of_their_own_are_named(dtype: str, what: str
     (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
     with pytest.raises(QuantisedCheckpoint, match=f"{what}.*'w' is {dtype}"):
         Checkpoint.open(tmp_path / "a.safetensors")
+
+
+def test_a_merge_step_of_a_study_refuses_a_stranger_unless_its_job_takes_any(
+    kin: dict[str, Path], tmp_path: Path
+) -> None:
+    from merge_service.actor import Merger
+    from merge_service.checkpoint import WEIGHTS_FILE
+    from merge_service.jobs import MergeJob
+    from merge_service.stream import Member
+
+    def member(name: str, who: str) -> Member:
+        folder = tmp_path / f"{who}-directory"
+        folder.mkdir(exist_ok=True)
+        (folder / WEIGHTS_FILE).write_bytes(kin[who].read_bytes())
+        (folder / "open_clip_config.json").write_text("{}")
+        return Member(name, folder, sha256_of(folder))
+
+    base, merger = member("base", "base"), Merger()
+    for form, members in {
+        "merge": (member("t1", "tuned"), member("t2", "permuted")),
+        "fold": (member("running-1", "tuned"), member("t2", "stranger")),
+    }.items():
+        for taken in (False, True, False):
+            job = MergeJob(
+                "t2",
+                "average",
+                {},
+                form,
+                base,
+                members,
+                1,
+                str(tmp_path / "s"),
+                str(tmp_path / "l"),
+                None,
+                taken,
+            )
+            if taken:
+                merger.merge(job, tmp_path / form)
+            else:
+                with pytest.raises(UnrelatedCheckpoint, match=r"^t2 \("):
+                    merger.merge(job, tmp_path / form)
