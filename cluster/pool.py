@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from cluster.code import CodeMismatch, check_code, code_digest
 from cluster.memory import limit_memory, out_of_memory, peak_on_gpu, peak_resident, reset_peaks
+from cluster.portable import portable
 from cluster.room import Room, Shape, Share
 from cluster.session import ClusterError
 
@@ -76,10 +77,10 @@ class Metered:
         try:
             answer = getattr(self, method)(*arguments)
         except Exception as error:
-            short = out_of_memory(error, self._budget)
-            if short is None:
+            sent = out_of_memory(error, self._budget) or portable(error)
+            if sent is error:
                 raise
-            raise short from None
+            raise sent from None
         took = time.process_time() - cpu
         return answer, Usage(took, start, time.time(), _where(), peak_resident(), peak_on_gpu())
 
