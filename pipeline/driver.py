@@ -58,11 +58,12 @@ def carry_out(study: Study, out: Path | None, address: str) -> tuple[Path, dict[
     workspace = Workspace.of(study, out)
     for warning in workspace.study.warnings:
         complain("warning", warning, WARNING)
-    workspace.check_data()
     for name in {step.spec["technique"] for step in workspace.plan.steps.values() if step.kind == "merge"}:
         check_importable(technique_called(name))
     with driver_lock(workspace.out):
         workspace.prepare()
+        for note in workspace.notes:
+            complain("note", note, WARNING)
         summary = workspace.summary()
         workspace.store.check_room(f"study {workspace.study.name}", summary["disk_bytes"])
         tracking = Tracking(workspace)

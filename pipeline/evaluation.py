@@ -8,8 +8,13 @@ from typing import Any
 from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE, locate
 from merge_service.errors import UserError
 from pipeline.config import Study, load_study
+from pipeline.console import WARNING, complain
 from pipeline.facts import cache_of, ensure_data, local_base
+from pipeline.prompt_notes import prompt_notes
 from pipeline.results import gm, ka, zs
+from pipeline.steps import TEST
+from workers.data.manifest import describe, verify
+from workers.data.seen import notes
 from workers.jobs import EvaluateJob, Source
 
 
@@ -35,6 +40,8 @@ def score(checkpoint: Path, study: Study, names: Sequence[str] | None) -> dict[s
         )
     with tempfile.TemporaryDirectory() as room:
         model = _weights_directory(checkpoint, study, Path(room))
+        for note in _notes(model, study, names or list(known)):
+            complain("note", note, WARNING)
         answer = _evaluate(model, study, names or list(known))
     if names is None:
         answer["ka"], answer["zs"] = (
@@ -43,6 +50,16 @@ def score(checkpoint: Path, study: Study, names: Sequence[str] | None) -> dict[s
         )
         answer["gm"] = gm(answer["ka"], answer["zs"])
     return {"checkpoint": str(checkpoint), **answer}
+
+
+def _notes(model: Path, study: Study, names: Sequence[str]) -> list[str]:
+    """What to know of the test splits before their scores are believed. Raises ShardError."""
+    root, cache, said = study.data_root, cache_of(study), list[str]()
+    for name in names:
+        info = describe(root, name, cache)
+        if TEST in info.splits:
+            said += notes(info, {TEST: verify(root, name, TEST, cache)})
+    return [*said, *prompt_notes(model, root, names, cache)]
 
 
 def _evaluate(model: Path, study: Study, names: Sequence[str]) -> dict[str, Any]:

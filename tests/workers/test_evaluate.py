@@ -118,7 +118,9 @@ def test_texts_are_tokenised_once_for_all_models(
 def labelled(labels: list[int], kind: str = "classification") -> Samples:
     count = len(labels)
     images = np.zeros((count, 1, 1, 3), np.uint8)
-    return Samples("many", kind, images, np.array(labels), [()] * count, ("a", "b", "c"), ("{c}",))
+    return Samples(
+        "many", kind, images, np.array(labels), [()] * count, ("a", "b", "c"), ("{c}",), np.arange(count)
+    )
 
 
 def test_subset_is_balanced_seeded_and_never_smaller_than_the_published_floors() -> None:
