@@ -51,8 +51,8 @@ def cache_of(study: Study) -> Path:
     if study.data.cache:
         return Path(study.data.cache)
     beside = Path(study.data_root).parent / ".cache"
-    there = beside.is_dir() or (beside.parent.is_dir() and is_writable(beside))
-    return beside if there else cache_root()
+    usable = os.access(beside, os.R_OK | os.X_OK) if beside.exists() else is_writable(beside)
+    return beside if usable and beside.parent.is_dir() else cache_root()
 
 
 def access_of(study: Study) -> Access:

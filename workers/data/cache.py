@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,31 +20,41 @@ PARTIAL = ".partial-"
 
 @dataclass(frozen=True)
 class Access:
-    """Who may use an entry: permission bits of a folder, and the group they are for."""
+    """Who may use an entry: permission bits of a folder, and the group they are for.
+
+    `shared` are those of the folders that hold the entries of all datasets of a root.
+    """
 
     mode: int
     group: int
+    shared: int
 
     @classmethod
-    def of(cls, *paths: Path) -> "Access":
-        """What all of these files and folders grant alike; the group is that of the first."""
-        states = [path.stat() for path in paths]
-        mode = 0o777
-        for path, state in zip(paths, states, strict=True):
-            mode &= state.st_mode | (0o111 if path.is_file() else 0)
-            if state.st_gid != states[0].st_gid:
-                mode &= ~0o070 | (state.st_mode & 0o007) << 3
-        return cls(mode | 0o700, states[0].st_gid)
+    def of(cls, root: Path, *within: Path) -> "Access":
+        """What a root and the files and folders within it, from which an entry is made, grant alike."""
+        state = root.stat()
+        shared = mode = state.st_mode & 0o777 | 0o700
+        for path in within:
+            inner = path.stat()
+            mode &= inner.st_mode | (0o111 if path.is_file() else 0)
+            if inner.st_gid != state.st_gid:
+                mode = _without_group(mode)
+        return cls(mode | 0o700, state.st_gid, shared)
 
-    def grant(self, path: Path) -> None:
+    def grant(self, path: Path, shared: bool = False) -> None:
         """Give a file or folder of ours these permissions. Where the group cannot be had, it gets what everybody gets."""
-        mode = self.mode
+        mode = self.shared if shared else self.mode
         if path.stat().st_gid != self.group:
             try:
                 os.chown(path, -1, self.group)
             except OSError:
-                mode = mode & ~0o070 | (mode & 0o007) << 3
+                mode = _without_group(mode)
         path.chmod(mode if path.is_dir() else mode & 0o666)
+
+
+def _without_group(mode: int) -> int:
+    """The group gets what everybody gets."""
+    return mode & ~0o070 | (mode & 0o007) << 3
 
 
 def cache_root(cache: str | Path | None = None) -> Path:
@@ -61,11 +71,11 @@ def is_writable(folder: Path) -> bool:
 
 
 def make_folder(folder: Path, access: Access) -> None:
-    """The folder and its missing parents, each with these permissions. Raises OSError."""
+    """The folder and its missing parents, each with the root's permissions. Raises OSError."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     for path in reversed(missing):
         path.mkdir(exist_ok=True)
-        access.grant(path)
+        access.grant(path, shared=True)
 
 
 def recall(path: Path) -> str | None:
@@ -101,7 +111,7 @@ def only_one(place: Path, access: Access) -> Iterator[None]:
     with lock.open("a") as handle:
         if fresh:
             with suppress(OSError):  # somebody else's by now
-                access.grant(lock)
+                access.grant(lock, shared=True)
         with suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
             _sweep(place)
@@ -140,8 +150,10 @@ def _sweep(place: Path) -> None:
         if made == place:
             shutil.rmtree(work, ignore_errors=True)
             continue
-        with suppress(OSError), _lock_file(made).open("a") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with suppress(OSError), ExitStack() as stack:
+            if _lock_file(made).exists():
+                handle = stack.enter_context(_lock_file(made).open("a"))
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(work, ignore_errors=True)
 
 

@@ -128,9 +128,9 @@ def _mapped(
 
 def _check_entry(place: Path) -> None:
     """Raise _Unusable unless the files of an entry have the sha256 that it states."""
-    if not place.is_dir():
-        raise _Unusable("it is not there")
     try:
+        if not place.is_dir():
+            raise _Unusable("it is not there")
         stated = json.loads((place / ENTRY_FILE).read_text(encoding="utf-8"))
         for name in CONTENT_FILES:
             if manifest.file_sha256(place / name) != stated[name]:

@@ -212,7 +212,8 @@ def _kept_survey(path: Path, sha256: str, samples: int, kind: str, cache: Path |
 
 def _keep_survey(kept: Path | None, survey: Survey, shard: Path) -> None:
     if kept is not None:
-        remember(kept, json.dumps(asdict(survey)), Access.of(shard.parent, shard))
+        split, home, root = shard.parents[:3]
+        remember(kept, json.dumps(asdict(survey)), Access.of(root, home, split, shard))
 
 
 def _surveyed(text: str | None) -> Survey | None:

@@ -6,6 +6,8 @@ label them, so all three are converted here, before open_clip's own geometry.
 Invariant: any other picture passes through untouched, so that its pixels equal open_clip's bit for bit.
 """
 
+import warnings
+
 import numpy as np
 from PIL import Image
 
@@ -68,7 +70,9 @@ def as_seen(image: Image.Image) -> Image.Image:
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """What undoes the camera's turn; a damaged EXIF block says nothing, as in viewers."""
     try:
-        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # Pillow's parser raises many kinds for EXIF that is no EXIF
         return None
 
