@@ -83,7 +83,7 @@ def gather(study: Study, provisional: bool = False) -> Facts:
         name: described[name] if name in missing else describe(study.data_root, name, cache) for name in names
     }
     streams = {key_of(section): stream_of(study, section, datasets) for section in study.streams}
-    _check_parts(streams.values(), datasets, surveys)
+    _check_tasks(streams.values(), datasets, surveys)
     return Facts(
         datasets={name: _facts_of(info, surveys.get(name, {})) for name, info in datasets.items()},
         models={key_of(model): model_facts(study, model) for model in models},
@@ -118,19 +118,13 @@ def _facts_of(info: Described, surveys: Mapping[str, Survey]) -> DatasetFacts:
     return replace(facts, digests={**facts.digests, **digests})
 
 
-def _check_parts(
+def _check_tasks(
     streams: Iterable[Stream], datasets: Mapping[str, Described], surveys: Mapping[str, Mapping[str, Survey]]
 ) -> None:
-    """Raise PlanError for a part of a dataset that cannot be cut out by its classes' names, or holds no sample."""
+    """Raise PlanError for a task that trains on classes of which there is no sample."""
     for task in (task for stream in streams for task in stream.tasks):
         for part in (part for part in task.parts if part.classes is not None):
             names = datasets[part.dataset].classes
-            twice = [name for name in part.classes or () if names.count(name) > 1]
-            if twice:
-                raise PlanError(
-                    f"task {task.name}: classnames.txt of {part.dataset} has {twice[0]!r} twice, so its classes cannot be dealt to "
-                    "tasks by name; give each a name of its own"
-                )
             survey = surveys.get(part.dataset, {}).get(TRAIN)
             labels = {label for label, _ in survey.labels} if survey else set(range(len(names)))
             if not any(names.index(name) in labels for name in part.classes or ()):

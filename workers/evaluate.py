@@ -17,6 +17,7 @@ import torch
 from open_clip import build_zero_shot_classifier
 
 from merge_service.errors import NonFiniteCheckpoint, UserError
+from workers.data.contents import is_by_caption
 from workers.data.decode import Samples, load, normalise
 from workers.jobs import EvaluateJob
 from workers.model import load as load_model
@@ -119,9 +120,10 @@ def classification(encoder: Encoder, samples: Samples, rows: np.ndarray) -> floa
 def retrieval(encoder: Encoder, samples: Samples, rows: np.ndarray) -> float:
     """Mean of recall@5 in both directions; an image is found by any of its captions, and any of them counts for it.
 
-    Samples of the same picture are one image that has the captions of all.
+    In a split with a sample for each caption (`is_by_caption`), samples of the same picture are one image.
     """
-    _, first, image_of = np.unique(samples.pictures[rows], return_index=True, return_inverse=True)
+    pictures = samples.pictures if is_by_caption(samples.pictures.tolist()) else np.arange(len(samples))
+    _, first, image_of = np.unique(pictures[rows], return_index=True, return_inverse=True)
     shown = rows[np.sort(first)]
     place = np.argsort(np.argsort(first))[image_of]  # images stay in the order of the rows
     images = torch.cat(

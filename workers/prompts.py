@@ -23,10 +23,10 @@ def alike(tokens: Tokens, classes: Sequence[str], templates: Sequence[str]) -> l
     return groups
 
 
-def is_cut(tokens: Tokens, text: str) -> bool:
-    """Whether the tokens of a text reach the end of the context, where more text would be cut off."""
-    padded, full = tokens([""])[0, -1], tokens([text])[0, -1]
-    return bool(padded != full)
+def is_cut(tokens: Tokens, names: Sequence[str]) -> bool:
+    """Whether it is for the length of the context that these names are alike: by themselves they differ, or fill it."""
+    padding, rows = tokens([""])[0, -1], tokens(names)
+    return bool((rows != rows[0]).any() or rows[0, -1] != padding)
 
 
 def alike_in(
@@ -36,10 +36,7 @@ def alike_in(
     from workers.model import tokenizer
 
     tokens = tokenizer(directory)
-    return [
-        (group, is_cut(tokens, templates[0].replace("{c}", group[0])))
-        for group in alike(tokens, classes, templates)
-    ]
+    return [(group, is_cut(tokens, group)) for group in alike(tokens, classes, templates)]
 
 
 def _parted(tokens: Tokens, names: Sequence[str], template: str) -> list[list[str]]:

@@ -4,6 +4,7 @@ import io
 import struct
 import tarfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +169,18 @@ def test_captions_of_one_picture_are_said_and_rename_the_content_where_it_is_sco
     split = info.splits["test"]
     assert content_digest(split, survey, scored=True) != split.digest
     assert content_digest(split, survey, scored=False) == split.digest
+
+
+def test_copies_that_came_in_by_chance_stay_pictures_of_their_own_and_are_said(tmp_path: Path) -> None:
+    samples = [{"png": encode(size=8, seed=max(1, seed)), "txt": b"a"} for seed in range(6)]
+    dataset(tmp_path / "pairs", samples, kind="retrieval")
+    info, survey = (
+        describe(tmp_path, "pairs", tmp_path / "cache"),
+        verify(tmp_path, "pairs", "test", tmp_path / "cache"),
+    )
+    assert "2 of 6 samples of test show a picture that another shows too" in notes(info, {"test": survey})[0]
+    assert content_digest(info.splits["test"], survey, scored=True) == info.splits["test"].digest
+    assert notes(info, {"test": replace(survey, samples=300)}) == []
 
 
 def test_name_that_stands_twice_is_said_with_its_lines(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import io
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -141,6 +141,19 @@ def captions_of(data: bytes, shard: Path, key: str) -> list[str]:
 def picture_id(data: bytes) -> str:
     """Names the content of a picture's file, so that samples of the same picture are known."""
     return hashlib.sha256(data).hexdigest()[:32]
+
+
+def repeated(pictures: Sequence[Hashable]) -> int:
+    """How many samples show a picture that another sample shows as well."""
+    return sum(count for count in Counter(pictures).values() if count > 1)
+
+
+def is_by_caption(pictures: Sequence[Hashable]) -> bool:
+    """Whether a retrieval split has a sample for each caption of a picture, and not one for each picture.
+
+    It has if most of its samples share their picture. Fewer are copies that came in by chance: each stays a picture.
+    """
+    return 2 * repeated(pictures) > len(pictures)
 
 
 def _members(sample: list[Member], stream: BinaryIO, shard: Path, kind: str) -> dict[str, bytes]:

@@ -10,11 +10,13 @@ from collections import Counter
 from collections.abc import Mapping
 
 from workers.data import pictures
-from workers.data.contents import Survey
+from workers.data.contents import Survey, is_by_caption, repeated
 from workers.data.manifest import DatasetInfo, SplitInfo
 
 GROUPING = 1
 """Raise it when retrieval treats samples of the same picture in another way."""
+FEW = 0.05
+"""A share of samples below which copies of pictures are not worth a word: they cannot move a score by more."""
 
 
 def content_digest(split: SplitInfo, survey: Survey, scored: bool) -> str:
@@ -25,7 +27,7 @@ def content_digest(split: SplitInfo, survey: Survey, scored: bool) -> str:
     how = {}
     if any(kind in pictures.CONVERTED for kind, _ in survey.pictures):
         how["pictures"] = pictures.REVISION
-    if scored and _repeated(survey):
+    if scored and is_by_caption(survey.files):
         how["captions"] = GROUPING
     if not how:
         return split.digest
@@ -43,13 +45,22 @@ def notes(info: DatasetInfo, surveys: Mapping[str, Survey]) -> list[str]:
         for kind, count in survey.pictures:
             what = f"{count:,} of {survey.samples:,} pictures of {split} are {kind}"
             said.append(f"{what}: {pictures.KINDS[kind]}")
-        if split == "test" and _repeated(survey):
-            said.append(
-                f"the {survey.samples:,} samples of {split} show {len(set(survey.files)):,} pictures; samples of the same picture "
-                "are scored as one picture that has all their captions"
-            )
+        if split == "test":
+            said += _of_copies(split, survey)
     return [f"dataset {info.name!r}: {text}" for text in said]
 
 
-def _repeated(survey: Survey) -> bool:
-    return len(set(survey.files)) < len(survey.files)
+def _of_copies(split: str, survey: Survey) -> list[str]:
+    """How samples that show the same picture are scored, where that can move a score."""
+    copies = repeated(survey.files)
+    if is_by_caption(survey.files):
+        return [
+            f"the {survey.samples:,} samples of {split} show {len(set(survey.files)):,} pictures; samples of the same picture are "
+            "scored as one picture that has all their captions"
+        ]
+    if copies < FEW * survey.samples or not copies:
+        return []
+    return [
+        f"{copies:,} of {survey.samples:,} samples of {split} show a picture that another shows too, and each is scored as a picture of "
+        "its own; write each picture once, with all its captions, one a line"
+    ]
