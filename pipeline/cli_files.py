@@ -135,7 +135,10 @@ def check(
         typer.Argument(metavar="SUITE.yaml", help="A suite file, e.g. configs/fomo_in_flux/datasets.yaml."),
     ],
     root: Annotated[Path, typer.Option("--root", metavar="DIR", help="The folder that holds the datasets.")],
-    deep: Annotated[bool, typer.Option("--deep", help="Read every shard whole, not only manifests.")] = False,
+    deep: Annotated[
+        bool,
+        typer.Option("--deep", help="Read every shard whole and decode every picture, not only manifests."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say which datasets of a suite are there, which are missing or wrong, and what to do about each.

@@ -13,8 +13,8 @@ from PIL import Image
 
 from pipeline.config import load_study
 from pipeline.facts import cache_of, gather
-from tests.workers.test_data_contents import dataset, encode_image
-from tests.world import World, make_world
+from tests.workers.test_data_contents import broken_inside, dataset, encode_image
+from tests.world import Cluster, World, command, make_world
 
 Cli = Callable[..., Any]
 NAMES = "dark\nmiddle\nlight\n"
@@ -57,7 +57,7 @@ def picture(**more: Any) -> bytes:
         (lambda: picture()[:-30], b"0", "'s1.png'"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("command", ["plan", "run"])
+@pytest.mark.parametrize("verb", ["plan", "run"])
 def test_bad_sample_is_refused_by_name_before_anything_runs(
     place: World,
     cli: Cli,
@@ -68,7 +68,7 @@ def test_bad_sample_is_refused_by_name_before_anything_runs(
     tmp_path: Path,
 ) -> None:
     write(place, [(picture(), b"0"), (picture_of(), label)])
-    answer = cli(command, study(place), "--out", tmp_path / "out")
+    answer = cli(verb, study(place), "--out", tmp_path / "out")
     assert answer.code == 2 and says in answer.err and "odd/" in answer.err
     assert not (tmp_path / "out").exists()
 
@@ -190,3 +190,15 @@ def test_read_only_place_beside_the_root_sends_the_cache_to_the_user(
     assert cache_of(found) == tmp_path / "mine"
     (tmp_path / ".cache").mkdir()
     assert cache_of(found) == tmp_path / ".cache"  # what others have made there can be read
+
+
+@pytest.mark.ray
+@pytest.mark.fault("F24")
+def test_picture_that_only_decoding_finds_broken_ends_the_run_at_once_with_its_sample(
+    place: World, cluster: Cluster, tmp_path: Path
+) -> None:
+    write(place, [(broken_inside(), b"0"), (picture(), b"1")])
+    answer = command("run", study(place), "--out", tmp_path / "out", "--address", cluster.address)
+    assert answer.returncode == 2
+    assert "odd/" in answer.stderr and "image s0.png cannot be decoded" in answer.stderr
+    assert "try 1" not in answer.stderr and "trying again" not in answer.stderr

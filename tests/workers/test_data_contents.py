@@ -208,14 +208,20 @@ def test_second_look_reads_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert verify(tmp_path, "pairs", "test", tmp_path / "cache") == first and first.pictures == (("CMYK", 1),)
 
 
-def test_deep_look_decodes_every_picture(tmp_path: Path) -> None:
+def broken_inside() -> bytes:
+    """A PNG whose chunks are whole and whose pixels are not: only decoding finds that."""
+
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
     header = struct.pack(">IIBBBBB", 64, 64, 8, 0, 0, 0, 0)
     rows = zlib.compress(np.random.default_rng(0).bytes(64 * 65))
     parts = chunk(b"IHDR", header) + chunk(b"IDAT", rows[: len(rows) // 2]) + chunk(b"IEND", b"")
-    dataset(tmp_path / "toys", [{"png": b"\x89PNG\r\n\x1a\n" + parts, "cls": b"0"}])
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+def test_deep_look_decodes_every_picture(tmp_path: Path) -> None:
+    dataset(tmp_path / "toys", [{"png": broken_inside(), "cls": b"0"}])
     verify(tmp_path, "toys", "test", tmp_path / "cache")
     with pytest.raises(ShardError, match="cannot be decoded"):
         verify(tmp_path, "toys", "test", tmp_path / "cache", decode=True)

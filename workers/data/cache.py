@@ -86,13 +86,13 @@ def recall(path: Path) -> str | None:
         return None
 
 
-def remember(path: Path, text: str, access: Access) -> None:
-    """Keep a text under a path if the cache can be written; else it is found out again next time."""
+def remember(path: Path, content: str | bytes, access: Access) -> None:
+    """Keep a text or bytes under a path if the cache can be written; else it is found out again next time."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with suppress(OSError):
         make_folder(path.parent, access)
         try:
-            partial.write_text(text, encoding="utf-8")
+            partial.write_bytes(content if isinstance(content, bytes) else content.encode())
             access.grant(partial)
             partial.replace(path)
         finally:
