@@ -61,7 +61,7 @@ def picture(**more: Any) -> bytes:
 def test_bad_sample_is_refused_by_name_before_anything_runs(
     place: World,
     cli: Cli,
-    command: str,
+    verb: str,
     picture_of: Callable[[], bytes],
     label: bytes,
     says: str,

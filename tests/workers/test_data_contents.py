@@ -85,7 +85,7 @@ def test_picture_cut_in_its_data_is_refused_without_decoding_the_whole_ones(
     with pytest.raises(ShardError, match=r"s1\.jpg"):
         inspect(cut, "classification")
     monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("a whole picture was decoded"))
-    if Image.open(io.BytesIO(data)).format == "JPEG":
+    if Image.open(io.BytesIO(data)).format != "WEBP":  # which Pillow decodes in order to look at
         assert inspect(whole, "classification").samples == 1
 
 

@@ -46,10 +46,11 @@ def kinds_of(image: Image.Image) -> list[str]:
 
     Raises what Pillow raises for broken data.
     """
+    turn = _turn(image)  # first of all, for Pillow finds more in a picture once it is decoded
     found = {
         GREY16: image.mode.startswith("I"),
         TRANSPARENT: _is_transparent(image),
-        TURNED: _turn(image) is not None,
+        TURNED: turn is not None,
         CMYK: image.mode == "CMYK",
         ANIMATED: image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1,
     }
@@ -68,7 +69,12 @@ def as_seen(image: Image.Image) -> Image.Image:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What undoes the camera's turn; a damaged EXIF block says nothing, as in viewers."""
+    """What undoes the camera's turn; a damaged EXIF block says nothing, as in viewers.
+
+    Of a PNG only what stands before its pixels counts: to look behind them, Pillow would decode the whole.
+    """
+    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
+        return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
