@@ -155,6 +155,7 @@ def check(
     else:
         for finding in answer["findings"]:
             print(f"{finding['what']:8} {finding['dataset']} ({finding['role']}): {finding['text']}")
-        print(f"{root}: {answer['usable']} of {answer['datasets']} datasets of {asked.name} are ready")
+        unread = "" if deep else "; samples were not looked at (--deep)"
+        print(f"{root}: {answer['usable']} of {answer['datasets']} datasets of {asked.name} are ready{unread}")
     if not answer["complete"]:
         raise typer.Exit(2)

@@ -1,7 +1,7 @@
 """How good a checkpoint is: zero-shot accuracy and retrieval recall, in fp32, on decoded images.
 
-Invariant: a score is what plain open_clip gives for the same files - its preprocessing, its classifier builder, argmax over
-all classes of the dataset - and depends on the weights, the data, the fraction and the seed alone.
+Invariant: a score is what plain open_clip gives for the same pictures as people see them (`data.pictures`) - its preprocessing, its
+classifier builder, argmax over all classes of the dataset - and depends on the weights, the data, the fraction and the seed alone.
 """
 
 import math

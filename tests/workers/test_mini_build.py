@@ -84,6 +84,12 @@ def test_folder_of_a_killed_build_is_swept_and_that_of_a_running_one_is_not(tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == [running.name, "mini"]
 
 
+def test_place_that_cannot_be_written_is_a_user_error_with_the_key_to_set(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be written to .*file/mini .*set data\.root"):
+        mini.build(tmp_path / "file" / "mini")
+
+
 def test_suite_of_other_packages_is_replaced(tmp_path: Path) -> None:
     mini.build(tmp_path / "mini")
     suite = tmp_path / "mini" / "suite.json"

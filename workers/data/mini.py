@@ -63,9 +63,14 @@ def build(root: str | Path, say: Callable[[str], None] = lambda line: None, proc
         raise UserError(
             f"{root} is not empty and holds no {SUITE_FILE}; choose an empty folder for the mini suite"
         )
-    place.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(place)
-    work = Path(tempfile.mkdtemp(prefix=f".{place.name}.partial-", dir=place.parent))
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(place)
+        work = Path(tempfile.mkdtemp(prefix=f".{place.name}.partial-", dir=place.parent))
+    except OSError as error:
+        raise UserError(
+            f"the mini suite cannot be written to {root} ({error}); set data.root to a place that can be written, or that has it"
+        ) from error
     mark = os.open(work, os.O_RDONLY)
     try:
         with suppress(OSError):  # a file system without locks
