@@ -156,6 +156,8 @@ def check(
         for finding in answer["findings"]:
             print(f"{finding['what']:8} {finding['dataset']} ({finding['role']}): {finding['text']}")
         unread = "" if deep else "; samples were not looked at (--deep)"
-        print(f"{root}: {answer['usable']} of {answer['datasets']} datasets of {asked.name} are ready{unread}")
+        print(
+            f"{root}: {answer['usable']} of {answer['datasets']} datasets of {asked.name} are ready{unread}"
+        )
     if not answer["complete"]:
         raise typer.Exit(2)

@@ -39,7 +39,13 @@ def prompt_notes(directory: Path, root: str, datasets: Iterable[str], cache: Pat
         if groups is None:
             from workers.prompts import alike_in
 
-            groups = alike_in(directory, info.classes, info.templates)
+            try:
+                groups = alike_in(directory, info.classes, info.templates)
+            except (OSError, ValueError, ImportError) as error:  # what needs the tokenizer will say more
+                why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                return [
+                    f"class names were not compared: the tokenizer of {directory} cannot be loaded ({why})"
+                ]
             remember(kept, json.dumps(groups), Access.of(Path(root)))
         if groups:
             said.append(_note(name, groups))

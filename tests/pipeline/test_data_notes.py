@@ -13,6 +13,7 @@ from PIL import Image
 
 from pipeline.config import load_study
 from pipeline.facts import cache_of, gather
+from pipeline.prompt_notes import prompt_notes
 from tests.workers.test_data_contents import broken_inside, dataset, encode_image
 from tests.world import Cluster, World, command, make_world
 
@@ -131,6 +132,19 @@ def test_classes_with_the_same_tokens_are_named_by_plan_and_evaluate(
         assert "cannot be told apart: 'A', 'a' (the tokenizer writes them alike)" in answer.out
     answer = cli("evaluate", tmp_path / "base", "--study", file, "--datasets", "odd")
     assert answer.code == 0 and "cannot be told apart: 'A', 'a'" in answer.err
+
+
+def test_tokenizer_that_cannot_be_loaded_is_said_and_does_not_end_the_plan(
+    place: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def unreachable(*_: Any) -> None:
+        raise OSError("no route to the hub\nand more")
+
+    monkeypatch.setattr("workers.prompts.alike_in", unreachable)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "open_clip_config.json").write_text('{"model_cfg": {"text_cfg": {}}}')
+    (said,) = prompt_notes(tmp_path / "base", str(place.home / "data"), ["red", "odd"], tmp_path / "cache")
+    assert "were not compared" in said and "(no route to the hub)" in said
 
 
 def test_classes_of_one_name_cannot_be_dealt_to_tasks(place: World, cli: Cli, tmp_path: Path) -> None:
