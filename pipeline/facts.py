@@ -57,8 +57,8 @@ def cache_of(study: Study) -> Path:
 
 def access_of(study: Study) -> Access:
     """Who may use what is kept of the study's data: who may use its root."""
-    root = Path(study.data_root)
-    return Access.of(root if root.is_dir() else Path.home())
+    root = Path(study.data_root).absolute()
+    return Access.of(next(path for path in (root, *root.parents) if path.is_dir()))
 
 
 def gather(study: Study, provisional: bool = False) -> Facts:
