@@ -25,10 +25,12 @@ from pipeline.steps import TEST, TRAIN, DatasetFacts, Described, Facts, ModelFac
 from pipeline.streams import Element, Stream, datasets_of, make_stream
 from workers.data.cache import Access, cache_root, is_writable, recall, remember
 from workers.data.contents import Survey
-from workers.data.manifest import DatasetInfo, describe, folder, verify
+from workers.data.manifest import DatasetInfo, describe, folder, unread_bytes, verify
 from workers.data.seen import content_digest, notes
 
 LOCAL = "local-dir:"
+LARGE_BYTES = 10**9
+"""So much data takes long enough to read that it is said beforehand."""
 
 
 def ensure_data(study: Study) -> None:
@@ -99,12 +101,18 @@ def _surveys(study: Study, datasets: Iterable[str], cache: Path) -> dict[str, di
     replayed = roles.pretraining if any(cell.recipe.mixture.pretraining > 0 for cell in study.cells) else ()
     found: dict[str, dict[str, Survey]] = {}
     for name in datasets:
+        wanted = {
+            TRAIN: name in learnt or name in replayed,
+            TEST: name in learnt or name in roles.held_out,
+        }
+        splits = [split for split, read in wanted.items() if read]
+        unread = unread_bytes(study.data_root, name, splits, cache)
+        if unread >= LARGE_BYTES:
+            text = f"{name}: reading its {unread / 1e9:,.1f} GB once, to check shards, labels and pictures"
+            print(text, file=sys.stderr, flush=True)
         info = describe(study.data_root, name, cache)
-        wanted = {TRAIN: name in learnt or name in replayed, TEST: name in learnt or name in roles.held_out}
         found[name] = {
-            split: verify(study.data_root, name, split, cache)
-            for split, read in wanted.items()
-            if read and split in info.splits
+            split: verify(study.data_root, name, split, cache) for split in splits if split in info.splits
         }
     return found
 

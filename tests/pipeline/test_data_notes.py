@@ -117,6 +117,16 @@ def test_converted_pictures_are_said_and_rename_their_steps_alone(
     assert "turned by EXIF" in cli("plan", study(place), "--out", tmp_path / "out").out
 
 
+def test_long_reading_is_said_once(
+    place: World, cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("pipeline.facts.LARGE_BYTES", 1)
+    first = cli("plan", study(place), "--out", tmp_path / "out").err
+    assert "odd: reading its" in first and "red: reading its" in first  # one without, one with a manifest
+    again = cli("plan", study(place), "--out", tmp_path / "out").err
+    assert "reading its" not in again
+
+
 def test_classes_with_the_same_tokens_are_named_by_plan_and_evaluate(
     place: World, cli: Cli, tmp_path: Path
 ) -> None:

@@ -74,8 +74,9 @@ def make_folder(folder: Path, access: Access) -> None:
     """The folder and its missing parents, each with the root's permissions. Raises OSError."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     for path in reversed(missing):
-        path.mkdir(exist_ok=True)
-        access.grant(path, shared=True)
+        with suppress(FileExistsError):  # another process was faster: it is theirs to open
+            path.mkdir()
+            access.grant(path, shared=True)
 
 
 def recall(path: Path) -> str | None:

@@ -9,7 +9,7 @@ Invariant: digests depend on the content of shards, class names and prompts only
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -169,6 +169,25 @@ def verify(
     return together(surveys)
 
 
+def unread_bytes(root: str | Path, dataset: str, splits: Collection[str], cache: str | Path) -> int:
+    """How much there is to read before the samples of these splits are known; 0 once they were looked at."""
+    home = folder(root, dataset)
+    if not (home / MANIFEST_FILE).is_file():
+        known = _index_file(home, cache_root(cache)).exists()
+        return 0 if known else sum(path.stat().st_size for path in home.glob("*/*.tar"))
+    info, unread = describe(root, dataset, cache), 0
+    for name in info.splits.keys() & set(splits):
+        for shard in info.splits[name].shards:
+            path = home / name / shard.file
+            kept = (
+                _kept_survey(path, shard.sha256, shard.samples, info.kind, Path(cache))
+                if path.is_file()
+                else None
+            )
+            unread += 0 if kept is None or kept.exists() else shard.bytes
+    return unread
+
+
 def split_of(info: DatasetInfo, split: str) -> SplitInfo:
     """The split, or a UserError naming those there are."""
     if split not in info.splits:
@@ -290,7 +309,7 @@ def _check_types(shards: list[ShardInfo]) -> None:
 def _indexed_splits(home: Path, kind: str, cache: str | Path | None) -> dict[str, SplitInfo]:
     """Splits of a root without our manifest, from the cached index where sizes and times still stand."""
     root = cache_root(cache)
-    index_file = root / "index" / f"{home.name}-{_digest(str(home.resolve()))[:16]}.json"
+    index_file = _index_file(home, root)
     known: dict[str, Any] = {}
     with suppress(ValueError, RecursionError):  # an index that cannot be read is made again
         known = dict(json.loads(recall(index_file) or "{}"))
@@ -318,6 +337,10 @@ def _indexed_splits(home: Path, kind: str, cache: str | Path | None) -> dict[str
     if index != known:
         remember(index_file, json.dumps(index, indent=1, sort_keys=True), Access.of(home.parent, home))
     return splits
+
+
+def _index_file(home: Path, root: Path) -> Path:
+    return root / "index" / f"{home.name}-{_digest(str(home.resolve()))[:16]}.json"
 
 
 def _shard_files(place: Path) -> list[Path]:
