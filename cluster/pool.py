@@ -33,6 +33,7 @@ from cluster.memory import (
     peak_resident,
     reset_peaks,
 )
+from cluster.portable import portable
 from cluster.room import Room, Shape, Share
 
 
@@ -87,10 +88,10 @@ class Metered:
         try:
             answer = getattr(self, method)(*arguments)
         except Exception as error:
-            short = out_of_memory(error, self._budget)
-            if short is None:
+            sent = out_of_memory(error, self._budget) or portable(error)
+            if sent is error:
                 raise
-            raise short from None
+            raise sent from None
         took = time.process_time() - cpu
         return answer, Usage(took, start, time.time(), _where(), peak_resident(), peak_on_gpu())
 

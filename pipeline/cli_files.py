@@ -151,7 +151,10 @@ def check(
         typer.Argument(metavar="SUITE.yaml", help="A suite file, e.g. configs/fomo_in_flux/datasets.yaml."),
     ],
     root: Annotated[Path, typer.Option("--root", metavar="DIR", help="The folder that holds the datasets.")],
-    deep: Annotated[bool, typer.Option("--deep", help="Read every shard whole, not only manifests.")] = False,
+    deep: Annotated[
+        bool,
+        typer.Option("--deep", help="Read every shard whole and decode every picture, not only manifests."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say which datasets of a suite are there, which are missing or wrong, and what to do about each.
@@ -168,6 +171,9 @@ def check(
     else:
         for finding in answer["findings"]:
             print(f"{finding['what']:8} {finding['dataset']} ({finding['role']}): {finding['text']}")
-        print(f"{root}: {answer['usable']} of {answer['datasets']} datasets of {asked.name} are ready")
+        unread = "" if deep else "; samples were not looked at (--deep)"
+        print(
+            f"{root}: {answer['usable']} of {answer['datasets']} datasets of {asked.name} are ready{unread}"
+        )
     if not answer["complete"]:
         raise typer.Exit(2)

@@ -196,6 +196,8 @@ class Study(Section):
         """What is wrong between the grid and the tasks and roles."""
         roles = self.roles
         problems = self._unknown_datasets(roles) + self._unknown_models()
+        if any(timeline.needs_experts(cell.strategy) for cell in self.cells):
+            problems += _lost_shares(self.recipe, length_of(self.filled(self.stream)), self.engine.world)
         learnt = sorted(set(roles.held_out) & set(self.learnt))
         if learnt:
             text = (
@@ -218,6 +220,9 @@ class Study(Section):
         if cell.recipe.batch_size % workers:
             text = f"{cell.recipe.batch_size} samples cannot be shared equally by resources.experts.workers {workers}"
             yield Problem("recipe.batch_size", f"{text}; make it a multiple")
+        elif timeline.needs_experts(cell.strategy):
+            tasks = 1 if cell.strategy.joint else length_of(self.filled(cell.stream))
+            yield from _lost_shares(cell.recipe, tasks, workers, cell.name)
         try:
             timeline.check(cell.strategy, 1 if cell.strategy.joint else length_of(self.filled(cell.stream)))
         except TechniqueError as error:
@@ -273,6 +278,16 @@ class Study(Section):
     def _raise(self, problems: Sequence[Problem]) -> None:
         if problems:
             raise ConfigError([f"study {self.name}: {problem.key}: {problem.text}" for problem in problems])
+
+
+def _lost_shares(recipe: Recipe, tasks: int, workers: int, name: str = "") -> Iterator[Problem]:
+    """Shares of the mixture that come to no sample of a batch, at the first task or at any later one."""
+    from workers.data.mixture import lost_shares
+
+    for buffered in (True, False) if tasks > 1 else (False,):
+        if problem := lost_shares(recipe.batch_size, recipe.mixture.model_dump(), buffered, workers):
+            yield Problem("recipe.batch_size", f"{name + ': ' if name else ''}recipe.mixture {problem}")
+            return
 
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:

@@ -69,9 +69,6 @@ def carry_out(
     workspace = Workspace.of(study, out)
     for warning in workspace.study.warnings:
         complain("warning", warning, WARNING)
-    for note in workspace.notes:
-        complain("note", note, WARNING)
-    workspace.check_data()
     for name in {step.spec["technique"] for step in workspace.plan.steps.values() if step.kind == "merge"}:
         check_importable(technique_called(name))
     events = Events(workspace.out)
@@ -84,6 +81,9 @@ def carry_out(
         for warning in workspace.study.warnings:
             events.add("warning", warning)
         workspace.prepare()
+        for note in workspace.notes:
+            complain("note", note, WARNING)
+            events.add("note", note)
         summary = workspace.summary()
         workspace.store.check_room(_name(workspace), summary["disk_bytes"])
         done = workspace.done()

@@ -10,9 +10,14 @@ from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE, locate
 from merge_service.errors import UserError
 from pipeline.config import Study, load_study
 from pipeline.facts import base_for_now, base_of, cache_of, ensure_data, stated
+from pipeline.prompt_notes import prompt_notes
 from pipeline.results import gm, ka, zs
-from workers.base import Base, describe, find
+from pipeline.steps import TEST
+from workers.base import Base, find
+from workers.base import describe as described
 from workers.configuration import is_tokenizer_file
+from workers.data.manifest import describe, verify
+from workers.data.seen import notes
 from workers.jobs import EvaluateJob, Source
 
 
@@ -39,7 +44,9 @@ def score(checkpoint: Path, study: Study, names: Sequence[str] | None) -> dict[s
         )
     with tempfile.TemporaryDirectory() as room:
         model, base = _weights_directory(checkpoint, study, Path(room))
+        worth_knowing = _notes(model, study, names or list(known))
         answer = _evaluate(model, study, names or list(known)) | _said(base, study)
+        answer["notes"] += worth_knowing
     if names is None:
         answer["ka"], answer["zs"] = (
             ka(answer["scores"], study.roles.adaptation),
@@ -51,20 +58,30 @@ def score(checkpoint: Path, study: Study, names: Sequence[str] | None) -> dict[s
 
 def _said(base: Base, study: Study) -> dict[str, Any]:
     """How the pixels became input, for the answer, and what is worth a note: a study's base that is seen in another way."""
-    notes, (ours, _) = list(base.notes), base_for_now(study.model)
+    said, (ours, _) = list(base.notes), base_for_now(study.model)
     if ours is not None:
         for what, mine, other in (
-            ("preprocessing", describe(base.preprocess), describe(ours.preprocess)),
+            ("preprocessing", described(base.preprocess), described(ours.preprocess)),
             ("activation", base.activation, ours.activation),
         ):
             if mine != other:
-                notes.append(
+                said.append(
                     f"{what}: {mine} (from {base.preprocess_from}), while the study's base has {other}"
                 )
     return {
         "preprocess": base.preprocess, "preprocess_from": base.preprocess_from, "activation": base.activation,
-        "notes": notes,
+        "notes": said,
     }  # fmt: skip
+
+
+def _notes(model: Path, study: Study, names: Sequence[str]) -> list[str]:
+    """What to know of the test splits before their scores are believed. Raises ShardError."""
+    root, cache, said = study.data_root, cache_of(study), list[str]()
+    for name in names:
+        info = describe(root, name, cache)
+        if TEST in info.splits:
+            said += notes(info, {TEST: verify(root, name, TEST, cache)})
+    return [*said, *prompt_notes(model, root, names, cache)]
 
 
 def _evaluate(model: Path, study: Study, names: Sequence[str]) -> dict[str, Any]:

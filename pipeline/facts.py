@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -18,15 +19,21 @@ from merge_service.errors import UserError
 from merge_service.timeline import needs_experts
 from pipeline.artifact import hash_file
 from pipeline.config import Study
-from pipeline.disk import write_whole
+from pipeline.errors import PlanError
 from pipeline.fingerprint import fingerprint
 from pipeline.sections import ModelSection, key_of
 from pipeline.sections_stream import StreamSection
-from pipeline.steps import DatasetFacts, Described, Facts, ModelFacts, Step
+from pipeline.steps import TEST, TRAIN, DatasetFacts, Described, Facts, ModelFacts
 from pipeline.streams import Element, Stream, datasets_of, make_stream
 from workers.base import STATED, Base, check_temperature, configuration_of, find, is_path, temperature
 from workers.configuration import HUB, LOCAL, ModelError, own_configuration, read_configuration
-from workers.data.manifest import cache_root, describe, folder, verify
+from workers.data.cache import Access, cache_root, is_writable, recall, remember
+from workers.data.contents import Survey
+from workers.data.manifest import DatasetInfo, describe, folder, unread_bytes, verify
+from workers.data.seen import content_digest, notes
+
+LARGE_BYTES = 10**9
+"""So much data takes long enough to read that it is said beforehand."""
 
 
 def ensure_data(study: Study) -> None:
@@ -42,11 +49,21 @@ def ensure_data(study: Study) -> None:
 
 
 def cache_of(study: Study) -> Path:
-    """Where decoded splits, indices of foreign roots and measured costs are kept between runs."""
-    beside = Path(study.data_root).parent
-    return (
-        Path(study.data.cache) if study.data.cache else beside / ".cache" if beside.is_dir() else cache_root()
-    )
+    """Where decoded splits, indices of foreign roots and measured costs are kept between runs.
+
+    Beside the data root, where all who use the root find it; in the user's own cache if nothing can be written there.
+    """
+    if study.data.cache:
+        return Path(study.data.cache)
+    beside = Path(study.data_root).parent / ".cache"
+    usable = os.access(beside, os.R_OK | os.X_OK) if beside.exists() else is_writable(beside)
+    return beside if usable and beside.parent.is_dir() else cache_root()
+
+
+def access_of(study: Study) -> Access:
+    """Who may use what is kept of the study's data: who may use its root."""
+    root = Path(study.data_root).absolute()
+    return Access.of(next(path for path in (root, *root.parents) if path.is_dir()))
 
 
 def gather(study: Study, provisional: bool = False) -> Facts:
@@ -67,15 +84,65 @@ def gather(study: Study, provisional: bool = False) -> Facts:
     absent = tuple(model.pretrained or "" for model in models if not _is_there(model))
     bases = {key_of(model): _base(model, provisional) for model in models}
     described = study.suite.described() if missing and study.suite is not None else {}
-    datasets = {
+    surveys = _surveys(study, [name for name in names if name not in missing], cache)
+    datasets: dict[str, DatasetInfo] = {
         name: described[name] if name in missing else describe(study.data_root, name, cache) for name in names
     }
+    streams = {key_of(section): stream_of(study, section, datasets) for section in study.streams}
+    _check_tasks(streams.values(), datasets, surveys)
     return Facts(
-        datasets={name: DatasetFacts.of(info) for name, info in datasets.items()},
+        datasets={name: _facts_of(info, surveys.get(name, {})) for name, info in datasets.items()},
         models={key_of(model): model_facts(study, model, *bases[key_of(model)]) for model in models},
-        streams={key_of(section): stream_of(study, section, datasets) for section in study.streams},
+        streams=streams,
         missing=missing + absent,
+        notes=tuple(text for name, found in surveys.items() for text in notes(datasets[name], found)),
     )
+
+
+def _surveys(study: Study, datasets: Iterable[str], cache: Path) -> dict[str, dict[str, Survey]]:
+    """What the samples of each dataset are, by split: of the splits that some step may read. Raises ShardError."""
+    learnt, roles = {*study.learnt, *study.roles.adaptation}, study.roles
+    replayed = roles.pretraining if any(cell.recipe.mixture.pretraining > 0 for cell in study.cells) else ()
+    found: dict[str, dict[str, Survey]] = {}
+    for name in datasets:
+        wanted = {
+            TRAIN: name in learnt or name in replayed,
+            TEST: name in learnt or name in roles.held_out,
+        }
+        splits = [split for split, read in wanted.items() if read]
+        unread = unread_bytes(study.data_root, name, splits, cache)
+        if unread >= LARGE_BYTES:
+            text = f"{name}: reading its {unread / 1e9:,.1f} GB once, to check shards, labels and pictures"
+            print(text, file=sys.stderr, flush=True)
+        info = describe(study.data_root, name, cache)
+        found[name] = {
+            split: verify(study.data_root, name, split, cache) for split in splits if split in info.splits
+        }
+    return found
+
+
+def _facts_of(info: Described, surveys: Mapping[str, Survey]) -> DatasetFacts:
+    facts = DatasetFacts.of(info)
+    digests = {
+        split: content_digest(info.splits[split], survey, scored=split == TEST)
+        for split, survey in surveys.items()
+    }
+    return replace(facts, digests={**facts.digests, **digests})
+
+
+def _check_tasks(
+    streams: Iterable[Stream], datasets: Mapping[str, Described], surveys: Mapping[str, Mapping[str, Survey]]
+) -> None:
+    """Raise PlanError for a task that trains on classes of which there is no sample."""
+    for task in (task for stream in streams for task in stream.tasks):
+        for part in (part for part in task.parts if part.classes is not None):
+            names = datasets[part.dataset].classes
+            survey = surveys.get(part.dataset, {}).get(TRAIN)
+            labels = {label for label, _ in survey.labels} if survey else set(range(len(names)))
+            if not any(names.index(name) in labels for name in part.classes or ()):
+                raise PlanError(
+                    f"task {task.name}: the {TRAIN} split of {part.dataset} has no sample of {', '.join(part.classes or ())}"
+                )
 
 
 def stream_of(study: Study, section: StreamSection, datasets: Mapping[str, Described]) -> Stream:
@@ -133,22 +200,6 @@ def _missing_text(study: Study, missing: Sequence[str]) -> str:
         f"data: {study.data_root} lacks {len(missing)} datasets of {study.data.suite}: {shown}; see all with "
         f"`temporal-merge check {study.data.suite} --root {study.data_root}`"
     )
-
-
-def check_shards(study: Study, steps: Iterable[Step]) -> None:
-    """Read every shard that these steps read, whole, before any of them starts; once found whole, it is not read again.
-
-    Raises ShardError naming the shard: missing, cut, flipped, short or with members that have no place there.
-    """
-    cache = cache_of(study).absolute()
-    sources = {
-        (entry["dataset"], entry["split"]): None
-        for step in steps
-        for role in ("update", "buffer", "pretraining", "datasets")
-        for entry in step.spec.get(role, ())
-    }
-    for dataset, split in sources:
-        verify(study.data_root, dataset, split, cache)
 
 
 def stated(model: ModelSection) -> dict[str, Any]:
@@ -289,8 +340,8 @@ def _cost(study: Study, section: ModelSection, trainable: str, weights: str) -> 
     recipe = study.recipe
     key = [weights, section.config, trainable, recipe.precision, recipe.batch_size]
     kept = cache_of(study) / "costs" / f"{fingerprint(key)[:32]}.json"
-    with suppress(OSError, ValueError):  # what a crash of the machine left of it is measured again
-        known: dict[str, float] = json.loads(kept.read_text())
+    with suppress(ValueError):  # what a crash of the machine left of it is measured again
+        known: dict[str, float] = json.loads(recall(kept) or "")
         return known
     from workers.budget import measure, memory_ratio
 
@@ -303,6 +354,5 @@ def _cost(study: Study, section: ModelSection, trainable: str, weights: str) -> 
         "memory_ratio": memory_ratio(model, recipe.batch_size, trainable, recipe.precision),
         "weights_bytes": cost.weights_bytes,
     }
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(kept, json.dumps(answer))
+    remember(kept, json.dumps(answer), access_of(study))
     return answer

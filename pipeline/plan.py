@@ -307,6 +307,8 @@ class Planner:
                 problems.append(
                     f"dataset {dataset} has no {split} split; it has {', '.join(facts.digests) or 'none'}"
                 )
+            elif facts.samples.get(split) == 0:
+                problems.append(f"the {split} split of dataset {dataset} holds no sample")
         if problems:
             raise PlanError(f"study {self.study.name}: {'; '.join(dict.fromkeys(problems))}")
 

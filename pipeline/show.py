@@ -82,8 +82,8 @@ def show_plan(workspace: Any, summary: Mapping[str, Any]) -> None:
     console.print(_trajectories(workspace.plan))
     for warning in workspace.study.warnings:
         console.print(Text.assemble(("warning:", WARNING), f" {warning}"))
-    for note in workspace.notes:
-        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    for note in summary["notes"]:
+        console.print(Text.assemble(("note:", WARNING), f" {note}"), soft_wrap=True)
     if summary["missing"]:
         console.print(
             f"provisional: {len(summary['missing'])} datasets or weights are not there ({', '.join(summary['missing'][:3])}, ...): "

@@ -81,13 +81,14 @@ class Facts:
     """All that a plan must know of the world. None of it says where anything is.
 
     `models` and `streams` are keyed by the fingerprint of the section that asks for them (`key_of`). `missing` are datasets
-    of which only the description is known: enough to plan with, not to run.
+    of which only the description is known: enough to plan with, not to run. `notes` is what to know of the data.
     """
 
     datasets: Mapping[str, DatasetFacts]
     models: Mapping[str, ModelFacts]
     streams: Mapping[str, Stream]
     missing: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,18 @@ from pipeline.file_kinds import expect
 from pipeline.mistakes import validate
 from pipeline.sections import Name, Section, Text
 from pipeline.yaml_input import read
-from workers.data.manifest import MANIFEST_FILE, DatasetInfo, SplitInfo, describe, folder, verify
+from workers.data.lines import class_names, filled_lines, stated_number
+from workers.data.manifest import (
+    CLASSES_FILE,
+    KIND_FILE,
+    MANIFEST_FILE,
+    TEMPLATES_FILE,
+    DatasetInfo,
+    SplitInfo,
+    describe,
+    folder,
+    verify,
+)
 
 Role = Literal["pretraining", "adaptation", "held_out"]
 ROLES: tuple[Role, ...] = ("pretraining", "adaptation", "held_out")
@@ -184,7 +195,8 @@ def missing(suite: Suite, root: str | Path, names: Sequence[str] | None = None) 
 def check(suite: Suite, root: str | Path, deep: bool = False, cache: Path | None = None) -> list[Finding]:
     """Everything that a root lacks of a suite, in the suite's order.
 
-    Reads the small text files and manifests of each folder; `deep` reads every shard whole as well (its index goes to `cache`).
+    Reads the small text files and manifests of each folder; `deep` reads every shard whole as well and decodes every picture (its
+    index goes to `cache`).
     """
     return [finding for d in suite.datasets for finding in _findings(d, Path(root), deep, cache)]
 
@@ -212,7 +224,7 @@ def _findings(d: SuiteDataset, root: Path, deep: bool, cache: Path | None) -> It
         if deep:
             for split in SPLITS[d.role]:
                 if split in found.samples:
-                    verify(root, d.name, split, cache)
+                    verify(root, d.name, split, cache, decode=True)
     except (UserError, OSError, ValueError) as error:
         yield Finding(d.name, d.role, "wrong", str(error))
         return
@@ -261,7 +273,7 @@ class _Found:
 def _whole(d: SuiteDataset, root: Path, home: Path, cache: Path | None) -> _Found:
     info = describe(root, d.name, cache)
     samples: dict[str, int | None] = {split: of.samples for split, of in info.splits.items()}
-    return _Found(info.kind, info.classes, _lines(home / "zeroshot_classification_templates.txt"), samples)
+    return _Found(info.kind, info.classes, filled_lines(home / TEMPLATES_FILE), samples)
 
 
 def _shallow(home: Path) -> _Found:
@@ -269,16 +281,15 @@ def _shallow(home: Path) -> _Found:
     samples: dict[str, int | None] = {}
     for place in (home / "train", home / "test"):
         shards = len(list(place.glob("*.tar")))
-        stated = _lines(place / "nshards.txt")
-        if stated and stated[0] != str(shards):
+        stated = stated_number(place / "nshards.txt")
+        if stated not in (None, shards):
             raise UserError(
-                f"{place} holds {shards} shards, its nshards.txt states {stated[0]}; fetch the missing ones"
+                f"{place} holds {shards} shards, its nshards.txt states {stated}; fetch the missing ones"
             )
         if shards:
             samples[place.name] = None
-    kind = (_lines(home / "dataset_type.txt") or ("classification",))[0]
-    templates = _lines(home / "zeroshot_classification_templates.txt")
-    return _Found(kind, _lines(home / "classnames.txt"), templates, samples)
+    kind = (filled_lines(home / KIND_FILE) or ("classification",))[0]
+    return _Found(kind, class_names(home / CLASSES_FILE), filled_lines(home / TEMPLATES_FILE), samples)
 
 
 def _home(d: SuiteDataset, root: Path) -> Path | None:
@@ -291,9 +302,3 @@ def _home(d: SuiteDataset, root: Path) -> Path | None:
 def _missing(d: SuiteDataset, root: Path) -> Finding:
     of = f" (from {d.original} of the original download)" if d.original else ""
     return Finding(d.name, d.role, "missing", f"put it at {root / d.name} or {root / f'wds_{d.name}'}{of}")
-
-
-def _lines(path: Path) -> tuple[str, ...]:
-    if not path.is_file():
-        return ()
-    return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())

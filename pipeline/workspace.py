@@ -11,14 +11,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from merge_service.checkpoint import CONFIG_FILE
 from merge_service.errors import UserError
 from merge_service.leftovers import sweep_directory
 from pipeline.config import Study, load_study
 from pipeline.disk import clear_leftovers, write_whole
 from pipeline.errors import ConfigError
-from pipeline.facts import check_shards, ensure_data, gather, local_base, stated
+from pipeline.facts import cache_of, ensure_data, gather, local_base, stated
 from pipeline.plan import Plan, Step, base_step, make_plan
 from pipeline.plan_file import study_of, write
+from pipeline.prompt_notes import prompt_notes
 from pipeline.registry import register
 from pipeline.results import results, write_results
 from pipeline.sections import ModelSection, key_of
@@ -60,11 +62,6 @@ class Workspace:
         facts = gather(study, provisional)
         return cls(study, out or Path("runs") / study.name, make_plan(study, facts), facts)
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What is to be said of the bases: how their pixels are prepared, where that is not certain."""
-        return tuple(dict.fromkeys(note for model in self.facts.models.values() for note in model.notes))
-
     @cached_property
     def store(self) -> Store:
         return store_at(self.study.storage.store, self.out, tuple(self.plan.bases))
@@ -87,7 +84,24 @@ class Workspace:
         return self.store.path(step.kind, step.fingerprint, step.slug)
 
     def summary(self) -> dict[str, Any]:
-        return self.plan.summary(self.store)
+        return {**self.plan.summary(self.store), "notes": self.notes}
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """What to know of the bases, of the data, and of how each model reads class names; a model that is not there yet is not
+        asked."""
+        study = self.study
+        said = [*(note for model in self.facts.models.values() for note in model.notes), *self.facts.notes]
+        named = (*study.learnt, *study.roles.adaptation, *study.roles.held_out)
+        scored = [name for name in named if name not in self.facts.missing]
+        for model in study.models:
+            known = self.facts.models[key_of(model)]
+            base = self.plan.bases[base_step(known.weights, known.config).fingerprint]
+            places = (self.store.path(base.kind, base.fingerprint, base.slug), local_base(model))
+            place = next((place for place in places if place and (place / CONFIG_FILE).is_file()), None)
+            if place is not None:
+                said += prompt_notes(place, study.data_root, scored, cache_of(study))
+        return list(dict.fromkeys(said))
 
     def done(self) -> set[str]:
         """Steps whose artifacts are in the store."""
@@ -102,11 +116,6 @@ class Workspace:
             step = self.plan.steps.get(path.name)
             if step is not None and self.store.has(step.kind, step.fingerprint):
                 shutil.rmtree(path, ignore_errors=True)
-
-    def check_data(self) -> None:
-        """Raise ShardError unless every shard that is still to be read is whole; writes nothing into OUT."""
-        done = self.done()
-        check_shards(self.study, [step for fp, step in self.plan.steps.items() if fp not in done])
 
     def prepare(self) -> None:
         """Make OUT usable: the store, study.yaml, plan.json, the streams, and the bases. Raises UserError."""

@@ -1,7 +1,7 @@
 """How good a checkpoint is: zero-shot accuracy and retrieval recall, in fp32, on decoded images.
 
-Invariant: a score is what plain open_clip gives for the same files - its preprocessing, its classifier builder, argmax over
-all classes of the dataset - and depends on the weights, the data, the fraction and the seed alone.
+Invariant: a score is what plain open_clip gives for the same pictures as people see them (`data.pictures`) - its preprocessing, its
+classifier builder, argmax over all classes of the dataset - and depends on the weights, the data, the fraction and the seed alone.
 """
 
 import math
@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from open_clip import build_zero_shot_classifier
 
-from merge_service.errors import NonFiniteCheckpoint
+from merge_service.errors import NonFiniteCheckpoint, UserError
+from workers.data.contents import is_by_caption
 from workers.data.decode import Samples, load, normalise
 from workers.jobs import EvaluateJob
 from workers.model import load as load_model
@@ -53,6 +54,8 @@ def _scores(job: EvaluateJob) -> dict[str, tuple[float, int]]:
     found = {}
     for source in job.datasets:
         samples = load(source, encoder.preprocess["size"], job.cache, encoder.preprocess)
+        if not len(samples):
+            raise UserError(f"dataset {source.dataset!r}: the {source.split} split holds no sample to score")
         rows = subset(samples, job.fraction, job.seed)
         score = classification if samples.kind == "classification" else retrieval
         try:
@@ -115,18 +118,25 @@ def classification(encoder: Encoder, samples: Samples, rows: np.ndarray) -> floa
 
 
 def retrieval(encoder: Encoder, samples: Samples, rows: np.ndarray) -> float:
-    """Mean of recall@5 in both directions; an image is found by any of its captions, and any of them counts for it."""
+    """Mean of recall@5 in both directions; an image is found by any of its captions, and any of them counts for it.
+
+    In a split with a sample for each caption (`is_by_caption`), samples of the same picture are one image.
+    """
+    pictures = samples.pictures if is_by_caption(samples.pictures.tolist()) else np.arange(len(samples))
+    _, first, image_of = np.unique(pictures[rows], return_index=True, return_inverse=True)
+    shown = rows[np.sort(first)]
+    place = np.argsort(np.argsort(first))[image_of]  # images stay in the order of the rows
     images = torch.cat(
         [
-            encoder.images(samples.images[_span(rows[start : start + encoder.batch_size])])
-            for start in range(0, len(rows), encoder.batch_size)
+            encoder.images(samples.images[_span(shown[start : start + encoder.batch_size])])
+            for start in range(0, len(shown), encoder.batch_size)
         ]
     )
     texts = [caption for row in rows for caption in samples.captions[row]]
     owners = torch.tensor(
-        [at for at, row in enumerate(rows) for _ in samples.captions[row]], device=images.device
+        [int(place[at]) for at, row in enumerate(rows) for _ in samples.captions[row]], device=images.device
     )
-    places = torch.arange(len(rows), device=images.device)
+    places = torch.arange(len(shown), device=images.device)
     captions = encoder.texts(texts)
     to_text = _recall(images, captions, places, owners, encoder.batch_size)
     to_image = _recall(captions, images, owners, places, encoder.batch_size)

@@ -9,9 +9,9 @@ Once everything is kept, torch is not loaded.
 """
 
 import hashlib
+import io
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +22,8 @@ import numpy as np
 
 from merge_service.errors import NonFiniteCheckpoint, UserError
 from workers.data import manifest
+from workers.data.cache import Access, remember
+from workers.data.seen import content_digest
 from workers.jobs import Source
 
 if TYPE_CHECKING:
@@ -83,8 +85,17 @@ class Subject:
 
     def key(self, what: str, names: Sequence[str]) -> str:
         """Names the measure `what` of these datasets."""
-        content = [VERSION, what, self.identity, [[name, self.info(name).digest] for name in names]]
+        content = [VERSION, what, self.identity, [self._content(name) for name in names]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+    def _content(self, name: str) -> list[str]:
+        """Names what the base sees of a dataset: its digest, and that of unusual pictures if its train split has any."""
+        info = self.info(name)
+        if SPLIT not in info.splits:
+            return [name, info.digest]
+        split, survey = info.splits[SPLIT], manifest.verify(self.root, name, SPLIT, self.cache)
+        seen = content_digest(split, survey, scored=True)
+        return [name, info.digest, *([] if seen == split.digest else [seen])]
 
     def kept(self, what: str, names: Sequence[str], make: Callable[[], np.ndarray]) -> np.ndarray:
         """The array that `make` gives, from disk if it was made before."""
@@ -97,11 +108,10 @@ class Subject:
                 raise NonFiniteCheckpoint(
                     f"the base on {label}: {error}; take another base or order"
                 ) from error
-            place.parent.mkdir(parents=True, exist_ok=True)
-            partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
-            with partial.open("wb") as stream:
-                np.save(stream, made, allow_pickle=False)
-            partial.replace(place)
+            stream = io.BytesIO()
+            np.save(stream, made, allow_pickle=False)
+            remember(place, stream.getvalue(), Access.of(Path(self.root)))
+            return made
         return np.load(place, allow_pickle=False)
 
 

@@ -256,7 +256,7 @@ def test_manifest_of_any_making_is_refused_or_found_right(place: Path, record_pr
     dataset(place / "root", poison.shard(), own=False)
     for stated in ("²", "9" * 5000, "-1", "two"):
         (place / "root" / "toys" / "train" / "nshards.txt").write_text(stated)
-        with pytest.raises(ShardError, match="states"):
+        with pytest.raises(UserError, match="states"):
             describe(source.root, "toys", place / "cache")
     record_property("cases", len(seen) + 7)
 

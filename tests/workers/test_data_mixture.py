@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge_service.errors import UserError
-from workers.data.mixture import SOURCES, batch_counts, batch_indices
+from workers.data.mixture import SOURCES, batch_counts, batch_indices, lost_shares
 
 REPLAY = {"pretraining": 0.33, "update": 0.34, "buffer": 0.33}
 PLAIN = {"pretraining": 0.0, "update": 1.0, "buffer": 0.0}
@@ -60,14 +60,43 @@ def test_mixture_that_cannot_be_met_is_a_user_error(
     batch=st.integers(1, 600), shares=st.tuples(*[st.integers(0, 100)] * 3).filter(lambda s: s[1] > 0),
     buffer=st.booleans(),
 )  # fmt: skip
-def test_counts_sum_to_the_batch_and_never_use_a_source_without_share(
+def test_counts_sum_to_the_batch_and_every_source_with_a_share_has_samples(
     batch: int, shares: tuple[int, ...], buffer: bool
 ) -> None:
     mixture = {name: share / sum(shares) for name, share in zip(SOURCES, shares, strict=True)}
-    counts = batch_counts(batch, mixture, SIZES | {"buffer": 300 * buffer})
+    sizes = SIZES | {"buffer": 300 * buffer}
+    problem = lost_shares(batch, mixture, buffered=buffer)
+    if problem is not None:
+        with pytest.raises(UserError, match=f"no sample of a batch of {batch} "):
+            batch_counts(batch, mixture, sizes)
+        batch = int(problem.split("batch_size of ")[1])
+    counts = batch_counts(batch, mixture, sizes)
     assert sum(counts.values()) == batch and min(counts.values()) >= 0
-    assert all(counts[name] == 0 for name in SOURCES if mixture[name] == 0)
-    assert buffer or counts["buffer"] == 0
+    used = {name for name in SOURCES if mixture[name] > 0 and (buffer or name != "buffer")}
+    assert {name for name in SOURCES if counts[name]} == used
+
+
+@pytest.mark.parametrize(
+    ("batch", "shares", "buffered", "says"),
+    [
+        (8, (0.9, 0.05, 0.05), True, "update and buffer no sample of a batch of 8 .*batch_size of 20"),
+        (16, (0.9, 0.05, 0.05), True, "buffer no sample of a batch of 16 .*batch_size of 20"),
+        (2, (0.33, 0.34, 0.33), True, "buffer no sample of a batch of 2 "),
+        (8, (0.95, 0.05, 0.0), False, "update no sample of a batch of 8 .*batch_size of 20"),
+        (16, (0.49999999, 0.5, 0.00000001), True, "raise the share, or set it to 0"),
+    ],
+)
+def test_share_that_comes_to_nothing_is_refused_with_the_counts_and_the_size_that_would_do(
+    batch: int, shares: tuple[float, ...], buffered: bool, says: str
+) -> None:
+    mixture = dict(zip(SOURCES, shares, strict=True))
+    with pytest.raises(UserError, match=says):
+        batch_counts(batch, mixture, SIZES | {"buffer": 300 * buffered})
+
+
+def test_size_that_would_do_divides_among_the_workers() -> None:
+    mixture = {"pretraining": 0.9, "update": 0.05, "buffer": 0.05}
+    assert str(lost_shares(12, mixture, buffered=True, multiple=6)).endswith("batch_size of 24")
 
 
 def test_indices_do_not_depend_on_which_steps_were_asked_before() -> None:

@@ -16,7 +16,9 @@ from merge_service.checkpoint import WEIGHTS_FILE
 from merge_service.errors import NonFiniteCheckpoint, UserError
 from tests.workers.model_helpers import COLOURS, Toys
 from workers.data.decode import Samples, load
-from workers.evaluate import Encoder, evaluate, subset
+from workers.data.writer import write_dataset
+from workers.evaluate import Encoder, evaluate, retrieval, subset
+from workers.jobs import Source
 from workers.model import tokenizer
 from workers.train import train_expert
 
@@ -96,6 +98,38 @@ def test_recall_is_that_of_the_definition_in_both_directions(toys: Toys, expert:
     assert result["scores"]["pairs"] == pytest.approx(expected, abs=1e-9) and 0 < expected < 1
 
 
+def test_picture_with_a_sample_for_each_caption_scores_as_one_picture_with_all(
+    toys: Toys, expert: Path
+) -> None:
+    encoder, job = Encoder(expert, "cpu", 7), toys.evaluation(expert, "pairs")
+    whole = load(job.datasets[0], encoder.preprocess["size"], job.cache, encoder.preprocess)
+    owners = np.array([row for row, captions in enumerate(whole.captions) for _ in captions] * 2)
+    captions = [(caption,) for captions in whole.captions for caption in captions]
+    captions += [(f"{caption} again",) for (caption,) in captions]
+    order = np.random.default_rng(0).permutation(len(owners))
+    apart = replace(
+        whole, images=np.asarray(whole.images)[owners[order]], labels=whole.labels[owners[order]],
+        captions=[captions[at] for at in order], pictures=owners[order],
+    )  # fmt: skip
+    both = replace(
+        whole, captions=[(*texts, *(f"{text} again" for text in texts)) for texts in whole.captions]
+    )
+    with torch.inference_mode():
+        score = retrieval(encoder, apart, np.arange(len(apart)))
+        assert score == pytest.approx(retrieval(encoder, both, np.arange(len(both))), abs=1e-9)
+        alone = replace(apart, pictures=np.arange(len(apart)))
+        assert score > retrieval(encoder, alone, np.arange(len(apart)))
+
+
+def test_split_without_samples_is_refused_by_name(toys: Toys, expert: Path, tmp_path: Path) -> None:
+    write_dataset(
+        tmp_path / "empty", kind="classification", classes=["a"], templates=["{c}"], splits={"test": []}
+    )
+    job = replace(toys.evaluation(expert, "toy"), datasets=(Source(str(tmp_path), "empty", "test"),))
+    with pytest.raises(UserError, match=r"'empty': the test split holds no sample"):
+        evaluate(job)
+
+
 def test_several_datasets_are_scored_in_one_call_whatever_the_batch_size(toys: Toys, expert: Path) -> None:
     one = evaluate(toys.evaluation(expert, "toy", "pairs", "old"))
     other = evaluate(toys.evaluation(expert, "toy", "pairs", "old", batch_size=13, threads=2))
@@ -118,7 +152,9 @@ def test_texts_are_tokenised_once_for_all_models(
 def labelled(labels: list[int], kind: str = "classification") -> Samples:
     count = len(labels)
     images = np.zeros((count, 1, 1, 3), np.uint8)
-    return Samples("many", kind, images, np.array(labels), [()] * count, ("a", "b", "c"), ("{c}",))
+    return Samples(
+        "many", kind, images, np.array(labels), [()] * count, ("a", "b", "c"), ("{c}",), np.arange(count)
+    )
 
 
 def test_subset_is_balanced_seeded_and_never_smaller_than_the_published_floors() -> None:

@@ -1,7 +1,9 @@
 """The suite is written whole or not at all, once per set of packages."""
 
+import fcntl
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -66,6 +68,26 @@ def test_failed_build_leaves_nothing_and_can_be_repeated(
             mini.build(tmp_path / "mini")
     assert list(tmp_path.iterdir()) == []
     assert mini.build(tmp_path / "mini")
+
+
+def test_folder_of_a_killed_build_is_swept_and_that_of_a_running_one_is_not(tmp_path: Path) -> None:
+    killed, running = tmp_path / ".mini.partial-old", tmp_path / ".mini.partial-now"
+    for work in (killed, running):
+        work.mkdir()
+        os.utime(work, (0, 0))
+    handle = os.open(running, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        assert mini.build(tmp_path / "mini")
+    finally:
+        os.close(handle)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [running.name, "mini"]
+
+
+def test_place_that_cannot_be_written_is_a_user_error_with_the_key_to_set(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be written to .*file/mini .*set data\.root"):
+        mini.build(tmp_path / "file" / "mini")
 
 
 def test_suite_of_other_packages_is_replaced(tmp_path: Path) -> None:

@@ -4,18 +4,19 @@ webdataset groups the members; what they may be was settled by `manifest.verify`
 `webdataset.decode`, which runs code found in shards. Shards are opened here as plain local files, so that no URL scheme, no
 `pipe:` and no environment variable of webdataset has a say. Images pass through the very transforms of open_clip's evaluation
 preprocessing up to, and without, ToTensor and Normalize: `normalise` applies those two later, bit for bit as open_clip does.
-Invariant: the cache entry is complete or absent, and its name is the content it was made from.
+Invariant: a cache entry is complete or absent, its name is the content it was made from, and it is opened only while its bytes
+are those that were written.
 """
 
-import fcntl
 import hashlib
 import json
+import math
+import os
 import shutil
+import sys
 import tarfile
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,17 @@ import torch
 from PIL import Image
 
 from merge_service.errors import UserError
-from workers.data import manifest
-from workers.data.contents import open_image
+from workers.data import manifest, pictures
+from workers.data.cache import PARTIAL, Access, only_one, whole_folder
+from workers.data.contents import captions_of, check_label, label_of, open_image, picture_id
 from workers.data.tarscan import IMAGE_SUFFIXES, ShardError
 from workers.jobs import Source
 
 GEOMETRY = ("interpolation", "resize_mode", "fill_color")
+FORMAT = 2
+"""Of a cache entry; raise it when entries are written or filled in another way."""
+ENTRY_FILE = "entry.json"
+CONTENT_FILES = ("images.npy", "labels.npy", "captions.json", "pictures.npy")
 
 
 class Rows:
@@ -51,7 +57,8 @@ class Rows:
 class Samples:
     """A decoded split: `images` uint8 [N, H, W, 3], `labels` int64 [N] (-1: no class), `captions` one tuple a sample.
 
-    Labels count in `classes`, the dataset's full list, also where only some classes are kept.
+    Labels count in `classes`, the dataset's full list, also where only some classes are kept. `pictures` int64 [N] is a number
+    that samples of the same picture file have in common.
     """
 
     name: str
@@ -61,6 +68,7 @@ class Samples:
     captions: list[tuple[str, ...]]
     classes: tuple[str, ...]
     templates: tuple[str, ...]
+    pictures: np.ndarray
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -82,22 +90,27 @@ def load(
     """A split, verified and decoded on first use and mapped read-only from `cache` ever after, once per process.
 
     `preprocess` is an open_clip preprocess_cfg, of which interpolation, resize_mode and fill_color count here. Processes that
-    ask at the same time wait for the first. Raises UserError (unknown dataset, split or class) and ShardError.
+    ask at the same time wait for the first. An entry whose bytes have changed is decoded again. Raises UserError (unknown
+    dataset, split or class; a cache that cannot be written) and ShardError.
     """
     info = manifest.describe(source.root, source.dataset, cache)
     split = manifest.split_of(info, source.split)
     geometry = {key: preprocess[key] for key in GEOMETRY if preprocess and preprocess.get(key) is not None}
     size = height_and_width(image_size)
-    key = hashlib.sha256(
-        json.dumps([split.digest, info.kind, len(info.classes), size, geometry], sort_keys=True).encode()
-    ).hexdigest()
+    made_of = [FORMAT, pictures.REVISION, split.digest, info.kind, len(info.classes), size, geometry]
+    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     place = Path(cache) / "decoded" / f"{source.dataset.replace('/', '-')}-{source.split}-{key[:20]}"
-    if not place.is_dir():
-        with _only_one(place):
-            if not place.is_dir():
-                _decode_into(place, source, info, split, size, geometry, Path(cache))
-    everything = _mapped(place.absolute(), info.name, info.kind, info.classes, info.templates)
+    facts = (place.absolute(), info.name, info.kind, info.classes, info.templates)
+    try:
+        everything = _mapped(*facts)
+    except _Unusable:
+        _decode_into(place, source, info, split, evaluation_geometry(size, geometry), (*size, 3), Path(cache))
+        everything = _mapped(*facts)
     return everything if source.classes is None else _only_classes(everything, source.classes)
+
+
+class _Unusable(Exception):
+    """A cache entry that is not there, or no longer what was written."""
 
 
 @lru_cache(maxsize=256)
@@ -105,11 +118,25 @@ def _mapped(
     place: Path, name: str, kind: str, classes: tuple[str, ...], templates: tuple[str, ...]
 ) -> Samples:
     """A cache entry, mapped; what bears the same name later has the same content, so it need not be opened again."""
+    _check_entry(place)
     images = np.asarray(np.load(place / "images.npy", mmap_mode="r", allow_pickle=False))
-    labels = np.load(place / "labels.npy", allow_pickle=False)
-    labels.flags.writeable = False
+    labels, same = (np.load(place / f"{what}.npy", allow_pickle=False) for what in ("labels", "pictures"))
+    labels.flags.writeable = same.flags.writeable = False
     captions = [tuple(texts) for texts in json.loads((place / "captions.json").read_text(encoding="utf-8"))]
-    return Samples(name, kind, images, labels, captions, classes, templates)
+    return Samples(name, kind, images, labels, captions, classes, templates, same)
+
+
+def _check_entry(place: Path) -> None:
+    """Raise _Unusable unless the files of an entry have the sha256 that it states."""
+    try:
+        if not place.is_dir():
+            raise _Unusable("it is not there")
+        stated = json.loads((place / ENTRY_FILE).read_text(encoding="utf-8"))
+        for name in CONTENT_FILES:
+            if manifest.file_sha256(place / name) != stated[name]:
+                raise _Unusable(f"{name} does not hold the bytes that were written")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _Unusable(f"it cannot be read ({error})") from None
 
 
 def height_and_width(image_size: int | Sequence[int]) -> list[int]:
@@ -139,43 +166,66 @@ def _only_classes(samples: Samples, names: Sequence[str]) -> Samples:
     rows = np.flatnonzero(np.isin(samples.labels, wanted))
     captions = [samples.captions[row] for row in rows]
     assert isinstance(samples.images, np.ndarray)
-    images = Rows(samples.images, rows)
-    return Samples(
-        samples.name, samples.kind, images, samples.labels[rows], captions, samples.classes, samples.templates
-    )
+    return replace(
+        samples, images=Rows(samples.images, rows), labels=samples.labels[rows], captions=captions,
+        pictures=samples.pictures[rows],
+    )  # fmt: skip
 
 
 def _decode_into(
-    place: Path, source: Source, info: manifest.DatasetInfo, split: manifest.SplitInfo, size: list[int], geometry: dict[str, Any], cache: Path
+    place: Path, source: Source, info: manifest.DatasetInfo, split: manifest.SplitInfo,
+    transform: Callable[[Image.Image], Image.Image], shape: tuple[int, ...], cache: Path,
 ) -> None:  # fmt: skip
-    """Write one cache entry: decode into a directory of our own, then give it its name."""
+    """Make one cache entry, unless another process has made it meanwhile. An entry that is damaged is thrown away first."""
+    home = manifest.folder(source.root, source.dataset)
+    shards = [home / source.split / shard.file for shard in split.shards]
     manifest.verify(source.root, source.dataset, source.split, cache)
-    transform = evaluation_geometry(size, geometry)
-    work = Path(tempfile.mkdtemp(prefix=f"{place.name}.partial-", dir=place.parent))
+    access = Access.of(Path(source.root), home, home / source.split, *shards)
     try:
-        shape = (split.samples, *size, 3)
-        images = (
-            np.lib.format.open_memmap(work / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
-            if split.samples
-            else None
-        )
-        labels, captions = np.full(split.samples, -1, np.int64), []
-        home = manifest.folder(source.root, source.dataset) / source.split
-        for row, (image, label, texts) in enumerate(_samples(home, info, split, transform)):
-            assert images is not None
-            images[row], labels[row] = image, label
+        with only_one(place, access):
+            try:
+                _check_entry(place)
+                return
+            except _Unusable as problem:
+                if place.exists():
+                    print(f"{place}: {problem}; the split is decoded again", file=sys.stderr, flush=True)
+                    worthless = place.with_name(f"{place.name}{PARTIAL}damaged")
+                    place.rename(worthless)
+                    shutil.rmtree(worthless, ignore_errors=True)
+            with whole_folder(place, access) as work:
+                decoded = _samples(home / source.split, info, split, transform)
+                _write_entry(work, decoded, (split.samples, *shape))
+    except OSError as error:
+        raise UserError(
+            f"the data cache {cache} cannot be written ({error}); set data.cache to a folder that can, with room for "
+            f"{math.prod(shape) * split.samples:,} bytes of {source.dataset}"
+        ) from error
+
+
+def _write_entry(
+    work: Path, decoded: Iterable[tuple[np.ndarray, int, list[str], str]], shape: tuple[int, ...]
+) -> None:
+    """Fill the folder of an entry; the last file states the digests of the others."""
+    labels, captions = np.full(shape[0], -1, np.int64), []
+    same, first = np.arange(shape[0]), dict[str, int]()
+    if not shape[0]:
+        np.save(work / "images.npy", np.empty(shape, np.uint8))
+    else:
+        images = np.lib.format.open_memmap(work / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+        with (work / "images.npy").open(
+            "r+b"
+        ) as file:  # writing to a map of a full disk would kill the process
+            os.posix_fallocate(file.fileno(), 0, (work / "images.npy").stat().st_size)
+        for row, (image, label, texts, picture) in enumerate(decoded):
+            images[row], labels[row], same[row] = image, label, first.setdefault(picture, row)
             captions.append(texts)
-        if images is None:
-            np.save(work / "images.npy", np.empty(shape, np.uint8))
-        else:
-            images.flush()
-            del images
-        np.save(work / "labels.npy", labels)
-        (work / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
-        if not place.is_dir():
-            work.rename(place)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        images.flush()
+        del images
+    np.save(work / "labels.npy", labels)
+    np.save(work / "pictures.npy", same)
+    (work / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
+    digests = {name: manifest.file_sha256(work / name) for name in CONTENT_FILES}
+    (work / ENTRY_FILE).write_text(json.dumps(digests), encoding="utf-8")
 
 
 def _samples(
@@ -183,8 +233,8 @@ def _samples(
     info: manifest.DatasetInfo,
     split: manifest.SplitInfo,
     transform: Callable[[Image.Image], Image.Image],
-) -> Iterator[tuple[np.ndarray, int, list[str]]]:
-    """(image, label, captions) of every sample, in the order of the shards."""
+) -> Iterator[tuple[np.ndarray, int, list[str], str]]:
+    """(image, label, captions, what names the picture) of every sample, in the order of the shards."""
     for shard in split.shards:
         path, count = home / shard.file, 0
         for sample in _grouped(path):
@@ -199,11 +249,11 @@ def _grouped(path: Path) -> Iterator[Mapping[str, Any]]:
     """The samples of a shard as webdataset sees them. Raises ShardError where it sees less than the scanner did."""
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
-    with path.open("rb") as stream:
-        try:
+    try:
+        with path.open("rb") as stream:
             yield from group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}]))
-        except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-            raise ShardError(path, "unreadable", f"webdataset cannot read it ({error!s:.200})") from None
+    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+        raise ShardError(path, "unreadable", f"webdataset cannot read it ({error!s:.200})") from None
 
 
 def _decode(
@@ -211,41 +261,23 @@ def _decode(
     path: Path,
     info: manifest.DatasetInfo,
     transform: Callable[[Image.Image], Image.Image],
-) -> tuple[np.ndarray, int, list[str]]:
+) -> tuple[np.ndarray, int, list[str], str]:
     key = sample["__key__"]
     suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in sample), "")
     if not suffix or (info.kind == "classification" and "cls" not in sample):
         raise ShardError(path, "unreadable", f"sample {key!r} has no image, or no label")
-    image = open_image(sample[suffix], path, f"{key}.{suffix}")
+    data = sample[suffix]
+    image = open_image(data, path, f"{key}.{suffix}")
     try:
-        pixels = np.asarray(transform(image))
+        pixels = np.asarray(transform(pictures.as_seen(image)))
     except (OSError, ValueError, SyntaxError) as error:
         raise ShardError(path, "unreadable", f"image {key}.{suffix} cannot be decoded ({error})") from None
-    captions = _text(sample.get("txt", b""), path, key).split("\n")
-    texts = [line.strip() for line in captions if line.strip()]
+    texts = captions_of(sample.get("txt", b""), path, key)
     if info.kind == "retrieval":
-        if not texts:
-            raise ShardError(path, "unreadable", f"sample {key!r} has no caption")
-        return pixels, -1, texts
-    label = _text(sample["cls"], path, key).strip()
-    if not _is_number(label) or int(label) >= len(info.classes):
-        raise ShardError(
-            path,
-            "unreadable",
-            f"sample {key!r} has the class {label[:20]!r}; classnames.txt holds {len(info.classes)}",
-        )
-    return pixels, int(label), texts
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= 9
-
-
-def _text(data: bytes, path: Path, key: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        raise ShardError(path, "unreadable", f"sample {key!r} holds text that is not UTF-8") from None
+        return pixels, -1, texts, picture_id(data)
+    label = label_of(sample["cls"], path, key)
+    check_label(label, len(info.classes), path, key)
+    return pixels, label, texts, picture_id(data)
 
 
 def evaluation_geometry(
@@ -265,13 +297,3 @@ def evaluation_geometry(
         return image if image.mode == "RGB" and image.size == width_height else transform(image)
 
     return apply
-
-
-@contextmanager
-def _only_one(place: Path) -> Iterator[None]:
-    """Let one process at a time make `place`. Where the file system has no locks, all make it and the first to rename wins."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with place.with_name(f".{place.name}.lock").open("w") as lock:
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -8,16 +8,17 @@ Invariant: digests depend on the content of shards, class names and prompts only
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from merge_service.errors import UserError
-from workers.data.contents import inspect
+from workers.data.cache import Access, cache_root, recall, remember
+from workers.data.contents import REVISION, Survey, check_label, inspect, together
+from workers.data.lines import class_names, filled_lines, stated_number
 from workers.data.tarscan import ShardError
 
 MANIFEST_FILE = "manifest.json"
@@ -133,12 +134,12 @@ def _stamp(file: Path) -> tuple[int, ...] | None:
 
 def _described(home: Path, dataset: str, cache: str | Path | None) -> DatasetInfo:
     kind = _kind(home)
-    classes = _lines(home / CLASSES_FILE)
+    classes = class_names(home / CLASSES_FILE)
     if kind == "classification" and not classes:
         raise UserError(
             f"{home / CLASSES_FILE} is missing or empty: a classification set needs one class name a line"
         )
-    templates = _lines(home / TEMPLATES_FILE) or (("a photo of a {c}.",) if classes else ())
+    templates = filled_lines(home / TEMPLATES_FILE) or (("a photo of a {c}.",) if classes else ())
     for template in templates:
         if "{c}" not in template:
             raise UserError(
@@ -149,15 +150,42 @@ def _described(home: Path, dataset: str, cache: str | Path | None) -> DatasetInf
     return DatasetInfo(dataset, kind, classes, templates, splits, digest)
 
 
-def verify(root: str | Path, dataset: str, split: str, cache: str | Path | None = None) -> None:
-    """Check every shard of a split against its stated size, sha256 and sample count, and its members against the rules.
+def verify(
+    root: str | Path, dataset: str, split: str, cache: str | Path | None = None, decode: bool = False
+) -> Survey:
+    """Check every shard of a split against its stated size, sha256 and sample count, and its samples against the rules.
 
-    With `cache`, a shard already found whole is not read again while its size and modification time stand.
+    Returns what the samples are. With `cache`, a shard already found whole is not read again while its size and modification
+    time stand; with `decode` every shard is read and every picture decoded.
     Raises ShardError naming the shard: missing, cut, flipped, short, forbidden, duplicate, pixels or unreadable.
     """
     home, info = folder(root, dataset), describe(root, dataset, cache)
+    surveys = []
     for shard in split_of(info, split).shards:
-        verify_shard(home / split / shard.file, shard, info.kind, Path(cache) if cache else None)
+        path = home / split / shard.file
+        surveys.append(verify_shard(path, shard, info.kind, Path(cache) if cache else None, decode))
+        if surveys[-1].labels:
+            check_label(surveys[-1].labels[-1][0], len(info.classes), path, surveys[-1].top)
+    return together(surveys)
+
+
+def unread_bytes(root: str | Path, dataset: str, splits: Collection[str], cache: str | Path) -> int:
+    """How much there is to read before the samples of these splits are known; 0 once they were looked at."""
+    home = folder(root, dataset)
+    if not (home / MANIFEST_FILE).is_file():
+        known = _index_file(home, cache_root(cache)).exists()
+        return 0 if known else sum(path.stat().st_size for path in home.glob("*/*.tar"))
+    info, unread = describe(root, dataset, cache), 0
+    for name in info.splits.keys() & set(splits):
+        for shard in info.splits[name].shards:
+            path = home / name / shard.file
+            kept = (
+                _kept_survey(path, shard.sha256, shard.samples, info.kind, Path(cache))
+                if path.is_file()
+                else None
+            )
+            unread += 0 if kept is None or kept.exists() else shard.bytes
+    return unread
 
 
 def split_of(info: DatasetInfo, split: str) -> SplitInfo:
@@ -169,29 +197,52 @@ def split_of(info: DatasetInfo, split: str) -> SplitInfo:
     return info.splits[split]
 
 
-def verify_shard(path: Path, stated: ShardInfo, kind: str, cache: Path | None = None) -> None:
+def verify_shard(
+    path: Path, stated: ShardInfo, kind: str, cache: Path | None = None, decode: bool = False
+) -> Survey:
     """One shard against what its manifest states; see `verify`."""
     if not path.is_file():
         raise ShardError(path, "missing", "no such file, or not a regular one")
     status = path.stat()
-    stamp = None
-    if cache is not None:
-        facts = [str(path.resolve()), status.st_size, status.st_mtime_ns, stated.sha256, stated.samples, kind]
-        stamp = cache / "verified" / _digest(facts)[:32]
-        if stamp.exists():
-            return
+    kept = _kept_survey(path, stated.sha256, stated.samples, kind, cache)
+    if kept is not None and not decode and (found := _surveyed(recall(kept))) is not None:
+        return found
     if status.st_size < stated.bytes:
         raise ShardError(path, "cut", f"{status.st_size} of {stated.bytes} bytes are there")
     if status.st_size > stated.bytes or file_sha256(path) != stated.sha256:
         raise ShardError(
             path, "flipped", f"its bytes are not those the manifest states (sha256 {stated.sha256[:12]}...)"
         )
-    found = inspect(path, kind)
-    if found != stated.samples:
-        raise ShardError(path, "short", f"{found} samples, the manifest states {stated.samples}")
-    if stamp is not None:
-        stamp.parent.mkdir(parents=True, exist_ok=True)
-        stamp.touch()
+    survey = inspect(path, kind, decode)
+    if survey.samples != stated.samples:
+        raise ShardError(path, "short", f"{survey.samples} samples, the manifest states {stated.samples}")
+    _keep_survey(kept, survey, path)
+    return survey
+
+
+def _kept_survey(path: Path, sha256: str, samples: int, kind: str, cache: Path | None) -> Path | None:
+    """Where the survey of a shard is kept: named after the shard's content, its place, size and time, and what is looked for."""
+    if cache is None:
+        return None
+    status = path.stat()
+    facts = [REVISION, str(path.resolve()), status.st_size, status.st_mtime_ns, sha256, samples, kind]
+    return cache / "verified" / f"{_digest(facts)[:32]}.json"
+
+
+def _keep_survey(kept: Path | None, survey: Survey, shard: Path) -> None:
+    if kept is not None:
+        split, home, root = shard.parents[:3]
+        remember(kept, json.dumps(asdict(survey)), Access.of(root, home, split, shard))
+
+
+def _surveyed(text: str | None) -> Survey | None:
+    """A survey that was kept; None for what is damaged."""
+    try:
+        body = json.loads(text or "")
+        pairs = {name: tuple((key, count) for key, count in body[name]) for name in ("labels", "pictures")}
+        return Survey(**{**body, **pairs, "files": tuple(body["files"])})
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def file_sha256(path: Path) -> str:
@@ -218,7 +269,7 @@ def _is_name(name: Any) -> bool:
 
 
 def _kind(home: Path) -> str:
-    stated = _lines(home / KIND_FILE)
+    stated = filled_lines(home / KIND_FILE)
     kind = stated[0] if stated else "classification"
     if kind not in ("classification", "retrieval"):
         raise UserError(
@@ -257,10 +308,11 @@ def _check_types(shards: list[ShardInfo]) -> None:
 
 def _indexed_splits(home: Path, kind: str, cache: str | Path | None) -> dict[str, SplitInfo]:
     """Splits of a root without our manifest, from the cached index where sizes and times still stand."""
-    index_file = cache_root(cache) / "index" / f"{home.name}-{_digest(str(home.resolve()))[:16]}.json"
+    root = cache_root(cache)
+    index_file = _index_file(home, root)
     known: dict[str, Any] = {}
-    with suppress(UserError):  # an index that cannot be read is made again
-        known = _json(index_file) if index_file.is_file() else {}
+    with suppress(ValueError, RecursionError):  # an index that cannot be read is made again
+        known = dict(json.loads(recall(index_file) or "{}"))
     index: dict[str, list[Any]] = {}
     splits = {}
     for place in sorted(path for path in home.iterdir() if path.is_dir() and any(path.glob("*.tar"))):
@@ -274,18 +326,21 @@ def _indexed_splits(home: Path, kind: str, cache: str | Path | None) -> dict[str
                 case [*stated, str(sha256), int(samples)] if stated == facts:
                     pass
                 case _:
-                    samples, sha256 = inspect(path, kind), file_sha256(path)
+                    survey, sha256 = inspect(path, kind), file_sha256(path)
+                    samples = survey.samples
+                    _keep_survey(_kept_survey(path, sha256, samples, kind, root), survey, path)
             index[key] = [*facts, sha256, samples]
             shards.append(ShardInfo(path.name, sha256, samples, status.st_size))
         splits[place.name] = split_info(shards)
     if not splits:
         raise UserError(f"{home} holds no split: expected folders such as {home / 'test'} with *.tar shards")
     if index != known:
-        index_file.parent.mkdir(parents=True, exist_ok=True)
-        partial = index_file.with_name(f"{index_file.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(index, indent=1, sort_keys=True), encoding="utf-8")
-        partial.replace(index_file)
+        remember(index_file, json.dumps(index, indent=1, sort_keys=True), Access.of(home.parent, home))
     return splits
+
+
+def _index_file(home: Path, root: Path) -> Path:
+    return root / "index" / f"{home.name}-{_digest(str(home.resolve()))[:16]}.json"
 
 
 def _shard_files(place: Path) -> list[Path]:
@@ -293,29 +348,10 @@ def _shard_files(place: Path) -> list[Path]:
     files = sorted(
         place.glob("*.tar"), key=lambda path: (not path.stem.isdigit(), path.stem.zfill(12), path.name)
     )
-    stated = _lines(place / "nshards.txt")
-    if stated and stated[0] != str(len(files)):
-        raise ShardError(
-            place, "missing", f"nshards.txt states {stated[0][:20]} shards, {len(files)} are there"
-        )
+    stated = stated_number(place / "nshards.txt")
+    if stated not in (None, len(files)):
+        raise ShardError(place, "missing", f"nshards.txt states {stated} shards, {len(files)} are there")
     return files
-
-
-def cache_root(cache: str | Path | None = None) -> Path:
-    """Where indices of foreign roots are kept: `cache`, else what the environment says, else the user's own cache."""
-    if cache is not None:
-        return Path(cache)
-    return Path(os.environ.get("TEMPORAL_MERGE_CACHE") or Path.home() / ".cache" / "temporal-merge")
-
-
-def _lines(path: Path) -> tuple[str, ...]:
-    if not path.is_file():
-        return ()
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error}); write it again") from None
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 def _json(path: Path) -> dict[str, Any]:

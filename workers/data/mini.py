@@ -7,6 +7,7 @@ Invariant: a folder with a `suite.json` is a whole suite, and building again wit
 """
 
 import argparse
+import fcntl
 import json
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 
 from merge_service.errors import UserError
@@ -27,6 +29,7 @@ from workers.data.writer import write_dataset
 
 NAME = "mini"
 EDITION = 1
+YOUNG_SECONDS = 60.0
 MAKERS: dict[str, Callable[[], MiniDataset]] = {
     "animals": mini_scans.animals,
     "scripts": mini_fonts.scripts,
@@ -60,9 +63,18 @@ def build(root: str | Path, say: Callable[[str], None] = lambda line: None, proc
         raise UserError(
             f"{root} is not empty and holds no {SUITE_FILE}; choose an empty folder for the mini suite"
         )
-    place.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{place.name}.partial-", dir=place.parent))
     try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(place)
+        work = Path(tempfile.mkdtemp(prefix=f".{place.name}.partial-", dir=place.parent))
+    except OSError as error:
+        raise UserError(
+            f"the mini suite cannot be written to {root} ({error}); set data.root to a place that can be written, or that has it"
+        ) from error
+    mark = os.open(work, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(mark, fcntl.LOCK_EX)
         work.chmod(0o755)
         if processes == 1:
             for name in MAKERS:
@@ -75,6 +87,7 @@ def build(root: str | Path, say: Callable[[str], None] = lambda line: None, proc
         (work / SUITE_FILE).write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
         _put(work, place)
     finally:
+        os.close(mark)
         shutil.rmtree(work, ignore_errors=True)
     return True
 
@@ -98,6 +111,21 @@ def _write(work: Path, name: str) -> str:
     sizes = ", ".join(f"{len(samples)} {split}" for split, samples in made.splits.items())
     what = f"{len(made.classes)} classes" if made.classes else made.kind
     return f"{name:12} {what:14} {sizes:22} {time.monotonic() - started:5.1f} s"
+
+
+def _sweep(place: Path) -> None:
+    """Remove what builds left that were killed: a build holds the lock of its folder, which it takes soon after making it."""
+    for work in place.parent.glob(f".{place.name}.partial-*"):
+        if time.time() - work.stat().st_mtime < YOUNG_SECONDS:
+            continue
+        handle = os.open(work, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(work, ignore_errors=True)
+        except OSError:
+            pass  # it is being filled, or there are no locks to tell
+        finally:
+            os.close(handle)
 
 
 def _put(work: Path, place: Path) -> None:

@@ -14,6 +14,8 @@ import numpy as np
 from merge_service.errors import UserError
 
 SOURCES = ("pretraining", "update", "buffer")
+MAX_BATCH = 100_000
+"""Up to which a batch size that would do is looked for."""
 
 
 def batch_counts(batch_size: int, mixture: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, int]:
@@ -21,7 +23,7 @@ def batch_counts(batch_size: int, mixture: Mapping[str, float], sizes: Mapping[s
 
     `mixture` holds shares that sum to 1, `sizes` the number of samples there are. Shares are rounded down and what is left goes
     to the sources in order, pretraining first. An empty buffer's share is split equally among the other sources in use.
-    Raises UserError if another source has a share but no samples.
+    Raises UserError if another source has a share but no samples, or a share that comes to no sample of a batch.
     """
     if abs(sum(mixture.get(name, 0.0) for name in SOURCES) - 1) > 1e-6 or set(mixture) - set(SOURCES):
         raise UserError(f"mixture {dict(mixture)}: the shares of {', '.join(SOURCES)} must sum to 1")
@@ -31,9 +33,42 @@ def batch_counts(batch_size: int, mixture: Mapping[str, float], sizes: Mapping[s
             raise UserError(
                 f"the mixture takes {mixture[name]:g} of each batch from {name!r}, which holds no samples"
             )
+    counts = _counts(batch_size, mixture, buffered=sizes.get("buffer", 0) > 0)
+    if problem := lost_shares(batch_size, mixture, buffered=sizes.get("buffer", 0) > 0):
+        raise UserError(f"the mixture {problem}")
+    return counts
+
+
+def lost_shares(
+    batch_size: int, mixture: Mapping[str, float], buffered: bool, multiple: int = 1
+) -> str | None:
+    """What is wrong with a batch size that gives a source with a share no sample of any batch, and which size would do.
+
+    `buffered`: whether there are earlier tasks to replay. The size named is a multiple of `multiple`.
+    """
+    used = [name for name in SOURCES if mixture.get(name, 0.0) > 0 and (buffered or name != "buffer")]
+
+    def lost(size: int) -> list[str]:
+        counts = _counts(size, mixture, buffered)
+        return [name for name in used if not counts[name]]
+
+    names = lost(batch_size)
+    if not names:
+        return None
+    counts = _counts(batch_size, mixture, buffered)
+    parts = ", ".join(f"{name} {mixture[name]:g} = {counts[name]}" for name in used)
+    text = f"gives {' and '.join(names)} no sample of a batch of {batch_size} ({parts})"
+    enough = next(
+        (size for size in range(multiple, MAX_BATCH, multiple) if size > batch_size and not lost(size)), None
+    )
+    return f"{text}; take a batch_size of {enough}" if enough else f"{text}; raise the share, or set it to 0"
+
+
+def _counts(batch_size: int, mixture: Mapping[str, float], buffered: bool) -> dict[str, int]:
+    used = [name for name in SOURCES if mixture.get(name, 0.0) > 0]
     counts = {name: int(mixture.get(name, 0.0) * batch_size + 1e-9) for name in SOURCES}
     _deal(counts, used, batch_size - sum(counts.values()))
-    if counts["buffer"] and not sizes.get("buffer", 0):
+    if counts["buffer"] and not buffered:
         freed, counts["buffer"] = counts["buffer"], 0
         others = [name for name in used if name != "buffer"]
         if not others:

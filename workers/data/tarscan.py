@@ -36,8 +36,12 @@ class ShardError(UserError):
     def __init__(
         self, shard: Path, reason: str, detail: str, advice: str = "Fetch or write this shard again."
     ):
-        super().__init__(f"{shard}: {reason}: {detail}. {advice}")
+        super().__init__(shard, reason, detail, advice)  # all of them, so that pickle can make it again
         self.shard, self.reason = shard, reason
+
+    def __str__(self) -> str:
+        shard, reason, detail, advice = self.args
+        return f"{shard}: {reason}: {detail}. {advice}"
 
 
 @dataclass(frozen=True)
