@@ -286,6 +286,8 @@ class _Drive:
             if step.kind == "evaluate":
                 self.progress.standings.scored(step.fingerprint, record.result["scores"])
             self.progress.finished(step.fingerprint, headline(record))
+            for note in record.result.get("notes", ()):
+                self.events.add("note", f"{step.label}: {note}", step=step.fingerprint)
             point("driver.after_commit")
 
     def _look_after(self) -> None:

@@ -285,10 +285,10 @@ def model_facts(study: Study, model: ModelSection, base: Base | None, notes: tup
         costs[trainable], ratios[trainable] = cost["gflops_per_sample"], cost["memory_ratio"]
         size = int(cost["weights_bytes"])
     training = _training(study, model, base)
-    return ModelFacts(weights, config, costs, ratios, size, _has_resblocks(base), training, notes)
+    return ModelFacts(weights, config, costs, ratios, size, has_resblocks(base), training, notes)
 
 
-def _has_resblocks(base: Base | None) -> bool:
+def has_resblocks(base: Base | None) -> bool:
     """Whether both towers are open_clip's own transformers, by the configuration; False where that is not at hand."""
     if base is None:
         return False

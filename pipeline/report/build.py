@@ -5,6 +5,7 @@ not scored yet is said, and a figure that cannot be drawn is named with the reas
 """
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,8 @@ def write_report(
     text = page(
         plan.study,
         f"{len(answer['trajectories'])} trajectories, {len(data.last)} groups that differ in more than the seed"
-        + "".join(f". {text}" for base in answer.get("bases", ()) if (text := sentence_of(base))),
+        + "".join(f". {text}" for base in answer.get("bases", ()) if (text := sentence_of(base)))
+        + "".join(f". {note}" for note in notes_of(made)),
         partial,
         advice,
         f"temporal-merge report {out}",
@@ -122,6 +124,14 @@ def write_report(
         "complete": answer["complete"],
         "advice": advice,
     }
+
+
+def notes_of(made: Sequence[Record]) -> list[str]:
+    """What merges said of their results, each thing once, with how many said it."""
+    said = Counter(
+        note for record in made if record.kind == "merge" for note in record.result.get("notes", ())
+    )
+    return [f"{note} ({count} merge{'s' * (count != 1)})" for note, count in said.items()]
 
 
 def draw_all(

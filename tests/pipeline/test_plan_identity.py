@@ -8,7 +8,7 @@ import pytest
 from plan_toys import REPLAY, facts, make_plan, raw_study, study
 
 from pipeline.config import study_from
-from pipeline.facts import has_resblocks
+from pipeline.facts import base_of, has_resblocks
 from pipeline.plan import VERSIONS, Plan
 from pipeline.sections import ModelSection
 from pipeline.steps import DatasetFacts
@@ -165,8 +165,12 @@ def test_merges_of_a_base_that_is_not_made_of_resblocks_are_a_version_ahead() ->
     ("config", "expected"),
     [
         ("ViT-B-32", True), ("ViT-L-14-quickgelu", True), ("tiny-clip", True), ("RN50", False), ("convnext_base", False),
-        ("ViT-B-16-SigLIP", False), ("coca_ViT-B-32", False), ("roberta-ViT-B-32", False), ("hf-hub:somebody/something", False),
+        ("ViT-B-16-SigLIP", False), ("coca_ViT-B-32", False), ("roberta-ViT-B-32", False),
     ],
 )  # fmt: skip
 def test_configuration_says_whether_a_base_is_made_of_resblocks(config: str, expected: bool) -> None:
-    assert has_resblocks(ModelSection(config=config)) == expected
+    assert has_resblocks(base_of(ModelSection(config=config))) == expected
+
+
+def test_base_of_which_nothing_is_known_is_not_taken_to_be_made_of_resblocks() -> None:
+    assert not has_resblocks(None)
