@@ -50,6 +50,8 @@ GRACE_SECONDS = 30.0
 """How long nodes that have gone may take to come back when nothing that is left to do has a place without them."""
 IDLE_SECONDS = 60.0
 """How long an idle group is kept where nodes come and go by themselves."""
+WAITED_SECONDS = 2.0
+"""How long an idle group is kept while a step of another driver is waited for."""
 FATAL = (UserError, NondeterminismError, StorageFull, CodeMismatch)
 """Errors that another try cannot mend."""
 MEMORY_RETRIES = 2
@@ -239,7 +241,12 @@ class _Drive:
         self.untold.append((step, record))
 
     def _ask_others(self) -> None:
-        """What has become of the steps that other drivers carry out: done, or free to be done here."""
+        """What has become of the steps that other drivers carry out: done, or free to be done here.
+
+        Idle workers are let go meanwhile: on a cluster that both share they may hold the very place that the other waits for.
+        """
+        if self.others.waits:
+            self.pools.drop_idle(WAITED_SECONDS)
         for fingerprint, record in self.others.settled():
             if record is not None:
                 self._found(self.steps[fingerprint], record)

@@ -58,6 +58,11 @@ class Others:
                 del self._under_way[fingerprint]
                 yield fingerprint, self._workspace.known(fingerprint)
 
+    @property
+    def waits(self) -> bool:
+        """Whether another driver carries out a step of this one."""
+        return bool(self._under_way)
+
     def waited_for(self) -> list[dict[str, str]]:
         """What is waited for and who carries it out, for `status`."""
         return [
