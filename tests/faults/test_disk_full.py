@@ -130,7 +130,7 @@ def test_driver_that_cannot_say_what_it_does_is_told_that_the_disk_is_full(disk:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.chaos
-@pytest.mark.parametrize("disk", [64], indirect=True)
+@pytest.mark.parametrize("disk", [256], indirect=True)
 @pytest.mark.parametrize(
     ("point", "nth"),
     [("train.after_step", 1), ("store.before_record", 2), ("merge.start", 1), ("driver.after_commit", 4)],
