@@ -330,7 +330,7 @@ def test_batch_is_whole_however_few_samples_there_are(record_property: Record) -
 
     @SEEDED
     @given(
-        batch=st.integers(3, 48), sizes=st.tuples(*[st.integers(1, 20)] * 3), step=st.integers(0, 10**6),
+        batch=st.integers(4, 48), sizes=st.tuples(*[st.integers(1, 20)] * 3), step=st.integers(0, 10**6),
         buffer=st.booleans(),
     )  # fmt: skip
     def check(batch: int, sizes: tuple[int, int, int], step: int, buffer: bool) -> None:
