@@ -39,8 +39,8 @@ def serving(
 
 
 @contextmanager
-def mlflow_at(home: Path, port: int | None = None) -> Iterator[str]:
-    """MLflow's own server, with its database in `home`: its address. The same home and port are the same server again."""
+def mlflow_at(port: int | None, home: Path) -> Iterator[str]:
+    """MLflow's own server, on this port or a free one, with its database in `home`: its address. The same port and home are the same server again."""
 
     def command(port: int) -> list[str]:
         return [

@@ -76,14 +76,14 @@ def one(world: World, cluster: Cluster, undisturbed: Path, room: Path, seed: int
         while not codes or codes[-1] != 0:
             assert len(codes) < STARTS, f"started {len(codes)} times: {codes}"
             if uri and len(codes) == 1:
-                served.enter_context(mlflow_at(room, port))
+                served.enter_context(mlflow_at(port, room))
             process = start("run", study, "--out", out, "--address", cluster.address, faults=faults.placed)
             said = process.communicate(timeout=300)[1]
             codes.append(process.returncode)
             assert "Traceback" not in said, said
         if uri and len(codes) == 1:  # one start was enough, so all rows still wait
             assert count_pending(out) > 0, "the tracker was not missed"
-            served.enter_context(mlflow_at(room, port))
+            served.enter_context(mlflow_at(port, room))
         assert command("sync", out).returncode == 0
         must_be_same(out, undisturbed, cluster, uri)
     assert not faults.missed, f"never fired: {faults.missed}"

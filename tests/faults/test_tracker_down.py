@@ -40,7 +40,7 @@ def test_tracker_that_never_answers_costs_a_run_nothing_and_sync_delivers_once(
     assert told and int(told[1]) == waiting > 50, answer.stdout
     record_property("rows waiting, then delivered once", str(waiting))
     assert artifacts(out) == artifacts(undisturbed)
-    with mlflow_at(tmp_path, port):
+    with mlflow_at(port, tmp_path):
         assert command("sync", out).returncode == 0
         once = tracked(uri)
         assert command("sync", out).returncode == 0
@@ -55,13 +55,13 @@ def test_tracker_that_goes_and_comes_back_has_everything_once(
     out, port = tmp_path / "out", free_port()
     uri = f"http://127.0.0.1:{port}"
     study = world.study(tracking={"uri": uri})
-    with mlflow_at(tmp_path, port):
+    with mlflow_at(port, tmp_path):
         process = start("run", study, "--out", out, "--address", cluster.address)
         wait_until(lambda: len(created(out)) >= 6, "no steps end", 60)
     wait_until(
         lambda: len(created(out)) >= 12 or process.poll() is not None, "steps wait for the tracker", 60
     )
-    with mlflow_at(tmp_path, port):
+    with mlflow_at(port, tmp_path):
         said = process.communicate(timeout=120)[1]
         assert process.returncode == 0, said
         assert command("sync", out).returncode == 0
@@ -120,7 +120,7 @@ def test_tracker_that_fails_stalls_and_loses_answers_ends_with_everything_once(
     world: World, cluster: Cluster, undisturbed: Path, tmp_path: Path, record_property: Any
 ) -> None:
     out = tmp_path / "out"
-    with mlflow_at(tmp_path) as Unreliable.target:
+    with mlflow_at(None, tmp_path) as Unreliable.target:
         proxy = ThreadingHTTPServer(("127.0.0.1", 0), Unreliable)
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
         try:
