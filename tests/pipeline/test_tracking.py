@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -574,6 +575,7 @@ def test_client_neither_retries_nor_follows_nor_prints(monkeypatch: pytest.Monke
     assert settings.MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.get() is True
     assert settings.MLFLOW_ALLOW_PICKLE_DESERIALIZATION.get() is False
     assert os.environ["MLFLOW_ALLOW_HTTP_REDIRECTS"] == "false"
+    assert not logging.getLogger("mlflow.store.db.utils").isEnabledFor(logging.ERROR)
 
 
 @pytest.mark.fault("F10")
