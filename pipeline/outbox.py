@@ -203,11 +203,6 @@ class Glance:
     results_of: str | None = None
 
 
-def count_pending(out: Path) -> int:
-    """Rows the tracker of a study directory has not received; as `glance`."""
-    return glance(out).pending
-
-
 def glance(out: Path) -> Glance:
     """What the outbox of a study directory says; nothing when nothing was ever tracked. Reads only.
 

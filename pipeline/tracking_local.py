@@ -109,7 +109,9 @@ def guard_environment() -> None:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("mlflow.store").setLevel(logging.CRITICAL)  # it logs a traceback of what it raises as well
+    logging.getLogger("mlflow.store").setLevel(
+        logging.CRITICAL
+    )  # it logs a traceback of what it raises as well
 
 
 def place(source: Path, target: Path) -> None:

@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
-from pipeline.outbox import count_pending
+from pipeline.outbox import glance
 from tests.faults.harness import DRIVER_POINTS, WORKER_POINTS, Faults, must_be_same, workers_of
 from tests.servers import free_port, mlflow_at
 from tests.world import Cluster, World, command, make_world, start
@@ -82,7 +82,7 @@ def one(world: World, cluster: Cluster, undisturbed: Path, room: Path, seed: int
             codes.append(process.returncode)
             assert "Traceback" not in said, said
         if uri and len(codes) == 1:  # one start was enough, so all rows still wait
-            assert count_pending(out) > 0, "the tracker was not missed"
+            assert glance(out).pending > 0, "the tracker was not missed"
             served.enter_context(mlflow_at(port, room))
         assert command("sync", out).returncode == 0
         must_be_same(out, undisturbed, cluster, uri)

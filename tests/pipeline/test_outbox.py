@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import TrackingError
-from pipeline.outbox import FILE, Outbox, Row, count_pending
+from pipeline.outbox import FILE, Outbox, Row, glance
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,8 +68,8 @@ def test_nan_is_refused_and_nothing_of_its_transaction_stays(outbox: Outbox) -> 
 
 def test_pending_is_counted_from_outside_without_writing(outbox: Outbox, tmp_path: Path) -> None:
     outbox.extend([Row("a", {}, 1), Row("b", {}, 2)])
-    assert count_pending(tmp_path) == 2
-    assert count_pending(tmp_path / "nothing") == 0
+    assert glance(tmp_path).pending == 2
+    assert glance(tmp_path / "nothing").pending == 0
 
 
 def test_file_that_is_no_outbox_is_named(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_file_that_is_no_outbox_is_named(tmp_path: Path) -> None:
     with pytest.raises(TrackingError, match=r"outbox\.db.*Delete it"):
         Outbox(tmp_path / FILE)
     with pytest.raises(TrackingError, match=FILE):
-        count_pending(tmp_path)
+        glance(tmp_path)
 
 
 @pytest.mark.fault("F2")
@@ -120,7 +120,7 @@ def test_reader_in_a_write_protected_directory_still_counts(outbox: Outbox, tmp_
     (copy / FILE).write_bytes((tmp_path / FILE).read_bytes())
     copy.chmod(0o500)
     try:
-        assert count_pending(copy) == 1
+        assert glance(copy).pending == 1
     finally:
         copy.chmod(0o700)
 

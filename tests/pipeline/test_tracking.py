@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ConfigError, TrackingError
-from pipeline.outbox import FILE, Entry, Outbox, count_pending
+from pipeline.outbox import FILE, Entry, Outbox, glance
 from pipeline.tracking import FlushLock, Tracker, file_with_study, sync, ui_command, ui_url
 from pipeline.tracking_client import TIMEOUT_VARIABLE, TRIES
 from pipeline.tracking_local import (
@@ -375,11 +375,11 @@ def test_server_down_then_elsewhere_up_delivers_the_rest_with_sync(
     started = time.monotonic()
     pending = tracker.close(240)
     assert told < 2 and time.monotonic() - started < 12
-    assert pending == outbox.pending() == count_pending(study.out) > 0
+    assert pending == outbox.pending() == glance(study.out).pending > 0
     assert tracker.last_error is not None and len(tracker.last_error) < 500
     outbox.close()
     assert sync(study.out, uri=local_uri(study.out), timeout=60) == (0, None)
-    assert count_pending(study.out) == pending, "the study's own tracker has still not got them"
+    assert glance(study.out).pending == pending, "the study's own tracker has still not got them"
     # A store given by address keeps artifacts where MLflow likes; everything else is as ever.
     assert [i["name"] for i in exported(study)] == [i["name"] for i in golden]
 
