@@ -210,9 +210,12 @@ def _name_alike(reference: Checkpoint, other: Checkpoint) -> None:
     for mine, theirs in ((_is_source, _OUTPUT.search), (_OUTPUT.search, _is_source)):
         lacking = [name for name in reference.tensors if name not in other.tensors and mine(name)]
         extra = [name for name in other.tensors if name not in reference.tensors and theirs(name)]
-        if len(lacking) == len(extra) == 1:
-            if reference.tensors[lacking[0]].shape == other.tensors[extra[0]].shape:
-                other.lend(lacking[0], other.tensors.pop(extra[0]))
+        fits = (
+            len(lacking) == len(extra) == 1
+            and reference.tensors[lacking[0]].shape == other.tensors[extra[0]].shape
+        )
+        if fits:
+            other.lend(lacking[0], other.tensors.pop(extra[0]))
 
 
 def _is_source(name: str) -> bool:
