@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from merge_service.buffers import buffers
 from merge_service.dtypes import all_finite
 from merge_service.errors import IncompatibleCheckpoint, NonFiniteCheckpoint
 
@@ -27,8 +28,8 @@ def admit(reference: "Checkpoint", candidate: "Checkpoint", who: str) -> tuple[s
 
 def align(reference: "Checkpoint", candidate: "Checkpoint", who: str) -> tuple[str, ...]:
     """Mend what differs in form alone in `candidate` as it is seen here, and say so: a prefix that all names have (`module.`),
-    position numbers that one of them saves and the other does not."""
-    return (*_mend_prefix(reference, candidate, who), *_mend_positions(reference, candidate, who))
+    buffers that one of them saves and the other does not."""
+    return (*_mend_prefix(reference, candidate, who), *_mend_buffers(reference, candidate, who))
 
 
 def check_tensors(reference: "Checkpoint", candidate: "Checkpoint", who: str) -> None:
@@ -38,7 +39,7 @@ def check_tensors(reference: "Checkpoint", candidate: "Checkpoint", who: str) ->
     type.
     """
     expected, found = reference.tensors, candidate.tensors
-    lacking = _loose(reference) - found.keys()
+    lacking = buffers(reference, expected.keys() - found.keys())
     differences = [f"{name} is missing" for name in expected if name not in found and name not in lacking]
     differences += [f"{name} is not in the reference" for name in found if name not in expected]
     for name in [name for name in expected if name in found]:
@@ -76,7 +77,9 @@ def check_finite(candidate: "Checkpoint", who: str) -> None:
 
 def _mend_prefix(reference: "Checkpoint", candidate: "Checkpoint", who: str) -> list[str]:
     """Read the candidate's names as the reference's where all differ by the same prefix and nothing else."""
-    expected, found = set(reference.tensors) - _loose(reference), set(candidate.tensors) - _loose(candidate)
+    if reference.tensors.keys() == candidate.tensors.keys():
+        return []
+    expected, found = (set(one.tensors) - buffers(one) for one in (reference, candidate))
     if not expected or not found or expected == found:
         return []
     for longer, shorter in ((found, expected), (expected, found)):
@@ -95,28 +98,28 @@ def _mend_prefix(reference: "Checkpoint", candidate: "Checkpoint", who: str) -> 
     return []
 
 
-def _mend_positions(reference: "Checkpoint", candidate: "Checkpoint", who: str) -> list[str]:
-    """Leave out position numbers that one of the two has and the other lacks; the output has them as the reference does."""
-    extra = [name for name in _loose(candidate) if name not in reference.tensors]
-    for name in extra:
-        del candidate.tensors[name]
-    only = {
-        **dict.fromkeys(extra, "not in the reference"),
-        **dict.fromkeys(_loose(reference) - candidate.tensors.keys(), "missing"),
-    }
-    return [f"{who}: {name} is {what}, but only numbers positions" for name, what in sorted(only.items())]
-
-
-def _loose(checkpoint: "Checkpoint") -> set[str]:
-    """Names of buffers that hold 0, 1, 2, ... and that libraries save or not, by their version."""
-    return {
+def _mend_buffers(reference: "Checkpoint", candidate: "Checkpoint", who: str) -> list[str]:
+    """Leave out buffers that only one of the two has, or in another form; the output has them as the reference does."""
+    expected, found = reference.tensors, candidate.tensors
+    formed = [
         name
-        for name, info in checkpoint.tensors.items()
-        if name.rpartition(".")[2] == "position_ids"
-        and not info.kind.is_float
-        and info.numel <= _SCAN
-        and np.array_equal(checkpoint.read(name), np.arange(info.numel))
+        for name in expected.keys() & found.keys()
+        if (expected[name].dtype, expected[name].shape) != (found[name].dtype, found[name].shape)
+    ]
+    only = {
+        "not in the reference": buffers(candidate, found.keys() - expected.keys()),
+        "of another form than in the reference": buffers(reference, formed) & buffers(candidate, formed),
+        "missing": buffers(reference, expected.keys() - found.keys()),
     }
+    for name in set().union(*only.values()) & found.keys():
+        del candidate.tensors[name]
+    return [
+        f"{who}: {min(names)}{f' and {len(names) - 1} more' if len(names) > 1 else ''} {what}: computed by the library, not trained"
+        for what, names in (
+            (f"{'are' if len(names) > 1 else 'is'} {what}", names) for what, names in only.items()
+        )
+        if names
+    ]
 
 
 def _prefix(names: Collection[str]) -> str:

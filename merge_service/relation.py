@@ -48,7 +48,8 @@ def ratios(base: "Checkpoint", expert: "Checkpoint") -> list[float]:
             one = base.read(name, at, at + RUN).astype(np.float64)
             other = expert.read(name, at, at + RUN).astype(np.float64)
             start += float(one @ one)
-            moved += float((other - one) @ (other - one))
+            with np.errstate(invalid="ignore"):
+                moved += float((other - one) @ (other - one))
             seen += one.size
         if start > 0 and np.isfinite(start + moved):
             found.append(float(np.sqrt(moved / start)))

@@ -79,10 +79,10 @@ def lend(weights: Checkpoint, ties: Ties) -> None:
     for alias, name in ties.items():
         groups.setdefault(name, [name]).append(alias)
     for group in groups.values():
-        held = next((weights.tensors[name] for name in group if name in weights.tensors), None)
-        for name in group if held is not None else ():
+        held = [weights.tensors[name] for name in group if name in weights.tensors]
+        for name in group if held else ():
             if name not in weights.tensors:
-                weights.lend(name, held)
+                weights.lend(name, held[0])
 
 
 def recorded(checkpoint: Checkpoint) -> Ties:

@@ -1,9 +1,11 @@
 """What comes into a merge: mended where only the form differs, refused by name where the numbers are none, named by content."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,11 +21,19 @@ from merge_service.errors import (
     QuantisedCheckpoint,
     TechniqueError,
 )
+from merge_service.geometry import geometry
 from merge_service.intake import Rules
 from merge_service.merge import merge
+from merge_service.similarity import similarity
 from merge_service.split import Part, PartWorker, Split
 
 Tensors = dict[str, np.ndarray]
+
+
+def here(parts: Sequence[Part]) -> contextlib.AbstractContextManager[Any]:
+    """Parts of a merge, made by objects of this process."""
+    workers = [PartWorker(part) for part in parts]
+    return contextlib.nullcontext(lambda method, *given: [getattr(one, method)(*given) for one in workers])
 
 
 @pytest.fixture
@@ -197,15 +207,6 @@ def test_workers_read_names_without_the_prefix_too(files: Files) -> None:
     expected = files.merge("ties")
     wrapped(files, lambda model: {f"module.{name}": value for name, value in model.items()})
 
-    def here(parts):  # type: ignore[no-untyped-def]
-        import contextlib
-
-        workers = [PartWorker(part) for part in parts]
-        assert all(isinstance(part, Part) for part in parts)
-        return contextlib.nullcontext(
-            lambda method, *given: [getattr(one, method)(*given) for one in workers]
-        )
-
     merge("ties", {}, files.start, files.paths, files.out, split=Split(2, here))
     for name, value in toys.load(files.out).items():
         np.testing.assert_array_equal(value, expected[name])
@@ -228,13 +229,67 @@ def test_positions_that_one_file_saves_and_another_does_not_are_no_difference(
         toys.save(files.start, {name: v for name, v in files.base.items() if name != "position_ids"})
     base = None if where == "first of no base" else files.start
     report = merge("average", {}, base, files.paths, files.out)
-    assert any("position_ids" in note and "only numbers positions" in note for note in report.notes)
+    assert any("position_ids" in note and "computed by the library" in note for note in report.notes)
     assert ("position_ids" in toys.load(files.out)) == (where != "base")
 
 
 def test_positions_that_are_not_0_1_2_are_a_difference(files: Files) -> None:
     toys.save(files.paths[1], files.experts[1] | {"other.position_ids": np.arange(6)[::-1].copy()})
     with pytest.raises(IncompatibleCheckpoint, match=r"other\.position_ids is not in the reference"):
+        merge("average", {}, files.start, files.paths, files.out)
+
+
+CAUSAL = np.tril(np.ones((1, 1, 300, 300), np.float32))
+BUFFERS = {
+    "h.0.attn.bias": CAUSAL,
+    "h.0.attn.masked_bias": toys.vector(-1e4),
+    "h.0.rotary_emb.inv_freq": 10000.0 ** -np.linspace(0, 0.9, 8, dtype=np.float32),
+    "embeddings.token_type_ids": np.zeros((1, 9), np.int64),
+    "attn_mask": np.where(CAUSAL[0, 0, :9, :9] == 1, 0, -np.inf).astype(np.float32),
+}
+"""As GPT-2, GPT-NeoX, Llama, BERT and CLIP were once saved with them and are no more."""
+
+
+@pytest.mark.parametrize("where", ["base", "expert", "all", "other form"])
+def test_buffers_that_libraries_compute_are_no_difference_and_the_base_s_are_kept(
+    where: str, files: Files
+) -> None:
+    expected, other = files.merge("ties"), {**BUFFERS, "h.0.attn.bias": CAUSAL[..., :9, :9] == 1}
+    if where != "expert":
+        toys.save(files.start, files.base | BUFFERS)
+    for number, path in enumerate(files.paths):
+        if where == "all" or (where != "base" and number == 0):
+            toys.save(path, files.experts[number] | (other if where == "other form" else BUFFERS))
+    for workers in (None, 2):
+        report = merge(
+            "ties", {}, files.start, files.paths, files.out, split=workers and Split(workers, here)
+        )
+        found = toys.load(files.out)
+        assert {name: found.pop(name).tobytes() for name in BUFFERS if where != "expert"} == {
+            name: value.tobytes() for name, value in BUFFERS.items() if where != "expert"
+        }
+        assert {n: v.tobytes() for n, v in found.items()} == {n: v.tobytes() for n, v in expected.items()}
+    assert where == "all" or any("computed by the library" in note for note in report.notes)
+    similarity(files.start, {path.stem: path for path in files.paths})
+    geometry(files.start, files.out, files.paths[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "trained"),
+    [
+        ("h.0.attn.bias", CAUSAL * 0.5),
+        ("h.0.attn.inv_freq", np.arange(1, 9, dtype=np.float32)),
+        ("token_type_ids", np.arange(4)),
+        ("attn_mask", toys.vector([0.0, -100.0, 3.0])),
+        ("h.0.attn.masked_bias", toys.vector(0.3)),
+        ("h.0.bias", np.ones(9, np.float32)),
+    ],
+)
+def test_what_only_has_the_name_of_a_buffer_is_a_difference(
+    name: str, trained: np.ndarray, files: Files
+) -> None:
+    toys.save(files.paths[1], files.experts[1] | {name: trained})
+    with pytest.raises(IncompatibleCheckpoint, match=f"{name} is not in the reference"):
         merge("average", {}, files.start, files.paths, files.out)
 
 
