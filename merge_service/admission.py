@@ -3,6 +3,7 @@
 Nothing is ever skipped, truncated or padded to fit. A merge with a tensor left out looks like a success.
 """
 
+import re
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,14 @@ import numpy as np
 from merge_service.buffers import buffers
 from merge_service.dtypes import all_finite
 from merge_service.errors import IncompatibleCheckpoint, NonFiniteCheckpoint
+from merge_service.shards import SHARD
 
 if TYPE_CHECKING:
     from merge_service.checkpoint import Checkpoint
 
 MAX_DIFFERENCES = 10
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+_VOCABULARY = re.compile(r"embed|wte|shared|lm_head|vocab|decoder\.(weight|bias)$|predictions")
 _SCAN = 1 << 20
 
 
@@ -52,7 +56,7 @@ def check_tensors(reference: "Checkpoint", candidate: "Checkpoint", who: str) ->
     if differences:
         raise IncompatibleCheckpoint(
             f"{who} ({candidate.path}) does not have the tensors of {reference.path}: {_some(differences)}. "
-            f"{_hint(list(expected), list(found))}All checkpoints of a merge must come from one architecture"
+            f"{_hint(reference, candidate)}All checkpoints of a merge must come from one architecture"
         )
 
 
@@ -129,7 +133,31 @@ def _prefix(names: Collection[str]) -> str:
     return first[: first.rfind(".", 0, size) + 1]
 
 
-def _hint(expected: list[str], found: list[str]) -> str:
+def _hint(reference: "Checkpoint", candidate: "Checkpoint") -> str:
+    """What to do about a difference of a known kind."""
+    for one in (reference, candidate):
+        if SHARD.search(one.path.name) and reference.path != candidate.path:
+            return f"{one.path.name} is one of several shards: give their index or their directory. "
+    return (
+        _hint_of_wrapper(reference, candidate)
+        or _hint_of_prefix(list(reference.tensors), list(candidate.tensors))
+        or _hint_of_vocabulary(reference, candidate)
+    )
+
+
+def _hint_of_wrapper(reference: "Checkpoint", candidate: "Checkpoint") -> str:
+    for one, other in ((candidate, reference), (reference, candidate)):
+        for wrapper in _WRAPPERS:
+            bare = {name.replace(wrapper, "") for name in one.tensors}
+            if wrapper in "".join(one.tensors) and bare >= other.tensors.keys():
+                return (
+                    f"{one.path.name} holds names with {wrapper!r}, which training wraps modules in: save it again with names "
+                    f"without that (name.replace({wrapper!r}, '')). "
+                )
+    return ""
+
+
+def _hint_of_prefix(expected: list[str], found: list[str]) -> str:
     """What to do where names differ by a prefix but not by that alone."""
     old = _prefix(found) or found[0].partition(".")[0] + "." if found else ""
     known = set(expected)
@@ -137,6 +165,23 @@ def _hint(expected: list[str], found: list[str]) -> str:
     if old and fitting > len(found) // 2:
         return f"Most names fit without their prefix {old!r}: try --strip-prefix {old}. "
     return ""
+
+
+def _hint_of_vocabulary(reference: "Checkpoint", candidate: "Checkpoint") -> str:
+    """What to do where tokens were added: matrices that differ in their rows alone, all by the same number."""
+    pairs = {
+        (reference.tensors[name].shape[:1], info.shape[:1])
+        for name, info in candidate.tensors.items()
+        if name in reference.tensors and reference.tensors[name].shape != info.shape
+        if reference.tensors[name].shape[1:] == info.shape[1:] and _VOCABULARY.search(name)
+    }
+    if len(pairs) != 1:
+        return ""
+    ((before,), (after,)) = pairs.pop()
+    return (
+        f"Their vocabularies have {before} and {after} entries: bring all to one before the merge, which must also mean the same "
+        "tokens (in transformers: model.resize_token_embeddings(N), then save_pretrained). "
+    )
 
 
 def _some(lines: list[str]) -> str:

@@ -293,6 +293,36 @@ def test_what_only_has_the_name_of_a_buffer_is_a_difference(
         merge("average", {}, files.start, files.paths, files.out)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda name, value: (name.replace("mlp.", "_checkpoint_wrapped_module.mlp."), value), "_checkpoint_wrapped_module.', ''"),
+        (lambda name, value: (name, np.concatenate([value, value[:1]]) if name.startswith("token_embedding") else value), "vocabularies have 3 and 4 entries.*resize_token_embeddings"),
+    ],
+)  # fmt: skip
+def test_a_difference_of_a_known_kind_comes_with_the_way_on(
+    change: Callable[[str, np.ndarray], tuple[str, np.ndarray]], says: str, files: Files
+) -> None:
+    wrapped(files, lambda model: dict(change(name, value) for name, value in model.items()))
+    with pytest.raises(IncompatibleCheckpoint, match=says):
+        merge("average", {}, files.start, files.paths, files.out)
+
+
+def test_shards_without_their_index_and_pipelines_are_called_so(files: Files, tmp_path: Path) -> None:
+    names = list(files.base)
+    shard = toys.save(
+        tmp_path / "s" / "model-00001-of-00002.safetensors", {n: files.base[n] for n in names[::2]}
+    )
+    with pytest.raises(ForeignCheckpoint, match=r"holds shards \(model-00001-of-00002.*not their index"):
+        locate(shard.parent)
+    with pytest.raises(IncompatibleCheckpoint, match="one of several shards: give their index"):
+        merge("average", {}, files.start, [shard], files.out)
+    toys.save(tmp_path / "p" / "unet" / "diffusion_pytorch_model.safetensors", files.base)
+    (tmp_path / "p" / "model_index.json").write_text("{}")
+    with pytest.raises(ForeignCheckpoint, match=f"pipeline of several models.*{tmp_path / 'p' / 'unet'}"):
+        locate(tmp_path / "p")
+
+
 # What names an expert.
 
 
