@@ -363,6 +363,15 @@ def test_output_names_every_input_the_base_the_parameters_and_the_versions(files
     assert toys.made(files.out)["inputs"] == list(ordered.inputs) and "base" in toys.made(files.out)
 
 
+def test_inputs_of_one_file_name_are_told_apart_by_their_directories(files: Files, tmp_path: Path) -> None:
+    paths = [
+        toys.save(tmp_path / who / "model.safetensors", model) for who, model in zip("ab", files.experts)
+    ]
+    toys.save(paths[1], {f"module.{name}": value for name, value in files.experts[1].items()})
+    report = merge("average", {}, files.start, [path.parent for path in paths], files.out)
+    assert report.notes == ("b/model.safetensors: its tensor names were read without their prefix 'module.'",)
+
+
 def test_an_expert_given_twice_counts_twice_and_is_mentioned(files: Files) -> None:
     report = merge("average", {}, files.start, [files.paths[0], files.paths[0]], files.out)
     (note,) = report.notes
