@@ -125,9 +125,17 @@ def test_quantisation_that_only_the_config_beside_it_tells_is_refused(files: Fil
     files.merge("average")
 
 
-def test_bytes_in_a_matrix_that_differ_are_codes_whatever_they_are_called(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32])
+def test_bytes_or_words_in_a_matrix_that_differ_are_codes_whatever_they_are_called(
+    dtype: type, tmp_path: Path
+) -> None:
+    kind = {np.int8: "I8", np.int16: "I16", np.int32: "I32"}[dtype]
     paths = [
-        stored(tmp_path / f"{i}.safetensors", {"w": codes() + np.int8(i), "b": toys.vector([i])}, {"w": "I8"})
+        stored(
+            tmp_path / f"{i}.safetensors",
+            {"w": codes().astype(dtype) + dtype(i), "b": toys.vector([i])},
+            {"w": kind},
+        )
         for i in range(2)
     ]
     with pytest.raises(QuantisedCheckpoint, match="the integers of w differ"):
@@ -155,7 +163,16 @@ def test_integers_that_differ_and_are_no_codes_are_mentioned(files: Files) -> No
 
 
 @pytest.mark.parametrize(
-    "factor", ["lora_A.weight", "lora_B.default.weight", "lora_embedding_A", "hada_w1_a", "lora_down.weight"]
+    "factor",
+    [
+        "lora_A.weight",
+        "lora_B.default.weight",
+        "lora_embedding_A",
+        "hada_w1_a",
+        "lora_down.weight",
+        "to_q_lora.down.weight",
+        "oft_blocks",
+    ],
 )
 def test_adapters_are_refused_with_the_way_on(factor: str, tmp_path: Path) -> None:
     path = toys.save(
