@@ -295,6 +295,7 @@ def test_buffers_that_libraries_compute_are_no_difference_and_the_base_s_are_kep
     ("name", "trained"),
     [
         ("h.0.attn.bias", CAUSAL * 0.5),
+        ("h.0.attn.bias", np.ones((1, 1, 9, 9), np.float32)),
         ("h.0.attn.inv_freq", np.arange(1, 9, dtype=np.float32)),
         ("token_type_ids", np.arange(4)),
         ("attn_mask", toys.vector([0.0, -100.0, 3.0])),
