@@ -3,18 +3,23 @@
 Nothing is ever skipped, truncated or padded to fit. A merge with a tensor left out looks like a success.
 """
 
+import re
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from merge_service.buffers import buffers
 from merge_service.dtypes import all_finite
 from merge_service.errors import IncompatibleCheckpoint, NonFiniteCheckpoint
+from merge_service.shards import SHARD
 
 if TYPE_CHECKING:
     from merge_service.checkpoint import Checkpoint
 
 MAX_DIFFERENCES = 10
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+_VOCABULARY = re.compile(r"embed|wte|shared|lm_head|vocab|decoder\.(weight|bias)$|predictions")
 _SCAN = 1 << 20
 
 
@@ -27,8 +32,8 @@ def admit(reference: "Checkpoint", candidate: "Checkpoint", who: str) -> tuple[s
 
 def align(reference: "Checkpoint", candidate: "Checkpoint", who: str) -> tuple[str, ...]:
     """Mend what differs in form alone in `candidate` as it is seen here, and say so: a prefix that all names have (`module.`),
-    position numbers that one of them saves and the other does not."""
-    return (*_mend_prefix(reference, candidate, who), *_mend_positions(reference, candidate, who))
+    buffers that one of them saves and the other does not."""
+    return (*_mend_prefix(reference, candidate, who), *_mend_buffers(reference, candidate, who))
 
 
 def check_tensors(reference: "Checkpoint", candidate: "Checkpoint", who: str) -> None:
@@ -38,7 +43,7 @@ def check_tensors(reference: "Checkpoint", candidate: "Checkpoint", who: str) ->
     type.
     """
     expected, found = reference.tensors, candidate.tensors
-    lacking = _loose(reference) - found.keys()
+    lacking = buffers(reference, expected.keys() - found.keys())
     differences = [f"{name} is missing" for name in expected if name not in found and name not in lacking]
     differences += [f"{name} is not in the reference" for name in found if name not in expected]
     for name in [name for name in expected if name in found]:
@@ -51,7 +56,7 @@ def check_tensors(reference: "Checkpoint", candidate: "Checkpoint", who: str) ->
     if differences:
         raise IncompatibleCheckpoint(
             f"{who} ({candidate.path}) does not have the tensors of {reference.path}: {_some(differences)}. "
-            f"{_hint(list(expected), list(found))}All checkpoints of a merge must come from one architecture"
+            f"{_hint(reference, candidate)}All checkpoints of a merge must come from one architecture"
         )
 
 
@@ -76,7 +81,9 @@ def check_finite(candidate: "Checkpoint", who: str) -> None:
 
 def _mend_prefix(reference: "Checkpoint", candidate: "Checkpoint", who: str) -> list[str]:
     """Read the candidate's names as the reference's where all differ by the same prefix and nothing else."""
-    expected, found = set(reference.tensors) - _loose(reference), set(candidate.tensors) - _loose(candidate)
+    if reference.tensors.keys() == candidate.tensors.keys():
+        return []
+    expected, found = (set(one.tensors) - buffers(one) for one in (reference, candidate))
     if not expected or not found or expected == found:
         return []
     for longer, shorter in ((found, expected), (expected, found)):
@@ -95,28 +102,28 @@ def _mend_prefix(reference: "Checkpoint", candidate: "Checkpoint", who: str) -> 
     return []
 
 
-def _mend_positions(reference: "Checkpoint", candidate: "Checkpoint", who: str) -> list[str]:
-    """Leave out position numbers that one of the two has and the other lacks; the output has them as the reference does."""
-    extra = [name for name in _loose(candidate) if name not in reference.tensors]
-    for name in extra:
-        del candidate.tensors[name]
-    only = {
-        **dict.fromkeys(extra, "not in the reference"),
-        **dict.fromkeys(_loose(reference) - candidate.tensors.keys(), "missing"),
-    }
-    return [f"{who}: {name} is {what}, but only numbers positions" for name, what in sorted(only.items())]
-
-
-def _loose(checkpoint: "Checkpoint") -> set[str]:
-    """Names of buffers that hold 0, 1, 2, ... and that libraries save or not, by their version."""
-    return {
+def _mend_buffers(reference: "Checkpoint", candidate: "Checkpoint", who: str) -> list[str]:
+    """Leave out buffers that only one of the two has, or in another form; the output has them as the reference does."""
+    expected, found = reference.tensors, candidate.tensors
+    formed = [
         name
-        for name, info in checkpoint.tensors.items()
-        if name.rpartition(".")[2] == "position_ids"
-        and not info.kind.is_float
-        and info.numel <= _SCAN
-        and np.array_equal(checkpoint.read(name), np.arange(info.numel))
+        for name in expected.keys() & found.keys()
+        if (expected[name].dtype, expected[name].shape) != (found[name].dtype, found[name].shape)
+    ]
+    only = {
+        "not in the reference": buffers(candidate, found.keys() - expected.keys()),
+        "of another form than in the reference": buffers(reference, formed) & buffers(candidate, formed),
+        "missing": buffers(reference, expected.keys() - found.keys()),
     }
+    for name in set().union(*only.values()) & found.keys():
+        del candidate.tensors[name]
+    return [
+        f"{who}: {min(names)}{f' and {len(names) - 1} more' if len(names) > 1 else ''} {what}: computed by the library, not trained"
+        for what, names in (
+            (f"{'are' if len(names) > 1 else 'is'} {what}", names) for what, names in only.items()
+        )
+        if names
+    ]
 
 
 def _prefix(names: Collection[str]) -> str:
@@ -126,7 +133,31 @@ def _prefix(names: Collection[str]) -> str:
     return first[: first.rfind(".", 0, size) + 1]
 
 
-def _hint(expected: list[str], found: list[str]) -> str:
+def _hint(reference: "Checkpoint", candidate: "Checkpoint") -> str:
+    """What to do about a difference of a known kind."""
+    for one in (reference, candidate):
+        if SHARD.search(one.path.name) and reference.path != candidate.path:
+            return f"{one.path.name} is one of several shards: give their index or their directory. "
+    return (
+        _hint_of_wrapper(reference, candidate)
+        or _hint_of_prefix(list(reference.tensors), list(candidate.tensors))
+        or _hint_of_vocabulary(reference, candidate)
+    )
+
+
+def _hint_of_wrapper(reference: "Checkpoint", candidate: "Checkpoint") -> str:
+    for one, other in ((candidate, reference), (reference, candidate)):
+        for wrapper in _WRAPPERS:
+            bare = {name.replace(wrapper, "") for name in one.tensors}
+            if wrapper in "".join(one.tensors) and bare >= other.tensors.keys():
+                return (
+                    f"{one.path.name} holds names with {wrapper!r}, which training wraps modules in: save it again with names "
+                    f"without that (name.replace({wrapper!r}, '')). "
+                )
+    return ""
+
+
+def _hint_of_prefix(expected: list[str], found: list[str]) -> str:
     """What to do where names differ by a prefix but not by that alone."""
     old = _prefix(found) or found[0].partition(".")[0] + "." if found else ""
     known = set(expected)
@@ -134,6 +165,23 @@ def _hint(expected: list[str], found: list[str]) -> str:
     if old and fitting > len(found) // 2:
         return f"Most names fit without their prefix {old!r}: try --strip-prefix {old}. "
     return ""
+
+
+def _hint_of_vocabulary(reference: "Checkpoint", candidate: "Checkpoint") -> str:
+    """What to do where tokens were added: matrices that differ in their rows alone, all by the same number."""
+    pairs = {
+        (reference.tensors[name].shape[:1], info.shape[:1])
+        for name, info in candidate.tensors.items()
+        if name in reference.tensors and reference.tensors[name].shape != info.shape
+        if reference.tensors[name].shape[1:] == info.shape[1:] and _VOCABULARY.search(name)
+    }
+    if len(pairs) != 1:
+        return ""
+    ((before,), (after,)) = pairs.pop()
+    return (
+        f"Their vocabularies have {before} and {after} entries: bring all to one before the merge, which must also mean the same "
+        "tokens (in transformers: model.resize_token_embeddings(N), then save_pretrained). "
+    )
 
 
 def _some(lines: list[str]) -> str:

@@ -232,7 +232,8 @@ def _beside(found: _List, main: list[_List], others: int) -> str:
         return "stack" if others == 1 else "unclear"
     if found.structured and found.depth in [stack.depth for stack in main]:
         return "stack"
-    return "unclear" if found.structured or found.alike else "sequence"
+    # one block has no depth to grow over: LiNeS gives it what lies outside blocks gets
+    return "unclear" if (found.structured and found.depth > 1) or found.alike else "sequence"
 
 
 def _entries(names: Iterable[str]) -> dict[str, _Entry]:

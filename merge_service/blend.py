@@ -18,6 +18,7 @@ import numpy as np
 
 from merge_service.admission import check_finite
 from merge_service.anatomy import LN_100, Anatomy, anatomy_of, is_logit_scale, is_statistic
+from merge_service.buffers import buffers
 from merge_service.checkpoint import Checkpoint
 from merge_service.device import Device, Host
 from merge_service.dtypes import all_finite
@@ -112,14 +113,17 @@ class Blend:
 
     @cached_property
     def merged(self) -> list[tuple[str, int]]:
-        """Tensors that arithmetic is done on, with their sizes: floats, once per tie; none without inputs."""
+        """Tensors that arithmetic is done on, with their sizes: floats that hold numbers, once per tie; none without inputs."""
         keep_scale = self.params.get("logit_scale") == "base"
+        computed = buffers(self.reference)
         return [
             (name, info.numel)
             for name, info in self.reference.tensors.items()
             if self.inputs
             and info.kind.is_float
+            and info.numel
             and name not in self.tied
+            and name not in computed
             and not (keep_scale and is_logit_scale(name))
         ]
 
@@ -151,7 +155,7 @@ class Blend:
 
     @cached_property
     def copied(self) -> list[tuple[str, int]]:
-        """Tensors taken over as they are: integers, and logit_scale when it stays the base's."""
+        """Tensors taken over as they are: integers, empty ones, buffers, and logit_scale when it stays the base's."""
         merged = {name for name, _ in self.merged}
         tensors = self.reference.tensors.items()
         return [(name, info.numel) for name, info in tensors if name not in merged and name not in self.tied]

@@ -78,8 +78,8 @@ class Checkpoint:
     """An open checkpoint; use as a context manager.
 
     `tensors` maps names to `TensorInfo` in header order (`ties.py` lets aliases come and go), `metadata` is the file's own (of the
-    first shard if sharded). `renames` are the prefixes under which names are read that the file has otherwise, as (old, new). No
-    file stays open: there may be hundreds of experts.
+    first shard if sharded). `renames` are the prefixes under which names are read that the file has otherwise, as (old, new), `lent`
+    the tensors that have a further name here. No file stays open: there may be hundreds of experts.
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class Checkpoint:
         self.metadata = metadata
         self.files = files
         self.renames: list[tuple[str, str]] = []
+        self.lent: dict[str, TensorInfo] = {}
         self._stored = dict(tensors)
         self._bytes = [mapped(file) for file in files]
         self._addresses = [data.ctypes.data for data in self._bytes]
@@ -155,6 +156,16 @@ class Checkpoint:
         self.tensors = {moved[name]: info for name, info in self.tensors.items()}
         self.renames.append((old, new))
         return sum(name != kept for name, kept in moved.items())
+
+    def renamed(self, name: str) -> str:
+        """How a name of the file is read here."""
+        for old, new in self.renames:
+            name = new + name[len(old) :] if name.startswith(old) else name
+        return name
+
+    def lend(self, name: str, info: TensorInfo) -> None:
+        """Let a tensor of the file be read under this name too."""
+        self.tensors[name] = self.lent[name] = info
 
     def digests(self) -> tuple[str, str]:
         """What the tensors hold, whatever their names, copies, order and files, and the sha256 of `sha256_of`; in one read.

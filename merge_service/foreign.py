@@ -35,11 +35,24 @@ def check_file(path: Path) -> None:
 
 
 def explain_directory(directory: Path) -> None:
-    """Raise `ForeignCheckpoint` if a directory without safetensors files is that of a run, or holds pickled weights."""
+    """Raise `ForeignCheckpoint` if a directory without a checkpoint of its own is that of a run or a pipeline, or holds pickled
+    weights, or shards without their index."""
     if (directory / "plan.json").is_file():
         raise ForeignCheckpoint(
             f"{directory} is the directory of a run, not a checkpoint; its checkpoints are the directories under "
             f"{directory / 'store'} (in Python: open_run(OUT).checkpoint(trajectory, t))"
+        )
+    if (directory / "model_index.json").is_file():
+        parts = sorted({file.parent.name for file in directory.glob("*/*.safetensors")})
+        raise ForeignCheckpoint(
+            f"{directory} is a pipeline of several models, as diffusers saves it; merge each by itself: "
+            f"{', '.join(str(directory / part) for part in parts) or 'none of them is there as safetensors'}"
+        )
+    shards = sorted(file.name for file in directory.glob("*.safetensors"))
+    if shards:
+        raise ForeignCheckpoint(
+            f"{directory} holds shards ({', '.join(shards[:3])}{', ...' if shards[3:] else ''}) but not their index "
+            "(NAME.safetensors.index.json), without which nobody knows whether they are all there; copy it as well"
         )
     found = sorted(file.name for file in directory.iterdir() if file.suffix in PICKLES and file.is_file())
     if found:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from merge_service.admission import admit
+from merge_service.buffers import buffers
 from merge_service.checkpoint import Checkpoint
 from merge_service.engine import BLOCK, Scratch, Span, dots, run, spans
 from merge_service.ties import tie
@@ -26,7 +27,8 @@ def geometry(base: PathLike, merged: PathLike, expert: PathLike, *, threads: int
         ties, scratch = tie(anchor, [one, two]), Scratch()
         admit(anchor, one, "the merged model")
         admit(anchor, two, "the expert")
-        sizes = [(n, i.numel) for n, i in anchor.tensors.items() if i.kind.is_float and n not in ties]
+        left_out = ties.keys() | buffers(anchor)
+        sizes = [(n, i.numel) for n, i in anchor.tensors.items() if i.kind.is_float and n not in left_out]
 
         def work(span: Span) -> tuple[list[float], list[float], list[float]]:
             zero = anchor.read(span.name, span.start, span.stop)

@@ -174,8 +174,10 @@ def by_content(
 
 
 def shown(opened: Sequence[Checkpoint], ids: Sequence[str | None]) -> list[str]:
-    """What messages call inputs that may have no id yet."""
-    return [name if name is not None else weights.path.name for name, weights in zip(ids, opened)]
+    """What messages call inputs that may have no id yet: the file's name, with its directory where several have one name."""
+    names = Counter(weights.path.name for weights in opened)
+    files = ("/".join(weights.path.parts[-2 if names[weights.path.name] > 1 else -1 :]) for weights in opened)
+    return [file if name is None else name for name, file in zip(ids, files)]
 
 
 def versions() -> dict[str, str]:

@@ -25,11 +25,13 @@ _OUTPUTS = ("o_proj", "out_proj", "dense", "proj", "Wo", "c_proj", "wo")
 _IN_ROWS = ("qkv", "Wqkv", "W_pack", "in_proj_weight", "qkv_proj")
 _GATED = {
     "gate_up_proj": "down_proj", "Wi": "Wo", "dense_h_to_4h": "dense_4h_to_h", "w12": "w3", "weights_in": "weights_out",
-    "fc1": "fc2",
+    "fc1": "fc2", "input_linear": "output_linear",
 }  # fmt: skip
 """Layers that may hold a gate beside what it gates, and the layer that takes the product."""
 _FUSED = ("query_key_value", "c_attn", "wqkv", "kv_b_proj", "att_proj")
 """Further layers that hold several matrices."""
+_MIXED = ("input_linear", "output_linear")
+"""Layers of Granite and JetMoE that are an expert each where they have three axes."""
 _PER_HEAD = ("gpt_neox", "gpt_neox_japanese", "bloom", "persimmon")
 _KEYS = {
     "model_type": ("model_type",),
@@ -79,7 +81,7 @@ class Packing:
         shape = self.shapes[name]
         if 0 in shape:
             return []
-        if len(shape) == 3 and "experts" in name.split("."):
+        if len(shape) == 3 and ("experts" in name.split(".") or _layer(name) in _MIXED):
             return self._experts(name, shape)
         if len(shape) != 2:
             return []
@@ -157,7 +159,8 @@ class Packing:
         """A matrix per expert; with `split` the gate and what it gates apart, which lie in rows, or in columns [in, out]."""
         count, rows, columns = shape
         size = rows * columns
-        after = self._beside(name, "down_proj", 3) if self.split and _layer(name) == "gate_up_proj" else None
+        output = {"gate_up_proj": "down_proj", "input_linear": "output_linear"}.get(_layer(name))
+        after = self._beside(name, output, 3) if self.split and output else None
         parts: list[Matrix] = []
         for start in range(0, count * size, size):
             stop = start + size

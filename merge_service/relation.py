@@ -24,14 +24,17 @@ APART = 1.0
 """The ratio of a matrix that has nothing of the base's any more."""
 SHARE = 0.2
 """Of such matrices, and three or more: permuting only the hidden units of MLPs leaves the median small."""
+FAINT = 0.01
+"""Of the median size of a number: what lies below was begun next to zero (adapters, zero convolutions), and any step is far."""
 SMALLEST = 64
 """Elements of a matrix; fewer say nothing of where it comes from."""
 RUN, RUNS = 512, 8
 
 
 def ratios(base: "Checkpoint", expert: "Checkpoint") -> list[float]:
-    """|expert - base| / |base| of every float matrix that is not zero in the base, from a sample of at most 4096 elements."""
-    found = []
+    """|expert - base| / |base| of every float matrix, from a sample of at most 4096 elements; not of those that are zero in the
+    base, or next to it beside the others."""
+    found, sizes = [], []
     for name, info in base.tensors.items():
         if (
             not info.kind.is_float
@@ -40,15 +43,19 @@ def ratios(base: "Checkpoint", expert: "Checkpoint") -> list[float]:
             or name not in expert.tensors
         ):
             continue
-        start, moved = 0.0, 0.0
+        start, moved, seen = 0.0, 0.0, 0
         for at in _places(info.numel):
             one = base.read(name, at, at + RUN).astype(np.float64)
             other = expert.read(name, at, at + RUN).astype(np.float64)
             start += float(one @ one)
-            moved += float((other - one) @ (other - one))
+            with np.errstate(invalid="ignore"):
+                moved += float((other - one) @ (other - one))
+            seen += one.size
         if start > 0 and np.isfinite(start + moved):
             found.append(float(np.sqrt(moved / start)))
-    return found
+            sizes.append(float(np.sqrt(start / seen)))
+    least = FAINT * statistics.median(sizes) if sizes else 0.0
+    return [ratio for ratio, size in zip(found, sizes) if size >= least]
 
 
 def check_related(base: "Checkpoint", expert: "Checkpoint", who: str, whose: str = "the base") -> None:

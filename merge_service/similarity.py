@@ -20,6 +20,7 @@ import numpy as np
 
 from merge_service.admission import admit
 from merge_service.anatomy import anatomy_of
+from merge_service.buffers import buffers
 from merge_service.checkpoint import Checkpoint
 from merge_service.engine import GRAIN, spans
 from merge_service.errors import CheckpointError
@@ -153,9 +154,9 @@ def _deltas(
     origin: Checkpoint, experts: Sequence[Checkpoint], ties: Ties
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The task vectors, grain by grain: the tensor's name, and [experts, elements] float64."""
-    sizes = [
-        (name, info.numel) for name, info in origin.tensors.items() if info.kind.is_float and name not in ties
-    ]
+    left_out = ties.keys() | buffers(origin)
+    tensors = origin.tensors.items()
+    sizes = [(name, info.numel) for name, info in tensors if info.kind.is_float and name not in left_out]
     for span in spans(sizes, GRAIN):
         start = origin.read(span.name, span.start, span.stop)
         deltas = np.empty((len(experts), span.size))

@@ -14,21 +14,21 @@ import contextlib
 import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from merge_service.assemble import Assembly, Balance, Options, copy, is_measured
 from merge_service.blend import Blend, Input
-from merge_service.checkpoint import Checkpoint, CheckpointWriter
+from merge_service.checkpoint import Checkpoint, CheckpointWriter, TensorInfo
 from merge_service.errors import CheckpointError
 from merge_service.faults import point
 from merge_service.own import load
 from merge_service.survey import Surveyor
 from merge_service.techniques import Origin, get
 from merge_service.thresholds import Answer, Question, together
-from merge_service.ties import Ties, lend
+from merge_service.ties import Ties
 from merge_service.writer import Slot, SlotWriter, Written
 
 Call = Callable[..., list[Any]]
@@ -39,16 +39,18 @@ Hire = Callable[[Sequence["Part"]], contextlib.AbstractContextManager[Call]]
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint by absolute path, the fingerprint that tells whether another machine sees the same one, and the prefixes
-    under which its names are read otherwise (`Checkpoint.renames`)."""
+    """A checkpoint by absolute path, the fingerprint that tells whether another machine sees the same one, and how its names are
+    read otherwise (`renames` and `lent` of `Checkpoint`)."""
 
     path: Path
     fingerprint: str
     renames: tuple[tuple[str, str], ...] = ()
+    lent: Mapping[str, TensorInfo] = field(default_factory=dict)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Source":
-        return cls(checkpoint.path.absolute(), checkpoint.fingerprint(), tuple(checkpoint.renames))
+        renames, lent = tuple(checkpoint.renames), dict(checkpoint.lent)
+        return cls(checkpoint.path.absolute(), checkpoint.fingerprint(), renames, lent)
 
     def open(self) -> Checkpoint:
         """Raises `CheckpointError` naming this machine and the path unless the same file is here."""
@@ -61,6 +63,8 @@ class Source:
             raise _not_shared(f"{self.path} is another file than where the merge was started")
         for old, new in self.renames:
             checkpoint.rename(old, new)
+        for name, info in self.lent.items():
+            checkpoint.lend(name, info)
         return checkpoint
 
 
@@ -151,8 +155,6 @@ class PartWorker:
             load(part.technique, part.origin)
         base = part.base.open() if part.base else None
         inputs = [Input(name, order, source.open()) for order, (name, source) in enumerate(part.experts, 1)]
-        for expert in inputs:
-            lend(expert.weights, part.ties)
         options = part.options
         self.blend = Blend(
             get(part.technique), part.params, base, inputs, options.threads, options.device, part.ties

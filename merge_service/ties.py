@@ -2,7 +2,8 @@
 
 Files say so in three ways, and all of them count: our metadata entry `tied`, {"alias": "name"} as JSON; equal bytes under both
 names in every checkpoint of a merge, as `state_dict()` and most libraries write them; and an alias that one file leaves out and
-another holds as a copy, as Hugging Face writes them. Such tensors are merged once, masked once, counted once, written under every
+another holds as a copy, as Hugging Face writes them. Which of the names a file keeps differs as well: `save_pretrained` keeps the
+embedding, `safetensors.torch.save_model` the first by the alphabet, and its metadata says what the others were. Such tensors are merged once, masked once, counted once, written under every
 name that the reference holds.
 
 Equal bytes are a tie where dtype and shape are equal too, and where the tensor is not one value throughout in all checkpoints:
@@ -25,7 +26,7 @@ Ties = Mapping[str, str]
 """The name that each alias stands for; a name is never an alias itself."""
 KEY = "tied"
 
-_OUTPUT = re.compile(r"(?:^|\.)(?:lm_head|embed_out|proj_out|output)\.weight$")
+_OUTPUT = re.compile(r"(?:^|\.)(?:lm_head|embed_out|proj_out|output|decoder|vocab_projector)\.weight$")
 _CHUNK = 1 << 20
 _SAMPLE = 8
 _SOURCE = (
@@ -50,12 +51,13 @@ def tie(reference: Checkpoint, others: Sequence[Checkpoint]) -> Ties:
     missing = {
         name: source
         for group in groups
-        if varied[id(group)]
         for name, source in _as_ties(group).items()
-        if _is_outside(name) and _is_outside(source)
+        if (varied[id(group)] or _is_output_bias(name, source)) and _is_outside(name) and _is_outside(source)
     }
+    ours = _left_out(reference)
     for other in others:
-        lend(other, ties | missing)
+        lend(other, {**ties, **missing, **ours, **_left_out(other, reference)})
+        _name_alike(reference, other)
         _drop_copies(reference, other)
     for other in others:
         _refuse_half_tied(reference, other)
@@ -73,11 +75,14 @@ def tie(reference: Checkpoint, others: Sequence[Checkpoint]) -> Ties:
 
 def lend(weights: Checkpoint, ties: Ties) -> None:
     """Let a checkpoint that left out some of these names hold them."""
+    groups: dict[str, list[str]] = {}
     for alias, name in ties.items():
-        if alias not in weights.tensors and name in weights.tensors:
-            weights.tensors[alias] = weights.tensors[name]
-        elif name not in weights.tensors and alias in weights.tensors:
-            weights.tensors[name] = weights.tensors[alias]
+        groups.setdefault(name, [name]).append(alias)
+    for group in groups.values():
+        held = [weights.tensors[name] for name in group if name in weights.tensors]
+        for name in group if held else ():
+            if name not in weights.tensors:
+                weights.lend(name, held[0])
 
 
 def recorded(checkpoint: Checkpoint) -> Ties:
@@ -191,6 +196,38 @@ def _is_constant(weights: Checkpoint, name: str) -> bool:
     )
 
 
+def _left_out(weights: Checkpoint, reference: Checkpoint | None = None) -> dict[str, str]:
+    """Names that a file left out for another, as `safetensors.torch.save_model` says it; of `reference` only, if given."""
+    said = {weights.renamed(alias): weights.renamed(name) for alias, name in weights.metadata.items()}
+    held, known = weights.tensors, reference.tensors if reference is not None else said
+    return {
+        alias: name for alias, name in said.items() if alias not in held and name in held and alias in known
+    }
+
+
+def _name_alike(reference: Checkpoint, other: Checkpoint) -> None:
+    """Give the tensor that is embedding and output layer the name that the reference kept, where each file kept another."""
+    for mine, theirs in ((_is_source, _OUTPUT.search), (_OUTPUT.search, _is_source)):
+        lacking = [name for name in reference.tensors if name not in other.tensors and mine(name)]
+        extra = [name for name in other.tensors if name not in reference.tensors and theirs(name)]
+        fits = (
+            len(lacking) == len(extra) == 1
+            and reference.tensors[lacking[0]].shape == other.tensors[extra[0]].shape
+        )
+        if fits:
+            other.lend(lacking[0], other.tensors.pop(extra[0]))
+
+
+def _is_source(name: str) -> bool:
+    """Whether this is how embeddings are called that output layers share their weights with."""
+    return any(pattern.search(name) for pattern in _SOURCE)
+
+
+def _is_output_bias(alias: str, name: str) -> bool:
+    """Whether BERT and its kin call one bias by both names, which is zero until it is trained."""
+    return alias == f"{name.removesuffix('bias')}decoder.bias"
+
+
 def _fits(reference: Checkpoint, other: Checkpoint, name: str) -> bool:
     return name in other.tensors and other.tensors[name].shape == reference.tensors[name].shape
 
@@ -208,8 +245,11 @@ def _drop_copies(reference: Checkpoint, other: Checkpoint) -> None:
             for name, held in other.tensors.items()
             if held.shape == info.shape and name in reference.tensors and _is_outside(name)
         ]
-        says_something = info.numel > 1 and info.kind.is_float and not _is_constant(other, alias)
-        if says_something and any(_same(other, alias, name) for name in sources):
+        if info.numel == 1 or not info.kind.is_float:
+            continue
+        if _is_constant(other, alias):
+            sources = [name for name in sources if _is_output_bias(alias, name)]
+        if any(_same(other, alias, name) for name in sources):
             del other.tensors[alias]
 
 
@@ -217,8 +257,7 @@ def _refuse_half_tied(one: Checkpoint, other: Checkpoint) -> None:
     """Raise `IncompatibleCheckpoint` where one leaves out an output layer, to tie it, that the other has trained apart."""
     for output in [name for name in other.tensors if name not in one.tensors and _OUTPUT.search(name)]:
         for name, info in one.tensors.items():
-            is_source = any(pattern.search(name) for pattern in _SOURCE) and name in other.tensors
-            if is_source and info.shape == other.tensors[output].shape:
+            if _is_source(name) and name in other.tensors and info.shape == other.tensors[output].shape:
                 raise IncompatibleCheckpoint(
                     f"{other.path} holds {output} as a tensor of its own, {one.path} leaves it out, as models do that tie it to "
                     f"{name}; if that is so, write {one.path} with a copy of {name} under {output}, and merge again"

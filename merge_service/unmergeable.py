@@ -16,10 +16,11 @@ from merge_service.errors import AdapterCheckpoint, QuantisedCheckpoint
 
 if TYPE_CHECKING:
     from merge_service.checkpoint import Checkpoint
+    from merge_service.header import TensorInfo
 
 _ADAPTER = re.compile(
     r"(^|[._])(lora_(A|B|a|b|down|up|embedding_A|embedding_B|magnitude_vector)|hada_w[12]_[ab]|lokr_w[12](_[ab])?|ia3_l|"
-    r"oft_[rR]|vera_lambda_[bd])([._]|$)"
+    r"lora\.(up|down)|b?oft_([rRs]|blocks|diag)|vera_lambda_[bd])([._]|$)"
 )
 _CODES = re.compile(r"(^|\.)(qweight|qzeros|g_idx|weight_packed|W_q|weight_format)$")
 _TABLES = re.compile(r"(^|\.)(SCB|absmax|quant_map|quant_state)(\.|$)")
@@ -44,7 +45,7 @@ def check_mergeable(checkpoint: "Checkpoint", who: str) -> None:
 def check_integers(reference: "Checkpoint", candidate: "Checkpoint", who: str) -> tuple[str, ...]:
     """What to say of integers that differ from the reference's, which are not merged; the output has the base's.
 
-    Raises `QuantisedCheckpoint` for what must be codes: bytes in a matrix, or integers beside a scale.
+    Raises `QuantisedCheckpoint` for what must be codes: bytes or packed words in a matrix, or integers beside a scale.
     """
     notes = []
     for name, info in candidate.tensors.items():
@@ -52,12 +53,18 @@ def check_integers(reference: "Checkpoint", candidate: "Checkpoint", who: str) -
             continue
         if reference.tensors[name].dtype != info.dtype or not _differ(reference, candidate, name):
             continue
-        if (info.dtype in ("I8", "U8") and len(info.shape) > 1) or _scale_of(candidate, name):
+        if _are_codes(info) or _scale_of(candidate, name):
             raise _quantised(candidate, who, f"the integers of {name} differ from those of {reference.path}")
         notes.append(
             f"{who}: the integers of {name} differ from those of {reference.path} and are not merged"
         )
     return tuple(notes)
+
+
+def _are_codes(info: "TensorInfo") -> bool:
+    """Whether integers that differ between inputs are codes: matrices of bytes, or of words that hold several (I64 are indices)."""
+    least = {"I8": 1, "U8": 1, "I16": 2, "U16": 2, "I32": 2, "U32": 2}.get(info.dtype)
+    return least is not None and len(info.shape) > 1 and min(info.shape) >= least
 
 
 def _codes(checkpoint: "Checkpoint") -> str | None:

@@ -100,6 +100,10 @@ def _shared_in_all(reference: Mapping[str, Any], experts: Sequence[Mapping[str, 
 
 
 def _dtype(value: Any, key: str, owner: str) -> str:
+    if not isinstance(key, str):
+        raise CheckpointError(
+            f"{owner}: {key!r} is no name of a tensor; the keys of a state dict are strings"
+        )
     unusual = _unusual(value)
     if unusual is not None:
         raise CheckpointError(f"{owner}: {key!r} is {unusual}")

@@ -104,6 +104,14 @@ BROKEN: dict[str, list[tuple[str, str, str]]] = {
         ("(total == 0) & (plus > 0)", "(total == 0) & (plus < 0)",
          "tests/merge_service/test_rules.py::test_votes_that_cancel_go_to_the_majority_and_stay_at_the_base_without_one"),
     ],
+    "merge_service/split.py": [
+        ("            checkpoint.lend(name, info)", "            pass",
+         "tests/merge_service/test_ties.py::test_workers_read_what_an_expert_left_out_where_another_has_two_tensors"),
+    ],
+    "merge_service/buffers.py": [
+        ("if np.triu(rows, start + 1).any() or not", "if not",
+         "tests/merge_service/test_intake.py::test_what_only_has_the_name_of_a_buffer_is_a_difference"),
+    ],
     "merge_service/kernels.py": [
         ("tied = (total == _ZERO) & (plus[i] > _ZERO)", "tied = (total == _ZERO) & (plus[i] < _ZERO)",
          "tests/merge_service/test_merge.py::test_votes_that_cancel_follow_the_majority_and_stay_at_the_base_without_one"),

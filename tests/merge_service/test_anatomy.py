@@ -167,6 +167,13 @@ def test_sole_numbered_list_of_a_tower_is_its_stack_whatever_its_name(tmp_path: 
     assert found["visual.gadget.1.w"] == 0.75
 
 
+def test_list_of_one_entry_beside_a_stack_is_outside_blocks(tmp_path: Path) -> None:
+    blocks = [f"visual.trunk.stages.{i}.blocks.0.mlp.fc1.weight" for i in range(3)]
+    final = "visual.trunk.final_conv.conv_kxk.0.conv.weight"  # of MobileCLIP
+    _, found = lined(tmp_path, *blocks, final)
+    assert [found[name] for name in (*blocks, final)] == [0.25, 0.5, 0.75, 0.25]
+
+
 def test_tower_without_numbered_blocks_is_said(tmp_path: Path) -> None:
     report, found = lined(tmp_path, "visual.conv.weight", "transformer.resblocks.0.c.w", "transformer.resblocks.1.c.w")  # fmt: skip
     assert found["visual.conv.weight"] == 0.25 and "no numbered blocks in the image tower" in report.notes[0]

@@ -1,9 +1,11 @@
 """What comes into a merge: mended where only the form differs, refused by name where the numbers are none, named by content."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,14 +20,20 @@ from merge_service.errors import (
     IncompatibleCheckpoint,
     QuantisedCheckpoint,
     TechniqueError,
-    UnrelatedCheckpoint,
 )
+from merge_service.geometry import geometry
 from merge_service.intake import Rules
-from merge_service.merge import advance, fold, merge
-from merge_service.relation import ratios
+from merge_service.merge import merge
+from merge_service.similarity import similarity
 from merge_service.split import Part, PartWorker, Split
 
 Tensors = dict[str, np.ndarray]
+
+
+def here(parts: Sequence[Part]) -> contextlib.AbstractContextManager[Any]:
+    """Parts of a merge, made by objects of this process."""
+    workers = [PartWorker(part) for part in parts]
+    return contextlib.nullcontext(lambda method, *given: [getattr(one, method)(*given) for one in workers])
 
 
 @pytest.fixture
@@ -117,9 +125,17 @@ def test_quantisation_that_only_the_config_beside_it_tells_is_refused(files: Fil
     files.merge("average")
 
 
-def test_bytes_in_a_matrix_that_differ_are_codes_whatever_they_are_called(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32])
+def test_bytes_or_words_in_a_matrix_that_differ_are_codes_whatever_they_are_called(
+    dtype: type, tmp_path: Path
+) -> None:
+    kind = {np.int8: "I8", np.int16: "I16", np.int32: "I32"}[dtype]
     paths = [
-        stored(tmp_path / f"{i}.safetensors", {"w": codes() + np.int8(i), "b": toys.vector([i])}, {"w": "I8"})
+        stored(
+            tmp_path / f"{i}.safetensors",
+            {"w": codes().astype(dtype) + dtype(i), "b": toys.vector([i])},
+            {"w": kind},
+        )
         for i in range(2)
     ]
     with pytest.raises(QuantisedCheckpoint, match="the integers of w differ"):
@@ -147,7 +163,16 @@ def test_integers_that_differ_and_are_no_codes_are_mentioned(files: Files) -> No
 
 
 @pytest.mark.parametrize(
-    "factor", ["lora_A.weight", "lora_B.default.weight", "lora_embedding_A", "hada_w1_a", "lora_down.weight"]
+    "factor",
+    [
+        "lora_A.weight",
+        "lora_B.default.weight",
+        "lora_embedding_A",
+        "hada_w1_a",
+        "lora_down.weight",
+        "to_q_lora.down.weight",
+        "oft_blocks",
+    ],
 )
 def test_adapters_are_refused_with_the_way_on(factor: str, tmp_path: Path) -> None:
     path = toys.save(
@@ -199,15 +224,6 @@ def test_workers_read_names_without_the_prefix_too(files: Files) -> None:
     expected = files.merge("ties")
     wrapped(files, lambda model: {f"module.{name}": value for name, value in model.items()})
 
-    def here(parts):  # type: ignore[no-untyped-def]
-        import contextlib
-
-        workers = [PartWorker(part) for part in parts]
-        assert all(isinstance(part, Part) for part in parts)
-        return contextlib.nullcontext(
-            lambda method, *given: [getattr(one, method)(*given) for one in workers]
-        )
-
     merge("ties", {}, files.start, files.paths, files.out, split=Split(2, here))
     for name, value in toys.load(files.out).items():
         np.testing.assert_array_equal(value, expected[name])
@@ -230,7 +246,7 @@ def test_positions_that_one_file_saves_and_another_does_not_are_no_difference(
         toys.save(files.start, {name: v for name, v in files.base.items() if name != "position_ids"})
     base = None if where == "first of no base" else files.start
     report = merge("average", {}, base, files.paths, files.out)
-    assert any("position_ids" in note and "only numbers positions" in note for note in report.notes)
+    assert any("position_ids" in note and "computed by the library" in note for note in report.notes)
     assert ("position_ids" in toys.load(files.out)) == (where != "base")
 
 
@@ -240,87 +256,89 @@ def test_positions_that_are_not_0_1_2_are_a_difference(files: Files) -> None:
         merge("average", {}, files.start, files.paths, files.out)
 
 
-# Whether experts come from the base.
+CAUSAL = np.tril(np.ones((1, 1, 300, 300), np.float32))
+BUFFERS = {
+    "h.0.attn.bias": CAUSAL,
+    "h.0.attn.masked_bias": toys.vector(-1e4),
+    "h.0.rotary_emb.inv_freq": 10000.0 ** -np.linspace(0, 0.9, 8, dtype=np.float32),
+    "embeddings.token_type_ids": np.zeros((1, 9), np.int64),
+    "attn_mask": np.where(CAUSAL[0, 0, :9, :9] == 1, 0, -np.inf).astype(np.float32),
+}
+"""As GPT-2, GPT-NeoX, Llama, BERT and CLIP were once saved with them and are no more."""
 
 
-def model(rng: np.random.Generator, layers: int = 4, width: int = 16) -> Tensors:
-    made = {"zero": np.zeros((width, width), np.float32), "scale": toys.vector(1.0)}
-    for i in range(layers):
-        made[f"blocks.{i}.attn.weight"] = rng.normal(size=(width, width)).astype(np.float32)
-        made[f"blocks.{i}.up.weight"] = rng.normal(size=(4 * width, width)).astype(np.float32)
-        made[f"blocks.{i}.down.weight"] = rng.normal(size=(width, 4 * width)).astype(np.float32)
-    return made
-
-
-def tuned(rng: np.random.Generator, base: Tensors, far: float = 0.05) -> Tensors:
-    return {n: (v + far * rng.normal(size=v.shape)).astype(np.float32) for n, v in base.items()}
-
-
-def permuted(rng: np.random.Generator, base: Tensors) -> Tensors:
-    """The same function: hidden units of every MLP in another order."""
-    made = dict(base)
-    for name in [name for name in base if name.endswith("up.weight")]:
-        order = rng.permutation(len(base[name]))
-        made[name], down = base[name][order], name.replace("up", "down")
-        made[down] = base[down][:, order]
-    return made
-
-
-@pytest.fixture
-def kin(tmp_path: Path) -> dict[str, Path]:
-    rng = np.random.default_rng(0)
-    base = model(rng)
-    made = {
-        "base": base,
-        "tuned": tuned(rng, base),
-        "other": tuned(rng, base, 0.1),
-        "stranger": model(rng),
-        "permuted": permuted(rng, tuned(rng, base)),
-        "farther": tuned(rng, base, 0.45),
-    }
-    return {name: toys.save(tmp_path / f"{name}.safetensors", one) for name, one in made.items()}
-
-
-@pytest.mark.parametrize("who", ["stranger", "permuted"])
-@pytest.mark.parametrize("technique", ["average", "task_arithmetic", "opcm"])
-def test_expert_of_another_base_is_refused_unless_it_is_meant(
-    who: str, technique: str, kin: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize("where", ["base", "expert", "all", "other form"])
+def test_buffers_that_libraries_compute_are_no_difference_and_the_base_s_are_kept(
+    where: str, files: Files
 ) -> None:
-    experts, out = [kin["tuned"], kin[who]], tmp_path / "m.safetensors"
-    with pytest.raises(
-        UnrelatedCheckpoint, match=rf"{who}\.safetensors.*was not trained from the base.*base\.safet"
-    ) as caught:
-        merge(technique, {}, kin["base"], experts, out)
-    assert "--any-base" in str(caught.value) and "0.5" in str(caught.value) and not out.exists()
-    merge(technique, {}, kin["base"], experts, out, rules=Rules(any_base=True))
+    expected, other = files.merge("ties"), {**BUFFERS, "h.0.attn.bias": CAUSAL[..., :9, :9] == 1}
+    if where != "expert":
+        toys.save(files.start, files.base | BUFFERS)
+    for number, path in enumerate(files.paths):
+        if where == "all" or (where != "base" and number == 0):
+            toys.save(path, files.experts[number] | (other if where == "other form" else BUFFERS))
+    for workers in (None, 2):
+        report = merge(
+            "ties", {}, files.start, files.paths, files.out, split=workers and Split(workers, here)
+        )
+        found = toys.load(files.out)
+        assert {name: found.pop(name).tobytes() for name in BUFFERS if where != "expert"} == {
+            name: value.tobytes() for name, value in BUFFERS.items() if where != "expert"
+        }
+        assert {n: v.tobytes() for n, v in found.items()} == {n: v.tobytes() for n, v in expected.items()}
+    assert where == "all" or any("computed by the library" in note for note in report.notes)
+    similarity(files.start, {path.stem: path for path in files.paths})
+    geometry(files.start, files.out, files.paths[0])
 
 
-def test_fine_tuned_experts_are_taken_and_strangers_measured(kin: dict[str, Path], tmp_path: Path) -> None:
-    merge("ties", {}, kin["base"], [kin["tuned"], kin["other"], kin["farther"]], tmp_path / "m.safetensors")
-    with Checkpoint.open(kin["base"]) as base, Checkpoint.open(kin["stranger"]) as stranger:
-        found = ratios(base, stranger)
-    assert len(found) == 12 and np.median(found) == pytest.approx(2**0.5, rel=0.1)
-
-
-def test_without_a_base_experts_are_held_against_the_first(kin: dict[str, Path], tmp_path: Path) -> None:
-    merge("average", {}, None, [kin["tuned"], kin["other"]], tmp_path / "m.safetensors")
-    with pytest.raises(UnrelatedCheckpoint, match="what the first expert was"):
-        merge("average", {}, None, [kin["tuned"], kin["stranger"]], tmp_path / "m.safetensors")
-
-
-def test_stream_and_fold_refuse_a_stranger_and_a_fold_takes_the_running_model_of_merges(
-    kin: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "trained"),
+    [
+        ("h.0.attn.bias", CAUSAL * 0.5),
+        ("h.0.attn.bias", np.ones((1, 1, 9, 9), np.float32)),
+        ("h.0.attn.inv_freq", np.arange(1, 9, dtype=np.float32)),
+        ("token_type_ids", np.arange(4)),
+        ("attn_mask", toys.vector([0.0, -100.0, 3.0])),
+        ("h.0.attn.masked_bias", toys.vector(0.3)),
+        ("h.0.bias", np.ones(9, np.float32)),
+    ],
+)
+def test_what_only_has_the_name_of_a_buffer_is_a_difference(
+    name: str, trained: np.ndarray, files: Files
 ) -> None:
-    base, out = kin["base"], tmp_path / "m.safetensors"
-    given = {"expert_id": "s", "state_in": None, "state_out": tmp_path / "s.safetensors"}
-    with pytest.raises(UnrelatedCheckpoint, match=r"^s \("):
-        advance("ties", {}, base, kin["stranger"], out, **given)  # type: ignore[arg-type]
-    for running, new in (("stranger", "tuned"), ("tuned", "stranger")):
-        with pytest.raises(UnrelatedCheckpoint):
-            fold("average", {}, base, kin[running], kin[new], out)
-    far = tmp_path / "far.safetensors"
-    fold("task_arithmetic", {"scale": 30.0}, base, kin["tuned"], kin["other"], far)
-    fold("average", {}, base, far, kin["other"], out)
+    toys.save(files.paths[1], files.experts[1] | {name: trained})
+    with pytest.raises(IncompatibleCheckpoint, match=f"{name} is not in the reference"):
+        merge("average", {}, files.start, files.paths, files.out)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda name, value: (name.replace("mlp.", "_checkpoint_wrapped_module.mlp."), value), "_checkpoint_wrapped_module.', ''"),
+        (lambda name, value: (name, np.concatenate([value, value[:1]]) if name.startswith("token_embedding") else value), "vocabularies have 3 and 4 entries.*resize_token_embeddings"),
+    ],
+)  # fmt: skip
+def test_a_difference_of_a_known_kind_comes_with_the_way_on(
+    change: Callable[[str, np.ndarray], tuple[str, np.ndarray]], says: str, files: Files
+) -> None:
+    wrapped(files, lambda model: dict(change(name, value) for name, value in model.items()))
+    with pytest.raises(IncompatibleCheckpoint, match=says):
+        merge("average", {}, files.start, files.paths, files.out)
+
+
+def test_shards_without_their_index_and_pipelines_are_called_so(files: Files, tmp_path: Path) -> None:
+    names = list(files.base)
+    shard = toys.save(
+        tmp_path / "s" / "model-00001-of-00002.safetensors", {n: files.base[n] for n in names[::2]}
+    )
+    with pytest.raises(ForeignCheckpoint, match=r"holds shards \(model-00001-of-00002.*not their index"):
+        locate(shard.parent)
+    with pytest.raises(IncompatibleCheckpoint, match="one of several shards: give their index"):
+        merge("average", {}, files.start, [shard], files.out)
+    toys.save(tmp_path / "p" / "unet" / "diffusion_pytorch_model.safetensors", files.base)
+    (tmp_path / "p" / "model_index.json").write_text("{}")
+    with pytest.raises(ForeignCheckpoint, match=f"pipeline of several models.*{tmp_path / 'p' / 'unet'}"):
+        locate(tmp_path / "p")
 
 
 # What names an expert.
@@ -361,6 +379,15 @@ def test_output_names_every_input_the_base_the_parameters_and_the_versions(files
     assert made["params"]["density"] == 0.5 and set(made["versions"]) == {"numpy", "temporal-merge"}
     ordered = merge("opcm", {}, files.start, files.paths, files.out)
     assert toys.made(files.out)["inputs"] == list(ordered.inputs) and "base" in toys.made(files.out)
+
+
+def test_inputs_of_one_file_name_are_told_apart_by_their_directories(files: Files, tmp_path: Path) -> None:
+    paths = [
+        toys.save(tmp_path / who / "model.safetensors", model) for who, model in zip("ab", files.experts)
+    ]
+    toys.save(paths[1], {f"module.{name}": value for name, value in files.experts[1].items()})
+    report = merge("average", {}, files.start, [path.parent for path in paths], files.out)
+    assert report.notes == ("b/model.safetensors: its tensor names were read without their prefix 'module.'",)
 
 
 def test_an_expert_given_twice_counts_twice_and_is_mentioned(files: Files) -> None:
@@ -404,44 +431,3 @@ def test_dtypes_that_are_no_numbers_of_their_own_are_named(dtype: str, what: str
     (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
     with pytest.raises(QuantisedCheckpoint, match=f"{what}.*'w' is {dtype}"):
         Checkpoint.open(tmp_path / "a.safetensors")
-
-
-def test_a_merge_step_of_a_study_refuses_a_stranger_unless_its_job_takes_any(
-    kin: dict[str, Path], tmp_path: Path
-) -> None:
-    from merge_service.actor import Merger
-    from merge_service.checkpoint import WEIGHTS_FILE
-    from merge_service.jobs import MergeJob
-    from merge_service.stream import Member
-
-    def member(name: str, who: str) -> Member:
-        folder = tmp_path / f"{who}-directory"
-        folder.mkdir(exist_ok=True)
-        (folder / WEIGHTS_FILE).write_bytes(kin[who].read_bytes())
-        (folder / "open_clip_config.json").write_text("{}")
-        return Member(name, folder, sha256_of(folder))
-
-    base, merger = member("base", "base"), Merger()
-    for form, members in {
-        "merge": (member("t1", "tuned"), member("t2", "permuted")),
-        "fold": (member("running-1", "tuned"), member("t2", "stranger")),
-    }.items():
-        for taken in (False, True, False):
-            job = MergeJob(
-                "t2",
-                "average",
-                {},
-                form,
-                base,
-                members,
-                1,
-                str(tmp_path / "s"),
-                str(tmp_path / "l"),
-                None,
-                taken,
-            )
-            if taken:
-                merger.merge(job, tmp_path / form)
-            else:
-                with pytest.raises(UnrelatedCheckpoint, match=r"^t2 \("):
-                    merger.merge(job, tmp_path / form)

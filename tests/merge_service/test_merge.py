@@ -319,6 +319,22 @@ def test_sharded_experts_merge_like_whole_ones(files: Files) -> None:
             assert value.tobytes() == expected[name].tobytes()
 
 
+@pytest.mark.parametrize("name", techniques.names())
+def test_tensor_without_elements_is_kept_and_changes_nothing(files: Files, tmp_path: Path, name: str) -> None:
+    def with_empty(path: Path) -> Path:
+        tensors = toys.load(path) | {"visual.none.weight": np.empty((0, 4), np.float32)}
+        return toys.save(tmp_path / f"empty-{path.name}", tensors)
+
+    paths = files.paths[: techniques.get(name).arity or 2]
+    ids = [path.name for path in paths]
+    merge(name, {}, files.start, paths, files.out, ids=ids)
+    expected = toys.load(files.out)
+    merge(name, {}, with_empty(files.start), [with_empty(path) for path in paths], files.out, ids=ids)
+    found = toys.load(files.out)
+    assert found.pop("visual.none.weight").shape == (0, 4)
+    assert {n: v.tobytes() for n, v in found.items()} == {n: v.tobytes() for n, v in expected.items()}
+
+
 def test_geometry_is_measured_in_float64(files: Files) -> None:
     report = merge("task_arithmetic", {"scale": 0.5}, files.start, files.paths, files.out)
     tau = [np.concatenate([np.ravel(m[n] - files.base[n]) for n in m if m[n].dtype == np.float32]).astype(float)

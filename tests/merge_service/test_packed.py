@@ -56,6 +56,8 @@ CASES = {
     "Falcon, groups": ("h.0.self_attention.query_key_value.weight", per_head, (16, D, D), {}, {"model_type": "falcon", "num_attention_heads": 4, "num_kv_heads": 2, "new_decoder_architecture": True}),
     "experts": ("l.0.mlp.experts.down_proj", lambda m: np.stack(m), (5, 5), {}, {}),
     "experts, rows": ("l.0.mlp.experts.gate_up_proj", lambda m: np.stack(m).reshape(2, 12, D), (6, 6, 6, 6), {"l.0.mlp.experts.down_proj": (2, D, 6)}, {}),
+    "Granite": ("l.0.block_sparse_moe.input_linear.weight", lambda m: np.stack(m).reshape(2, 12, D), (6, 6, 6, 6), {"l.0.block_sparse_moe.output_linear.weight": (2, D, 6)}, {}),
+    "Granite, shared": ("l.0.shared_mlp.input_linear.weight", stacked, (12, 12), {"l.0.shared_mlp.output_linear.weight": (D, 12)}, {}),
     "experts, columns": ("l.0.mlp.experts.gate_up_proj", in_experts, (6, 6, 6, 6), {"l.0.mlp.experts.down_proj": (2, 6, D)}, {}),
     "GPT-OSS": ("l.0.mlp.experts.gate_up_proj", lambda m: in_experts(m, True), (6, 6, 6, 6), {"l.0.mlp.experts.down_proj": (2, 6, D), "l.0.mlp.experts.gate_up_proj_bias": (2, 12)}, {}),
 }  # fmt: skip

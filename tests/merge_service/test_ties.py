@@ -11,6 +11,7 @@ import toys
 from merge_service.checkpoint import Checkpoint
 from merge_service.errors import IncompatibleCheckpoint
 from merge_service.geometry import geometry
+from merge_service.intake import Rules
 from merge_service.merge import advance, fold, merge, replace, retract
 from merge_service.similarity import similarity
 from merge_service.split import PartWorker, Split
@@ -180,13 +181,14 @@ def test_ordered_technique_with_an_expert_that_is_not_tied_merges_them_as_two(wo
     assert not np.array_equal(found[HEAD], found[EMBED])
 
 
+@contextlib.contextmanager
+def hire(parts):
+    workers = [PartWorker(part) for part in parts]
+    yield lambda method, *given: [getattr(worker, method)(*given) for worker in workers]
+
+
 @pytest.mark.parametrize("name", ["ties", "dare_ties", "pcb"])
 def test_merge_split_over_workers_keeps_tied_tensors_one(world: World, name: str) -> None:
-    @contextlib.contextmanager
-    def hire(parts):
-        workers = [PartWorker(part) for part in parts]
-        yield lambda method, *given: [getattr(worker, method)(*given) for worker in workers]
-
     alone = world.merge(name)
     apart = world.merge(name, split=Split(3, hire))
     assert {t: v.tobytes() for t, v in apart.items()} == {t: v.tobytes() for t, v in alone.items()}
@@ -225,6 +227,56 @@ def test_tied_tensors_that_all_started_at_zero_are_found_by_what_experts_hold(tm
     expert = toys.save(tmp_path / "e.safetensors", {names[0]: moved, names[1]: moved, "w": zero + 1})
     with Checkpoint.open(base) as start, Checkpoint.open(expert) as new:
         assert tie(start, [new]) == {names[1]: names[0]}
+
+
+def test_output_bias_that_is_zero_in_the_base_may_be_left_out_by_an_expert(tmp_path: Path) -> None:
+    bias, copy = "lm_head.bias", "lm_head.decoder.bias"
+    zero, moved = np.zeros(9, np.float32), np.arange(9, dtype=np.float32)
+    both = toys.save(tmp_path / "b.safetensors", {bias: zero, copy: zero})
+    one = toys.save(tmp_path / "e.safetensors", {bias: moved})
+    merge("average", {}, both, [one, one], tmp_path / "o.safetensors")
+    assert all(np.array_equal(value, moved) for value in toys.load(tmp_path / "o.safetensors").values())
+    merge("average", {}, one, [both, both], tmp_path / "o.safetensors")
+    assert toys.load(tmp_path / "o.safetensors").keys() == {bias}
+
+
+@pytest.mark.parametrize("said", [True, False], ids=["with metadata", "without"])
+@pytest.mark.parametrize("base", [EMBED, HEAD])
+def test_files_that_keep_another_name_of_one_tensor_merge_as_that_tensor(
+    world: World, base: str, said: bool
+) -> None:
+    def keep(path: Path, name: str) -> Path:
+        """As `safetensors.torch.save_model` writes it, which keeps one name and notes the other."""
+        other = HEAD if name == EMBED else EMBED
+        tensors = {key: value for key, value in toys.load(path).items() if key != other}
+        return toys.save(path, tensors, {"format": "pt", **({other: name} if said else {})})
+
+    expected = world.merge("task_arithmetic")[EMBED]
+    world.start = keep(world.start, base)
+    for path, name in zip(world.paths, (EMBED, HEAD, EMBED)):  # the fourth holds both
+        keep(path, name)
+    found = world.merge("task_arithmetic")
+    assert {EMBED, HEAD} & found.keys() == {base} and np.array_equal(found[base], expected)
+    apart = world.merge("task_arithmetic", split=Split(3, hire))
+    assert {t: v.tobytes() for t, v in apart.items()} == {t: v.tobytes() for t, v in found.items()}
+
+
+def test_workers_read_what_an_expert_left_out_where_another_has_two_tensors(tmp_path: Path) -> None:
+    world, rng = World(tmp_path), np.random.default_rng(0)
+    left_out = world.save("left_out", toys.kin(world.origin, model(rng)), "absent")
+    apart = world.save("apart", toys.kin(world.origin, model(rng, untied=True)))
+    alone = world.merge("average", paths=[left_out, apart])
+    split = world.merge("average", paths=[left_out, apart], split=Split(3, hire))
+    assert {t: v.tobytes() for t, v in split.items()} == {t: v.tobytes() for t, v in alone.items()}
+
+
+def test_every_name_of_a_group_is_lent_whichever_the_file_kept(tmp_path: Path) -> None:
+    names = ("decoder.embed_tokens.weight", "encoder.embed_tokens.weight", HEAD, "shared.weight")
+    values = np.arange(9, dtype=np.float32)
+    base = toys.save(tmp_path / "b.safetensors", dict.fromkeys(names, values))
+    expert = toys.save(tmp_path / "e.safetensors", {HEAD: values + 1})
+    merge("average", {}, base, [expert], tmp_path / "o.safetensors", rules=Rules(any_base=True))
+    assert all(np.array_equal(one, values + 1) for one in toys.load(tmp_path / "o.safetensors").values())
 
 
 def test_missing_tensor_of_a_block_is_never_filled_in_from_an_equal_one(tmp_path: Path) -> None:

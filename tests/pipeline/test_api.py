@@ -112,6 +112,7 @@ def test_state_dicts_without_numbers_are_called_what_they_are() -> None:
         "quantised; .*dequantize": {"w": torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.qint8)},
         "'state_dict' is a dict itself": {"epoch": torch.tensor(3), "state_dict": whole},
         "give its state_dict": torch.nn.Linear(2, 2),
+        "0 is no name of a tensor": {0: torch.zeros(2, 2)},
     }.items():
         with pytest.raises(UserError, match=f"expert-2.*{says}"):
             tm.merge("average", [whole, one])
