@@ -220,11 +220,8 @@ def check_temperature(logit_scale: float, who: str) -> None:
 def temperature(weights: Path) -> float:
     """The `logit_scale` that a checkpoint holds; 0 if it holds none."""
     with Checkpoint.open(weights) as checkpoint:
-        return (
-            float(checkpoint.read("logit_scale").reshape(-1)[0])
-            if "logit_scale" in checkpoint.tensors
-            else 0.0
-        )
+        names = [name for name in checkpoint.tensors if name.rpartition(".")[2] == "logit_scale"]
+        return float(checkpoint.read(names[0]).reshape(-1)[0]) if len(names) == 1 else 0.0
 
 
 def describe(preprocess: Mapping[str, Any]) -> str:
@@ -245,6 +242,8 @@ def _on_disk(path: Path) -> tuple[Path, Path | None]:
     """(the directory of weights on disk, the configuration beside them if there is one)."""
     if not path.exists():
         raise UserError(f"{path} does not exist; give a weights directory or a .safetensors file")
+    if path.name.endswith(".safetensors.index.json"):
+        raise UserError(f"{path} is the index of a checkpoint in shards; give the directory: {path.parent}")
     if path.is_file() and path.suffix != ".safetensors":
         raise UserError(
             f"{path} is not a .safetensors file; other formats may run code when opened: convert it first"
