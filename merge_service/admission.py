@@ -38,7 +38,7 @@ def check_tensors(reference: "Checkpoint", candidate: "Checkpoint", who: str) ->
     type.
     """
     expected, found = reference.tensors, candidate.tensors
-    lacking = _loose(reference) - found.keys()
+    lacking = position_numbers(reference) - found.keys()
     differences = [f"{name} is missing" for name in expected if name not in found and name not in lacking]
     differences += [f"{name} is not in the reference" for name in found if name not in expected]
     for name in [name for name in expected if name in found]:
@@ -76,7 +76,10 @@ def check_finite(candidate: "Checkpoint", who: str) -> None:
 
 def _mend_prefix(reference: "Checkpoint", candidate: "Checkpoint", who: str) -> list[str]:
     """Read the candidate's names as the reference's where all differ by the same prefix and nothing else."""
-    expected, found = set(reference.tensors) - _loose(reference), set(candidate.tensors) - _loose(candidate)
+    expected, found = (
+        set(reference.tensors) - position_numbers(reference),
+        set(candidate.tensors) - position_numbers(candidate),
+    )
     if not expected or not found or expected == found:
         return []
     for longer, shorter in ((found, expected), (expected, found)):
@@ -101,17 +104,17 @@ def spare_prefix(longer: Set[str], shorter: Set[str]) -> str:
 
 def _mend_positions(reference: "Checkpoint", candidate: "Checkpoint", who: str) -> list[str]:
     """Leave out position numbers that one of the two has and the other lacks; the output has them as the reference does."""
-    extra = [name for name in _loose(candidate) if name not in reference.tensors]
+    extra = [name for name in position_numbers(candidate) if name not in reference.tensors]
     for name in extra:
         del candidate.tensors[name]
     only = {
         **dict.fromkeys(extra, "not in the reference"),
-        **dict.fromkeys(_loose(reference) - candidate.tensors.keys(), "missing"),
+        **dict.fromkeys(position_numbers(reference) - candidate.tensors.keys(), "missing"),
     }
     return [f"{who}: {name} is {what}, but only numbers positions" for name, what in sorted(only.items())]
 
 
-def _loose(checkpoint: "Checkpoint") -> set[str]:
+def position_numbers(checkpoint: "Checkpoint") -> set[str]:
     """Names of buffers that hold 0, 1, 2, ... and that libraries save or not, by their version."""
     return {
         name

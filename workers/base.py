@@ -153,7 +153,8 @@ def tags_of(name: str) -> Mapping[str, Mapping[str, Any]]:
     """open_clip's entry of every tag of one of its architectures. Importing them takes seconds, so others never ask."""
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
-    return {tag: get_pretrained_cfg(name, tag) for tag in list_pretrained_tags_by_model(name)}
+    plain = name.replace("/", "-")  # OpenAI's own writing, which open_clip takes as well
+    return {tag: get_pretrained_cfg(plain, tag) for tag in list_pretrained_tags_by_model(plain)}
 
 
 def _alike(model_cfg: Mapping[str, Any]) -> list[str]:
@@ -260,7 +261,7 @@ def configuration_of(config: str) -> dict[str, Any]:
 
 def _tag(config: str, tag: str, model_cfg: Mapping[str, Any]) -> Mapping[str, Any]:
     """open_clip's entry of a tag. Raises UserError naming the nearest tags, or the architecture with the right activation."""
-    tags = tags_of(config) if config in open_clip_models() else {}
+    tags = tags_of(config) if config.replace("/", "-") in open_clip_models() else {}
     if not tags:
         raise ModelError(
             f"model.pretrained: {config!r} has no pretrained tags, so pretrained: {tag!r} names nothing: give a weights "

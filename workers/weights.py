@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from merge_service.admission import spare_prefix
+from merge_service.admission import position_numbers, spare_prefix
 from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, CheckpointWriter
 from merge_service.errors import IncompatibleCheckpoint, UserError
 from merge_service.ties import Ties, entry, of_groups, recorded
@@ -75,12 +75,16 @@ def fill(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
 def admit(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     """Raise IncompatibleCheckpoint unless the checkpoint has every tensor of `model` and no other, by name and shape.
 
-    A wrapper's prefix before all names (`module.`) is taken off first; one number may be a scalar or a list of one.
+    A wrapper's prefix before all names (`module.`) is taken off first, and numbers of positions that the model does not keep are left
+    out; one number may be a scalar or a list of one.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    prefix = spare_prefix(checkpoint.tensors.keys(), expected.keys()) if checkpoint.tensors else ""
+    names = checkpoint.tensors.keys() - position_numbers(checkpoint)
+    prefix = spare_prefix(names, expected.keys()) if names else ""
     if prefix:
         checkpoint.rename(prefix, "")
+    for name in position_numbers(checkpoint) - expected.keys():
+        del checkpoint.tensors[name]
     found = {name: tuple(info.shape) for name, info in checkpoint.tensors.items()}
     differences = list(_differences(expected, found))
     if differences:
