@@ -17,6 +17,7 @@ from merge_service.errors import IncompatibleCheckpoint, UserError
 from merge_service.ties import Ties, entry, of_groups, recorded
 
 LISTED = 10  # differences shown in one error
+_BIAS = " (a model with a logit_bias has init_logit_bias in its model_cfg)"
 _DTYPES = {
     torch.float32: "F32",
     torch.int64: "I64",
@@ -91,7 +92,7 @@ def admit(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
         more = f"; and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
         raise IncompatibleCheckpoint(
             f"{checkpoint.path} does not fit its model configuration: {'; '.join(differences[:LISTED])}{more}. "
-            f"Check that the configuration belongs to these weights"
+            f"Check that the configuration belongs to these weights{_BIAS * ('logit_bias' in found.keys() - expected.keys())}"
         )
 
 

@@ -116,6 +116,11 @@ def test_weights_that_do_not_fit_list_what_differs(toys: Toys, tmp_path: Path) -
     assert "text_projection has shape [3, 4], the model wants [32, 16]" in str(caught.value)
 
 
+def test_bias_that_the_configuration_lacks_is_named_with_the_key(toys: Toys, tmp_path: Path) -> None:
+    with pytest.raises(IncompatibleCheckpoint, match=r"logit_bias is not in the model.*init_logit_bias"):
+        load(broken(toys, tmp_path, logit_bias=torch.tensor(-10.0)))
+
+
 @pytest.mark.fault("F15")
 def test_weights_that_are_cut_are_corrupt(toys: Toys, tmp_path: Path) -> None:
     write_config(tmp_path / "cut")
