@@ -4,7 +4,7 @@ Nothing is ever skipped, truncated or padded to fit. A merge with a tensor left 
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Set
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -87,19 +87,23 @@ def _mend_prefix(reference: "Checkpoint", candidate: "Checkpoint", who: str) -> 
     if not expected or not found or expected == found:
         return []
     for longer, shorter in ((found, expected), (expected, found)):
-        prefix = _prefix(longer)
-        # a model whose own names share their first component has more of it than the wrapper
-        for cut in [at + 1 for at, sign in enumerate(prefix) if sign == "."]:
-            if {name[cut:] for name in longer} == shorter:
-                old, new = (prefix[:cut], "") if longer is found else ("", prefix[:cut])
-                candidate.rename(old, new)
-                done = (
-                    f"without their prefix {old!r}"
-                    if old
-                    else f"with the prefix {new!r} that the others have"
-                )
-                return [f"{who}: its tensor names were read {done}"]
+        prefix = spare_prefix(longer, shorter)
+        if prefix:
+            old, new = (prefix, "") if longer is found else ("", prefix)
+            candidate.rename(old, new)
+            done = f"without their prefix {old!r}" if old else f"with the prefix {new!r} that the others have"
+            return [f"{who}: its tensor names were read {done}"]
     return []
+
+
+def spare_prefix(longer: Set[str], shorter: Set[str]) -> str:
+    """What stands before all names of `longer` and makes the one difference to `shorter`; "" if there is no such prefix."""
+    prefix = _prefix(longer)
+    # a model whose own names share their first component has more of it than the wrapper
+    for cut in [at + 1 for at, sign in enumerate(prefix) if sign == "."]:
+        if {name[cut:] for name in longer} == shorter:
+            return prefix[:cut]
+    return ""
 
 
 def _mend_buffers(reference: "Checkpoint", candidate: "Checkpoint", who: str) -> list[str]:

@@ -207,7 +207,9 @@ class Study(Section):
         checked = set()
         for cell in self.cells:
             if cell.group not in checked:
-                problems += self._misfits_of(cell, roles)
+                said = {problem.text for problem in problems}
+                found = self._misfits_of(cell, roles)
+                problems += [p for p in found if not said & {p.text, p.text.removeprefix(f"{cell.name}: ")}]
             checked.add(cell.group)
         return problems
 

@@ -2,11 +2,13 @@
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE, locate
+from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, CheckpointWriter, locate
 from merge_service.errors import UserError
 from pipeline.config import Study, load_study
 from pipeline.facts import base_for_now, base_of, cache_of, ensure_data, stated
@@ -42,7 +44,7 @@ def score(checkpoint: Path, study: Study, names: Sequence[str] | None) -> dict[s
         raise UserError(
             f"--datasets: the study does not score {', '.join(unknown)}; it scores {', '.join(known)}"
         )
-    with tempfile.TemporaryDirectory() as room:
+    with tempfile.TemporaryDirectory() as room, _named(Path(room), checkpoint):
         model, base = _weights_directory(checkpoint, study, Path(room))
         worth_knowing = _notes(model, study, names or list(known))
         answer = _evaluate(model, study, names or list(known)) | _said(base, study)
@@ -53,6 +55,7 @@ def score(checkpoint: Path, study: Study, names: Sequence[str] | None) -> dict[s
             zs(answer["scores"], study.roles.held_out),
         )
         answer["gm"] = gm(answer["ka"], answer["zs"])
+    answer["notes"] = [note.replace(room, str(checkpoint)) for note in answer["notes"]]
     return {"checkpoint": str(checkpoint), **answer}
 
 
@@ -108,6 +111,31 @@ def _evaluate(model: Path, study: Study, names: Sequence[str]) -> dict[str, Any]
     return {"scores": answer["scores"], "samples": answer["samples"]}
 
 
+def _one_file(weights: Path, file: Path) -> None:
+    """The checkpoint under the name that a weights directory wants; shards are put together."""
+    if weights.suffix == ".safetensors":
+        file.symlink_to(weights.absolute())
+        return
+    with Checkpoint.open(weights) as checkpoint:
+        layout = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
+        with CheckpointWriter(file, layout, checkpoint.metadata) as writer:
+            for name in layout:
+                writer.write(name, 0, checkpoint.read(name))
+
+
+@contextmanager
+def _named(room: Path, checkpoint: Path) -> Iterator[None]:
+    """A user's mistake is said of the checkpoint that was given, not of the room in which it was laid out."""
+    try:
+        yield
+    except UserError as error:
+        names = {str(room / WEIGHTS_FILE): str(checkpoint), f" ({room})": "", str(room): str(checkpoint)}
+        text = reduce(lambda said, pair: said.replace(*pair), names.items(), str(error))
+        if text == str(error):
+            raise
+        raise UserError(text) from error
+
+
 def _weights_directory(checkpoint: Path, study: Study, room: Path) -> tuple[Path, Base]:
     """The checkpoint as a weights directory, and what is known of it.
 
@@ -118,7 +146,7 @@ def _weights_directory(checkpoint: Path, study: Study, room: Path) -> tuple[Path
     home: Path | None = beside
     if (beside / CONFIG_FILE).is_file():
         base = find(str(beside), None, asked)
-        if checkpoint.is_dir() and base.usual:
+        if checkpoint.is_dir() and base.usual and weights.name == WEIGHTS_FILE:
             return checkpoint, base
     else:
         lent = base_of(study.model)
@@ -126,6 +154,6 @@ def _weights_directory(checkpoint: Path, study: Study, room: Path) -> tuple[Path
     for path in home.iterdir() if home is not None else ():
         if is_tokenizer_file(path):
             (room / path.name).symlink_to(path.absolute())
-    (room / WEIGHTS_FILE).symlink_to(weights.absolute())
+    _one_file(weights, room / WEIGHTS_FILE)
     (room / CONFIG_FILE).write_text(json.dumps(base.configuration), encoding="utf-8")
     return room, base

@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from merge_service.checkpoint import CONFIG_FILE, locate
-from merge_service.errors import UserError
+from merge_service.checkpoint import CONFIG_FILE, Checkpoint
+from merge_service.errors import IncompatibleCheckpoint, UserError
 from merge_service.timeline import needs_experts
 from pipeline.artifact import hash_file
 from pipeline.config import Study
@@ -304,7 +304,7 @@ def _training(study: Study, model: ModelSection, base: Base | None) -> dict[str,
     found = {} if base.model_cfg.get("init_logit_bias") is None else {"objective": "sigmoid"}
     path = local_base(model)
     if path is not None and not found:
-        check_temperature(temperature(locate(path)), f"model.pretrained: {path}")
+        check_temperature(temperature(path), f"model.pretrained: {path}")
     if study.engine_of(model.config).world > 1:
         from workers.budget import has_batch_norm
 
@@ -331,24 +331,36 @@ def base_identity(model: ModelSection, base: Base | None) -> tuple[str, str, int
     if path is None:
         seed = model.seed if model.pretrained is None else None
         return fingerprint([described, model.pretrained, model.precision, seed]), config, 0
-    weights = locate(path)
-    return hash_file(weights), config, weights.stat().st_size
+    with Checkpoint.open(path) as checkpoint:
+        parts = checkpoint.files
+        digests = [hash_file(part) for part in parts]
+    whole = digests[0] if checkpoint.path == parts[0] else fingerprint([hash_file(checkpoint.path), *digests])
+    return whole, config, sum(part.stat().st_size for part in parts)
 
 
 def _cost(study: Study, section: ModelSection, trainable: str, weights: str) -> dict[str, float]:
-    """Measured once per model and kept: GFLOPs per sample, memory against full fine-tuning, bytes of the weights."""
+    """Measured once per model and kept: GFLOPs per sample, memory against full fine-tuning, bytes of the weights.
+
+    Raises ModelError for weights that do not fit the network.
+    """
     recipe = study.recipe
     key = [weights, section.config, trainable, recipe.precision, recipe.batch_size]
     kept = cache_of(study) / "costs" / f"{fingerprint(key)[:32]}.json"
     with suppress(ValueError):  # what a crash of the machine left of it is measured again
         known: dict[str, float] = json.loads(recall(kept) or "")
         return known
-    from workers.budget import measure, memory_ratio
+    from workers.budget import check_fit, measure, memory_ratio
 
     model: str | Path = (local_base(section) if _is_there(section) else None) or section.config
     if isinstance(model, Path) and not (model / CONFIG_FILE).is_file():
         model = section.config
     cost = measure(model, recipe.batch_size, trainable, recipe.precision)
+    source = local_base(section) if _is_there(section) else None
+    if source is not None:
+        try:
+            check_fit(base_of(section).configuration, section.config, source)
+        except IncompatibleCheckpoint as error:
+            raise ModelError(f"model.pretrained: {error}") from error
     answer = {
         "gflops_per_sample": cost.gflops_per_sample,
         "memory_ratio": memory_ratio(model, recipe.batch_size, trainable, recipe.precision),

@@ -28,6 +28,9 @@ def prompt_notes(directory: Path, root: str, datasets: Iterable[str], cache: Pat
         info = describe(root, name, cache)
         if info.kind != "classification":
             continue
+        if len(info.classes) == 1:
+            said.append(f"dataset {name!r} has one class, so every model scores 1 on it: it measures nothing")
+            continue
         kept = (
             cache
             / "prompts"

@@ -3,9 +3,12 @@
 Invariant: opening a workspace writes nothing; `prepare` writes what a run needs, each file whole or not at all.
 """
 
+import json
 import shutil
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +20,7 @@ from merge_service.leftovers import sweep_directory
 from pipeline.config import Study, load_study
 from pipeline.disk import clear_leftovers, write_whole
 from pipeline.errors import ConfigError
-from pipeline.facts import cache_of, ensure_data, gather, local_base, stated
+from pipeline.facts import base_for_now, cache_of, ensure_data, gather, local_base, stated
 from pipeline.plan import Plan, Step, base_step, make_plan
 from pipeline.plan_file import study_of, write
 from pipeline.prompt_notes import prompt_notes
@@ -28,6 +31,7 @@ from pipeline.steps import Facts
 from pipeline.store import Store
 from pipeline.store_open import settled, store_at
 from pipeline.streams import save
+from workers.configuration import HUB
 
 STREAMS = "streams"
 STUDY_FILE, PLAN_FILE, RESULTS_FILE = "study.yaml", "plan.json", "results.json"
@@ -99,8 +103,9 @@ class Workspace:
             base = self.plan.bases[base_step(known.weights, known.config).fingerprint]
             places = (self.store.path(base.kind, base.fingerprint, base.slug), local_base(model))
             place = next((place for place in places if place and (place / CONFIG_FILE).is_file()), None)
-            if place is not None:
-                said += prompt_notes(place, study.data_root, scored, cache_of(study))
+            with _with_tokenizer(place, model) as directory:
+                if directory is not None:
+                    said += prompt_notes(directory, study.data_root, scored, cache_of(study))
         return list(dict.fromkeys(said))
 
     def done(self) -> set[str]:
@@ -183,3 +188,19 @@ class Workspace:
             raise ConfigError(
                 f"{self.out} holds the study {there!r}, not {self.plan.study!r}; choose another --out"
             )
+
+
+@contextmanager
+def _with_tokenizer(place: Path | None, model: ModelSection) -> Iterator[Path | None]:
+    """A directory that says how a model reads text: `place`, or for a base that is still to come one with its configuration alone.
+
+    None where the tokenizer itself would have to come from the Hub.
+    """
+    on_hub = any(name.startswith(HUB) for name in (model.config, model.pretrained or ""))
+    base = None if place is not None or on_hub else base_for_now(model)[0]
+    if base is None or {"hf_tokenizer_name", "hf_model_name"} & base.model_cfg["text_cfg"].keys():
+        yield place
+        return
+    with tempfile.TemporaryDirectory() as room:
+        (Path(room) / CONFIG_FILE).write_text(json.dumps(base.configuration), encoding="utf-8")
+        yield Path(room)

@@ -27,6 +27,10 @@ from tests.world import Cluster, World, command, make_world  # noqa: E402
 
 # A shell starts what runs in its background deaf to Ctrl-C, and a process hands that on to what it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if (
+    signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+):  # started by nohup: what it starts here hears hang-ups again
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -153,7 +153,8 @@ def tags_of(name: str) -> Mapping[str, Mapping[str, Any]]:
     """open_clip's entry of every tag of one of its architectures. Importing them takes seconds, so others never ask."""
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
-    return {tag: get_pretrained_cfg(name, tag) for tag in list_pretrained_tags_by_model(name)}
+    plain = name.replace("/", "-")  # OpenAI's own writing, which open_clip takes as well
+    return {tag: get_pretrained_cfg(plain, tag) for tag in list_pretrained_tags_by_model(plain)}
 
 
 def _alike(model_cfg: Mapping[str, Any]) -> list[str]:
@@ -220,11 +221,8 @@ def check_temperature(logit_scale: float, who: str) -> None:
 def temperature(weights: Path) -> float:
     """The `logit_scale` that a checkpoint holds; 0 if it holds none."""
     with Checkpoint.open(weights) as checkpoint:
-        return (
-            float(checkpoint.read("logit_scale").reshape(-1)[0])
-            if "logit_scale" in checkpoint.tensors
-            else 0.0
-        )
+        names = [name for name in checkpoint.tensors if name.rpartition(".")[2] == "logit_scale"]
+        return float(checkpoint.read(names[0]).reshape(-1)[0]) if len(names) == 1 else 0.0
 
 
 def describe(preprocess: Mapping[str, Any]) -> str:
@@ -245,6 +243,8 @@ def _on_disk(path: Path) -> tuple[Path, Path | None]:
     """(the directory of weights on disk, the configuration beside them if there is one)."""
     if not path.exists():
         raise UserError(f"{path} does not exist; give a weights directory or a .safetensors file")
+    if path.name.endswith(".safetensors.index.json"):
+        raise UserError(f"{path} is the index of a checkpoint in shards; give the directory: {path.parent}")
     if path.is_file() and path.suffix != ".safetensors":
         raise UserError(
             f"{path} is not a .safetensors file; other formats may run code when opened: convert it first"
@@ -261,7 +261,7 @@ def configuration_of(config: str) -> dict[str, Any]:
 
 def _tag(config: str, tag: str, model_cfg: Mapping[str, Any]) -> Mapping[str, Any]:
     """open_clip's entry of a tag. Raises UserError naming the nearest tags, or the architecture with the right activation."""
-    tags = tags_of(config) if config in open_clip_models() else {}
+    tags = tags_of(config) if config.replace("/", "-") in open_clip_models() else {}
     if not tags:
         raise ModelError(
             f"model.pretrained: {config!r} has no pretrained tags, so pretrained: {tag!r} names nothing: give a weights "

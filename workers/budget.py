@@ -18,12 +18,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from merge_service.checkpoint import Checkpoint
 from merge_service.errors import UserError
 from workers.base import configuration_of
 from workers.batch_norm import normalises_over_batch
 from workers.model import set_trainable
 from workers.network import build
 from workers.objective import ContrastiveLoss, TwoTowers
+from workers.weights import admit
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,12 @@ def _measure(configuration: str, where: str, batch_size: int, trainable: str, pr
 def has_batch_norm(configuration: Mapping[str, Any], where: str) -> bool:
     """Whether a network normalises over the batch, so that its training depends on what is in a batch together."""
     return normalises_over_batch(_without_storage(configuration, where))
+
+
+def check_fit(configuration: Mapping[str, Any], where: str, weights: Path) -> None:
+    """Raise IncompatibleCheckpoint for weights (a file or a directory) that are not those of the network."""
+    with Checkpoint.open(weights) as checkpoint:
+        admit(_without_storage(configuration, where), checkpoint)
 
 
 def _without_storage(found: Mapping[str, Any], where: str) -> torch.nn.Module:

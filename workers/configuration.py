@@ -231,7 +231,11 @@ def read_configuration(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
     if size < 0:
-        raise UserError(f"{file} is missing: a weights directory holds {WEIGHTS_FILE} and {CONFIG_FILE}")
+        raise UserError(
+            f"{file} is missing: a weights directory holds {WEIGHTS_FILE} and {CONFIG_FILE}"
+            if file.name == CONFIG_FILE
+            else f"{file} does not exist; give the configuration of a model"
+        )
     if size > MAX_BYTES:
         raise UserError(f"{file} has {size} bytes; the configuration of a model is small, check the path")
     try:

@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from open_clip import build_zero_shot_classifier
 
+from merge_service.checkpoint import WEIGHTS_FILE
 from merge_service.errors import NonFiniteCheckpoint, UserError
 from workers.data.contents import is_by_caption
 from workers.data.decode import Samples, load, normalise
 from workers.jobs import EvaluateJob
 from workers.model import load as load_model
 from workers.model import preprocess_cfg, tokenizer
+from workers.weights import open_weights
 
 TOP = 5  # recall@5
 PROMPTS = 256  # through the text tower at once
@@ -62,7 +64,7 @@ def _scores(job: EvaluateJob) -> dict[str, tuple[float, int]]:
             found[source.dataset] = (score(encoder, samples, rows), len(rows))
         except FloatingPointError as error:
             raise NonFiniteCheckpoint(
-                f"{job.label} ({directory}): {error} on dataset {source.dataset!r}; its weights are finite but too large to use"
+                f"{job.label} ({directory}): {error} on dataset {source.dataset!r}; {_blame(directory)}"
             ) from error
     return found
 
@@ -190,6 +192,15 @@ def _span(rows: np.ndarray) -> Any:
     if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
         return slice(int(rows[0]), int(rows[-1]) + 1)
     return rows
+
+
+def _blame(directory: Path) -> str:
+    """What of the weights gave features that are not finite."""
+    with open_weights(directory / WEIGHTS_FILE) as checkpoint:
+        for name, info in checkpoint.tensors.items():
+            if info.kind.is_float and not np.isfinite(checkpoint.read(name)).all():
+                return f"its tensor {name} holds numbers that are not finite"
+    return "its weights are finite but too large to use"
 
 
 def _finite(features: torch.Tensor, complaint: str) -> torch.Tensor:

@@ -12,12 +12,12 @@ from typing import Any
 import open_clip
 import torch
 
-from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Checkpoint
 from merge_service.errors import UserError
 from workers.base import STATED, Base, download, find, tags_of
 from workers.configuration import HUB, LOCAL
 from workers.network import build, quiet, save_tokenizer
-from workers.weights import load_strictly, open_weights, tied, write_weights
+from workers.weights import load_strictly, tied, write_weights
 
 SAFE_NAMES = (WEIGHTS_FILE, "open_clip_pytorch_model.safetensors", "model.safetensors")
 
@@ -73,9 +73,8 @@ def _weights_file(base: Base) -> Path:
     pretrained = base.pretrained or ""
     if base.home is not None:
         path = Path(pretrained.removeprefix(LOCAL))
-        file = path / WEIGHTS_FILE if path.is_dir() else path
-        open_weights(file).close()
-        return file
+        with Checkpoint.open(path) as checkpoint:
+            return checkpoint.path
     if pretrained.startswith(HUB):
         return download(pretrained.removeprefix(HUB), SAFE_NAMES, pretrained)
     repository, _, name = tags_of(base.config)[pretrained]["hf_hub"].rpartition("/")

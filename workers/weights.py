@@ -1,20 +1,24 @@
 """The files of a weights directory: read strictly, written reproducibly.
 
 Invariant: equal weights give equal bytes (the sha256 of the safetensors file is their identity), and a file is only
-ever loaded into a model that has exactly its keys and shapes. No pickle is opened here or anywhere else.
+ever loaded into a model that has its keys and shapes. No pickle is opened here or anywhere else.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from merge_service.admission import spare_prefix
+from merge_service.buffers import buffers
 from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, CheckpointWriter
 from merge_service.errors import IncompatibleCheckpoint, UserError
 from merge_service.ties import Ties, entry, of_groups, recorded
 
 LISTED = 10  # differences shown in one error
+_BIAS = " (a model with a logit_bias has init_logit_bias in its model_cfg)"
 _DTYPES = {
     torch.float32: "F32",
     torch.int64: "I64",
@@ -65,24 +69,39 @@ def load_strictly(model: torch.nn.Module, file: Path) -> None:
 
 def fill(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     """`load_strictly` from a checkpoint that is open, into a model on the CPU."""
-    state = model.state_dict()
+    admit(model, checkpoint)
+    for name, tensor in model.state_dict().items():
+        tensor.numpy()[...] = checkpoint.read(name).reshape(tensor.shape)
+
+
+def admit(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """Raise IncompatibleCheckpoint unless the checkpoint has every tensor of `model` and no other, by name and shape.
+
+    A wrapper's prefix before all names (`module.`) is taken off first, and buffers that the model computes and does not keep are left
+    out; one number may be a scalar or a list of one.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    names = checkpoint.tensors.keys() - buffers(checkpoint)
+    prefix = spare_prefix(names, expected.keys()) if names else ""
+    if prefix:
+        checkpoint.rename(prefix, "")
+    for name in buffers(checkpoint) - expected.keys():
+        del checkpoint.tensors[name]
     found = {name: tuple(info.shape) for name, info in checkpoint.tensors.items()}
-    differences = list(_differences({name: tuple(t.shape) for name, t in state.items()}, found))
+    differences = list(_differences(expected, found))
     if differences:
         more = f"; and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
         raise IncompatibleCheckpoint(
             f"{checkpoint.path} does not fit its model configuration: {'; '.join(differences[:LISTED])}{more}. "
-            f"Check that the configuration belongs to these weights"
+            f"Check that the configuration belongs to these weights{_BIAS * ('logit_bias' in found.keys() - expected.keys())}"
         )
-    for name, tensor in state.items():
-        tensor.numpy()[...] = checkpoint.read(name).reshape(tensor.shape)
 
 
 def _differences(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> Iterator[str]:
     yield from (f"{name} is missing" for name in expected if name not in found)
     yield from (f"{name} is not in the model" for name in found if name not in expected)
     for name in expected.keys() & found.keys():
-        if found[name] != expected[name]:
+        if found[name] != expected[name] and {math.prod(found[name]), math.prod(expected[name])} != {1}:
             yield f"{name} has shape {list(found[name])}, the model wants {list(expected[name])}"
 
 

@@ -361,6 +361,19 @@ def test_roles_and_resources_that_do_not_fit_are_refused(changes: dict[str, Any]
     assert words in str(caught.value)
 
 
+def test_mistake_of_the_recipe_is_said_once_however_many_strategies_share_it() -> None:
+    with pytest.raises(ConfigError) as caught:
+        study_from(
+            raw_study(
+                ["continual_finetuning", "best_in_time"],
+                recipe={"batch_size": 3, "mixture": {"pretraining": 0.33, "update": 0.34, "buffer": 0.33}},
+                resources={"experts": {"workers": 2}},
+            )
+        ).resolved()
+    assert str(caught.value).count("cannot be shared equally") == 1
+    assert str(caught.value).count("no sample of a batch") == 1
+
+
 def test_misspelt_dataset_is_answered_with_the_nearest_that_is_there(tmp_path: Path) -> None:
     for name in ("animals", "wds_photos", "pool", "kept"):
         (tmp_path / name).mkdir()

@@ -144,6 +144,28 @@ def test_classes_with_the_same_tokens_are_named_by_plan_and_evaluate(
     assert answer.code == 0 and "cannot be told apart: 'A', 'a'" in answer.err
 
 
+@pytest.mark.parametrize(
+    "model", [{"config": "{home}/model.json"}, {"config": "ViT-B-32", "pretrained": "laion2b_s34b_b79k"}]
+)
+def test_classes_with_the_same_tokens_are_named_for_a_base_that_is_still_to_come(
+    place: World, cli: Cli, tmp_path: Path, model: dict[str, str]
+) -> None:
+    write(place, [(picture(), b"0"), (picture(), b"1")], "A\na\nlight\n")
+    file = study(place, model={key: value.format(home=place.home) for key, value in model.items()})
+    answer = cli("plan", file, "--out", tmp_path / "out")
+    assert (
+        answer.code == 0 and "cannot be told apart: 'A', 'a' (the tokenizer writes them alike)" in answer.out
+    )
+
+
+def test_dataset_of_one_class_is_named_since_its_score_is_always_1(
+    place: World, cli: Cli, tmp_path: Path
+) -> None:
+    write(place, [(picture(), b"0")] * 2, "only\n")
+    answer = cli("plan", study(place), "--out", tmp_path / "out")
+    assert answer.code == 0 and answer.out.count("'odd' has one class, so every model scores 1") == 1
+
+
 def test_tokenizer_that_cannot_be_loaded_is_said_and_does_not_end_the_plan(
     place: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

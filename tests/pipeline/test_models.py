@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from merge_service.errors import UserError
+from merge_service.merge import merge
 from pipeline.config import load_study
 from pipeline.evaluation import score
-from pipeline.facts import gather
+from pipeline.facts import base_identity, gather
+from pipeline.sections import ModelSection
 from pipeline.workspace import Workspace
 from tests.world import MODEL, World, make_world
 from workers.base import MAX_LOGIT_SCALE
@@ -40,6 +44,11 @@ def planned(world: World, model: dict[str, Any], overrides: Sequence[str] = (), 
         ({"config": "ViT-B-32", "pretrained": "mine.safetensors"}, "mine.safetensors does not exist"),
         ({"config": "ViT-B-32", "pretrained": "{home}/base"}, "different networks"),
         ({"config": "{home}/typo.json"}, "layerz: unknown key; did you mean layers?"),
+        (
+            {"config": "{home}/base/open_clip_config.json", "pretrained": "{home}/other.safetensors"},
+            "proj is missing",
+        ),
+        ({"config": "{home}/base", "pretrained": "{home}/x.safetensors.index.json"}, "give the directory"),
         ({"config": "ViT-B-32", "preprocess": {"means": [0, 0, 0]}}, "model.preprocess.mean"),
         ({"config": "ViT-B-32", "preprocess": {"std": [0, 0, 0]}}, "model.preprocess.std"),
         ({"config": "ViT-B-32", "preprocess": {"resize_mode": "crop"}}, "shortest, longest, squash"),
@@ -51,6 +60,10 @@ def test_model_that_a_run_would_refuse_is_refused_by_the_plan(
     typo = json.loads(json.dumps(MODEL))
     typo["model_cfg"]["text_cfg"]["layerz"] = 2
     (world.home / "typo.json").write_text(json.dumps(typo))
+    tensors = load_file(world.home / "base" / WEIGHTS_FILE)
+    del tensors["visual.proj"]
+    save_file(tensors, world.home / "other.safetensors")
+    (world.home / "x.safetensors.index.json").write_text("{}")
     named = {k: v.format(home=world.home) if isinstance(v, str) else v for k, v in model.items()}
     with pytest.raises(UserError) as caught:
         planned(world, named)
@@ -130,3 +143,49 @@ def test_file_beside_its_configuration_scores_as_its_directory(world: World, tmp
     assert (home / CONFIG_FILE).read_text() == json.dumps(found), (
         "evaluating writes nothing into a model's folder"
     )
+
+
+def test_checkpoint_in_shards_or_with_a_wrappers_names_scores_as_in_one_file(
+    world: World, tmp_path: Path
+) -> None:
+    study = load_study(world.study(model={"config": str(world.home / "base")}))
+    shards, wrapped = tmp_path / "shards", tmp_path / "wrapped.safetensors"
+    shards.mkdir()
+    merge("average", {}, None, [world.home / "base"], shards / "model.safetensors", shard_bytes=10**6)
+    assert len(list(shards.glob("*.safetensors"))) > 1
+    tensors = load_file(world.home / "base" / WEIGHTS_FILE)
+    save_file({f"module.{name}": tensor for name, tensor in tensors.items()}, wrapped)
+    named = shutil.copytree(shards, tmp_path / "named")
+    shutil.copyfile(world.home / "base" / CONFIG_FILE, named / CONFIG_FILE)
+    expected = score(world.home / "base", study, ["red"])["scores"]
+    for place in (shards, shards / "model.safetensors.index.json", wrapped, named):
+        assert score(place, study, ["red"])["scores"] == expected
+
+
+def test_base_in_shards_is_known_by_the_content_of_all_of_them(world: World, tmp_path: Path) -> None:
+    seen = []
+    for number in (0, 1):
+        home = tmp_path / str(number)
+        home.mkdir()
+        shutil.copyfile(world.home / "base" / CONFIG_FILE, home / CONFIG_FILE)
+        with torch.random.fork_rng():
+            torch.manual_seed(number)
+            tensors = {f"t{at}": torch.randn(8, 8) for at in range(4)}
+        save_file(tensors, tmp_path / "plain.safetensors")
+        merge("average", {}, None, [tmp_path / "plain.safetensors"], home / "m.safetensors", shard_bytes=600)
+        section = ModelSection.model_validate({"config": str(home)})
+        seen.append((base_identity(section, None)[0], (home / "m.safetensors.index.json").read_bytes()))
+    assert seen[0][1] == seen[1][1] and seen[0][0] != seen[1][0]
+
+
+def test_checkpoint_that_is_refused_is_named_as_it_was_given(world: World, tmp_path: Path) -> None:
+    study = load_study(world.study(model={"config": str(world.home / "base")}))
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes((world.home / "base" / WEIGHTS_FILE).read_bytes()[:-100])
+    less = tmp_path / "less.safetensors"
+    tensors = load_file(world.home / "base" / WEIGHTS_FILE)
+    save_file({name: tensor for name, tensor in tensors.items() if name != "logit_scale"}, less)
+    for file in (cut, less):
+        with pytest.raises(UserError) as caught:
+            score(file, study, ["red"])
+        assert str(caught.value).startswith(f"{file} ")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.status import open_plan
 from pipeline.streams import load
 from tests.world import TASKS, Cluster, World, command
 
@@ -66,7 +67,7 @@ def test_streams_lie_in_out_and_mean_the_same_when_given_back(
 
 
 def test_record_of_an_expert_names_its_classes_by_a_digest_that_the_plan_resolves(out: Path) -> None:
-    classes = json.loads((out / "plan.json").read_text())["classes"]
+    classes = open_plan(out).classes
     named = set()
     for path in (out / "store" / "train").glob("*/record.json"):
         for source in json.loads(path.read_text())["spec"]["update"]:

@@ -130,6 +130,7 @@ def test_activation_that_some_tags_do_not_share_is_said(tmp_path: Path) -> None:
         ("ViT-B-33", None, "did you mean ViT-B-32"),
         ("ViT-B-32", "laion2b", "did you mean laion2b_"),
         ("ViT-B-32", "openai", "Use ViT-B-32-quickgelu"),
+        ("ViT-B/32", "openai", "Use ViT-B/32-quickgelu"),
         ("ViT-S-32", "laion2b", "has no pretrained tags"),
     ],
 )
@@ -245,3 +246,9 @@ def test_tag_that_is_published_as_a_pickle_alone_is_refused(tmp_path: Path, hub:
         UserError, match=r"none of .*\.safetensors.*Pickled weights \(\.bin, \.pt\) are not read"
     ):
         export_base("ViTamin-S", "datacomp1b", tmp_path / "out")
+
+
+def test_openais_own_writing_of_a_name_has_the_same_tags() -> None:
+    slash, dash = (find(name, "laion2b_s34b_b79k") for name in ("ViT-B/32", "ViT-B-32"))
+    assert slash.configuration == dash.configuration
+    assert find("ViT-B/32-quickgelu", "openai").activation == "quick_gelu"

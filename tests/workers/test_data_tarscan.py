@@ -1,5 +1,6 @@
 """The tar scanner loses nothing without saying so, whatever happened to the file."""
 
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -82,3 +83,11 @@ def test_negative_size_is_refused_and_does_not_loop(shard: tuple[Path, bytes, li
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     assert survivors(path, bytes(header) + data[512:]) is None
+
+
+def test_name_with_several_dots_is_refused_with_the_rule(tmp_path: Path) -> None:
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w") as shard:
+        shard.addfile(tarfile.TarInfo("22.05.png"))
+    with pytest.raises(ShardError, match=r"begins at the first dot of a file's name: write names without"):
+        list(members(path))

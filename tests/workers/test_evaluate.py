@@ -198,6 +198,16 @@ def test_weights_too_large_to_use_are_named(toys: Toys, tmp_path: Path) -> None:
         evaluate(toys.evaluation(tmp_path, "toy"))
 
 
+def test_weights_that_are_not_finite_are_not_called_finite(toys: Toys, tmp_path: Path) -> None:
+    tensors = load_file(toys.base / WEIGHTS_FILE)
+    tensors["visual.proj"][0, 0] = float("nan")
+    for file in toys.base.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    save_file(tensors, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(NonFiniteCheckpoint, match=r"visual\.proj holds numbers that are not finite"):
+        evaluate(toys.evaluation(tmp_path, "toy"))
+
+
 def test_missing_weights_or_data_are_mistakes_and_threads_are_restored(toys: Toys, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     with pytest.raises(UserError, match="is missing"):

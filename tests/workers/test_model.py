@@ -46,13 +46,29 @@ def test_random_base_is_decided_by_its_seed_and_says_so(toys: Toys, tmp_path: Pa
     assert again["random"] and "seed 1" in again["source"] and again["parameters"] > 1_000_000
 
 
-@pytest.mark.parametrize("form", ["directory", "local-dir", "file", "config itself", "name"])
+@pytest.mark.parametrize(
+    "form",
+    ["directory", "local-dir", "file", "config itself", "name", "shards", "other file name", "wrapped"],
+)
 def test_every_way_to_name_weights_gives_the_same_bytes(
     toys: Toys, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_config(tmp_path / "configs" / "models" / "our-toy")
+    mine = write_config(tmp_path / "mine").parent
+    if form == "shards":
+        with Checkpoint.open(toys.base) as whole:
+            limit = sum(info.nbytes for info in whole.tensors.values()) // 2
+        merge("average", {}, None, [toys.base], mine / "model.safetensors", shard_bytes=limit)
+    elif form == "other file name":
+        (mine / "model.safetensors").write_bytes((toys.base / WEIGHTS_FILE).read_bytes())
+    elif form == "wrapped":
+        tensors = load_file(toys.base / WEIGHTS_FILE)
+        tensors["logit_scale"] = tensors["logit_scale"].reshape(1)
+        tensors["text.embeddings.position_ids"] = torch.arange(8).reshape(1, 8)
+        save_file({f"module.{name}": tensor for name, tensor in tensors.items()}, mine / WEIGHTS_FILE)
     config, pretrained = {
+        **dict.fromkeys(("shards", "other file name", "wrapped"), (str(mine), None)),
         "directory": (str(toys.root / "config" / CONFIG_FILE), str(toys.base)),
         "local-dir": (str(toys.root / "config" / CONFIG_FILE), f"local-dir:{toys.base}"),
         "file": (str(toys.root / "config" / CONFIG_FILE), str(toys.base / WEIGHTS_FILE)),
@@ -100,6 +116,11 @@ def test_weights_that_do_not_fit_list_what_differs(toys: Toys, tmp_path: Path) -
     assert "text_projection has shape [3, 4], the model wants [32, 16]" in str(caught.value)
 
 
+def test_bias_that_the_configuration_lacks_is_named_with_the_key(toys: Toys, tmp_path: Path) -> None:
+    with pytest.raises(IncompatibleCheckpoint, match=r"logit_bias is not in the model.*init_logit_bias"):
+        load(broken(toys, tmp_path, logit_bias=torch.tensor(-10.0)))
+
+
 @pytest.mark.fault("F15")
 def test_weights_that_are_cut_are_corrupt(toys: Toys, tmp_path: Path) -> None:
     write_config(tmp_path / "cut")
@@ -115,7 +136,7 @@ def test_weights_that_are_cut_are_corrupt(toys: Toys, tmp_path: Path) -> None:
         ("ViT-B-16", "laion2b_s34b_b88", "did you mean laion2b_s34b_b88k"),
         ("ViT-B-16", "there/is/nothing", "does not exist"),
         ("ViT-B-16", "{toys}/base", "they differ in embed_dim, vision_cfg.head_width"),
-        ("{toys}/config", None, f"{WEIGHTS_FILE} is missing"),
+        ("{toys}/config", None, "should hold one .safetensors file"),
         ("local-dir:{toys}/nowhere", None, "nowhere does not exist"),
         ("ViT-B-16", "{toys}/base/" + CONFIG_FILE, "may run code when opened"),
     ],

@@ -137,7 +137,8 @@ def _described(home: Path, dataset: str, cache: str | Path | None) -> DatasetInf
     classes = class_names(home / CLASSES_FILE)
     if kind == "classification" and not classes:
         raise UserError(
-            f"{home / CLASSES_FILE} is missing or empty: a classification set needs one class name a line"
+            f"{home / CLASSES_FILE} is missing or empty: a classification set needs one class name a line (a retrieval set "
+            f"has a {KIND_FILE} that says retrieval)"
         )
     templates = filled_lines(home / TEMPLATES_FILE) or (("a photo of a {c}.",) if classes else ())
     for template in templates:

@@ -90,7 +90,14 @@ def _checked(shard: Path, name: str, offset: int, size: int) -> Member:
         raise _forbidden(shard, name, "has no sample key and suffix (expected KEY.SUFFIX)")
     suffix = match.group(2).lower()
     if suffix not in ALLOWED_SUFFIXES:
-        raise _forbidden(shard, name, f"has the suffix .{suffix}; allowed: {', '.join(ALLOWED_SUFFIXES)}")
+        # WebDataset's own rule; a name cut at its last dot would be another sample there
+        dotted = suffix.rpartition(".")[2] in ALLOWED_SUFFIXES
+        why = (
+            ", for a suffix begins at the first dot of a file's name: write names without other dots" * dotted
+        )
+        raise _forbidden(
+            shard, name, f"has the suffix .{suffix}{why}; allowed: {', '.join(ALLOWED_SUFFIXES)}"
+        )
     limit = MAX_MEMBER_BYTES if suffix in IMAGE_SUFFIXES else MAX_TEXT_BYTES
     if size > limit:
         raise _forbidden(shard, name, f"holds {size} bytes; at most {limit} are read")
