@@ -73,7 +73,7 @@ def test_drop_down_shows_another_trajectorys_matrix(report: Path, page: "Page") 
     page.goto(report.as_uri())
     page.wait_for_selector("body[data-drawn]")
     before = page.locator("#matrix .mark-text text").all_inner_texts()
-    page.select_option("#matrix select", "zero_shot-x1")
+    page.select_option("#matrix select", "zero_shot")
     page.wait_for_function(
         "old => JSON.stringify([...document.querySelectorAll('#matrix .mark-text text')].map(e => e.textContent)) !== old",
         arg=json.dumps(before, separators=(",", ":")),
