@@ -61,13 +61,11 @@ def room_for(what: str, place: Path, needed: int = 0) -> Iterator[None]:
 
 def is_full(error: BaseException | None) -> bool:
     """Whether a full disk is what an error, or whatever it came from, is about."""
-    seen = 0
-    while error is not None and seen < 8:
-        if isinstance(error, OSError) and error.errno in FULL:
+    for one in _origins(error):
+        if isinstance(one, OSError) and one.errno in FULL:
             return True
-        if not isinstance(error, StoreError) and any(text in str(error) for text in _FULL_TEXTS):
+        if not isinstance(one, StoreError) and any(text in str(one) for text in _FULL_TEXTS):
             return True
-        error, seen = error.__cause__ or error.__context__, seen + 1
     return False
 
 
@@ -86,14 +84,17 @@ def free_bytes(place: Path) -> int:
 
 def explain(error: BaseException | None) -> str | None:
     """What to change when the machine, not the study, is what an error came from; None if it is none of these."""
-    seen = 0
-    while error is not None and seen < 8:
-        if isinstance(error, OSError):
-            text = _too_many(error) or _not_writable(error)
-            if text:
-                return text
-        error, seen = error.__cause__ or error.__context__, seen + 1
-    return None
+    texts = (_too_many(one) or _not_writable(one) for one in _origins(error) if isinstance(one, OSError))
+    return next(filter(None, texts), None)
+
+
+def _origins(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it came from, and so on, eight at most."""
+    for _ in range(8):
+        if error is None:
+            return
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _too_many(error: OSError) -> str | None:
