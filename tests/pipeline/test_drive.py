@@ -315,14 +315,20 @@ def test_waiting_for_a_place_is_said_only_of_a_worker_without_a_process(slow: An
     ]  # fmt: skip
 
 
+def begun_elsewhere(scene: Scene, room: Path) -> tuple[Any, Leases]:
+    """A step that another driver carries out, and that driver's leases."""
+    first = next(step for step in scene.plan.steps.values() if step.kind == "train")
+    store: Any = scene.workspace.store
+    other = Leases(store, "other", room / "other")
+    assert other.take(first.fingerprint) is None
+    return first, other
+
+
 def test_step_of_another_driver_is_waited_for_while_others_go_on_and_is_not_done_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scene = Scene(tmp_path, monkeypatch)
-    first = next(step for step in scene.plan.steps.values() if step.kind == "train")
-    store: Any = scene.workspace.store
-    other = Leases(store, "other", tmp_path / "other")
-    assert other.take(first.fingerprint) is None
+    first, other = begun_elsewhere(scene, tmp_path)
     before: list[int] = []
 
     def finish() -> None:
@@ -344,10 +350,7 @@ def test_step_that_the_other_driver_gives_up_is_done_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scene = Scene(tmp_path, monkeypatch)
-    first = next(step for step in scene.plan.steps.values() if step.kind == "train")
-    store: Any = scene.workspace.store
-    other = Leases(store, "other", tmp_path / "other")
-    other.take(first.fingerprint)
+    first, other = begun_elsewhere(scene, tmp_path)
     scene.idle = lambda: other.give_back(first.fingerprint)
     scene.drive.run()
     assert sorted(step.fingerprint for step in scene.ended) == sorted(scene.plan.steps)
