@@ -198,12 +198,12 @@ class Study(Section):
 
     def _of_suite(self) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
         """Roles and zero-shot groups (None: not stated) as the suite has them; nothing where the study says all itself."""
-        data, file = self.data, Path(self.data_root) / "suite.json"
-        if data.suite is None or (self.is_resolved and (data.zero_shot_groups or not file.is_file())):
-            return {}, None
         if self.suite is not None:
             groups = self.suite.zero_shot_groups
             return self.suite.roles, groups.model_dump() if groups else None
+        data, file = self.data, Path(self.data_root) / "suite.json"
+        if data.suite is None or (self.is_resolved and (data.zero_shot_groups or not file.is_file())):
+            return {}, None
         from workers.data.manifest import read_suite
 
         try:

@@ -19,8 +19,10 @@ from pipeline.plan_file import decode, encode
 from pipeline.report.build import choose, write_report
 from pipeline.report.figures import prepare
 from pipeline.steps import Facts
+from pipeline.suites import check
 from pipeline.tracking_names import trajectory_names
 from tests.pipeline.report_toys import invented
+from tests.pipeline.test_suites import bare, entry, suite_of
 from tests.pipeline.tracked_study import finished_study
 from tests.world import World, make_world
 from workers.data.manifest import describe
@@ -237,3 +239,13 @@ def test_checkpoint_is_scored_on_the_split_that_is_asked_for(world: World) -> No
     lacking = study.model_copy(update={"data": study.data.model_copy(update={"held_out": ("grey", "blue")})})
     with pytest.raises(PlanError, match="no val split of grey, blue"):
         score(base, lacking, None)
+
+
+def test_check_asks_for_the_val_split_that_a_suite_states_and_for_no_other(tmp_path: Path) -> None:
+    suite, root = suite_of(tmp_path, entry("d1", val=4), entry("d2")), tmp_path / "root"
+    bare(root, "d1"), bare(root, "d2", splits=("train", "test", "val"))
+    (finding,) = check(suite, root)
+    assert (finding.dataset, finding.what) == ("d1", "wrong")
+    assert f"{root / 'd1' / 'val'} is missing or holds no *.tar; convert the val split" in finding.text
+    (root / "d2" / "val" / "nshards.txt").write_text("2\n")
+    assert "val holds 1 shards, its nshards.txt states 2" in check(suite, root)[1].text
