@@ -3,8 +3,8 @@
     python benchmarks/arrivals.py --techniques ties,average
     python benchmarks/arrivals.py --techniques ties --size tiny --plot arrivals.png
 
-Every expert is made, merged into the running state with `advance`, and deleted before the next one comes, so that no
-arrival can read an earlier one. What is measured is `advance` alone: opening, arithmetic, and both files written.
+Every expert is a file of its own (a copy of one of a few), merged into the running state with `advance`, and deleted before
+the next one comes, so that no arrival can read an earlier one. What is measured is `advance` alone: opening, arithmetic, and both files written.
 
 Invariant: what is counted as read is every file that the arrival opened, whole; as written, the files that it left.
 """
@@ -12,6 +12,7 @@ Invariant: what is counted as read is every file that the arrival opened, whole;
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -22,7 +23,7 @@ from statistics import median
 from typing import Any
 
 import record
-from inputs import SIZES, make_expert, make_inputs
+from inputs import SIZES, make_inputs
 from process import MIB, clear
 
 LINES = (
@@ -32,6 +33,7 @@ LINES = (
     ("written", MIB, "MiB written"),
     ("memory", MIB, "MiB resident"),
 )
+DISTINCT = 16  # experts that are made; making a new one takes as long as merging it
 SPAN = 20
 """Arrivals that a ratio is taken over: the last ones of the stream beside the 2nd to the 21st of a new one."""
 Arrival = dict[str, float]
@@ -67,7 +69,8 @@ class Stream:
 
     def __init__(self, technique: str, size: str, threads: int, folder: Path, opened: Opened) -> None:
         self.technique, self.size, self.threads, self.opened = technique, size, threads, opened
-        self.base, self.folder = make_inputs(folder.parent, size, 0).base, clear(folder)
+        inputs = make_inputs(folder.parent, size, DISTINCT)
+        self.base, self.experts, self.folder = inputs.base, inputs.experts, clear(folder)
         self.arrivals: list[Arrival] = []
 
     def arrive(self) -> Arrival:
@@ -77,7 +80,7 @@ class Stream:
             self.folder / f"{name}.safetensors"
             for name in (f"expert-{number}", "merged", f"state-{number - 1}", f"state-{number}")
         )
-        make_expert(expert, self.size, number)
+        shutil.copyfile(self.experts[number % DISTINCT], expert)
         inputs = [self.base, expert, *([before] if number > 1 else [])]
         with self.opened.watch():
             found = self._advance(expert, merged, before if number > 1 else None, after)

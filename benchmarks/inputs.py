@@ -101,11 +101,6 @@ def make_inputs(work: Path, size: str, experts: int, threads: int = 2) -> Inputs
     return Inputs(paths[0], paths[1:], paths[0].stat().st_size)
 
 
-def make_expert(path: Path, size: str, index: int) -> None:
-    """One expert checkpoint at `path`; 0 is the base."""
-    _write_files(path.parent, SIZES[size].shapes(), {path.name: index}, threads=1)
-
-
 def base_values(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Weights of std 0.02, norms about one, and a logit scale below CLIP's cap of ln(100)."""
     if not shape:

@@ -31,24 +31,25 @@ def summary(runs: dict[str, Runs]) -> dict[str, Any]:
     if "failure" in ours or "failure" in limit:
         return found
     found["to_limit"] = {key: ours[key] / limit[key] for key in ("unsynced", "merge")}
-    whole = found.get("cli", ours).get("wall", ours["wall"])
+    whole = found.get("cli", ours).get("process", ours["process"])
     for peer in ("mergekit", "fusionbench"):
         if peer in found and "failure" not in found[peer]:
-            merge, wall = found[peer]["merge"], found[peer]["wall"]
+            merge, process = found[peer]["merge"], found[peer]["process"]
             found[peer] |= {f"merge_over_{key}": merge / ours[key] for key in ("merge", "unsynced")}
-            found[peer]["wall_over_wall"] = wall / whole
+            found[peer]["process_over_process"] = process / whole
     return found
 
 
-def tables(results: dict[str, Any]) -> str:
+def tables(settings: dict[str, Any], results: dict[str, Any]) -> str:
     """Everything that a reader wants to see."""
-    environment, cases = results["environment"], {n: c["summary"] for n, c in results["cases"].items()}
+    cases = {name: case["summary"] for name, case in results["cases"].items()}
     head = (
-        f"{results['size']}, {results['experts']} experts of {results['bytes'] / MIB:.0f} MiB, "
-        f"{results['threads']} threads, medians of {results['repeats']}"
+        f"{settings['size']}, {settings['experts']} experts of {settings['checkpoint_bytes'] / MIB:.0f} MiB, "
+        f"{settings['threads']} threads, medians of {settings['repeats']}"
     )
-    parts = [f"\n## {head}\n", *(f"- {name}: {value}" for name, value in environment.items())]
-    parts += ["\n### Start-up\n", _start_up(results["start_up"])]
+    parts = [f"\n## {head}\n"]
+    if "start_up" in results:
+        parts += ["\n### Start-up\n", _start_up(results["start_up"])]
     parts += ["\n### Ours, and the limit (seconds; MiB)\n", _ours(cases), *_incomplete(cases)]
     if any(peer in case for case in cases.values() for peer in ("mergekit", "fusionbench")):
         parts += ["\n### Ours, and other tools (seconds; MiB)\n", _peers(cases)]
@@ -101,6 +102,7 @@ def _medians(runs: Runs) -> dict[str, Any]:
     if not good:
         return {"failure": runs[0]["failure"]}
     found: dict[str, Any] = {name: median(run[name] for run in good) for name in ("wall", "cpu", "peak")}
+    found["process"] = median(run["wall"] - run["answer"].get("load", 0) for run in good)
     if all("seconds" in run["answer"] for run in good):
         found["merge"] = median(run["answer"]["seconds"] for run in good)
         found["unsynced"] = median(run["answer"]["seconds"] - run["answer"].get("sync", 0) for run in good)
@@ -162,7 +164,7 @@ def _peers(cases: dict[str, Any]) -> str:
             continue
         whole = case.get("cli", ours)
         merge = f"{_s(ours['unsynced'])} ({_s(ours['merge'])})"
-        row = [name, merge, _s(whole.get("wall", ours["wall"])), _mib(ours["peak"])]
+        row = [name, merge, _s(whole.get("process", ours["process"])), _mib(ours["peak"])]
         for peer in peers:
             row += _peer_cells(case.get(peer))
         rows.append(row)
@@ -175,8 +177,8 @@ def _peer_cells(found: dict[str, Any] | None) -> list[str]:
     if "failure" in found:
         return [found["failure"], *["-"] * 5]
     merge = f"{found['merge_over_unsynced']:.1f} ({found['merge_over_merge']:.1f})"
-    process = f"{found['wall_over_wall']:.1f}"
-    return [_s(found["merge"]), merge, _s(found["wall"]), process, _s(found["cpu"]), _mib(found["peak"])]
+    process = f"{found['process_over_process']:.1f}"
+    return [_s(found["merge"]), merge, _s(found["process"]), process, _s(found["cpu"]), _mib(found["peak"])]
 
 
 def _s(seconds: float) -> str:
