@@ -23,19 +23,21 @@ def one(run: Run) -> str:
 def summary(runs: dict[str, Runs]) -> dict[str, Any]:
     """By contender: medians of seconds and bytes, or why it failed; and the ratios between them.
 
-    `merge` is merging and saving without imports, `unsynced` the same without waiting for the disk.
+    `merge` is merging and saving without imports, `unsynced` the same without waiting for the disk, `merge_cpu` its CPU
+    seconds.
     """
     found: dict[str, Any] = {name: _medians(of) for name, of in runs.items() if name != "limit"}
     found["limit"] = limit = _limit(runs["limit"])
     ours = found["ours"]
     if "failure" in ours or "failure" in limit:
         return found
-    found["to_limit"] = {key: ours[key] / limit[key] for key in ("unsynced", "merge")}
+    found["to_limit"] = {key: ours[key] / limit[key] for key in ("unsynced", "merge", "merge_cpu")}
     whole = found.get("cli", ours).get("process", ours["process"])
     for peer in ("mergekit", "fusionbench"):
         if peer in found and "failure" not in found[peer]:
             merge, process = found[peer]["merge"], found[peer]["process"]
             found[peer] |= {f"merge_over_{key}": merge / ours[key] for key in ("merge", "unsynced")}
+            found[peer]["cpu_over_cpu"] = found[peer]["merge_cpu"] / ours["merge_cpu"]
             found[peer]["process_over_process"] = process / whole
     return found
 
@@ -105,6 +107,7 @@ def _medians(runs: Runs) -> dict[str, Any]:
     found["process"] = median(run["wall"] - run["answer"].get("load", 0) for run in good)
     if all("seconds" in run["answer"] for run in good):
         found["merge"] = median(run["answer"]["seconds"] for run in good)
+        found["merge_cpu"] = median(run["answer"]["merge_cpu"] for run in good)
         found["unsynced"] = median(run["answer"]["seconds"] - run["answer"].get("sync", 0) for run in good)
     if all("load" in run["answer"] for run in good):
         found["start_up"] = median(run["answer"]["import"] + run["answer"]["load"] for run in good)
@@ -118,10 +121,12 @@ def _limit(runs: Runs) -> dict[str, Any]:
     if failure := next((run["failure"] for run in runs if run["failure"]), None):
         return {"failure": failure}
     ways = {way: [run["answer"][way] for run in runs] for way in runs[0]["answer"]}
-    unsynced = {way: median(written for written, _ in times) for way, times in ways.items()}
-    synced = {way: median(sum(both) for both in times) for way, times in ways.items()}
+    unsynced = {way: median(written for written, *_ in times) for way, times in ways.items()}
+    synced = {way: median(sum(both) for *both, _ in times) for way, times in ways.items()}
+    cpu = {way: median(spent for *_, spent in times) for way, times in ways.items()}
     best = min(unsynced, key=unsynced.__getitem__)
-    return {"unsynced": unsynced[best], "merge": min(synced.values()), "way": best, "ways": unsynced}
+    least = {"unsynced": unsynced[best], "merge": min(synced.values()), "merge_cpu": min(cpu.values())}
+    return {**least, "way": best, "ways": unsynced}
 
 
 def _start_up(runs: dict[str, Runs]) -> str:
@@ -134,7 +139,17 @@ def _start_up(runs: dict[str, Runs]) -> str:
 
 
 def _ours(cases: dict[str, Any]) -> str:
-    columns = ["technique", "limit", "merge", "ratio", "limit, synced", "merge, synced", "ratio", "start-up"]
+    columns = [
+        "technique",
+        "limit",
+        "merge",
+        "ratio",
+        "limit, synced",
+        "merge, synced",
+        "ratio",
+        "ratio of CPU",
+        "start-up",
+    ]
     columns += ["process", "CPU", "peak", "CLI", "CLI CPU", "CLI peak"]
     return table(columns, (_ours_row(name, case) for name, case in cases.items()))
 
@@ -146,6 +161,7 @@ def _ours_row(name: str, case: dict[str, Any]) -> list[str]:
     row = [name]
     for key in ("unsynced", "merge"):
         row += [_s(limit[key]), _s(ours[key]), f"{case['to_limit'][key]:.2f}"]
+    row.append(f"{case['to_limit']['merge_cpu']:.2f}")
     row += [_s(ours["start_up"]), _s(ours["wall"]), _s(ours["cpu"]), _mib(ours["peak"])]
     if "failure" in cli:
         return [*row, cli["failure"]]
@@ -156,7 +172,15 @@ def _peers(cases: dict[str, Any]) -> str:
     peers = [peer for peer in ("mergekit", "fusionbench") if any(peer in case for case in cases.values())]
     columns = ["technique", "ours: merge (synced)", "process", "peak"]
     for peer in peers:
-        columns += [f"{peer}: merge", "times ours (synced)", "process", "times ours", "CPU", "peak"]
+        columns += [
+            f"{peer}: merge",
+            "times ours (synced)",
+            "process",
+            "times ours",
+            "CPU",
+            "times ours",
+            "peak",
+        ]
     rows = []
     for name, case in cases.items():
         ours = case["ours"]
@@ -173,12 +197,21 @@ def _peers(cases: dict[str, Any]) -> str:
 
 def _peer_cells(found: dict[str, Any] | None) -> list[str]:
     if found is None:
-        return ["-"] * 6
+        return ["-"] * 7
     if "failure" in found:
-        return [found["failure"], *["-"] * 5]
+        return [found["failure"], *["-"] * 6]
     merge = f"{found['merge_over_unsynced']:.1f} ({found['merge_over_merge']:.1f})"
+    cpu = f"{found['cpu_over_cpu']:.1f}"
     process = f"{found['process_over_process']:.1f}"
-    return [_s(found["merge"]), merge, _s(found["process"]), process, _s(found["cpu"]), _mib(found["peak"])]
+    return [
+        _s(found["merge"]),
+        merge,
+        _s(found["process"]),
+        process,
+        _s(found["merge_cpu"]),
+        cpu,
+        _mib(found["peak"]),
+    ]
 
 
 def _s(seconds: float) -> str:

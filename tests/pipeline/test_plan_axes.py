@@ -51,7 +51,7 @@ def test_grid_trains_what_time_implies(inits: list[str], tasks: int) -> None:
     assert unique == experts_by_time_1_8(inits, 3, 2, 2, tasks)
 
 
-def test_sweep_of_288_trajectories_plans_at_once_and_trains_284_experts() -> None:
+def test_grid_of_288_trajectories_plans_at_once_and_trains_284_experts() -> None:
     inits, deploys = ["base", "latest", "ema", "all"], ["latest", "all", "ema"]
     plan = whole_grid(inits, deploys, TECHNIQUES, [1, 2], [0, 1], 6)
     summary = plan.summary()
@@ -63,7 +63,7 @@ def test_sweep_of_288_trajectories_plans_at_once_and_trains_284_experts() -> Non
     assert summary["gflops_naive"] == pytest.approx(288 * 6 * 1.5 * 100 * 64 * 0.5)
 
 
-def test_sweep_file_plans_the_same_numbers() -> None:
+def test_sweep_file_trains_284_experts_for_248_trajectories_of_which_no_two_serve_the_same() -> None:
     raw = Path(__file__).parents[2] / "configs" / "sweep.yaml"
     body = yaml.safe_load(raw.read_text())
     body |= {
@@ -72,8 +72,9 @@ def test_sweep_file_plans_the_same_numbers() -> None:
     }
     body["stream"] = {"tasks": [f"d{t}" for t in range(1, 7)]}
     plan = make_plan(study_from(body).resolved(), facts(6))
-    assert len(plan.trajectories) == 288
-    assert sum(step.kind == "train" for step in plan.steps.values()) == 284
+    served = {tuple(point.evaluate for point in trajectory.points) for trajectory in plan.trajectories}
+    assert len(served) == len(plan.trajectories) == 248
+    assert plan.summary()["steps"]["train"] == {"unique": 284, "naive": 248 * 6, "cached": 0}
 
 
 def test_technique_added_to_a_study_adds_no_expert_of_base_and_latest() -> None:
