@@ -88,7 +88,9 @@ class Bench:
         return runs
 
     def _contenders(self, case: Case) -> list[str]:
-        command_line = ["cli"] if case.form == "merge" else []  # there is no command to fold
+        command_line = (
+            ["cli"] if case.form == "merge" and self.args.cli else []
+        )  # there is no command to fold
         return ["limit", "ours", *command_line, *(peer for peer in self.peers if case.name in PEERS[peer])]
 
     def _run(self, contender: str, case: Case, inputs: Inputs) -> Run:
@@ -172,6 +174,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="GIB",
         help="end a run that takes more; default: 95 %% of what is free",
     )
+    parser.add_argument("--no-cli", dest="cli", action="store_false", help="leave out the command line")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds, for each run")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "temporal-merge-bench")
     record.add_json(parser)

@@ -17,6 +17,7 @@ from pipeline.plan import Plan
 from pipeline.sections import key_of
 from pipeline.steps import critical_path
 
+ROOT = Path(__file__).parents[2]
 TECHNIQUES = ["average", "task_arithmetic", "ties", "dare_ties", "breadcrumbs_ties", "magmax"]
 
 
@@ -64,8 +65,7 @@ def test_grid_of_288_trajectories_plans_at_once_and_trains_284_experts() -> None
 
 
 def test_sweep_file_trains_284_experts_for_248_trajectories_of_which_no_two_serve_the_same() -> None:
-    raw = Path(__file__).parents[2] / "configs" / "sweep.yaml"
-    body = yaml.safe_load(raw.read_text())
+    body = yaml.safe_load((ROOT / "configs" / "sweep.yaml").read_text())
     body |= {
         "data": {"root": "nowhere", "pretraining": ["pool"], "held_out": ["kept"]},
         "model": {"config": "toy"},
@@ -75,6 +75,9 @@ def test_sweep_file_trains_284_experts_for_248_trajectories_of_which_no_two_serv
     served = {tuple(point.evaluate for point in trajectory.points) for trajectory in plan.trajectories}
     assert len(served) == len(plan.trajectories) == 248
     assert plan.summary()["steps"]["train"] == {"unique": 284, "naive": 248 * 6, "cached": 0}
+    for page in (ROOT / "README.md", ROOT / "docs" / "performance.md"):
+        said = " ".join(page.read_text().split())
+        assert all(f" {number} " in said for number in ("248", "284", "1,488")), page
 
 
 def test_technique_added_to_a_study_adds_no_expert_of_base_and_latest() -> None:
