@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from merge_service import techniques
 from tests.world import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -58,3 +59,10 @@ def test_page_states_no_number_outside_of_the_blocks() -> None:
 
 def test_every_block_is_on_the_page_once() -> None:
     assert sorted(name for _, name, _ in page.BLOCK.findall(page.PAGE.read_text())) == sorted(page.BLOCKS)
+
+
+def test_arrivals_were_measured_of_every_technique_that_streams() -> None:
+    streaming = [name for name in techniques.names() if "stream" in techniques.get(name).forms]
+    assert sorted(path.stem for path in (RESULTS / "arrivals").glob("*.json")) == sorted(streaming)
+    said = " ".join((ROOT / "README.md").read_text().split())
+    assert f"{len(streaming)} of the {len(techniques.names())} techniques" in said
