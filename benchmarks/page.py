@@ -1,9 +1,9 @@
-"""The figures of docs/performance.md, out of the files in results/.
+"""The figures of docs/performance.md, and of the costs in docs/fomo_in_flux.md, out of the files in results/.
 
-    python benchmarks/page.py          # writes the page's blocks anew
+    python benchmarks/page.py          # writes the pages' blocks anew
 
-A block stands between `<!-- figures: NAME -->` and `<!-- end -->`; everything else on the page is written by hand and states
-no measured number.
+A block stands between `<!-- figures: NAME -->` and `<!-- end -->`; everything else on the page of performance is written by hand
+and states no measured number.
 
 Invariant: a block is a function of the committed results alone, so a test can tell a figure that nobody measured.
 """
@@ -18,6 +18,7 @@ from record import RESULTS, ROOT
 from report import table
 
 PAGE = ROOT / "docs" / "performance.md"
+PAGES = (PAGE, ROOT / "docs" / "fomo_in_flux.md")
 BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 MIB = 1 << 20
 PEERS = ("mergekit", "fusionbench")
@@ -287,6 +288,42 @@ def evaluate() -> str:
     return f"{table(columns, rows)}\n\n{said}"
 
 
+# --- plans of large studies -------------------------------------------------------------------------------------------
+
+
+def fomo_costs() -> str:
+    """A step of each model, counted on fake tensors, and how many the budget buys."""
+    file = read("fomo-costs")
+    had = file["settings"]
+    rows = []
+    for name, of in file["found"]["models"].items():
+        steps = round(had["total_gflops"] / 20 / of["gflops_per_step"])
+        cells = [
+            f"{of['gflops_per_step']:,.0f}",
+            f"{steps:,}",
+            f"{of['weights_bytes'] / 1e9:.2f} GB",
+            f"{of['peak_bytes'] / 1e9:.0f} GB",
+        ]
+        rows.append([name, *cells])
+    return table(
+        (
+            "model",
+            "GFLOPs per step",
+            "steps per task, 20 tasks",
+            "a checkpoint",
+            "estimated memory of a step",
+        ),
+        rows,
+    )
+
+
+def fomo_disk() -> str:
+    """What is stored of each study."""
+    plans = read("fomo-costs")["found"]["plans"]
+    each = ", ".join(f"{of['disk_bytes'] / 1e12:.2g} TB for `{name}`" for name, of in plans.items())
+    return f"Disk for what is stored, as planned: {each}."
+
+
 def machine() -> str:
     """What everything was measured on."""
     files = [json.loads(path.read_text()) for path in sorted(RESULTS.rglob("*.json"))]
@@ -311,15 +348,16 @@ BLOCKS: dict[str, Callable[[], str]] = {
     make.__name__.replace("_", "-"): make
     for make in (
         machine, merge_limit, merge_peers, agreement, memory, start_up, arrivals, overhead, scale, plan, tracker_down, train,
-        evaluate,
+        evaluate, fomo_costs, fomo_disk,
     )
 }  # fmt: skip
 
 
 def main() -> None:
-    """Write the page."""
-    PAGE.write_text(written(PAGE.read_text()))
-    print(PAGE)
+    """Write the pages."""
+    for page in PAGES:
+        page.write_text(written(page.read_text()))
+        print(page)
 
 
 if __name__ == "__main__":
