@@ -60,8 +60,22 @@ class Architecture:
         }
 
 
-SIZES = {
-    "micro": Architecture(32, 32, 8, 48, 2, 96, 16, 32, 2, vocabulary=2048),
+@dataclass(frozen=True)
+class Few:
+    """A few tensors of two towers of two blocks each: what an arrival costs beside arithmetic is seen best."""
+
+    def shapes(self) -> Shapes:
+        """Names and shapes, as of `Architecture`."""
+        matrices = {
+            f"{tower}.resblocks.{layer}.mlp.c_fc.weight": (128, 64)
+            for tower in ("visual.transformer", "transformer")
+            for layer in (0, 1)
+        }
+        return {"logit_scale": (), **matrices, "token_embedding.weight": (1024, 64)}
+
+
+SIZES: dict[str, Architecture | Few] = {
+    "micro": Few(),
     "small": Architecture(256, 224, 16, 256, 6, 1024, 77, 256, 6),
     "tiny": Architecture(64, 32, 8, 96, 3, 192, 16, 64, 2),
     "vit-b-16": Architecture(512, 224, 16, 768, 12, 3072, 77, 512, 12),

@@ -151,21 +151,18 @@ def _said(name: str) -> str:
 
 def arrivals() -> str:
     """The thousandth arrival over the second, of every technique that streams."""
-    files = [json.loads(path.read_text()) for path in sorted((RESULTS / "arrivals").glob("*.json"))]
-    rows, grown = [], set()
-    for file in files:
-        ((name, of),) = file["found"].items()
+    files = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("arrivals-*.json"))]
+    rows, grown, had = [], set(), files[0]["settings"]
+    for name, of in sorted(pair for file in files for pair in file["found"].items()):
         ratios, early = of["ratios"], of["early"]
         cells = [f"{ratios['cpu']:.2f}", *(f"{ratios[key]:.3f}" for key in ("read", "written", "memory"))]
-        between = file["settings"]["experts"] - len(early["read"]) - 1
-        grown.add(round((of["late"]["written"][0] - early["written"][0]) / between))
+        span = len(early["cpu"])
+        grown.add((of["late"]["written"][0] - early["written"][0]) / (had["experts"] - span - 1))
         rows.append([f"`{name}`", n(median(early["cpu"]) * 1e3), *cells])
-    had = files[0]["settings"]
-    span = len(files[0]["found"][rows[0][0].strip("`")]["early"]["cpu"])
     said = (
         f"{had['experts']:,} experts of {had['checkpoint_bytes']:,} bytes; arrivals {had['experts'] - span + 1} to {had['experts']:,} beside arrivals "
-        f"2 to {span + 1} of a new stream, medians of {span} pairs.\nEach arrival adds {min(grown)} to {max(grown)} bytes to what the next one writes: "
-        "the id of the expert and its sha256, whatever the model's size."
+        f"2 to {span + 1} of a new stream, medians of {span} pairs.\nEach arrival adds {min(grown):.0f} to {max(grown):.0f} bytes to what the next one writes: "
+        "its name in the list of experts, whatever the model's size."
     )
     columns = (
         "technique",

@@ -62,7 +62,14 @@ def test_every_block_is_on_one_page_once() -> None:
 
 
 def test_arrivals_were_measured_of_every_technique_that_streams() -> None:
+    files = [json.loads(path.read_text()) for path in RESULTS.glob("arrivals-*.json")]
+    found = {name: of for file in files for name, of in file["found"].items()}
     streaming = [name for name in techniques.names() if "stream" in techniques.get(name).forms]
-    assert sorted(path.stem for path in (RESULTS / "arrivals").glob("*.json")) == sorted(streaming)
-    said = " ".join((ROOT / "README.md").read_text().split())
-    assert f"{len(streaming)} of the {len(techniques.names())} techniques" in said
+    assert sorted(found) == sorted(streaming)
+    readme, merging = (
+        " ".join(path.read_text().split()) for path in (ROOT / "README.md", ROOT / "docs" / "merging.md")
+    )
+    assert f"{len(streaming)} of the {len(techniques.names())} techniques" in readme
+    checkpoint = files[0]["settings"]["checkpoint_bytes"]
+    state = [4 * (of["early"]["read"][0] - 2 * checkpoint) / checkpoint for of in found.values()]
+    assert f"{min(state):.0f} to {max(state):.0f} bytes per parameter of a float32 base" in merging
