@@ -64,7 +64,10 @@ def main() -> None:
     record.add_json(parser)
     asked = parser.parse_args()
     study = yaml.safe_load((STUDIES / "models.yaml").read_text())
-    settings = {"batch_size": study["recipe"]["batch_size"], "total_gflops": study["budget"]["total_gflops"]}
+    settings = {
+        "batch_size": study["recipe"]["batch_size"],
+        "total_gflops": float(study["budget"]["total_gflops"]),
+    }
     ratios = {
         f"{tower}_tower_trained": memory_ratio(study["model"]["config"], settings["batch_size"], tower, study["recipe"]["precision"])
         for tower in TOWERS

@@ -40,7 +40,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def save(path: Path | None, settings: Mapping[str, Any], found: Mapping[str, Any], **peers: Any) -> None:
     """Write what was `found` under these `settings`, with the circumstances; `peers` are versions of other tools.
 
-    No path, no file. A time of four digits is more than any of these clocks can tell apart.
+    No path, no file. Six digits are more than any of these clocks can tell apart.
     """
     if path is None:
         return
@@ -130,4 +130,4 @@ def _rounded(value: Any) -> Any:
         return {str(key): _rounded(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [_rounded(one) for one in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -36,10 +36,10 @@ def test_result_states_commit_machine_and_versions_and_keeps_the_values_of_each_
     monkeypatch.setattr(
         sys, "argv", [str(ROOT / "benchmarks" / "plan.py"), "--json", str(tmp_path / "one.json")]
     )
-    record.save(tmp_path / "one.json", {"tasks": 3}, {"cpu": [0.123456, 2]}, mergekit={"mergekit": "1.0"})
+    record.save(tmp_path / "one.json", {"tasks": 3}, {"cpu": [0.12345678, 2]}, mergekit={"mergekit": "1.0"})
     found = json.loads((tmp_path / "one.json").read_text())
     assert found["command"] == ["python", "benchmarks/plan.py", "--json", "one.json"]
-    assert (found["settings"], found["found"]) == ({"tasks": 3}, {"cpu": [0.1235, 2]})
+    assert (found["settings"], found["found"]) == ({"tasks": 3}, {"cpu": [0.123457, 2]})
     assert len(found["commit"]) == 40 and found["versions"]["mergekit"] == {"mergekit": "1.0"}
     assert 0 <= found["machine"]["cores_used_by_others"] <= found["machine"]["cores"]
     record.save(None, {}, {})
