@@ -46,9 +46,7 @@ class Bench:
 
     def case(self, case: Case) -> dict[str, list[dict[str, Any]]]:
         """Every run of every contender, by contender. One that failed is not tried again."""
-        for contender in self._contenders(
-            case
-        ):  # imports of all are in the page cache, what is compiled is compiled
+        for contender in self._contenders(case):  # now all are in the page cache, and what is compiled is
             self._run(contender, case, self.tiny)
         for kept in self.inputs.base.parent.glob("*.limits.json"):
             kept.unlink()
@@ -88,9 +86,8 @@ class Bench:
         return runs
 
     def _contenders(self, case: Case) -> list[str]:
-        command_line = (
-            ["cli"] if case.form == "merge" and self.args.cli else []
-        )  # there is no command to fold
+        # there is no command to fold
+        command_line = ["cli"] if case.form == "merge" and self.args.cli else []
         return ["limit", "ours", *command_line, *(peer for peer in self.peers if case.name in PEERS[peer])]
 
     def _run(self, contender: str, case: Case, inputs: Inputs) -> Run:
@@ -101,11 +98,8 @@ class Bench:
         out, threads = directory / "model.safetensors", self.args.threads
         job = case.job(self.tiny) | {"base": base, "experts": experts, "out": str(out), "threads": threads}
         if contender == "limit":
-            command = [
-                sys.executable,
-                HERE / "limit.py",
-                json.dumps({"inputs": read, "out": str(out), "threads": threads}),
-            ]
+            job = {"inputs": read, "out": str(out), "threads": threads}
+            command = [sys.executable, HERE / "limit.py", json.dumps(job)]
         elif contender == "ours":
             command = [sys.executable, HERE / "ours.py", json.dumps(job)]
         elif contender == "cli":
