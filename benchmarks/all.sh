@@ -19,10 +19,10 @@ for techniques in ties,average,task_arithmetic dare_ties,breadcrumbs_ties,magmax
     number=$((number + 1))
     make arrivals-$number arrivals --techniques $techniques --work "$memory"
 done
-make evaluate-vit-b-16 evaluate --clip-benchmark "$clip" --model vit-b-16 --checkpoints 1 --datasets animals,photos_b --images 8 \
+make evaluate-vit-b-16 evaluate --clip-benchmark "$clip" --model vit-b-16 --checkpoints 1 --datasets photos_b,letters --images 8 \
     --batch-size 16 --root "$root" --work "$work"
 make evaluate-tiny evaluate --clip-benchmark "$clip" --checkpoints 4 --root "$root" --work "$work"
-make tracker-down tracker_down configs/demo.yaml --set data.root="$root" --set 'stream.tasks=[animals,scripts]' \
+make tracker-down tracker_down configs/demo.yaml --set data.root="$root" --set 'stream.tasks=[letters,scripts]' \
     --set 'grid.strategies=[offline_merging,best_in_time]'
 make fomo-costs costs
 make plan-tasks plan --tasks 1000

@@ -23,13 +23,13 @@ from pipeline.errors import PlanError
 from pipeline.fingerprint import fingerprint
 from pipeline.sections import ModelSection, key_of
 from pipeline.sections_stream import StreamSection
-from pipeline.steps import TEST, TRAIN, DatasetFacts, Described, Facts, ModelFacts
+from pipeline.steps import TRAIN, DatasetFacts, Described, Facts, ModelFacts
 from pipeline.streams import Element, Stream, datasets_of, make_stream
 from workers.base import STATED, Base, check_temperature, configuration_of, find, is_path, temperature
 from workers.configuration import HUB, LOCAL, ModelError, own_configuration, read_configuration
 from workers.data.cache import Access, cache_root, is_writable, recall, remember
 from workers.data.contents import Survey
-from workers.data.manifest import DatasetInfo, describe, folder, unread_bytes, verify
+from workers.data.manifest import SUITE_FILE, DatasetInfo, describe, folder, read_suite, unread_bytes, verify
 from workers.data.seen import content_digest, notes
 
 LARGE_BYTES = 10**9
@@ -37,15 +37,26 @@ LARGE_BYTES = 10**9
 
 
 def ensure_data(study: Study) -> None:
-    """Write the mini suite on first use; any other data must be there already."""
-    if study.data.suite == "mini" and not (Path(study.data_root) / "suite.json").is_file():
-        from workers.data.mini import build
+    """Write the mini suite on first use; any other data must be there already.
+
+    Raises UserError for another edition of the suite than the one that this version's bases were made for.
+    """
+    if study.data.suite != "mini":
+        return
+    from workers.data.mini import EDITION, build
+
+    if not (Path(study.data_root) / SUITE_FILE).is_file():
 
         def say(line: str) -> None:
             print(line, file=sys.stderr, flush=True)
 
         say(f"{study.data_root} is not there yet: writing the mini suite out of installed packages")
         build(Path(study.data_root), say, min(4, os.cpu_count() or 1))
+    elif (found := read_suite(study.data_root).get("edition", EDITION)) != EDITION:
+        raise UserError(
+            f"data: {study.data_root} holds edition {found} of the mini suite, this version works with edition {EDITION}; "
+            f"write it again with `python -m workers.data.mini --root {study.data_root}`, or give data.root another folder"
+        )
 
 
 def cache_of(study: Study) -> Path:
@@ -105,10 +116,8 @@ def _surveys(study: Study, datasets: Iterable[str], cache: Path) -> dict[str, di
     replayed = roles.pretraining if any(cell.recipe.mixture.pretraining > 0 for cell in study.cells) else ()
     found: dict[str, dict[str, Survey]] = {}
     for name in datasets:
-        wanted = {
-            TRAIN: name in learnt or name in replayed,
-            TEST: name in learnt or name in roles.held_out,
-        }
+        wanted = {TRAIN: name in learnt or name in replayed}
+        wanted |= dict.fromkeys(study.splits, name in learnt or name in roles.held_out)
         splits = [split for split, read in wanted.items() if read]
         unread = unread_bytes(study.data_root, name, splits, cache)
         if unread >= LARGE_BYTES:
@@ -124,7 +133,7 @@ def _surveys(study: Study, datasets: Iterable[str], cache: Path) -> dict[str, di
 def _facts_of(info: Described, surveys: Mapping[str, Survey]) -> DatasetFacts:
     facts = DatasetFacts.of(info)
     digests = {
-        split: content_digest(info.splits[split], survey, scored=split == TEST)
+        split: content_digest(info.splits[split], survey, scored=split != TRAIN)
         for split, survey in surveys.items()
     }
     return replace(facts, digests={**facts.digests, **digests})
