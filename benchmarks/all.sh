@@ -13,11 +13,8 @@ make() { # NAME SCRIPT ARGUMENTS...
     [ -e "$json" ] || ${RUN:-} .venv/bin/python "benchmarks/$2.py" "${@:3}" --json "$json" || echo "$1 failed" >&2
 }
 
-number=0
-for techniques in ties,average,task_arithmetic dare_ties,breadcrumbs_ties,magmax lines_task_arithmetic,lines_ties,lines_dare_ties \
-    lines_breadcrumbs_ties,breadcrumbs,dare della,della_linear,ram random_mix,wise_ft,model_stock iso_c,opcm; do
-    number=$((number + 1))
-    make arrivals-$number arrivals --techniques $techniques --work "$memory"
+for technique in $(cd benchmarks && ../.venv/bin/python -c 'from arrivals import streaming; print(*streaming())'); do
+    make arrivals-$technique arrivals --techniques $technique --work "$memory"
 done
 make evaluate-vit-b-16 evaluate --clip-benchmark "$clip" --model vit-b-16 --checkpoints 1 --datasets photos_b,letters --images 8 \
     --batch-size 16 --root "$root" --work "$work"

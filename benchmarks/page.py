@@ -159,7 +159,7 @@ def _said(name: str) -> str:
 
 def arrivals() -> str:
     """The thousandth arrival over the second, of every technique that streams."""
-    paths = sorted(RESULTS.glob("arrivals-*.json")) or [RESULTS / "arrivals-1.json"]
+    paths = sorted(RESULTS.glob("arrivals-*.json")) or [RESULTS / "arrivals-ties.json"]
     files = [json.loads(path.read_text()) for path in paths]
     rows, grown, had = [], set(), files[0]["settings"]
     for name, of in sorted(pair for file in files for pair in file["found"].items()):
@@ -168,8 +168,10 @@ def arrivals() -> str:
         span = len(early["cpu"])
         grown.add((of["late"]["written"][0] - early["written"][0]) / (had["experts"] - span - 1))
         rows.append([f"`{name}`", n(median(early["cpu"]) * 1e3), *cells])
+    from arrivals import streaming
+
     said = (
-        f"{had['experts']:,} experts of {had['checkpoint_bytes']:,} bytes; arrivals {had['experts'] - span + 1} to {had['experts']:,} beside arrivals "
+        f"{len(rows)} of the {len(streaming())} techniques that stream; {had['experts']:,} experts of {had['checkpoint_bytes']:,} bytes; arrivals {had['experts'] - span + 1} to {had['experts']:,} beside arrivals "
         f"2 to {span + 1} of a new stream, medians of {span} pairs.\nEach arrival adds {min(grown):.0f} to {max(grown):.0f} bytes to what the next one writes: "
         "its name in the list of experts, whatever the model's size."
     )

@@ -1,6 +1,7 @@
 """What the benchmarks rest on: a silent server is silent, and a result states its circumstances."""
 
 import io
+import itertools
 import json
 import socket
 import sys
@@ -14,7 +15,7 @@ from tests.world import ROOT
 sys.path.append(str(ROOT / "benchmarks"))
 
 import record
-from arrivals import Opened
+from arrivals import Opened, Stream, streaming
 from jobs import excerpt
 from tracker_down import silent
 
@@ -56,6 +57,28 @@ def test_files_that_an_arrival_opens_are_seen_only_below_its_folder_and_while_it
         (inside / "during").write_text("")
         outside.write_text("")
     assert {Path(path).name for path in opened.paths} == {"during"}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("arrivals")
+
+
+@pytest.fixture(scope="module")
+def opened(work: Path) -> Opened:
+    return Opened(work)
+
+
+@pytest.mark.parametrize("technique", streaming())
+def test_arrival_reads_and_writes_what_the_one_before_did_but_for_a_name(
+    technique: str, work: Path, opened: Opened
+) -> None:
+    """It ends the process where an arrival opens a file that is neither the base, the expert nor the state."""
+    stream = Stream(technique, "micro", 1, work / technique, opened)
+    found = [stream.arrive() for _ in range(4)]
+    for key in ("read", "written"):
+        grown = [later[key] - earlier[key] for earlier, later in itertools.pairwise(found[1:])]
+        assert all(0 < one < 64 for one in grown), (key, grown)
 
 
 def test_excerpt_holds_so_many_samples_of_each_dataset_spread_over_its_test_split(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def invented() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         "merge-peers": (merged | {"experts": 4}, {"cases": cases("mergekit", "fusionbench")}),
         "merge-start-up": (merged | {"experts": 2}, {"start_up": started, "cases": cases()}),
         "merge-agreement": (merged | {"experts": 4}, {"cases": {}, "comparison": {"average, mergekit": differing}}),
-        "arrivals-1": ({"experts": 1000, "checkpoint_bytes": 4000}, {"ties": streams | {"early": arrival(0.01, 9000), "late": arrival(0.01, 32928)}}),
+        "arrivals-ties": ({"experts": 1000, "checkpoint_bytes": 4000}, {"ties": streams | {"early": arrival(0.01, 9000), "late": arrival(0.01, 32928)}}),
         "train": ({"steps": 60, "batch_size": 64, "precision": "fp32", "threads": 1, "rounds": 1}, {"runs": {name: [trained] for name in list(CONTENDERS)[:4]}}),
         "evaluate-tiny": ({"model": "tiny", "checkpoints": 4, "images": 7000}, evaluated),
         "evaluate-vit-b-16": ({"model": "vit-b-16", "checkpoints": 1, "images": 16}, evaluated),
