@@ -172,7 +172,7 @@ def arrivals() -> str:
 
     said = (
         f"{len(rows)} of the {len(streaming())} techniques that stream; {had['experts']:,} experts of {had['checkpoint_bytes']:,} bytes; arrivals {had['experts'] - span + 1} to {had['experts']:,} beside arrivals "
-        f"2 to {span + 1} of a new stream, medians of {span} pairs.\nEach arrival adds {min(grown):.0f} to {max(grown):.0f} bytes to what the next one writes: "
+        f"2 to {span + 1} of a new stream, medians of {span} pairs.\nEach arrival adds at most {max(grown):.0f} bytes to what the next one writes: "
         "its name in the list of experts, whatever the model's size."
     )
     columns = (

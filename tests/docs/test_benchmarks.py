@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from merge_service import techniques
 from tests.world import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -59,26 +60,24 @@ def test_files_that_an_arrival_opens_are_seen_only_below_its_folder_and_while_it
     assert {Path(path).name for path in opened.paths} == {"during"}
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("arrivals")
-
-
-@pytest.fixture(scope="module")
-def opened(work: Path) -> Opened:
-    return Opened(work)
-
-
-@pytest.mark.parametrize("technique", streaming())
-def test_arrival_reads_and_writes_what_the_one_before_did_but_for_a_name(
-    technique: str, work: Path, opened: Opened
+def test_arrival_reads_and_writes_what_the_one_before_did_but_for_a_name_whatever_the_technique(
+    tmp_path: Path,
 ) -> None:
     """It ends the process where an arrival opens a file that is neither the base, the expert nor the state."""
-    stream = Stream(technique, "micro", 1, work / technique, opened)
-    found = [stream.arrive() for _ in range(4)]
-    for key in ("read", "written"):
-        grown = [later[key] - earlier[key] for earlier, later in itertools.pairwise(found[1:])]
-        assert all(0 < one < 64 for one in grown), (key, grown)
+    opened, states = Opened(tmp_path), []
+    for technique in streaming():
+        stream = Stream(technique, "micro", 1, tmp_path / technique, opened)
+        found = [stream.arrive() for _ in range(4)]
+        for key in ("read", "written"):
+            grown = [later[key] - earlier[key] for earlier, later in itertools.pairwise(found[1:])]
+            assert all(0 < one < 64 for one in grown), (technique, key, grown)
+        checkpoint = stream.base.stat().st_size
+        states.append(4 * (found[1]["read"] - 2 * checkpoint) / checkpoint)
+    merging, readme = (
+        " ".join((ROOT / page).read_text().split()) for page in ("docs/merging.md", "README.md")
+    )
+    assert f"{min(states):.0f} to {max(states):.0f} bytes per parameter of a float32 base" in merging
+    assert f"{len(states)} of the {len(techniques.names())} techniques" in readme
 
 
 def test_excerpt_holds_so_many_samples_of_each_dataset_spread_over_its_test_split(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from merge_service import techniques
 from tests.world import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -59,17 +58,3 @@ def test_page_states_no_number_outside_of_the_blocks() -> None:
 def test_every_block_is_on_one_page_once() -> None:
     found = [name for path in page.PAGES for _, name, _ in page.BLOCK.findall(path.read_text())]
     assert sorted(found) == sorted(page.BLOCKS)
-
-
-def test_pages_count_the_techniques_that_stream_and_the_bytes_of_their_states() -> None:
-    files = [json.loads(path.read_text()) for path in RESULTS.glob("arrivals-*.json")]
-    found = {name: of for file in files for name, of in file["found"].items()}
-    streaming = [name for name in techniques.names() if "stream" in techniques.get(name).forms]
-    assert found and set(found) <= set(streaming)
-    readme, merging = (
-        " ".join(path.read_text().split()) for path in (ROOT / "README.md", ROOT / "docs" / "merging.md")
-    )
-    assert f"{len(streaming)} of the {len(techniques.names())} techniques" in readme
-    checkpoint = files[0]["settings"]["checkpoint_bytes"]
-    state = [4 * (of["early"]["read"][0] - 2 * checkpoint) / checkpoint for of in found.values()]
-    assert f"{min(state):.0f} to {max(state):.0f} bytes per parameter of a float32 base" in merging
