@@ -1,9 +1,10 @@
-"""What does the 200th expert cost, compared to the 2nd? One stream of experts into one technique.
+"""What does the thousandth expert cost, compared to the second? A stream of experts into each technique that streams.
 
-    python benchmarks/arrivals.py --technique ties --experts 200 --out arrivals.json --plot arrivals.png
+    python benchmarks/arrivals.py --techniques ties,average
+    python benchmarks/arrivals.py --techniques ties --size tiny --plot arrivals.png
 
-Every expert is made, merged into the running state with `advance`, and deleted before the next one comes, so that no
-arrival can read an earlier one. Times are of `advance` alone: opening, arithmetic, and both files written and synced.
+Every expert is a file of its own (a copy of one of a few), merged into the running state with `advance`, and deleted before
+the next one comes, so that no arrival can read an earlier one. What is measured is `advance` alone: opening, arithmetic, and both files written.
 
 Invariant: what is counted as read is every file that the arrival opened, whole; as written, the files that it left.
 """
@@ -11,6 +12,7 @@ Invariant: what is counted as read is every file that the arrival opened, whole;
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -20,7 +22,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from inputs import SIZES, make_expert, make_inputs
+import record
+from inputs import SIZES, make_inputs
 from process import MIB, clear
 
 LINES = (
@@ -28,7 +31,12 @@ LINES = (
     ("cpu", 1.0, "CPU seconds"),
     ("read", MIB, "MiB read"),
     ("written", MIB, "MiB written"),
+    ("memory", MIB, "MiB resident"),
 )
+DISTINCT = 16  # experts that are made; making a new one takes as long as merging it
+SPAN = 20
+"""Arrivals that a ratio is taken over: the last ones of the stream beside the 2nd to the 21st of a new one."""
+Arrival = dict[str, float]
 
 
 class Opened:
@@ -56,59 +64,82 @@ class Opened:
                 self.paths.add(path)
 
 
-def stream(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Seconds, CPU seconds, bytes read and bytes written of every arrival."""
-    from merge_service.merge import advance
+class Stream:
+    """Experts that arrive one after another at one technique, in a folder of its own."""
 
-    base = make_inputs(args.work, args.size, 0).base
-    place = clear(args.work / "stream")
-    states, merged = (
-        [place / "state-0.safetensors", place / "state-1.safetensors"],
-        place / "merged.safetensors",
-    )
-    opened, arrivals = Opened(args.work), []
-    for number in range(1, args.experts + 1):
-        expert = place / f"expert-{number:04}.safetensors"
-        make_expert(expert, args.size, number)
-        before, after = states[(number - 1) % 2], states[number % 2]
-        inputs = [base, expert, *([before] if number > 1 else [])]
-        with opened.watch():
-            began, cpu = time.perf_counter(), time.process_time()
-            advance(
-                args.technique,
-                dict(args.set),
-                base,
-                expert,
-                merged,
-                expert_id=f"expert-{number}",
-                state_in=before if number > 1 else None,
-                state_out=after,
-                threads=args.threads,
-            )
-            seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-        unexpected = sorted(
-            opened.paths & {str(path.resolve()) for path in place.iterdir()} - _names(inputs, after, merged)
+    def __init__(self, technique: str, size: str, threads: int, folder: Path, opened: Opened) -> None:
+        self.technique, self.size, self.threads, self.opened = technique, size, threads, opened
+        inputs = make_inputs(folder.parent, size, DISTINCT)
+        self.base, self.experts, self.folder = inputs.base, inputs.experts, clear(folder)
+        self.arrivals: list[Arrival] = []
+
+    def arrive(self) -> Arrival:
+        """Seconds, CPU seconds, bytes read and written, and most resident bytes of one more arrival."""
+        number = len(self.arrivals) + 1
+        expert, merged, before, after = (
+            self.folder / f"{name}.safetensors"
+            for name in (f"expert-{number}", "merged", f"state-{number - 1}", f"state-{number}")
         )
-        if unexpected:
-            sys.exit(f"arrival {number} opened {unexpected}")
-        read, written = (
-            _size(path for path in inputs if str(path.resolve()) in opened.paths),
-            _size([after, merged]),
-        )
-        arrivals.append({"seconds": seconds, "cpu": cpu, "read": read, "written": written})
+        shutil.copyfile(self.experts[number % DISTINCT], expert)
+        inputs = [self.base, expert, *([before] if number > 1 else [])]
+        with self.opened.watch():
+            found = self._advance(expert, merged, before if number > 1 else None, after)
+        opened = {Path(path).name for path in self.opened.paths}
+        allowed = {path.name for path in (*inputs, after, merged)}
+        if unexpected := {path.name for path in self.folder.iterdir()} & opened - allowed:
+            sys.exit(f"arrival {number} opened {sorted(unexpected)}")
+        found["read"] = sum(path.stat().st_size for path in inputs if path.name in opened)
+        found["written"] = sum(path.stat().st_size for path in (after, merged))
         expert.unlink()
         before.unlink(missing_ok=True)
-    clear(place).rmdir()
-    return arrivals
+        self.arrivals.append(found)
+        return found
+
+    def _advance(self, expert: Path, merged: Path, before: Path | None, after: Path) -> Arrival:
+        from merge_service.merge import advance
+
+        Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts anew
+        began, cpu = time.perf_counter(), time.process_time()
+        advance(
+            self.technique, {}, self.base, expert, merged, expert_id=expert.stem, state_in=before,
+            state_out=after, threads=self.threads,
+        )  # fmt: skip
+        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+        return {"seconds": seconds, "cpu": cpu, "memory": _peak_resident()}
 
 
-def ratios(arrivals: list[dict[str, Any]]) -> dict[str, float]:
-    """Medians of the last ten arrivals over medians of ten early ones, the 2nd to the 11th."""
-    early, late = arrivals[1:11], arrivals[-10:]
-    return {key: median(a[key] for a in late) / median(a[key] for a in early) for key, *_ in LINES}
+def _peak_resident() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
 
 
-def plot(arrivals: list[dict[str, Any]], title: str, path: Path) -> None:
+def measure(technique: str, args: argparse.Namespace, opened: Opened) -> dict[str, Any]:
+    """A long stream; its last arrivals alternate with the first ones of a new stream, on an equally busy machine.
+
+    Memory alone is held against the long stream's own first arrivals: whatever it gathered would be in the new one's too.
+    """
+    long, young = (
+        Stream(technique, args.size, args.threads, args.work / f"{name}-{os.getpid()}", opened)
+        for name in ("long", "young")
+    )
+    while len(long.arrivals) < args.experts - SPAN:
+        long.arrive()
+    young.arrive()
+    pairs = [(long.arrive(), young.arrive()) for _ in range(SPAN)]
+    own = long.arrivals[1 : SPAN + 1]
+    late, early = (_columns([pair[side] for pair in pairs]) for side in (0, 1))
+    early["memory"] = [arrival["memory"] for arrival in own]
+    for stream in (long, young):
+        clear(stream.folder).rmdir()
+    return {
+        "ratios": {key: median(a / b for a, b in zip(late[key], early[key])) for key in late},
+        "late": late,
+        "early": early,
+        "all": _columns(long.arrivals) if args.all else None,
+    }
+
+
+def plot(columns: dict[str, list[float]], title: str, path: Path) -> None:
     """Time above, bytes below, both from zero."""
     import matplotlib
 
@@ -116,10 +147,9 @@ def plot(arrivals: list[dict[str, Any]], title: str, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, 1, sharex=True, figsize=(7, 5), layout="constrained")
-    numbers = range(1, len(arrivals) + 1)
     for index, (key, unit, label) in enumerate(LINES):
-        values = [arrival[key] / unit for arrival in arrivals]
-        axes[index // 2].plot(numbers, values, label=label, linewidth=1, color=("C0", "C1")[index % 2])
+        values = [value / unit for value in columns[key]]
+        axes[index > 1].plot(range(1, len(values) + 1), values, label=label, linewidth=1)
     for axis, label in zip(axes, ("seconds", "MiB")):
         axis.set(ylim=(0, None), ylabel=label)
         axis.legend(loc="lower right", frameon=False)
@@ -129,50 +159,49 @@ def plot(arrivals: list[dict[str, Any]], title: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _names(inputs: list[Path], *outputs: Path) -> set[str]:
-    return {str(path.resolve()) for path in (*inputs, *outputs)}
+def streaming() -> list[str]:
+    """Every technique that has a stream form."""
+    from merge_service import techniques
+
+    return [name for name in techniques.names() if "stream" in techniques.get(name).forms]
 
 
-def _size(paths: Any) -> int:
-    return sum(path.stat().st_size for path in paths)
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    name, _, value = text.partition("=")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
-
-
-def main() -> None:
-    """Stream, save, plot, and print the ratios."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--technique", default="ties")
-    parser.add_argument("--set", action="append", default=[], type=_setting, metavar="p=v")
-    parser.add_argument("--experts", type=int, default=200)
-    parser.add_argument("--size", choices=SIZES, default="tiny")
+    parser.add_argument("--techniques", metavar="a,b,...", help="default: all that stream")
+    parser.add_argument("--experts", type=int, default=1000)
+    parser.add_argument("--size", choices=SIZES, default="micro")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "temporal-merge-bench")
-    parser.add_argument("--out", type=Path, default=Path("arrivals.json"))
-    parser.add_argument("--plot", type=Path, default=Path("arrivals.png"))
-    args = parser.parse_args()
-    if args.experts < 21:
-        parser.error("--experts must be at least 21: ten early arrivals are compared with ten late ones")
-    arrivals = stream(args)
-    found = {
-        "technique": args.technique,
-        "size": args.size,
-        "threads": args.threads,
-        "ratios": ratios(arrivals),
-    }
-    args.out.write_text(json.dumps({**found, "arrivals": arrivals}, indent=1))
-    plot(arrivals, f"{args.technique}, {args.size} model: one arrival after the other", args.plot)
-    last = f"arrivals {args.experts - 9}-{args.experts} over arrivals 2-11"
-    print(f"{args.technique}, medians of {last}: {json.dumps(found['ratios'])}")
-    print(f"every number: {args.out}; plot: {args.plot}")
+    parser.add_argument("--all", action="store_true", help="keep the figures of every arrival")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="the same drawn, of the last technique")
+    record.add_json(parser)
+    args = parser.parse_args(arguments)
+    if args.experts < 2 * SPAN + 1:
+        parser.error(f"--experts must be at least {2 * SPAN + 1}: early arrivals are compared with late ones")
+    args.techniques = args.techniques.split(",") if args.techniques else streaming()
+    return args
+
+
+def main() -> None:
+    """Stream, print the ratios, plot, save."""
+    args = parse()
+    opened, found = Opened(args.work), {}
+    for technique in args.techniques:
+        found[technique] = measure(technique, args, opened)
+        print(f"{technique}: {json.dumps(found[technique]['ratios'])}", flush=True)
+    if args.plot:
+        plot(found[technique]["all"], f"{technique}, {args.size} model: one arrival after another", args.plot)
+    settings = {name: getattr(args, name) for name in ("size", "experts", "threads")}
+    nbytes = make_inputs(args.work, args.size, 0).nbytes
+    record.save(args.json, settings | {"checkpoint_bytes": nbytes}, found)
+
+
+def _columns(arrivals: list[Arrival]) -> dict[str, list[float]]:
+    return {key: [arrival[key] for arrival in arrivals] for key, *_ in LINES}
 
 
 if __name__ == "__main__":

@@ -28,10 +28,14 @@ class Case:
     prepared: bool = False
 
     def job(self, tiny: Inputs) -> dict[str, Any]:
-        """What `ours.py` is asked to do, apart from the files and threads that are measured."""
+        """What a contender is asked to do, apart from the files and threads that are measured.
+
+        `first` is a merge of two tiny checkpoints, which every contender does before its clock starts. mergekit and
+        FusionBench know the rest by the name of the case.
+        """
         base, experts = self.checkpoints(str(tiny.base), [str(path) for path in tiny.experts[:2]])
         what = {name: getattr(self, name) for name in ("technique", "form", "params", "options")}
-        return {**what, "first": {"base": base, "experts": experts}}
+        return {**what, "case": self.name, "first": {"base": base, "experts": experts}}
 
     def checkpoints(self, base: str, experts: list[str]) -> tuple[str | None, list[str]]:
         """The base, if it is read at all, and the experts: all of them, or two to fold."""

@@ -54,11 +54,11 @@ def compare(inputs: Inputs, peers: dict[str, str], threads: int, out: Path) -> d
         if pair.peer not in peers:
             continue
         case, places = CASES[pair.case], [clear(out) / side for side in ("ours", "peer")]
-        job = {"base": base if case.base else None, "experts": experts, "threads": threads, "case": case.name}
-        ours = case.job(inputs) | {"params": {**case.params, **pair.params}}
+        files = {"base": base if case.base else None, "experts": experts, "threads": threads}
+        job = case.job(inputs) | files
         failure = None
         for place, python, script, more in (
-            (places[0], sys.executable, "ours.py", ours),
+            (places[0], sys.executable, "ours.py", {"params": {**case.params, **pair.params}}),
             (places[1], peers[pair.peer], f"peers_{pair.peer}.py", {}),
         ):
             place.mkdir()

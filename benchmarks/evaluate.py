@@ -3,10 +3,12 @@
     python benchmarks/evaluate.py --clip-benchmark PYTHON
 
 Trains a few short experts, merges growing sets of them by two techniques, and scores that stream of checkpoints on the
-test splits of the mini suite: ours with nothing decoded yet, ours with decoded datasets, clip_benchmark. Prints a table
-and whether the scores are equal, and writes every number to --out. README.md in this directory says what the columns are.
+test splits of the mini suite: ours with nothing decoded yet, ours with decoded datasets, clip_benchmark. With `--model
+vit-b-16` the checkpoints are towers of that size with random weights. Prints a table and whether the scores are equal.
+README.md in this directory says what the columns are.
 
-Invariant: contenders alternate within a round, a process each, and a ratio is taken within a round.
+Invariant: contenders alternate within a round, a process each, and a ratio is taken within a round. Every one of them scores
+the first checkpoint on the first dataset before its clock starts, and finds the shards in the page cache.
 """
 
 import argparse
@@ -18,8 +20,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from jobs import TASKS, expert, model, suite
+import record
+from jobs import MODELS, TASKS, excerpt, expert, model, suite, towers
 from process import clear, measure
+
+from workers.data.decode import load
+from workers.jobs import Source
+from workers.model import preprocess_cfg
 
 HERE = Path(__file__).parent
 COLD, WARM, TENTH = "ours, nothing decoded", "ours", "ours, fraction 0.1"
@@ -32,6 +39,8 @@ def stream(args: argparse.Namespace, pool: list[str]) -> list[str]:
     from merge_service.merge import merge
     from workers.train import train_expert
 
+    if args.model == "vit-b-16":
+        return [str(path) for path in towers(args.work, args.checkpoints)]
     place, base = args.work / f"stream-{args.model}-{args.checkpoints}", model(args.model, args.work)
     made = [place / "merged" / f"{number}-{name}" for number in range(1, -(-args.checkpoints // 2) + 1) for name in ("average", "ties")]  # fmt: skip
     if not (place / "complete").is_file():
@@ -56,24 +65,33 @@ def stream(args: argparse.Namespace, pool: list[str]) -> list[str]:
 def run(args: argparse.Namespace) -> Rounds:
     """Every answer of every contender."""
     roles = suite(args.root)
-    names = dict.fromkeys((*roles["held_out"], *roles["adaptation"]))
+    names = args.datasets or list(dict.fromkeys((*roles["held_out"], *roles["adaptation"])))
+    root = excerpt(args.root, names, args.images, clear(args.work / "excerpt")) if args.images else args.root
     job = {
-        "models": stream(args, roles["pretraining"]), "root": str(args.root), "threads": args.threads,
-        "batch_size": args.batch_size, "cache": str(args.work / "decoded"), "out": str(args.work / "scored"), "fraction": 1.0,
+        "models": stream(args, roles["pretraining"]), "root": str(root), "threads": args.threads,
+        "batch_size": args.batch_size, "cache": str(args.work / "decoded"), "decoded": str(args.work / "decoded"), "limits": 1 if args.images else 3, "out": str(args.work / "scored"), "fraction": 1.0,
         "classification": [name for name in names if name != "emoji_names"],
         "retrieval": [name for name in names if name == "emoji_names"],
     }  # fmt: skip
     contenders: dict[str, tuple[list[Any], dict[str, Any]]] = {
-        COLD: ([sys.executable, HERE / "ours_evaluate.py"], {"cache": str(args.work / "scored")}),
+        COLD: (
+            [sys.executable, HERE / "ours_evaluate.py"],
+            {"cache": str(args.work / "scored"), "limits": 0},
+        ),
         WARM: ([sys.executable, HERE / "ours_evaluate.py"], {}),
         TENTH: ([sys.executable, HERE / "ours_evaluate.py"], {"fraction": 0.1}),
     }
+    if args.images:
+        contenders.pop(TENTH)
+    decode(job)
     if args.clip_benchmark:
         contenders[PEER] = ([args.clip_benchmark, HERE / "peers_clip_benchmark.py"], {})
     rounds: Rounds = {name: [] for name in contenders}
     for number in range(args.rounds):
         for name, (command, more) in contenders.items():
             clear(args.work / "scored")
+            for shard in root.glob("*/test/*.tar"):
+                shard.read_bytes()
             done = measure([*command, json.dumps(job | more)], args.threads, args.timeout)
             if done.failure:
                 sys.exit(f"{name}: {done.failure}")
@@ -84,6 +102,13 @@ def run(args: argparse.Namespace) -> Rounds:
             )
             rounds[name].append(answer)
     return rounds
+
+
+def decode(job: dict[str, Any]) -> None:
+    """Fill the cache that all but the first contender find."""
+    preprocess = preprocess_cfg(Path(job["models"][0]))
+    for name in (*job["classification"], *job["retrieval"]):
+        load(Source(job["root"], name, "test"), preprocess["size"], job["decoded"], preprocess)
 
 
 def table(rounds: Rounds) -> str:
@@ -102,23 +127,21 @@ def table(rounds: Rounds) -> str:
             ]
             against = f"{ratios[0]:.1f}, {ratios[1]:.1f}"
         if name != PEER:
-            first, later, least = (
-                median(a[k] * 1e3 for a in answers) for k in ("cpu_first", "cpu_later", "limit")
-            )
-            each, least = f"{first:.0f}, {later:.0f}", f"{least:.0f}"
+            first, later = (median(a[k] * 1e3 for a in answers) for k in ("cpu_first", "cpu_later"))
+            each = f"{first:.0f}, {later:.0f}"
+            least = f"{median(a['limit'] * 1e3 for a in answers):.0f}" if name != COLD else ""
         lines.append(f"| {name} | {whole[0]:.1f}, {whole[1]:.1f} | {against} | {each} | {least} |")
     return "\n".join(lines)
 
 
-def comparison(rounds: Rounds) -> str:
-    """Whether every accuracy is the very number that clip_benchmark writes, and every recall made of as many hits.
+def equal(rounds: Rounds) -> dict[str, Any]:
+    """How many scores are those of clip_benchmark: accuracies to the digit, recalls made of as many hits.
 
     It states recalls as fp32 means, one for each direction, so a mean of both is equal when it is so up to fp32's rounding:
     one hit more or less is at least a thousand times that.
     """
     differing, compared = [], 0
     ours = rounds[WARM][0]["scores"]
-    repeated = all(answer["scores"] == ours for name in (COLD, WARM) for answer in rounds[name])
     for directory, metrics in rounds[PEER][0]["scores"].items():
         for name, theirs in metrics.items():
             score = ours[directory][name]
@@ -130,9 +153,8 @@ def comparison(rounds: Rounds) -> str:
                 same = abs(score - sum(recalls) / 2) < 1e-7
             if not same:
                 differing.append(f"{Path(directory).name} on {name}: {score}, clip_benchmark {theirs}")
-    equal = f"{compared - len(differing)} of {compared} scores equal those of clip_benchmark"
-    again = "ours are the same in every process" if repeated else "OURS DIFFER FROM PROCESS TO PROCESS"
-    return "\n".join([f"{equal}; {again}", *differing])
+    repeated = all(answer["scores"] == ours for name in (COLD, WARM) for answer in rounds[name])
+    return {"compared": compared, "differing": differing, "ours_same_in_every_process": repeated}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -142,7 +164,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--clip-benchmark", metavar="PYTHON", help="an interpreter that has clip_benchmark")
-    parser.add_argument("--model", choices=("tiny", "w128"), default="tiny")
+    parser.add_argument("--model", choices=(*MODELS, "vit-b-16"), default="tiny")
+    parser.add_argument(
+        "--datasets", type=lambda text: text.split(","), metavar="a,b,...", help="default: all"
+    )
+    parser.add_argument("--images", type=int, help="so many of each test split; default: all")
     parser.add_argument("--checkpoints", type=int, default=8, help="at most 12, default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--threads", type=int, default=1, help="of every contender")
@@ -152,12 +178,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--root", type=Path, default=work / "mini", help="of the mini suite; written if missing"
     )
     parser.add_argument("--work", type=Path, default=work)
-    parser.add_argument("--out", type=Path, metavar="results.json", help="default: in --work, named by model")
+    record.add_json(parser)
     args = parser.parse_args(arguments)
-    if not 2 <= args.checkpoints <= 2 * len(TASKS):
+    if args.model != "vit-b-16" and not 2 <= args.checkpoints <= 2 * len(TASKS):
         parser.error(f"--checkpoints must be 2 to {2 * len(TASKS)}")
     args.root, args.work = args.root.resolve(), args.work.resolve()
-    args.out = args.out or args.work / f"evaluate-{args.model}.json"
     return args
 
 
@@ -166,21 +191,28 @@ def main() -> None:
     args = parse()
     args.work.mkdir(parents=True, exist_ok=True)
     rounds = run(args)
-    results: dict[str, Any] = {"rounds": rounds}
+    peers: dict[str, Any] = {}
+    found: dict[str, Any] = {
+        "runs": {name: [_timed(answer) for answer in answers] for name, answers in rounds.items()}
+    }
     if args.clip_benchmark:
         versions = [args.clip_benchmark, HERE / "peers_clip_benchmark.py", "--versions"]
-        answer = subprocess.run(versions, capture_output=True, text=True, check=True)
-        results[PEER] = json.loads(answer.stdout)
-        print(f"\n{PEER}: {results[PEER]}")
-    args.out.write_text(json.dumps(results, indent=1))
+        peers[PEER] = json.loads(subprocess.run(versions, capture_output=True, text=True, check=True).stdout)
+        found["equal"] = equal(rounds)
     images = rounds[WARM][0]["images"]
     print(
         f"\n{args.model}, {args.checkpoints} checkpoints, {images} images in all datasets, {args.threads} thread(s), "
         f"medians of {args.rounds}\n\n{table(rounds)}\n"
     )
-    if args.clip_benchmark:
-        print(comparison(rounds))
-    print(f"\nevery number: {args.out}")
+    print(json.dumps(found.get("equal", {}), indent=1))
+    settings = {
+        name: getattr(args, name) for name in ("model", "checkpoints", "batch_size", "threads", "rounds")
+    }
+    record.save(args.json, settings | {"images": images}, found, **peers)
+
+
+def _timed(answer: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in answer.items() if key != "scores"}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ Invariant: a job depends on its arguments alone, so that every contender trains 
 """
 
 import json
+import shutil
+import tarfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ from workers.recipe import REPLAY, Recipe
 TINY = Path(__file__).parents[1] / "configs" / "models" / "tiny-clip"
 TASKS = ("letters", "scripts", "photos_b", "icon_style", "emoji_group", "skin_tone")
 MODELS = ("tiny", "w128")
+TOWER = "ViT-B-16"
+"""open_clip's configuration of a tower of the size that people use."""
 
 
 def suite(root: Path) -> dict[str, list[str]]:
@@ -39,6 +44,34 @@ def model(name: str, work: Path) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(config))
         export_base(str(file), None, out)
+    return out
+
+
+def towers(work: Path, count: int) -> list[Path]:
+    """Weights directories of `count` models of the configuration TOWER, with random weights."""
+    made = [work / "models" / f"{TOWER}-{seed}" for seed in range(count)]
+    for seed, out in enumerate(made):
+        if not (out / "open_clip_config.json").is_file():
+            from workers.model import export_base
+
+            export_base(TOWER, None, out, seed=seed)
+    return made
+
+
+def excerpt(root: Path, names: Iterable[str], images: int, out: Path) -> Path:
+    """A data root in `out` with `images` samples of the test split of each dataset, evenly spread over the split."""
+    for name in names:
+        (out / name / "test").mkdir(parents=True)
+        for file in (root / name).glob("*.txt"):
+            shutil.copyfile(file, out / name / file.name)
+        (out / name / "test" / "nshards.txt").write_text("1")
+        with tarfile.open(root / name / "test" / "0.tar") as whole, tarfile.open(out / name / "test" / "0.tar", "w") as part:  # fmt: skip
+            members = whole.getmembers()
+            keys = sorted({member.name.partition(".")[0] for member in members})
+            kept = {keys[at * len(keys) // images] for at in range(images)}
+            for member in members:
+                if member.name.partition(".")[0] in kept:
+                    part.addfile(member, whole.extractfile(member))
     return out
 
 

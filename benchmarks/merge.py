@@ -3,26 +3,24 @@
     python benchmarks/merge.py --size vit-b-16 --experts 8 --mergekit PYTHON --fusionbench PYTHON
 
 Makes inputs, then for every technique and repeat runs one process per contender, one after the other, with the inputs in
-the page cache: the limit, ours, our command line, mergekit, FusionBench. Prints tables of medians and writes every
-number to --out. README.md in this directory says what the columns are.
+the page cache: the limit, ours, our command line, mergekit, FusionBench. Prints tables of medians. README.md in this
+directory says what the columns are.
 
 Invariant: contenders alternate within a repeat, so that whatever else slows the machine meets all of them.
 """
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Collection
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import peers_fusionbench
 import peers_mergekit
+import record
 import report
 from cases import CASES, Case
 from compare import compare
@@ -48,7 +46,8 @@ class Bench:
 
     def case(self, case: Case) -> dict[str, list[dict[str, Any]]]:
         """Every run of every contender, by contender. One that failed is not tried again."""
-        self._run("ours", case, self.tiny)  # whatever is compiled at first use is now compiled
+        for contender in self._contenders(case):  # now all are in the page cache, and what is compiled is
+            self._run(contender, case, self.tiny)
         for kept in self.inputs.base.parent.glob("*.limits.json"):
             kept.unlink()
         if case.prepared:
@@ -87,7 +86,8 @@ class Bench:
         return runs
 
     def _contenders(self, case: Case) -> list[str]:
-        command_line = ["cli"] if case.form == "merge" else []  # there is no command to fold
+        # there is no command to fold
+        command_line = ["cli"] if case.form == "merge" and self.args.cli else []
         return ["limit", "ours", *command_line, *(peer for peer in self.peers if case.name in PEERS[peer])]
 
     def _run(self, contender: str, case: Case, inputs: Inputs) -> Run:
@@ -96,16 +96,18 @@ class Bench:
         inputs.warm([Path(path) for path in read])
         directory = clear(self.out)
         out, threads = directory / "model.safetensors", self.args.threads
-        job = {"base": base, "experts": experts, "out": str(out), "threads": threads, "case": case.name}
+        job = case.job(self.tiny) | {"base": base, "experts": experts, "out": str(out), "threads": threads}
         if contender == "limit":
-            command = [sys.executable, HERE / "limit.py", json.dumps({**job, "inputs": read})]
+            job = {"inputs": read, "out": str(out), "threads": threads}
+            command = [sys.executable, HERE / "limit.py", json.dumps(job)]
         elif contender == "ours":
-            command = [sys.executable, HERE / "ours.py", json.dumps(case.job(self.tiny) | job)]
+            command = [sys.executable, HERE / "ours.py", json.dumps(job)]
         elif contender == "cli":
             command = _command(case, base, experts, out, threads)
         else:
             command = [self.peers[contender], HERE / f"peers_{contender}.py", json.dumps(job)]
-        run = measure(command, threads, self.args.timeout, expect_json=contender != "cli")
+        most = int(self.args.memory * 2**30) if self.args.memory else None
+        run = measure(command, threads, self.args.timeout, expect_json=contender != "cli", memory=most)
         if not run.failure and contender != "limit" and out.stat().st_size < 0.99 * inputs.nbytes:
             run.failure = f"wrote only {out.stat().st_size} bytes"
         clear(directory)
@@ -120,28 +122,13 @@ def _command(case: Case, base: str | None, experts: list[str], out: Path, thread
     return [*words, *case.flags, *experts]
 
 
-def environment(args: argparse.Namespace) -> dict[str, Any]:
-    """The machine and the versions of everything that is compared."""
-    cpu = next(
-        (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), ""
-    )
-    found: dict[str, Any] = {
-        "cpu": cpu.partition(": ")[2],
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "system": platform.platform(),
-        "load_before": os.getloadavg()[0],
-        "ours": {
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("temporal-merge", "numpy")},
-        },
-    }
+def versions(args: argparse.Namespace) -> dict[str, Any]:
+    """Of the other tools and what they stand on."""
+    found = {}
     for peer in PEERS:
         if python := getattr(args, peer):
-            answer = subprocess.run(
-                [python, HERE / f"peers_{peer}.py", "--versions"], capture_output=True, text=True, check=True
-            )
-            found[peer] = json.loads(answer.stdout)
+            words = [python, HERE / f"peers_{peer}.py", "--versions"]
+            found[peer] = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
     return found
 
 
@@ -172,35 +159,41 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--fusionbench", metavar="PYTHON", help="an interpreter that has fusion-bench")
     parser.add_argument("--peers", metavar="PYTHON", help="an interpreter that has both")
     parser.add_argument("--compare", action="store_true", help="compare the values of the results as well")
+    parser.add_argument(
+        "--start-up", action="store_true", help="measure how long the command takes to start as well"
+    )
+    parser.add_argument(
+        "--memory",
+        type=float,
+        metavar="GIB",
+        help="end a run that takes more; default: 95 %% of what is free",
+    )
+    parser.add_argument("--no-cli", dest="cli", action="store_false", help="leave out the command line")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds, for each run")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "temporal-merge-bench")
-    parser.add_argument("--out", type=Path, metavar="results.json", help="default: in --work, named by size")
+    record.add_json(parser)
     args = parser.parse_args(arguments)
     for peer in PEERS:
         setattr(args, peer, getattr(args, peer) or args.peers)
-    args.out = args.out or args.work / f"merge-{args.size}-{args.experts}.json"
     return args
 
 
 def main() -> None:
-    """Measure, print, save; what is measured is saved after every technique."""
+    """Measure, print, save."""
     args = parse()
     wanted = wanted_cases(args.techniques)
     bench = Bench(args)
-    settings: dict[str, Any] = {
-        name: getattr(args, name) for name in ("size", "experts", "threads", "repeats")
-    }
-    results: dict[str, Any] = {"environment": environment(args), **settings, "bytes": bench.inputs.nbytes}
-    results |= {"start_up": bench.start_up(), "cases": {}}
+    settings = {name: getattr(args, name) for name in ("size", "experts", "threads", "repeats", "memory")}
+    settings["checkpoint_bytes"] = bench.inputs.nbytes
+    found: dict[str, Any] = {"start_up": bench.start_up()} if args.start_up else {}
+    found["cases"] = {}
     for case in wanted:
         runs = bench.case(case)
-        results["cases"][case.name] = {"summary": report.summary(runs), "runs": runs}
-        args.out.write_text(json.dumps(results, indent=1))
+        found["cases"][case.name] = {"summary": report.summary(runs), "runs": runs}
     if args.compare:
-        results["comparison"] = compare(bench.inputs, bench.peers, args.threads, bench.out)
-        args.out.write_text(json.dumps(results, indent=1))
-    print(report.tables(results))
-    print(f"\nevery number: {args.out}")
+        found["comparison"] = compare(bench.inputs, bench.peers, args.threads, bench.out)
+    print(report.tables(settings, found))
+    record.save(args.json, settings, found, **versions(args))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What orchestration costs: beside the steps themselves, and per step as the number of steps grows.
 
-    python benchmarks/orchestration.py overhead STUDY.yaml [--runs 2] [--set key=value ...]
-    python benchmarks/orchestration.py scale [--experts 1000] [--case stream|sweep] [--tracking] [--png FILE]
+    python benchmarks/orchestration.py overhead STUDY.yaml [--runs 2] [--set key=value ...] [--json FILE]
+    python benchmarks/orchestration.py scale [--experts 1000] [--case stream|sweep] [--tracking] [--png FILE] [--json FILE]
 
 `overhead` carries out the steps of a small study twice over, alternating: by a bare loop of plain function calls in one
 process, with the same store, and by `temporal-merge run`. CPU seconds are those of all processes, start-up left out.
@@ -134,9 +134,10 @@ def orchestrated(study: Path, overrides: list[str], out: Path) -> dict[str, Any]
     }
 
 
-def overhead(study: Path, overrides: list[str], runs: int) -> None:
+def overhead(study: Path, overrides: list[str], runs: int) -> dict[str, Any]:
     """Print both, run by run, and the ratio of their sums."""
     sums = {"bare": 0.0, "run": 0.0, "steps": 0.0}
+    found = []
     for number in range(runs):
         with tempfile.TemporaryDirectory() as room:
             line = [sys.executable, __file__, "bare", str(study), "--out", f"{room}/bare"]
@@ -153,12 +154,14 @@ def overhead(study: Path, overrides: list[str], runs: int) -> None:
         )
         top = sorted(run["by_name"].items(), key=lambda entry: -entry[1])[:6]
         print("   by process:", ", ".join(f"{name} {cpu:.1f}" for name, cpu in top), flush=True)
+        found.append({"bare": loop, "run": run})
         sums["bare"] += loop["cpu"]
         sums["run"] += run["started"]
         sums["steps"] += run["steps_cpu"]
     print(
         f"orchestrated / bare = {sums['run'] / sums['bare']:.3f}; steps alone / bare = {sums['steps'] / sums['bare']:.3f}"
     )
+    return {"runs": found, "sums": sums}
 
 
 # --- a thousand experts that do nothing -------------------------------------------------------------------------------
@@ -228,7 +231,7 @@ def workspace_of(experts: int, case: str, out: Path) -> Any:
     return Workspace(study, out, make_plan(study, facts), facts)
 
 
-def scale(experts: int, case: str, tracking: bool, target: Path) -> None:
+def scale(experts: int, case: str, tracking: bool, target: Path) -> dict[str, Any]:
     """Drive a study of steps that do nothing; print and draw the driver's time and memory as it goes on."""
     os.environ.update(OMP_NUM_THREADS="1", RAY_AUTH_MODE=os.environ.get("RAY_AUTH_MODE", "disabled"))
     import psutil
@@ -263,7 +266,7 @@ def scale(experts: int, case: str, tracking: bool, target: Path) -> None:
             drive.progress.console.quiet = True
             drive.run()
             told.tracker._stop.set()
-    _report(samples, len(workspace.plan.steps), f"{case}, {experts} experts", target)
+    return _report(samples, len(workspace.plan.steps), f"{case}, {experts} experts", target)
 
 
 def _prepare(workspace: Any) -> None:
@@ -276,7 +279,7 @@ def _prepare(workspace: Any) -> None:
     (workspace.out / "plan.json").write_text(json.dumps(workspace.plan.to_json()))
 
 
-def _report(samples: list[tuple[float, float, float]], steps: int, what: str, target: Path) -> None:
+def _report(samples: list[tuple[float, float, float]], steps: int, what: str, target: Path) -> dict[str, Any]:
     windows = range(WINDOW, len(samples), WINDOW)
     wall = [(samples[end][0] - samples[end - WINDOW][0]) / WINDOW * 1000 for end in windows]
     cpu = [(samples[end][1] - samples[end - WINDOW][1]) / WINDOW * 1000 for end in windows]
@@ -308,9 +311,12 @@ def _report(samples: list[tuple[float, float, float]], steps: int, what: str, ta
     below.set_xlabel("steps done")
     figure.savefig(target, dpi=150)
     print(target)
+    return {"steps": steps, "window": WINDOW, "wall_ms": wall, "cpu_ms": cpu, "memory_mib": memory}
 
 
 def main() -> None:
+    import record  # a worker of Ray imports this module, and finds nothing beside it
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -326,13 +332,19 @@ def main() -> None:
     many.add_argument("--case", choices=("stream", "sweep"), default="stream")
     many.add_argument("--tracking", action="store_true", help="deliver to MLflow meanwhile")
     many.add_argument("--png", type=Path, default=Path("orchestration.png"))
+    for one in what.choices.values():
+        record.add_json(one)
     options = parser.parse_args()
-    if options.what == "scale":
-        scale(options.experts, options.case, options.tracking, options.png)
-    elif options.what == "bare":
+    if options.what == "bare":
         bare(options.study, options.overrides, options.out)
+    elif options.what == "scale":
+        settings = {name: getattr(options, name) for name in ("experts", "case", "tracking")}
+        record.save(
+            options.json, settings, scale(options.experts, options.case, options.tracking, options.png)
+        )
     else:
-        overhead(options.study, options.overrides, options.runs)
+        settings = {"study": options.study.name, "set": options.overrides, "runs": options.runs}
+        record.save(options.json, settings, overhead(options.study, options.overrides, options.runs))
 
 
 if __name__ == "__main__":

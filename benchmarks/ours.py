@@ -3,8 +3,8 @@
     python benchmarks/ours.py '{"technique": "ties", "form": "merge", "params": {}, "options": {}, "base": ..., ...}'
 
 Prints one JSON line: the seconds of `MergeReport`, those of them spent syncing the output to the disk (which the other
-tools do not do), and the seconds of the imports and of a first, tiny merge before it, which loads the compiled loops:
-that is start-up, and counts in the whole process only, as the imports of the other tools do.
+tools do not do), the CPU seconds, and the seconds of the imports and of a first, tiny merge before it, which loads the
+compiled loops: that is start-up, and counts in the whole process only, as the imports of the other tools do.
 """
 
 import json
@@ -21,8 +21,14 @@ def main(job: dict[str, Any]) -> dict[str, float]:
 
     imported = time.perf_counter()
     _merge(job | job["first"])
-    loaded, syncs = time.perf_counter(), _timed_syncs()
-    return {"seconds": _merge(job), "sync": sum(syncs), "import": imported - began, "load": loaded - imported}
+    loaded, syncs, cpu = time.perf_counter(), _timed_syncs(), time.process_time()
+    answer = {
+        "seconds": _merge(job),
+        "sync": sum(syncs),
+        "import": imported - began,
+        "load": loaded - imported,
+    }
+    return answer | {"merge_cpu": time.process_time() - cpu}
 
 
 def _merge(job: dict[str, Any]) -> float:

@@ -1,17 +1,24 @@
 """What a plan costs: seconds, memory and the length of plan.json of a long stream, or of many trajectories; nothing is trained.
 
-python benchmarks/plan.py --tasks 1000                           # one long stream, two strategies
-python benchmarks/plan.py --tasks 3 --trajectories 10000         # many trajectories
+    python benchmarks/plan.py --tasks 1000                           # one long stream, two strategies
+    python benchmarks/plan.py --tasks 3 --trajectories 10000         # many trajectories
+
+Invariant: every part runs in a process of its own, which reports itself.
 """
 
 import argparse
+import json
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import record
 import yaml
 
 from pipeline import plan_file
@@ -22,36 +29,40 @@ STRATEGIES = [
     "best_in_time",
     {"init": "base", "deploy": "all", "technique": "ties", "params": {"density": 0.5}},
 ]
+RUNS = {"first": "plan", "again": "plan", "status": "status"}
+"""Parts in their order; the first plan of a model also measures what a sample costs."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tasks", type=int, default=1000)
     parser.add_argument("--trajectories", type=int, default=len(STRATEGIES))
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
+    record.add_json(parser)
     asked = parser.parse_args()
     if asked.part:
-        PARTS[asked.part](asked.home)
+        print(json.dumps(PARTS[asked.part](asked.home)))
         return
     with tempfile.TemporaryDirectory() as home:
         study_of(Path(home), asked.tasks, -(-asked.trajectories // len(STRATEGIES)))
-        print(f"{asked.tasks} tasks, {asked.trajectories} trajectories")
-        for part, what in (
-            ("plan", "the first plan, which measures the model"),
-            ("plan", "again"),
-            ("status", "status"),
-        ):
-            answer = subprocess.run(
-                [sys.executable, __file__, "--part", part, "--home", home],
-                check=True,
-                capture_output=True,
-                text=True,
-            )
-            print(f"{what}: {answer.stdout.strip()}")
+        found = {name: _in_a_process(part, home) for name, part in RUNS.items()}
+    settings = {"tasks": asked.tasks, "trajectories": asked.trajectories}
+    print(json.dumps(settings | found, indent=1))
+    record.save(asked.json, settings, found)
 
 
-def plan(home: Path) -> None:
+def _in_a_process(part: str, home: str) -> dict[str, float]:
+    line = [sys.executable, __file__, "--part", part, "--home", home]
+    answer = subprocess.run(line, check=True, capture_output=True, text=True)
+    found: dict[str, float] = json.loads(answer.stdout.splitlines()[-1])
+    return found
+
+
+def plan(home: Path) -> dict[str, float]:
+    """Seconds and CPU seconds of making the plan, without imports, and of writing it; steps, bytes, peak memory."""
     began, cpu = time.perf_counter(), time.process_time()
     made = Workspace.open(home / "study.yaml", [], home / "out", provisional=True).plan
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
@@ -59,23 +70,30 @@ def plan(home: Path) -> None:
     began = time.perf_counter()
     plan_file.write(made, home / "out" / "plan.json")
     wrote = time.perf_counter() - began
-    size = (home / "out" / "plan.json").stat().st_size / 1e6
-    print(
-        f"{len(made.steps)} steps in {seconds:.1f} s (CPU {cpu:.1f} s), plan.json {size:.1f} MB in {wrote:.1f} s; {peak()}"
-    )
+    size = (home / "out" / "plan.json").stat().st_size
+    return {
+        "seconds": seconds,
+        "cpu": cpu,
+        "steps": len(made.steps),
+        "bytes": size,
+        "write": wrote,
+        "peak": peak(),
+    }
 
 
-def status(home: Path) -> None:
-    began = time.perf_counter()
+def status(home: Path) -> dict[str, float]:
+    """Seconds and CPU seconds of `status`, and peak memory."""
+    began, cpu = time.perf_counter(), time.process_time()
     status_of(home / "out")
-    print(f"{time.perf_counter() - began:.1f} s; {peak()}")
+    return {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu, "peak": peak()}
 
 
-def peak() -> str:
-    return f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB"
+def peak() -> int:
+    """The most bytes that were resident."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
-PARTS = {"plan": plan, "status": status}
+PARTS: dict[str, Any] = {"plan": plan, "status": status}
 
 
 def study_of(home: Path, tasks: int, seeds: int) -> None:

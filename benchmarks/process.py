@@ -45,9 +45,11 @@ def measure(
     timeout: float,
     environment: Mapping[str, str] | None = None,
     expect_json: bool = True,
+    memory: int | None = None,
 ) -> Run:
-    """Run `command` to its end, or to `timeout` seconds, or until 95 % of the free memory are used up."""
+    """Run `command` to its end, or to `timeout` seconds, or until it has `memory` bytes or 95 % of those that are free."""
     allowed = int(0.95 * available_memory())
+    allowed = min(allowed, memory) if memory else allowed
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         began = time.perf_counter()
         process = subprocess.Popen(
@@ -86,7 +88,7 @@ class _Watch(threading.Thread):
         while not self._over.wait(POLL):
             self.peak = max(self.peak, anonymous_memory(self._process.pid))
             if self.peak > self._allowed:
-                self._end(f"took more than the {self._allowed / MIB:.0f} MiB that were free")
+                self._end(f"took more than the {self._allowed / MIB:.0f} MiB that it might")
             elif time.perf_counter() > self._deadline:
                 self._end("took longer than --timeout")
 

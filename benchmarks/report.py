@@ -23,32 +23,35 @@ def one(run: Run) -> str:
 def summary(runs: dict[str, Runs]) -> dict[str, Any]:
     """By contender: medians of seconds and bytes, or why it failed; and the ratios between them.
 
-    `merge` is merging and saving without imports, `unsynced` the same without waiting for the disk.
+    `merge` is merging and saving without imports, `unsynced` the same without waiting for the disk, `merge_cpu` its CPU
+    seconds.
     """
     found: dict[str, Any] = {name: _medians(of) for name, of in runs.items() if name != "limit"}
     found["limit"] = limit = _limit(runs["limit"])
     ours = found["ours"]
     if "failure" in ours or "failure" in limit:
         return found
-    found["to_limit"] = {key: ours[key] / limit[key] for key in ("unsynced", "merge")}
-    whole = found.get("cli", ours).get("wall", ours["wall"])
+    found["to_limit"] = {key: ours[key] / limit[key] for key in ("unsynced", "merge", "merge_cpu")}
+    whole = found.get("cli", ours).get("process", ours["process"])
     for peer in ("mergekit", "fusionbench"):
         if peer in found and "failure" not in found[peer]:
-            merge, wall = found[peer]["merge"], found[peer]["wall"]
+            merge, process = found[peer]["merge"], found[peer]["process"]
             found[peer] |= {f"merge_over_{key}": merge / ours[key] for key in ("merge", "unsynced")}
-            found[peer]["wall_over_wall"] = wall / whole
+            found[peer]["cpu_over_cpu"] = found[peer]["merge_cpu"] / ours["merge_cpu"]
+            found[peer]["process_over_process"] = process / whole
     return found
 
 
-def tables(results: dict[str, Any]) -> str:
+def tables(settings: dict[str, Any], results: dict[str, Any]) -> str:
     """Everything that a reader wants to see."""
-    environment, cases = results["environment"], {n: c["summary"] for n, c in results["cases"].items()}
+    cases = {name: case["summary"] for name, case in results["cases"].items()}
     head = (
-        f"{results['size']}, {results['experts']} experts of {results['bytes'] / MIB:.0f} MiB, "
-        f"{results['threads']} threads, medians of {results['repeats']}"
+        f"{settings['size']}, {settings['experts']} experts of {settings['checkpoint_bytes'] / MIB:.0f} MiB, "
+        f"{settings['threads']} threads, medians of {settings['repeats']}"
     )
-    parts = [f"\n## {head}\n", *(f"- {name}: {value}" for name, value in environment.items())]
-    parts += ["\n### Start-up\n", _start_up(results["start_up"])]
+    parts = [f"\n## {head}\n"]
+    if "start_up" in results:
+        parts += ["\n### Start-up\n", _start_up(results["start_up"])]
     parts += ["\n### Ours, and the limit (seconds; MiB)\n", _ours(cases), *_incomplete(cases)]
     if any(peer in case for case in cases.values() for peer in ("mergekit", "fusionbench")):
         parts += ["\n### Ours, and other tools (seconds; MiB)\n", _peers(cases)]
@@ -101,8 +104,10 @@ def _medians(runs: Runs) -> dict[str, Any]:
     if not good:
         return {"failure": runs[0]["failure"]}
     found: dict[str, Any] = {name: median(run[name] for run in good) for name in ("wall", "cpu", "peak")}
+    found["process"] = median(run["wall"] - run["answer"].get("load", 0) for run in good)
     if all("seconds" in run["answer"] for run in good):
         found["merge"] = median(run["answer"]["seconds"] for run in good)
+        found["merge_cpu"] = median(run["answer"]["merge_cpu"] for run in good)
         found["unsynced"] = median(run["answer"]["seconds"] - run["answer"].get("sync", 0) for run in good)
     if all("load" in run["answer"] for run in good):
         found["start_up"] = median(run["answer"]["import"] + run["answer"]["load"] for run in good)
@@ -116,10 +121,12 @@ def _limit(runs: Runs) -> dict[str, Any]:
     if failure := next((run["failure"] for run in runs if run["failure"]), None):
         return {"failure": failure}
     ways = {way: [run["answer"][way] for run in runs] for way in runs[0]["answer"]}
-    unsynced = {way: median(written for written, _ in times) for way, times in ways.items()}
-    synced = {way: median(sum(both) for both in times) for way, times in ways.items()}
+    unsynced = {way: median(written for written, *_ in times) for way, times in ways.items()}
+    synced = {way: median(sum(both) for *both, _ in times) for way, times in ways.items()}
+    cpu = {way: median(spent for *_, spent in times) for way, times in ways.items()}
     best = min(unsynced, key=unsynced.__getitem__)
-    return {"unsynced": unsynced[best], "merge": min(synced.values()), "way": best, "ways": unsynced}
+    least = {"unsynced": unsynced[best], "merge": min(synced.values()), "merge_cpu": min(cpu.values())}
+    return {**least, "way": best, "ways": unsynced}
 
 
 def _start_up(runs: dict[str, Runs]) -> str:
@@ -132,7 +139,17 @@ def _start_up(runs: dict[str, Runs]) -> str:
 
 
 def _ours(cases: dict[str, Any]) -> str:
-    columns = ["technique", "limit", "merge", "ratio", "limit, synced", "merge, synced", "ratio", "start-up"]
+    columns = [
+        "technique",
+        "limit",
+        "merge",
+        "ratio",
+        "limit, synced",
+        "merge, synced",
+        "ratio",
+        "ratio of CPU",
+        "start-up",
+    ]
     columns += ["process", "CPU", "peak", "CLI", "CLI CPU", "CLI peak"]
     return table(columns, (_ours_row(name, case) for name, case in cases.items()))
 
@@ -144,6 +161,7 @@ def _ours_row(name: str, case: dict[str, Any]) -> list[str]:
     row = [name]
     for key in ("unsynced", "merge"):
         row += [_s(limit[key]), _s(ours[key]), f"{case['to_limit'][key]:.2f}"]
+    row.append(f"{case['to_limit']['merge_cpu']:.2f}")
     row += [_s(ours["start_up"]), _s(ours["wall"]), _s(ours["cpu"]), _mib(ours["peak"])]
     if "failure" in cli:
         return [*row, cli["failure"]]
@@ -154,7 +172,15 @@ def _peers(cases: dict[str, Any]) -> str:
     peers = [peer for peer in ("mergekit", "fusionbench") if any(peer in case for case in cases.values())]
     columns = ["technique", "ours: merge (synced)", "process", "peak"]
     for peer in peers:
-        columns += [f"{peer}: merge", "times ours (synced)", "process", "times ours", "CPU", "peak"]
+        columns += [
+            f"{peer}: merge",
+            "times ours (synced)",
+            "process",
+            "times ours",
+            "CPU",
+            "times ours",
+            "peak",
+        ]
     rows = []
     for name, case in cases.items():
         ours = case["ours"]
@@ -162,7 +188,7 @@ def _peers(cases: dict[str, Any]) -> str:
             continue
         whole = case.get("cli", ours)
         merge = f"{_s(ours['unsynced'])} ({_s(ours['merge'])})"
-        row = [name, merge, _s(whole.get("wall", ours["wall"])), _mib(ours["peak"])]
+        row = [name, merge, _s(whole.get("process", ours["process"])), _mib(ours["peak"])]
         for peer in peers:
             row += _peer_cells(case.get(peer))
         rows.append(row)
@@ -171,12 +197,21 @@ def _peers(cases: dict[str, Any]) -> str:
 
 def _peer_cells(found: dict[str, Any] | None) -> list[str]:
     if found is None:
-        return ["-"] * 6
+        return ["-"] * 7
     if "failure" in found:
-        return [found["failure"], *["-"] * 5]
+        return [found["failure"], *["-"] * 6]
     merge = f"{found['merge_over_unsynced']:.1f} ({found['merge_over_merge']:.1f})"
-    process = f"{found['wall_over_wall']:.1f}"
-    return [_s(found["merge"]), merge, _s(found["wall"]), process, _s(found["cpu"]), _mib(found["peak"])]
+    cpu = f"{found['cpu_over_cpu']:.1f}"
+    process = f"{found['process_over_process']:.1f}"
+    return [
+        _s(found["merge"]),
+        merge,
+        _s(found["process"]),
+        process,
+        _s(found["merge_cpu"]),
+        cpu,
+        _mib(found["peak"]),
+    ]
 
 
 def _s(seconds: float) -> str:

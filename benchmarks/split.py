@@ -12,7 +12,6 @@ Invariant: every output is hashed, and a difference ends the run.
 
 import argparse
 import hashlib
-import json
 import os
 import statistics
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import record
 from inputs import SIZES, Inputs, make_inputs
 
 from cluster.pool import Pool
@@ -109,9 +109,8 @@ def main(args: argparse.Namespace) -> None:
             results[technique] = {"sha256": digests.pop(), "runs": runs}
             _show(technique, runs, results[technique]["sha256"])
     out.unlink()
-    where = args.work / f"split-{args.size}-{args.experts}.json"
-    where.write_text(json.dumps({"size": args.size, "experts": args.experts, "results": results}, indent=1))
-    print(f"every number: {where}")
+    settings = {name: getattr(args, name) for name in ("size", "experts", "workers", "repeats")}
+    record.save(args.json, settings | {"output_in_memory": str(args.place).startswith("/dev/shm")}, results)
 
 
 def _once(technique: str, workers: int, inputs: Inputs, tiny: Inputs, out: Path) -> dict[str, Any]:
@@ -162,6 +161,7 @@ if __name__ == "__main__":
     parser.add_argument("--techniques", nargs="+", default=["task_arithmetic", "ties"])
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "temporal-merge-bench")
     parser.add_argument("--place", type=Path, help="where outputs go; default --work")
+    record.add_json(parser)
     parsed = parser.parse_args()
     parsed.place = parsed.place or parsed.work
     main(parsed)

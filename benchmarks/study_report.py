@@ -15,6 +15,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import record
+
 from pipeline.artifact import Record
 from pipeline.plan import Plan
 
@@ -54,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("study", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="OUT/report is written")
+    record.add_json(parser)
     arguments = parser.parse_args()
     from pipeline.report.build import write_report
     from pipeline.results import results
@@ -61,22 +64,19 @@ def main() -> None:
 
     plan = Workspace.open(arguments.study, provisional=True).plan
     arguments.out.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     answer = write_report(arguments.out, plan, results(plan, Invented(plan)))
-    seconds = time.perf_counter() - started
-    size = Path(answer["html"]).stat().st_size
-    print(
-        json.dumps(
-            {
-                "trajectories": len(plan.trajectories),
-                "seconds": round(seconds, 1),
-                "html_mb": round(size / 1e6, 2),
-                "figures": len(answer["figures"]) // 2,
-                "missing": answer["missing"],
-            },
-            indent=2,
-        )
-    )
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    found = {
+        "trajectories": len(plan.trajectories),
+        "seconds": seconds,
+        "cpu": cpu,
+        "html_bytes": Path(answer["html"]).stat().st_size,
+        "figures": len(answer["figures"]) // 2,
+        "missing": answer["missing"],
+    }
+    print(json.dumps(found, indent=2))
+    record.save(arguments.json, {"study": arguments.study.name}, found)
 
 
 if __name__ == "__main__":

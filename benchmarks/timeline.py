@@ -13,6 +13,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import record
+
 from pipeline.timeline import read_timeline
 
 COLOURS = {"train": "#0072B2", "merge": "#D55E00", "evaluate": "#009E73"}
@@ -41,6 +43,20 @@ def busy(cores: float, steps: list[dict[str, Any]]) -> dict[str, float]:
         "occupied": occupied / (cores * wall),
         "steps": len(steps),
     }
+
+
+def by_kind(steps: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Of each kind of step: how many, and their CPU and wall seconds together."""
+    found = {}
+    for kind in COLOURS:
+        mine = [step for step in steps if step["kind"] == kind]
+        cpu, wall = (
+            sum(step["cpu_seconds"] for step in mine),
+            sum(step["end"] - step["start"] for step in mine),
+        )
+        if mine:
+            found[kind] = {"steps": len(mine), "cpu": cpu, "wall": wall}
+    return found
 
 
 def draw(steps: list[dict[str, Any]], title: str, target: Path) -> None:
@@ -80,6 +96,7 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path)
     parser.add_argument("--png", type=Path)
+    record.add_json(parser)
     options = parser.parse_args()
     cores, steps = last_run(read_timeline(options.out))
     found = busy(cores, steps)
@@ -89,16 +106,13 @@ def main() -> None:
     )
     print(title)
     print(f"a step was under way on a worker {found['occupied']:.3f} of the time")
-    for kind in COLOURS:
-        mine = [step for step in steps if step["kind"] == kind]
-        if mine:
-            cpu, wall = (
-                sum(step["cpu_seconds"] for step in mine),
-                sum(step["end"] - step["start"] for step in mine),
-            )
-            print(
-                f"{kind:9} {len(mine):5} steps, {cpu:8.1f} s CPU, {wall:8.1f} s wall, {1000 * wall / len(mine):7.0f} ms each"
-            )
+    kinds = by_kind(steps)
+    for kind, of in kinds.items():
+        each = 1000 * of["wall"] / of["steps"]
+        print(
+            f"{kind:9} {of['steps']:5} steps, {of['cpu']:8.1f} s CPU, {of['wall']:8.1f} s wall, {each:7.0f} ms each"
+        )
+    record.save(options.json, {"cores": cores}, {**found, "kinds": kinds})
     target = options.png or options.out / "timeline.png"
     draw(steps, title, target)
     print(target)

@@ -1,28 +1,57 @@
-"""What a tracking server that never answers costs: the same study with MLflow's store in OUT, and with nobody at the address.
+"""What a tracking server that is gone costs: the same study with MLflow's store in OUT, with nobody at the tracker's address,
+and with a server that accepts every connection and never answers.
 
-    python benchmarks/tracker_down.py STUDY.yaml [--pairs 3] [--set key=value ...]
+    python benchmarks/tracker_down.py STUDY.yaml [--rounds 3] [--set key=value ...]
 
-Runs alternate, each in a fresh OUT, so that nothing is reused. Told are wall and CPU seconds of the training steps, and wall
-seconds from the first step's beginning to the last one's end, as ratios of each pair (down / up); then their medians.
+Runs alternate, each in a fresh OUT, so that nothing is reused. Printed are wall and CPU seconds of the training steps, and
+wall seconds from the first step's beginning to the last one's end, as ratios to the run with MLflow's store in each round.
+
+Invariant: the silent server reads nothing and writes nothing, so a client waits until its own limit.
 """
 
 import argparse
-import statistics
+import contextlib
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import record
 
 from pipeline.timeline import read_timeline
 
 ROOT = Path(__file__).parent.parent
 NOBODY = "http://127.0.0.1:9"
-FIGURES = ("training, wall", "training, CPU", "all steps, wall")
+UP = "up"
+Figures = dict[str, float]
 
 
-def measure(study: Path, overrides: list[str], uri: str | None) -> tuple[float, ...]:
+@contextlib.contextmanager
+def silent() -> Iterator[tuple[str, list[socket.socket]]]:
+    """A server on loopback that keeps every connection open and says nothing: its address, and the connections so far."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken: list[socket.socket] = []
+
+        def take() -> None:
+            with contextlib.suppress(OSError):  # the server was closed
+                while True:
+                    taken.append(server.accept()[0])
+
+        threading.Thread(target=take, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.getsockname()[1]}", taken
+        finally:
+            for connection in taken:
+                connection.close()
+
+
+def measure(study: Path, overrides: list[str], uri: str | None) -> Figures:
     """One run in a process of its own: its figures in seconds."""
     with tempfile.TemporaryDirectory() as room:
         out = Path(room) / "out"
@@ -34,11 +63,11 @@ def measure(study: Path, overrides: list[str], uri: str | None) -> tuple[float, 
         )  # fmt: skip
         rows = [row for row in read_timeline(out) if "fingerprint" in row]
         trained = [row for row in rows if row["kind"] == "train"]
-        return (
-            sum(row["end"] - row["start"] for row in trained),
-            sum(row["cpu_seconds"] for row in trained),
-            max(row["end"] for row in rows) - min(row["start"] for row in rows),
-        )
+        return {
+            "training, wall": sum(row["end"] - row["start"] for row in trained),
+            "training, CPU": sum(row["cpu_seconds"] for row in trained),
+            "all steps, wall": max(row["end"] for row in rows) - min(row["start"] for row in rows),
+        }
 
 
 def main() -> None:
@@ -46,20 +75,29 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("study", type=Path)
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    record.add_json(parser)
     asked = parser.parse_args()
-    ratios: list[tuple[float, ...]] = []
-    for pair in range(asked.pairs):
-        order = (None, NOBODY) if pair % 2 == 0 else (NOBODY, None)
-        seconds = {uri: measure(asked.study, asked.overrides, uri) for uri in order}
-        ratios.append(tuple(down / up for down, up in zip(seconds[NOBODY], seconds[None], strict=True)))
-        told = zip(FIGURES, seconds[None], seconds[NOBODY], ratios[-1], strict=True)
-        print(
-            "; ".join(f"{what} {up:.1f} s, down {down:.1f} s, {ratio:.3f}" for what, up, down, ratio in told)
-        )
-    for what, values in zip(FIGURES, zip(*ratios, strict=True), strict=True):
-        print(f"{what}: median {statistics.median(values):.3f}, {min(values):.3f} to {max(values):.3f}")
+    runs: dict[str, list[Figures]] = {UP: [], "nobody": [], "silent": []}
+    reached = []
+    for number in range(asked.rounds):
+        for name in list(runs) if number % 2 == 0 else reversed(runs):
+            with silent() as (address, connections):
+                uri = {UP: None, "nobody": NOBODY, "silent": address}[name]
+                runs[name].append(measure(asked.study, asked.overrides, uri))
+                if name == "silent":
+                    reached.append(len(connections))
+            print(name, runs[name][-1], flush=True)
+    ratios = {
+        name: {what: [down[what] / up[what] for down, up in zip(runs[name], runs[UP])] for what in runs[UP][0]}
+        for name in runs if name != UP
+    }  # fmt: skip
+    for name, of in ratios.items():
+        for what, values in of.items():
+            print(f"{name}, {what}: median {median(values):.3f}, {min(values):.3f} to {max(values):.3f}")
+    settings = {"study": asked.study.name, "set": asked.overrides, "rounds": asked.rounds}
+    record.save(asked.json, settings, {"runs": runs, "ratios": ratios, "silent_connections": reached})
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python benchmarks/train.py --model tiny
 
 Rounds of one process per contender, one after the other: the bare loop, the bare loop with equal prompts shared, ours
-with plain torch and with DeepSpeed. Prints a table of medians and of ratios to the bare loop, and writes every number to
---out. README.md in this directory says what the columns are.
+with plain torch and with DeepSpeed. Prints a table of medians and of ratios to the bare loop. README.md in this directory
+says what the columns are.
 
 Invariant: contenders alternate within a round, and a ratio is taken within a round, so that whatever else slows the
 machine meets both of its sides.
@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import record
 from jobs import MODELS, model, suite
 from process import clear, measure
 
@@ -99,12 +100,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--root", type=Path, default=work / "mini", help="of the mini suite; written if missing"
     )
     parser.add_argument("--work", type=Path, default=work)
-    parser.add_argument("--out", type=Path, metavar="results.json", help="default: in --work, named by model")
+    record.add_json(parser)
     args = parser.parse_args(arguments)
     wanted = [f"ours, DeepSpeed stage {stage}" for stage in args.stages.split(",") if stage]
     args.contenders = [name for name in CONTENDERS if "DeepSpeed" not in name or name in wanted]
     args.root, args.work = args.root.resolve(), args.work.resolve()
-    args.out = args.out or args.work / f"train-{args.model}.json"
     return args
 
 
@@ -113,11 +113,14 @@ def main() -> None:
     args = parse()
     args.work.mkdir(parents=True, exist_ok=True)
     rounds = run(args)
-    args.out.write_text(json.dumps(rounds, indent=1))
     print(
         f"\n{args.model}, {args.steps} steps of {args.batch_size}, {args.precision}, {args.threads} thread(s), "
-        f"medians of {args.rounds}\n\n{table(rounds, args.batch_size)}\n\nevery number: {args.out}"
+        f"medians of {args.rounds}\n\n{table(rounds, args.batch_size)}\n"
     )
+    settings = {
+        n: getattr(args, n) for n in ("model", "steps", "batch_size", "precision", "threads", "rounds")
+    }
+    record.save(args.json, settings, {"runs": rounds})
 
 
 if __name__ == "__main__":

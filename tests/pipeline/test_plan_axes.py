@@ -17,6 +17,7 @@ from pipeline.plan import Plan
 from pipeline.sections import key_of
 from pipeline.steps import critical_path
 
+ROOT = Path(__file__).parents[2]
 TECHNIQUES = ["average", "task_arithmetic", "ties", "dare_ties", "breadcrumbs_ties", "magmax"]
 
 
@@ -51,7 +52,7 @@ def test_grid_trains_what_time_implies(inits: list[str], tasks: int) -> None:
     assert unique == experts_by_time_1_8(inits, 3, 2, 2, tasks)
 
 
-def test_sweep_of_288_trajectories_plans_at_once_and_trains_284_experts() -> None:
+def test_grid_of_288_trajectories_plans_at_once_and_trains_284_experts() -> None:
     inits, deploys = ["base", "latest", "ema", "all"], ["latest", "all", "ema"]
     plan = whole_grid(inits, deploys, TECHNIQUES, [1, 2], [0, 1], 6)
     summary = plan.summary()
@@ -63,17 +64,33 @@ def test_sweep_of_288_trajectories_plans_at_once_and_trains_284_experts() -> Non
     assert summary["gflops_naive"] == pytest.approx(288 * 6 * 1.5 * 100 * 64 * 0.5)
 
 
-def test_sweep_file_plans_the_same_numbers() -> None:
-    raw = Path(__file__).parents[2] / "configs" / "sweep.yaml"
-    body = yaml.safe_load(raw.read_text())
-    body |= {
-        "data": {"root": "nowhere", "pretraining": ["pool"], "held_out": ["kept"]},
-        "model": {"config": "toy"},
-    }
-    body["stream"] = {"tasks": [f"d{t}" for t in range(1, 7)]}
-    plan = make_plan(study_from(body).resolved(), facts(6))
-    assert len(plan.trajectories) == 288
-    assert sum(step.kind == "train" for step in plan.steps.values()) == 284
+def plan_of(file: str) -> Plan:
+    """The plan of a study under configs/ of six tasks, on invented data."""
+    body = yaml.safe_load((ROOT / "configs" / file).read_text())
+    body["recipe"]["lr"] = 1e-3  # YAML takes 3e-4 for a text
+    body["data"] = {"root": "nowhere", "pretraining": ["pool"], "held_out": ["kept"]}
+    body |= {"model": {"config": "toy"}, "stream": {"tasks": [f"d{t}" for t in range(1, 7)]}}
+    return make_plan(study_from(body).resolved(), facts(6))
+
+
+def stated(*pages: str) -> str:
+    return " ".join(word for page in pages for word in (ROOT / page).read_text().split())
+
+
+def test_sweep_trains_284_experts_for_248_trajectories_of_which_no_two_serve_the_same() -> None:
+    plan = plan_of("sweep.yaml")
+    served = {tuple(point.evaluate for point in trajectory.points) for trajectory in plan.trajectories}
+    assert len(served) == len(plan.trajectories) == 248
+    assert plan.summary()["steps"]["train"] == {"unique": 284, "naive": 248 * 6, "cached": 0}
+    for page in ("README.md", "docs/performance.md"):
+        assert {"248", "284", "1,488"} <= {word.strip(".;") for word in stated(page).split()}, page
+    assert f"{248 * 6 / 284:.1f} times fewer" in stated("docs/performance.md")
+
+
+def test_demo_trains_as_many_experts_as_the_readme_says() -> None:
+    train = plan_of("demo.yaml").summary()["steps"]["train"]
+    said = f"plan has {train['unique']} experts where the six strategies one by one would train {train['naive']}."
+    assert said in stated("README.md")
 
 
 def test_technique_added_to_a_study_adds_no_expert_of_base_and_latest() -> None:

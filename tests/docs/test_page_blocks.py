@@ -1,0 +1,135 @@
+"""Every block of the pages can be made of what the benchmarks write; here of invented runs of the same form."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.world import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+import page
+import report
+from train import CONTENDERS
+
+MIB = 1 << 20
+MACHINE = {"cpu": "Some Processor", "cores": 2, "memory_gib": 8.0, "cores_used_by_others": 1.5}
+VERSIONS = dict.fromkeys(("python", "torch", "numpy", "numba", "ray", "mlflow", "open_clip_torch"), "1.0")
+
+
+def run(cpu: float, seconds: float, **more: Any) -> dict[str, Any]:
+    """As `process.Run.as_json` with the answer of `ours.py`."""
+    answer = {"seconds": seconds, "merge_cpu": cpu, "import": 0.5, "load": 0.1, **more}
+    return {"wall": seconds + 1, "cpu": cpu + 1, "peak": 80 * MIB, "answer": answer, "failure": None}
+
+
+def cases(*peers: str) -> dict[str, Any]:
+    """Of one technique: ours takes twice the limit's CPU seconds, the others four times ours; FusionBench had no room."""
+    limit = {"wall": 1, "cpu": 1, "peak": MIB, "answer": {"map 1 MiB": [0.2, 0.1, 0.25]}, "failure": None}
+    runs = {"limit": [limit], "ours": [run(0.5, 0.4, sync=0.1)]}
+    runs |= {peer: [run(2.0, 3.0)] for peer in peers}
+    if "fusionbench" in peers:
+        runs["fusionbench"][0] |= {"answer": {}, "failure": "took more than the 8192 MiB that it might"}
+    return {"average": {"summary": report.summary(runs), "runs": runs}}
+
+
+def arrival(cpu: float, size: int) -> dict[str, list[float]]:
+    return {
+        "cpu": [cpu] * 2,
+        "seconds": [cpu] * 2,
+        "read": [size] * 2,
+        "written": [size] * 2,
+        "memory": [MIB] * 2,
+    }
+
+
+def invented() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """By name of the file: settings and found."""
+    merged = {"size": "tiny", "threads": 2, "repeats": 1, "memory": None, "checkpoint_bytes": 4 * MIB}
+    started = {name: [{"wall": 1, "cpu": 0.2, "peak": MIB, "answer": {}, "failure": None}] for name in ("help", "tiny", "tiny, nothing compiled")}  # fmt: skip
+    differing = {"elements": 10, "differing": 1, "fraction": 0.1, "largest": 1e-7, "relative": 1e-6}
+    streams = {"ratios": {"cpu": 1.0, "read": 1.01, "written": 1.01, "memory": 1.0, "seconds": 1.0}}
+    trained = {
+        "samples": 640,
+        "loss": 1.0,
+        "cpu_step": 0.05,
+        "cpu_whole": 3.0,
+        "wall_step": 0.05,
+        "wall_whole": 3.0,
+    }
+    scored = {"cpu": 5.0, "wall": 6.0, "cpu_first": 1.0, "cpu_later": 1.0, "peak": MIB, "images": 8}
+    evaluated = {
+        "runs": {"ours, nothing decoded": [scored], "ours": [scored | {"limit": 4.0}], "clip_benchmark": [scored | {"cpu": 20.0}]},
+        "equal": {"compared": 2, "differing": [], "ours_same_in_every_process": True},
+    }  # fmt: skip
+    planned = {"seconds": 1, "cpu": 1.0, "steps": 7999, "bytes": 6_000_000, "write": 1, "peak": 900 * MIB}
+    ratios = {what: [0.9, 1.0, 1.1] for what in ("training, wall", "training, CPU", "all steps, wall")}
+    overhead = {"bare": {"cpu": 10.0}, "run": {"steps": 49}}
+    return {
+        "merge-limit": (merged | {"experts": 4}, {"cases": cases()}),
+        "merge-memory-2": (merged | {"experts": 2}, {"cases": cases()}),
+        "merge-memory-8": (merged | {"experts": 8}, {"cases": cases()}),
+        "merge-peers": (merged | {"experts": 4}, {"cases": cases("mergekit", "fusionbench")}),
+        "merge-start-up": (merged | {"experts": 2}, {"start_up": started, "cases": cases()}),
+        "merge-agreement": (merged | {"experts": 4}, {"cases": {}, "comparison": {"average, mergekit": differing}}),
+        "arrivals-ties": ({"experts": 1000, "checkpoint_bytes": 4000}, {"ties": streams | {"early": arrival(0.01, 9000), "late": arrival(0.01, 32928)}}),
+        "train": ({"steps": 60, "batch_size": 64, "precision": "fp32", "threads": 1, "rounds": 1}, {"runs": {name: [trained] for name in list(CONTENDERS)[:4]}}),
+        "evaluate-tiny": ({"model": "tiny", "checkpoints": 4, "images": 7000}, evaluated),
+        "evaluate-vit-b-16": ({"model": "vit-b-16", "checkpoints": 1, "images": 16}, evaluated),
+        "plan-tasks": ({"tasks": 1000, "trajectories": 2}, {"first": planned, "again": planned, "status": planned}),
+        "plan-trajectories": ({"tasks": 3, "trajectories": 10000}, {"first": planned, "again": planned, "status": planned}),
+        "tracker-down": ({"rounds": 3}, {"ratios": {"nobody": ratios, "silent": ratios}}),
+        "orchestration-overhead": ({"runs": 1}, {"runs": [overhead], "sums": {"bare": 10.0, "run": 10.5, "steps": 10.2}}),
+        "orchestration-scale": ({"experts": 1000}, {"steps": 4001, "window": 100, "cpu_ms": [1, 1.6, 1.7], "memory_mib": [200, 210, 240]}),
+        "fomo-costs": ({"total_gflops": 1.8e9}, {"models": {"ViT-B-16": {"gflops_per_step": 63395.6, "weights_bytes": 6e8, "peak_bytes": 4e10}}, "plans": {"grid.yaml": {"disk_bytes": 8e11}}}),
+    }  # fmt: skip
+
+
+EXPECTED = {
+    "merge-limit": "| `average` | 0.25 | 0.5 | 2.0 | 1.5 | 80 |",
+    "merge-peers": "| `average` | 0.5 | 2.00 | 4.0 | took more than the 8192 MiB that it might | | 80, 80, - |",
+    "memory": "| 8 experts | 80 |",
+    "agreement": "| average, mergekit | 10 | 1 | 1e-07 | 1e-06 |",
+    "start-up": "a TIES merge of two tiny checkpoints 0.2 s",
+    "arrivals": "| `ties` | 10.0 | 1.00 | 1.010 | 1.010 | 1.000 |",
+    "overhead": "takes 1.05 times what a bare",
+    "scale": "its memory grows by 30.0 MiB",
+    "plan": "| 1,000 tasks, 2 strategies | 7,999 | 1.0 s, 900 MiB | 1.0 s, 900 MiB | 6 MB | 1.0 s, 900 MiB |",
+    "tracker-down": "| training, CPU | 1.00 (0.90 to 1.10) | 1.00 (0.90 to 1.10) |",
+    "train": "| bare loop | 1,280 | 1.00 | 3.00 | 1.00 |",
+    "evaluate": "| vit-b-16: 1 checkpoint(s), 16 images | ours | 5.00 | 4.0 | 0.80 | 1 |",
+    "machine": "Other processes used 1.5 to 1.5 cores",
+    "fomo-costs": "| ViT-B-16 | 63,396 | 1,420 | 0.60 GB | 40 GB |",
+    "fomo-disk": "0.8 TB for `grid.yaml`",
+}
+
+
+def test_table_of_what_is_expected_names_every_block() -> None:
+    assert EXPECTED.keys() == page.BLOCKS.keys()
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_block_states_what_the_results_hold(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file, (settings, found) in invented().items():
+        whole = {
+            "settings": settings,
+            "found": found,
+            "machine": MACHINE,
+            "versions": VERSIONS,
+            "date": "2026-01-01",
+        }
+        (tmp_path / f"{file}.json").write_text(json.dumps(whole))
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    said = [" ".join(line.split()) for line in page.BLOCKS[name]().splitlines()]
+    assert any(EXPECTED[name] in line for line in [*said, " ".join(said)]), "\n".join(said)
+
+
+def test_block_without_its_results_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "RESULTS", ROOT / "nowhere")
+    text = "<!-- figures: train -->\nold\n<!-- end -->"
+    assert "Not measured yet: `benchmarks/all.sh` makes `nowhere/train.json`." in page.written(text)
