@@ -1,7 +1,8 @@
-"""`python -m pipeline.claims`: run the studies of a reproduction, judge the claims, write page, figures and tables.
+"""`python -m pipeline.claims`: run the studies of a reproduction, keep their rows, judge the claims, write page, figures and tables.
 
-Invariant: studies run through the command line as anybody would run them, so each goes on where it stopped; the page is written
-only when all of them are finished, and a quick reproduction never replaces the committed page.
+Three stages, each of which can be a session of its own: the tuning studies give the parameters of all others (`tuned.yaml`); every study
+gives its rows (a CSV file each); rows and parameters alone give verdicts and page. Invariant: studies run through the command line as
+anybody would run them, so each goes on where it stopped; a quick reproduction replaces nothing that is committed.
 """
 
 import argparse
@@ -11,7 +12,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,59 +21,82 @@ import pandas as pd
 import yaml
 
 from merge_service.errors import UserError
-from pipeline.claims import claims
+from pipeline.claims.claims import claims_of
+from pipeline.claims.contrasts import STUDIES as STUDY_NAMES
 from pipeline.claims.figures import draw_all
-from pipeline.claims.judge import Judged
-from pipeline.claims.page import page
-from pipeline.claims.results import CELL, Findings, read_findings
-from pipeline.claims.tuning import TUNING, strangers, swept
+from pipeline.claims.judge import Judged, judge, plain
+from pipeline.claims.page import About, effect, page
+from pipeline.claims.results import CELL, METRICS, Findings, read_rows, read_run, write_rows
+from pipeline.claims.tuning import TUNING, Tuned, read_tuned, strangers, tune, with_parameters, write_tuned
 
 STUDIES = Path("configs/studies/time_claims")
 PAGE = Path("docs/reproduction.md")
-DATA = "reproduction"
+DATA, ROWS = "reproduction", "rows"
+NAMES = (*TUNING, *STUDY_NAMES)
 
 
-def reproduce(out: Path, target: Path, quick: bool, rerun: bool) -> list[str]:
-    """Run (if `rerun`) and judge; returns what to tell a person, a line per claim. Raises UserError."""
-    plan = yaml.safe_load((STUDIES / "reproduce.yaml").read_text(encoding="utf-8"))
-    names = tuple(name for name in (*TUNING, *claims.STUDIES) if not quick or name not in TUNING)
-    for name in names if rerun else ():
-        run(name, out / name, plan["quick"][name] if quick else [])
-    found = read_findings(out, names)
-    wrong = (
-        [] if quick else strangers(found, tuple(name for name in claims.STUDIES if name != claims.WEIGHTS))
-    )
-    if wrong:
-        raise UserError("parameters are not those that the rule chooses:\n" + "\n".join(wrong))
-    judged = claims.judge_all(found)
-    write(target, judged, found, plan, quick)
-    if not quick:
-        return told(judged)
+@dataclass(frozen=True)
+class Places:
+    """Where studies run (`out`), what is written (`page`, with a folder beside it), and where the parameters are kept."""
+
+    out: Path
+    page: Path
+    tuned: Path = STUDIES / "tuned.yaml"
+
+    @property
+    def data(self) -> Path:
+        return self.page.parent / DATA
+
+    @property
+    def rows(self) -> Path:
+        return self.data / ROWS
+
+
+def run_studies(names: Sequence[str], places: Places, quick: bool) -> None:
+    """Stages 1 and 2: run each study and keep its rows; parameters are written as soon as all tuning is there. Raises UserError."""
+    plan = read_plan()
+    for name in names:
+        run(
+            name,
+            places.out / name,
+            overrides(name, places.tuned, plan["quick"].get(name, []) if quick else []),
+        )
+        write_rows(places.rows, read_run(places.out / name, name, commit()))
+        if name in TUNING and not quick and all((places.rows / f"{one}.csv").is_file() for one in TUNING):
+            write_tuned(places.tuned, tune(read_rows(places.rows, TUNING)))
+
+
+def read_plan() -> dict[str, Any]:
+    """`reproduce.yaml`."""
+    answer: dict[str, Any] = yaml.safe_load((STUDIES / "reproduce.yaml").read_text(encoding="utf-8"))
+    return answer
+
+
+def overrides(name: str, tuned: Path, more: Sequence[str] = ()) -> list[str]:
+    """What `--set` gets for a study: its strategies with the tuned parameters, and `more`."""
+    if name in TUNING:
+        return list(more)
+    study = yaml.safe_load((STUDIES / f"{name}.yaml").read_text(encoding="utf-8"))
+    return [f"grid.strategies={json.dumps(with_parameters(study, read_tuned(tuned)))}", *more]
+
+
+def words(name: str, out: Path, settings: Sequence[str], command: str = "run") -> list[str]:
+    """A study as words of a command line."""
+    place = ["--out", str(out)]
     return [
-        *told(judged, PAGE.parent / DATA / "claims.json"),
-        agreement(found, PAGE.parent / DATA / "final.csv"),
+        command,
+        str(STUDIES / f"{name}.yaml"),
+        *place,
+        *(word for one in settings for word in ("--set", one)),
     ]
 
 
-def run(name: str, out: Path, overrides: Sequence[str]) -> None:
+def run(name: str, out: Path, settings: Sequence[str]) -> None:
     """One study by the command line, its progress passed on. Raises UserError when it does not finish."""
     began = time.monotonic()
-    words = [word for setting in overrides for word in ("--set", setting)]
     print(f"study {name}: {out}", file=sys.stderr, flush=True)
-    answer = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pipeline.cli",
-            "run",
-            str(STUDIES / f"{name}.yaml"),
-            "--out",
-            str(out),
-            *words,
-        ],
-        stdout=subprocess.DEVNULL,
-        check=False,
-    )
+    line = [sys.executable, "-m", "pipeline.cli", *words(name, out, settings)]
+    answer = subprocess.run(line, stdout=subprocess.DEVNULL, check=False)
     if answer.returncode:
         raise UserError(
             f"study {name} ended with exit code {answer.returncode}; give the same command again to go on"
@@ -79,102 +104,143 @@ def run(name: str, out: Path, overrides: Sequence[str]) -> None:
     print(f"study {name}: done in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
 
 
-def write(
-    target: Path, judged: Sequence[Judged], found: Findings, plan: Mapping[str, Any], quick: bool
-) -> None:
-    """The page at `target` with its figures and numbers in a folder beside it."""
-    folder, made_by = target.parent / DATA, commit()  # asked before files change
-    folder.mkdir(parents=True, exist_ok=True)
+def judge_rows(places: Places) -> tuple[tuple[Judged, ...], Findings, Tuned]:
+    """Stage 3 but for the writing. Raises UserError where rows are missing or have parameters that were not chosen."""
+    found, tuned = read_rows(places.rows, NAMES), read_tuned(places.tuned)
+    if wrong := strangers(found, tuned):
+        raise UserError(
+            f"parameters are not those of {places.tuned}; run these studies again:\n" + "\n".join(wrong[:20])
+        )
+    return judge(claims_of(found, tuned)), found, tuned
+
+
+def write(places: Places, judged: Sequence[Judged], found: Findings, tuned: Tuned) -> None:
+    """The page with its figures and verdicts in a folder beside it."""
+    plan = read_plan()
+    commits = ", ".join(f"`{one}`" for one in sorted(set(found.rows["commit"])))
+    about = About(
+        plan["setting"], plan["covers"], f"{platform.machine()}, {os.cpu_count()} cores", commits, plan["remarks"] or {}, DATA
+    )  # fmt: skip
+    text = page(judged, found, tuned, about)  # before files change: a remark may be wrong
+    places.data.mkdir(parents=True, exist_ok=True)
     for name, picture in draw_all(found).items():
-        (folder / f"{name}.svg").write_text(picture, encoding="utf-8")
-    points = found.points.drop(columns=["last", "plan"]).round(6)
-    points[found.points["last"]].to_csv(folder / "final.csv", index=False)
-    if TUNING[0] in set(found.points["study"]):
-        swept(found).round(6).to_csv(folder / "tuning.csv", index=False)
-    curves = points[
-        (points["study"] == claims.CELLS) & points["technique"].isin(claims.AVERAGED["technique"])
-    ]
-    curves.to_csv(folder / "over_time.csv", index=False)
-    plans = dict(found.points.groupby("study", sort=False)["plan"].first())
-    alone = {one.number: one.verdict for one in claims.judge_all(found.of_one_replicate())}
-    answer = {
-        "commit": made_by,
-        "quick": quick,
-        "plans": plans,
-        "claims": {one.number: {**one.plain(), "of_one_replicate": alone[one.number]} for one in judged},
-    }
-    (folder / "claims.json").write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
-    about = {
-        "commit": made_by, "machine": f"{platform.machine()}, {os.cpu_count()} cores", "setting": plan["setting"],
-        "steps": f"{found.points['trajectory'].groupby(found.points['study']).nunique().sum()} trajectories",
-    }  # fmt: skip
-    target.write_text(page(judged, found, about, plan["remarks"] or {}, DATA), encoding="utf-8")
+        (places.data / f"{name}.svg").write_text(picture, encoding="utf-8")
+    answer = {one.claim.number: plain(one) for one in judged}
+    (places.data / "claims.json").write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
+    places.page.write_text(text, encoding="utf-8")
 
 
-def told(judged: Sequence[Judged], committed: Path | None = None) -> list[str]:
-    """A line per claim; beside committed verdicts, whether it is theirs, and what the same replicate says there if it is not."""
-    before = (
-        json.loads(committed.read_text(encoding="utf-8"))["claims"]
-        if committed and committed.exists()
-        else {}
-    )
+def told(judged: Sequence[Judged]) -> list[str]:
+    """A line per claim."""
     return [
-        f"{one.number} {one.verdict}{_beside(one, before.get(one.number))}: {one.claim}" for one in judged
+        f"{one.claim.number} {one.verdict}: {one.claim.claim} ({one.settled_by.key} {effect(one.settled_by)})"
+        for one in judged
     ]
 
 
-def _beside(one: Judged, before: Mapping[str, Any] | None) -> str:
-    if before is None:
-        return ""
-    if before["verdict"] == one.verdict:
-        return " (as committed)"
-    alone = before["of_one_replicate"]
-    same = (
-        "as committed of this replicate" if alone == one.verdict else f"committed of this replicate: {alone}"
-    )
-    return f" ({same}; of all: {before['verdict']})"
-
-
-def agreement(found: Findings, committed: Path) -> str:
-    """How many of the final scores are those of the committed numbers, to six digits."""
-    if not committed.exists():
-        return "no committed numbers to compare with"
+def compared(quick: Sequence[Judged], found: Findings, committed: Path) -> list[str]:
+    """What one replicate can say: how many of its scores, and of the effects that decide, are the committed ones of that replicate."""
+    try:
+        before = read_rows(committed / ROWS, NAMES)
+        kept = json.loads((committed / "claims.json").read_text(encoding="utf-8"))
+    except (UserError, FileNotFoundError):
+        return ["no committed numbers to compare with"]
     keys = [*CELL, "replicate"]
-    before = pd.read_csv(committed, dtype={"params": str})
-    now = found.points[found.points["last"]].round(6)
-    both = now.merge(before, on=keys, suffixes=("", "_before"))
-    same = (both["gm"] - both["gm_before"]).abs() < 2e-6
-    return f"{int(same.sum())} of {len(both)} final scores are the committed ones to six digits"
+    both = found.rows.merge(before.rows, on=keys, suffixes=("", "_before"))
+    same = sum(
+        bool(_close(row[metric], row[f"{metric}_before"]))
+        for row in both.to_dict("records")
+        for metric in METRICS
+    )
+    answer = [
+        f"{same} of {len(both) * len(METRICS)} final scores of {len(both)} trajectories ({len(found.rows)} here) are the committed ones to six digits"
+    ]
+    for one in quick:
+        parts = {part["key"]: part for part in kept[one.claim.number]["parts"]}
+        for part in one.claim.deciding:
+            ((replicate, value),) = part.values.items()
+            then = parts[part.key]["values"].get(str(replicate))
+            text = "as committed" if then is not None and _close(value, then, 5e-6) else f"committed: {then}"
+            answer.append(
+                f"{one.claim.number}.{part.key} {value:+.4f} ({text} of {replicate}; the claim of all replicates: {kept[one.claim.number]['verdict']})"
+            )
+    return answer
+
+
+def _close(one: float, other: float, within: float = 2e-6) -> bool:
+    return bool(abs(one - other) < within or (pd.isna(one) and pd.isna(other)))
 
 
 def commit() -> str:
-    """The commit of the code that ran, marked where files were changed since."""
-    answer = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False
+    """The commit of the code that runs, marked where code or studies were changed since (rows and parameters are what it writes)."""
+    head = _git("rev-parse", "--short=12", "HEAD")
+    changed = _git(
+        "status",
+        "--porcelain",
+        "--untracked-files=no",
+        "--",
+        "*.py",
+        "configs",
+        f":!{STUDIES / 'tuned.yaml'}",
     )
-    return answer.stdout.strip() or "unknown"
+    return f"{head or 'unknown'}{'-dirty' if changed else ''}"
+
+
+def _git(*line: str) -> str:
+    return subprocess.run(["git", *line], capture_output=True, text=True, check=False).stdout.strip()
+
+
+def reproduce(options: argparse.Namespace) -> list[str]:
+    """What the command line asks for; returns what to tell a person. Raises UserError."""
+    out = options.out or Path("runs/time_claims_quick" if options.quick else "runs/time_claims")
+    places = Places(out, options.page or (out / "reproduction.md" if options.quick else PAGE))
+    names = tuple(options.only or (STUDY_NAMES if options.quick else NAMES))
+    if options.show:
+        settings = {name: overrides(name, places.tuned) for name in names}
+        return [json.dumps(words(name, out / name, settings[name])) for name in names]
+    if not options.judge:
+        run_studies(names, places, options.quick)
+    if options.only:
+        return [f"rows: {places.rows / name}.csv" for name in names]
+    judged, found, tuned = judge_rows(places)
+    write(places, judged, found, tuned)
+    lines = compared(judged, found, PAGE.parent / DATA) if options.quick else told(judged)
+    return [*lines, f"page: {places.page}"]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 2 on a UserError."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.claims", description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one replicate of each study, without tuning")
-    parser.add_argument("--no-run", action="store_true", help="judge what is there")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=NAMES,
+        metavar="STUDY",
+        help=f"run these and keep their rows, write no page: {', '.join(NAMES)}",
+    )
+    parser.add_argument(
+        "--judge", action="store_true", help="page and verdicts from the rows that are kept; runs nothing"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one replicate of each study, with the parameters of tuned.yaml"
+    )
+    parser.add_argument(
+        "--show",
+        action="store_true",
+        help="print the words of each study's command line, as JSON, and run nothing",
+    )
     parser.add_argument(
         "--out", type=Path, help="where studies run (default: runs/time_claims, runs/time_claims_quick)"
     )
     parser.add_argument(
         "--page", type=Path, help=f"what to write (default: {PAGE}; quick: OUT/reproduction.md)"
     )
-    options = parser.parse_args(arguments)
-    out = options.out or Path("runs/time_claims_quick" if options.quick else "runs/time_claims")
-    target = options.page or (out / "reproduction.md" if options.quick else PAGE)
     try:
-        lines = reproduce(out, target, options.quick, not options.no_run)
+        lines = reproduce(parser.parse_args(arguments))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print("\n".join([*lines, f"page: {target}"]))
+    print("\n".join(lines))
     return 0
 
 

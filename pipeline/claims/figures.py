@@ -8,8 +8,9 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from pipeline.claims import claims
+from pipeline.claims import contrasts
 from pipeline.claims.results import Findings, readable
+from pipeline.claims.tuning import TUNING
 from pipeline.report import figures as report
 from pipeline.report.page import svg_of
 
@@ -33,20 +34,30 @@ LEGEND = alt.Legend(labelLimit=240, symbolOpacity=1, symbolStrokeWidth=3)
 
 def draw_all(found: Findings) -> dict[str, str]:
     """Figure name -> SVG."""
+    budgets = pd.concat(
+        [found.rows[found.rows["study"] == study] for study in (contrasts.BUDGETS, contrasts.MULTITASK)]
+    )
     charts = {
         "over_time": over_time(found), "offline": offline(found), "cells": cells(found), "variance": variance(found),
-        "budgets": grown(found, claims.BUDGETS, "multiplier", "budget (1 = 50 steps a task)", log=True),
-        "sizes": grown(found, claims.SIZES, "model", "model, small to large"),
-        "horizons": grown(found, claims.HORIZONS, "tasks", "tasks, same total budget"),
-        "ema_weights": weights(found),
+        "budgets": grown(budgets, "multiplier", "budget (1 = 50 steps a task)", log=True),
+        "sizes": grown(found.final(contrasts.SIZES), "model", "model, small to large"),
+        "horizons": grown(found.final(contrasts.HORIZONS), "tasks", "tasks, same total budget"),
     }  # fmt: skip
+    if found.has(TUNING[0]):
+        charts["ema_weights"] = weights(found)
     return {name: svg_of(chart.to_dict()) for name, chart in charts.items()}
 
 
 def over_time(found: Findings) -> Any:
     """GM after every task of the main strategies, averaged; one thin line per replicate, the mean on top."""
-    rows = named(found.points[found.points["study"] == claims.CELLS])
-    rows = rows[rows["technique"].isin(claims.AVERAGED["technique"]) & rows["cell"].isin(SHOWN)]
+    rows = named(found.final(contrasts.CELLS, **contrasts.AVERAGED))
+    rows = rows[rows["cell"].isin(SHOWN)]
+    rows = (
+        rows[["strategy", "cell", "replicate", "over_time"]]
+        .assign(over_time=rows["over_time"].str.split())
+        .explode("over_time")
+    )
+    rows = rows.assign(t=rows.groupby(["cell", "replicate"]).cumcount(), gm=rows["over_time"].astype(float))
     x = alt.X("t:O", title="tasks seen", axis=alt.Axis(labelAngle=0))
     y, colour = alt.Y("gm:Q", title=GM, scale=alt.Scale(zero=False)), _colour(rows)
     thin = alt.Chart(rows).mark_line(opacity=0.3, strokeWidth=1).encode(x, y, colour, detail="replicate:N")
@@ -57,7 +68,7 @@ def over_time(found: Findings) -> Any:
 
 def offline(found: Findings) -> Any:
     """Offline techniques, best first, with uniform averaging, zero-shot and the replay baseline as rules."""
-    rows = found.final(claims.OFFLINE, **claims.OFFLINE_CELL, replay=False)
+    rows = found.final(contrasts.OFFLINE, **contrasts.OFFLINE_CELL, replay=False)
     rows = rows.assign(
         what=(rows["technique"] + " " + rows["params"].map(readable)).str.replace(":", "").str.rstrip()
     )
@@ -67,9 +78,9 @@ def offline(found: Findings) -> Any:
     means = rows.groupby("what", as_index=False)["gm"].mean()
     rule = pd.DataFrame(
         [
-            {"gm": found.metric(claims.OFFLINE, **claims.BASELINE).mean(), "is": "continual fine-tuning with replay"},
-            {"gm": found.metric(claims.OFFLINE, **claims.OFFLINE_CELL, replay=False, technique="average", params="{}").mean(), "is": "uniform average"},
-            {"gm": found.metric(claims.NO_REPLAY, init="base", deploy="base").mean(), "is": "zero-shot"},
+            {"gm": found.metric(contrasts.OFFLINE, **contrasts.BASELINE).mean(), "is": "continual fine-tuning with replay"},
+            {"gm": found.metric(contrasts.OFFLINE, **contrasts.OFFLINE_CELL, replay=False, technique="average", params="{}").mean(), "is": "uniform average"},
+            {"gm": found.metric(contrasts.NO_REPLAY, init="base", deploy="base").mean(), "is": "zero-shot"},
         ]
     )  # fmt: skip
     colour = alt.Color(
@@ -87,7 +98,7 @@ def offline(found: Findings) -> Any:
 
 def cells(found: Findings) -> Any:
     """Technique x (init, deploy): mean final GM."""
-    rows = named(found.final(claims.CELLS))
+    rows = named(found.final(contrasts.CELLS))
     rows = rows[rows["technique"] != "-"].groupby(["technique", "strategy"], as_index=False)["gm"].mean()
     order = list(rows.groupby("strategy")["gm"].mean().sort_values(ascending=False).index)
     x = alt.X(
@@ -112,8 +123,14 @@ def variance(found: Findings) -> Any:
         "technique": "technique",
         "interplay": "interplay of both",
     }
-    rows = claims.explained_variance(found)[list(names)].rename(columns=names)
-    rows = rows.rename_axis("replicate").reset_index().melt("replicate", var_name="of", value_name="share")
+    parts = {"all strategies": True, "without init: base": False}
+    rows = pd.concat(
+        [
+            contrasts.explained_variance(found, offline)[list(names)].rename(columns=names)
+            .rename_axis("replicate").reset_index().melt("replicate", var_name="of", value_name="share").assign(of_what=what)
+            for what, offline in parts.items()
+        ]
+    )  # fmt: skip
     scale = alt.Scale(domain=list(names.values()), range=[COLOURS[0], COLOURS[1], report.GREY])
     return (
         alt.Chart(rows)
@@ -122,14 +139,15 @@ def variance(found: Findings) -> Any:
             alt.X("share:Q", title="share of the variance of GM", axis=alt.Axis(format="%")),
             alt.Y("replicate:N", title=None),
             alt.Color("of:N", title=None, scale=scale, legend=alt.Legend(orient="top", labelLimit=300)),
+            alt.Row("of_what:N", title=None, sort=list(parts)),
         )
         .properties(width=WIDTH, height=90)
     )
 
 
-def grown(found: Findings, study: str, column: str, title: str, log: bool = False) -> Any:
-    """Final GM of each averaged strategy against one axis of a study."""
-    rows = named(found.final(study, **claims.AVERAGED))
+def grown(rows: pd.DataFrame, column: str, title: str, log: bool = False) -> Any:
+    """Final GM of each averaged strategy against one axis of a study, whose `rows` these are."""
+    rows = named(rows[rows["technique"].isin(contrasts.AVERAGED["technique"])])
     mean = rows.groupby(["strategy", column], as_index=False, sort=False)["gm"].mean()
     order = list(dict.fromkeys(rows[column]))
     x = (
@@ -142,8 +160,8 @@ def grown(found: Findings, study: str, column: str, title: str, log: bool = Fals
 
 
 def weights(found: Findings) -> Any:
-    """KA, ZS and GM of Best-in-TIME against the weight of the new expert."""
-    rows = found.final(claims.WEIGHTS, **claims.BEST_IN_TIME)
+    """KA, ZS and GM of Best-in-TIME against the weight of the new expert, as the tuning saw it."""
+    rows = found.final(TUNING[0], **contrasts.BEST_IN_TIME)
     rows = rows.assign(weight=rows["params"].str.extract(r'"weight": ([0-9.]+)')[0].astype(float))
     rows = rows.melt(["weight", "replicate"], ["ka", "zs", "gm"], var_name="metric", value_name="score")
     rows["metric"] = rows["metric"].str.upper()

@@ -1,19 +1,21 @@
 """docs/reproduction.md from what was found: written by a program from first to last line.
 
 Invariant: every number is of this reproduction; a remark (a person's explanation) is shown only beside the verdict that it was
-written for, and what was not judged is said.
+written for, its numbers are looked up (`remarks.py`), and what was not judged is said.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from pipeline.claims import claims
-from pipeline.claims.judge import Judged, Part
+from pipeline.claims import contrasts
+from pipeline.claims.judge import ALPHA, EQUIVALENT, HOLDS, REFUTED, UNDECIDED, Judged, Part
+from pipeline.claims.remarks import filled
 from pipeline.claims.results import Findings, readable
-from pipeline.claims.tuning import CELL, TUNING, swept
+from pipeline.claims.tuning import CELL, TUNING, Tuned, swept
 
 FIGURES_OF = {
     "C2": {"offline": "Final GM of every offline technique, without replay; points are replicates"},
@@ -21,106 +23,148 @@ FIGURES_OF = {
         "cells": "Final GM of every cell and technique, mean over replicates",
         "variance": "How the variance of GM is shared out",
     },
-    "C5": {"ema_weights": "Best-in-TIME by the weight of the new expert (1 would be continual fine-tuning)"},
+    "C5": {"ema_weights": "Best-in-TIME by the weight of the new expert (1 would be continual fine-tuning), as the tuning saw it: one order, validation split"},
     "C6": {"sizes": "Final GM by model size"},
     "C7": {"budgets": "Final GM by budget"},
     "C8": {"horizons": "Final GM by number of tasks, the total budget being the same"},
-}
+}  # fmt: skip
 """Name and caption; the figure over time opens the page."""
+WORDS = {
+    HOLDS: "the effect is there: its whole interval lies above the bar",
+    REFUTED: "the opposite is there: the whole interval lies below the bar",
+    EQUIVALENT: "there is no difference that counts: the whole interval lies within a point (.01) of the bar",
+    UNDECIDED: "the interval has the bar inside and is too wide to say",
+}
+BESIDE = {HOLDS: "above", REFUTED: "below", EQUIVALENT: "no difference", UNDECIDED: "open"}
+"""The same in words for comparisons that decide nothing."""
 
 
-def page(
-    judged: Sequence[Judged],
-    found: Findings,
-    about: Mapping[str, Any],
-    remarks: Mapping[str, Any],
-    folder: str,
-) -> str:
-    """The whole page in Markdown; `about` says how it was made, `folder` where figures and tables lie beside it."""
+@dataclass(frozen=True)
+class About:
+    """How a page came about: `setting` and `remarks` are a person's, `folder` is where figures and tables lie beside it."""
+
+    setting: str
+    covers: str
+    machine: str
+    commits: str
+    remarks: Mapping[str, Any]
+    folder: str
+
+
+def page(judged: Sequence[Judged], found: Findings, tuned: Tuned, about: About) -> str:
+    """The whole page in Markdown. Raises UserError for a remark with a number that is not to be had."""
     return "\n".join(
         [
-            *_opening(judged, about, folder),
-            *(line for one in judged for line in _claim(one, remarks, folder)),
+            *_opening(judged, about),
+            *(line for one in judged for line in _claim(one, judged, found, about)),
             *_explained(found),
-            *_parameters(found, folder),
-            *_made(about, folder),
+            *_parameters(found, tuned, about.folder),
+            *_made(found, about),
         ]
     )
 
 
-def _opening(judged: Sequence[Judged], about: Mapping[str, Any], folder: str) -> list[str]:
+def _opening(judged: Sequence[Judged], about: About) -> list[str]:
     rows = [
-        f"| [{one.number}](#{one.number.lower()}) | {one.claim} | {_effect(one.parts[0])} | **{one.verdict}** |"
+        f"| [{one.claim.number}](#{one.claim.number.lower()}) | {one.claim.claim} | **{one.verdict}** | {one.settled_by.says} | {effect(one.settled_by)} |"
         for one in judged
     ]
+    count = sum(len(one.claim.deciding) for one in judged)
     return [
         "# Does TIME hold here?",
         "",
         "<!-- written by `make reproduce`; do not edit -->",
         "",
         "TIME's own tables need 63 datasets, a GPU fleet and weeks. Its claims are about orderings, and orderings can be tested on a small",
-        f"scale: {about['setting']}",
+        f"scale: {about.setting.strip()}",
         "",
-        "| | claim | main effect [95 % interval] | verdict |",
-        "|---|---|---|---|",
+        "What the paper claims is cited here from public summaries of it, not from its tables; C8 is a question of ours.",
+        "",
+        "| | claim | verdict | settled by | effect [95 % interval] |",
+        "|---|---|---|---|---|",
         *rows,
         "",
-        "Effects are differences of final GM (the geometric mean of KA and ZS, fractions) unless said otherwise; positive speaks for the claim.",
-        "**Rule**, the same for all: a comparison *holds* if it is positive in every replicate and on average at least one point (.01; other",
-        "margins are stated), *does not hold* if it is on average not positive, and else *holds weakly*. A claim holds if all its comparisons do",
-        "and does not hold if its first one does not. Intervals are Student's t over replicates; with three of them they are wide.",
+        "Effects are differences of final GM (the geometric mean of KA, what was learned, and ZS, what was kept; fractions) unless said otherwise;",
+        "positive speaks for the claim. A claim needs all of its comparisons and has the worst verdict among them:",
         "",
-        f"![The strategies over time]({folder}/over_time.svg)",
+        *(f"- **{word}**: {meaning}." for word, meaning in WORDS.items()),
+        "",
+        "The bar is 0 unless a comparison says otherwise: the claims are about order, so a verdict is about direction and the size stands beside it.",
+        f"{count} comparisons decide the {len(judged)} claims. As they are asked together, an interval must be wider than the 95 % one that is shown (Holm's",
+        f"correction): a verdict counts if *p* in the tables is at most {ALPHA:.2f}, and the chance that any verdict of the page is wrong is then about {ALPHA:.0%}",
+        "at most. What stands in brackets explains and decides nothing; it is the plain 95 % interval's word on where the effect lies, not corrected.",
+        "",
+        f"**What the intervals cover**: {about.covers.strip()} Intervals are Student's t.",
+        "",
+        f"![The strategies over time]({about.folder}/over_time.svg)",
         "",
         "*GM after every task (study `cells`): all train with replay, merges are averages; thick lines are means over replicates, thin ones replicates.*",
         "",
     ]  # fmt: skip
 
 
-def _claim(one: Judged, remarks: Mapping[str, Any], folder: str) -> list[str]:
+def _claim(one: Judged, judged: Sequence[Judged], found: Findings, about: About) -> list[str]:
+    claim = one.claim
+    verdicts = dict(
+        zip((part.key for part in claim.deciding), zip(one.verdicts, one.p, strict=True), strict=True)
+    )
     lines = [
-        f"## {one.number}",
+        f"## {claim.number}",
         "",
-        f"**{one.claim}: {one.verdict}.** The paper: {one.paper}.",
+        f"**{claim.claim}: {one.verdict}.** The paper: {claim.paper}.",
         "",
-        "| comparison | effect [95 %] | each replicate | margin | |",
-        "|---|---|---|---|---|",
-        *(_row(part) for part in one.parts),
+        "| comparison | effect [95 %] | each replicate | bar | p | |",
+        "|---|---|---|---|---|---|",
+        *(_row(part, verdicts.get(part.key)) for part in claim.parts),
         "",
-        *(line for fact in one.facts for line in (fact, "")),
+        *(line for fact in claim.facts for line in (fact, "")),
     ]
-    remark = remarks.get(one.number)
+    remark = about.remarks.get(claim.number)
     if remark and remark["verdict"] == one.verdict:
-        lines += [remark["text"].strip(), ""]
+        lines += [filled(remark["text"], found, judged).strip(), ""]
     elif remark:
         lines += [
             f"*(The remark on this claim was written for another verdict, {remark['verdict']}, and is left out.)*",
             "",
         ]
-    for name, caption in FIGURES_OF.get(one.number, {}).items():
-        lines += [f"![{caption}]({folder}/{name}.svg)", "", f"*{caption}.*", ""]
+    for name, caption in FIGURES_OF.get(claim.number, {}).items():
+        if name != "ema_weights" or found.has(TUNING[0]):
+            lines += [f"![{caption}]({about.folder}/{name}.svg)", "", f"*{caption}.*", ""]
     return lines
 
 
-def _row(part: Part) -> str:
-    each = " ".join(_number(value) for value in part.values)
-    verdict = f"({part.verdict})" if part.beside else f"**{part.verdict}**"
-    return f"| {part.says} | {_effect(part)} | {each} | {f'{part.margin:.2f}'[1:]} | {verdict} |"
+def _row(part: Part, decided: tuple[str, float] | None) -> str:
+    each = " ".join(number(value) for value in part.values)
+    bar = "0" if part.bar == 0 else number(part.bar)
+    if decided is None:
+        return f"| {part.says} | {effect(part)} | {each} | {bar} | | ({_aside(part)}) |"
+    verdict, p = decided
+    return f"| {part.says} | {effect(part)} | {each} | {bar} | {probability(p)} | **{verdict}** |"
+
+
+def _aside(part: Part) -> str:
+    """What a part says that decides nothing."""
+    fixed = math.isnan(part.error) and len(part.values) > 1
+    return "the same in all" if fixed else BESIDE[part.alone]
 
 
 def _explained(found: Findings) -> list[str]:
-    table = claims.explained_variance(found)
-    mean = table.mean()
+    lines = ["## What explains the scores", ""]
+    for offline in (True, False):
+        table = contrasts.explained_variance(found, offline)
+        cells = contrasts.merged_cells(found, offline)
+        lines += [
+            f"Shares of the variance of final GM in the grid of {cells['cell'].nunique()} strategies x {cells['technique'].nunique()} techniques (study `cells`)"
+            f"{'' if offline else ' without those whose experts start at the base'}:",
+            "",
+            "| replicate | init and deploy together | technique | interplay | init alone* | deploy alone* | technique alone* |",
+            "|---|---|---|---|---|---|---|",
+            *(_shares(str(name), row) for name, row in table.iterrows()),
+            _shares("**mean**", table.mean()),
+            "",
+        ]  # fmt: skip
     return [
-        "## What explains the scores",
-        "",
-        f"Shares of the variance of final GM in the grid of {claims.merged_cells(found)['cell'].nunique()} strategies x techniques (study `cells`):",
-        "",
-        "| replicate | init and deploy together | technique | interplay | init alone* | deploy alone* | technique alone* |",
-        "|---|---|---|---|---|---|---|",
-        *(_shares(str(name), row) for name, row in table.iterrows()),
-        _shares("**mean**", mean),
-        "",
+        *lines,
         "\\* main effects within the strategies that deploy a merge (all or ema), where every initialization meets every deployment.",
         "",
     ]
@@ -131,16 +175,24 @@ def _shares(name: str, row: pd.Series) -> str:
     return f"| {name} | " + " | ".join(f"{row[column]:.0%}" for column in columns) + " |"
 
 
-def _parameters(found: Findings, folder: str) -> list[str]:
-    if TUNING[0] not in set(found.points["study"]):
+def _parameters(found: Findings, tuned: Tuned, folder: str) -> list[str]:
+    if not found.has(TUNING[0]):
         return ["## Parameters", "", "The quick version takes the parameters that the full one chose.", ""]
     rows = swept(found)
+    several = rows.groupby(CELL)["params"].transform("nunique") > 1
+    chosen, edges = rows[rows["chosen"] & several], rows[rows["chosen"] & rows["edge"]]
+    split = ", ".join(sorted(set(found.final(TUNING[0])["split"])))
     lines = [
         "## Parameters",
         "",
-        "One rule for all: in every cell a technique has the parameters with the best final GM of its grid, on a stream that no claim is judged on",
-        "(order 100, ten tasks). GM over the grid, the chosen point in bold; what has no factor and no weight has its published defaults.",
-        f"As numbers: [{folder}/tuning.csv]({folder}/tuning.csv).",
+        "One rule for all: in every cell a technique has the parameters with the best final GM of its grid, on an order of tasks that no claim is judged on",
+        f"(order 100, ten tasks; scores of the {split} split). GM over the grid, the chosen point in bold; what has no factor and no weight has its published",
+        f"defaults. {len(edges)} of the {len(chosen)} chosen points lie at an edge of their grid. The same scores choose the rivals:",
+        *(
+            f"{'with' if replay else 'without'} replay the offline technique `{tuned.technique[replay]}` and the strategy {' → '.join(tuned.strategy[replay])}{'.' if not replay else ','}"
+            for replay in sorted(tuned.technique, reverse=True)
+        ),
+        f"As numbers: [tuning]({folder}/rows/tuning.csv), [without replay]({folder}/rows/tuning_no_replay.csv).",
         "",
         "| replay | init → deploy | technique | GM by parameters |",
         "|---|---|---|---|",
@@ -154,30 +206,41 @@ def _parameters(found: Findings, folder: str) -> list[str]:
 
 def _point(row: Any) -> str:
     text = f"{readable(row.params) or 'defaults'} {row.gm:.3f}"
-    return f"**{text}**" if row.chosen else text
+    return f"**{text}**{' (edge)' if row.edge else ''}" if row.chosen else text
 
 
-def _made(about: Mapping[str, Any], folder: str) -> list[str]:
+def _made(found: Findings, about: About) -> list[str]:
+    counts = found.rows.groupby("study", sort=False).size()
+    missing = [name for name in (*TUNING, *contrasts.STUDIES) if name not in counts.index]
+    files = ", ".join(f"[{name}]({about.folder}/rows/{name}.csv) ({count})" for name, count in counts.items())
     return [
         "## How this was made",
         "",
         "```sh",
         "make reproduce          # everything, about 60 GB of disk; goes on where it stopped",
-        "make reproduce-quick    # one replicate of each, about twenty minutes",
+        "make reproduce-quick    # one replicate of each, about half an hour",
         "```",
         "",
-        f"Studies: `configs/studies/time_claims/`. This page: commit `{about['commit']}`, {about['machine']}, {about['steps']}.",
-        f"Numbers: [{folder}/final.csv]({folder}/final.csv) (last points), [{folder}/over_time.csv]({folder}/over_time.csv),",
-        f"[{folder}/claims.json]({folder}/claims.json) (verdicts, effects, fingerprints of the plans). The same study gives the same numbers on the same",
-        "kind of machine and library versions; `make reproduce-quick` says of every verdict whether it is the one above, or that of the same replicate.",
+        f"Studies: `configs/studies/time_claims/`. Commits of the studies: {about.commits}; {about.machine}.",
+        *([f"Not run: {', '.join(missing)}."] if missing else []),
+        f"Trajectories, with their numbers: {files}. Page and verdicts are made of these files alone (`python -m pipeline.claims --judge`);",
+        f"a test computes every effect, interval and verdict of [claims.json]({about.folder}/claims.json) from them again by other code. The same study gives the same",
+        "numbers on the same kind of machine and library versions; `make reproduce-quick` compares one replicate of everything with the numbers above.",
         "",
     ]  # fmt: skip
 
 
-def _effect(part: Part) -> str:
-    width = "" if math.isnan(part.half_width) else f" ± {_number(part.half_width).lstrip('+')}"
-    return f"{_number(part.mean)}{width}"
+def effect(part: Part) -> str:
+    """`+.137 ± .050`, the 95 % interval of the mean; without it where there is none."""
+    half = part.half_width()
+    width = "" if math.isnan(half) else f" ± {number(half).lstrip('+')}"
+    return f"{number(part.mean)}{width}"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Signed, three digits: `+.137`."""
     return f"{value:+.3f}".replace("0.", ".", 1)
+
+
+def probability(p: float) -> str:
+    return "<.001" if p < 0.001 else f"{p:.3f}".replace("0.", ".", 1)

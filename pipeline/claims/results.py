@@ -1,13 +1,16 @@
-"""What the studies of a reproduction found, as one frame: a row per trajectory and point.
+"""What the studies of a reproduction found, as one frame: a row per trajectory, kept as a CSV file per study.
 
-Invariant: every number is one of a study's results.json, and what a row is (replicate, replay, parameters) is read from the
-study that lies beside it, never from names.
+Verdicts, figures and page are made of these files alone, so a study can be run in a session of its own and its store be thrown away.
+Invariant: every number is one of a study's results.json, rounded to six digits, and what a row is (replicate, replay, parameters) is
+read from the study that lies beside it, never from names.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -16,23 +19,32 @@ from merge_service.errors import UserError
 from pipeline.config import load_study
 from pipeline.grid import Cell
 
-METRICS = ("ka", "zs", "gm")
-CELL = ("study", "init", "deploy", "technique", "params", "replay", "model", "multiplier", "tasks")
-COLUMNS = (*CELL, "replicate", "trajectory", "t", "last", *METRICS, "plan")
+METRICS = ("ka", "zs", "zs_replayed", "zs_never_replayed", "gm")
+STREAM = tuple(f"stream_{metric}" for metric in METRICS)
+"""The same, as means over the points t >= 1."""
+CELL = ("study", "init", "deploy", "technique", "params", "replay", "model", "multiplier", "lr", "tasks")
+COLUMNS = (*CELL, "replicate", "trajectory", "split", *METRICS, *STREAM, "over_time", "plan", "commit")
+TEXT = ("study", "init", "deploy", "technique", "params", "model", "replicate", "trajectory", "split", "over_time", "plan", "commit")  # fmt: skip
+DIGITS = 6
 
 
 @dataclass(frozen=True)
 class Findings:
-    """All points of several studies (`COLUMNS`). Scores are fractions in [0, 1]; `replicate` is what a repetition is called."""
+    """Rows (`COLUMNS`) of several studies. Scores are fractions in [0, 1], at the last t or (`STREAM`) over all t >= 1.
 
-    points: pd.DataFrame
+    `over_time` is GM at t = 0, 1, ..., separated by blanks; `replicate` is what a repetition is called; what was not scored is NaN.
+    """
+
+    rows: pd.DataFrame
+
+    def has(self, study: str) -> bool:
+        return bool((self.rows["study"] == study).any())
 
     def final(self, study: str, **where: Any) -> pd.DataFrame:
-        """The last points of a study's trajectories that are as `where` says. Raises UserError if there are none."""
-        rows = self.points[(self.points["study"] == study) & self.points["last"]]
+        """The rows of a study that are as `where` says. Raises UserError if there are none."""
+        rows = self.rows[self.rows["study"] == study]
         for column, value in where.items():
-            wanted = value if isinstance(value, list | tuple | set) else [value]
-            rows = rows[rows[column].isin(wanted)]
+            rows = rows[rows[column].isin(value) if isinstance(value, list) else rows[column] == value]
         if rows.empty:
             raise UserError(f"study {study} has no finished trajectory with {where}; run it to its end")
         return rows
@@ -47,18 +59,39 @@ class Findings:
 
     def of_one_replicate(self) -> "Findings":
         """Of each study its first replicate alone: what a quick reproduction has."""
-        first = self.points.groupby("study")["replicate"].transform("first")
-        return Findings(self.points[self.points["replicate"] == first])
+        first = self.rows.groupby("study")["replicate"].transform("first")
+        return Findings(self.rows[self.rows["replicate"] == first])
 
 
-def read_findings(root: Path, studies: tuple[str, ...]) -> Findings:
-    """The finished studies `root`/NAME. Raises UserError if one is missing or not finished."""
-    return Findings(
-        pd.DataFrame([row for name in studies for row in _rows(root / name, name)], columns=list(COLUMNS))
-    )
+def read_run(out: Path, name: str, commit: str) -> pd.DataFrame:
+    """The rows of a study that ran in `out`. Raises UserError if it is missing or not finished."""
+    return pd.DataFrame(list(_rows(out, name, commit)), columns=list(COLUMNS)).round(DIGITS)
 
 
-def _rows(out: Path, name: str) -> Iterator[dict[str, Any]]:
+def write_rows(folder: Path, rows: pd.DataFrame) -> Path:
+    """One study's rows as `folder`/STUDY.csv."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{rows['study'].iloc[0]}.csv"
+    rows.to_csv(path, index=False, lineterminator="\n")
+    return path
+
+
+def read_rows(folder: Path, studies: Sequence[str]) -> Findings:
+    """What `write_rows` wrote, of those `studies` that are there. Raises UserError if none is."""
+    frames = [_read(folder / f"{name}.csv") for name in studies if (folder / f"{name}.csv").is_file()]
+    if not frames:
+        raise UserError(f"{folder} holds no rows of any study; run python -m pipeline.claims first")
+    return Findings(pd.concat(frames, ignore_index=True))
+
+
+def _read(path: Path) -> pd.DataFrame:
+    rows = pd.read_csv(path, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values={c: [""] for c in (*METRICS, *STREAM)})  # fmt: skip
+    if tuple(rows.columns) != COLUMNS:
+        raise UserError(f"{path} has other columns than {', '.join(COLUMNS)}; run its study again")
+    return rows
+
+
+def _rows(out: Path, name: str, commit: str) -> Iterator[dict[str, Any]]:
     try:
         answer = json.loads((out / "results.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -67,12 +100,22 @@ def _rows(out: Path, name: str) -> Iterator[dict[str, Any]]:
         raise UserError(f"{out}: study {name} is not finished; run it again to go on")
     cells = {cell.id: cell for cell in load_study(out / "study.yaml").cells}
     for trajectory in answer["trajectories"]:
-        what = _described(trajectory, cells[trajectory["id"]])
-        for step in trajectory["steps"]:
-            yield {
-                "study": name, "plan": answer["plan"], **what, "t": step["t"],
-                "last": step is trajectory["steps"][-1], **{metric: step[metric] for metric in METRICS},
-            }  # fmt: skip
+        steps = trajectory["steps"]
+        yield {
+            "study": name, **_described(trajectory, cells[trajectory["id"]]),
+            **{metric: _number(steps[-1].get(metric)) for metric in METRICS},
+            **{f"stream_{metric}": _mean([step.get(metric) for step in steps[1:]]) for metric in METRICS},
+            "over_time": " ".join(f"{step['gm']:.4f}" for step in steps), "plan": answer["plan"][:12], "commit": commit,
+        }  # fmt: skip
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known and len(known) == len(values) else math.nan
 
 
 def _described(trajectory: Mapping[str, Any], cell: Cell) -> dict[str, Any]:
@@ -86,14 +129,18 @@ def _described(trajectory: Mapping[str, Any], cell: Cell) -> dict[str, Any]:
         "replay": cell.recipe.mixture.buffer > 0,
         "model": trajectory["model"],
         "multiplier": cell.budget.multiplier,
+        "lr": cell.recipe.lr,
         "tasks": len(trajectory["stream"]),
         "replicate": _replicate(cell),
+        "split": cell.split,
     }
 
 
 def _replicate(cell: Cell) -> str:
-    """The order of tasks by its seed or its first tasks, then the seed of training where it is not 0."""
+    """The order of tasks, by its seed or its first tasks; of a joint training, which has no order, the seed of the training."""
     stream = cell.stream
+    if cell.strategy.joint:
+        return f"order {cell.seed}"
     order = f"order {stream.seed}" if stream.order == "random" else " ".join((stream.tasks or ("",))[:2])
     return order if cell.seed == 0 else f"{order}, seed {cell.seed}"
 
