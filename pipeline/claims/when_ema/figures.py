@@ -44,7 +44,7 @@ def summary(rows: pd.DataFrame, value: str, by: list[str]) -> pd.DataFrame:
 
 
 def gain_map(ends: pd.DataFrame, core: Numbers) -> Any:
-    """Gain of Best-in-TIME at each share and rate, the mean drift beside the rate; pale where the interval holds 0."""
+    """Gain of Best-in-TIME at each share and rate, the mean drift beside the rate; pale where the interval holds 0 or there is none."""
     rows = measures.with_drift(measures.gains(measures.chosen(ends, ["lr"]), by=["lr"]), core)
     rows["drift"] = rows.groupby("lr")["drift"].transform("mean")
     table = summary(rows, "gain", ["share", "lr", "drift"])
@@ -52,7 +52,7 @@ def gain_map(ends: pd.DataFrame, core: Numbers) -> Any:
         f"{lr:g} (drift {drift:.3f})" for lr, drift in zip(table["lr"], table["drift"], strict=True)
     ]
     table["text"] = [_interval(mean, half) for mean, half in zip(table["mean"], table["half"], strict=True)]
-    table["sure"] = (table["low"] > 0) | (table["high"] < 0)
+    table["sure"] = (table["mean"].abs() > table["half"]) & table["half"].notna()
     reach = float(table["mean"].abs().max()) or 1.0
     order = list(table.sort_values("lr", ascending=False)["row"].unique())
     x = alt.X("share:O", title=SHARE, axis=alt.Axis(labelAngle=0))

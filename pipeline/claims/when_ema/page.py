@@ -20,7 +20,7 @@ from pipeline.claims.when_ema.measures import END, STREAM
 from pipeline.claims.when_ema.numbers import Numbers
 
 CAPTIONS = {
-    "map": "Gain of Best-in-TIME over fine-tuning at each share of replay and rate, each with its best weight there; pale where the interval holds 0",
+    "map": "Gain of Best-in-TIME over fine-tuning at each share of replay and rate, each with its best weight there; pale where the interval holds 0 or there is none",
     "shares": "What each arm gains over fine-tuning, rate and weight chosen on val, with 95 % intervals; thin lines are replicates of Best-in-TIME",
     "weights": "The weight of the new expert that is best on val, mean over replicates with 95 % intervals; 1 is fine-tuning",
     "why": "Gain at one rate against what the middle of a task vector spares of the loss on old data; a point per replicate, share and rate",
