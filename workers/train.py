@@ -26,7 +26,7 @@ from workers.jobs import EngineSpec, TrainJob
 from workers.model import load, preprocess_cfg, save, tokenizer
 from workers.recipe import Recipe
 from workers.scratch import Checkpoints, Progress
-from workers.weights import task_vector_norm
+from workers.weights import lengths
 
 POINTS = ("train.start", "train.after_step", "train.after_ckpt", "train.before_commit")
 CURVE = 200  # points of a reported loss curve, at most
@@ -44,8 +44,9 @@ def train_expert(job: TrainJob, rank: int = 0, world: int = 1, hooks: Hooks | No
 
     Rank 0 leaves the weights directory in `job.out`. Every rank returns {"steps", "samples", "seconds",
     "samples_per_second", "loss": [[step, mean loss since the last point], ...] (at most 200 points), "lr": [first,
-    highest, last], "task_vector_norm": L2 norm of expert - base over float tensors in fp64, "resumed_from": step or
-    None}; the norm is None on other ranks. `hooks` maps a name of `POINTS` to a function called there with the number of
+    highest, last], "grad_norm": the same before clipping, "task_vector_norm": L2 norm of expert - base over float tensors
+    in fp64, "drift": that of expert - initial weights, "relative_drift": over the norm of these, "resumed_from": step or None};
+    these three are None on other ranks. `hooks` maps a name of `POINTS` to a function called there with the number of
     steps done. Raises ExpertError, or a CheckpointError when initial weights or result do not fit the base.
     """
     recipe = Recipe.model_validate(job.recipe)
@@ -62,7 +63,7 @@ def train_expert(job: TrainJob, rank: int = 0, world: int = 1, hooks: Hooks | No
             result = _Loop(job, recipe, rank, hooks or {}).run(engine, batches)
             state = engine.weights()
         if rank == 0:
-            result["task_vector_norm"] = _hand_over(job, state)
+            result |= _hand_over(job, state)
         _fire(hooks or {}, "train.before_commit", job.steps)
     return result
 
@@ -80,6 +81,7 @@ class _Loop:
         self._curve: list[list[float]] = []
         self._losses: list[float] = []
         self._rates: list[float] = []
+        self._norms: list[float] = []
         self._seconds = 0.0
         self._skipped = 0
 
@@ -105,8 +107,11 @@ class _Loop:
             "seconds": self._seconds,
             "samples_per_second": samples / self._seconds if self._seconds else 0.0,
             "loss": self._curve,
-            "lr": [self._rates[0], max(self._rates), self._rates[-1]],
+            "lr": _ends(self._rates),
+            "grad_norm": _ends(self._norms),
             "task_vector_norm": None,
+            "drift": None,
+            "relative_drift": None,
             "resumed_from": start,
         }
 
@@ -121,6 +126,7 @@ class _Loop:
             )
         self._losses.append(loss)
         self._rates.append(report["lr"])
+        self._norms += [norm] if math.isfinite(norm) else []
         if (step + 1) % self._stride == 0 or step + 1 == self._job.steps:
             self._curve.append([step + 1, math.fsum(self._losses) / len(self._losses)])
             self._losses.clear()
@@ -138,7 +144,7 @@ class _Loop:
         directory, loop = self._checkpoints.judged(step)
         engine.load(directory)
         self._curve, self._losses = loop["curve"], loop["losses"]
-        self._rates, self._seconds = loop["rates"], loop["seconds"]
+        self._rates, self._norms, self._seconds = loop["rates"], loop.get("norms", []), loop["seconds"]
         return step
 
     def _checkpoint(self, engine: Engine, step: int) -> None:
@@ -151,12 +157,18 @@ class _Loop:
             loop = {
                 "curve": self._curve,
                 "losses": self._losses,
-                "rates": [self._rates[0], max(self._rates), self._rates[-1]],
+                "rates": _ends(self._rates),
+                "norms": _ends(self._norms),
                 "seconds": self._seconds,
             }
             self._checkpoints.complete(step, loop)
         _barrier(self._job.engine)
         _fire(self._hooks, "train.after_ckpt", step)
+
+
+def _ends(values: list[float]) -> list[float]:
+    """[first, highest, last]; nothing of nothing, as where fp16 skipped every step."""
+    return [values[0], max(values), values[-1]] if values else []
 
 
 def _check(job: TrainJob, recipe: Recipe, world: int) -> None:
@@ -171,15 +183,17 @@ def _check(job: TrainJob, recipe: Recipe, world: int) -> None:
         )
 
 
-def _hand_over(job: TrainJob, state: Mapping[str, torch.Tensor]) -> float:
-    """Write the expert, check the written file against the base, and measure its task vector."""
+def _hand_over(job: TrainJob, state: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Write the expert, check the written file against the base, and measure how far it is from the base and from its start."""
     out, base = Path(job.out), Path(job.base)
     save(state, Path(job.init), out)
     who = f"the expert of task {job.task!r} (t={job.t})"
     with Checkpoint.open(base) as reference, Checkpoint.open(out) as expert:
         admit(reference, expert, who)
         check_finite(expert, who)
-    return task_vector_norm(base, state)
+    norm, _ = lengths(base, state)
+    drift, start = lengths(Path(job.init), state)
+    return {"task_vector_norm": norm, "drift": drift, "relative_drift": drift / start if start else 0.0}
 
 
 def _prefetched(

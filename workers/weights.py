@@ -112,14 +112,16 @@ def open_weights(file: Path) -> Checkpoint:
     return Checkpoint.open(file)
 
 
-def task_vector_norm(base: Path, state: Mapping[str, torch.Tensor]) -> float:
-    """L2 norm of state - base over all float tensors of the weights directory `base` (tied ones once), summed in fp64."""
-    total = 0.0
-    with open_weights(base / WEIGHTS_FILE) as checkpoint:
+def lengths(start: Path, state: Mapping[str, torch.Tensor]) -> tuple[float, float]:
+    """L2 norms of state - start and of start, over all float tensors of the weights directory `start` (tied ones once), summed in fp64."""
+    moved = begun = 0.0
+    with open_weights(start / WEIGHTS_FILE) as checkpoint:
         ties = recorded(checkpoint)
         for name, info in checkpoint.tensors.items():
             if info.kind.is_float and name not in ties:
                 new = state[name].detach().reshape(-1).cpu().numpy()
-                difference = np.subtract(new, checkpoint.read(name), dtype=np.float64)
-                total += float(np.dot(difference, difference))
-    return float(np.sqrt(total))
+                old = checkpoint.read(name).astype(np.float64)
+                difference = new - old
+                moved += float(np.dot(difference, difference))
+                begun += float(np.dot(old, old))
+    return float(np.sqrt(moved)), float(np.sqrt(begun))

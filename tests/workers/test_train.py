@@ -56,6 +56,27 @@ def test_expert_learns_and_its_weights_open_in_open_clip(toys: Toys, out: Path) 
     assert (progress["step"], progress["steps"]) == (25, 25) and progress["rate"] > 0
 
 
+def test_drift_is_from_where_training_began_and_the_task_vector_from_the_base(
+    toys: Toys, tmp_path: Path
+) -> None:
+    first, second = toys.job(tmp_path / "first"), toys.job(tmp_path / "second", every=2)
+    one = train_expert(first)
+    assert one["drift"] == one["task_vector_norm"] > 0
+    length = math.sqrt(sum((t.double() ** 2).sum() for t in load(toys.base).state_dict().values()))
+    assert one["relative_drift"] == pytest.approx(one["drift"] / length, rel=1e-9)
+    job = replace(second, init=first.out, seed=12)
+    with pytest.raises(Stop):
+        train_expert(job, hooks={"train.after_step": stop_at(5)})
+    two = train_expert(job)
+    states = [load(Path(at)).state_dict() for at in (first.out, job.out)]
+    squares = [((t.double() - states[0][name].double()) ** 2).sum() for name, t in states[1].items()]
+    assert two["drift"] == pytest.approx(math.sqrt(sum(squares)), rel=1e-9)
+    assert two["drift"] != two["task_vector_norm"]
+    whole = train_expert(replace(job, out=toys.job(tmp_path / "third").out, scratch=str(tmp_path / "s")))
+    assert two["resumed_from"] == 4 and two["grad_norm"] == whole["grad_norm"]
+    assert 0 < two["grad_norm"][2] <= two["grad_norm"][1]
+
+
 def test_same_job_gives_the_same_bytes_and_another_seed_does_not(toys: Toys, out: Path, golden: str) -> None:
     torch.manual_seed(4711)
     job = toys.job(out, replay=True)
@@ -179,7 +200,7 @@ def test_loss_curve_of_a_long_expert_has_at_most_two_hundred_points(
     toys: Toys, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_fake(monkeypatch, Fake(float))
-    monkeypatch.setattr(training, "_hand_over", lambda *_: 0.0)
+    monkeypatch.setattr(training, "_hand_over", lambda *_: {})
     curve = train_expert(toys.job(out, steps=1001))["loss"]
     assert len(curve) <= 200 and curve[0] == [6, 3.5] and curve[-1][0] == 1001
 
@@ -201,7 +222,7 @@ def test_loss_that_is_not_finite_names_task_t_and_step(
 def test_gradient_that_is_not_finite_stops_the_expert_unless_half_precision_skips_it(
     toys: Toys, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "_hand_over", lambda *_: 0.0)
+    monkeypatch.setattr(training, "_hand_over", lambda *_: {})
     for precision in ("fp32", "fp16"):
         with_fake(monkeypatch, Fake(lambda _: 1.0, lambda step: float("inf") if step == 2 else 1.0))
         job = toys.job(out, precision=precision)

@@ -1,0 +1,118 @@
+"""Carrying out a piece: its base, its run through the command line, its rows; what is finished is never done again.
+
+Invariant: runs go on where they stopped as long as their folder lasts; a piece counts once its numbers are written, and only then may its store go.
+"""
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from merge_service.checkpoint import WEIGHTS_FILE
+from merge_service.errors import UserError
+from pipeline.artifact import hash_file
+from pipeline.claims.__main__ import commit
+from pipeline.claims.when_ema import numbers
+from pipeline.claims.when_ema.design import MODELS, Design, Piece
+from pipeline.claims.when_ema.recording import Experts, points_of
+from pipeline.status import open_plan
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where runs and bases lie (`work`, may be lost) and where numbers are kept. `extra` settings go to every run."""
+
+    work: Path
+    kept: Path
+    extra: tuple[str, ...] = ()
+    keep_runs: bool = False
+
+    def base(self, piece: Piece) -> Path:
+        return self.work / "bases" / f"{piece.model}-{piece.replicate}"
+
+    def run(self, piece: Piece) -> Path:
+        return self.work / piece.key
+
+
+def make_bases(pieces: Sequence[Piece], design: Design, places: Places) -> None:
+    """The bases that these pieces begin at, two at a time. Raises UserError if one cannot be made, or is not the one of finished pieces."""
+    wanted = {places.base(piece): piece for piece in pieces}
+    with ThreadPoolExecutor(2) as pool:
+        for _ in pool.map(lambda piece: _make_base(piece, design, places), wanted.values()):
+            pass
+    for out, piece in wanted.items():
+        found, known = hash_file(out / WEIGHTS_FILE), numbers.base_of(places.kept, piece)
+        if known not in (None, found):
+            raise UserError(
+                f"{out} has the sha256 {found[:12]}, the finished pieces of replicate {piece.replicate} began at {known}; make them again under "
+                f"another --numbers, or use the machine and libraries that made them"
+            )
+
+
+def _make_base(piece: Piece, design: Design, places: Places) -> None:
+    out = places.base(piece)
+    if (out / WEIGHTS_FILE).is_file() and not (out / "work").exists():
+        return
+    recipe = MODELS / piece.model / "recipe.yaml"
+    seed = str(design.base_seed + piece.replicate)
+    _call(["-m", "workers.pretrain", str(recipe), "--out", str(out), "--seed", seed], f"base {out.name}")
+
+
+def carry_out(piece: Piece, design: Design, places: Places) -> None:
+    """Run the piece and keep its numbers; the run is removed after that. Raises UserError where a run does not finish."""
+    began = time.monotonic()
+    out = places.run(piece)
+    settings = [*design.overrides(piece, places.base(piece)), *places.extra]
+    words = [word for setting in settings for word in ("--set", setting)]
+    _call(["-m", "pipeline.cli", "run", str(design.study), "--out", str(out), *words], piece.key)
+    experts = Experts(out)
+    frames = {
+        "points": points_of(out),
+        "experts": experts.frame(),
+    }
+    about = {
+        "base_sha256": hash_file(places.base(piece) / WEIGHTS_FILE),
+        "plan": open_plan(out).fingerprint,
+        "commit": commit(),
+        "minutes": round((time.monotonic() - began) / 60, 1),
+    }
+    frames["made"] = pd.DataFrame([{**_setting(piece, experts), **about}])
+    numbers.write(places.kept, piece, frames)
+    if not places.keep_runs:
+        shutil.rmtree(out)
+
+
+def _setting(piece: Piece, experts: Experts) -> dict[str, Any]:
+    """What was run, read from the study that was run."""
+    study = experts.workspace.study
+    (stream,), cell = study.streams, study.cells[-1]
+    mixture = cell.recipe.mixture
+    return {
+        "piece": piece.name,
+        "replicate": piece.replicate,
+        "model": cell.model.config,
+        "share": round(mixture.pretraining + mixture.buffer, 6),
+        "pretraining": mixture.pretraining,
+        "buffer": mixture.buffer,
+        "steps_per_task": cell.budget.steps_per_task,
+        "tasks": stream.chunks,
+    }
+
+
+def _call(words: Sequence[str], what: str) -> None:
+    """Python with these words, its progress passed on. Raises UserError when it does not end well."""
+    began = time.monotonic()
+    print(f"{what}: begins", file=sys.stderr, flush=True)
+    answer = subprocess.run([sys.executable, *words], stdout=subprocess.DEVNULL, check=False)
+    if answer.returncode:
+        raise UserError(
+            f"{what} ended with exit code {answer.returncode}; give the same command again to go on"
+        )
+    print(f"{what}: done in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
