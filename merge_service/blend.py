@@ -10,7 +10,7 @@ of dictionaries, blocks or threads.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -228,9 +228,7 @@ class Blend:
             self.refuse(outcome.bad)
         else:
             outcome = self._by_definition(span, places, held, majority, finish)
-        if finish:
-            self.clamped(span, outcome.block)
-        return outcome
+        return replace(outcome, block=self.clamped(span, outcome.block)) if finish else outcome
 
     def _averaged(self, span: Span, places: Mapping[int, Place], held: State | None, finish: bool) -> Outcome:
         state = self._empty(span) if held is None else held
@@ -244,14 +242,14 @@ class Blend:
         return self._mean if name in self.statistics else self.combine
 
     def clamped(self, span: Span, block: np.ndarray) -> np.ndarray:
-        """The block itself, with logit_scale held in place at ln(100) at most as CLIP has it, unless that is not wanted.
+        """The block with logit_scale at ln(100) at most as CLIP has it, unless that is not wanted; `block` stays as it is.
 
         A variance below zero is rounding (where an expert was taken out of a mean) and becomes zero.
         """
         if span.name.endswith("running_var"):
-            np.maximum(block, 0, out=block)
+            return np.maximum(block, 0)
         if is_logit_scale(span.name) and self.params.get("logit_scale") != "unclamped":
-            np.minimum(block, self._ceiling(span), out=block)
+            return np.minimum(block, self._ceiling(span))
         return block
 
     def _is_fused(self, name: str) -> bool:

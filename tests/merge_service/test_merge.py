@@ -223,6 +223,24 @@ def test_logit_scale_is_merged_up_to_ln_100_or_kept(tmp_path: Path) -> None:
         merge("average", {"logit_scale": "base"}, None, [scale(1, "x")], tmp_path / "o.safetensors")
 
 
+def test_ceiling_of_logit_scale_never_enters_the_state_of_a_stream(tmp_path: Path) -> None:
+    """An expert above ln(100) counts as it is, in a stream as in a merge of all; float64 has no fused loop."""
+    files = [
+        toys.save(tmp_path / f"{i}.safetensors", {"logit_scale": np.array(value)})
+        for i, value in enumerate([4.0, 6.0, 1.0])
+    ]
+    base, *experts = files
+    merge("average", {}, base, experts, tmp_path / "all.safetensors", ids=["1", "2"])
+    for order, expert in enumerate(experts, 1):
+        held = tmp_path / f"state-{order - 1}.safetensors" if order > 1 else None
+        advance(
+            "average", {}, base, expert, tmp_path / "stream.safetensors", expert_id=str(order), state_in=held,
+            state_out=tmp_path / f"state-{order}.safetensors",
+        )  # fmt: skip
+    assert toys.load(tmp_path / "stream.safetensors")["logit_scale"] == 3.5
+    assert (tmp_path / "stream.safetensors").read_bytes() == (tmp_path / "all.safetensors").read_bytes()
+
+
 def test_tied_tensors_are_merged_once_and_stay_tied(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     ties = {"format": "pt", "tied": json.dumps({"head": "embedding", "absent": "embedding"})}
