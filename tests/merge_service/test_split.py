@@ -2,8 +2,7 @@
 
 import dataclasses
 import json
-import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from merge_service.blend import Blend, Input
 from merge_service.checkpoint import Checkpoint
 from merge_service.errors import CheckpointError, IncompatibleCheckpoint, NonFiniteCheckpoint, TechniqueError
 from merge_service.merge import fold, merge
-from merge_service.split import Part, PartWorker, Split, cut
+from merge_service.split import Part, Split, cut
 from merge_service.thresholds import GATHER
+from tests.merge_service.parts import here
 from tests.merge_service.toys import dyadic, load, save, towers
 
 ALIKE = {"tied": json.dumps({"text.head.weight": "token_embedding.weight"})}
@@ -26,21 +26,6 @@ STORED = {
     "visual.ln_pre.bias": "F16",
     "visual.transformer.resblocks.0.mlp.weight": "BF16",
 }
-
-
-@contextmanager
-def here(parts: Sequence[Part]) -> Iterator[Callable[..., list[Any]]]:
-    """Workers in this process that get and give everything as if by wire."""
-    workers = [PartWorker(sent(part)) for part in parts]
-
-    def call(method: str, *arguments: Any) -> list[Any]:
-        return [sent(getattr(worker, method)(*sent(arguments))) for worker in workers]
-
-    yield call
-
-
-def sent(value: Any) -> Any:
-    return pickle.loads(pickle.dumps(value))
 
 
 class World:
