@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, CheckpointWriter
+from merge_service.checkpoints import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, CheckpointWriter
 from merge_service.errors import UserError
 from workers.data.manifest import DatasetInfo, describe, read_suite
 from workers.data.writer import write_dataset

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from merge_service.split import Part, PartWorker
+from merge_service.engine import Part, PartWorker
 
 
 @contextmanager

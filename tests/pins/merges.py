@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from merge_service import techniques
-from merge_service.checkpoint import sha256_of
+from merge_service.checkpoints import sha256_of
+from merge_service.engine import Split
 from merge_service.merge import advance, fold, merge
-from merge_service.split import Split
 from tests.merge_service.parts import here
 from tests.merge_service.toys import dyadic, moved, save, towers
 

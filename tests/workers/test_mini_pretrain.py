@@ -8,7 +8,7 @@ import open_clip
 import pytest
 import yaml
 
-from merge_service.checkpoint import Checkpoint
+from merge_service.checkpoints import Checkpoint
 from merge_service.errors import UserError
 from tests.workers.data_helpers import write_coloured
 from workers import pretrain as command

@@ -1,0 +1,29 @@
+"""Checkpoints in, a checkpoint out: all experts at once, one into a running model, or as a stream that remembers.
+
+Inputs are opened, recognised, made to fit each other and named before a block is computed; a report says what was done. The same
+functions are in `merge_service.merge`, which is the documented place of them.
+"""
+
+from merge_service.merging.combine import advance, fold, merge, replace, retract
+from merge_service.merging.intake import Rules
+from merge_service.merging.jobs import MergeJob
+from merge_service.merging.report import MergeReport
+from merge_service.merging.similarity import CLASH_CONFLICT, CLASH_COSINE, Clash, Similarity, similarity
+from merge_service.merging.stream import Member
+
+__all__ = [
+    "CLASH_CONFLICT",
+    "CLASH_COSINE",
+    "Clash",
+    "Member",
+    "MergeJob",
+    "MergeReport",
+    "Rules",
+    "Similarity",
+    "advance",
+    "fold",
+    "merge",
+    "replace",
+    "retract",
+    "similarity",
+]
