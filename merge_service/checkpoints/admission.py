@@ -5,17 +5,14 @@ Nothing is ever skipped, truncated or padded to fit. A merge with a tensor left 
 
 import re
 from collections.abc import Collection, Set
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from merge_service.checkpoints.buffers import buffers
+from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.dtypes import all_finite
 from merge_service.checkpoints.shards import SHARD
 from merge_service.errors import IncompatibleCheckpoint, NonFiniteCheckpoint
-
-if TYPE_CHECKING:
-    from merge_service.checkpoints.checkpoint import Checkpoint
 
 MAX_DIFFERENCES = 10
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
@@ -23,20 +20,20 @@ _VOCABULARY = re.compile(r"embed|wte|shared|lm_head|vocab|decoder\.(weight|bias)
 _SCAN = 1 << 20
 
 
-def admit(reference: "Checkpoint", candidate: "Checkpoint", who: str) -> tuple[str, ...]:
+def admit(reference: Checkpoint, candidate: Checkpoint, who: str) -> tuple[str, ...]:
     """`align` and `check_tensors`: the notes of the first, the errors of the second."""
     notes = align(reference, candidate, who)
     check_tensors(reference, candidate, who)
     return notes
 
 
-def align(reference: "Checkpoint", candidate: "Checkpoint", who: str) -> tuple[str, ...]:
+def align(reference: Checkpoint, candidate: Checkpoint, who: str) -> tuple[str, ...]:
     """Mend what differs in form alone in `candidate` as it is seen here, and say so: a prefix that all names have (`module.`),
     buffers that one of them saves and the other does not."""
     return (*_mend_prefix(reference, candidate, who), *_mend_buffers(reference, candidate, who))
 
 
-def check_tensors(reference: "Checkpoint", candidate: "Checkpoint", who: str) -> None:
+def check_tensors(reference: Checkpoint, candidate: Checkpoint, who: str) -> None:
     """Raise `IncompatibleCheckpoint` naming `who` and at most ten differences in tensors, shapes or kinds of number.
 
     Float formats may differ (they are summed in float32 or wider), and one number may be [] or [1]; integers must be of the same
@@ -60,7 +57,7 @@ def check_tensors(reference: "Checkpoint", candidate: "Checkpoint", who: str) ->
         )
 
 
-def check_finite(candidate: "Checkpoint", who: str) -> None:
+def check_finite(candidate: Checkpoint, who: str) -> None:
     """Raise `NonFiniteCheckpoint` naming `who`, the tensors (at most ten) and how many NaN or infinite values each has."""
     bad = []
     for name, info in candidate.tensors.items():
@@ -79,7 +76,7 @@ def check_finite(candidate: "Checkpoint", who: str) -> None:
         )
 
 
-def _mend_prefix(reference: "Checkpoint", candidate: "Checkpoint", who: str) -> list[str]:
+def _mend_prefix(reference: Checkpoint, candidate: Checkpoint, who: str) -> list[str]:
     """Read the candidate's names as the reference's where all differ by the same prefix and nothing else."""
     if reference.tensors.keys() == candidate.tensors.keys():
         return []
@@ -106,7 +103,7 @@ def spare_prefix(longer: Set[str], shorter: Set[str]) -> str:
     return ""
 
 
-def _mend_buffers(reference: "Checkpoint", candidate: "Checkpoint", who: str) -> list[str]:
+def _mend_buffers(reference: Checkpoint, candidate: Checkpoint, who: str) -> list[str]:
     """Leave out buffers that only one of the two has, or in another form; the output has them as the reference does."""
     expected, found = reference.tensors, candidate.tensors
     formed = [
@@ -137,7 +134,7 @@ def _prefix(names: Collection[str]) -> str:
     return first[: first.rfind(".", 0, size) + 1]
 
 
-def _hint(reference: "Checkpoint", candidate: "Checkpoint") -> str:
+def _hint(reference: Checkpoint, candidate: Checkpoint) -> str:
     """What to do about a difference of a known kind."""
     for one in (reference, candidate):
         if SHARD.search(one.path.name) and reference.path != candidate.path:
@@ -149,7 +146,7 @@ def _hint(reference: "Checkpoint", candidate: "Checkpoint") -> str:
     )
 
 
-def _hint_of_wrapper(reference: "Checkpoint", candidate: "Checkpoint") -> str:
+def _hint_of_wrapper(reference: Checkpoint, candidate: Checkpoint) -> str:
     for one, other in ((candidate, reference), (reference, candidate)):
         for wrapper in _WRAPPERS:
             bare = {name.replace(wrapper, "") for name in one.tensors}
@@ -171,7 +168,7 @@ def _hint_of_prefix(expected: list[str], found: list[str]) -> str:
     return ""
 
 
-def _hint_of_vocabulary(reference: "Checkpoint", candidate: "Checkpoint") -> str:
+def _hint_of_vocabulary(reference: Checkpoint, candidate: Checkpoint) -> str:
     """What to do where tokens were added: matrices that differ in their rows alone, all by the same number."""
     pairs = {
         (reference.tensors[name].shape[:1], info.shape[:1])

@@ -7,25 +7,23 @@ Invariant: a tensor is one of them by name and by content, so that nothing train
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from merge_service.checkpoints.checkpoint import Checkpoint
+from merge_service.checkpoints.checkpoint import Checkpoint
 
 LARGEST = 1 << 20
 """Elements of a buffer other than a mask."""
 _ROWS = 256
 
 
-def buffers(checkpoint: "Checkpoint", names: Iterable[str] | None = None) -> frozenset[str]:
+def buffers(checkpoint: Checkpoint, names: Iterable[str] | None = None) -> frozenset[str]:
     """The names of such tensors in a checkpoint, of these or of all."""
     asked = checkpoint.tensors if names is None else names
     return frozenset(name for name in asked if _is_buffer(checkpoint, name))
 
 
-def _is_buffer(checkpoint: "Checkpoint", name: str) -> bool:
+def _is_buffer(checkpoint: Checkpoint, name: str) -> bool:
     info, word = checkpoint.tensors[name], name.rpartition(".")[2]
     if word in ("bias", "causal_mask"):
         square = len(info.shape) == 4 and info.shape[:2] == (1, 1) and info.shape[2] == info.shape[3]
@@ -38,7 +36,7 @@ def _is_buffer(checkpoint: "Checkpoint", name: str) -> bool:
     return info.kind.is_float == is_float and holds(checkpoint.read(name))
 
 
-def _is_causal(checkpoint: "Checkpoint", name: str, side: int) -> bool:
+def _is_causal(checkpoint: Checkpoint, name: str, side: int) -> bool:
     """Whether these are ones in the lower triangle (or a band of it) and zeros above."""
     for start in range(0, side, _ROWS):
         stop = min(start + _ROWS, side)

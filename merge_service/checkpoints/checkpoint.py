@@ -14,26 +14,12 @@ from types import TracebackType
 
 import numpy as np
 
-from merge_service.checkpoints.admission import admit, check_finite
 from merge_service.checkpoints.dtypes import decode
 from merge_service.checkpoints.foreign import check_file, explain_directory
 from merge_service.checkpoints.header import HEADER_LIMIT, TensorInfo, corrupt, parse_json, read_header
 from merge_service.checkpoints.shards import SHARD
-from merge_service.checkpoints.writer import CheckpointWriter
 from merge_service.errors import CheckpointError
 from merge_service.files.mapping import mapped
-
-__all__ = [
-    "CONFIG_FILE",
-    "WEIGHTS_FILE",
-    "Checkpoint",
-    "CheckpointWriter",
-    "TensorInfo",
-    "admit",
-    "check_finite",
-    "locate",
-    "sha256_of",
-]
 
 WEIGHTS_FILE = "open_clip_model.safetensors"
 CONFIG_FILE = "open_clip_config.json"

@@ -9,14 +9,11 @@ of at most 16 KB per matrix and model.
 """
 
 import statistics
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.errors import UnrelatedCheckpoint
-
-if TYPE_CHECKING:
-    from merge_service.checkpoints.checkpoint import Checkpoint
 
 FAR = 0.5
 """The median from which on an expert is refused: ten times that of a fine-tuned one, a third of an unrelated one."""
@@ -31,7 +28,7 @@ SMALLEST = 64
 RUN, RUNS = 512, 8
 
 
-def ratios(base: "Checkpoint", expert: "Checkpoint") -> list[float]:
+def ratios(base: Checkpoint, expert: Checkpoint) -> list[float]:
     """|expert - base| / |base| of every float matrix, from a sample of at most 4096 elements; not of those that are zero in the
     base, or next to it beside the others."""
     found, sizes = [], []
@@ -58,7 +55,7 @@ def ratios(base: "Checkpoint", expert: "Checkpoint") -> list[float]:
     return [ratio for ratio, size in zip(found, sizes) if size >= least]
 
 
-def check_related(base: "Checkpoint", expert: "Checkpoint", who: str, whose: str = "the base") -> None:
+def check_related(base: Checkpoint, expert: Checkpoint, who: str, whose: str = "the base") -> None:
     """Raise `UnrelatedCheckpoint` naming `who` if it cannot have been trained from `base` (called `whose`)."""
     found = ratios(base, expert)
     if not found:

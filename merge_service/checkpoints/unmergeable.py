@@ -8,15 +8,12 @@ Invariant: buffers of integers that only number things (positions, batches seen)
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from merge_service.checkpoints.checkpoint import Checkpoint
+from merge_service.checkpoints.header import TensorInfo
 from merge_service.errors import AdapterCheckpoint, QuantisedCheckpoint
-
-if TYPE_CHECKING:
-    from merge_service.checkpoints.checkpoint import Checkpoint
-    from merge_service.checkpoints.header import TensorInfo
 
 _ADAPTER = re.compile(
     r"(^|[._])(lora_(A|B|a|b|down|up|embedding_A|embedding_B|magnitude_vector)|hada_w[12]_[ab]|lokr_w[12](_[ab])?|ia3_l|"
@@ -28,7 +25,7 @@ _SCALES = ("_scale_inv", "_scale", "_scales", "_zero_point", ".scale", ".scales"
 _SCAN = 1 << 20
 
 
-def check_mergeable(checkpoint: "Checkpoint", who: str) -> None:
+def check_mergeable(checkpoint: Checkpoint, who: str) -> None:
     """Raise `AdapterCheckpoint` or `QuantisedCheckpoint` naming `who`, the tensor that shows it, and the way on."""
     adapter = next((name for name in checkpoint.tensors if _ADAPTER.search(name)), None)
     if adapter is not None or checkpoint.path.name.startswith("adapter_model"):
@@ -42,7 +39,7 @@ def check_mergeable(checkpoint: "Checkpoint", who: str) -> None:
         raise _quantised(checkpoint, who, shown)
 
 
-def check_integers(reference: "Checkpoint", candidate: "Checkpoint", who: str) -> tuple[str, ...]:
+def check_integers(reference: Checkpoint, candidate: Checkpoint, who: str) -> tuple[str, ...]:
     """What to say of integers that differ from the reference's, which are not merged; the output has the base's.
 
     Raises `QuantisedCheckpoint` for what must be codes: bytes or packed words in a matrix, or integers beside a scale.
@@ -61,13 +58,13 @@ def check_integers(reference: "Checkpoint", candidate: "Checkpoint", who: str) -
     return tuple(notes)
 
 
-def _are_codes(info: "TensorInfo") -> bool:
+def _are_codes(info: TensorInfo) -> bool:
     """Whether integers that differ between inputs are codes: matrices of bytes, or of words that hold several (I64 are indices)."""
     least = {"I8": 1, "U8": 1, "I16": 2, "U16": 2, "I32": 2, "U32": 2}.get(info.dtype)
     return least is not None and len(info.shape) > 1 and min(info.shape) >= least
 
 
-def _codes(checkpoint: "Checkpoint") -> str | None:
+def _codes(checkpoint: Checkpoint) -> str | None:
     """The sign of quantised weights in names and types, if there is one."""
     tensors = checkpoint.tensors
     for name, info in tensors.items():
@@ -81,7 +78,7 @@ def _codes(checkpoint: "Checkpoint") -> str | None:
     return None
 
 
-def _scale_of(checkpoint: "Checkpoint", name: str) -> str | None:
+def _scale_of(checkpoint: Checkpoint, name: str) -> str | None:
     stem = name.removesuffix(".weight")
     candidates = [one + suffix for one in dict.fromkeys((name, stem)) for suffix in _SCALES]
     found = (one for one in candidates if one in checkpoint.tensors and one != name)
@@ -105,7 +102,7 @@ def _json(path: Path) -> dict[str, object]:
         return {}
 
 
-def _differ(one: "Checkpoint", other: "Checkpoint", name: str) -> bool:
+def _differ(one: Checkpoint, other: Checkpoint, name: str) -> bool:
     size = min(one.tensors[name].numel, other.tensors[name].numel)
     return any(
         not np.array_equal(one.raw(name, at, at + _SCAN), other.raw(name, at, at + _SCAN))
@@ -113,7 +110,7 @@ def _differ(one: "Checkpoint", other: "Checkpoint", name: str) -> bool:
     )
 
 
-def _quantised(checkpoint: "Checkpoint", who: str, shown: str) -> QuantisedCheckpoint:
+def _quantised(checkpoint: Checkpoint, who: str, shown: str) -> QuantisedCheckpoint:
     return QuantisedCheckpoint(
         f"{who} ({checkpoint.path}) is quantised: {shown}. Codes and scales cannot be merged as numbers; dequantise it "
         "first (in transformers: model.dequantize(), then save_pretrained), or take the weights from before quantisation"

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from merge_service.blocks.spans import Span, dots, run, spans
-from merge_service.checkpoints.checkpoint import CheckpointWriter
 from merge_service.checkpoints.dtypes import decode, encode, stored_finite
-from merge_service.checkpoints.writer import Writer
+from merge_service.checkpoints.writer import CheckpointWriter, Writer
 from merge_service.engine.blend import Blend
 from merge_service.engine.stream_state import StreamState
 from merge_service.engine.whole import assemble_tensors
 from merge_service.errors import NonFiniteCheckpoint
-from merge_service.techniques.rules import Election, State
+from merge_service.techniques.place import Election, State
 
 
 @dataclass(frozen=True)

@@ -39,12 +39,11 @@ from merge_service.engine.fused import Fused, Outcome, fits
 from merge_service.engine.lookahead import look_ahead, magnitude_ranks
 from merge_service.engine.survey import Surveyor
 from merge_service.engine.whole import RULES, coefficients
+from merge_service.techniques.definition import Technique
+from merge_service.techniques.place import Election, Place, State
 from merge_service.techniques.rules import (
     Combine,
-    Election,
     Mean,
-    Place,
-    State,
     arc,
     by_rows,
     combination,
@@ -52,7 +51,6 @@ from merge_service.techniques.rules import (
     share,
     sparsify,
 )
-from merge_service.techniques.technique import Technique
 
 
 @dataclass(frozen=True)

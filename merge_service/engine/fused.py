@@ -13,7 +13,8 @@ from merge_service.blocks import kernels
 from merge_service.blocks.masks import ceiling
 from merge_service.blocks.spans import Scratch, Span
 from merge_service.checkpoints.checkpoint import Checkpoint
-from merge_service.techniques.rules import Combine, Election, Place, State, bounds, rescaling
+from merge_service.techniques.place import Election, Place, State
+from merge_service.techniques.rules import Combine, bounds, rescaling
 
 if TYPE_CHECKING:
     from merge_service.engine.blend import Input

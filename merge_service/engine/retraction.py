@@ -18,8 +18,9 @@ from merge_service.checkpoints.ties import Ties
 from merge_service.engine.blend import Blend, Input
 from merge_service.engine.stream_state import StreamState
 from merge_service.errors import TechniqueError
-from merge_service.techniques.rules import Place, leaving_share
-from merge_service.techniques.technique import Technique
+from merge_service.techniques.definition import Technique
+from merge_service.techniques.place import Place
+from merge_service.techniques.rules import leaving_share
 
 
 class Retraction(Blend):

@@ -20,16 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from merge_service.blocks.thresholds import Answer, Question, together
-from merge_service.checkpoints.checkpoint import Checkpoint, CheckpointWriter, TensorInfo
+from merge_service.checkpoints.checkpoint import Checkpoint
+from merge_service.checkpoints.header import TensorInfo
 from merge_service.checkpoints.ties import Ties
-from merge_service.checkpoints.writer import Slot, SlotWriter, Written
+from merge_service.checkpoints.writer import CheckpointWriter, Slot, SlotWriter, Written
 from merge_service.engine.assembly import Assembly, Balance, Options, copy, is_measured
 from merge_service.engine.blend import Blend, Input
 from merge_service.engine.survey import Surveyor
 from merge_service.errors import CheckpointError
 from merge_service.faults import point
+from merge_service.techniques.definition import Origin
 from merge_service.techniques.own import load
-from merge_service.techniques.technique import Origin, get
+from merge_service.techniques.registry import get
 
 Call = Callable[..., list[Any]]
 """`call(method, *arguments)` of every part's `PartWorker` at the same time; the answers, in the order of the parts."""

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from merge_service.blocks.spans import Span
-from merge_service.checkpoints.checkpoint import Checkpoint, CheckpointWriter
+from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.ties import Ties, recorded
+from merge_service.checkpoints.writer import CheckpointWriter
 from merge_service.errors import CorruptCheckpoint, TechniqueError
+from merge_service.techniques.definition import Technique
 from merge_service.techniques.params import nearest
-from merge_service.techniques.rules import State
-from merge_service.techniques.technique import Technique
+from merge_service.techniques.place import State
 
 if TYPE_CHECKING:
     from merge_service.engine.blend import Blend

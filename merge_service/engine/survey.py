@@ -37,7 +37,8 @@ from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.dtypes import decode
 from merge_service.engine.fused import Magnitudes, Windows, fits
 from merge_service.techniques.joint import score, selected, variance
-from merge_service.techniques.rules import Place, sparsify
+from merge_service.techniques.place import Place
+from merge_service.techniques.rules import sparsify
 
 if TYPE_CHECKING:
     from merge_service.engine.blend import Blend, Input

@@ -18,7 +18,7 @@ from merge_service.blocks.thresholds import Limits
 from merge_service.checkpoints.admission import admit
 from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.files.leftovers import sweep, temporary
-from merge_service.techniques.technique import get
+from merge_service.techniques.registry import get
 
 if TYPE_CHECKING:
     from merge_service.engine.blend import Blend

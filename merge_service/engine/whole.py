@@ -17,7 +17,8 @@ from merge_service.anatomy.packed import Matrix
 from merge_service.blocks.spans import BLOCK, Span, dots, run, spans
 from merge_service.engine.stream_state import StreamState
 from merge_service.techniques.matrices import isotropic, isotropic_task_specific, opcm_project, rapf_fuse
-from merge_service.techniques.rules import State, share
+from merge_service.techniques.place import State
+from merge_service.techniques.rules import share
 from merge_service.techniques.spherical import mean_cosine, model_stock
 
 if TYPE_CHECKING:

@@ -8,22 +8,16 @@ from merge_service.merging.combine import advance, fold, merge, replace, retract
 from merge_service.merging.intake import Rules
 from merge_service.merging.jobs import MergeJob
 from merge_service.merging.report import MergeReport
-from merge_service.merging.similarity import CLASH_CONFLICT, CLASH_COSINE, Clash, Similarity, similarity
 from merge_service.merging.stream import Member
 
 __all__ = [
-    "CLASH_CONFLICT",
-    "CLASH_COSINE",
-    "Clash",
     "Member",
     "MergeJob",
     "MergeReport",
     "Rules",
-    "Similarity",
     "advance",
     "fold",
     "merge",
     "replace",
     "retract",
-    "similarity",
 ]

@@ -22,8 +22,9 @@ from typing import Any
 from merge_service.blocks.spans import BLOCK
 from merge_service.blocks.thresholds import Ask
 from merge_service.checkpoints import ties
-from merge_service.checkpoints.checkpoint import Checkpoint, CheckpointWriter
+from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.target import Target
+from merge_service.checkpoints.writer import CheckpointWriter
 from merge_service.engine.assembly import Options, assemble
 from merge_service.engine.blend import Blend, Input
 from merge_service.engine.retraction import Retraction, check_bytes
@@ -42,7 +43,8 @@ from merge_service.merging.intake import (
     shown,
 )
 from merge_service.merging.report import MergeReport, report_of
-from merge_service.techniques.technique import Form, Technique, get
+from merge_service.techniques.definition import Form, Technique
+from merge_service.techniques.registry import get
 
 PathLike = Path | str
 

@@ -22,7 +22,7 @@ from merge_service.checkpoints.relation import check_related
 from merge_service.checkpoints.unmergeable import check_integers, check_mergeable
 from merge_service.engine.stream_state import MAX_EXPERTS
 from merge_service.errors import CheckpointError, TechniqueError
-from merge_service.techniques.technique import Technique
+from merge_service.techniques.definition import Technique
 
 ID_LENGTH = 12
 """Hexadecimal digits of a name that comes from content."""

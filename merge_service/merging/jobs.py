@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_service.merging.stream import Member
-from merge_service.techniques.technique import Origin
+from merge_service.techniques.definition import Origin
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.engine.thresholds_cache import Keep
 from merge_service.merging.combine import MergeReport, PathLike, advance, fold, merge
 from merge_service.merging.intake import Rules
-from merge_service.techniques.technique import get
+from merge_service.techniques.registry import get
 
 
 @dataclass(frozen=True)

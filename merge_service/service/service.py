@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from merge_service.checkpoints.checkpoint import CONFIG_FILE, check_finite, sha256_of
+from merge_service.checkpoints.admission import check_finite
+from merge_service.checkpoints.checkpoint import CONFIG_FILE, sha256_of
 from merge_service.errors import ConflictingArrival
 from merge_service.merging.combine import MergeReport, PathLike
 from merge_service.merging.intake import Rules, check_inputs, open_all

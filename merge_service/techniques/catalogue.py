@@ -8,8 +8,7 @@ here, and nothing else is exempt.
 
 from dataclasses import replace
 
-from merge_service.techniques.params import Param
-from merge_service.techniques.technique import (
+from merge_service.techniques.definition import (
     AVERAGING,
     CONSENSUS,
     COUNT_FROZEN,
@@ -23,6 +22,7 @@ from merge_service.techniques.technique import (
     WEIGHT,
     Technique,
 )
+from merge_service.techniques.params import Param
 
 HALF = Param("density", "float", 0.5, "fraction of every task vector that is kept", 0, 1, above_low=True)
 RESCALE = Param(

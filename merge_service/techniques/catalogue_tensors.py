@@ -3,8 +3,8 @@
 Invariant: as `techniques.py`, whose table these entries belong to.
 """
 
+from merge_service.techniques.definition import AVERAGING, LOGIT_SCALE, SCALE, WEIGHT, Technique
 from merge_service.techniques.params import Param
-from merge_service.techniques.technique import AVERAGING, LOGIT_SCALE, SCALE, WEIGHT, Technique
 
 SPACE = Param(
     "space",

@@ -8,17 +8,14 @@ Invariant: elementwise, so that blocks may be cut anywhere.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from merge_service.errors import TechniqueError
-from merge_service.techniques.technique import Technique
+from merge_service.techniques.definition import Technique
+from merge_service.techniques.place import Array, Place
 
-if TYPE_CHECKING:
-    from merge_service.techniques.rules import Place
-
-Array = Any
 Params = Mapping[str, Any]
-Rule = Callable[[Any, Sequence[Array], Sequence["Place"]], Array]
+Rule = Callable[[Any, Sequence[Array], Sequence[Place]], Array]
 
 
 def joint_rule(technique: Technique, params: Params) -> Rule | None:
@@ -38,7 +35,7 @@ def joint_rule(technique: Technique, params: Params) -> Rule | None:
 def _checked(technique: Technique, params: Params) -> Rule:
     """The rule of somebody else's technique, whose answer may be anything."""
 
-    def rule(xp: Any, blocks: Sequence[Array], places: Sequence["Place"]) -> Array:
+    def rule(xp: Any, blocks: Sequence[Array], places: Sequence[Place]) -> Array:
         assert technique.rule is not None
         shape = blocks[0].shape
         made = technique.rule(xp, dict(params), list(blocks))
@@ -52,7 +49,7 @@ def _checked(technique: Technique, params: Params) -> Rule:
     return rule
 
 
-def consensus(xp: Any, params: Params, taus: Sequence[Array], places: Sequence["Place"]) -> Array:
+def consensus(xp: Any, params: Params, taus: Sequence[Array], places: Sequence[Place]) -> Array:
     """The sum of task vectors where enough experts use an element (TALL masks, arXiv 2405.07813, eq. 4 to 6)."""
     total = _sum(xp, taus)
     users = sum(
@@ -62,7 +59,7 @@ def consensus(xp: Any, params: Params, taus: Sequence[Array], places: Sequence["
     return xp.where(users >= params["min_tasks"], total, 0)
 
 
-def nearswap(xp: Any, params: Params, weights: Sequence[Array], places: Sequence["Place"]) -> Array:
+def nearswap(xp: Any, params: Params, weights: Sequence[Array], places: Sequence[Place]) -> Array:
     """The first model, moved towards the second by `threshold` at most (MergeKit: interpolation by threshold / |gap|)."""
     running, new = weights
     gap, most = running - new, params["threshold"]
@@ -70,7 +67,7 @@ def nearswap(xp: Any, params: Params, weights: Sequence[Array], places: Sequence
     return xp.where(arrived, new, running - xp.clip(gap, -most, most))
 
 
-def sce(xp: Any, params: Params, taus: Sequence[Array], places: Sequence["Place"]) -> Array:
+def sce(xp: Any, params: Params, taus: Sequence[Array], places: Sequence[Place]) -> Array:
     """A mean of what agrees with the elected sign, weighted by energy (SCE in FuseChat, arXiv 2408.07990).
 
     Positions whose variance is below `places[i].limits` are not selected; `places[i].gain` is an expert's energy. Votes
@@ -86,7 +83,7 @@ def sce(xp: Any, params: Params, taus: Sequence[Array], places: Sequence["Place"
     return weighted / xp.where(weights == 0, 1.0, weights)
 
 
-def selected(xp: Any, taus: Sequence[Array], places: Sequence["Place"]) -> list[Array]:
+def selected(xp: Any, taus: Sequence[Array], places: Sequence[Place]) -> list[Array]:
     """Task vectors where experts differ enough, else zero."""
     chosen = variance(xp, taus) >= places[0].limits.low
     return [xp.where(chosen, tau, 0) for tau in taus]
@@ -101,7 +98,7 @@ def variance(xp: Any, taus: Sequence[Array]) -> Array:
     return len(taus) * squares - total * total
 
 
-def pcb(xp: Any, params: Params, taus: Sequence[Array], places: Sequence["Place"]) -> Array:
+def pcb(xp: Any, params: Params, taus: Sequence[Array], places: Sequence[Place]) -> Array:
     """A mean weighted by how far an expert's score is above its threshold (PCB, arXiv 2410.02396, eq. 2 to 7).
 
     `places[i].limits` bound the magnitudes of expert i, `places[i].scores` are its threshold and its largest score. Where all
@@ -119,7 +116,7 @@ def pcb(xp: Any, params: Params, taus: Sequence[Array], places: Sequence["Place"
     return weighted / xp.where(weights < 1e-12, 1e-12, weights)
 
 
-def score(xp: Any, params: Params, taus: Sequence[Array], places: Sequence["Place"], which: int) -> Array:
+def score(xp: Any, params: Params, taus: Sequence[Array], places: Sequence[Place], which: int) -> Array:
     """Importance within a task vector times agreement with the others, float64.
 
     exp(N (|tau|^2 - 1)) with |tau| clamped to the limits and scaled to 0..1: the reference's exp(N |tau|^2) up to a factor,
@@ -136,7 +133,7 @@ def score(xp: Any, params: Params, taus: Sequence[Array], places: Sequence["Plac
     return xp.exp(len(taus) * (size * size - 1)) * between
 
 
-def _scaled(xp: Any, tau: Array, place: "Place") -> Array:
+def _scaled(xp: Any, tau: Array, place: Place) -> Array:
     return _spread(xp, xp.abs(tau), *_ends(place.limits))
 
 

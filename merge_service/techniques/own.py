@@ -12,19 +12,15 @@ import hashlib
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
-from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal
 
 from merge_service.errors import TechniqueError
+from merge_service.techniques import registry
+from merge_service.techniques.definition import LOGIT_SCALE, SCALE, Origin, Technique
 from merge_service.techniques.params import Param
-from merge_service.techniques.technique import LOGIT_SCALE, SCALE, Origin, Technique, built_in, forget_table
 
-GROUP = "temporal_merge.techniques"
 Rule = Callable[[Any, dict[str, Any], list[Any]], Any]
-
-_declared: dict[str, Technique] = {}
 
 
 def technique(
@@ -61,35 +57,12 @@ def register(made: Technique) -> None:
     """Make a technique known in this process; again is no harm. Raises TechniqueError if its name is another's."""
     if made.rule is None or made.origin is None:
         raise TechniqueError(f"{made.name} has no rule of its own; declare it with @technique(...)")
-    if made.name in built_in():
-        raise TechniqueError(
-            f"there is a technique {made.name!r} already; give yours (in {made.origin.module}) another name"
-        )
-    held = _declared.get(made.name)
-    if held is not None and held.origin != made.origin:
-        raise TechniqueError(
-            f"{made.name!r} is declared twice: in {_place(held)} and in {_place(made)}; rename one"
-        )
-    _declared[made.name] = made
-    forget_table()
-
-
-def known() -> dict[str, Technique]:
-    """All techniques that are not ours: installed ones and those declared in this process."""
-    return {
-        **{name: found for name, found in _installed().items() if isinstance(found, Technique)},
-        **_declared,
-    }
-
-
-def broken() -> dict[str, str]:
-    """Installed techniques that cannot be used, by name, and why."""
-    return {name: found for name, found in _installed().items() if isinstance(found, str)}
+    registry.add(made, made.origin)
 
 
 def load(name: str, origin: Origin) -> None:
     """Know a technique that another process uses. Raises TechniqueError if it is not there, or not the same."""
-    found = known().get(name)
+    found = registry.others().get(name)
     if found is None:
         try:
             importlib.import_module(origin.module)
@@ -98,7 +71,7 @@ def load(name: str, origin: Origin) -> None:
                 f"technique {name!r} is written in the module {origin.module}, which cannot be imported here ({error}); "
                 "install it on every node"
             ) from error
-        found = known().get(name)
+        found = registry.others().get(name)
     if found is None or found.origin is None or found.origin.source != origin.source:
         raise TechniqueError(
             f"the module {origin.module} here does not hold the same technique {name!r} as on the machine that asks for it; "
@@ -115,35 +88,6 @@ def check_importable(used: Technique) -> None:
         )
 
 
-@cache
-def _installed() -> dict[str, Technique | str]:
-    answer: dict[str, Technique | str] = {}
-    for entry in sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value)):
-        if entry.name in built_in():
-            answer[entry.name] = (
-                f"{_package(entry)} brings a technique of the name of a built-in one; rename it there"
-            )
-        elif entry.name in answer:
-            answer[entry.name] = f"two packages bring it, one is {_package(entry)}; uninstall one"
-        else:
-            answer[entry.name] = _loaded(entry)
-    return answer
-
-
-def _loaded(entry: EntryPoint) -> Technique | str:
-    try:
-        found = entry.load()
-    except Exception as error:  # whatever somebody's module does when it is imported
-        return f"{_package(entry)}: {entry.value} cannot be loaded ({type(error).__name__}: {error})"
-    if not isinstance(found, Technique) or found.name != entry.name:
-        return f"{_package(entry)}: {entry.value} is not a technique called {entry.name}"
-    return found
-
-
-def _package(entry: EntryPoint) -> str:
-    return f"package {entry.dist.name}" if entry.dist else "a package"
-
-
 def _origin(name: str, rule: Rule) -> Origin:
     try:
         file = inspect.getsourcefile(rule)
@@ -156,8 +100,3 @@ def _origin(name: str, rule: Rule) -> Origin:
             "write it in a file"
         ) from error
     return Origin(rule.__module__, hashlib.sha256(content).hexdigest())
-
-
-def _place(made: Technique) -> str:
-    assert made.origin is not None
-    return f"{made.origin.module} (source {made.origin.source[:12]})"

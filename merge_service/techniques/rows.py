@@ -5,15 +5,11 @@ Blocks come here cut at rows. What is equal within a row is treated alike, so no
 Invariant: a row's result depends on that row alone, and on where it lies in its tensor.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from merge_service.blocks.masks import hashes
 from merge_service.blocks.thresholds import Ranks
-
-if TYPE_CHECKING:
-    from merge_service.techniques.rules import Place
-
-Array = Any
+from merge_service.techniques.place import Array, Place
 
 
 def crumbs(xp: Any, delta: Array, columns: int, ranks: Ranks) -> Array:
@@ -31,7 +27,7 @@ def crumbs(xp: Any, delta: Array, columns: int, ranks: Ranks) -> Array:
     return xp.where(keep, rows, 0).reshape(-1)
 
 
-def drop_by_rank(xp: Any, delta: Array, place: "Place") -> Array:
+def drop_by_rank(xp: Any, delta: Array, place: Place) -> Array:
     """DELLA (arXiv 2406.11617): keep at random, large magnitudes of a row more often, and make up for what is dropped."""
     if place.key is None or place.density == 1:
         return delta
@@ -41,7 +37,7 @@ def drop_by_rank(xp: Any, delta: Array, place: "Place") -> Array:
     return xp.where(keep, delta * xp.asarray(gains, dtype=delta.dtype), 0)
 
 
-def chances(xp: Any, delta: Array, place: "Place") -> Array:
+def chances(xp: Any, delta: Array, place: Place) -> Array:
     """Probabilities from density - epsilon for the smallest magnitude of a row to density + epsilon for the largest.
 
     delta: [rows * columns]; float64 of the same shape. Equal magnitudes share the mean of their ranks, so a constant row, or

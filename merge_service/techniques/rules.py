@@ -15,54 +15,18 @@ sign of a zero: -0.0 + 0.0 is 0.0, but -0.0 - 0.0 is -0.0, and an untouched weig
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from merge_service.blocks import kernels
 from merge_service.blocks.masks import hashes, kept
-from merge_service.blocks.thresholds import EVERYTHING, Limits, crumb_ranks
+from merge_service.blocks.thresholds import Limits, crumb_ranks
 from merge_service.errors import TechniqueError
+from merge_service.techniques.definition import Technique
 from merge_service.techniques.joint import Rule, joint_rule
+from merge_service.techniques.place import Array, Election, Place, State
 from merge_service.techniques.rows import crumbs, drop_by_rank
-from merge_service.techniques.technique import Technique
-
-Array = Any
-"""A numpy array, or a torch tensor on a device."""
-State = dict[str, Array]
-
-
-@dataclass(frozen=True)
-class Place:
-    """What a rule may know of the block it is given, apart from its numbers.
-
-    `order` counts experts from 1. `share` is the expert's part of the mean so far. `turn` holds the two factors of a slerp,
-    None where it falls back to a straight line. `limits`, `key`, `density` and `epsilon` serve sparsifying; `gain` makes up for
-    what was dropped (None: by the probability of being kept), or is what an expert weighs in its tensor; `scores` are limits of
-    a second quantity. `start` is the index of the block's first element in its tensor, `columns` the length of the rows that
-    the block consists of, 0 unless it was cut at rows.
-    """
-
-    order: int = 1
-    share: float = 1.0
-    turn: tuple[float, float] | None = None
-    limits: Limits = EVERYTHING
-    scores: Limits = EVERYTHING
-    key: int | None = None
-    density: float = 1.0
-    epsilon: float = 0.0
-    gain: float | None = None
-    start: int = 0
-    columns: int = 0
-
-
-@dataclass(frozen=True)
-class Election:
-    """How a block voted: elected pluses minus minuses, and whether any element's sum cancelled exactly."""
-
-    balance: int = 0
-    contested: bool = False
 
 
 class Combine(Protocol):

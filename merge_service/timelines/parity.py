@@ -21,8 +21,9 @@ from fractions import Fraction
 from typing import Any
 
 from merge_service.errors import TechniqueError
+from merge_service.techniques.definition import Technique
 from merge_service.techniques.params import nearest
-from merge_service.techniques.technique import Technique, get
+from merge_service.techniques.registry import get
 from merge_service.timelines.time import Strategy, policies
 
 PARITIES = ("fomo_in_flux",)

@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from merge_service.errors import TechniqueError
-from merge_service.techniques.technique import Technique, get
+from merge_service.techniques.definition import Technique
+from merge_service.techniques.registry import get
 
 INITIALIZATIONS = ("base", "latest", "all", "ema")
 DEPLOYMENTS = ("latest", "all", "ema", "base")

@@ -13,18 +13,18 @@ import pytest
 from merge_service import techniques
 from merge_service.errors import TechniqueError
 from merge_service.merge import fold, merge
-from merge_service.techniques import Origin, Param, get, names, own
+from merge_service.techniques import Origin, Param, get, names, own, registry
 from tests.merge_service.toys import Files, load, made
 
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What a test declares is gone after it."""
-    monkeypatch.setattr(own, "_declared", {})
+    monkeypatch.setattr(registry, "_declared", {})
     techniques.forget_table()
     yield
     monkeypatch.undo()
-    own._installed.cache_clear()
+    registry._installed.cache_clear()
     techniques.forget_table()
 
 
@@ -129,13 +129,13 @@ def test_installed_technique_is_known_and_a_broken_one_says_why_only_when_asked_
 ) -> None:
     module(tmp_path, "package_of_techniques", WRITTEN, monkeypatch)
     entries = [
-        EntryPoint("installed", "package_of_techniques:installed", own.GROUP),
-        EntryPoint("gone", "nowhere_to_be_found:gone", own.GROUP),
-        EntryPoint("other", "package_of_techniques:installed", own.GROUP),
-        EntryPoint("ties", "package_of_techniques:installed", own.GROUP),
+        EntryPoint("installed", "package_of_techniques:installed", registry.GROUP),
+        EntryPoint("gone", "nowhere_to_be_found:gone", registry.GROUP),
+        EntryPoint("other", "package_of_techniques:installed", registry.GROUP),
+        EntryPoint("ties", "package_of_techniques:installed", registry.GROUP),
     ]
-    monkeypatch.setattr(own, "entry_points", lambda group: entries)
-    own._installed.cache_clear()
+    monkeypatch.setattr(registry, "entry_points", lambda group: entries)
+    registry._installed.cache_clear()
     techniques.forget_table()
     assert "installed" in names() and get("installed").origin is not None
     assert get("average").origin is None

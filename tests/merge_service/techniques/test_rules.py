@@ -8,7 +8,8 @@ import pytest
 from merge_service.blocks.masks import hashes
 from merge_service.blocks.spans import GRAIN, Span, run, spans
 from merge_service.blocks.thresholds import Limits
-from merge_service.techniques.rules import Disjoint, Place, bounds
+from merge_service.techniques.place import Place
+from merge_service.techniques.rules import Disjoint, bounds
 
 
 @pytest.mark.parametrize("consensus", ["mean", "sum", "max"])

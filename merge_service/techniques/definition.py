@@ -13,7 +13,6 @@ KEPT, `scale` lambda.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, Literal
 
 from merge_service.errors import TechniqueError
@@ -214,47 +213,3 @@ def _growth(name: str, growth: float, formula: str, where: str, safe: float | No
         f"{name} with {where} multiplies what was learned before by {formula} = {growth:g} at every task "
         f"({growth**10:.3g} times after 10 tasks): it will diverge; {remedy}"
     ]
-
-
-ALIASES = {"lines": "lines_task_arithmetic", "dare_linear": "dare"}
-
-
-@cache
-def built_in() -> dict[str, Technique]:
-    """Our own techniques; imported when first asked for, because the tables are written in terms of `Technique`."""
-    from merge_service.techniques.catalogue import ELEMENTWISE
-    from merge_service.techniques.catalogue_tensors import TENSORWISE
-
-    return {technique.name: technique for technique in (*ELEMENTWISE, *TENSORWISE)}
-
-
-@cache
-def _table() -> dict[str, Technique]:
-    from merge_service.techniques.own import known
-
-    return {**built_in(), **known()}
-
-
-def forget_table() -> None:
-    """What techniques there are has changed."""
-    _table.cache_clear()
-
-
-def names() -> tuple[str, ...]:
-    """The canonical names, in the order a person should read about them."""
-    return tuple(_table())
-
-
-def get(name: str) -> Technique:
-    """The technique called `name` (or an alias of it); raises `TechniqueError` naming the nearest one."""
-    from merge_service.techniques.own import broken
-
-    technique = _table().get(ALIASES.get(str(name), str(name)))
-    if str(name) in broken():
-        raise TechniqueError(f"technique {name!r} cannot be used: {broken()[str(name)]}")
-    if technique is None:
-        known = (*names(), *ALIASES)
-        raise TechniqueError(
-            f"unknown technique {name!r}{nearest(str(name), known)}; there are {', '.join(known)}"
-        )
-    return technique
