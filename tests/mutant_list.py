@@ -88,9 +88,11 @@ BROKEN: dict[str, list[tuple[str, str, str]]] = {
          "tests/pipeline/test_tracking_client.py::test_question_is_asked_again_until_it_is_answered"),
     ],
     # the merge engine: thresholds, masks, order of summation, ties
-    "merge_service/blocks/thresholds.py": [
+    "merge_service/techniques/ranks.py": [
         ("return Fraction(repr(float(number)))", "return Fraction(float(number))",
          "tests/merge_service/merging/test_merge.py::test_density_is_the_decimal_a_person_wrote"),
+    ],
+    "merge_service/blocks/search.py": [
         ("if self.rank <= below:", "if self.rank < below:",
          "tests/merge_service/blocks/test_thresholds.py::test_rank_is_found_from_every_window_whatever_side_it_missed"),
         ("self.rank - below)", "self.rank - below + 1)",

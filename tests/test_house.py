@@ -36,8 +36,6 @@ ORDER = {
 }  # fmt: skip
 """By room its folders, and modules beside them, in groups: each imports itself and what stands in groups before its own."""
 CIRCLES = (
-    "merge_service.engine.assembly merge_service.engine.blend merge_service.engine.fused merge_service.engine.lookahead "
-    "merge_service.engine.stream_state merge_service.engine.survey merge_service.engine.whole",
     "pipeline.api pipeline.state_dicts",
     "pipeline.plan_file pipeline.steps",
     "workers.engine workers.engine_deepspeed",

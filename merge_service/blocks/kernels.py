@@ -2,7 +2,7 @@
 """The rules of `rules.py` once more, as fused loops over raw memory: what most merges spend their time in.
 
 A span is worked through in blocks that stay in a core's first cache: every expert's part of a block is read, thinned out and
-added to the state, then the block is finished and written. Nothing here decides anything; `Blend` fills the tables.
+added to the state, then the block is finished and written. Nothing here decides anything; `engine.fused` fills the tables.
 
 Invariant: bit for bit what the array definitions in `rules.py` give (a test holds them against each other), and the same
 for any span. Compiled at first use and cached on disk; see docs/performance.md for what that costs.
@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 LANES = 2048
 """Elements per block."""
 GRAIN = 1 << 16
-"""Elements per partial sum of squares; the same as `engine.GRAIN`."""
+"""Elements per partial sum of squares; the same as `spans.GRAIN`."""
 
 MEAN, SUM, LARGEST, MEAN_OF_SIGN, SUM_OF_SIGN, MAX_OF_SIGN = range(6)
 """How experts come together (`Job.rule`)."""
@@ -43,7 +43,7 @@ JOB = np.dtype(
     align=True,
 )  # fmt: skip
 """A span. `delta`: work on differences from `base`; `whole`: the state is kept for the whole span; `finish`: write the
-result; `squares`: add up (result - base)^2 per grain. `balance` and `contested` are answers, see `rules.Election`."""
+result; `squares`: add up (result - base)^2 per grain. `balance` and `contested` are answers, see `place.Election`."""
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 _INFINITY = np.float32(np.inf)

@@ -5,7 +5,6 @@ Invariant: only asked for spans it `fits`; what comes back are the bits of the a
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,11 +12,9 @@ from merge_service.blocks import kernels
 from merge_service.blocks.masks import ceiling
 from merge_service.blocks.spans import Scratch, Span
 from merge_service.checkpoints.checkpoint import Checkpoint
+from merge_service.engine.task import MergeTask
 from merge_service.techniques.place import Election, Place, State
-from merge_service.techniques.rules import Combine, bounds, rescaling
-
-if TYPE_CHECKING:
-    from merge_service.engine.blend import Input
+from merge_service.techniques.rules import bounds, by_rows, is_trimmed, rescaling
 
 _KINDS = {"F32": kernels.F32, "F16": kernels.F16, "BF16": kernels.BF16, "F64": kernels.F64}
 
@@ -38,21 +35,31 @@ def fits(weights: Sequence[Checkpoint], name: str) -> bool:
 
 
 class Fused:
-    """The loops for one combination of experts."""
+    """The loops for one task."""
 
-    def __init__(
-        self, combine: Combine, base: Checkpoint | None, inputs: "Sequence[Input]", *, delta: bool
-    ) -> None:
-        assert combine.kernel is not None
-        self.combine, self.base, self.inputs, self.rule = combine, base, inputs, combine.kernel
-        self.delta = delta
+    def __init__(self, task: MergeTask) -> None:
+        self.task, self.combine, self.base, self.inputs = task, task.rule, task.base, task.inputs
         self.scratch = Scratch()
+        self._fit: dict[str, bool] = {}
         self._tables: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+
+    @classmethod
+    def of(cls, task: MergeTask) -> "Fused | None":
+        """The loops for a task, None where there are none for its rule."""
+        by_blocks = not by_rows(task.technique, task.params) and not is_trimmed(task.params)
+        return cls(task) if task.rule.kernel is not None and by_blocks else None
+
+    def fits(self, name: str) -> bool:
+        """Whether the loops can work on this tensor: they compute in float32 and read numbers where they lie."""
+        if name not in self._fit:
+            read = [*([self.base] if self.base else []), *(expert.weights for expert in self.inputs)]
+            self._fit[name] = self.task.compute(name).itemsize == 4 and fits(read, name)
+        return self._fit[name]
 
     def run(
         self,
         span: Span,
-        places: "Mapping[int, Place]",
+        places: Mapping[int, Place],
         *,
         factor: float,
         majority: int,
@@ -97,15 +104,15 @@ class Fused:
             state[row] = held[role]
         return state, held.get("votes", np.empty(0, np.uint32))
 
-    def _tables_of(self, span: Span, places: "Mapping[int, Place]") -> tuple[np.ndarray, np.ndarray]:
+    def _tables_of(self, span: Span, places: Mapping[int, Place]) -> tuple[np.ndarray, np.ndarray]:
         if span.name not in self._tables:
             self._tables[span.name] = self._table(span.name, places)
         return _at(span, *self._tables[span.name])
 
-    def _table(self, name: str, places: "Mapping[int, Place]") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _table(self, name: str, places: Mapping[int, Place]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         job, terms = np.zeros(1, kernels.JOB), np.zeros(len(self.inputs), kernels.TERM)
         sizes = np.zeros(1 + len(self.inputs), np.int64)
-        job["rule"], job["delta"] = self.rule, self.delta
+        job["rule"], job["delta"] = self.combine.kernel, self.task.moves
         if self.base is not None:
             job["base"], job["kind"], sizes[0] = _where(self.base, name)
         for row, expert in enumerate(self.inputs):

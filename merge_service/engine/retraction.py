@@ -7,70 +7,62 @@ other way; merging those that stay anew has neither.
 Invariant: a state is only ever reduced by the bytes that went into it, as far as it records their sha256.
 """
 
-import dataclasses
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from merge_service.blocks.spans import Span
 from merge_service.checkpoints.checkpoint import Checkpoint, sha256_of
 from merge_service.checkpoints.ties import Ties
-from merge_service.engine.blend import Blend, Input
 from merge_service.engine.stream_state import StreamState
+from merge_service.engine.task import Input, MergeTask
 from merge_service.errors import TechniqueError
 from merge_service.techniques.definition import Technique
-from merge_service.techniques.place import Place
-from merge_service.techniques.rules import leaving_share
+from merge_service.techniques.place import Array, Election, Place, State
+from merge_service.techniques.rules import Mean, combination, leaving_share
+from merge_service.techniques.tensorwise import TENSOR_RULES
 
 
-class Retraction(Blend):
-    """A blend that takes its one input out of a held state of `count` experts; its `params` are those of who stays."""
-
-    def __init__(
-        self,
-        technique: Technique,
-        params: Mapping[str, Any],
-        base: Checkpoint,
-        leaving: Input,
-        count: int,
-        threads: int,
-        ties: Ties,
-    ) -> None:
-        super().__init__(technique, without(params, leaving.order), base, [leaving], threads, ties=ties)
-        if not hasattr(self.combine, "remove"):
-            raise TechniqueError(
-                f"{technique.name}{_consensus(params)}: an expert cannot be taken out of its state, because what others would "
-                "have come to without it is not kept. Merge the experts that stay anew"
-            )
-        if count == 1:
-            raise TechniqueError(
-                f"{leaving.id!r} is the only expert of the state; without it there is only the base: start again without a state"
-            )
-        weighted = technique.space == "weights"
-        self._share = leaving_share(params, leaving.order, count) if weighted else 1 / (count - 1)
-        self.combine = _Removing(self.combine)
-        self._mean = _Removing(self._mean)
-        self._fused = None
-        self._uniform = 1 / (count - 1)
-
-    def place(self, expert: Input, span: Span) -> Place:
-        """As of a `Blend`, with the expert's weight over that of those who stay."""
-        if span.name in self.statistics:
-            return Place(expert.order, self._uniform)
-        if self.technique.space == "weights":
-            return Place(expert.order, self._share)
-        return dataclasses.replace(super().place(expert, span), share=self._share)
-
-
-class _Removing:
-    """A rule whose `add` is another's `remove`."""
+class Removing:
+    """A rule whose `add` takes an expert out, by another's `remove`; `share` is its weight over that of those who stay."""
 
     kernel: int | None = None
 
-    def __init__(self, rule: Any) -> None:
+    def __init__(self, rule: Any, share: float) -> None:
         self.floats: tuple[str, ...] = rule.floats
         self.words: tuple[str, ...] = rule.words
-        self.add, self.result = rule.remove, rule.result
+        self.rule, self.share = rule, share
+
+    def add(self, xp: Any, state: State, x: Array, place: Place) -> None:
+        self.rule.remove(xp, state, x, replace(place, share=self.share))
+
+    def result(self, xp: Any, state: State, majority: int) -> tuple[Array, Election]:
+        return self.rule.result(xp, state, majority)
+
+
+def retraction(
+    technique: Technique, params: Mapping[str, Any], base: Checkpoint, leaving: Input, count: int, tied: Ties
+) -> MergeTask:
+    """The task that takes its one input, expert number `leaving.order`, out of a held state of `count` experts.
+
+    Its parameters are those of who stays. Raises TechniqueError where the state does not allow it.
+    """
+    rule: Any = None if technique.combine in TENSOR_RULES else combination(technique, params)
+    if not hasattr(rule, "remove"):
+        raise TechniqueError(
+            f"{technique.name}{_consensus(params)}: an expert cannot be taken out of its state, because what others would "
+            "have come to without it is not kept. Merge the experts that stay anew"
+        )
+    if count == 1:
+        raise TechniqueError(
+            f"{leaving.id!r} is the only expert of the state; without it there is only the base: start again without a state"
+        )
+    even = 1 / (count - 1)
+    share = leaving_share(params, leaving.order, count) if technique.space == "weights" else even
+    alone = replace(leaving, order=1)  # the only one of its task; what it weighs is known
+    return MergeTask(
+        technique, without(params, leaving.order), base, (alone,), tied, Removing(rule, share), Removing(Mean(), even)
+    )  # fmt: skip
 
 
 def without(params: Mapping[str, Any], order: int) -> dict[str, Any]:

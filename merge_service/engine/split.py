@@ -19,14 +19,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from merge_service.blocks.thresholds import Answer, Question, together
+from merge_service.blocks.questions import Answer, Findings, Question, together
 from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.header import TensorInfo
 from merge_service.checkpoints.ties import Ties
 from merge_service.checkpoints.writer import CheckpointWriter, Slot, SlotWriter, Written
-from merge_service.engine.assembly import Assembly, Balance, Options, copy, is_measured
-from merge_service.engine.blend import Blend, Input
+from merge_service.engine.assembly import Assembly, Balance, Execution, copy
+from merge_service.engine.compute import Compute, site_of
+from merge_service.engine.stream_state import Ends
 from merge_service.engine.survey import Surveyor
+from merge_service.engine.task import Input, MergeTask
 from merge_service.errors import CheckpointError
 from merge_service.faults import point
 from merge_service.techniques.definition import Origin
@@ -80,7 +82,7 @@ class Part:
     experts: tuple[tuple[str, Source], ...]
     tensors: tuple[str, ...]
     ties: Ties
-    options: Options
+    execution: Execution
     origin: Origin | None
 
 
@@ -100,22 +102,14 @@ class Split:
     hire: Hire
 
     @contextlib.contextmanager
-    def team(self, blend: Blend, options: Options) -> Iterator["Team"]:
-        """Workers that have opened everything `blend` is made of."""
-        base = Source.of(blend.base) if blend.base else None
-        experts = tuple((expert.id, Source.of(expert.weights)) for expert in blend.inputs)
+    def team(self, task: MergeTask, execution: Execution) -> Iterator["Team"]:
+        """Workers that have opened everything `task` is made of."""
+        base = Source.of(task.base) if task.base else None
+        experts = tuple((expert.id, Source.of(expert.weights)) for expert in task.inputs)
+        name, params, origin = task.technique.name, dict(task.params), task.technique.origin
         parts = [
-            Part(
-                blend.technique.name,
-                dict(blend.params),
-                base,
-                experts,
-                tensors,
-                blend.tied,
-                options,
-                blend.technique.origin,
-            )
-            for tensors in cut(blend, self.parts)
+            Part(name, params, base, experts, tensors, task.tied, execution, origin)
+            for tensors in cut(task, self.parts)
         ]
         with self.hire(parts) as call:
             call("open")
@@ -132,16 +126,18 @@ class Team:
         """The answer for all tensors."""
         return together(self.call("answer", question))
 
-    def assemble(self, blend: Blend, writer: CheckpointWriter, options: Options) -> float | None:
-        """As `assemble.assemble`, by the workers."""
-        copy(blend, writer)
-        balances: list[Balance] = self.call("write", blend.findings, writer.slot())
-        total = {group: sum(found.get(group, 0) for found in balances) for group in blend.group_sizes}
+    def assemble(
+        self, task: MergeTask, found: Findings, writer: CheckpointWriter, execution: Execution
+    ) -> float | None:
+        """As `assembly.assemble`, by the workers."""
+        copy(task, writer)
+        balances: list[Balance] = self.call("write", found, writer.slot())
+        total = {group: sum(votes.get(group, 0) for votes in balances) for group in task.group_sizes}
         shares: list[Share] = self.call("settle", total)
         for share in shares:
             writer.account(share.written)
         squares = math.fsum(x for share in shares for x in share.squares)
-        return math.sqrt(squares) if is_measured(blend, options) else None
+        return math.sqrt(squares) if execution.measures(task) else None
 
 
 class PartWorker:
@@ -157,25 +153,23 @@ class PartWorker:
             load(part.technique, part.origin)
         base = part.base.open() if part.base else None
         inputs = [Input(name, order, source.open()) for order, (name, source) in enumerate(part.experts, 1)]
-        options = part.options
-        self.blend = Blend(
-            get(part.technique), part.params, base, inputs, options.threads, options.device, part.ties
-        )
+        self.task = MergeTask.of(get(part.technique), part.params, base, inputs, part.ties)
+        self.site = site_of(part.execution.device)
         mine = set(part.tensors)
-        self.tensors = [(name, numel) for name, numel in self.blend.merged if name in mine]
+        self.tensors = [(name, numel) for name, numel in self.task.merged if name in mine]
 
     def answer(self, question: Question) -> Answer:
         """What is known of this part's tensors."""
         return self._surveyor.answer(question)
 
-    def write(self, findings: Mapping[str, Any], slot: Slot) -> Balance:
+    def write(self, found: Findings, slot: Slot) -> Balance:
         """Make and store this part's blocks, with the numbers that were found for all."""
-        self.blend.adopt(findings)
         try:
             self.writer = SlotWriter(slot)
         except CheckpointError as error:
             raise _not_shared(str(error)) from None
-        self.assembly = Assembly(self.blend, self.tensors, self.writer, self.part.options)
+        compute = Compute(self.task, found, self.site)
+        self.assembly = Assembly(compute, self.tensors, Ends(self.writer), self.part.execution)
         balance = self.assembly.write()
         point("merge.part")
         return balance
@@ -188,19 +182,20 @@ class PartWorker:
 
     @cached_property
     def _surveyor(self) -> Surveyor:
-        combined = {name for name, _ in self.blend.combined}
-        return Surveyor(self.blend, [tensor for tensor in self.tensors if tensor[0] in combined])
+        combined = {name for name, _ in self.task.combined}
+        mine = [tensor for tensor in self.tensors if tensor[0] in combined]
+        return Surveyor(self.task, mine, self.part.execution.threads)
 
 
-def cut(blend: Blend, parts: int) -> list[tuple[str, ...]]:
+def cut(task: MergeTask, parts: int) -> list[tuple[str, ...]]:
     """The names of merged tensors in at most `parts` runs of about equal bytes, in the order of the output's data.
 
     A tensor is in the part in which its middle falls; parts that get none are left out (but one always remains).
     """
     if parts < 1:
         raise ValueError(f"a merge has at least 1 part, not {parts}")
-    infos = blend.reference.tensors
-    names = sorted((name for name, _ in blend.merged), key=lambda name: -infos[name].kind.itemsize)
+    infos = task.reference.tensors
+    names = sorted((name for name, _ in task.merged), key=lambda name: -infos[name].kind.itemsize)
     total, before = sum(infos[name].nbytes for name in names), 0
     runs: dict[int, list[str]] = {}
     for name in names:

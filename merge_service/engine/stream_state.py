@@ -9,22 +9,21 @@ same expert id twice.
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from merge_service.blocks.spans import Span
 from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.ties import Ties, recorded
-from merge_service.checkpoints.writer import CheckpointWriter
+from merge_service.checkpoints.writer import CheckpointWriter, Writer
+from merge_service.engine.task import MergeTask
 from merge_service.errors import CorruptCheckpoint, TechniqueError
 from merge_service.techniques.definition import Technique
 from merge_service.techniques.params import nearest
 from merge_service.techniques.place import State
-
-if TYPE_CHECKING:
-    from merge_service.engine.blend import Blend
 
 METADATA_KEY = "temporal_merge"
 FORMAT = 3
@@ -79,10 +78,10 @@ class StreamState:
             )
         return ids.index(expert_id) + 1
 
-    def check_layout(self, blend: "Blend") -> None:
-        """Raise `TechniqueError` unless the state has the arrays of every tensor of `blend`."""
-        for name, _ in blend.merged:
-            missing = [role for role in blend.arrays(name) if f"{role}:{name}" not in self.checkpoint.tensors]
+    def check_layout(self, task: MergeTask) -> None:
+        """Raise `TechniqueError` unless the state has the arrays of every tensor of `task`."""
+        for name, _ in task.merged:
+            missing = [role for role in task.arrays(name) if f"{role}:{name}" not in self.checkpoint.tensors]
             if missing:
                 raise TechniqueError(
                     f"{self.checkpoint.path} does not hold {missing[0]} of {name}, so another version wrote it; start again "
@@ -103,25 +102,25 @@ class StreamState:
         self.checkpoint.close()
 
 
-def state_writer(path: Path | str, blend: "Blend", inputs: Sequence[Mapping[str, str]]) -> CheckpointWriter:
-    """A writer for the state that `blend` leaves after `inputs`."""
-    stored = {np.dtype(np.float32): "F32", np.dtype(np.float64): "F64", np.dtype(np.uint32): "U32"}
-    layout = {
-        f"{role}:{name}": (stored[dtype], (numel,))
-        for name, numel in blend.merged
-        for role, dtype in blend.arrays(name).items()
-    }
-    for role in getattr(blend.combine, "tallies", ()):
-        layout |= {f"{role}:{name}": ("U32", (1,)) for name, _ in blend.combined}
-    layout |= dict.fromkeys(getattr(blend.combine, "totals", ()), ("F64", (1,)))
-    assert blend.base is not None
+@dataclass(frozen=True)
+class Ends:
+    """Where a merge begins and ends: the state it goes on from, what takes the result, what takes the state after it."""
+
+    out: Writer | None
+    held: StreamState | None = None
+    keep: CheckpointWriter | None = None
+
+
+def state_writer(path: Path | str, task: MergeTask, inputs: Sequence[Mapping[str, str]]) -> CheckpointWriter:
+    """A writer for the state that `task` leaves after `inputs`."""
+    assert task.base is not None
     record = {
         "state": FORMAT,
-        **_identity(blend.technique, blend.params, blend.base, len(inputs)),
+        **_identity(task.technique, task.params, task.base, len(inputs)),
         "inputs": list(inputs),
-        **({"ties": dict(blend.tied)} if blend.tied != recorded(blend.base) else {}),
+        **({"ties": dict(task.tied)} if task.tied != recorded(task.base) else {}),
     }
-    return CheckpointWriter(path, layout, {METADATA_KEY: json.dumps(record, sort_keys=True)})
+    return CheckpointWriter(path, task.layout(), {METADATA_KEY: json.dumps(record, sort_keys=True)})
 
 
 def _identity(

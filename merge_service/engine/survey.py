@@ -1,26 +1,25 @@
 """What a merge must know of whole tensors before it can start: answered from the files, span by span.
 
-`Surveyor` answers the questions of `thresholds.search`, and those for sums, for the tensors it was given. Its answers add up with
+`Surveyor` answers the questions of `blocks.search`, and those for sums, for the tensors it was given. Its answers add up with
 those of others that were given other tensors: that is all a merge on several machines has to exchange.
 
 Invariant: sums are taken over grains of fixed size and added up exactly, counts are integers: no answer depends on
 blocks, threads or machines.
 """
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from merge_service.blocks import kernels
-from merge_service.blocks.spans import GRAIN, Scratch, Span, run, spans, totals
-from merge_service.blocks.thresholds import (
-    RUN,
+from merge_service.blocks.questions import (
     Answer,
     Count,
     Counted,
+    Findings,
     Grams,
     Key,
     Products,
@@ -31,17 +30,19 @@ from merge_service.blocks.thresholds import (
     Survey,
     Surveyed,
     Window,
-    stride_of,
 )
+from merge_service.blocks.search import RUN, stride_of
+from merge_service.blocks.spans import BLOCK as PRODUCTS_BLOCK
+from merge_service.blocks.spans import GRAIN, Scratch, Span, dots, run, spans, totals
 from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.dtypes import decode
-from merge_service.engine.fused import Magnitudes, Windows, fits
+from merge_service.engine.fused import Fused, Magnitudes, Windows, fits
+from merge_service.engine.places import Places
+from merge_service.engine.reader import Reader
+from merge_service.engine.task import Input, MergeTask
 from merge_service.techniques.joint import score, selected, variance
 from merge_service.techniques.place import Place
 from merge_service.techniques.rules import sparsify
-
-if TYPE_CHECKING:
-    from merge_service.engine.blend import Blend, Input
 
 BLOCK = 1 << 17
 """Elements per span of a counting pass: the base's stay in a core's cache while every expert is held against them."""
@@ -71,34 +72,35 @@ class Blocks:
 
 
 class Surveyor:
-    """Answers for `tensors` (name, number of elements) of a blend."""
+    """Answers for `tensors` (name, number of elements) of a task, on `threads`."""
 
-    def __init__(self, blend: "Blend", tensors: Iterable[tuple[str, int]]) -> None:
-        self.blend, self.scratch, self.lock = blend, Scratch(), threading.Lock()
+    def __init__(self, task: MergeTask, tensors: Iterable[tuple[str, int]], threads: int = 1) -> None:
+        self.task, self.reader, self.threads = task, Reader(task), threads
+        self.scratch, self.lock = Scratch(), threading.Lock()
         self.tensors, self.groups = list(tensors), dict[str, list[tuple[str, int]]]()
         for name, numel in self.tensors:
-            self.groups.setdefault(blend.group(name), []).append((name, numel))
-        self.inputs = {expert.order: expert for expert in blend.inputs}
+            self.groups.setdefault(task.group(name), []).append((name, numel))
+        self.inputs = {expert.order: expert for expert in task.inputs}
         self._base_runs: dict[str, np.ndarray] = {}
 
     def answer(self, question: Question) -> Answer:
         """What is known here about what is asked for."""
         if isinstance(question, Products):
-            return Grams(self.blend.grams(self.tensors))
+            return Grams(self._grams())
         if isinstance(question, Sums):
             return self._sums(question)
-        self.blend.adopt(question.quantity.given)
         if isinstance(question, Count):
             return self._count(question)
-        found = run(partial(self._survey, question), question.keys, self.blend.threads)
+        found = run(partial(self._survey, question), question.keys, self.threads)
         return dict(zip(question.keys, found))
 
     def _survey(self, question: Survey, key: Key) -> Surveyed:
         (group, order), quantity = key, question.quantity
-        stride = stride_of(self.blend.group_sizes[group])
+        stride = stride_of(self.task.group_sizes[group])
         found, still, total = [np.empty(0, quantity.word)], set(), 0
         for name, numel in self.groups.get(group, []):
-            blocks = Blocks(partial(self._draw, name, numel, stride), self._places(Span(name, 0, numel)))
+            places = Places(self.task, quantity.given).all(Span(name, 0, numel))
+            blocks = Blocks(partial(self._draw, name, numel, stride), places)
             with np.errstate(all="ignore"):
                 drawn = self._measure(quantity, order, blocks)
             if not question.count_frozen and not drawn.any() and not self._moved(name, numel, order):
@@ -110,10 +112,10 @@ class Surveyor:
 
     def _draw(self, name: str, numel: int, stride: int, order: int) -> np.ndarray:
         """Runs of a task vector. What depends on where an element lies takes them for the tensor's first: a fair sample still."""
-        assert self.blend.base is not None
-        compute = self.blend.compute(name)
+        assert self.task.base is not None
+        compute = self.task.compute(name)
         if name not in self._base_runs:
-            self._base_runs[name] = _runs(self.blend.base, name, numel, stride).astype(compute, copy=False)
+            self._base_runs[name] = _runs(self.task.base, name, numel, stride).astype(compute, copy=False)
         theirs = _runs(self.inputs[order].weights, name, numel, stride)
         return theirs.astype(compute, copy=False) - self._base_runs[name]
 
@@ -132,31 +134,31 @@ class Surveyor:
         )
 
         def work(span: Span) -> None:
-            group = self.blend.group(span.name)
+            group = self.task.group(span.name)
             keys = [key for key in asked[group] if span.name not in question.still.get(key, ())]
             if plain and keys == asked[group] and all(self._fits(span, order) for _, order in keys):
                 self._count_fused(span, tables[group])
                 return
-            blocks = self._blocks(span)
+            blocks = self._blocks(span, quantity.given)
             for key in keys:
                 self._count_span(span, blocks, key[1], question, question.windows[key], totals[key])
 
         block = BLOCK if plain else GRAIN  # others hold a block of every expert
         over = [span for group in asked for span in spans(self.groups.get(group, []), block)]
-        run(work, over, self.blend.threads)
+        run(work, over, self.threads)
         for table in tables.values():
             table.add_to(totals)
         return totals
 
     def _count_fused(self, span: Span, table: "_Table") -> None:
-        assert self.blend.base is not None
-        magnitudes = Magnitudes(self.blend.base, [expert.weights for expert in table.experts], span)
+        assert self.task.base is not None
+        magnitudes = Magnitudes(self.task.base, [expert.weights for expert in table.experts], span)
         windows = table.windows
         for below, chosen, owners in magnitudes.sift(windows, self.scratch):
             with self.lock:
                 np.add(table.below, below, out=table.below)
                 kernels.tally(chosen, owners, windows.lows, windows.shifts, windows.starts, table.bins)
-        self.blend.refuse([table.experts[row].order if row >= 0 else 0 for row in magnitudes.bad])
+        self.reader.refuse([table.experts[row].order if row >= 0 else 0 for row in magnitudes.bad])
 
     def _count_span(
         self,
@@ -179,11 +181,10 @@ class Surveyor:
                 np.add.at(total.bins[number], places, 1)
 
     def _sums(self, question: Sums) -> Summed:
-        for quantity in question.quantities:
-            self.blend.adopt(quantity.given)
+        given = question.quantities[0].given
 
         def work(span: Span) -> list[tuple[tuple[str, str, int], list[float]]]:
-            blocks = self._blocks(span)
+            blocks = self._blocks(span, given)
             return [
                 ((quantity.name, span.name, order), totals(self._measure_span(quantity, span, order, blocks)))
                 for order in self.inputs
@@ -191,18 +192,18 @@ class Surveyor:
             ]
 
         parts: dict[tuple[str, str, int], list[float]] = {}
-        for found in run(work, spans(self.tensors, GRAIN), self.blend.threads):
+        for found in run(work, spans(self.tensors, GRAIN), self.threads):
             for key, part in found:
                 parts.setdefault(key, []).extend(part)
         return Summed(parts)
 
     def _measure_span(self, quantity: Quantity, span: Span, order: int, blocks: Blocks) -> np.ndarray:
-        start = self.blend.cover(span).start
+        start = self.task.cover(span).start
         return self._measure(quantity, order, blocks)[span.start - start : span.stop - start]
 
     def _measure(self, quantity: Quantity, order: int, blocks: Blocks) -> np.ndarray:
         """A quantity of one expert (of all, for a variance), of the type it is ranked or summed in."""
-        technique, params = self.blend.technique, self.blend.params
+        technique, params = self.task.technique, self.task.params
         if quantity.name == "magnitude":
             return np.abs(blocks.one(order))
         if quantity.name == "thinned":
@@ -214,25 +215,52 @@ class Surveyor:
         assert quantity.name == "score", quantity.name
         return score(np, params, *blocks.all, list(blocks.places).index(order))
 
-    def _places(self, span: Span) -> dict[int, Place]:
-        return {order: self.blend.place(expert, span) for order, expert in self.inputs.items()}
-
-    def _blocks(self, span: Span) -> Blocks:
-        rows = self.blend.cover(span)
-        return Blocks(partial(self._delta, rows), self._places(rows))
+    def _blocks(self, span: Span, given: Findings) -> Blocks:
+        rows = self.task.cover(span)
+        return Blocks(partial(self._delta, rows), Places(self.task, given).all(rows))
 
     def _delta(self, span: Span, order: int) -> np.ndarray:
-        return np.subtract(self.blend.numbers(self.inputs[order], span), self.blend.base_block(span))
+        return self.reader.delta(self.inputs[order], span)
 
     def _fits(self, span: Span, order: int) -> bool:
-        assert self.blend.base is not None
-        return fits((self.blend.base, self.inputs[order].weights), span.name)
+        assert self.task.base is not None
+        return fits((self.task.base, self.inputs[order].weights), span.name)
+
+    def _grams(self) -> dict[str, np.ndarray]:
+        """Inner products of all pairs of inputs per tensor, float64 [inputs, inputs], of task vectors if those are merged."""
+        task, fused = self.task, Fused.of(self.task)
+
+        def work(span: Span) -> np.ndarray:
+            if fused is not None and fused.fits(span.name):
+                found, bad = fused.products(span)
+                self.reader.refuse(bad)
+                return found
+            read = self.reader.delta if task.moves else self.reader.numbers
+            blocks = [read(expert, span) for expert in task.inputs]
+            pairs = [[dots(a, b, self.scratch) for b in blocks] for a in blocks]
+            return np.array(pairs).transpose(2, 0, 1)
+
+        parts: dict[str, list[np.ndarray]] = {name: [] for name, _ in self.tensors}
+        over = list(spans(self.tensors, PRODUCTS_BLOCK))
+        for span, found in zip(over, run(work, over, self.threads)):
+            parts[span.name].extend(found)
+        return {name: _exact_sum(found) for name, found in parts.items()}
+
+
+def _exact_sum(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The symmetric matrix whose upper triangle is the sum of these, each entry rounded once."""
+    size = len(parts[0])
+    gram = np.empty((size, size))
+    for i in range(size):
+        for j in range(i, size):
+            gram[i, j] = gram[j, i] = math.fsum(part[i, j] for part in parts)
+    return gram
 
 
 class _Table:
     """The windows of one group for the fused loop, and what was counted in them."""
 
-    def __init__(self, question: Count, keys: Sequence[Key], inputs: "Mapping[int, Input]") -> None:
+    def __init__(self, question: Count, keys: Sequence[Key], inputs: Mapping[int, Input]) -> None:
         self.keys = keys
         self.experts = [inputs[order] for _, order in keys]
         flat = [(row, window) for row, key in enumerate(keys) for window in question.windows[key]]
@@ -246,7 +274,7 @@ class _Table:
         )
         self.below, self.bins = np.zeros(len(flat), np.int64), np.zeros(sum(sizes), np.int64)
 
-    def add_to(self, totals: "Mapping[Key, Counted]") -> None:
+    def add_to(self, totals: Mapping[Key, Counted]) -> None:
         """Give every group and expert what was counted."""
         place = 0
         for key in self.keys:

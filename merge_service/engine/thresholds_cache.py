@@ -12,16 +12,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from merge_service.blocks.thresholds import Limits
+from merge_service.blocks.questions import Findings, Key, Limits
 from merge_service.checkpoints.admission import admit
 from merge_service.checkpoints.checkpoint import Checkpoint
+from merge_service.engine.prepare import magnitude_ranks, prepare
+from merge_service.engine.survey import Surveyor
+from merge_service.engine.task import Input, MergeTask
 from merge_service.files.leftovers import sweep, temporary
 from merge_service.techniques.registry import get
-
-if TYPE_CHECKING:
-    from merge_service.engine.blend import Blend
 
 FORMAT = 1
 """Raise it when thresholds are chosen by another convention."""
@@ -57,33 +57,35 @@ class Identity:
         return bool(kept["stat"] == self.stat)
 
 
-class KeptLimits:
-    """The kept limits of every expert of one blend."""
+class KeptThresholds:
+    """The kept thresholds of every expert of one task."""
 
-    def __init__(self, blend: "Blend", keep: Keep, sha256: Mapping[str, str] | None = None) -> None:
-        self.blend, self.keep, self.rule = blend, keep, _rule(blend)
-        self._inputs = {expert.order: expert for expert in blend.inputs}
+    def __init__(self, task: MergeTask, keep: Keep, sha256: Mapping[str, str] | None = None) -> None:
+        self.task, self.keep, self.rule = task, keep, _rule(task)
+        self._inputs = {expert.order: expert for expert in task.inputs}
         self._sha256 = sha256 or {}
         self._identities: dict[int, Identity] = {}
         self._found: set[int] = set()
 
-    def recall(self) -> None:
-        """Give the blend the limits that are kept and fit."""
-        for expert in self.blend.inputs if self.rule is not None else ():
+    def recall(self) -> Findings:
+        """The thresholds that are kept and fit."""
+        found: dict[Key, Limits] = {}
+        for expert in self.task.inputs if self.rule is not None else ():
             for entry in reversed(self._read(expert.order)):
                 limits = self._fitting(entry)
                 if limits is not None:
-                    self.blend.limits |= {(group, expert.order): value for group, value in limits.items()}
+                    found |= {(group, expert.order): value for group, value in limits.items()}
                     self._found.add(expert.order)
                     break
+        return Findings(found)
 
-    def store(self) -> tuple[str, ...]:
-        """Keep what the blend had to find, if that is wanted; why it could not be kept, per expert."""
+    def store(self, found: Findings) -> tuple[str, ...]:
+        """Keep what had to be found, if that is wanted; why it could not be kept, per expert."""
         problems = []
-        for expert in self.blend.inputs if self.rule is not None and self.keep else ():
+        for expert in self.task.inputs if self.rule is not None and self.keep else ():
             if expert.order not in self._found:
                 try:
-                    self._write(expert.order)
+                    self._write(expert.order, found)
                 except OSError as error:
                     problems.append(f"{expert.id}: thresholds were not kept: {error}")
         return tuple(problems)
@@ -92,7 +94,7 @@ class KeptLimits:
         """Of an expert, or of the base as number 0; worked out when it is first needed."""
         if order not in self._identities:
             expert = self._inputs.get(order)
-            weights = expert.weights if expert else self.blend.base
+            weights = expert.weights if expert else self.task.base
             assert weights is not None
             self._identities[order] = Identity.of(weights, self._sha256.get(expert.id) if expert else None)
         return self._identities[order]
@@ -126,15 +128,13 @@ class KeptLimits:
             if entry["rule"] != self.rule or not self._identity(0).fits(entry["base"]):
                 return None
             kept = {group: Limits(*map(float.fromhex, ends)) for group, ends in entry["limits"].items()}
-            return kept if kept.keys() == self.blend.group_sizes.keys() else None
+            return kept if kept.keys() == self.task.group_sizes.keys() else None
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
 
-    def _write(self, order: int) -> None:
-        limits = {
-            group: [self.blend.limits[group, order].low.hex(), self.blend.limits[group, order].high.hex()]
-            for group in self.blend.group_sizes
-        }
+    def _write(self, order: int, found: Findings) -> None:
+        ends = {group: found.thresholds[group, order] for group in self.task.group_sizes}
+        limits = {group: [kept.low.hex(), kept.high.hex()] for group, kept in ends.items()}
         entry = {"rule": self.rule, "base": vars(self._identity(0)), "limits": limits}
         entries = [*self._read(order), entry][-MOST:]
         body: dict[str, Any] = {"format": FORMAT, "expert": vars(self._identity(order)), "entries": entries}
@@ -165,18 +165,15 @@ def keep_limits(
     For where an expert is made, while its weights are still in memory. Returns why they could not be kept, if so. Raises
     what `merge` raises for the base, the expert or the parameters.
     """
-    from merge_service.engine.blend import Blend, Input
-
     plugin = get(technique)
     with Checkpoint.open(base) as anchor, Checkpoint.open(expert) as weights:
-        blend = Blend(plugin, plugin.resolve(params, "merge"), anchor, [Input("expert", 1, weights)], threads)
+        task = MergeTask.of(plugin, plugin.resolve(params, "merge"), anchor, [Input("expert", 1, weights)])
         admit(anchor, weights, "the expert")
-        memory = KeptLimits(blend, keep, {"expert": sha256} if sha256 else None)
+        memory = KeptThresholds(task, keep, {"expert": sha256} if sha256 else None)
         if memory.rule is None:
             return ()
-        memory.recall()
-        blend.prepare()
-        return memory.store()
+        ask = Surveyor(task, task.combined, threads).answer
+        return memory.store(prepare(task, ask, memory.recall()))
 
 
 def limits_rule(technique: str, params: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -191,13 +188,13 @@ def limits_rule(technique: str, params: Mapping[str, Any]) -> dict[str, Any] | N
     return rule
 
 
-def _rule(blend: "Blend") -> dict[str, Any] | None:
+def _rule(task: MergeTask) -> dict[str, Any] | None:
     """The same and the tensors that are ranked together; None if nothing is to be found."""
-    if blend.ranks is None or not blend.inputs:
+    rule = limits_rule(task.technique.name, task.params)
+    if rule is None or magnitude_ranks(task) is None or not task.inputs:
         return None
-    ranked = [(name, numel, blend.group(name)) for name, numel in blend.combined]
-    rule = limits_rule(blend.technique.name, blend.params)
-    return {**(rule or {}), "tensors": hashlib.sha256(repr(ranked).encode()).hexdigest()}
+    ranked = [(name, numel, task.group(name)) for name, numel in task.combined]
+    return {**rule, "tensors": hashlib.sha256(repr(ranked).encode()).hexdigest()}
 
 
 def _digest(body: Mapping[str, Any]) -> str:

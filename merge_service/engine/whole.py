@@ -1,264 +1,115 @@
-"""Techniques that must see a tensor whole: singular vectors, or a factor that depends on all of its elements.
+"""Making tensors whole, for rules that cannot work span by span: a tensor at a time is in memory per thread, never a model.
 
-A rule adds one expert at a time to the state of one tensor and turns it into what is merged; matrices are handed to
-`matrices.py`, everything that is no matrix is averaged or summed. A tensor at a time is in memory per thread, never a model.
-
-Invariant: the linear algebra of one tensor runs on one BLAS thread (its bits depend on their number), sums over a tensor
-are taken as everywhere, so results do not depend on threads.
+Invariant: the linear algebra of one tensor runs on one BLAS thread (its bits depend on their number), so results do not depend on
+threads.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from merge_service.anatomy.packed import Matrix
 from merge_service.blocks.spans import BLOCK, Span, dots, run, spans
-from merge_service.engine.stream_state import StreamState
-from merge_service.techniques.matrices import isotropic, isotropic_task_specific, opcm_project, rapf_fuse
+from merge_service.engine.compute import Compute
+from merge_service.engine.stream_state import Ends, StreamState
 from merge_service.techniques.place import State
-from merge_service.techniques.rules import share
-from merge_service.techniques.spherical import mean_cosine, model_stock
-
-if TYPE_CHECKING:
-    from merge_service.engine.assembly import Assembly
-    from merge_service.engine.blend import Blend, Input
 
 Array = np.ndarray
-
-
-class Tensor:
-    """One tensor of a blend, as a rule sees it."""
-
-    def __init__(self, blend: "Blend", name: str) -> None:
-        info = blend.reference.tensors[name]
-        self.blend, self.name, self.numel, self.dtype = blend, name, info.numel, blend.compute(name)
-        self.params = blend.params
-        averaged = self.params.get("text_projection") == "mean" and "text_projection" in name
-        self.pieces: list[Matrix] = [] if averaged else blend.packing.matrices(name)
-        """Where its matrices lie."""
-
-    def blocks(self, expert: "Input") -> Iterator[tuple[slice, Array]]:
-        """An expert's task vector (its weights, if those are merged), block by block."""
-        for span in spans([(self.name, self.numel)], BLOCK):
-            x = self.blend.numbers(expert, span)
-            yield (
-                slice(span.start, span.stop),
-                x - self.blend.base_block(span) if self.blend.moves else x,
-            )
-
-    def whole(self, expert: "Input", start: int = 0, stop: int | None = None) -> Array:
-        """Elements start..stop of the same, in one array."""
-        span = Span(self.name, start, self.numel if stop is None else stop)
-        x = self.blend.numbers(expert, span)
-        return x - self.blend.base_block(span) if self.blend.moves else x
-
-    def matrix(self, expert: "Input", piece: Matrix) -> Array:
-        """One matrix of the same."""
-        return piece.of(self.whole(expert, piece.start, piece.stop))
-
-    def solve(self, function: Callable[..., Any], *matrices: Array, **options: Any) -> Array:
-        """A function of `matrices.py`, where blocks are worked on."""
-        site = self.blend.site
-        with site.turn():
-            return site.fetch(function(*map(site.put, matrices), **options, xp=site.xp))
-
-    def squared(self, values: Iterator[Array] | Sequence[Array]) -> float:
-        """The squared norm of a vector given in blocks of whole grains."""
-        return math.fsum(part for block in values for part in dots(block, block, self.blend.scratch))
-
-
-class TensorRule(Protocol):
-    """How experts come together in one tensor.
-
-    `floats` names arrays of the tensor's size, `tallies` numbers per tensor, `totals` numbers of the whole model, all of
-    which are the streaming state and start at zero. `words` and `kernel` are those of `rules.Combine`: none here.
-    """
-
-    floats: tuple[str, ...]
-    tallies: tuple[str, ...]
-    totals: tuple[str, ...]
-    words: tuple[str, ...]
-    kernel: int | None
-
-    def add(self, tensor: Tensor, state: State, expert: "Input") -> None:
-        """Take one expert into the state of a tensor, in place."""
-
-    def result(self, tensor: Tensor, state: State, count: int) -> Array:
-        """What `count` experts come to: a task vector (weights, if those are merged), flattened."""
-
-
-class _Rule:
-    floats: tuple[str, ...] = ("sum",)
-    tallies: tuple[str, ...] = ()
-    totals: tuple[str, ...] = ()
-    words: tuple[str, ...] = ()
-    kernel: int | None = None
-
-    def add(self, tensor: Tensor, state: State, expert: "Input") -> None:
-        for where, tau in tensor.blocks(expert):
-            state["sum"][where] += tau
-
-    def _by_matrix(
-        self, tensor: Tensor, otherwise: Callable[[], Array], solve: Callable[[Matrix], Array]
-    ) -> Array:
-        if not tensor.pieces:
-            return otherwise()
-        out = np.empty(tensor.numel, tensor.dtype)
-        for piece in tensor.pieces:
-            piece.put(out[piece.start : piece.stop], solve(piece))
-        return out
-
-
-class Isotropic(_Rule):
-    """Iso-C: the summed matrix with all singular values made equal; the mean where there is no matrix."""
-
-    def result(self, tensor: Tensor, state: State, count: int) -> Array:
-        def solve(piece: Matrix) -> Array:
-            return tensor.solve(isotropic, _held(state, piece))
-
-        return self._by_matrix(tensor, lambda: state["sum"] / tensor.dtype.type(count), solve)
-
-
-class IsotropicTasks(_Rule):
-    """Iso-CTS: as Iso-C, with directions of every expert's own; reads the experts a second time."""
-
-    def result(self, tensor: Tensor, state: State, count: int) -> Array:
-        def solve(piece: Matrix) -> Array:
-            put = tensor.blend.site.put
-            taus = (put(tensor.matrix(expert, piece)) for expert in tensor.blend.inputs)
-            fraction = tensor.params["common_fraction"]
-            return tensor.solve(
-                isotropic_task_specific, _held(state, piece), taus=taus, count=count, common_fraction=fraction
-            )
-
-        return self._by_matrix(tensor, lambda: state["sum"] / tensor.dtype.type(count), solve)
-
-
-class Orthogonal(_Rule):
-    """OPCM: a sum of task vectors, each without what lies along the sum so far.
-
-    The published recursion keeps the merged task vector and a factor; their product is this sum, so only the length needs
-    to be known at the end: the mean of the experts' (`Lengths`).
-    """
-
-    totals = ("norms",)
-
-    def add(self, tensor: Tensor, state: State, expert: "Input") -> None:
-        if not tensor.pieces or expert.order == 1:
-            super().add(tensor, state, expert)
-            return
-        for piece in tensor.pieces:
-            held, tau = _held(state, piece), tensor.matrix(expert, piece)
-            kept = tensor.solve(opcm_project, held, tau, alpha=tensor.params["alpha"])
-            piece.put(state["sum"][piece.start : piece.stop], held + kept)
-
-    def result(self, tensor: Tensor, state: State, count: int) -> Array:
-        return state["sum"].copy()
-
-
-class Stock:
-    """Model Stock: the mean task vector, as far out as the experts agree on its direction."""
-
-    floats: tuple[str, ...] = ("mean", "unit")
-    tallies: tuple[str, ...] = ("zeros",)
-    totals: tuple[str, ...] = ()
-    words: tuple[str, ...] = ()
-    kernel: int | None = None
-
-    def add(self, tensor: Tensor, state: State, expert: "Input") -> None:
-        norm = math.sqrt(tensor.squared(tau for _, tau in tensor.blocks(expert)))
-        if norm == 0:
-            state["zeros"] += 1
-        for where, tau in tensor.blocks(expert):
-            mean = state["mean"][where]
-            state["mean"][where] = mean - (mean - tau) * (1 / expert.order)
-            if norm:
-                state["unit"][where] += tau * (1 / norm)
-
-    def result(self, tensor: Tensor, state: State, count: int) -> Array:
-        unit, zeros = state["unit"], int(state["zeros"][0])
-        agreement = tensor.squared([unit[a : a + BLOCK] for a in range(0, tensor.numel, BLOCK)])
-        cosine = mean_cosine(agreement, count, zeros)
-        return state["mean"] * model_stock(cosine, count, tensor.name, raw=tensor.params["ratio"] == "raw")
-
-
-class FusedMatrices(_Rule):
-    """RAPF: old and new mixed in the axes of the old; what is no matrix is the new one's."""
-
-    floats: tuple[str, ...] = ()
-
-    def add(self, tensor: Tensor, state: State, expert: "Input") -> None:
-        pass
-
-    def result(self, tensor: Tensor, state: State, count: int) -> Array:
-        running, new = tensor.blend.inputs[0], tensor.blend.inputs[-1]
-
-        def solve(piece: Matrix) -> Array:
-            old, fresh = (tensor.matrix(one, piece) for one in (running, new))
-            return tensor.solve(rapf_fuse, old, fresh, b=tensor.params["floor"])
-
-        return self._by_matrix(tensor, lambda: tensor.whole(new).copy(), solve)
-
-
-RULES: Mapping[str, type[_Rule] | type[Stock]] = {
-    "isotropic": Isotropic,
-    "isotropic_tasks": IsotropicTasks,
-    "orthogonal": Orthogonal,
-    "stock": Stock,
-    "fused_matrices": FusedMatrices,
-}
-
-
 Store = Callable[[Span, Array], list[float]]
 
 
-def _held(state: State, piece: Matrix) -> Array:
-    """A matrix of the sum so far."""
-    return piece.of(state["sum"][piece.start : piece.stop])
+class WholeTensor:
+    """One tensor of a task, as a rule sees it (`techniques.tensorwise.Tensor`)."""
+
+    def __init__(self, compute: Compute, name: str) -> None:
+        task = compute.task
+        self.compute, self.task, self.name = compute, task, name
+        self.numel, self.dtype, self.params = (
+            task.reference.tensors[name].numel,
+            task.compute(name),
+            task.params,
+        )
+        averaged = self.params.get("text_projection") == "mean" and "text_projection" in name
+        self.pieces: Sequence[Matrix] = [] if averaged else task.packing.matrices(name)
+        self._experts = {expert.order: expert for expert in task.inputs}
+        self.orders: Sequence[int] = list(self._experts)
+
+    def blocks(self, order: int) -> Iterator[tuple[slice, Array]]:
+        for span in spans([(self.name, self.numel)], BLOCK):
+            yield slice(span.start, span.stop), self._read(order, span)
+
+    def whole(self, order: int) -> Array:
+        return self._read(order, Span(self.name, 0, self.numel))
+
+    def matrix(self, order: int, piece: Matrix) -> Array:
+        return piece.of(self._read(order, Span(self.name, piece.start, piece.stop)))
+
+    def solve(self, function: Callable[..., Any], *matrices: Array, **options: Any) -> Array:
+        site = self.compute.site
+        with site.turn():
+            return site.fetch(function(*map(site.put, matrices), **options, xp=site.xp))
+
+    def put(self, matrix: Array) -> Any:
+        return self.compute.site.put(matrix)
+
+    def squared(self, values: Iterable[Array]) -> float:
+        return math.fsum(part for block in values for part in dots(block, block, self.compute.scratch))
+
+    def cut(self, array: Array) -> Sequence[Array]:
+        return [array[at : at + BLOCK] for at in range(0, self.numel, BLOCK)]
+
+    def onto_base(self, merged: Array, length: float) -> Array:
+        """The tensor that is stored: base + scale * merged, or merged itself where weights are merged; logit_scale clamped."""
+        span = Span(self.name, 0, self.numel)
+        if self.task.moves:
+            base = self.compute.reader.base(span)
+            merged = base - (
+                0 - merged * (self.task.factors[self.name] * length)
+            )  # the sign of zero: see rules
+        return self.compute.clamped(span, merged)
+
+    def _read(self, order: int, span: Span) -> Array:
+        reader, expert = self.compute.reader, self._experts[order]
+        return reader.delta(expert, span) if self.task.moves else reader.numbers(expert, span)
 
 
-def assemble_tensors(assembly: "Assembly", store: Store) -> list[float]:
-    """Make every tensor of an assembly and hand it to `store`; what that returns, together."""
+def assemble_tensors(
+    compute: Compute, tensors: Sequence[tuple[str, int]], ends: Ends, threads: int, store: Store
+) -> list[float]:
+    """Make every one of these tensors and hand it to `store`; what that returns, together."""
     from threadpoolctl import threadpool_limits
 
-    blend, held, keep = assembly.blend, assembly.held, assembly.keep
-    rule: Any = blend.combine
-    count = len(held.inputs if held else []) + len(blend.inputs)
+    task, held, keep = compute.task, ends.held, ends.keep
+    rule: Any = task.rule
+    count = len(held.inputs if held else []) + len(task.inputs)
 
     def make(span: Span) -> list[float]:
-        tensor = Tensor(blend, span.name)
+        tensor = WholeTensor(compute, span.name)
         state = _state(rule, tensor, held)
-        for expert in blend.inputs:
-            rule.add(tensor, state, expert)
+        for order in tensor.orders:
+            rule.add(tensor, state, order)
         if keep:
             for role in (*rule.floats, *rule.tallies):
                 keep.write_stored(f"{role}:{span.name}", 0, state[role])
         if rule.totals:
             return _lengths(tensor, state)
-        if assembly.writer is None:
+        if ends.out is None:
             return []
-        return store(span, onto_base(tensor, rule.result(tensor, state, count), 1.0))
+        return store(span, tensor.onto_base(rule.result(tensor, state, count), 1.0))
 
-    over = [Span(name, 0, numel) for name, numel in sorted(assembly.tensors, key=lambda item: -item[1])]
+    over = [Span(name, 0, numel) for name, numel in sorted(tensors, key=lambda item: -item[1])]
     with threadpool_limits(1, user_api="blas"):
-        found = run(make, over, assembly.options.threads)
-    if rule.totals and over:
-        return _second(assembly, store, count, found)
-    return [part for parts in found for part in parts]
+        found = run(make, over, threads)
+    if not rule.totals or not over:
+        return [part for parts in found for part in parts]
+    length = _length(found, count, ends)
+    over = [Span(name, 0, numel) for name, numel in tensors] if ends.out else []
+    return [part for parts in run(_again(compute, ends, length, store), over, threads) for part in parts]
 
 
-def onto_base(tensor: Tensor, merged: Array, length: float) -> Array:
-    """The tensor that is stored: base + scale * merged, or merged itself where weights are merged; logit_scale clamped."""
-    span, blend = Span(tensor.name, 0, tensor.numel), tensor.blend
-    if blend.moves:
-        base = blend.base_block(span)
-        merged = base - (0 - merged * (blend.factors[tensor.name] * length))  # the sign of zero: see rules
-    return blend.clamped(span, merged)
-
-
-def _state(rule: Any, tensor: Tensor, held: StreamState | None) -> State:
+def _state(rule: Any, tensor: WholeTensor, held: StreamState | None) -> State:
     arrays = dict.fromkeys(rule.floats, (tensor.numel, tensor.dtype))
     arrays |= {role: (1, np.dtype(np.uint32)) for role in rule.tallies}
     if held is None:
@@ -266,58 +117,31 @@ def _state(rule: Any, tensor: Tensor, held: StreamState | None) -> State:
     return {role: held.checkpoint.raw(f"{role}:{tensor.name}").copy() for role in arrays}
 
 
-def _lengths(tensor: Tensor, state: State) -> list[float]:
+def _lengths(tensor: WholeTensor, state: State) -> list[float]:
     """Squared norms of the state's sum and of the newest expert's task vector."""
-    newest = tensor.blend.inputs[-1]
-    total = state["sum"]
+    newest = tensor.orders[-1]
     return [
-        tensor.squared([total[a : a + BLOCK] for a in range(0, tensor.numel, BLOCK)]),
+        tensor.squared(tensor.cut(state["sum"])),
         tensor.squared(tau for _, tau in tensor.blocks(newest)),
     ]
 
 
-def _second(assembly: "Assembly", store: Store, count: int, squares: list[list[float]]) -> list[float]:
-    """OPCM's second pass: the length of the whole model's sum is known now, so every tensor can be scaled."""
-    blend, held, keep = assembly.blend, assembly.held, assembly.keep
-    assert keep is not None
-    before = float(held.checkpoint.raw("norms")[0]) if held else 0.0
+def _length(squares: Sequence[Sequence[float]], count: int, ends: Ends) -> float:
+    """What the sum of a whole model is multiplied by to have the experts' mean length; their norms so far are kept."""
+    assert ends.keep is not None
+    before = float(ends.held.checkpoint.raw("norms")[0]) if ends.held else 0.0
     norms = before + math.sqrt(math.fsum(pair[1] for pair in squares))
-    keep.write_stored("norms", 0, np.array([norms]))
+    ends.keep.write_stored("norms", 0, np.array([norms]))
     norm = math.sqrt(math.fsum(pair[0] for pair in squares))
-    length = norms / count / norm if norm and count > 1 else 1.0
+    return norms / count / norm if norm and count > 1 else 1.0
+
+
+def _again(compute: Compute, ends: Ends, length: float, store: Store) -> Callable[[Span], list[float]]:
+    """The second pass over tensors: the length of the whole model's sum is known now, so every tensor can be scaled."""
 
     def make(span: Span) -> list[float]:
-        tensor = Tensor(blend, span.name)
-        return store(span, onto_base(tensor, keep.read_back(f"sum:{span.name}"), length))
+        assert ends.keep is not None
+        merged = ends.keep.read_back(f"sum:{span.name}")
+        return store(span, WholeTensor(compute, span.name).onto_base(merged, length))
 
-    over = [Span(name, 0, numel) for name, numel in assembly.tensors] if assembly.writer else []
-    return [part for parts in run(make, over, assembly.options.threads) for part in parts]
-
-
-def coefficients(blend: "Blend", grams: Mapping[str, Array]) -> dict[tuple[str, int], tuple[float, float]]:
-    """The `Place.turn` of every expert in every tensor, for techniques that go along an arc; none where a line is taken."""
-    from merge_service.techniques import spherical
-
-    name, params = blend.technique.name, blend.params
-    weights = _weights(params, len(blend.inputs))
-    turns = {}
-    for tensor, gram in grams.items():
-        if name == "nuslerp":
-            found = spherical.nuslerp(gram, weights[1])
-        elif name == "multislerp":
-            found = spherical.multislerp(gram, weights, tensor)
-        else:
-            found = spherical.karcher(gram, weights, tensor, params["iterations"], params["tolerance"])
-        for expert, factor in zip(blend.inputs, found or []):
-            turns[tensor, expert.order] = (float(expert.order != 1), factor)
-    return turns
-
-
-def _weights(params: Mapping[str, Any], count: int) -> list[float]:
-    """What every expert weighs in the mean of all: its share when it came, less what later ones took."""
-    left, weights = 1.0, []
-    for order in range(count, 0, -1):
-        part = share(params, order)
-        weights.append(left * part)
-        left *= 1 - part
-    return weights[::-1]
+    return make

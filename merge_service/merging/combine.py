@@ -19,18 +19,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from merge_service.blocks.device import Host
+from merge_service.blocks.questions import Ask, Findings
 from merge_service.blocks.spans import BLOCK
-from merge_service.blocks.thresholds import Ask
 from merge_service.checkpoints import ties
 from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.target import Target
 from merge_service.checkpoints.writer import CheckpointWriter
-from merge_service.engine.assembly import Options, assemble
-from merge_service.engine.blend import Blend, Input
-from merge_service.engine.retraction import Retraction, check_bytes
+from merge_service.engine.assembly import Execution, assemble
+from merge_service.engine.compute import Compute, site_of
+from merge_service.engine.prepare import prepare
+from merge_service.engine.retraction import check_bytes, retraction
 from merge_service.engine.split import Split
-from merge_service.engine.stream_state import METADATA_KEY, StreamState, effective, state_writer
-from merge_service.engine.thresholds_cache import Keep, KeptLimits
+from merge_service.engine.stream_state import METADATA_KEY, Ends, StreamState, effective, state_writer
+from merge_service.engine.survey import Surveyor
+from merge_service.engine.task import Input, MergeTask
+from merge_service.engine.thresholds_cache import Keep, KeptThresholds
 from merge_service.errors import TechniqueError
 from merge_service.files.leftovers import temporary
 from merge_service.merging.intake import (
@@ -53,7 +57,7 @@ PathLike = Path | str
 class Way:
     """How a merge is carried out, which never changes a tensor of what comes out."""
 
-    options: Options
+    execution: Execution
     keep_limits: Keep
     shard_bytes: int | None
     split: Split | None
@@ -99,7 +103,7 @@ def merge(
     resolved = plugin.resolve(params, "merge", strict=True)
     names = list(ids) if ids is not None else [None] * len(experts)
     check_count(plugin, resolved, base, len(experts), names)
-    way = Way(Options(threads, block, measure, device), keep_limits, shard_bytes, split, rules)
+    way = Way(Execution(threads, block, measure, device), keep_limits, shard_bytes, split, rules)
     given = [name for name in names if name is not None]
     known = Lineage.given(given, sha256) if len(given) == len(names) and not lineage else None
     if plugin.ordered and experts:
@@ -134,7 +138,7 @@ def fold(
     plugin = get(technique)
     resolved = plugin.resolve(params, "fold", strict=True)
     check_count(plugin, resolved, base, 2, list(ids))
-    way = Way(Options(threads, block, measure, device), keep_limits, shard_bytes, split, rules)
+    way = Way(Execution(threads, block, measure, device), keep_limits, shard_bytes, split, rules)
     known = Lineage.given(ids, sha256)
     return _combine(plugin, resolved, "fold", base, [running, new], list(ids), out, known, way)
 
@@ -184,14 +188,15 @@ def advance(
         same = held.ties(anchor) if held else tied
         said, same = check_inputs(anchor, [newest], [expert_id], rules, known=same)
         arrival = Input(expert_id, len(seen) + 1, newest)
-        blend = Blend(plugin, resolved, anchor, [arrival], threads, device, same)
+        task, site = MergeTask.of(plugin, resolved, anchor, [arrival], same), site_of(device)
         if held:
-            held.check_layout(blend)
+            held.check_layout(task)
         known = dataclasses.replace(known, inputs=[*seen, *known.inputs], notes=said)
         target = Target.of(out, [base, expert], shard_bytes) if out is not None else None
-        notes = _ready(blend, keep_limits, sha256)
-        norm = _continue(blend, held, known, target, state_out, Options(threads, block, measure))
-        return report_of(blend, target, known, began, norm, notes)
+        found, notes = _ready(task, threads, keep_limits, sha256)
+        execution = Execution(threads, block, measure)
+        norm = _continue(Compute(task, found, site), held, known, target, state_out, execution)
+        return report_of(task, target, known, began, norm, notes)
 
 
 def retract(
@@ -230,14 +235,15 @@ def retract(
         left = Input(expert_id, order, leaving)
         any_base = Rules(any_base=True)
         said, same = check_inputs(anchor, [leaving], [expert_id], any_base, known=held.ties(anchor))
-        blend = Retraction(plugin, resolved, anchor, left, len(held.inputs), threads, same)
+        task, site = retraction(plugin, resolved, anchor, left, len(held.inputs), same), Host()
         unchecked = check_bytes(held, order, expert, (sha256 or {}).get(expert_id))
         known = Lineage([entry for entry in held.inputs if entry["id"] != expert_id], notes=said + unchecked)
-        held.check_layout(blend)
+        held.check_layout(task)
         target = Target.of(out, [base, expert], shard_bytes) if out is not None else None
-        notes = _ready(blend, keep_limits, sha256)
-        norm = _continue(blend, held, known, target, state_out, Options(threads, block, measure))
-        return report_of(blend, target, known, began, norm, notes)
+        found, notes = _ready(task, threads, keep_limits, sha256)
+        execution = Execution(threads, block, measure)
+        norm = _continue(Compute(task, found, site), held, known, target, state_out, execution)
+        return report_of(task, target, known, began, norm, notes)
 
 
 def replace(
@@ -299,17 +305,19 @@ def _combine(
             Input(entry["id"], order, weights)
             for order, (entry, weights) in enumerate(zip(known.inputs, opened), 1)
         ]
-        blend = Blend(plugin, params, anchor, inputs, way.options.threads, way.options.device, tied)
+        task = MergeTask.of(plugin, params, anchor, inputs, tied)
+        site = site_of(way.execution.device)
         target = Target.of(out, [*experts, *([base] if base is not None else [])][::-1], way.shard_bytes)
-        team = stack.enter_context(way.split.team(blend, way.options)) if way.split else None
-        notes = _ready(blend, way.keep_limits, known.sha256, team.answer if team else None)
-        writer = stack.enter_context(target.open(blend.reference, _metadata(blend, form, params, known)))
+        team = stack.enter_context(way.split.team(task, way.execution)) if way.split else None
+        ask = team.answer if team else None
+        found, notes = _ready(task, way.execution.threads, way.keep_limits, known.sha256, ask)
+        writer = stack.enter_context(target.open(task.reference, _metadata(task, form, params, known)))
         if team is None:
-            norm = assemble(blend, writer, way.options)
+            norm = assemble(Compute(task, found, site), Ends(writer), way.execution)
         else:
             assert isinstance(writer, CheckpointWriter)
-            norm = team.assemble(blend, writer, way.options)
-        return report_of(blend, target, known, began, norm, notes)
+            norm = team.assemble(task, found, writer, way.execution)
+        return report_of(task, target, known, began, norm, notes)
 
 
 def _taken_in(
@@ -324,7 +332,7 @@ def _taken_in(
     not asked where it comes from."""
     exempt = 0 if form == "fold" and METADATA_KEY in opened[0].metadata else None
     said, tied = check_inputs(base, opened, shown(opened, ids), way.rules, exempt)
-    found = known or by_content(base, opened, ids, way.options.threads)
+    found = known or by_content(base, opened, ids, way.execution.threads)
     return dataclasses.replace(found, notes=said + found.notes), tied
 
 
@@ -364,10 +372,10 @@ def _replay(
                 sha256=known.sha256,
                 lineage=dataclasses.replace(known, inputs=[entry]),
                 rules=way.rules,
-                threads=way.options.threads,
-                block=way.options.block,
-                measure=way.options.measure,
-                device=way.options.device,
+                threads=way.execution.threads,
+                block=way.execution.block,
+                measure=way.execution.measure,
+                device=way.execution.device,
                 shard_bytes=way.shard_bytes,
                 tied=tied,
             )
@@ -379,42 +387,46 @@ def _replay(
 
 
 def _ready(
-    blend: Blend, keep_limits: Keep, sha256: Mapping[str, str] | None, ask: Ask | None = None
-) -> tuple[str, ...]:
-    """Find all that needs a look at whole tensors, unless it is kept; what could not be kept."""
-    memory = KeptLimits(blend, keep_limits, sha256)
-    memory.recall()
-    blend.prepare(ask)
-    return memory.store()
+    task: MergeTask,
+    threads: int,
+    keep_limits: Keep,
+    sha256: Mapping[str, str] | None,
+    ask: Ask | None = None,
+) -> tuple[Findings, tuple[str, ...]]:
+    """Everything that needs a look at whole tensors, as far as it is not kept; and what could not be kept."""
+    memory = KeptThresholds(task, keep_limits, sha256)
+    found = prepare(task, ask or Surveyor(task, task.combined, threads).answer, memory.recall())
+    return found, memory.store(found)
 
 
 def _continue(
-    blend: Blend,
+    compute: Compute,
     held: StreamState | None,
     known: Lineage,
     target: Target | None,
     state_out: PathLike,
-    options: Options,
+    execution: Execution,
 ) -> float | None:
     """Write the state after `inputs`, and the merged model if there is a target; its norm."""
+    task = compute.task
     with contextlib.ExitStack() as stack:
-        keep = stack.enter_context(state_writer(state_out, blend, known.inputs))
+        keep = stack.enter_context(state_writer(state_out, task, known.inputs))
         writer = None
         if target:
-            metadata = _metadata(blend, "merge", effective(blend.params, len(known.inputs)), known)
-            writer = stack.enter_context(target.open(blend.reference, metadata))
-        return assemble(blend, writer, options, held, keep)
+            metadata = _metadata(task, "merge", effective(task.params, len(known.inputs)), known)
+            writer = stack.enter_context(target.open(task.reference, metadata))
+        return assemble(compute, Ends(writer, held, keep), execution)
 
 
-def _metadata(blend: Blend, form: Form, params: Mapping[str, Any], known: Lineage) -> dict[str, str]:
+def _metadata(task: MergeTask, form: Form, params: Mapping[str, Any], known: Lineage) -> dict[str, str]:
     """The reference's own metadata, and how this file was made."""
     record = {
-        "technique": blend.technique.name,
+        "technique": task.technique.name,
         "form": form,
         "params": dict(params),
         "inputs": known.inputs,
         **known.about,
     }
-    if blend.technique.origin is not None:
-        record["source"] = blend.technique.origin.source
-    return {"format": "pt", **blend.reference.metadata, METADATA_KEY: json.dumps(record, sort_keys=True)}
+    if task.technique.origin is not None:
+        record["source"] = task.technique.origin.source
+    return {"format": "pt", **task.reference.metadata, METADATA_KEY: json.dumps(record, sort_keys=True)}

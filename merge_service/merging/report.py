@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_service.checkpoints.target import Target
-from merge_service.engine.blend import Blend
+from merge_service.engine.task import MergeTask
 from merge_service.merging.intake import Lineage
 
 _SHOWN = 3
@@ -39,7 +39,7 @@ class MergeReport:
 
 
 def report_of(
-    blend: Blend,
+    task: MergeTask,
     target: Target | None,
     known: Lineage,
     began: float,
@@ -47,39 +47,39 @@ def report_of(
     notes: tuple[str, ...],
 ) -> MergeReport:
     """The report of a merge that began at `began` (`time.perf_counter`); `notes` are those that it made on its way."""
-    asks = blend.technique.depth or blend.params.get("granularity") == "tower"
+    asks = task.technique.depth or task.params.get("granularity") == "tower"
     return MergeReport(
-        out=target.place(blend.reference) if target else None,
-        technique=blend.technique.name,
-        params=dict(blend.params),
+        out=target.place(task.reference) if target else None,
+        technique=task.technique.name,
+        params=dict(task.params),
         experts=len(known.inputs),
-        parameters=sum(numel for _, numel in blend.merged),
+        parameters=sum(numel for _, numel in task.merged),
         seconds=time.perf_counter() - began,
         merged_norm=norm,
-        notes=(*known.notes, *notes, *_remarks(blend)),
+        notes=(*known.notes, *notes, *_remarks(task)),
         inputs=tuple(known.inputs) if known.about else (),
-        stacks={tower: dict(stacks) for tower, stacks in blend.anatomy.stacks.items()} if asks else {},
+        stacks={tower: dict(stacks) for tower, stacks in task.anatomy.stacks.items()} if asks else {},
     )
 
 
-def _remarks(blend: Blend) -> Iterator[str]:
-    if blend.tied and blend.inputs:
-        pairs = [f"{alias} is {name}" for alias, name in blend.tied.items()]
+def _remarks(task: MergeTask) -> Iterator[str]:
+    if task.tied and task.inputs:
+        pairs = [f"{alias} is {name}" for alias, name in task.tied.items()]
         yield f"tied tensors are merged as one: {_some(pairs)}"
-    statistics = [name for name, _ in blend.merged if name.endswith(("running_mean", "running_var"))]
+    statistics = [name for name, _ in task.merged if name.endswith(("running_mean", "running_var"))]
     if statistics:
         yield (
             f"BatchNorm statistics ({_some(statistics)}) are the mean of the experts'; they do not belong to the merged weights: "
             "estimate them again on data of the tasks before the model is used"
         )
-    if blend.technique.depth and blend.anatomy.sequences:
-        lists = [f"{name} ({count})" for name, count in blend.anatomy.sequences.items()]
+    if task.technique.depth and task.anatomy.sequences:
+        lists = [f"{name} ({count})" for name, count in task.anatomy.sequences.items()]
         yield f"numbered lists that are no stack of blocks have lines_alpha: {_some(lists)}"
-    if blend.technique.depth:
-        bare = [tower for tower, stacks in blend.anatomy.stacks.items() if not stacks]
+    if task.technique.depth:
+        bare = [tower for tower, stacks in task.anatomy.stacks.items() if not stacks]
         if bare:
             yield f"no numbered blocks in the {' and '.join(bare)} tower: everything there has lines_alpha"
-    yield from blend.packing.remarks if blend.whole else ()
+    yield from task.packing.remarks if task.whole else ()
 
 
 def _some(words: Sequence[str]) -> str:

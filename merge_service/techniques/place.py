@@ -6,7 +6,7 @@ Invariant: values only; nothing here computes.
 from dataclasses import dataclass
 from typing import Any
 
-from merge_service.blocks.thresholds import EVERYTHING, Limits
+from merge_service.blocks.questions import EVERYTHING, Limits
 
 Array = Any
 """A numpy array, or a torch tensor on a device."""

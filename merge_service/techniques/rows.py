@@ -8,7 +8,7 @@ Invariant: a row's result depends on that row alone, and on where it lies in its
 from typing import Any
 
 from merge_service.blocks.masks import hashes
-from merge_service.blocks.thresholds import Ranks
+from merge_service.blocks.questions import Ranks
 from merge_service.techniques.place import Array, Place
 
 

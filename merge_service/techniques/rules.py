@@ -21,11 +21,12 @@ import numpy as np
 
 from merge_service.blocks import kernels
 from merge_service.blocks.masks import hashes, kept
-from merge_service.blocks.thresholds import Limits, crumb_ranks
+from merge_service.blocks.questions import Limits
 from merge_service.errors import TechniqueError
 from merge_service.techniques.definition import Technique
 from merge_service.techniques.joint import Rule, joint_rule
 from merge_service.techniques.place import Array, Election, Place, State
+from merge_service.techniques.ranks import crumb_ranks
 from merge_service.techniques.rows import crumbs, drop_by_rank
 
 
@@ -349,20 +350,3 @@ _GROWTH = {
     "cubic": lambda i: i**3,
     "log": lambda i: math.log(i + 1),
 }
-
-
-def arc(weight: float, dot: float, first: float, second: float) -> tuple[float, float] | None:
-    """The two factors of a slerp of vectors with this inner product and these squared norms; None for a straight line.
-
-    A line is taken where the angle says nothing: norms below 1e-8 or |cos| > 0.9995 (also antipodal and one-element
-    tensors). The factors apply to the vectors as they are, so lengths are interpolated too, roughly. Convention of
-    MergeKit and TIME's code, with `weight` on the second vector.
-    """
-    norms = math.sqrt(first), math.sqrt(second)
-    if min(norms) < 1e-8:
-        return None
-    cosine = dot / (norms[0] * norms[1])
-    if not abs(cosine) <= 0.9995:
-        return None
-    angle = math.acos(cosine)
-    return math.sin((1 - weight) * angle) / math.sin(angle), math.sin(weight * angle) / math.sin(angle)

@@ -11,15 +11,63 @@ scaled tensors have the same coefficients.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from merge_service.errors import TechniqueError
+from merge_service.techniques.definition import Technique
+from merge_service.techniques.rules import share
 
 Array = np.ndarray
 ANGLE = 1e-6
 """Sines up to this are rounding of float32 weights: between parallel ones the arc is the line, between others noise."""
+
+
+def turns_anything(technique: Technique, params: Mapping[str, Any]) -> bool:
+    """Whether a technique needs inner products with these parameters."""
+    if technique.combine == "slerp":
+        return params["weight"] not in (0, 1)
+    return technique.combine == "spherical"
+
+
+def turns(
+    technique: Technique, params: Mapping[str, Any], tensor: str, numel: int, gram: Array
+) -> list[tuple[float, float] | None]:
+    """`Place.turn` of every expert in a tensor of `numel` elements; None for a straight line."""
+    count = len(gram)
+    if technique.combine == "slerp":
+        (first, dot), (_, second) = gram
+        turn = arc(params["weight"], dot, first, second) if numel > 1 else None
+        return [None, turn]
+    weights = _weights(params, count)
+    if technique.name == "nuslerp":
+        found = nuslerp(gram, weights[1])
+    elif technique.name == "multislerp":
+        found = multislerp(gram, weights, tensor)
+    else:
+        found = karcher(gram, weights, tensor, params["iterations"], params["tolerance"])
+    if found is None:
+        return [None] * count
+    return [(float(order != 0), factor) for order, factor in enumerate(found)]
+
+
+def arc(weight: float, dot: float, first: float, second: float) -> tuple[float, float] | None:
+    """The two factors of a slerp of vectors with this inner product and these squared norms; None for a straight line.
+
+    A line is taken where the angle says nothing: norms below 1e-8 or |cos| > 0.9995 (also antipodal and one-element
+    tensors). The factors apply to the vectors as they are, so lengths are interpolated too, roughly. Convention of
+    MergeKit and TIME's code, with `weight` on the second vector.
+    """
+    norms = math.sqrt(first), math.sqrt(second)
+    if min(norms) < 1e-8:
+        return None
+    cosine = dot / (norms[0] * norms[1])
+    if not abs(cosine) <= 0.9995:
+        return None
+    angle = math.acos(cosine)
+    return math.sin((1 - weight) * angle) / math.sin(angle), math.sin(weight * angle) / math.sin(angle)
 
 
 def nuslerp(gram: Array, t: float) -> list[float] | None:
@@ -151,3 +199,13 @@ def _straight(cosines: Array, counts: Array) -> bool:
 
 def _length(coefficients: Array, cosines: Array) -> float:
     return math.sqrt(max(float(coefficients @ cosines @ coefficients), 0.0))
+
+
+def _weights(params: Mapping[str, Any], count: int) -> list[float]:
+    """What every expert weighs in the mean of all: its share when it came, less what later ones took."""
+    left, weights = 1.0, []
+    for order in range(count, 0, -1):
+        part = share(params, order)
+        weights.append(left * part)
+        left *= 1 - part
+    return weights[::-1]

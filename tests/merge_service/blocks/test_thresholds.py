@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from merge_service.blocks.thresholds import Window, _Quest
+from merge_service.blocks.questions import Window
+from merge_service.blocks.search import _Quest
 
 VALUES = np.array([0, 0, 3, 3, 3, 4, 9, 17, 17, 30])
 TOP = 31

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from merge_service import techniques
-from merge_service.blocks.thresholds import GATHER
+from merge_service.blocks.search import GATHER
 from merge_service.checkpoints import Checkpoint
 from merge_service.engine import Part, Split
-from merge_service.engine.blend import Blend, Input
 from merge_service.engine.split import cut
+from merge_service.engine.task import Input, MergeTask
 from merge_service.errors import CheckpointError, IncompatibleCheckpoint, NonFiniteCheckpoint, TechniqueError
 from merge_service.merge import fold, merge
 from tests.merge_service.parts import here
@@ -126,10 +126,10 @@ def test_merge_of_no_experts_in_parts_is_the_base(world: World) -> None:
 @pytest.mark.parametrize("parts", [1, 2, 3, 5, 99])
 def test_parts_are_runs_of_the_output_that_make_up_the_whole_in_even_pieces(parts: int, world: World) -> None:
     with Checkpoint.open(world.experts[0]) as expert:
-        blend = Blend(techniques.get("average"), {}, None, [Input("one", 1, expert)])
-        found = cut(blend, parts)
+        task = MergeTask.of(techniques.get("average"), {}, None, [Input("one", 1, expert)])
+        found = cut(task, parts)
         names = [name for part in found for name in part]
-        assert sorted(names) == sorted(name for name, _ in blend.merged)
+        assert sorted(names) == sorted(name for name, _ in task.merged)
         placed = [expert.tensors[name].offset for name in names]
         assert placed == sorted(placed)
         sizes = [sum(expert.tensors[name].nbytes for name in part) for part in found]

@@ -137,10 +137,10 @@ def test_density_is_the_decimal_a_person_wrote(tmp_path: Path) -> None:
 def test_thresholds_by_counting_are_exact(
     tmp_path: Path, sizes, wide: bool, gather: int, monkeypatch
 ) -> None:
-    from merge_service.blocks import thresholds
+    from merge_service.blocks import search
 
-    monkeypatch.setattr(thresholds, "GATHER", gather)
-    monkeypatch.setattr(thresholds, "BINS", 1 << 9)
+    monkeypatch.setattr(search, "GATHER", gather)
+    monkeypatch.setattr(search, "BINS", 1 << 9)
     rng = np.random.default_rng(0)
     dtype = np.float64 if wide else np.float32
     arrays = {f"w{i}": (rng.standard_normal(n) ** 3).astype(dtype) for i, n in enumerate(sizes)}

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 
 from merge_service import techniques
+from merge_service.blocks import search
 from merge_service.blocks import spans as engine
-from merge_service.blocks import thresholds
-from merge_service.blocks.thresholds import together
+from merge_service.blocks.questions import Findings, together
 from merge_service.checkpoints import Checkpoint
-from merge_service.engine import blend as blends
-from merge_service.engine.blend import Blend, Input
+from merge_service.engine import fused as loops
+from merge_service.engine.compute import Compute
+from merge_service.engine.prepare import prepare
 from merge_service.engine.survey import Surveyor
+from merge_service.engine.task import Input, MergeTask
 from merge_service.errors import TechniqueError
 from merge_service.merge import fold, merge
 from tests.merge_service import plain_extra, toys
@@ -237,7 +239,7 @@ VARIANTS = [
 def small_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Searches by many narrow steps, as they happen in large models."""
     for bound, value in {"GATHER": 1 << 10, "BINS": 1 << 9, "COUNTS": 1 << 12, "SAMPLE": 1 << 14}.items():
-        monkeypatch.setattr(thresholds, bound, value)
+        monkeypatch.setattr(search, bound, value)
 
 
 @pytest.mark.parametrize(("name", "params"), VARIANTS, ids=str)
@@ -269,21 +271,16 @@ def test_parts_of_a_model_that_are_asked_apart_find_the_same_numbers(
     technique = techniques.get(name)
     opened = [Checkpoint.open(path) for path in paths]
 
-    def part() -> Blend:
-        inputs = [Input(f"t{i}", i, weights) for i, weights in enumerate(opened[1:], 1)]
-        return Blend(technique, technique.resolve(params, "merge"), opened[0], inputs)
-
-    whole, apart = part(), part()
-    machines = [Surveyor(part(), apart.merged[:1]), Surveyor(part(), apart.merged[1:])]
+    inputs = [Input(f"t{i}", i, weights) for i, weights in enumerate(opened[1:], 1)]
+    task = MergeTask.of(technique, technique.resolve(params, "merge"), opened[0], inputs)
+    machines = [Surveyor(task, task.merged[:1]), Surveyor(task, task.merged[1:])]
 
     def ask(question):
         sent = pickle.dumps(question)
         return together([pickle.loads(pickle.dumps(one.answer(pickle.loads(sent)))) for one in machines])
 
-    whole.prepare()
-    apart.prepare(ask)
-    assert whole.findings == apart.findings
-    assert any(whole.findings.values())
+    whole = prepare(task, Surveyor(task, task.combined).answer)
+    assert whole == prepare(task, ask) and whole != Findings()
 
 
 @pytest.mark.parametrize("name", [n for n in techniques.names() if n != "slerp"])
@@ -291,14 +288,14 @@ def test_fused_loops_give_the_bits_of_the_definitions(
     files: Files, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fused = files.merge(name)
-    monkeypatch.setattr(blends, "fits", lambda weights, tensor: False)
+    monkeypatch.setattr(loops, "fits", lambda weights, tensor: False)
     for tensor, value in files.merge(name).items():
         assert value.tobytes() == fused[tensor].tobytes(), tensor
 
 
 @pytest.mark.parametrize("name", ["dare", "wise_ft", "breadcrumbs"])
 def test_what_can_be_fused_is(files: Files, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Blend, "_by_definition", None)
+    monkeypatch.setattr(Compute, "_by_definition", None)
     files.merge(name, {"granularity": "tensor"} if name == "breadcrumbs" else {})
 
 

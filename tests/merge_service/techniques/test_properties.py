@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from merge_service import techniques
+from merge_service.blocks import search
 from merge_service.blocks import spans as engine
-from merge_service.blocks import thresholds
 from merge_service.blocks.masks import kept, tensor_key
 from merge_service.checkpoints import Checkpoint
 from merge_service.errors import TechniqueError
@@ -190,7 +190,7 @@ def test_p5_and_p13_a_stream_writes_the_bytes_of_the_batch(where: Path, name: st
 
 @pytest.mark.parametrize("name", techniques.names())
 def test_p6_blocks_and_threads_change_no_bit(where: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thresholds, "GATHER", 1 << 10)
+    monkeypatch.setattr(search, "GATHER", 1 << 10)
     room = Room(where, 5, 3, 2, name)
     rng = np.random.default_rng(5)
     for model in (room.base, *room.experts):
@@ -335,7 +335,7 @@ def test_p16_memory_does_not_grow_with_the_experts_or_the_model(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for bound in ("BINS", "COUNTS", "SAMPLE"):  # in proportion to a small model
-        monkeypatch.setattr(thresholds, bound, 1 << 14)
+        monkeypatch.setattr(search, bound, 1 << 14)
     rng = np.random.default_rng(0)
     paths = []
     for number in range(7):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from merge_service.blocks.masks import hashes
+from merge_service.blocks.questions import Limits
 from merge_service.blocks.spans import GRAIN, Span, run, spans
-from merge_service.blocks.thresholds import Limits
 from merge_service.techniques.place import Place
 from merge_service.techniques.rules import Disjoint, bounds
 
