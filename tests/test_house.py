@@ -27,7 +27,11 @@ HEAVY = {
     "pandas": lambda path: path.parts[:2] in SAID or path.parts == ("pipeline", "api.py"),
     "altair": lambda path: path.parts[:2] in SAID,
 }
-MAX_LINES, MAX_FUNCTION_LINES = 450, 70
+MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 450, 70, 6
+OPTIONS = {"threads", "block", "measure", "device", "split"}
+"""Parameters that are options of the command line and bear on no result: they do not count."""
+MANY_PARAMETERS = ("merge_service/merge.py", "merge_service/blocks/kernels.py")
+"""The functions that people call, which build values of what they are given, and compiled loops, which cannot take values."""
 ORDER = {
     "merge_service": (
         "errors faults", "files", "checkpoints", "anatomy blocks", "techniques", "timelines engine", "merging",
@@ -75,6 +79,15 @@ def test_module_is_short_and_says_why_it_exists(path: Path) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or 0) - node.lineno + 1
             assert length <= MAX_FUNCTION_LINES, f"{path}: {node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", [path for path in modules() if path.parts[0] in ORDER], ids=str)
+def test_function_takes_few_parameters(path: Path) -> None:
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and str(path) not in MANY_PARAMETERS:
+            given = {one.arg for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)}
+            count = len(given - OPTIONS - {"self", "cls"})
+            assert count <= MAX_PARAMETERS, f"{path}: {node.name} has {count} parameters"
 
 
 def imported(path: Path) -> Iterator[tuple[str, str]]:

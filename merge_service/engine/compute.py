@@ -44,7 +44,7 @@ class Compute:
             outcome = self._averaged(span, places, held, finish)
         elif self._fused is not None and self._fused.fits(span.name):
             outcome = self._fused.run(
-                span, places, factor=self.task.factors[span.name], majority=majority, held=held, finish=finish,
+                span, places, majority=majority, held=held, finish=finish,
                 squares=squares and not is_logit_scale(span.name),
             )  # fmt: skip
             self.reader.refuse(outcome.bad)

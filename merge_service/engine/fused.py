@@ -61,7 +61,6 @@ class Fused:
         span: Span,
         places: Mapping[int, Place],
         *,
-        factor: float,
         majority: int,
         held: State | None,
         finish: bool,
@@ -69,7 +68,8 @@ class Fused:
     ) -> Outcome:
         """Work through one span. `held` is a state to be continued in place, None where none is kept."""
         job, terms = self._tables_of(span, places)
-        job["factor"], job["majority"], job["finish"], job["squares"] = factor, majority, finish, squares
+        job["factor"], job["majority"] = self.task.factors[span.name], majority
+        job["finish"], job["squares"] = finish, squares
         job["whole"] = held is not None
         state, votes = self._state(held)
         out = self.scratch.take("out", span.size if finish else 0, np.float32)

@@ -7,9 +7,8 @@ name that is not given comes from content, so that no order of files and no path
 import contextlib
 import importlib.metadata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,73 +21,34 @@ from merge_service.checkpoints.relation import check_related
 from merge_service.checkpoints.unmergeable import check_integers, check_mergeable
 from merge_service.engine.stream_state import MAX_EXPERTS
 from merge_service.errors import CheckpointError, TechniqueError
-from merge_service.techniques.definition import Technique
+from merge_service.merging.derivation import Derivation, Lineage, PathLike, Rules
 
 ID_LENGTH = 12
 """Hexadecimal digits of a name that comes from content."""
 
-PathLike = Path | str
 
-
-@dataclass(frozen=True)
-class Rules:
-    """What is taken: `any_base` experts that are not related to the base; `strip_prefix` is taken off all tensor names."""
-
-    any_base: bool = False
-    strip_prefix: str | None = None
-
-
-@dataclass(frozen=True)
-class Lineage:
-    """How the output names what it was made of: an entry per input ("id", and if known "file" and "sha256"), and `about`,
-    which is the base and the versions of what computed. `notes` say what is unusual about the inputs."""
-
-    inputs: list[dict[str, str]]
-    about: dict[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    @property
-    def sha256(self) -> dict[str, str]:
-        """The sha256 of inputs by id, as far as they are known."""
-        return {entry["id"]: entry["sha256"] for entry in self.inputs if "sha256" in entry}
-
-    @classmethod
-    def given(cls, ids: Sequence[str], sha256: Mapping[str, str] | None) -> "Lineage":
-        """By the names and hashes that the caller gives."""
-        known = sha256 or {}
-        return cls([{"id": name, **({"sha256": known[name]} if name in known else {})} for name in ids])
-
-
-def check_count(
-    plugin: Technique,
-    params: Mapping[str, Any],
-    base: PathLike | None,
-    experts: int,
-    ids: Sequence[str | None],
-) -> None:
+def check_count(derivation: Derivation) -> None:
     """Raise `TechniqueError` where a technique cannot merge so many experts, of these ids, with or without a base."""
-    if (plugin.moves(params) or "base" in plugin.needs) and base is None:
-        raise TechniqueError(f"{plugin.name} merges differences from a base model; give the base (--base)")
+    technique, params = derivation.operator.technique, derivation.operator.params
+    base, experts, name = derivation.base, len(derivation.members), derivation.operator.technique.name
+    if (technique.moves(params) or "base" in technique.needs) and base is None:
+        raise TechniqueError(f"{name} merges differences from a base model; give the base (--base)")
     if params.get("logit_scale") == "base" and base is None:
-        raise TechniqueError(f"{plugin.name}: logit_scale = base needs the base; give it (--base)")
+        raise TechniqueError(f"{name}: logit_scale = base needs the base; give it (--base)")
     if experts == 0 and base is None:
         raise TechniqueError("there is nothing to merge: give experts, or a base")
-    if plugin.arity is not None and experts not in (0, plugin.arity):
+    if technique.arity is not None and experts not in (0, technique.arity):
         raise TechniqueError(
-            f"{plugin.name} merges exactly {plugin.arity} checkpoints, not {experts}; fold them one by one, or use average"
+            f"{name} merges exactly {technique.arity} checkpoints, not {experts}; fold them one by one, or use average"
         )
     if experts > MAX_EXPERTS:
         raise TechniqueError(f"at most {MAX_EXPERTS} experts can be merged at once, not {experts}")
     weights = params.get("weights")
     if weights is not None and len(weights) != experts:
-        raise TechniqueError(
-            f"{plugin.name}: weights has {len(weights)} entries but there are {experts} experts"
-        )
-    if len(ids) != experts:
-        raise TechniqueError(f"{len(ids)} ids for {experts} experts")
-    given = [name for name in ids if name is not None]
+        raise TechniqueError(f"{name}: weights has {len(weights)} entries but there are {experts} experts")
+    given = [one for one in derivation.ids if one is not None]
     if len(set(given)) != len(given):
-        twice = next(name for name in given if given.count(name) > 1)
+        twice = next(one for one in given if given.count(one) > 1)
         raise TechniqueError(f"the expert id {twice!r} is given twice; every expert counts once")
 
 

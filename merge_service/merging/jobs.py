@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from merge_service.merging.stream import Member
+from merge_service.merging.derivation import Member
 from merge_service.techniques.definition import Origin
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from merge_service.checkpoints.target import Target
 from merge_service.engine.task import MergeTask
-from merge_service.merging.intake import Lineage
+from merge_service.merging.derivation import Lineage
 
 _SHOWN = 3
 

@@ -10,142 +10,78 @@ else is rebuilt from the experts.
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from merge_service.blocks.spans import BLOCK
 from merge_service.checkpoints import ties
 from merge_service.checkpoints.checkpoint import Checkpoint
+from merge_service.engine.assembly import Execution
 from merge_service.engine.thresholds_cache import Keep
-from merge_service.merging.combine import MergeReport, PathLike, advance, fold, merge
-from merge_service.merging.intake import Rules
-from merge_service.techniques.registry import get
-
-
-@dataclass(frozen=True)
-class Member:
-    """One expert of a merge: its id, where it lies, and the sha256 of its weights file."""
-
-    id: str
-    path: Path
-    sha256: str
-
-
-def fold_in(
-    technique: str,
-    params: Mapping[str, Any],
-    base: PathLike,
-    members: Sequence[Member],
-    out: PathLike,
-    **options: Any,
-) -> MergeReport:
-    """`fold` of the running model and the newest expert, both named in the output: the one way in which a series is folded.
-
-    `options` as of `fold`.
-    """
-    running, newest = members
-    ids, known = (running.id, newest.id), {one.id: one.sha256 for one in members}
-    return fold(technique, params, base, running.path, newest.path, out, ids=ids, sha256=known, **options)
+from merge_service.merging.derivation import Derivation, Member, Operator, Out, PathLike, Rules, Way
+from merge_service.merging.report import MergeReport
+from merge_service.merging.streaming import States, advance, merge_all
 
 
 @dataclass(frozen=True)
 class _Held:
-    members: tuple[tuple[str, str], ...]
+    members: tuple[tuple[str | None, str | None], ...]
     path: Path
 
 
 class StreamCache:
     """Streaming states in a directory of its own under `scratch`; one per technique, parameters and base.
 
-    `measure=False` saves computing `merged_norm`; the bytes are the same. `keep_limits` as in `merge`.
+    `keep_limits` as in `merge`.
     """
 
     def __init__(
-        self,
-        scratch: PathLike,
-        *,
-        threads: int = 1,
-        block: int = BLOCK,
-        measure: bool = True,
-        keep_limits: Keep = False,
+        self, scratch: PathLike, execution: Execution = Execution(), keep_limits: Keep = False
     ) -> None:
         Path(scratch).mkdir(parents=True, exist_ok=True)
         self._directory = Path(tempfile.mkdtemp(prefix="states-", dir=scratch))
-        self._common: dict[str, Any] = {
-            "threads": threads,
-            "block": block,
-            "measure": measure,
-            "keep_limits": keep_limits,
-        }
+        self._execution, self._keep_limits = execution, keep_limits
         self._held: dict[str, _Held] = {}
         self._written = 0
 
     def merge(
-        self,
-        technique: str,
-        params: Mapping[str, Any],
-        base: PathLike,
-        base_sha256: str,
-        members: Sequence[Member],
-        out: PathLike,
-        rules: Rules = Rules(),
+        self, derivation: Derivation, base_sha256: str, out: PathLike, rules: Rules = Rules()
     ) -> MergeReport:
-        """`merge` of the members in this order, to the byte; cheap when all but the last were merged just before."""
-        plugin = get(technique)
-        known = {member.id: member.sha256 for member in members}
-        common = {"sha256": known, "rules": rules, **self._common}
-        if "stream" not in plugin.forms or not members:
-            ids, paths = [m.id for m in members], [m.path for m in members]
-            return merge(technique, params, base, paths, out, ids=ids, **common)
-        resolved = plugin.resolve(params, "merge", strict=True)
-        lineage = self._lineage(plugin.name, resolved, base_sha256)
-        start, state = self._longest(lineage, members)
-        steps = partial(self._advance, technique, resolved, base, members, out, common, lineage)
+        """The merge of a derivation, to the byte; cheap when all its members but the last were merged just before."""
+        operator, target = derivation.operator, Out(Path(out))
+        way = Way(self._execution, rules, self._keep_limits)
+        if "stream" not in operator.technique.forms or not derivation.members:
+            return merge_all(derivation, target, way)
+        steps = partial(self._advance, derivation, target, way, _lineage(operator, base_sha256))
         try:
-            return steps(start, state)
+            return steps(self._longest(_lineage(operator, base_sha256), derivation.members))
         except ties.BrokenTie:
             with ExitStack() as stack:
-                anchor, *opened = (
-                    stack.enter_context(Checkpoint.open(path)) for path in (base, *(m.path for m in members))
+                anchor, *newest_first = (
+                    stack.enter_context(Checkpoint.open(path)) for path in derivation.sources
                 )
-                tied = ties.tie(anchor, opened)
-            return steps(0, None, tied)
+                tied = ties.tie(anchor, newest_first[::-1])
+            return steps((0, None), tied)
 
     def _advance(
         self,
-        technique: str,
-        resolved: Mapping[str, Any],
-        base: PathLike,
-        members: Sequence[Member],
-        out: PathLike,
-        common: Mapping[str, Any],
+        derivation: Derivation,
+        out: Out,
+        way: Way,
         lineage: str,
-        start: int,
-        state: Path | None,
+        start: tuple[int, Path | None],
         tied: ties.Ties | None = None,
     ) -> MergeReport:
-        """Take in the members from number `start` on, the first of all with what is `tied` in all."""
-        report = None
-        for number in range(start, len(members)):
-            member, target = members[number], self._next_path()
-            report = advance(
-                technique,
-                resolved,
-                base,
-                member.path,
-                out if number == len(members) - 1 else None,
-                expert_id=member.id,
-                state_in=state,
-                state_out=target,
-                tied=tied,
-                **common,
-            )
-            self._keep(lineage, members[: number + 1], target)
-            state = target
+        """Take in the members that come after a state (their number, the state), the first of all with what is `tied` in all."""
+        report, (done, state), members = None, start, derivation.members
+        for number in range(done, len(members)):
+            after, last = self._next_path(), out if number == len(members) - 1 else None
+            one = replace(derivation, members=(members[number],))
+            report = advance(one, States(state, after), last, way, tied=tied)
+            self._keep(lineage, members[: number + 1], after)
+            state = after
         assert report is not None
         return report
 
@@ -173,6 +109,8 @@ class StreamCache:
         self._written += 1
         return self._directory / f"{self._written}.safetensors"
 
-    def _lineage(self, technique: str, resolved: Mapping[str, Any], base_sha256: str) -> str:
-        fixed = {name: value for name, value in resolved.items() if name != "weights"}
-        return json.dumps([technique, fixed, base_sha256], sort_keys=True)
+
+def _lineage(operator: Operator, base_sha256: str) -> str:
+    """What states that continue each other have in common."""
+    fixed = {name: value for name, value in operator.params.items() if name != "weights"}
+    return json.dumps([operator.technique.name, fixed, base_sha256], sort_keys=True)

@@ -8,11 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from merge_service.engine.assembly import Execution
 from merge_service.faults import point
+from merge_service.merging.combine import combine
+from merge_service.merging.derivation import Derivation, Operator, Out, Rules, Way
 from merge_service.merging.geometry import geometry
-from merge_service.merging.intake import Rules
 from merge_service.merging.jobs import MergeJob
-from merge_service.merging.stream import StreamCache, fold_in
+from merge_service.merging.stream import StreamCache
+from merge_service.techniques.definition import Form
 from merge_service.techniques.own import load
 
 
@@ -20,7 +23,7 @@ class Merger:
     """Carries out merge steps; `store` is handed over with each."""
 
     def __init__(self) -> None:
-        self._states: dict[str, StreamCache] = {}
+        self._states: dict[str | None, StreamCache] = {}
 
     def run(self, job: MergeJob, step: Any, store: Any) -> Any:
         """Merge, commit, and return the record."""
@@ -42,22 +45,14 @@ class Merger:
 
         The cosine is that of the merged model's task vector with the newest expert's.
         """
-        newest = job.members[-1]
-        if job.form == "fold":
-            report = fold_in(
-                job.technique, job.params, job.base.path, job.members, out,
-                threads=job.threads, measure=False, keep_limits=job.limits, rules=Rules(job.any_base),
-            )  # fmt: skip
+        newest, rules = job.members[-1], Rules(job.any_base)
+        form: Form = "fold" if job.form == "fold" else "merge"
+        derivation = Derivation(Operator.of(job.technique, job.params, form), job.base.path, job.members)
+        if form == "fold":
+            way = Way(self._execution(job), rules, job.limits)
+            report = combine(derivation, Out(out), way)
         else:
-            report = self._states_of(job).merge(
-                job.technique,
-                job.params,
-                job.base.path,
-                job.base.sha256,
-                job.members,
-                out,
-                Rules(job.any_base),
-            )
+            report = self._states_of(job).merge(derivation, job.base.sha256 or "", out, rules)
         measured = geometry(job.base.path, out, newest.path, threads=job.threads)
         notes = {"notes": [*report.notes]} if report.notes else {}
         return {"merge_seconds": report.seconds, **measured, **notes}
@@ -66,10 +61,9 @@ class Merger:
         """One cache per series, which its first expert names: series of other seeds must not evict each other."""
         series = job.members[0].sha256
         if series not in self._states:
-            self._states[series] = StreamCache(
-                job.scratch,
-                threads=job.threads,
-                measure=False,
-                keep_limits=job.limits,
-            )
+            self._states[series] = StreamCache(job.scratch, self._execution(job), job.limits)
         return self._states[series]
+
+    @staticmethod
+    def _execution(job: MergeJob) -> Execution:
+        return Execution(job.threads, measure=False)

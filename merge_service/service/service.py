@@ -11,15 +11,18 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from merge_service.checkpoints.admission import check_finite
 from merge_service.checkpoints.checkpoint import CONFIG_FILE, sha256_of
+from merge_service.engine.assembly import Execution
 from merge_service.errors import ConflictingArrival
-from merge_service.merging.combine import MergeReport, PathLike
-from merge_service.merging.intake import Rules, check_inputs, open_all
-from merge_service.merging.stream import Member, StreamCache, fold_in
+from merge_service.merging.combine import combine
+from merge_service.merging.derivation import Derivation, Member, Operator, Out, PathLike, Rules, Way
+from merge_service.merging.intake import check_inputs, open_all
+from merge_service.merging.report import MergeReport
+from merge_service.merging.stream import StreamCache
 from merge_service.timelines import time as timeline
 from merge_service.timelines.time import Base, Expert, Merged, Strategy, Weights
 
@@ -64,8 +67,8 @@ class MergeService:
         Path(scratch).mkdir(parents=True, exist_ok=True)
         self._directory = Path(tempfile.mkdtemp(prefix="merged-", dir=scratch))
         self._rules = Rules(any_base)
-        self._states = StreamCache(scratch, threads=threads)
-        self._threads = threads
+        self._execution = Execution(threads)
+        self._states = StreamCache(scratch, self._execution)
         self._made = 0
         self._arrivals: dict[int, Arrival] = {}
         self._merged: dict[Merged, Member] = {}
@@ -208,23 +211,20 @@ class MergeService:
     def _make(self, merged: Merged) -> MergeReport:
         assert self.strategy.technique is not None
         params = timeline.params_for(self.strategy, merged)
+        operator = Operator.of(self.strategy.technique, params, merged.form)
         self._made += 1  # a new name: what was made before stays until the call has succeeded
         out = (
             self._directory
             / f"{merged.policy}-{merged.t}-{self._made}{'' if self._as_directory() else '.safetensors'}"
         )
+        members = tuple(self._member(weights) for weights in timeline.parents(self.strategy, merged))
         if merged.policy == "all":
-            members = [self._member(Expert(t)) for t in range(1, merged.t + 1)]
-            report = self._states.merge(
-                self.strategy.technique, params, self.base, self._base_sha256, members, out, self._rules
-            )
+            derivation = Derivation(operator, self.base, members)
+            report = self._states.merge(derivation, self._base_sha256, out, self._rules)
         else:
-            running, newest = map(self._member, timeline.parents(self.strategy, merged))
-            running = Member(f"running-{merged.t - 1}", running.path, running.sha256)
-            report = fold_in(
-                self.strategy.technique, params, self.base, (running, newest), out,
-                threads=self._threads, rules=self._rules,
-            )  # fmt: skip
+            running = replace(members[0], id=f"running-{merged.t - 1}")
+            derivation = Derivation(operator, self.base, (running, members[1]))
+            report = combine(derivation, Out(out), Way(self._execution, self._rules))
         self._merged[merged] = Member(out.name, out, sha256_of(out))
         return report
 

@@ -13,6 +13,7 @@ from merge_service.engine import PartWorker, Split
 from merge_service.errors import IncompatibleCheckpoint
 from merge_service.merge import advance, fold, merge, replace, retract
 from merge_service.merging import Member, Rules
+from merge_service.merging.derivation import Derivation, Operator
 from merge_service.merging.geometry import geometry
 from merge_service.merging.stream import StreamCache
 from merge_service.similarity import similarity
@@ -168,7 +169,8 @@ def test_expert_that_is_not_tied_makes_them_two_tensors_for_all(world: World) ->
     cache = StreamCache(world.room / "scratch")
     members = [Member(str(i), path, str(i)) for i, path in enumerate([*paths, world.paths[3]])]
     for count in (1, 2, 3, 4):
-        cache.merge("dare_ties", {"density": 0.5}, world.start, "b", members[:count], world.out)
+        operator = Operator.of("dare_ties", {"density": 0.5}, "merge")
+        cache.merge(Derivation(operator, world.start, tuple(members[:count])), "b", world.out)
         streamed = toys.load(world.out)
         whole = world.merge("dare_ties", {"density": 0.5}, [m.path for m in members[:count]], ids=[m.id for m in members[:count]])  # fmt: skip
         assert {t: v.tobytes() for t, v in streamed.items()} == {t: v.tobytes() for t, v in whole.items()}

@@ -15,6 +15,7 @@ from merge_service.engine import keep_limits, limits_rule, survey
 from merge_service.engine.thresholds_cache import MOST, SUFFIX
 from merge_service.merge import advance, fold, merge
 from merge_service.merging import Member
+from merge_service.merging.derivation import Derivation, Operator
 from merge_service.merging.stream import StreamCache
 from merge_service.techniques import get
 from tests.merge_service import toys
@@ -261,7 +262,8 @@ def test_a_stream_uses_and_writes_what_is_kept(room: Room, tmp_path: Path) -> No
     caches = [StreamCache(tmp_path / f"s{i}", keep_limits=tmp_path / "kept") for i in range(2)]
 
     def run(cache: StreamCache) -> None:
-        cache.merge("ties", {}, room.base, "base", members, tmp_path / "stream.safetensors")
+        derivation = Derivation(Operator.of("ties", {}, "merge"), room.base, tuple(members))
+        cache.merge(derivation, "base", tmp_path / "stream.safetensors")
 
     assert room.asked(lambda: run(caches[0])) > 0
     assert room.asked(lambda: run(caches[1])) == 0

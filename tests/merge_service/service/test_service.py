@@ -17,6 +17,7 @@ from merge_service.errors import (
 )
 from merge_service.merge import fold, merge
 from merge_service.merging import Member
+from merge_service.merging.derivation import Derivation, Operator
 from merge_service.merging.stream import StreamCache
 from merge_service.service import MergeService
 from merge_service.timelines import Strategy
@@ -195,7 +196,8 @@ def test_cached_states_change_no_byte_whatever_was_asked_before(
     cache = StreamCache(tmp_path / "scratch")
     for asked in ([0], [0, 1], [0, 1, 2, 3], [0, 1], [0, 1], [3, 2], [3, 2, 0], [2, 2][:1], []):
         chosen = [members[i] for i in asked]
-        cache.merge(technique, {}, stream[0], shas[0], chosen, tmp_path / "cached.safetensors")
+        derivation = Derivation(Operator.of(technique, {}, "merge"), stream[0], tuple(chosen))
+        cache.merge(derivation, shas[0], tmp_path / "cached.safetensors")
         assert (tmp_path / "cached.safetensors").read_bytes() == direct(chosen), asked
     assert len(list((tmp_path / "scratch").rglob("*.safetensors"))) == 1
     cache.close()
