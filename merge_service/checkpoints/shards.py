@@ -19,10 +19,11 @@ from types import TracebackType
 import numpy as np
 
 from merge_service.checkpoints.header import TensorInfo, check_readable
-from merge_service.checkpoints.writer import CheckpointWriter, Layout, sync_directory
+from merge_service.checkpoints.writer import CheckpointWriter, Layout
 from merge_service.errors import CheckpointError
 from merge_service.faults import point
 from merge_service.files.leftovers import temporary
+from merge_service.files.sync import sync_directory
 
 INDEX_SUFFIX = ".index.json"
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")

@@ -6,7 +6,6 @@ Blocks go to a preallocated temporary beside the target (a full disk shows at on
 Invariant: the target path either does not change, or holds the complete new file.
 """
 
-import contextlib
 import errno
 import os
 import threading
@@ -23,6 +22,7 @@ from merge_service.checkpoints.dtypes import encode
 from merge_service.checkpoints.header import TensorInfo, build_header
 from merge_service.errors import CheckpointError
 from merge_service.files.leftovers import sweep, temporary
+from merge_service.files.sync import sync_directory
 
 Layout = Mapping[str, tuple[str, Sequence[int]]]
 Written = Mapping[tuple[str, int], int]
@@ -213,16 +213,6 @@ class SlotWriter(CheckpointWriter):
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
-
-
-def sync_directory(directory: Path) -> None:
-    """Make renames inside `directory` survive a power cut."""
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems cannot sync a directory
-            os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _preallocate(file: int, size: int) -> None:

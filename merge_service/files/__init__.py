@@ -5,11 +5,13 @@ the file or none. What a dead writer left is removed by the next one; what a liv
 """
 
 from merge_service.files.leftovers import is_abandoned, owner_mark, sweep, sweep_directory, temporary
+from merge_service.files.sync import sync_directory
 
 __all__ = [
     "is_abandoned",
     "owner_mark",
     "sweep",
     "sweep_directory",
+    "sync_directory",
     "temporary",
 ]
