@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from merge_service.errors import UserError
-    from merge_service.own import register, technique
-    from merge_service.params import Param
-    from merge_service.techniques import Technique
+    from merge_service.techniques import Param, Technique, register, technique
     from pipeline.api import Run, Study, evaluate, load_study, merge, open_run, plan, run, techniques
 
 __all__ = [

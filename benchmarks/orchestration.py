@@ -36,7 +36,7 @@ WINDOW = 100
 
 def bare(study: Path, overrides: list[str], out: Path) -> None:
     """Every step of a study, one after another, in this process; prints the CPU seconds without imports and planning."""
-    from merge_service.actor import Merger
+    from merge_service.service import Merger
     from pipeline.jobs import Jobs
     from pipeline.workspace import Workspace
     from workers.actors import Worker

@@ -29,8 +29,8 @@ from inputs import SIZES, Inputs, make_inputs
 
 from cluster.pool import Pool
 from cluster.session import connect
+from merge_service.engine import Part, PartWorker, Split
 from merge_service.merge import merge
-from merge_service.split import Part, PartWorker, Split
 
 PARAMS: dict[str, dict[str, Any]] = {"task_arithmetic": {"scale": 0.3}}
 PHASES = {"questions": ("answer",), "blocks": ("write",), "sync": ("settle", "fsync")}

@@ -6,48 +6,34 @@
     retract   one expert out of it again; replace: one for another
 
 All validate everything they can before a block is computed, write the output once, and let it appear under its
-name only when it is whole. Memory is a few blocks per thread, whatever the number of experts.
+name only when it is whole. Memory is a few blocks per thread, whatever the number of experts. Each builds the values of
+`merge_service.merging.derivation` and hands them on.
 """
 
-import contextlib
-import dataclasses
-import json
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merge_service import ties
-from merge_service.assemble import Options, assemble
-from merge_service.blend import Blend, Input
-from merge_service.checkpoint import Checkpoint, CheckpointWriter
-from merge_service.engine import BLOCK
-from merge_service.errors import TechniqueError
-from merge_service.intake import Lineage, Rules, by_content, check_count, check_inputs, open_all, shown
-from merge_service.kept_limits import Keep, KeptLimits
-from merge_service.leftovers import temporary
-from merge_service.report import MergeReport, report_of
-from merge_service.retraction import Retraction, check_bytes
-from merge_service.split import Split
-from merge_service.state import METADATA_KEY, StreamState, effective, state_writer
-from merge_service.target import Target
-from merge_service.techniques import Form, Technique, get
-from merge_service.thresholds import Ask
+from merge_service.blocks.spans import BLOCK
+from merge_service.engine.assembly import Execution
+from merge_service.engine.split import Split
+from merge_service.engine.thresholds_cache import Keep
+from merge_service.merging import combine, streaming
+from merge_service.merging.derivation import (
+    Derivation,
+    Member,
+    Operator,
+    Out,
+    PathLike,
+    Rules,
+    Way,
+    members_of,
+    out_of,
+)
+from merge_service.merging.report import MergeReport
+from merge_service.merging.streaming import States
 
-PathLike = Path | str
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a merge is carried out, which never changes a tensor of what comes out."""
-
-    options: Options
-    keep_limits: Keep
-    shard_bytes: int | None
-    split: Split | None
-    rules: Rules
+__all__ = ["MergeReport", "advance", "fold", "merge", "replace", "retract"]
 
 
 def merge(
@@ -80,22 +66,15 @@ def merge(
     `ids` name experts and seed their random masks; one that is None comes from the tensors' content. With `lineage`, or when
     an id is None, the output names file and sha256 of every input and the versions that computed; else it has `sha256` by id
     as given. `rules` say which inputs are taken. `measure=False` saves computing `merged_norm`. With `split` the work is done in parts, elsewhere.
-    `keep_limits` keeps the thresholds that were found (`kept_limits.py`); those that are kept already are always used.
+    `keep_limits` keeps the thresholds that were found (`thresholds_cache.py`); those that are kept already are always used.
 
     Raises `TechniqueError` (technique, parameters, number of experts), or the kind of `CheckpointError` that fits, naming the
     expert and tensor; `out` is then untouched.
     """
-    plugin = get(technique)
-    resolved = plugin.resolve(params, "merge", strict=True)
-    names = list(ids) if ids is not None else [None] * len(experts)
-    check_count(plugin, resolved, base, len(experts), names)
-    way = Way(Options(threads, block, measure, device), keep_limits, shard_bytes, split, rules)
-    given = [name for name in names if name is not None]
-    known = Lineage.given(given, sha256) if len(given) == len(names) and not lineage else None
-    if plugin.ordered and experts:
-        assert base is not None
-        return _replay(plugin, resolved, base, experts, names, out, known, way)
-    return _combine(plugin, resolved, "merge", base, experts, names, out, known, way)
+    operator = Operator.of(technique, params, "merge")
+    derivation = Derivation(operator, _path(base), members_of(experts, ids, sha256), lineage)
+    way = Way(Execution(threads, block, measure, device), rules, keep_limits, split)
+    return streaming.merge_all(derivation, Out(Path(out), shard_bytes), way)
 
 
 def fold(
@@ -121,12 +100,10 @@ def fold(
 
     A different operator from `merge` of all experts, except for running means. Arguments and errors as `merge`.
     """
-    plugin = get(technique)
-    resolved = plugin.resolve(params, "fold", strict=True)
-    check_count(plugin, resolved, base, 2, list(ids))
-    way = Way(Options(threads, block, measure, device), keep_limits, shard_bytes, split, rules)
-    known = Lineage.given(ids, sha256)
-    return _combine(plugin, resolved, "fold", base, [running, new], list(ids), out, known, way)
+    operator = Operator.of(technique, params, "fold")
+    derivation = Derivation(operator, _path(base), members_of([running, new], ids, sha256))
+    way = Way(Execution(threads, block, measure, device), rules, keep_limits, split)
+    return combine.combine(derivation, Out(Path(out), shard_bytes), way)
 
 
 def advance(
@@ -140,7 +117,6 @@ def advance(
     state_in: PathLike | None,
     state_out: PathLike,
     sha256: Mapping[str, str] | None = None,
-    lineage: Lineage | None = None,
     rules: Rules = Rules(),
     threads: int = 1,
     block: int = BLOCK,
@@ -148,40 +124,18 @@ def advance(
     device: str | None = None,
     keep_limits: Keep = False,
     shard_bytes: int | None = None,
-    tied: ties.Ties | None = None,
 ) -> MergeReport:
     """Add one expert to a streaming merge: read `state_in` (None to start), write `state_out` and the merged model.
 
     `out` is byte-identical to what `merge` writes for all experts so far with the same ids; with `out=None` only the
-    state is written. Cost does not depend on how many came before. `lineage` is what the outputs say of the expert, by default
-    its id and `sha256`. Besides what `merge` raises: `TechniqueError` when the technique has no streaming form, the state belongs to
-    another technique, parameters or base, or holds this id; `BrokenTie` when the experts so far hold two names as one tensor and this
-    one does not. A stream whose experts are known beforehand gives what is `tied` in all of them (`ties.tie`) with the first.
+    state is written. Cost does not depend on how many came before. Besides what `merge` raises: `TechniqueError` when the technique
+    has no streaming form, the state belongs to another technique, parameters or base, or holds this id; `BrokenTie` when the experts
+    so far hold two names as one tensor and this one does not.
     """
-    began = time.perf_counter()
-    plugin = get(technique)
-    plugin.require("stream")
-    resolved = plugin.resolve(params, "merge", strict=True)
-    known = lineage or Lineage.given([expert_id], sha256)
-    with contextlib.ExitStack() as stack:
-        anchor, (newest,) = open_all(stack, base, [expert], rules)
-        assert anchor is not None
-        held = stack.enter_context(StreamState(state_in)) if state_in is not None else None
-        seen = held.inputs if held else []
-        if held:
-            held.check(plugin, resolved, anchor)
-            held.check_new(expert_id)
-        same = held.ties(anchor) if held else tied
-        said, same = check_inputs(anchor, [newest], [expert_id], rules, known=same)
-        arrival = Input(expert_id, len(seen) + 1, newest)
-        blend = Blend(plugin, resolved, anchor, [arrival], threads, device, same)
-        if held:
-            held.check_layout(blend)
-        known = dataclasses.replace(known, inputs=[*seen, *known.inputs], notes=said)
-        target = Target.of(out, [base, expert], shard_bytes) if out is not None else None
-        notes = _ready(blend, keep_limits, sha256)
-        norm = _continue(blend, held, known, target, state_out, Options(threads, block, measure))
-        return report_of(blend, target, known, began, norm, notes)
+    derivation = _one(technique, params, base, expert, expert_id, sha256)
+    way = Way(Execution(threads, block, measure, device), rules, keep_limits)
+    states = States(_path(state_in), Path(state_out))
+    return streaming.advance(derivation, states, out_of(out, shard_bytes), way)
 
 
 def retract(
@@ -204,30 +158,14 @@ def retract(
     """Take one expert out of a streaming merge: read `state_in` and the expert, write `state_out` and the merged model.
 
     `params` are those the state was made with; the report holds those of the experts that stay (explicit weights lose one
-    entry), to go on with. What is written equals a merge of those that stay up to rounding: see `retraction.py`. Besides
+    entry), to go on with. What is written equals a merge of those that stay up to rounding: see `engine/retraction.py`. Besides
     what `advance` raises: `TechniqueError` when the id is not in the state, `expert` is not what went in under it, or the
     technique cannot: largest values, and schedules that weigh by place (but for the newest expert).
     """
-    began = time.perf_counter()
-    plugin = get(technique)
-    plugin.require("stream")
-    resolved = plugin.resolve(params, "merge", strict=True)
-    with contextlib.ExitStack() as stack:
-        anchor, leaving = (stack.enter_context(Checkpoint.open(path)) for path in (base, expert))
-        held = stack.enter_context(StreamState(state_in))
-        held.check(plugin, resolved, anchor)
-        order = held.order_of(expert_id)
-        left = Input(expert_id, order, leaving)
-        any_base = Rules(any_base=True)
-        said, same = check_inputs(anchor, [leaving], [expert_id], any_base, known=held.ties(anchor))
-        blend = Retraction(plugin, resolved, anchor, left, len(held.inputs), threads, same)
-        unchecked = check_bytes(held, order, expert, (sha256 or {}).get(expert_id))
-        known = Lineage([entry for entry in held.inputs if entry["id"] != expert_id], notes=said + unchecked)
-        held.check_layout(blend)
-        target = Target.of(out, [base, expert], shard_bytes) if out is not None else None
-        notes = _ready(blend, keep_limits, sha256)
-        norm = _continue(blend, held, known, target, state_out, Options(threads, block, measure))
-        return report_of(blend, target, known, began, norm, notes)
+    derivation = _one(technique, params, base, expert, expert_id, sha256)
+    way = Way(Execution(threads, block, measure), keep_limits=keep_limits)
+    states = States(Path(state_in), Path(state_out))
+    return streaming.retract(derivation, states, out_of(out, shard_bytes), way)
 
 
 def replace(
@@ -242,169 +180,36 @@ def replace(
     state_in: PathLike,
     state_out: PathLike,
     sha256: Mapping[str, str] | None = None,
-    **options: Any,
+    rules: Rules = Rules(),
+    threads: int = 1,
+    block: int = BLOCK,
+    measure: bool = True,
+    keep_limits: Keep = False,
+    shard_bytes: int | None = None,
 ) -> MergeReport:
     """`retract` of `old` and `advance` of `new` under the same id, which is then the newest; an explicit weight goes with it.
 
-    `sha256` is that of `new`; `old` is hashed if the state records what it was. `options` as of `advance`.
+    `sha256` is that of `new`; `old` is hashed if the state records what it was. Options as of `advance`.
     """
-    resolved = get(technique).resolve(params, "merge", strict=True)
-    between = temporary(Path(state_out))
-    try:
-        with StreamState(state_in) as held:
-            order = held.order_of(expert_id)
-        left = retract(
-            technique, resolved, base, old, None, expert_id=expert_id, state_in=state_in, state_out=between, **options
-        )  # fmt: skip
-        then = left.params
-        if then.get("weights") is not None:
-            then = {**then, "weights": [*then["weights"][: left.experts], resolved["weights"][order - 1],
-                                        *then["weights"][left.experts :]]}  # fmt: skip
-        report = advance(
-            technique, then, base, new, out, expert_id=expert_id, state_in=between, state_out=state_out, sha256=sha256, **options
-        )  # fmt: skip
-        return dataclasses.replace(report, notes=left.notes + report.notes)
-    finally:
-        between.unlink(missing_ok=True)
+    derivation = _one(technique, params, base, old, expert_id, None)
+    arrival = Member(expert_id, Path(new), (sha256 or {}).get(expert_id))
+    way = Way(Execution(threads, block, measure), rules, keep_limits)
+    states = States(Path(state_in), Path(state_out))
+    return streaming.replace(derivation, arrival, states, out_of(out, shard_bytes), way)
 
 
-def _combine(
-    plugin: Technique,
-    params: dict[str, Any],
-    form: Form,
-    base: PathLike | None,
-    experts: Sequence[PathLike],
-    ids: Sequence[str | None],
-    out: PathLike,
-    known: Lineage | None,
-    way: Way,
-) -> MergeReport:
-    if way.split is not None and way.shard_bytes is not None:
-        raise TechniqueError("workers write one file between them; leave --shard-size or --workers out")
-    began = time.perf_counter()
-    with contextlib.ExitStack() as stack:
-        anchor, opened = open_all(stack, base, experts, way.rules)
-        known, tied = _taken_in(anchor, opened, form, ids, known, way)
-        inputs = [
-            Input(entry["id"], order, weights)
-            for order, (entry, weights) in enumerate(zip(known.inputs, opened), 1)
-        ]
-        blend = Blend(plugin, params, anchor, inputs, way.options.threads, way.options.device, tied)
-        target = Target.of(out, [*experts, *([base] if base is not None else [])][::-1], way.shard_bytes)
-        team = stack.enter_context(way.split.team(blend, way.options)) if way.split else None
-        notes = _ready(blend, way.keep_limits, known.sha256, team.answer if team else None)
-        writer = stack.enter_context(target.open(blend.reference, _metadata(blend, form, params, known)))
-        if team is None:
-            norm = assemble(blend, writer, way.options)
-        else:
-            assert isinstance(writer, CheckpointWriter)
-            norm = team.assemble(blend, writer, way.options)
-        return report_of(blend, target, known, began, norm, notes)
-
-
-def _taken_in(
-    base: Checkpoint | None,
-    opened: Sequence[Checkpoint],
-    form: Form,
-    ids: Sequence[str | None],
-    known: Lineage | None,
-    way: Way,
-) -> tuple[Lineage, ties.Ties]:
-    """What the output says of inputs that may be merged, and what is tied in all of them; a running model that a merge made is
-    not asked where it comes from."""
-    exempt = 0 if form == "fold" and METADATA_KEY in opened[0].metadata else None
-    said, tied = check_inputs(base, opened, shown(opened, ids), way.rules, exempt)
-    found = known or by_content(base, opened, ids, way.options.threads)
-    return dataclasses.replace(found, notes=said + found.notes), tied
-
-
-def _replay(
-    plugin: Technique,
-    params: dict[str, Any],
+def _one(
+    technique: str,
+    params: Mapping[str, Any],
     base: PathLike,
-    experts: Sequence[PathLike],
-    ids: Sequence[str | None],
-    out: PathLike,
-    known: Lineage | None,
-    way: Way,
-) -> MergeReport:
-    """All experts at once for a technique that takes them one after another: the stream from the first on."""
-    if way.split is not None:
-        raise TechniqueError(
-            f"{plugin.name} takes experts one after another and cannot be split over workers; leave --workers out"
-        )
-    began = time.perf_counter()
-    with contextlib.ExitStack() as stack:
-        known, tied = _taken_in(*open_all(stack, base, experts, way.rules), "merge", ids, known, way)
-    beside = Path(out).absolute().parent
-    beside.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".states-", dir=beside) as states:
-        state: Path | None = None
-        for number, (entry, expert) in enumerate(zip(known.inputs, experts), 1):
-            target = Path(states) / f"{number}.safetensors"
-            report = advance(
-                plugin.name,
-                params,
-                base,
-                expert,
-                out if number == len(experts) else None,
-                expert_id=entry["id"],
-                state_in=state,
-                state_out=target,
-                sha256=known.sha256,
-                lineage=dataclasses.replace(known, inputs=[entry]),
-                rules=way.rules,
-                threads=way.options.threads,
-                block=way.options.block,
-                measure=way.options.measure,
-                device=way.options.device,
-                shard_bytes=way.shard_bytes,
-                tied=tied,
-            )
-            if state:
-                state.unlink()
-            state = target
-    notes = tuple(dict.fromkeys((*known.notes, *report.notes)))
-    return dataclasses.replace(report, seconds=time.perf_counter() - began, notes=notes)
+    expert: PathLike,
+    expert_id: str,
+    sha256: Mapping[str, str] | None,
+) -> Derivation:
+    """The derivation of one arrival, or departure, of a stream."""
+    operator = Operator.of(technique, params, "stream")
+    return Derivation(operator, Path(base), members_of([expert], [expert_id], sha256))
 
 
-def _ready(
-    blend: Blend, keep_limits: Keep, sha256: Mapping[str, str] | None, ask: Ask | None = None
-) -> tuple[str, ...]:
-    """Find all that needs a look at whole tensors, unless it is kept; what could not be kept."""
-    memory = KeptLimits(blend, keep_limits, sha256)
-    memory.recall()
-    blend.prepare(ask)
-    return memory.store()
-
-
-def _continue(
-    blend: Blend,
-    held: StreamState | None,
-    known: Lineage,
-    target: Target | None,
-    state_out: PathLike,
-    options: Options,
-) -> float | None:
-    """Write the state after `inputs`, and the merged model if there is a target; its norm."""
-    with contextlib.ExitStack() as stack:
-        keep = stack.enter_context(state_writer(state_out, blend, known.inputs))
-        writer = None
-        if target:
-            metadata = _metadata(blend, "merge", effective(blend.params, len(known.inputs)), known)
-            writer = stack.enter_context(target.open(blend.reference, metadata))
-        return assemble(blend, writer, options, held, keep)
-
-
-def _metadata(blend: Blend, form: Form, params: Mapping[str, Any], known: Lineage) -> dict[str, str]:
-    """The reference's own metadata, and how this file was made."""
-    record = {
-        "technique": blend.technique.name,
-        "form": form,
-        "params": dict(params),
-        "inputs": known.inputs,
-        **known.about,
-    }
-    if blend.technique.origin is not None:
-        record["source"] = blend.technique.origin.source
-    return {"format": "pt", **blend.reference.metadata, METADATA_KEY: json.dumps(record, sort_keys=True)}
+def _path(path: PathLike | None) -> Path | None:
+    return None if path is None else Path(path)

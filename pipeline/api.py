@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_service.errors import UserError
-from merge_service.own import register, technique
-from merge_service.params import Param, nearest
-from merge_service.techniques import Technique
+from merge_service.techniques import Param, Technique, nearest, register, technique
 from pipeline.config import Study
 from pipeline.config import load_study as read_study
 
@@ -235,11 +233,10 @@ def merge_files(
     keep_thresholds: bool = False,
 ) -> "MergeReport":
     """`temporal-merge merge`, whose options these are; all cores by default. Raises UserError, also if `out` is an input."""
-    from merge_service.intake import Rules
+    from merge_service.checkpoints import bytes_of, overwrites
     from merge_service.merge import merge as combine
-    from merge_service.parity import translate_merge
-    from merge_service.shards import bytes_of
-    from merge_service.target import overwrites
+    from merge_service.merging import Rules
+    from merge_service.timelines import translate_merge
 
     for path in (*experts, *([base] if base else [])):
         if overwrites(out, path):

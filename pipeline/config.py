@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from merge_service import timeline
+from merge_service import timelines as timeline
 from merge_service.errors import TechniqueError, UserError
 from pipeline.errors import ConfigError
 from pipeline.file_kinds import expect

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from merge_service.leftovers import sweep, temporary
+from merge_service.files import sweep, temporary
 from pipeline.errors import StorageFull, StoreError
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})

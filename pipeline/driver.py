@@ -20,7 +20,7 @@ from cluster.room import Room
 from cluster.session import ClusterError, Head, Session, check_address, connect, nodes_now
 from merge_service.errors import UserError
 from merge_service.faults import point
-from merge_service.own import check_importable
+from merge_service.techniques import check_importable
 from merge_service.techniques import get as technique_called
 from pipeline.config import Study
 from pipeline.console import WARNING, complain

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from merge_service import timeline
+from merge_service import timelines as timeline
 from merge_service.techniques import get as technique_called
-from merge_service.timeline import Base, Expert, Merged, Weights
+from merge_service.timelines import Base, Expert, Merged, Weights
 from pipeline.config import Roles, Study
 from pipeline.grid import Cell
 from pipeline.steps import BASE, RECORD_BYTES, TRAIN, VERSIONS, ModelFacts, Point, Step

@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from merge_service.checkpoint import CONFIG_FILE, Checkpoint
+from merge_service.checkpoints import CONFIG_FILE, Checkpoint
 from merge_service.errors import IncompatibleCheckpoint, UserError
-from merge_service.timeline import needs_experts
+from merge_service.timelines import needs_experts
 from pipeline.artifact import hash_file
 from pipeline.config import Study
 from pipeline.errors import PlanError

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from merge_service.techniques import get as technique_called
-from merge_service.timeline import Strategy, needs_experts
+from merge_service.timelines import Strategy, needs_experts
 from pipeline.fingerprint import fingerprint
 from pipeline.mistakes import Problem, leaf_keys, nearest, short, validate
 from pipeline.sections import BUDGETS, BudgetSection, EvaluationSection, ModelSection

@@ -6,10 +6,9 @@ Invariant: a job adds paths and pace to its step's spec and changes nothing that
 from pathlib import Path
 from typing import Any
 
-from merge_service.checkpoint import WEIGHTS_FILE
-from merge_service.jobs import MergeJob
-from merge_service.kept_limits import limits_rule
-from merge_service.stream import Member
+from merge_service.checkpoints import WEIGHTS_FILE
+from merge_service.engine import limits_rule
+from merge_service.merging import Member, MergeJob
 from merge_service.techniques import get
 from pipeline.errors import StoreError
 from pipeline.facts import cache_of

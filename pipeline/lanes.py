@@ -11,7 +11,7 @@ from typing import Any
 from cluster.pool import Pool
 from cluster.room import Room, Shape
 from cluster.session import ClusterError
-from merge_service.actor import Merger
+from merge_service.service import Merger
 from pipeline.config import Study
 from pipeline.plan import Step
 from workers.actors import Worker, gather

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from merge_service.faults import point
-from merge_service.leftovers import temporary
+from merge_service.files import temporary
 from pipeline.disk import room_for
 from pipeline.errors import StoreError, StoreUnwritable
 from pipeline.ownership import is_abandoned, locked, owner_mark

@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster.pool import Pool, WorkerLost
 from cluster.session import ClusterError, Session, check_address, connect
-from merge_service.split import Part, PartWorker, Split
+from merge_service.engine import Part, PartWorker, Split
 
 
 def split_over(address: str, workers: int, threads: int) -> Split:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from merge_service.leftovers import is_abandoned, owner_mark
+from merge_service.files import is_abandoned, owner_mark
 from pipeline.disk import NO_LOCKS
 from pipeline.errors import StoreError
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from merge_service import timeline
+from merge_service import timelines as timeline
 from pipeline.config import Study
 from pipeline.errors import PlanError
 from pipeline.expand import Draft, World, effective_params, joint_task, together

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from merge_service.checkpoint import CONFIG_FILE
+from merge_service.checkpoints import CONFIG_FILE
 from pipeline.fingerprint import fingerprint
 from workers.data.cache import Access, recall, remember
 from workers.data.manifest import describe

@@ -13,7 +13,7 @@ from statistics import mean as average
 from statistics import stdev
 from typing import Any, Protocol
 
-from merge_service.checkpoint import WEIGHTS_FILE
+from merge_service.checkpoints import WEIGHTS_FILE
 from pipeline.artifact import Record
 from pipeline.disk import write_whole
 from pipeline.expand import JOINT_TASK

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from merge_service.shards import bytes_of
+from merge_service.checkpoints import bytes_of
 from pipeline.addresses import refuse_secret
 from pipeline.fingerprint import fingerprint
 from pipeline.places import Place, expanded

@@ -16,8 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from merge_service.errors import UserError
-from merge_service.own import broken
-from merge_service.techniques import get, names
+from merge_service.techniques import broken, get, names
 from pipeline.console import BUSY, ERROR, GOOD, WARNING, complain
 from pipeline.console import console as made_console
 from pipeline.progress import running_table, standings_table

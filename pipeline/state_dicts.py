@@ -10,10 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from merge_service.checkpoint import Checkpoint, CheckpointWriter
-from merge_service.dtypes import DTYPES
+from merge_service.checkpoints import DTYPES, Checkpoint, CheckpointWriter, Ties, entry, of_groups
 from merge_service.errors import CheckpointError
-from merge_service.ties import Ties, entry, of_groups
 
 _NUMPY = {kind.storage: name for name, kind in DTYPES.items() if name != "BF16" and not name.startswith("F8")}
 _TORCH = {

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from merge_service.faults import point
+from merge_service.files import sync_directory
 from pipeline import audit
 from pipeline.artifact import (
     RECORD_FILE,
@@ -34,7 +35,7 @@ from pipeline.disk import free_bytes, full_text, is_full
 from pipeline.errors import CorruptArtifact, NondeterminismError, StorageFull, StoreError, StoreUnwritable
 from pipeline.lease import Files, Shelf
 from pipeline.ownership import is_abandoned, locked, owner_mark
-from pipeline.store_names import DIGITS, KINDS, Names, is_there, sync_directory
+from pipeline.store_names import DIGITS, KINDS, Names, is_there
 from pipeline.versions import here
 
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}

@@ -12,6 +12,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+from merge_service.files import sync_directory
 from pipeline.errors import StoreError
 from pipeline.ownership import owner_mark
 
@@ -150,18 +151,6 @@ def _write(path: Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def sync_directory(directory: Path) -> None:
-    """Force the names in a directory to disk, where its file system can."""
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(handle)
 
 
 def _raise_unless_absent(error: OSError, path: Path) -> None:

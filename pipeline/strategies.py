@@ -10,11 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from merge_service import timeline
+from merge_service import timelines as timeline
 from merge_service.errors import TechniqueError
-from merge_service.parity import translate
 from merge_service.techniques import get as technique_called
-from merge_service.timeline import PRESETS, Strategy
+from merge_service.timelines import PRESETS, Strategy, translate
 from pipeline.mistakes import Problem, nearest, validate
 from pipeline.sections import StrategySection
 

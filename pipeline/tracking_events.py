@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from merge_service.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from pipeline import results
 from pipeline.artifact import Record
 from pipeline.outbox import Row

@@ -7,7 +7,7 @@ by the sha256 of its weights.
 from collections.abc import Mapping
 from typing import Any
 
-from merge_service.checkpoint import WEIGHTS_FILE
+from merge_service.checkpoints import WEIGHTS_FILE
 from pipeline.artifact import Record
 from pipeline.steps import BASE, Step
 

@@ -14,9 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from merge_service.checkpoint import CONFIG_FILE
+from merge_service.checkpoints import CONFIG_FILE
 from merge_service.errors import UserError
-from merge_service.leftovers import sweep_directory
+from merge_service.files import sweep_directory
 from pipeline.config import Study, load_study
 from pipeline.disk import clear_leftovers, write_whole
 from pipeline.errors import ConfigError

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 import ray
 
-from merge_service.checkpoint import WEIGHTS_FILE
+from merge_service.checkpoints import WEIGHTS_FILE
+from merge_service.engine import keep_limits
 from merge_service.faults import point
-from merge_service.kept_limits import keep_limits
 from workers.jobs import EvaluateJob, TrainJob
 
 

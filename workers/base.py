@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from merge_service.checkpoint import CONFIG_FILE, Checkpoint
+from merge_service.checkpoints import CONFIG_FILE, Checkpoint
 from merge_service.errors import UserError
 from workers.configuration import (
     HUB,

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from merge_service.checkpoint import Checkpoint
+from merge_service.checkpoints import Checkpoint
 from merge_service.errors import UserError
 from workers.base import configuration_of
 from workers.batch_norm import normalises_over_batch

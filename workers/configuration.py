@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from merge_service.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from merge_service.errors import UserError
 
 LOCAL, HUB = "local-dir:", "hf-hub:"

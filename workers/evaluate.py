@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from open_clip import build_zero_shot_classifier
 
-from merge_service.checkpoint import WEIGHTS_FILE
+from merge_service.checkpoints import WEIGHTS_FILE
 from merge_service.errors import NonFiniteCheckpoint, UserError
 from workers.data.contents import is_by_caption
 from workers.data.decode import Samples, load, normalise

@@ -12,7 +12,7 @@ from typing import Any
 import open_clip
 import torch
 
-from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Checkpoint
+from merge_service.checkpoints import CONFIG_FILE, WEIGHTS_FILE, Checkpoint
 from merge_service.errors import UserError
 from workers.base import STATED, Base, download, find, tags_of
 from workers.configuration import HUB, LOCAL

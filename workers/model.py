@@ -14,7 +14,7 @@ import torch
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from merge_service.anatomy import modality
-from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from merge_service.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from workers.configuration import is_tokenizer_file, read_configuration
 from workers.export import export_base
 from workers.network import create, tokenizer

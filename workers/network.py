@@ -16,7 +16,7 @@ import torch
 from open_clip.hf_configs import arch_dict
 from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer
 
-from merge_service.checkpoint import CONFIG_FILE
+from merge_service.checkpoints import CONFIG_FILE
 from workers.configuration import LOCAL, ModelError, is_tokenizer_file, read_configuration
 
 

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from merge_service.files import sync_directory
+
 MARKER, OWNER = "complete.json", "owner"
 PROGRESS = "progress.json"
 PROGRESS_BYTES = 200  # no report is longer
@@ -66,11 +68,11 @@ class Checkpoints:
         marker = {"fingerprint": self._fingerprint, "step": step, "loop": loop, "files": files}
         write_durably(staged / MARKER, json.dumps(marker))
         for directory in (staged, *(path for path in staged.rglob("*") if path.is_dir())):
-            _sync(directory)
+            sync_directory(directory)
         final = staged.with_suffix("")
         shutil.rmtree(final, ignore_errors=True)
         staged.replace(final)
-        _sync(self._root)
+        sync_directory(self._root)
         for other in self._root.iterdir():
             if other != final:
                 shutil.rmtree(other, ignore_errors=True)
@@ -137,11 +139,3 @@ def _digest(file: Path) -> str:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
         os.fsync(handle.fileno())
     return digest
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

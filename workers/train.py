@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from merge_service.checkpoint import Checkpoint, admit, check_finite
+from merge_service.checkpoints import Checkpoint, admit, check_finite
 from merge_service.errors import UserError
 from workers.base import check_temperature
 from workers.data.batches import Batches

@@ -11,11 +11,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from merge_service.admission import spare_prefix
-from merge_service.buffers import buffers
-from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, CheckpointWriter
+from merge_service.checkpoints import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Checkpoint,
+    CheckpointWriter,
+    Ties,
+    buffers,
+    entry,
+    of_groups,
+    recorded,
+    spare_prefix,
+)
 from merge_service.errors import IncompatibleCheckpoint, UserError
-from merge_service.ties import Ties, entry, of_groups, recorded
 
 LISTED = 10  # differences shown in one error
 _BIAS = " (a model with a logit_bias has init_logit_bias in its model_cfg)"

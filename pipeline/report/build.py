@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import vl_convert
 
-from merge_service.checkpoint import WEIGHTS_FILE
+from merge_service.checkpoints import WEIGHTS_FILE
 from merge_service.errors import UserError
 from merge_service.similarity import similarity
 from pipeline.artifact import Record

@@ -179,7 +179,7 @@ def test_commands_that_need_nothing_else_run(block: Block, desk: Path, cli: Call
 def test_python_block_runs(block: Block, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block that begins with the name of a file is that file, to be imported by the others of its page."""
     monkeypatch.syspath_prepend(str(desk))
-    monkeypatch.setattr("merge_service.own._declared", {})
+    monkeypatch.setattr("merge_service.techniques.registry._declared", {})
     monkeypatch.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", None)  # a block may set it
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
     forget_table()

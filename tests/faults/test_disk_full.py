@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from merge_service.writer import CheckpointWriter
+from merge_service.checkpoints import CheckpointWriter
 from pipeline.errors import StorageFull, TrackingError
 from pipeline.lock import driver_lock, write_driver
 from pipeline.outbox import Outbox

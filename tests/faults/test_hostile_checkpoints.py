@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_service.checkpoint import WEIGHTS_FILE, Checkpoint, CheckpointWriter, admit, check_finite
+from merge_service.checkpoints import WEIGHTS_FILE, Checkpoint, CheckpointWriter, admit, check_finite
 from merge_service.errors import CheckpointError, CorruptCheckpoint, ForeignCheckpoint
 from pipeline.errors import CorruptArtifact
 from pipeline.store import Store
@@ -235,7 +235,7 @@ def test_header_bombs_are_refused_without_memory(tmp_path: Path, record_property
     (tmp_path / "index").mkdir()
     (tmp_path / "index" / "m.safetensors.index.json").write_bytes(b'{"weight_map":' + b"[" * 1_000_000)
     cost = cost_of("""
-from merge_service.checkpoint import Checkpoint
+from merge_service.checkpoints import Checkpoint
 from merge_service.errors import CheckpointError
 begin()
 slowest = 0
@@ -275,7 +275,7 @@ def test_headers_as_long_as_may_be_cost_their_text_and_not_thirty_times_that(
     (tmp_path / "index").mkdir()
     (tmp_path / "index" / "m.safetensors.index.json").write_bytes(b'{"weight_map":[' + LARGE["lists"])
     cost = cost_of("""
-from merge_service.checkpoint import Checkpoint
+from merge_service.checkpoints import Checkpoint
 from merge_service.errors import CorruptCheckpoint
 begin()
 for path in arguments:
@@ -295,7 +295,7 @@ end()
 def test_model_whose_header_nobody_would_read_is_refused_before_its_file_is_begun(
     limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(f"merge_service.header.{limit}", 100_000)
+    monkeypatch.setattr(f"merge_service.checkpoints.header.{limit}", 100_000)
     with pytest.raises(CheckpointError, match="20000 tensors"):
         CheckpointWriter(
             tmp_path / "w.safetensors", {f"tensor-{n:040}": ("F32", (0,)) for n in range(20_000)}

@@ -9,18 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_service.actor import Merger
-from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, admit, check_finite, sha256_of
+from merge_service.checkpoints import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, admit, check_finite, sha256_of
 from merge_service.errors import (
     CheckpointError,
     ConflictingArrival,
     IncompatibleCheckpoint,
     NonFiniteCheckpoint,
 )
-from merge_service.jobs import MergeJob
-from merge_service.service import MergeService
-from merge_service.stream import Member
-from merge_service.timeline import Strategy
+from merge_service.merging import Member, MergeJob
+from merge_service.service import Merger, MergeService
+from merge_service.timelines import Strategy
 from pipeline.store import Store
 from tests.faults.fuzz import seeded
 from tests.merge_service import toys

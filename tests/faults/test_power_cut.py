@@ -39,8 +39,9 @@ MERGE = """
 import sys
 from pathlib import Path
 import numpy as np
-from merge_service.shards import ShardedWriter
-from merge_service.writer import CheckpointWriter, SlotWriter
+from merge_service.checkpoints.shards import ShardedWriter
+from merge_service.checkpoints import CheckpointWriter
+from merge_service.checkpoints.writer import SlotWriter
 root, sharded = Path(sys.argv[1]), sys.argv[2] == "sharded"
 root.mkdir()
 layout = {"a": ("F32", (64,)), "b": ("F32", (8,))}
@@ -56,7 +57,8 @@ SLOT = """
 import sys
 from pathlib import Path
 import numpy as np
-from merge_service.writer import CheckpointWriter, SlotWriter
+from merge_service.checkpoints import CheckpointWriter
+from merge_service.checkpoints.writer import SlotWriter
 root = Path(sys.argv[1])
 root.mkdir()
 with CheckpointWriter(root / "m.safetensors", {"a": ("F32", (64,))}) as writer:

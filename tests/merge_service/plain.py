@@ -10,7 +10,8 @@ import math
 from fractions import Fraction
 
 import numpy as np
-import plain_tensors
+
+from tests.merge_service import plain_tensors
 
 ELECTED = ("ties", "dare_ties", "breadcrumbs_ties")
 

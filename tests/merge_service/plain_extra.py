@@ -11,7 +11,8 @@ import math
 from fractions import Fraction
 
 import numpy as np
-import plain
+
+from tests.merge_service import plain
 
 TECHNIQUES = (
     "breadcrumbs", "dare", "dare_ties", "della", "della_linear", "sce", "ram", "nearswap", "random_mix", "consensus",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from merge_service.checkpoint import Checkpoint, CheckpointWriter
+from merge_service.checkpoints import Checkpoint, CheckpointWriter
 from merge_service.merge import merge
 
 NUMPY = {"F32": np.float32, "F64": np.float64, "F16": np.float16, "I64": np.int64, "BOOL": np.bool_}

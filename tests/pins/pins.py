@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from merge_service import techniques
-from merge_service.checkpoint import sha256_of
+from merge_service.checkpoints import sha256_of
 from merge_service.merge import advance, fold, merge
 from pipeline.config import load_study, study_from
 from pipeline.fingerprint import fingerprint

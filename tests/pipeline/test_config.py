@@ -8,7 +8,7 @@ import pytest
 from plan_toys import REPLAY, raw_study
 
 from merge_service.errors import UserError
-from merge_service.timeline import PRESETS
+from merge_service.timelines import PRESETS
 from pipeline import yaml_input
 from pipeline.config import load_study, study_from
 from pipeline.errors import ConfigError

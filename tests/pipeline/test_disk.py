@@ -91,7 +91,7 @@ def test_driver_cannot_begin_on_a_full_disk_and_says_so(full: Path) -> None:
 
 def test_what_a_driver_that_died_left_beside_its_file_is_cleared_by_the_next(tmp_path: Path) -> None:
     dead = subprocess.run(
-        [sys.executable, "-c", "import sys; from merge_service.leftovers import temporary; from pathlib import Path;"
+        [sys.executable, "-c", "import sys; from merge_service.files.leftovers import temporary; from pathlib import Path;"
          "temporary(Path(sys.argv[1])).write_text('half')", str(tmp_path / DRIVER_FILE)],
         cwd=Path(__file__).parents[2], check=True, env=os.environ,
     )  # fmt: skip

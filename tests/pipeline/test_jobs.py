@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from plan_toys import facts, make_plan, study
 
-from merge_service.checkpoint import WEIGHTS_FILE
+from merge_service.checkpoints import WEIGHTS_FILE
 from pipeline.jobs import Jobs
 
 STRATEGIES: list[Any] = [

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from merge_service.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from merge_service.errors import UserError
 from merge_service.merge import merge
 from pipeline.config import load_study

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from plan_toys import REPLAY, facts, make_plan, raw_study, study
 
-from merge_service import timeline
+from merge_service.timelines import time as timeline
 from pipeline.config import study_from
 from pipeline.errors import ConfigError
 from pipeline.plan import Plan

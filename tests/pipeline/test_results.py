@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from plan_toys import base_of, facts, make_plan, study
 
-from merge_service.checkpoint import WEIGHTS_FILE
+from merge_service.checkpoints import WEIGHTS_FILE
 from pipeline import results as found
 from pipeline.artifact import Record
 from pipeline.errors import CorruptArtifact

@@ -9,7 +9,7 @@ import pytest
 from cluster.memory import OutOfMemory
 from cluster.pool import PlaceLost, WorkerLost
 from merge_service.errors import UserError
-from merge_service.leftovers import owner_mark, temporary
+from merge_service.files import owner_mark, temporary
 from pipeline.deadlines import Deadlines
 from pipeline.errors import StepFailed, StepTimeout
 from tests.pipeline.plan_toys import study

@@ -115,7 +115,9 @@ def test_thresholds_that_merges_ask_for_are_kept_per_expert_and_outside_the_stor
     experts = [weights_of(undisturbed, step["expert_sha256"]) for step in steps]
     sha256 = {f"expert-{number}": step["expert_sha256"] for number, step in enumerate(steps, 1)}
     with tempfile.TemporaryDirectory() as room, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("merge_service.survey.Surveyor.answer", lambda *_: pytest.fail("looked for thresholds"))
+        patch.setattr(
+            "merge_service.engine.survey.Surveyor.answer", lambda *_: pytest.fail("looked for thresholds")
+        )
         ties(experts, Path(room) / "merged", sha256=sha256)
 
 

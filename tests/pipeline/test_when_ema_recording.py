@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from merge_service.checkpoint import WEIGHTS_FILE
+from merge_service.checkpoints import WEIGHTS_FILE
 from merge_service.errors import UserError
 from pipeline.artifact import hash_file
 from pipeline.claims.when_ema import pieces

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from merge_service.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from workers.data.writer import Sample, write_dataset
 from workers.jobs import EngineSpec, EvaluateJob, Source, TrainJob
 from workers.model import export_base

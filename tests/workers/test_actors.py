@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from merge_service.checkpoint import WEIGHTS_FILE, CheckpointWriter
-from merge_service.service import sha256_of
+from merge_service.checkpoints import WEIGHTS_FILE, CheckpointWriter, sha256_of
 from workers.actors import Worker
 from workers.jobs import EngineSpec, TrainJob
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from merge_service.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from merge_service.errors import UserError
 from tests.workers.model_helpers import MODEL_CFG, PREPROCESS_CFG, Toys, sha256
 from workers.base import MAX_LOGIT_SCALE, check_temperature, find

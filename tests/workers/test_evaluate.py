@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from merge_service.checkpoint import WEIGHTS_FILE
+from merge_service.checkpoints import WEIGHTS_FILE
 from merge_service.errors import NonFiniteCheckpoint, UserError
 from tests.workers.model_helpers import COLOURS, Toys
 from workers.data.decode import Samples, load

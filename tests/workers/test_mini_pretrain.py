@@ -11,7 +11,7 @@ import open_clip
 import pytest
 import yaml
 
-from merge_service.checkpoint import WEIGHTS_FILE, Checkpoint
+from merge_service.checkpoints import WEIGHTS_FILE, Checkpoint
 from merge_service.errors import UserError
 from tests.workers.data_helpers import coloured
 from workers import evaluate as scoring

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from merge_service.anatomy import modality
-from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, CheckpointWriter
+from merge_service.checkpoints import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, CheckpointWriter
 from merge_service.errors import CorruptCheckpoint, IncompatibleCheckpoint, UserError
 from merge_service.merge import merge
 from tests.workers.model_helpers import MODEL_CFG, PREPROCESS_CFG, Toys, sha256, write_config

@@ -15,6 +15,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from merge_service.files import sync_directory
+
 PARTIAL = ".partial-"
 
 
@@ -127,15 +129,16 @@ def whole_folder(place: Path, access: Access) -> Iterator[Path]:
         yield work
         for path in sorted(work.iterdir()):
             access.grant(path)
-            _sync(path)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         access.grant(work)
-        _sync(work)
+        sync_directory(work)
         try:
             work.rename(place)
         except OSError:
             if not place.is_dir():  # else somebody else was first
                 raise
-        _sync(place.parent)
+        sync_directory(place.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -156,11 +159,3 @@ def _sweep(place: Path) -> None:
                 handle = stack.enter_context(_lock_file(made).open("a"))
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(work, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

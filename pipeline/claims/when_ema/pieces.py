@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from merge_service.checkpoint import WEIGHTS_FILE
+from merge_service.checkpoints import WEIGHTS_FILE
 from merge_service.errors import UserError
 from pipeline.artifact import hash_file
 from pipeline.claims.__main__ import commit

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from merge_service.checkpoint import WEIGHTS_FILE, Checkpoint
+from merge_service.checkpoints import WEIGHTS_FILE, Checkpoint
 from merge_service.errors import UserError
-from merge_service.ties import recorded
+from merge_service.checkpoints.ties import recorded
 from pipeline.artifact import Record
 from pipeline.config import load_study
 from pipeline.grid import Cell

@@ -1,0 +1,14 @@
+"""What tensor names mean: towers, stacks of blocks and depth, and the matrices that lie packed in one tensor.
+
+Names differ from library to library, so nothing here knows a model: a few rules over names and shapes decide, and what they leave
+unclear is said to be unclear.
+"""
+
+from merge_service.anatomy.structure import Anatomy, anatomy_of, described, modality
+
+__all__ = [
+    "Anatomy",
+    "anatomy_of",
+    "described",
+    "modality",
+]

@@ -1,0 +1,234 @@
+"""Checkpoints on disk: a safetensors file, a sharded index, or a directory holding either, read through memory maps.
+
+Only what is asked for is paged in, so the size of a model never shows in anonymous memory. This is the one place that
+knows file names and layouts; the rest of the room sees names, shapes and blocks of numbers.
+
+Invariant: an open checkpoint has a fully validated header, and `read` never changes or copies more than it returns.
+"""
+
+import hashlib
+import zlib
+from collections import Counter
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from merge_service.checkpoints.dtypes import decode
+from merge_service.checkpoints.foreign import check_file, explain_directory
+from merge_service.checkpoints.header import HEADER_LIMIT, TensorInfo, corrupt, parse_json, read_header
+from merge_service.checkpoints.shards import SHARD
+from merge_service.errors import CheckpointError
+from merge_service.files.mapping import mapped
+
+WEIGHTS_FILE = "open_clip_model.safetensors"
+CONFIG_FILE = "open_clip_config.json"
+SAMPLE = 1024
+"""Bytes of a tensor that a fingerprint reads in one place."""
+_CHUNK = 1 << 20
+
+
+def locate(path: Path | str) -> Path:
+    """The weights file or index behind `path`.
+
+    Raises `CheckpointError` when there is none, or more than one candidate, and `ForeignCheckpoint` when it is something else.
+    """
+    found = _locate(Path(path))
+    check_file(found)
+    return found
+
+
+def _locate(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist")
+    if (path / WEIGHTS_FILE).is_file():
+        return path / WEIGHTS_FILE
+    found = sorted(path.glob("*.safetensors.index.json")) or sorted(
+        file for file in path.glob("*.safetensors") if not SHARD.search(file.name)
+    )
+    if not found:
+        explain_directory(path)
+    if len(found) != 1:
+        what = (
+            f"holds {len(found)} of them ({', '.join(f.name for f in found[:5])})" if found else "holds none"
+        )
+        raise CheckpointError(
+            f"{path} should hold one .safetensors file or .safetensors.index.json but {what}; name the file"
+        )
+    return found[0]
+
+
+class Checkpoint:
+    """An open checkpoint; use as a context manager.
+
+    `tensors` maps names to `TensorInfo` in header order (`ties.py` lets aliases come and go), `metadata` is the file's own (of the
+    first shard if sharded). `renames` are the prefixes under which names are read that the file has otherwise, as (old, new), `lent`
+    the tensors that have a further name here. No file stays open: there may be hundreds of experts.
+    """
+
+    def __init__(
+        self, path: Path, files: list[Path], tensors: dict[str, TensorInfo], metadata: dict[str, str]
+    ) -> None:
+        self.path = path
+        self.tensors = dict(tensors)
+        self.metadata = metadata
+        self.files = files
+        self.renames: list[tuple[str, str]] = []
+        self.lent: dict[str, TensorInfo] = {}
+        self._stored = dict(tensors)
+        self._bytes = [mapped(file) for file in files]
+        self._addresses = [data.ctypes.data for data in self._bytes]
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Checkpoint":
+        """Open and validate. Raises `CorruptCheckpoint` naming the file, `CheckpointError` when there is nothing to open."""
+        file = locate(path)
+        try:
+            if file.name.endswith(".json"):
+                return cls._open_index(file)
+            tensors, metadata = read_header(file)
+            return cls(file, [file], tensors, metadata)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {error.filename or file}: {error.strerror}") from error
+
+    @classmethod
+    def _open_index(cls, index: Path) -> "Checkpoint":
+        if index.stat().st_size > HEADER_LIMIT:
+            raise corrupt(index, f"it is above the limit of {HEADER_LIMIT} bytes for an index")
+        where = parse_json(index.read_bytes(), index).get("weight_map")
+        if not isinstance(where, dict) or not where or not all(isinstance(v, str) for v in where.values()):
+            raise corrupt(index, "it has no weight_map of tensor names to file names")
+        shards = sorted(set(where.values()))
+        files = [_shard(index, name) for name in shards]
+        tensors: dict[str, TensorInfo] = {}
+        metadata: dict[str, str] = {}
+        for number, file in reversed(list(enumerate(files))):
+            held, metadata = read_header(file, number)
+            wrong = {name for name, shard in where.items() if shard == file.name} ^ held.keys()
+            if wrong:
+                raise corrupt(file, f"it and {index.name} disagree about tensor {min(wrong)!r}")
+            tensors |= held
+        return cls(index, files, {name: tensors[name] for name in where}, metadata)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Elements start..stop of the flattened tensor: float32 (float64 for F64) or the integers as they are.
+
+        The array is read-only where it is a view of the file.
+        """
+        return decode(self.raw(name, start, stop), self.tensors[name].kind)
+
+    def raw(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The same elements as stored (bfloat16 as uint16), a read-only view of the file."""
+        info = self.tensors[name]
+        first, last, _ = slice(start, stop).indices(info.numel)
+        size = info.kind.itemsize
+        data = self._bytes[info.shard][info.offset + first * size : info.offset + max(first, last) * size]
+        return data.view(info.kind.storage) if info.offset % size == 0 else _unaligned(data, info)
+
+    def address(self, name: str) -> int | None:
+        """Where the tensor lies in memory while the checkpoint is open; None if it is not aligned to its numbers."""
+        info = self.tensors[name]
+        address = self._addresses[info.shard] + info.offset
+        return address if address % info.kind.itemsize == 0 else None
+
+    def rename(self, old: str, new: str) -> int:
+        """Read names that begin with `old` as beginning with `new` instead; how many. Raises `CheckpointError` if two meet."""
+        moved = {name: new + name[len(old) :] if name.startswith(old) else name for name in self.tensors}
+        if len(set(moved.values())) != len(moved):
+            twice = next(name for name, count in Counter(moved.values()).items() if count > 1)
+            raise CheckpointError(f"{self.path} holds {twice!r} with the prefix {old!r} and without it")
+        self.tensors = {moved[name]: info for name, info in self.tensors.items()}
+        self.renames.append((old, new))
+        return sum(name != kept for name, kept in moved.items())
+
+    def renamed(self, name: str) -> str:
+        """How a name of the file is read here."""
+        for old, new in self.renames:
+            name = new + name[len(old) :] if name.startswith(old) else name
+        return name
+
+    def lend(self, name: str, info: TensorInfo) -> None:
+        """Let a tensor of the file be read under this name too."""
+        self.tensors[name] = self.lent[name] = info
+
+    def digests(self) -> tuple[str, str]:
+        """What the tensors hold, whatever their names, copies, order and files, and the sha256 of `sha256_of`; in one read.
+
+        The first is made of a checksum (CRC-32) of each tensor: it tells experts apart and proves nothing.
+        """
+        sums, parts = list[tuple[str, int, int]](), list[str]()
+        for number in range(len(self.files)):
+            digest = hashlib.sha256()
+            data = memoryview(self._bytes[number])  # type: ignore[arg-type]
+            held = sorted(
+                (i.offset, i.nbytes, i.dtype, i.numel) for i in self._stored.values() if i.shard == number
+            )
+            digest.update(data[: held[0][0] if held else None])
+            for offset, size, dtype, numel in held:
+                crc = 0
+                for at in range(offset, offset + size, _CHUNK):
+                    chunk = data[at : min(at + _CHUNK, offset + size)]
+                    digest.update(chunk)
+                    crc = zlib.crc32(chunk, crc)
+                sums.append((dtype, numel, crc))
+            parts.append(digest.hexdigest())
+        content = hashlib.sha256(repr(sorted(set(sums))).encode()).hexdigest()
+        if self.path.name.endswith(".json"):
+            parts = [hashlib.sha256("".join([_sha256(self.path), *parts]).encode()).hexdigest()]
+        return content, parts[0]
+
+    def fingerprint(self) -> str:
+        """A digest of the headers and of the beginning, middle and end of every tensor, in milliseconds.
+
+        Tells checkpoints apart that training or merging has made; one that was changed on purpose needs the sha256.
+        """
+        digest = hashlib.sha256(
+            repr([(n, i.dtype, i.shape, i.shard, i.offset) for n, i in self._stored.items()]).encode()
+        )
+        for info in self._stored.values():
+            size = info.nbytes
+            data = self._bytes[info.shard][info.offset : info.offset + size]
+            for at in (0, (size - SAMPLE) // 2, size - SAMPLE) if size > 3 * SAMPLE else (0,):
+                digest.update((data[at : at + SAMPLE] if size > 3 * SAMPLE else data).tobytes())
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Let go of the files; arrays that were read stay valid."""
+        self._bytes = []
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def sha256_of(path: Path | str) -> str:
+    """The identity of weights: sha256 of the weights file (of the index and every shard, in order of name, if sharded)."""
+    file = locate(path)
+    if not file.name.endswith(".json"):
+        return _sha256(file)
+    with Checkpoint.open(file) as checkpoint:
+        parts = [_sha256(part) for part in (file, *checkpoint.files)]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _shard(index: Path, name: str) -> Path:
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise corrupt(index, f"it points outside its own directory: {name!r}")
+    if not (index.parent / name).is_file():
+        raise CheckpointError(f"{index} names the shard {name[:100]!r}, which is not there")
+    return index.parent / name
+
+
+def _unaligned(data: np.ndarray, info: TensorInfo) -> np.ndarray:
+    return np.frombuffer(data.tobytes(), dtype=info.kind.storage)

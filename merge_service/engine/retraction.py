@@ -1,0 +1,91 @@
+"""Taking one expert out of a streaming state: the same walk over the blocks, with `remove` in the place of `add`.
+
+Exact in real arithmetic, for rules whose state is a sum or a mean. In floating point the last digits keep a trace of the
+expert (of the order of its magnitude times the rounding of a float), and an election that is all but tied may fall the
+other way; merging those that stay anew has neither.
+
+Invariant: a state is only ever reduced by the bytes that went into it, as far as it records their sha256.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from merge_service.checkpoints.checkpoint import Checkpoint, sha256_of
+from merge_service.checkpoints.ties import Ties
+from merge_service.engine.stream_state import StreamState
+from merge_service.engine.task import Input, MergeTask
+from merge_service.errors import TechniqueError
+from merge_service.techniques.definition import Technique
+from merge_service.techniques.place import Array, Election, Place, State
+from merge_service.techniques.rules import Mean, combination, leaving_share
+from merge_service.techniques.tensorwise import TENSOR_RULES
+
+
+class Removing:
+    """A rule whose `add` takes an expert out, by another's `remove`; `share` is its weight over that of those who stay."""
+
+    kernel: int | None = None
+
+    def __init__(self, rule: Any, share: float) -> None:
+        self.floats: tuple[str, ...] = rule.floats
+        self.words: tuple[str, ...] = rule.words
+        self.rule, self.share = rule, share
+
+    def add(self, xp: Any, state: State, x: Array, place: Place) -> None:
+        self.rule.remove(xp, state, x, replace(place, share=self.share))
+
+    def result(self, xp: Any, state: State, majority: int) -> tuple[Array, Election]:
+        return self.rule.result(xp, state, majority)
+
+
+def retraction(
+    technique: Technique, params: Mapping[str, Any], base: Checkpoint, leaving: Input, count: int, tied: Ties
+) -> MergeTask:
+    """The task that takes its one input, expert number `leaving.order`, out of a held state of `count` experts.
+
+    Its parameters are those of who stays. Raises TechniqueError where the state does not allow it.
+    """
+    rule: Any = None if technique.combine in TENSOR_RULES else combination(technique, params)
+    if not hasattr(rule, "remove"):
+        raise TechniqueError(
+            f"{technique.name}{_consensus(params)}: an expert cannot be taken out of its state, because what others would "
+            "have come to without it is not kept. Merge the experts that stay anew"
+        )
+    if count == 1:
+        raise TechniqueError(
+            f"{leaving.id!r} is the only expert of the state; without it there is only the base: start again without a state"
+        )
+    even = 1 / (count - 1)
+    share = leaving_share(params, leaving.order, count) if technique.space == "weights" else even
+    alone = replace(leaving, order=1)  # the only one of its task; what it weighs is known
+    return MergeTask(
+        technique, without(params, leaving.order), base, (alone,), tied, Removing(rule, share), Removing(Mean(), even)
+    )  # fmt: skip
+
+
+def without(params: Mapping[str, Any], order: int) -> dict[str, Any]:
+    """The parameters of those who stay: explicit weights lose the entry of number `order`."""
+    weights = params.get("weights")
+    return dict(params) if weights is None else {**params, "weights": weights[: order - 1] + weights[order:]}
+
+
+def check_bytes(held: StreamState, order: int, expert: Path | str, sha256: str | None) -> tuple[str, ...]:
+    """Raise `TechniqueError` unless `expert` is what went into the state; a note if the state does not say what did."""
+    entry = held.inputs[order - 1]
+    if "sha256" not in entry:
+        return (
+            f"{entry['id']}: the state does not record its sha256, so it was not checked that these are its bytes",
+        )
+    found = sha256 or sha256_of(expert)
+    if found != entry["sha256"]:
+        raise TechniqueError(
+            f"{expert} is not the expert {entry['id']!r} that is in {held.checkpoint.path}: its sha256 is {found}, "
+            f"{entry['sha256']} went in; give the same file, or merge the experts that stay anew"
+        )
+    return ()
+
+
+def _consensus(params: Mapping[str, Any]) -> str:
+    return f" with consensus {params['consensus']}" if "consensus" in params else ""

@@ -1,0 +1,139 @@
+"""The state of a streaming merge on disk: what a technique remembers of the experts it has seen.
+
+A safetensors file with the state's arrays of every merged tensor (`<array>:<tensor>`), and in its metadata which
+technique, parameters, base and experts it stands for. It is only a cache: the experts give it again, bit for bit.
+
+Invariant: a state is continued only with the technique, parameters and base it was started with, and never takes the
+same expert id twice.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from merge_service.blocks.spans import Span
+from merge_service.checkpoints.checkpoint import Checkpoint
+from merge_service.checkpoints.ties import Ties, recorded
+from merge_service.checkpoints.writer import CheckpointWriter, Writer
+from merge_service.engine.task import MergeTask
+from merge_service.errors import CorruptCheckpoint, TechniqueError
+from merge_service.techniques.definition import Technique
+from merge_service.techniques.params import nearest
+from merge_service.techniques.place import State
+
+METADATA_KEY = "temporal_merge"
+FORMAT = 3
+MAX_EXPERTS = 2**16 - 1
+"""Votes are counted in 16 bits."""
+
+
+class StreamState:
+    """An open state file; use as a context manager."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.checkpoint = Checkpoint.open(path)
+        try:
+            self.record = json.loads(self.checkpoint.metadata[METADATA_KEY])
+            self.inputs: list[dict[str, str]] = self.record["inputs"]
+            if self.record["state"] != FORMAT:
+                raise KeyError
+        except (KeyError, TypeError, ValueError):
+            raise CorruptCheckpoint(f"{path} is not the state of a streaming merge of this version") from None
+
+    def check(self, technique: Technique, params: Mapping[str, Any], base: Checkpoint) -> None:
+        """Raise `TechniqueError` unless the state was made with this technique, these parameters and this base."""
+        for what, value in _identity(technique, params, base, len(self.inputs)).items():
+            if self.record.get(what) != value:
+                raise TechniqueError(
+                    f"{self.checkpoint.path} was started with another {what}: {self.record.get(what)!r}, now {value!r}; "
+                    "start again without a state"
+                )
+
+    def ties(self, base: Checkpoint) -> Ties:
+        """The tensors that are one in every expert of the state."""
+        ties = self.record.get("ties")
+        return recorded(base) if ties is None else dict(ties)
+
+    def check_new(self, expert_id: str) -> None:
+        """Raise `TechniqueError` unless there is room for an expert of this id."""
+        if expert_id in [held["id"] for held in self.inputs]:
+            raise TechniqueError(
+                f"the expert {expert_id!r} is already in {self.checkpoint.path}; give each expert its own id"
+            )
+        if len(self.inputs) >= MAX_EXPERTS:
+            raise TechniqueError(
+                f"{self.checkpoint.path} already holds {MAX_EXPERTS} experts, the most there can be"
+            )
+
+    def order_of(self, expert_id: str) -> int:
+        """The number, from 1, of an expert that is in the state. Raises `TechniqueError` naming those that are."""
+        ids = [held["id"] for held in self.inputs]
+        if expert_id not in ids:
+            raise TechniqueError(
+                f"the expert {expert_id!r} is not in {self.checkpoint.path}{nearest(expert_id, ids)}; it holds {', '.join(ids[:20])}"
+            )
+        return ids.index(expert_id) + 1
+
+    def check_layout(self, task: MergeTask) -> None:
+        """Raise `TechniqueError` unless the state has the arrays of every tensor of `task`."""
+        for name, _ in task.merged:
+            missing = [role for role in task.arrays(name) if f"{role}:{name}" not in self.checkpoint.tensors]
+            if missing:
+                raise TechniqueError(
+                    f"{self.checkpoint.path} does not hold {missing[0]} of {name}, so another version wrote it; start again "
+                    "without a state"
+                )
+
+    def read(self, span: Span, arrays: Mapping[str, np.dtype]) -> State:
+        """The arrays of one span, to be changed in place."""
+        return {
+            role: self.checkpoint.raw(f"{role}:{span.name}", span.start, span.stop).astype(dtype)
+            for role, dtype in arrays.items()
+        }
+
+    def __enter__(self) -> "StreamState":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.checkpoint.close()
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Where a merge begins and ends: the state it goes on from, what takes the result, what takes the state after it."""
+
+    out: Writer | None
+    held: StreamState | None = None
+    keep: CheckpointWriter | None = None
+
+
+def state_writer(path: Path | str, task: MergeTask, inputs: Sequence[Mapping[str, str]]) -> CheckpointWriter:
+    """A writer for the state that `task` leaves after `inputs`."""
+    assert task.base is not None
+    record = {
+        "state": FORMAT,
+        **_identity(task.technique, task.params, task.base, len(inputs)),
+        "inputs": list(inputs),
+        **({"ties": dict(task.tied)} if task.tied != recorded(task.base) else {}),
+    }
+    return CheckpointWriter(path, task.layout(), {METADATA_KEY: json.dumps(record, sort_keys=True)})
+
+
+def _identity(
+    technique: Technique, params: Mapping[str, Any], base: Checkpoint, experts: int
+) -> dict[str, Any]:
+    return {
+        "technique": technique.name,
+        "params": effective(params, experts),
+        "base": base.fingerprint(),
+    }
+
+
+def effective(params: Mapping[str, Any], experts: int) -> dict[str, Any]:
+    """The parameters as they bear on the first `experts` experts: a list of weights is cut to them."""
+    weights = params.get("weights")
+    return dict(params) if weights is None else {**params, "weights": list(weights[:experts])}

@@ -1,0 +1,294 @@
+"""What a merge must know of whole tensors before it can start: answered from the files, span by span.
+
+`Surveyor` answers the questions of `blocks.search`, and those for sums, for the tensors it was given. Its answers add up with
+those of others that were given other tensors: that is all a merge on several machines has to exchange.
+
+Invariant: sums are taken over grains of fixed size and added up exactly, counts are integers: no answer depends on
+blocks, threads or machines.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, partial
+
+import numpy as np
+
+from merge_service.blocks import kernels
+from merge_service.blocks.questions import (
+    Answer,
+    Count,
+    Counted,
+    Findings,
+    Grams,
+    Key,
+    Products,
+    Quantity,
+    Question,
+    Summed,
+    Sums,
+    Survey,
+    Surveyed,
+    Window,
+)
+from merge_service.blocks.search import RUN, stride_of
+from merge_service.blocks.spans import BLOCK as PRODUCTS_BLOCK
+from merge_service.blocks.spans import GRAIN, Scratch, Span, dots, run, spans, totals
+from merge_service.checkpoints.checkpoint import Checkpoint
+from merge_service.checkpoints.dtypes import decode
+from merge_service.engine.fused import Fused, Magnitudes, Windows, fits
+from merge_service.engine.places import Places
+from merge_service.engine.reader import Reader
+from merge_service.engine.task import Input, MergeTask
+from merge_service.techniques.joint import score, selected, variance
+from merge_service.techniques.place import Place
+from merge_service.techniques.rules import sparsify
+
+BLOCK = 1 << 17
+"""Elements per span of a counting pass: the base's stay in a core's cache while every expert is held against them."""
+
+
+class Blocks:
+    """The task vectors of all experts over the elements that are looked at, each read when it is first asked for."""
+
+    def __init__(self, read: Callable[[int], np.ndarray], places: Mapping[int, Place]) -> None:
+        self.read, self.places, self._held = read, places, dict[int, np.ndarray]()
+
+    def one(self, order: int) -> np.ndarray:
+        """That of the expert of this number."""
+        if order not in self._held:
+            self._held[order] = self.read(order)
+        return self._held[order]
+
+    @property
+    def all(self) -> tuple[list[np.ndarray], list[Place]]:
+        """Those of all experts, in order, and what is known of their places."""
+        return [self.one(order) for order in self.places], list(self.places.values())
+
+    @cached_property
+    def selected(self) -> dict[int, np.ndarray]:
+        """Those of all experts where they differ enough."""
+        return dict(zip(self.places, selected(np, *self.all)))
+
+
+class Surveyor:
+    """Answers for `tensors` (name, number of elements) of a task, on `threads`."""
+
+    def __init__(self, task: MergeTask, tensors: Iterable[tuple[str, int]], threads: int = 1) -> None:
+        self.task, self.reader, self.threads = task, Reader(task), threads
+        self.scratch, self.lock = Scratch(), threading.Lock()
+        self.tensors, self.groups = list(tensors), dict[str, list[tuple[str, int]]]()
+        for name, numel in self.tensors:
+            self.groups.setdefault(task.group(name), []).append((name, numel))
+        self.inputs = {expert.order: expert for expert in task.inputs}
+        self._base_runs: dict[str, np.ndarray] = {}
+
+    def answer(self, question: Question) -> Answer:
+        """What is known here about what is asked for."""
+        if isinstance(question, Products):
+            return Grams(self._grams())
+        if isinstance(question, Sums):
+            return self._sums(question)
+        if isinstance(question, Count):
+            return self._count(question)
+        found = run(partial(self._survey, question), question.keys, self.threads)
+        return dict(zip(question.keys, found))
+
+    def _survey(self, question: Survey, key: Key) -> Surveyed:
+        (group, order), quantity = key, question.quantity
+        stride = stride_of(self.task.group_sizes[group])
+        found, still, total = [np.empty(0, quantity.word)], set(), 0
+        for name, numel in self.groups.get(group, []):
+            places = Places(self.task, quantity.given).all(Span(name, 0, numel))
+            blocks = Blocks(partial(self._draw, name, numel, stride), places)
+            with np.errstate(all="ignore"):
+                drawn = self._measure(quantity, order, blocks)
+            if not question.count_frozen and not drawn.any() and not self._moved(name, numel, order):
+                still.add(name)
+                continue
+            found.append(quantity.words(drawn))
+            total += numel
+        return Surveyed(total, np.concatenate(found), frozenset(still))
+
+    def _draw(self, name: str, numel: int, stride: int, order: int) -> np.ndarray:
+        """Runs of a task vector. What depends on where an element lies takes them for the tensor's first: a fair sample still."""
+        assert self.task.base is not None
+        compute = self.task.compute(name)
+        if name not in self._base_runs:
+            self._base_runs[name] = _runs(self.task.base, name, numel, stride).astype(compute, copy=False)
+        theirs = _runs(self.inputs[order].weights, name, numel, stride)
+        return theirs.astype(compute, copy=False) - self._base_runs[name]
+
+    def _moved(self, name: str, numel: int, order: int) -> bool:
+        return any(bool(self._delta(span, order).any()) for span in spans([(name, numel)], BLOCK))
+
+    def _count(self, question: Count) -> dict[Key, Counted]:
+        totals = {key: Counted.none(windows) for key, windows in question.windows.items()}
+        quantity = question.quantity
+        plain = quantity.name == "magnitude" and not quantity.wide
+        asked: dict[str, list[Key]] = {}
+        for key in question.windows:
+            asked.setdefault(key[0], []).append(key)
+        tables = (
+            {group: _Table(question, keys, self.inputs) for group, keys in asked.items()} if plain else {}
+        )
+
+        def work(span: Span) -> None:
+            group = self.task.group(span.name)
+            keys = [key for key in asked[group] if span.name not in question.still.get(key, ())]
+            if plain and keys == asked[group] and all(self._fits(span, order) for _, order in keys):
+                self._count_fused(span, tables[group])
+                return
+            blocks = self._blocks(span, quantity.given)
+            for key in keys:
+                self._count_span(span, blocks, key[1], question, question.windows[key], totals[key])
+
+        block = BLOCK if plain else GRAIN  # others hold a block of every expert
+        over = [span for group in asked for span in spans(self.groups.get(group, []), block)]
+        run(work, over, self.threads)
+        for table in tables.values():
+            table.add_to(totals)
+        return totals
+
+    def _count_fused(self, span: Span, table: "_Table") -> None:
+        assert self.task.base is not None
+        magnitudes = Magnitudes(self.task.base, [expert.weights for expert in table.experts], span)
+        windows = table.windows
+        for below, chosen, owners in magnitudes.sift(windows, self.scratch):
+            with self.lock:
+                np.add(table.below, below, out=table.below)
+                kernels.tally(chosen, owners, windows.lows, windows.shifts, windows.starts, table.bins)
+        self.reader.refuse([table.experts[row].order if row >= 0 else 0 for row in magnitudes.bad])
+
+    def _count_span(
+        self,
+        span: Span,
+        blocks: Blocks,
+        order: int,
+        question: Count,
+        windows: Sequence[Window],
+        total: Counted,
+    ) -> None:
+        quantity = question.quantity
+        words = quantity.words(self._measure_span(quantity, span, order, blocks))
+        chosen = self.scratch.take("chosen", span.size, quantity.word)
+        for number, window in enumerate(windows):
+            low, high = quantity.word.type(window.low), quantity.word.type(window.high)
+            below, found = kernels.sift(words, low, high, chosen)
+            places = ((chosen[:found] - low) >> quantity.word.type(window.shift)).astype(np.intp)
+            with self.lock:
+                total.below[number] += below
+                np.add.at(total.bins[number], places, 1)
+
+    def _sums(self, question: Sums) -> Summed:
+        given = question.quantities[0].given
+
+        def work(span: Span) -> list[tuple[tuple[str, str, int], list[float]]]:
+            blocks = self._blocks(span, given)
+            return [
+                ((quantity.name, span.name, order), totals(self._measure_span(quantity, span, order, blocks)))
+                for order in self.inputs
+                for quantity in question.quantities
+            ]
+
+        parts: dict[tuple[str, str, int], list[float]] = {}
+        for found in run(work, spans(self.tensors, GRAIN), self.threads):
+            for key, part in found:
+                parts.setdefault(key, []).extend(part)
+        return Summed(parts)
+
+    def _measure_span(self, quantity: Quantity, span: Span, order: int, blocks: Blocks) -> np.ndarray:
+        start = self.task.cover(span).start
+        return self._measure(quantity, order, blocks)[span.start - start : span.stop - start]
+
+    def _measure(self, quantity: Quantity, order: int, blocks: Blocks) -> np.ndarray:
+        """A quantity of one expert (of all, for a variance), of the type it is ranked or summed in."""
+        technique, params = self.task.technique, self.task.params
+        if quantity.name == "magnitude":
+            return np.abs(blocks.one(order))
+        if quantity.name == "thinned":
+            return np.abs(sparsify(np, technique, params, blocks.one(order), blocks.places[order]))
+        if quantity.name == "energy":
+            return np.square(blocks.selected[order], dtype=np.float64)
+        if quantity.name == "variance":
+            return variance(np, blocks.all[0])
+        assert quantity.name == "score", quantity.name
+        return score(np, params, *blocks.all, list(blocks.places).index(order))
+
+    def _blocks(self, span: Span, given: Findings) -> Blocks:
+        rows = self.task.cover(span)
+        return Blocks(partial(self._delta, rows), Places(self.task, given).all(rows))
+
+    def _delta(self, span: Span, order: int) -> np.ndarray:
+        return self.reader.delta(self.inputs[order], span)
+
+    def _fits(self, span: Span, order: int) -> bool:
+        assert self.task.base is not None
+        return fits((self.task.base, self.inputs[order].weights), span.name)
+
+    def _grams(self) -> dict[str, np.ndarray]:
+        """Inner products of all pairs of inputs per tensor, float64 [inputs, inputs], of task vectors if those are merged."""
+        task, fused = self.task, Fused.of(self.task)
+
+        def work(span: Span) -> np.ndarray:
+            if fused is not None and fused.fits(span.name):
+                found, bad = fused.products(span)
+                self.reader.refuse(bad)
+                return found
+            read = self.reader.delta if task.moves else self.reader.numbers
+            blocks = [read(expert, span) for expert in task.inputs]
+            pairs = [[dots(a, b, self.scratch) for b in blocks] for a in blocks]
+            return np.array(pairs).transpose(2, 0, 1)
+
+        parts: dict[str, list[np.ndarray]] = {name: [] for name, _ in self.tensors}
+        over = list(spans(self.tensors, PRODUCTS_BLOCK))
+        for span, found in zip(over, run(work, over, self.threads)):
+            parts[span.name].extend(found)
+        return {name: _exact_sum(found) for name, found in parts.items()}
+
+
+def _exact_sum(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The symmetric matrix whose upper triangle is the sum of these, each entry rounded once."""
+    size = len(parts[0])
+    gram = np.empty((size, size))
+    for i in range(size):
+        for j in range(i, size):
+            gram[i, j] = gram[j, i] = math.fsum(part[i, j] for part in parts)
+    return gram
+
+
+class _Table:
+    """The windows of one group for the fused loop, and what was counted in them."""
+
+    def __init__(self, question: Count, keys: Sequence[Key], inputs: Mapping[int, Input]) -> None:
+        self.keys = keys
+        self.experts = [inputs[order] for _, order in keys]
+        flat = [(row, window) for row, key in enumerate(keys) for window in question.windows[key]]
+        word, sizes = question.quantity.word, [window.bins for _, window in flat]
+        self.windows = Windows(
+            lows=np.array([window.low for _, window in flat], word),
+            highs=np.array([window.high for _, window in flat], word),
+            shifts=np.array([window.shift for _, window in flat], word),
+            rows=np.array([row for row, _ in flat], np.int64),
+            starts=np.cumsum([0, *sizes[:-1]], dtype=np.int64),
+        )
+        self.below, self.bins = np.zeros(len(flat), np.int64), np.zeros(sum(sizes), np.int64)
+
+    def add_to(self, totals: Mapping[Key, Counted]) -> None:
+        """Give every group and expert what was counted."""
+        place = 0
+        for key in self.keys:
+            total = totals[key]
+            for number, bins in enumerate(total.bins):
+                start = int(self.windows.starts[place])
+                total.below[number] += int(self.below[place])
+                bins += self.bins[start : start + bins.size]
+                place += 1
+
+
+def _runs(weights: Checkpoint, name: str, numel: int, stride: int) -> np.ndarray:
+    """Of every `stride` elements the first 16, as numbers."""
+    raw, rows = weights.raw(name), numel // stride
+    picked = raw[: rows * stride].reshape(rows, stride)[:, :RUN].reshape(-1)
+    last = raw[rows * stride :] if stride == RUN else raw[rows * stride :][:RUN]
+    return decode(np.concatenate([picked, last]), weights.tensors[name].kind)

@@ -1,0 +1,201 @@
+"""Thresholds found once and kept: the limits of an expert's task vector, in a small file beside its weights.
+
+They are a function of the expert's bytes, the base's bytes and the rule, and cost most of a TIES merge. The file is a
+cache that nobody has to trust: it carries its own digest and says for which expert, base and rule each entry holds; what
+does not fit is found anew. Where it cannot be written the merge goes on without it, and says so.
+
+Invariant: a merge gives the same bytes whatever such files hold or lack.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge_service.blocks.questions import Findings, Key, Limits
+from merge_service.checkpoints.admission import admit
+from merge_service.checkpoints.checkpoint import Checkpoint
+from merge_service.engine.prepare import magnitude_ranks, prepare
+from merge_service.engine.survey import Surveyor
+from merge_service.engine.task import Input, MergeTask
+from merge_service.files.leftovers import sweep, temporary
+from merge_service.techniques.registry import get
+
+FORMAT = 1
+"""Raise it when thresholds are chosen by another convention."""
+SUFFIX = ".limits.json"
+MOST = 64
+"""Entries of one file; the oldest go first."""
+_LIMIT = 32 * 2**20
+
+Keep = bool | Path | str
+"""Whether limits are written: True beside the weights, or a directory where they are kept (and looked for) instead."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which weights: the digest of samples of them always, and their sha256, or else the files' sizes and times."""
+
+    digest: str
+    stat: list[list[int]]
+    sha256: str | None
+
+    @classmethod
+    def of(cls, weights: Checkpoint, sha256: str | None = None) -> "Identity":
+        """The identity of an open checkpoint; `sha256` if the caller knows it."""
+        stats = [file.stat() for file in weights.files]
+        return cls(weights.fingerprint(), [[s.st_size, s.st_mtime_ns] for s in stats], sha256)
+
+    def fits(self, kept: Mapping[str, Any]) -> bool:
+        """Whether these are the weights that were written down."""
+        if kept["digest"] != self.digest:
+            return False
+        if self.sha256 is not None and kept["sha256"] is not None:
+            return bool(kept["sha256"] == self.sha256)
+        return bool(kept["stat"] == self.stat)
+
+
+class KeptThresholds:
+    """The kept thresholds of every expert of one task."""
+
+    def __init__(self, task: MergeTask, keep: Keep, sha256: Mapping[str, str] | None = None) -> None:
+        self.task, self.keep, self.rule = task, keep, _rule(task)
+        self._inputs = {expert.order: expert for expert in task.inputs}
+        self._sha256 = sha256 or {}
+        self._identities: dict[int, Identity] = {}
+        self._found: set[int] = set()
+
+    def recall(self) -> Findings:
+        """The thresholds that are kept and fit."""
+        found: dict[Key, Limits] = {}
+        for expert in self.task.inputs if self.rule is not None else ():
+            for entry in reversed(self._read(expert.order)):
+                limits = self._fitting(entry)
+                if limits is not None:
+                    found |= {(group, expert.order): value for group, value in limits.items()}
+                    self._found.add(expert.order)
+                    break
+        return Findings(found)
+
+    def store(self, found: Findings) -> tuple[str, ...]:
+        """Keep what had to be found, if that is wanted; why it could not be kept, per expert."""
+        problems = []
+        for expert in self.task.inputs if self.rule is not None and self.keep else ():
+            if expert.order not in self._found:
+                try:
+                    self._write(expert.order, found)
+                except OSError as error:
+                    problems.append(f"{expert.id}: thresholds were not kept: {error}")
+        return tuple(problems)
+
+    def _identity(self, order: int) -> Identity:
+        """Of an expert, or of the base as number 0; worked out when it is first needed."""
+        if order not in self._identities:
+            expert = self._inputs.get(order)
+            weights = expert.weights if expert else self.task.base
+            assert weights is not None
+            self._identities[order] = Identity.of(weights, self._sha256.get(expert.id) if expert else None)
+        return self._identities[order]
+
+    def _path(self, order: int) -> Path:
+        if not isinstance(self.keep, bool):
+            return Path(self.keep) / f"{self._identity(order).digest}{SUFFIX}"
+        weights = self._inputs[order].weights.path
+        return weights.with_name(weights.name + SUFFIX)
+
+    def _read(self, order: int) -> list[dict[str, Any]]:
+        """The entries of an expert's file; none if there is no file that fits."""
+        try:
+            path = self._path(order)
+            if not path.is_file() or path.stat().st_size > _LIMIT:
+                return []
+            body = json.loads(path.read_bytes())
+            stated = body.pop("content_sha256")
+            if (
+                body["format"] != FORMAT
+                or stated != _digest(body)
+                or not self._identity(order).fits(body["expert"])
+            ):
+                return []
+            return list(body["entries"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return []
+
+    def _fitting(self, entry: dict[str, Any]) -> dict[str, Limits] | None:
+        try:
+            if entry["rule"] != self.rule or not self._identity(0).fits(entry["base"]):
+                return None
+            kept = {group: Limits(*map(float.fromhex, ends)) for group, ends in entry["limits"].items()}
+            return kept if kept.keys() == self.task.group_sizes.keys() else None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def _write(self, order: int, found: Findings) -> None:
+        ends = {group: found.thresholds[group, order] for group in self.task.group_sizes}
+        limits = {group: [kept.low.hex(), kept.high.hex()] for group, kept in ends.items()}
+        entry = {"rule": self.rule, "base": vars(self._identity(0)), "limits": limits}
+        entries = [*self._read(order), entry][-MOST:]
+        body: dict[str, Any] = {"format": FORMAT, "expert": vars(self._identity(order)), "entries": entries}
+        body["content_sha256"] = _digest(body)
+        path = self._path(order)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path)
+        whole = temporary(path)
+        try:
+            whole.write_text(json.dumps(body, indent=1))
+            whole.replace(path)
+        finally:
+            whole.unlink(missing_ok=True)
+
+
+def keep_limits(
+    technique: str,
+    params: Mapping[str, Any],
+    base: Path | str,
+    expert: Path | str,
+    keep: Keep = True,
+    *,
+    sha256: str | None = None,
+    threads: int = 1,
+) -> tuple[str, ...]:
+    """Find and keep the limits that a merge by `technique` will ask of this expert; nothing if it asks for none.
+
+    For where an expert is made, while its weights are still in memory. Returns why they could not be kept, if so. Raises
+    what `merge` raises for the base, the expert or the parameters.
+    """
+    plugin = get(technique)
+    with Checkpoint.open(base) as anchor, Checkpoint.open(expert) as weights:
+        task = MergeTask.of(plugin, plugin.resolve(params, "merge"), anchor, [Input("expert", 1, weights)])
+        admit(anchor, weights, "the expert")
+        memory = KeptThresholds(task, keep, {"expert": sha256} if sha256 else None)
+        if memory.rule is None:
+            return ()
+        ask = Surveyor(task, task.combined, threads).answer
+        return memory.store(prepare(task, ask, memory.recall()))
+
+
+def limits_rule(technique: str, params: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The part of a merge's parameters that its limits depend on; None if the technique asks for no limits."""
+    kind = {"magnitude": "trim", "band": "band", "crumbs": "crumbs"}.get(get(technique).sparsify)
+    names = ("density", "outliers", "granularity", "count_frozen", "logit_scale")
+    if kind is None or params.get("granularity") == "row":
+        return None
+    rule = {"kind": kind, **{name: params[name] for name in names if name in params}}
+    if rule.get("logit_scale") == "unclamped":
+        rule["logit_scale"] = "merge"  # both rank it with the others
+    return rule
+
+
+def _rule(task: MergeTask) -> dict[str, Any] | None:
+    """The same and the tensors that are ranked together; None if nothing is to be found."""
+    rule = limits_rule(task.technique.name, task.params)
+    if rule is None or magnitude_ranks(task) is None or not task.inputs:
+        return None
+    ranked = [(name, numel, task.group(name)) for name, numel in task.combined]
+    return {**rule, "tensors": hashlib.sha256(repr(ranked).encode()).hexdigest()}
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

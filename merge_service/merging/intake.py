@@ -1,0 +1,145 @@
+"""What comes into a merge: opened, recognised, made to fit each other, held to be related, and named.
+
+Invariant: everything that can be wrong with an input is found here, before its bytes are hashed or a block is computed; and a
+name that is not given comes from content, so that no order of files and no path bears on a random mask.
+"""
+
+import contextlib
+import importlib.metadata
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from merge_service.checkpoints import ties
+from merge_service.checkpoints.admission import align, check_tensors
+from merge_service.checkpoints.checkpoint import Checkpoint
+from merge_service.checkpoints.relation import check_related
+from merge_service.checkpoints.unmergeable import check_integers, check_mergeable
+from merge_service.engine.stream_state import MAX_EXPERTS
+from merge_service.errors import CheckpointError, TechniqueError
+from merge_service.merging.derivation import Derivation, Lineage, PathLike, Rules
+
+ID_LENGTH = 12
+"""Hexadecimal digits of a name that comes from content."""
+
+
+def check_count(derivation: Derivation) -> None:
+    """Raise `TechniqueError` where a technique cannot merge so many experts, of these ids, with or without a base."""
+    technique, params = derivation.operator.technique, derivation.operator.params
+    base, experts, name = derivation.base, len(derivation.members), derivation.operator.technique.name
+    if (technique.moves(params) or "base" in technique.needs) and base is None:
+        raise TechniqueError(f"{name} merges differences from a base model; give the base (--base)")
+    if params.get("logit_scale") == "base" and base is None:
+        raise TechniqueError(f"{name}: logit_scale = base needs the base; give it (--base)")
+    if experts == 0 and base is None:
+        raise TechniqueError("there is nothing to merge: give experts, or a base")
+    if technique.arity is not None and experts not in (0, technique.arity):
+        raise TechniqueError(
+            f"{name} merges exactly {technique.arity} checkpoints, not {experts}; fold them one by one, or use average"
+        )
+    if experts > MAX_EXPERTS:
+        raise TechniqueError(f"at most {MAX_EXPERTS} experts can be merged at once, not {experts}")
+    weights = params.get("weights")
+    if weights is not None and len(weights) != experts:
+        raise TechniqueError(f"{name}: weights has {len(weights)} entries but there are {experts} experts")
+    given = [one for one in derivation.ids if one is not None]
+    if len(set(given)) != len(given):
+        twice = next(one for one in given if given.count(one) > 1)
+        raise TechniqueError(f"the expert id {twice!r} is given twice; every expert counts once")
+
+
+def open_all(
+    stack: contextlib.ExitStack, base: PathLike | None, experts: Sequence[PathLike], rules: Rules
+) -> tuple[Checkpoint | None, list[Checkpoint]]:
+    """The base and the experts, open until the stack is. Raises `CheckpointError` when no name has the prefix to be stripped."""
+    anchor = stack.enter_context(Checkpoint.open(base)) if base is not None else None
+    opened = [stack.enter_context(Checkpoint.open(path)) for path in experts]
+    every = [*([anchor] if anchor else []), *opened]
+    if rules.strip_prefix and not sum([weights.rename(rules.strip_prefix, "") for weights in every]):
+        first = next(iter(every[0].tensors), "none")
+        raise CheckpointError(
+            f"no tensor name begins with the prefix {rules.strip_prefix!r} that is to be stripped; {every[0].path} has {first!r}"
+        )
+    return anchor, opened
+
+
+def check_inputs(
+    base: Checkpoint | None,
+    experts: Sequence[Checkpoint],
+    names: Sequence[str],
+    rules: Rules,
+    exempt: int | None = None,
+    known: ties.Ties | None = None,
+) -> tuple[tuple[str, ...], ties.Ties]:
+    """Raise `CheckpointError` of the kind that fits for the first input that cannot be merged with the others; else notes, and
+    which tensors are tied in all of them.
+
+    Without a base experts must fit the first of them. `exempt` is the number of one that need not be related to the base. `known`
+    is what is tied in the experts of a stream that goes on with the one that is here.
+    """
+    reference = base or experts[0]
+    if base is not None:
+        check_mergeable(base, "the base")
+    for who, weights in zip(names, experts):
+        check_mergeable(weights, who)
+    others = [
+        (number, who, one) for number, (who, one) in enumerate(zip(names, experts)) if one is not reference
+    ]
+    notes = [note for _, who, weights in others for note in align(reference, weights, who)]
+    weights_of = [weights for _, _, weights in others]
+    tied = ties.tie(reference, weights_of) if known is None else ties.keep(reference, experts[0], known)
+    ties.check(reference, tied, str(reference.path))
+    for number, who, weights in others:
+        check_tensors(reference, weights, who)
+        ties.check(weights, tied, who)
+        notes += check_integers(reference, weights, who)
+        if not rules.any_base and number != exempt:
+            check_related(
+                reference, weights, who, "the base" if base is not None else "what the first expert was"
+            )
+    return tuple(notes), tied
+
+
+def by_content(
+    base: Checkpoint | None, experts: Sequence[Checkpoint], ids: Sequence[str | None], threads: int
+) -> Lineage:
+    """Every input by file and sha256; those without an id are named by their tensors. Reads all bytes once, on threads.
+
+    Experts that hold the same are numbered (NAME-2, ...), and the notes say so. Raises `TechniqueError` for an id that is
+    given twice.
+    """
+    every = [*experts, *([base] if base is not None else [])]
+    with ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(Checkpoint.digests, every))
+    seen: Counter[str] = Counter()
+    entries, notes, first = [], [], dict[str, Path]()
+    for weights, (content, sha256), name in zip(experts, found, ids):
+        known = name if name is not None else content[:ID_LENGTH]
+        seen[known] += 1
+        if seen[known] > 1:
+            if name is not None:
+                raise TechniqueError(f"the expert id {name!r} is given twice; every expert counts once")
+            notes.append(f"{weights.path} and {first[known]} hold the same tensors; both count")
+            known = f"{known}-{seen[known]}"
+        first.setdefault(known, weights.path)
+        entries.append({"id": known, "file": weights.path.name, "sha256": sha256})
+    about: dict[str, Any] = {"versions": versions()}
+    if base is not None:
+        about["base"] = {"file": base.path.name, "sha256": found[-1][1]}
+    return Lineage(entries, about, tuple(notes))
+
+
+def shown(opened: Sequence[Checkpoint], ids: Sequence[str | None]) -> list[str]:
+    """What messages call inputs that may have no id yet: the file's name, with its directory where several have one name."""
+    names = Counter(weights.path.name for weights in opened)
+    files = ("/".join(weights.path.parts[-2 if names[weights.path.name] > 1 else -1 :]) for weights in opened)
+    return [file if name is None else name for name, file in zip(ids, files)]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes a merge."""
+    return {"numpy": np.__version__, "temporal-merge": importlib.metadata.version("temporal-merge")}

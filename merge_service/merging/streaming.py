@@ -1,0 +1,189 @@
+"""A merge that remembers: one more expert into a streaming state, one out of it again, one for another.
+
+Invariant: the model after an arrival has the bytes of `combine` of all experts so far, and an arrival costs the same however many
+came before.
+"""
+
+import contextlib
+import dataclasses
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from merge_service.blocks.device import Host
+from merge_service.checkpoints import ties
+from merge_service.checkpoints.checkpoint import Checkpoint
+from merge_service.checkpoints.target import Target
+from merge_service.engine.assembly import assemble
+from merge_service.engine.compute import Compute, site_of
+from merge_service.engine.retraction import check_bytes, retraction
+from merge_service.engine.stream_state import Ends, StreamState, state_writer
+from merge_service.engine.task import Input, MergeTask
+from merge_service.errors import TechniqueError
+from merge_service.files.leftovers import temporary
+from merge_service.merging.combine import combine, metadata, ready, taken_in
+from merge_service.merging.derivation import Derivation, Lineage, Member, Operator, Out, Rules, Way
+from merge_service.merging.intake import check_count, check_inputs, open_all
+from merge_service.merging.report import MergeReport, report_of
+
+
+@dataclass(frozen=True)
+class States:
+    """The files of a streaming state: as it was (None to start), and as it will be."""
+
+    before: Path | None
+    after: Path
+
+
+def advance(
+    derivation: Derivation,
+    states: States,
+    out: Out | None,
+    way: Way = Way(),
+    known: Lineage | None = None,
+    tied: ties.Ties | None = None,
+) -> MergeReport:
+    """Add the one member of a derivation to a streaming merge; with `out=None` only the state is written.
+
+    `known` is what the outputs say of the expert, by default its id and sha256. A stream whose experts are known beforehand gives what
+    is `tied` in all of them (`ties.tie`) with the first. Besides what `combine` raises: `TechniqueError` when the state belongs to
+    another technique, parameters or base, or holds this id; `BrokenTie` when the experts so far hold two names as one tensor and this
+    one does not.
+    """
+    began = time.perf_counter()
+    operator, (member,) = derivation.operator, derivation.members
+    assert member.id is not None
+    known = known or Lineage.given(derivation.members)
+    with contextlib.ExitStack() as stack:
+        anchor, (newest,) = open_all(stack, derivation.base, [member.path], way.rules)
+        assert anchor is not None
+        held = stack.enter_context(StreamState(states.before)) if states.before is not None else None
+        seen = held.inputs if held else []
+        if held:
+            held.check(operator.technique, operator.params, anchor)
+            held.check_new(member.id)
+        same = held.ties(anchor) if held else tied
+        said, same = check_inputs(anchor, [newest], [member.id], way.rules, known=same)
+        arrival = Input(member.id, len(seen) + 1, newest)
+        task = MergeTask.of(operator.technique, operator.params, anchor, [arrival], same)
+        site = site_of(way.execution.device)
+        if held:
+            held.check_layout(task)
+        sha256 = known.sha256
+        known = dataclasses.replace(known, inputs=[*seen, *known.inputs], notes=said)
+        target = out.target(derivation.sources) if out else None
+        found, notes = ready(task, way, sha256)
+        norm = _carry_on(Compute(task, found, site), Step(held, states.after, target), known, way)
+        return report_of(task, target, known, began, norm, notes)
+
+
+def retract(derivation: Derivation, states: States, out: Out | None, way: Way = Way()) -> MergeReport:
+    """Take the one member of a derivation out of a streaming merge.
+
+    The operator is the one the state was made with; the report holds the parameters of the experts that stay (explicit weights lose
+    one entry), to go on with. What is written equals a merge of those that stay up to rounding: see `engine/retraction.py`. Besides
+    what `advance` raises: `TechniqueError` when the id is not in the state, the member is not what went in under it, or the
+    technique cannot: largest values, and schedules that weigh by place (but for the newest expert).
+    """
+    began = time.perf_counter()
+    operator, (member,) = derivation.operator, derivation.members
+    assert member.id is not None and derivation.base is not None and states.before is not None
+    with contextlib.ExitStack() as stack:
+        anchor, leaving = (stack.enter_context(Checkpoint.open(path)) for path in derivation.sources)
+        held = stack.enter_context(StreamState(states.before))
+        held.check(operator.technique, operator.params, anchor)
+        order = held.order_of(member.id)
+        any_base = Rules(any_base=True)
+        said, same = check_inputs(anchor, [leaving], [member.id], any_base, known=held.ties(anchor))
+        left, count = Input(member.id, order, leaving), len(held.inputs)
+        task = retraction(operator.technique, operator.params, anchor, left, count, same)
+        unchecked = check_bytes(held, order, member.path, member.sha256)
+        staying = [entry for entry in held.inputs if entry["id"] != member.id]
+        known = Lineage(staying, notes=said + unchecked)
+        held.check_layout(task)
+        target = out.target(derivation.sources) if out else None
+        found, notes = ready(task, way, Lineage.given(derivation.members).sha256)
+        norm = _carry_on(Compute(task, found, Host()), Step(held, states.after, target), known, way)
+        return report_of(task, target, known, began, norm, notes)
+
+
+def replace(
+    derivation: Derivation, new: Member, states: States, out: Out | None, way: Way = Way()
+) -> MergeReport:
+    """`retract` of the one member of a derivation and `advance` of `new` under the same id, which is then the newest.
+
+    An explicit weight goes with it.
+    """
+    operator, (old,) = derivation.operator, derivation.members
+    assert old.id is not None and states.before is not None
+    between = temporary(states.after)
+    try:
+        with StreamState(states.before) as held:
+            order = held.order_of(old.id)
+        left = retract(derivation, States(states.before, between), None, way)
+        then = left.params
+        if then.get("weights") is not None:
+            then = {**then, "weights": [*then["weights"][: left.experts], operator.params["weights"][order - 1],
+                                        *then["weights"][left.experts :]]}  # fmt: skip
+        arrival = dataclasses.replace(
+            derivation, operator=Operator.of(operator.technique.name, then, "stream"), members=(new,)
+        )
+        report = advance(arrival, States(between, states.after), out, way)
+        return dataclasses.replace(report, notes=left.notes + report.notes)
+    finally:
+        between.unlink(missing_ok=True)
+
+
+def replay(derivation: Derivation, out: Out, way: Way = Way()) -> MergeReport:
+    """All members at once for a technique that takes them one after another: the stream from the first on."""
+    operator = derivation.operator
+    check_count(derivation)
+    if way.split is not None:
+        raise TechniqueError(
+            f"{operator.technique.name} takes experts one after another and cannot be split over workers; leave --workers out"
+        )
+    began = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        opened = open_all(stack, derivation.base, derivation.paths, way.rules)
+        known, tied = taken_in(derivation, *opened, way)
+    beside = out.path.absolute().parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".states-", dir=beside) as place:
+        state: Path | None = None
+        for number, (entry, member) in enumerate(zip(known.inputs, derivation.members), 1):
+            after = Path(place) / f"{number}.safetensors"
+            one = dataclasses.replace(derivation, members=(dataclasses.replace(member, id=entry["id"]),))
+            last = out if number == len(derivation.members) else None
+            report = advance(one, States(state, after), last, way, Lineage([entry], known.about), tied)
+            if state:
+                state.unlink()
+            state = after
+    notes = tuple(dict.fromkeys((*known.notes, *report.notes)))
+    return dataclasses.replace(report, seconds=time.perf_counter() - began, notes=notes)
+
+
+def merge_all(derivation: Derivation, out: Out, way: Way = Way()) -> MergeReport:
+    """`combine`, or `replay` for a technique that takes experts one after another: what `merge` of a list is."""
+    one_by_one = derivation.operator.technique.ordered and derivation.members
+    return replay(derivation, out, way) if one_by_one else combine(derivation, out, way)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a streaming merge goes on from, and what it writes."""
+
+    held: StreamState | None
+    after: Path
+    target: Target | None
+
+
+def _carry_on(compute: Compute, step: Step, known: Lineage, way: Way) -> float | None:
+    """Write the state after `known.inputs`, and the merged model if there is a target; its norm."""
+    task = compute.task
+    with contextlib.ExitStack() as stack:
+        keep = stack.enter_context(state_writer(step.after, task, known.inputs))
+        writer = None
+        if step.target:
+            writer = stack.enter_context(step.target.open(task.reference, metadata(task, "merge", known)))
+        return assemble(compute, Ends(writer, step.held, keep), way.execution)

@@ -1,0 +1,43 @@
+"""Which weights a task starts from and which are served after it, over time (TIME, arXiv 2412.06712).
+
+Everything here is pure: it says which merges are needed and in which order, never how or where they are made.
+"""
+
+from merge_service.timelines.parity import translate, translate_merge
+from merge_service.timelines.time import (
+    PRESETS,
+    Base,
+    Expert,
+    Merged,
+    Strategy,
+    Weights,
+    check,
+    deployed,
+    initial,
+    needed_merges,
+    needs_experts,
+    params_for,
+    parents,
+    policies,
+    warnings,
+)
+
+__all__ = [
+    "PRESETS",
+    "Base",
+    "Expert",
+    "Merged",
+    "Strategy",
+    "Weights",
+    "check",
+    "deployed",
+    "initial",
+    "needed_merges",
+    "needs_experts",
+    "params_for",
+    "parents",
+    "policies",
+    "translate",
+    "translate_merge",
+    "warnings",
+]
