@@ -31,10 +31,10 @@ soak: $(VENV)/.installed ## twenty runs with three random faults each, about twe
 mutants: $(VENV)/.installed ## deliberately broken lines, each of which a test must catch, about ten minutes; ONLY="store outbox" for some
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants $(if $(ONLY),--only $(ONLY))
 
-reproduce: $(VENV)/.installed ## TIME's claims, studied and judged: writes docs/reproduction.md; about two hours on two cores, goes on where it stopped
+reproduce: $(VENV)/.installed ## TIME's claims, studied and judged: writes docs/reproduction.md; about three hours on two cores, goes on where it stopped
 	OMP_NUM_THREADS=1 $(BIN)/python -m pipeline.claims
 
-reproduce-quick: $(VENV)/.installed ## one replicate of each study, about twenty minutes; says of every verdict whether it is the committed one
+reproduce-quick: $(VENV)/.installed ## one replicate of each study, about half an hour; compares its scores and effects with the committed ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pipeline.claims --quick
 
 when-ema: $(VENV)/.installed ## when ema -> ema beats fine-tuning: runs what is missing, writes docs/when_ema.md; about four and a half hours on two cores

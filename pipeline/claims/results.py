@@ -98,13 +98,12 @@ def _rows(out: Path, name: str, commit: str) -> Iterator[dict[str, Any]]:
         raise UserError(f"{out} holds no results.json; run the study {name} first") from None
     if not answer["complete"]:
         raise UserError(f"{out}: study {name} is not finished; run it again to go on")
-    study = load_study(out / "study.yaml")
-    cells = {cell.id: cell for cell in study.cells}
+    cells = {cell.id: cell for cell in load_study(out / "study.yaml").cells}
     for trajectory in answer["trajectories"]:
         steps = trajectory["steps"]
         yield {
             "study": name, **_described(trajectory, cells[trajectory["id"]]),
-            "split": getattr(study.evaluation, "split", "test"), **{metric: _number(steps[-1].get(metric)) for metric in METRICS},
+            **{metric: _number(steps[-1].get(metric)) for metric in METRICS},
             **{f"stream_{metric}": _mean([step.get(metric) for step in steps[1:]]) for metric in METRICS},
             "over_time": " ".join(f"{step['gm']:.4f}" for step in steps), "plan": answer["plan"][:12], "commit": commit,
         }  # fmt: skip
@@ -133,6 +132,7 @@ def _described(trajectory: Mapping[str, Any], cell: Cell) -> dict[str, Any]:
         "lr": cell.recipe.lr,
         "tasks": len(trajectory["stream"]),
         "replicate": _replicate(cell),
+        "split": cell.split,
     }
 
 

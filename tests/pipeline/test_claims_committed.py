@@ -368,3 +368,42 @@ def test_page_says_what_is_kept() -> None:
             assert cells[2] == " ".join(shown(value) for value in part["values"].values())
             assert part["verdict"] in cells[-1] or not part["bears_on_the_verdict"]
         assert re.search(rf"\| \[{claim}\]\(#{claim.lower()}\) \|.*\*\*{one['verdict']}\*\*", PAGE)
+
+
+def test_readme_counts_the_verdicts_that_are_kept() -> None:
+    text = (ROOT / "README.md").read_text()
+    sentence = re.search(r"Verdicts by interval .*?\[Does TIME hold here\?\]", text, re.DOTALL)
+    assert sentence
+    said = {
+        word: int(count)
+        for word, count in re.findall(r"(holds|refuted|equivalent|undecided) (\d+)", sentence[0])
+    }
+    kept = [one["verdict"] for one in KEPT.values()]
+    assert said == {word: kept.count(word) for word in set(kept)}
+
+
+def test_advice_says_of_each_claim_the_verdict_that_is_kept() -> None:
+    said = re.findall(
+        r"\| \[([a-z]+)\]\(reproduction\.md#(c\d)\) \|", (ROOT / "docs" / "choosing.md").read_text()
+    )
+    assert {claim.upper(): verdict for verdict, claim in said} == {
+        claim: one["verdict"] for claim, one in KEPT.items()
+    }
+
+
+def test_numbers_beside_the_figure_of_the_readme_are_those_of_the_rows() -> None:
+    rise = re.search(
+        r"rise from (\.\d\d) to (\.\d\d), offline merging ends at (\.\d\d)", (ROOT / "README.md").read_text()
+    )
+    assert rise
+    ends = [
+        fmean(pick("cells", strategy).values())
+        for strategy in (ZERO, FT, "latest/ema", "ema/latest", BIT, OFF)
+    ]
+    assert rise.groups() == tuple(f"{value:.2f}"[1:] for value in (ends[0], max(ends[1:5]), ends[5]))
+
+
+def test_nothing_without_replay_ends_a_point_above_the_base() -> None:
+    (zero,) = set(pick("no_replay", ZERO).values())
+    trained = [row for study in ("no_replay", "offline") for row in rows(study) if row["replay"] == "False"]
+    assert len(trained) > 50 and max(float(row["gm"]) for row in trained) < zero + 0.01
