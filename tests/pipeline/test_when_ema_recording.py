@@ -1,6 +1,7 @@
 """What is kept of a piece: its scores as results.json has them, and of its experts what their weights say."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,19 +9,24 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from merge_service.actor import Merger
 from merge_service.checkpoints import WEIGHTS_FILE
 from merge_service.errors import UserError
 from pipeline.artifact import hash_file
 from pipeline.claims.when_ema import pieces
 from pipeline.claims.when_ema.design import Design, Piece
-from pipeline.claims.when_ema.numbers import write
-from pipeline.claims.when_ema.pieces import Places, make_bases
-from pipeline.claims.when_ema.recording import Experts, points_of
+from pipeline.claims.when_ema.numbers import Numbers, has, read_numbers, write
+from pipeline.claims.when_ema.pieces import Places, carry_out, make_bases
+from pipeline.claims.when_ema.recording import points_of
 from pipeline.config import load_study
+from pipeline.jobs import Jobs
 from pipeline.status import open_plan, open_store
+from pipeline.workspace import Workspace
 from tests.pipeline.when_ema_toys import World as Truth
 from tests.pipeline.when_ema_toys import numbers
-from tests.world import World
+from tests.world import TASKS, World, make_world
+from workers.actors import Worker
+from workers.export import export_base
 
 GRID = {
     "strategies": [
@@ -61,13 +67,67 @@ def test_points_hold_both_splits_of_every_trajectory_side_by_side(world: World, 
         points_of(tmp_path / "half")
 
 
-@pytest.mark.ray
-def test_experts_are_measured_from_where_they_began_and_from_the_one_before(undisturbed: Path) -> None:
-    experts = Experts(undisturbed)
-    rows = experts.frame().set_index(["init", "t"]).sort_index()
-    assert set(rows.index.get_level_values("init")) == {"base", "latest", "ema"} and len(rows) == 9
-    plan, store = open_plan(undisturbed), open_store(undisturbed)
-    (chain,) = (one for one in plan.trajectories if one.init == one.deploy == "latest")
+def with_val(home: Path) -> World:
+    """A world whose datasets have a val split: a copy of test."""
+    home.mkdir()
+    made = make_world(home)
+    for dataset in (home / "data").iterdir():
+        shutil.copytree(dataset / "test", dataset / "val")
+        manifest = json.loads((dataset / "manifest.json").read_text())
+        manifest["splits"]["val"] = manifest["splits"]["test"]
+        (dataset / "manifest.json").write_text(json.dumps(manifest))
+    return made
+
+
+def run_here(words: list[str], _: str) -> None:
+    """`pipeline.cli run` in this process, step after step, without Ray."""
+    assert words[:3] == ["-m", "pipeline.cli", "run"] and words[4] == "--out"
+    workspace = Workspace.open(Path(words[3]), words[7::2], Path(words[5]))
+    workspace.prepare()
+    jobs, merger, worker = Jobs(workspace), Merger(), Worker(0, 1, 1, "cpu")
+    for step in workspace.plan.steps.values():
+        (merger if step.kind == "merge" else worker).run(jobs.of(step), step, workspace.store)  # type: ignore[arg-type]
+    workspace.write_results()
+
+
+def test_piece_is_run_recorded_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = with_val(tmp_path / "world")
+    data = {
+        "root": str(made.home / "data"),
+        "adaptation": list(TASKS),
+        "pretraining": ["grey"],
+        "held_out": ["grey"],
+    }
+    stream, budget = {"order": "random", "chunks": 2}, {"steps_per_task": 2}
+    study = made.study(grid=GRID, data=data, stream=stream, budget=budget)
+    design, places = (
+        Design((PIECE,), 100, {}, study),
+        Places(tmp_path / "work", tmp_path / "kept", keep_runs=True),
+    )
+    piece = replace(
+        PIECE,
+        model=str(made.home / "model.json"),
+        settings=("recipe.mixture={pretraining: 0.25, update: 0.5, buffer: 0.25}",),
+    )
+    export_base(str(made.home / "model.json"), None, places.base(piece), seed=5)
+    monkeypatch.setattr(pieces, "_call", run_here)
+    carry_out(piece, design, places)
+    found = read_numbers(places.kept)
+    assert len(found.points) == 3 * 7 and found.points["gm_val"].equals(found.points["gm_test"])
+    assert found.made[["share", "tasks", "steps_per_task", "replicate"]].iloc[0].tolist() == [0.5, 2, 2, 0]
+    assert found.made["base_sha256"].item() == hash_file(places.base(piece) / WEIGHTS_FILE)
+    _check_experts(found, places.run(piece))
+    carry_out(piece, design, replace(places, kept=tmp_path / "again", keep_runs=False))
+    assert not places.run(piece).exists() and has(tmp_path / "again", piece)
+
+
+def _check_experts(found: Numbers, out: Path) -> None:
+    """Each number of the experts of one chain against what their files say."""
+    rows = found.experts[found.experts["lr"] == 1e-3].set_index(["init", "t"]).sort_index()
+    assert set(rows.index) == {("latest", 1), ("latest", 2), ("ema", 1), ("ema", 2)}
+    plan, store = open_plan(out), open_store(out)
+    chains = [one for one in plan.trajectories if one.init == one.deploy == "latest" and one.split == "test"]
+    chain = next(one for one in chains if one.axes["recipe.lr"] == 1e-3)
 
     def weights(kind: str, fingerprint: str) -> np.ndarray:
         record = store.record(kind, fingerprint)
@@ -77,14 +137,14 @@ def test_experts_are_measured_from_where_they_began_and_from_the_one_before(undi
 
     base = weights("base", chain.base)
     first, second = (weights("train", str(point.train)) for point in chain.points[1:3])
-    row = rows.loc[("latest", 2)]
-    assert row["drift"] == row["distance"] == pytest.approx(np.linalg.norm(second - first))
-    assert row["task_vector_norm"] == pytest.approx(np.linalg.norm(second - base))
-    assert row["relative_drift"] == pytest.approx(row["drift"] / np.linalg.norm(first))
     one, two = first - base, second - first
-    assert row["cosine"] == pytest.approx(one @ two / np.linalg.norm(one) / np.linalg.norm(two))
+    row = rows.loc[("latest", 2)]
+    assert row["drift"] == row["distance"] == pytest.approx(np.linalg.norm(two), abs=1e-6)
+    assert row["relative_drift"] == pytest.approx(row["drift"] / np.linalg.norm(first), abs=1e-6)
+    assert row["task_vector_norm"] == pytest.approx(np.linalg.norm(second - base), abs=1e-6)
+    assert row["cosine"] == pytest.approx(one @ two / np.linalg.norm(one) / np.linalg.norm(two), abs=1e-6)
     assert np.isnan(rows.loc[("latest", 1), "distance"])
-    assert rows.loc["ema"]["drift"].iloc[1] != rows.loc["ema"]["distance"].iloc[1]
+    assert rows.loc[("ema", 2), "drift"] != rows.loc[("ema", 2), "distance"]
     assert rows.loc["latest"][["old_start", "old_middle", "new_end"]].notna().all().all()
     assert rows.loc["ema"]["old_start"].isna().all() and (rows["grad_highest"] >= rows["grad_last"]).all()
 
