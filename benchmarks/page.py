@@ -10,6 +10,7 @@ Invariant: a block is a function of the committed results alone, so a test can t
 
 import json
 import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -39,9 +40,13 @@ def written(text: str) -> str:
 
 def _block(make: Callable[[], str]) -> str:
     try:
-        return make()
+        return "\n\n".join(one if one.startswith("|") else _filled(one) for one in make().split("\n\n"))
     except FileNotFoundError as error:
         return f"Not measured yet: `benchmarks/all.sh` makes `{Path(error.filename).relative_to(ROOT)}`."
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), 138, break_long_words=False, break_on_hyphens=False)
 
 
 def n(value: float) -> str:
@@ -207,7 +212,7 @@ def scale() -> str:
     cpu, memory_ = found["cpu_ms"], found["memory_mib"]
     return (
         f"A stream of {file['settings']['experts']:,} tasks, {found['steps']:,} steps that only commit a tiny file, through the real driver, actors and store. The driver's CPU "
-        f"time is {n(cpu[1])} ms per\nstep from step {found['window'] * 2} on and {n(cpu[-1])} ms at the end; its memory grows by {n(memory_[-1] - memory_[1])} MiB."
+        f"time is {n(cpu[1])} ms per\nstep from step {found['window'] * 2} on and {n(cpu[-1])} ms at the end; its memory grows by {n(memory_[-1] - memory_[1])} MiB.\n\n![time and memory of the driver over a thousand experts](orchestration.png)"
     )
 
 
@@ -328,8 +333,8 @@ def fomo_costs() -> str:
 def fomo_disk() -> str:
     """What is stored of each study."""
     plans = read("fomo-costs")["found"]["plans"]
-    each = ",\n".join(f"{of['disk_bytes'] / 1e12:.2g} TB for `{name}`" for name, of in plans.items())
-    return f"Disk for what is stored, as planned:\n{each}."
+    each = ", ".join(f"{of['disk_bytes'] / 1e12:.2g} TB for `{name}`" for name, of in plans.items())
+    return f"Disk for what is stored, as planned: {each}."
 
 
 def machine() -> str:
