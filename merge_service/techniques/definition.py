@@ -174,7 +174,7 @@ class Technique:
             )
 
     def warnings(self, params: Mapping[str, Any], init: str, deploy: str) -> list[str]:
-        """What is known to end badly when the technique is used with these axes of TIME.
+        """What grows without bound when the technique is used with these axes of TIME.
 
         Under EMA initialization an expert already holds the running model, so a fold that adds task vectors multiplies
         the past by 2*scale at every task (and one that averages them by scale); with init: all it is 1 + scale.
@@ -206,10 +206,12 @@ class Technique:
 def _growth(name: str, growth: float, formula: str, where: str, safe: float | None) -> list[str]:
     if growth <= 1:
         return []
-    remedy = (
-        "use a technique that averages" if safe is None else f"keep {formula.removeprefix('2*')} <= {safe:g}"
+    bounded = (
+        "a technique that averages keeps it bounded"
+        if safe is None
+        else f"{formula.removeprefix('2*')} <= {safe:g} keeps it bounded"
     )
     return [
-        f"{name} with {where} multiplies what was learned before by {formula} = {growth:g} at every task "
-        f"({growth**10:.3g} times after 10 tasks): it will diverge; {remedy}"
+        f"{name} with {where} multiplies what was learned before by {formula} = {growth:g} at every task ({growth**10:.3g} times after 10 tasks, "
+        f"{growth**20:.3g} times after 20), without bound; {bounded}, or choose it on a validation split for as many tasks as will come"
     ]

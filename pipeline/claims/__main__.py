@@ -105,8 +105,12 @@ def run(name: str, out: Path, settings: Sequence[str]) -> None:
 
 
 def judge_rows(places: Places) -> tuple[tuple[Judged, ...], Findings, Tuned]:
-    """Stage 3 but for the writing. Raises UserError where rows are missing or have parameters that were not chosen."""
+    """Stage 3 but for the writing. Raises UserError where rows are missing, do not belong together, or have parameters that were not chosen."""
     found, tuned = read_rows(places.rows, NAMES), read_tuned(places.tuned)
+    if strange := found.strange_bases():
+        raise UserError(
+            f"zero-shot scores of {', '.join(strange)} are of another base or other sets than the rest; run these studies again"
+        )
     if wrong := strangers(found, tuned):
         raise UserError(
             f"parameters are not those of {places.tuned}; run these studies again:\n" + "\n".join(wrong[:20])

@@ -217,7 +217,7 @@ def _made(found: Findings, about: About) -> list[str]:
         "## How this was made",
         "",
         "```sh",
-        "make reproduce          # everything, about 60 GB of disk; goes on where it stopped",
+        "make reproduce          # everything, about 75 GB of disk; goes on where it stopped",
         "make reproduce-quick    # one replicate of each, about half an hour",
         "```",
         "",

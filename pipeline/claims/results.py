@@ -57,6 +57,12 @@ class Findings:
             raise UserError(f"study {study}: {where} is not one trajectory but {', '.join(several)}")
         return rows.set_index("replicate")[name].sort_index()
 
+    def strange_bases(self) -> list[str]:
+        """Studies whose zero-shot score is not that of the first study with the same model and split: of another base or other sets."""
+        zero = self.rows[(self.rows["init"] == "base") & (self.rows["deploy"] == "base")]
+        first = zero.groupby(["model", "split"], sort=False)["gm"].transform("first")
+        return sorted(set(zero[(zero["gm"] - first).abs() > 10**-DIGITS]["study"]))
+
     def of_one_replicate(self) -> "Findings":
         """Of each study its first replicate alone: what a quick reproduction has."""
         first = self.rows.groupby("study")["replicate"].transform("first")

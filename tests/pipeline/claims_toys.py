@@ -25,6 +25,8 @@ Row = dict[str, Any]
 
 def gm_of(row: Row) -> float:
     """Strategies far apart, techniques close together, more of everything is better; replicates differ a little."""
+    if row["deploy"] == "base":
+        return ORDER["base/base"]
     value = ORDER.get(f"{row['init']}/{row['deploy']}", 0.45)
     value += 0.002 * (TECHNIQUES.index(row["technique"]) if row["technique"] in TECHNIQUES else 0)
     value += 0.1 * row["replay"] * (row["init"] == "base") * (row["study"] == contrasts.OFFLINE) + 0.02 * (

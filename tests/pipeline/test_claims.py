@@ -314,6 +314,13 @@ def test_rows_with_other_parameters_than_the_tuned_file_are_refused(places: comm
         command.judge_rows(places)
 
 
+def test_rows_of_another_base_or_suite_than_the_rest_are_refused(places: command.Places) -> None:
+    file = places.rows / "no_replay.csv"
+    file.write_text(file.read_text().replace(",0.2,", ",0.21,"))
+    with pytest.raises(UserError, match="zero-shot scores of no_replay are of another base"):
+        command.judge_rows(places)
+
+
 def test_study_alone_gives_its_rows_and_the_last_tuning_the_parameters(
     places: command.Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:
