@@ -1,72 +1,153 @@
-"""The rules of the house that a reader would otherwise have to check by eye."""
+"""The rules of the house that a reader would otherwise have to check by eye.
+
+Exceptions that are still to be mended stand in `tests/house_known.py`; one that has been mended must be struck off there.
+"""
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-ROOMS = ("pipeline", "workers", "merge_service", "cluster")
+from tests import house, house_known
+
 ALLOWED_ROOMS = {
     "pipeline": {"pipeline", "workers", "merge_service", "cluster"},
     "workers": {"workers", "merge_service"},
     "merge_service": {"merge_service"},
     "cluster": {"cluster"},
 }
+FLOORS: dict[str, tuple[set[str], ...]] = {
+    "workers": (
+        {"jobs"},
+        {"data"},
+        {"models"},
+        {"training", "scoring", "evidence"},
+        {"serving"},
+        {"actors", "pretrain"},
+    ),
+    "cluster": (),
+    "pipeline": (
+        {"errors", "identity", "console"},
+        {"files"},
+        {"study", "store"},
+        {"plan"},
+        {"results"},
+        {"workspace"},
+        {"tracking"},
+        {"run"},
+        {"report", "search", "service"},
+        {"claims", "merging"},
+        {"cli", "api"},
+    ),
+}
+"""The order of folders (and of modules that stand directly in a room): each imports only from floors below its own."""
+DIRECTLY = {"workers": {"jobs", "actors", "pretrain"}, "pipeline": {"errors", "identity", "console", "api"}}
+"""The modules that may stand directly in a room that has folders."""
 SAID = (("pipeline", "report"), ("pipeline", "claims"))
 """Where results are told to people."""
 HEAVY = {
     "ray": lambda path: path.parts[0] == "cluster" or path.name == "actors.py",
     "mlflow": lambda path: path.parts[0] == "pipeline" and path.stem.startswith("tracking"),
     "deepspeed": lambda path: path.parts[0] == "workers" and path.stem.startswith("engine"),
+    "torch": lambda path: path.parts[0] == "workers" or path.name in ("device.py", "state_dicts.py"),
     "webdataset": lambda path: path.parts[:2] == ("workers", "data"),
     "pandas": lambda path: path.parts[:2] in SAID or path.parts == ("pipeline", "api.py"),
     "altair": lambda path: path.parts[:2] in SAID,
 }
-MAX_LINES, MAX_FUNCTION_LINES = 450, 70
+CORE = (
+    "pipeline/plan",
+    "pipeline/store",
+    "pipeline/run",
+    "pipeline/workspace",
+    "workers/training",
+    "workers/scoring",
+)
+"""Where values have types: no public signature says `Any`."""
+MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS, MAX_MODULES = 450, 70, 6, 15
+
+every_module = pytest.mark.parametrize("path", house.modules(), ids=str)
 
 
-def modules() -> list[Path]:
-    return sorted(path.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*.py"))
-
-
-def imports(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            yield node.module.split(".")[0]
-
-
-@pytest.mark.parametrize("path", modules(), ids=str)
+@every_module
 def test_module_imports_only_what_its_room_may(path: Path) -> None:
-    for name in imports(path):
-        if name in ROOMS:
+    for name in {found.split(".")[0] for found in house.imports(path)}:
+        if name in house.ROOMS:
             assert name in ALLOWED_ROOMS[path.parts[0]], f"{path} imports room {name}"
         if name in HEAVY:
             assert HEAVY[name](path), f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("path", modules(), ids=str)
+@every_module
+def test_module_imports_only_from_floors_below_its_own(path: Path) -> None:
+    floors = {part: floor for floor, parts in enumerate(FLOORS.get(path.parts[0], ())) for part in parts}
+    mine = floors.get(house.part(path))
+    if mine is None:
+        return
+    for other in house.imported_modules(path):
+        if other.parts[0] == path.parts[0] and house.part(other) in floors:
+            same = house.part(other) == house.part(path)
+            assert same or floors[house.part(other)] < mine, f"{path} imports {other}"
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_no_module_leads_back_to_itself(room: str) -> None:
+    graph = {path: house.imported_modules(path) for path in house.modules() if path.parts[0] == room}
+    inside = {path: {other for other in others if other in graph} for path, others in graph.items()}
+    assert house.circles(inside) == house_known.CIRCLES.get(room, [])
+
+
+@pytest.mark.parametrize("room", DIRECTLY)
+def test_every_module_of_a_room_is_in_a_folder(room: str) -> None:
+    stray = {path.stem for path in house.modules() if path.parts[0] == room and len(path.parts) == 2}
+    assert stray - DIRECTLY[room] - {"__init__"} == set(house_known.STRAY.get(room, "").split())
+
+
+def test_no_folder_has_too_many_modules() -> None:
+    sizes = Counter(str(path.parent) for path in house.modules() if path.stem != "__init__")
+    crowded = {name for name, size in sizes.items() if size > MAX_MODULES}
+    assert crowded == set(house_known.CROWDED)
+
+
+@every_module
 def test_module_is_short_and_says_why_it_exists(path: Path) -> None:
-    source = (ROOT / path).read_text()
-    assert len(source.splitlines()) <= MAX_LINES
-    tree = ast.parse(source)
-    if tree.body:
-        assert ast.get_docstring(tree), f"{path} does not say why it exists"
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (node.end_lineno or 0) - node.lineno + 1
-            assert length <= MAX_FUNCTION_LINES, f"{path}: {node.name} has {length} lines"
+    assert len(house.source(path).splitlines()) <= MAX_LINES
+    if house.tree(path).body:
+        assert ast.get_docstring(house.tree(path)), f"{path} does not say why it exists"
+    for name, function in house.functions(path):
+        length = (function.end_lineno or 0) - function.lineno + 1
+        assert length <= MAX_FUNCTION_LINES, f"{path}: {name} has {length} lines"
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_no_function_takes_more_than_six_parameters(room: str) -> None:
+    long = [
+        f"{path}:{name}"
+        for path in house.modules()
+        if path.parts[0] == room and not path.stem.startswith("cli_")  # commands: their options
+        for name, function in house.functions(path)
+        if len(house.parameters(function)) > MAX_PARAMETERS
+    ]
+    assert long == house_known.LONG_LISTS.get(room, [])
+
+
+def test_no_public_signature_of_the_core_says_any() -> None:
+    vague = [
+        f"{path}:{name}"
+        for path in house.modules()
+        if str(path).startswith(CORE)
+        for name, function in house.functions(path)
+        if house.is_public(name) and house.says_any(function)
+    ]
+    assert vague == house_known.VAGUE
 
 
 def test_command_line_import_loads_no_heavy_library() -> None:
     code = "import sys, pipeline.cli; print([m for m in ('torch', 'ray', 'mlflow', 'deepspeed', 'open_clip', 'fsspec') if m in sys.modules])"
     answer = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=house.ROOT, capture_output=True, text=True, check=True
     )
     assert answer.stdout.strip() == "[]"
 
@@ -74,13 +155,12 @@ def test_command_line_import_loads_no_heavy_library() -> None:
 def test_merge_path_import_loads_no_torch() -> None:
     code = "import sys, merge_service.merge; print('torch' in sys.modules)"
     answer = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=house.ROOT, capture_output=True, text=True, check=True
     )
     assert answer.stdout.strip() == "False"
 
 
 def test_nothing_outside_tests_unpickles_or_loads_yaml_unsafely() -> None:
-    for path in modules():
-        source = (ROOT / path).read_text()
+    for path in house.modules():
         for call in ("torch.load(", "yaml.load(", "pickle.load(", "pickle.loads("):
-            assert call not in source, f"{path} calls {call}"
+            assert call not in house.source(path), f"{path} calls {call}"
