@@ -29,7 +29,7 @@ def model(name: str, work: Path) -> Path:
         return TINY
     out = work / "models" / name
     if not (out / "open_clip_config.json").is_file():
-        from workers.model import export_base
+        from workers.models.model import export_base
 
         config: dict[str, Any] = json.loads((TINY / "open_clip_config.json").read_text())
         config["model_cfg"]["embed_dim"] = 128

@@ -15,12 +15,12 @@ from pipeline.facts import base_for_now, base_of, cache_of, ensure_data, stated
 from pipeline.prompt_notes import prompt_notes
 from pipeline.results import gm, ka, zs
 from pipeline.steps import TEST
-from workers.base import Base, find
-from workers.base import describe as described
-from workers.configuration import is_tokenizer_file
 from workers.data.manifest import describe, verify
 from workers.data.seen import notes
 from workers.jobs import EvaluateJob, Source
+from workers.models.base import Base, find
+from workers.models.base import describe as described
+from workers.models.configuration import is_tokenizer_file
 
 
 def evaluate_checkpoint(

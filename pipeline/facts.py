@@ -25,12 +25,12 @@ from pipeline.sections import ModelSection, key_of
 from pipeline.sections_stream import StreamSection
 from pipeline.steps import TEST, TRAIN, DatasetFacts, Described, Facts, ModelFacts
 from pipeline.streams import Element, Stream, datasets_of, make_stream
-from workers.base import STATED, Base, check_temperature, configuration_of, find, is_path, temperature
-from workers.configuration import HUB, LOCAL, ModelError, own_configuration, read_configuration
 from workers.data.cache import Access, cache_root, is_writable, recall, remember
 from workers.data.contents import Survey
 from workers.data.manifest import DatasetInfo, describe, folder, unread_bytes, verify
 from workers.data.seen import content_digest, notes
+from workers.models.base import STATED, Base, check_temperature, configuration_of, find, is_path, temperature
+from workers.models.configuration import HUB, LOCAL, ModelError, own_configuration, read_configuration
 
 LARGE_BYTES = 10**9
 """So much data takes long enough to read that it is said beforehand."""
@@ -162,7 +162,7 @@ def _classes(info: Described) -> tuple[str, ...]:
 
 def _measured(study: Study, section: StreamSection, names: Sequence[str]) -> Mapping[Element, Any]:
     """What the study's own base says of every class; kept in the cache, so that only the first plan takes time."""
-    from workers.export import export_base
+    from workers.models.export import export_base
     from workers.stream_orders import Subject, measure
 
     order = cast(Literal["performance", "similarity"], section.order)

@@ -18,7 +18,7 @@ from pipeline.artifact import Record
 from pipeline.disk import write_whole
 from pipeline.expand import JOINT_TASK
 from pipeline.steps import BASE, Plan, Point, TrajectoryPlan
-from workers.base import describe
+from workers.models.base import describe
 
 Scores = Mapping[str, float]
 METRICS = ("ka", "zs", "gm")

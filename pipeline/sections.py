@@ -24,8 +24,8 @@ from merge_service.shards import bytes_of
 from pipeline.addresses import refuse_secret
 from pipeline.fingerprint import fingerprint
 from pipeline.places import Place, expanded
-from workers.configuration import Preprocess
 from workers.jobs import EngineSpec
+from workers.models.configuration import Preprocess
 from workers.recipe import Mixture
 
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -107,7 +107,7 @@ def key_of(section: Section) -> str:
 class ModelSection(Section):
     """The base: any open_clip architecture with a tag, a directory or file, `local-dir:` or `hf-hub:`; null is random with `seed`.
 
-    `preprocess` states how pixels become its input, key by key instead of what its configuration says (see `workers.base`).
+    `preprocess` states how pixels become its input, key by key instead of what its configuration says (see `workers.models.base`).
     """
 
     config: Place

@@ -31,7 +31,7 @@ from pipeline.steps import Facts
 from pipeline.store import Store
 from pipeline.store_open import settled, store_at
 from pipeline.streams import save
-from workers.configuration import HUB
+from workers.models.configuration import HUB
 
 STREAMS = "streams"
 STUDY_FILE, PLAN_FILE, RESULTS_FILE = "study.yaml", "plan.json", "results.json"
@@ -173,7 +173,7 @@ class Workspace:
         return answer
 
     def _export(self, model: ModelSection, base: Step) -> None:
-        from workers.export import export_base
+        from workers.models.export import export_base
 
         started, source = time.monotonic(), local_base(model)
         with self.store.staged(base) as stage:

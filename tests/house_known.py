@@ -15,11 +15,10 @@ STRAY = {
     "store store_names store_objects store_open store_remote store_upkeep strategies stream_tables streams submit suites timeline tracking "
     "tracking_client tracking_events tracking_experts tracking_export tracking_index tracking_lineage tracking_local tracking_names "
     "tracking_recorder tracking_rows tracking_sink tracking_ui ui_server versions workspace yaml_input",
-    "workers": "base batch_norm budget configuration engine engine_deepspeed evaluate export model network objective prompts recipe scratch "
-    "stream_orders train weights",
+    "workers": "batch_norm budget engine engine_deepspeed evaluate objective prompts recipe scratch stream_orders train",
 }
 """Modules that have yet to move into a folder."""
-CROWDED = ["merge_service", "pipeline", "workers", "workers/data"]
+CROWDED = ["merge_service", "pipeline", "workers/data"]
 LONG_LISTS = {
     "cluster": ["cluster/pool.py:Pool.__init__"],
     "pipeline": [

@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed
 
-from workers.base import MAX_LOGIT_SCALE
 from workers.jobs import EngineSpec
-from workers.model import set_trainable
+from workers.models.base import MAX_LOGIT_SCALE
+from workers.models.model import set_trainable
 from workers.objective import ContrastiveLoss, TwoTowers
 from workers.recipe import Recipe
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from workers.base import MAX_LOGIT_SCALE
 from workers.engine import (
     LossScale,
     adamw,
@@ -31,7 +30,8 @@ from workers.engine import (
     softmax_temperature,
 )
 from workers.jobs import EngineSpec
-from workers.model import set_trainable
+from workers.models.base import MAX_LOGIT_SCALE
+from workers.models.model import set_trainable
 from workers.objective import ContrastiveLoss, TwoTowers
 from workers.recipe import Recipe
 

@@ -21,9 +21,9 @@ from merge_service.errors import NonFiniteCheckpoint, UserError
 from workers.data.contents import is_by_caption
 from workers.data.decode import Samples, load, normalise
 from workers.jobs import EvaluateJob
-from workers.model import load as load_model
-from workers.model import preprocess_cfg, tokenizer
-from workers.weights import open_weights
+from workers.models.model import load as load_model
+from workers.models.model import preprocess_cfg, tokenizer
+from workers.models.weights import open_weights
 
 TOP = 5  # recall@5
 PROMPTS = 256  # through the text tower at once

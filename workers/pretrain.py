@@ -148,7 +148,7 @@ def chance_level(info: DatasetInfo) -> float:
 
 def _train(settings: Pretraining, config: Path, root: str, work: Path) -> dict[str, Any]:
     """Random weights, then the loop of the experts; returns its loss curve and speed."""
-    from workers.model import export_base
+    from workers.models.model import export_base
     from workers.train import train_expert
 
     initial, trained = work / "initial", work / "trained"

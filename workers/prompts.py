@@ -33,7 +33,7 @@ def alike_in(
     directory: Path, classes: Sequence[str], templates: Sequence[str]
 ) -> list[tuple[list[str], bool]]:
     """The same with the tokenizer of a weights directory; each group with whether its prompts are cut."""
-    from workers.model import tokenizer
+    from workers.models.model import tokenizer
 
     tokens = tokenizer(directory)
     return [(group, is_cut(tokens, group)) for group in alike(tokens, classes, templates)]

@@ -130,7 +130,7 @@ def test_long_reading_is_said_once(
 def test_classes_with_the_same_tokens_are_named_by_plan_and_evaluate(
     place: World, cli: Cli, tmp_path: Path
 ) -> None:
-    from workers.model import export_base
+    from workers.models.model import export_base
 
     write(place, [(picture(), b"0"), (picture(), b"1")], "A\na\nlight\n")
     export_base(str(place.home / "model.json"), None, tmp_path / "base", 0)

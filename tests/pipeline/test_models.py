@@ -19,8 +19,8 @@ from pipeline.facts import base_identity, gather
 from pipeline.sections import ModelSection
 from pipeline.workspace import Workspace
 from tests.world import MODEL, World, make_world
-from workers.base import MAX_LOGIT_SCALE
-from workers.model import export_base, load, save
+from workers.models.base import MAX_LOGIT_SCALE
+from workers.models.model import export_base, load, save
 
 
 @pytest.fixture(scope="module")

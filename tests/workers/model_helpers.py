@@ -13,7 +13,7 @@ import torch
 from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from workers.data.writer import Sample, write_dataset
 from workers.jobs import EngineSpec, EvaluateJob, Source, TrainJob
-from workers.model import export_base
+from workers.models.model import export_base
 from workers.recipe import Recipe
 
 MODEL_CFG: dict[str, Any] = {

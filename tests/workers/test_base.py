@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from merge_service.errors import UserError
 from tests.workers.model_helpers import MODEL_CFG, PREPROCESS_CFG, Toys, sha256
-from workers.base import MAX_LOGIT_SCALE, check_temperature, find
-from workers.configuration import ModelError
-from workers.model import export_base, load, save, tokenizer
+from workers.models.base import MAX_LOGIT_SCALE, check_temperature, find
+from workers.models.configuration import ModelError
+from workers.models.model import export_base, load, save, tokenizer
 
 ZERO = {"mean": [0, 0, 0], "std": [1, 1, 1]}
 

@@ -13,7 +13,7 @@ import torch.multiprocessing
 from tests.workers.model_helpers import MODEL_CFG, apart
 from workers.engine import join_group, leave_group, make_engine
 from workers.jobs import EngineSpec
-from workers.model import export_base, load
+from workers.models.model import export_base, load
 from workers.recipe import Recipe
 
 RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None, "head_width": 32}

@@ -14,8 +14,8 @@ from open_clip.transform import PreprocessCfg as TheirPreprocess
 
 from merge_service.errors import UserError
 from tests.workers.model_helpers import MODEL_CFG
-from workers import configuration
-from workers.configuration import OPENAI, checked, open_clip_models, read_configuration
+from workers.models import configuration
+from workers.models.configuration import OPENAI, checked, open_clip_models, read_configuration
 
 
 @pytest.mark.parametrize(

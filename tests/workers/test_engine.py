@@ -24,7 +24,7 @@ from workers.engine import (
     make_engine,
 )
 from workers.jobs import EngineSpec
-from workers.model import load
+from workers.models.model import load
 from workers.objective import TwoTowers
 from workers.recipe import Recipe
 

@@ -17,7 +17,7 @@ from tests.workers.test_engine import batch
 from tests.workers.test_train import Stop, stop_at
 from workers.engine import MAX_LOGIT_SCALE, join_group, leave_group, make_engine
 from workers.jobs import EngineSpec, TrainJob
-from workers.model import load
+from workers.models.model import load
 from workers.recipe import Recipe
 from workers.train import train_expert
 

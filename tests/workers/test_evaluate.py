@@ -19,7 +19,7 @@ from workers.data.decode import Samples, load
 from workers.data.writer import write_dataset
 from workers.evaluate import Encoder, evaluate, retrieval, subset
 from workers.jobs import Source
-from workers.model import tokenizer
+from workers.models.model import tokenizer
 from workers.train import train_expert
 
 

@@ -15,7 +15,7 @@ from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, Chec
 from merge_service.errors import CorruptCheckpoint, IncompatibleCheckpoint, UserError
 from merge_service.merge import merge
 from tests.workers.model_helpers import MODEL_CFG, PREPROCESS_CFG, Toys, sha256, write_config
-from workers.model import (
+from workers.models.model import (
     _without_values,
     export_base,
     load,
@@ -24,7 +24,7 @@ from workers.model import (
     set_trainable,
     tokenizer,
 )
-from workers.weights import load_strictly, tied, write_weights
+from workers.models.weights import load_strictly, tied, write_weights
 
 
 def test_weights_directory_opens_in_plain_open_clip_as_the_same_model(toys: Toys) -> None:

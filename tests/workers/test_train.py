@@ -16,7 +16,7 @@ import workers.train as training
 from merge_service.errors import IncompatibleCheckpoint, NonFiniteCheckpoint, UserError
 from tests.workers.model_helpers import Toys, sha256, write_config
 from workers.jobs import EngineSpec
-from workers.model import export_base, load
+from workers.models.model import export_base, load
 from workers.scratch import MARKER, OWNER, Checkpoints, Progress, Superseded
 from workers.train import ExpertError, train_expert
 

@@ -15,10 +15,10 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from merge_service.anatomy import modality
 from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
-from workers.configuration import is_tokenizer_file, read_configuration
-from workers.export import export_base
-from workers.network import create, tokenizer
-from workers.weights import fill, open_weights, recorded_ties, tied, write_weights
+from workers.models.configuration import is_tokenizer_file, read_configuration
+from workers.models.export import export_base
+from workers.models.network import create, tokenizer
+from workers.models.weights import fill, open_weights, recorded_ties, tied, write_weights
 
 __all__ = ["export_base", "load", "preprocess_cfg", "save", "set_trainable", "tokenizer"]
 

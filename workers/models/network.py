@@ -17,7 +17,7 @@ from open_clip.hf_configs import arch_dict
 from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer
 
 from merge_service.checkpoint import CONFIG_FILE
-from workers.configuration import LOCAL, ModelError, is_tokenizer_file, read_configuration
+from workers.models.configuration import LOCAL, ModelError, is_tokenizer_file, read_configuration
 
 
 def tokenizer(directory: Path) -> "Remembering":

@@ -14,10 +14,10 @@ import torch
 
 from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Checkpoint
 from merge_service.errors import UserError
-from workers.base import STATED, Base, download, find, tags_of
-from workers.configuration import HUB, LOCAL
-from workers.network import build, quiet, save_tokenizer
-from workers.weights import load_strictly, tied, write_weights
+from workers.models.base import STATED, Base, download, find, tags_of
+from workers.models.configuration import HUB, LOCAL
+from workers.models.network import build, quiet, save_tokenizer
+from workers.models.weights import load_strictly, tied, write_weights
 
 SAFE_NAMES = (WEIGHTS_FILE, "open_clip_pytorch_model.safetensors", "model.safetensors")
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from merge_service.checkpoint import CONFIG_FILE, Checkpoint
 from merge_service.errors import UserError
-from workers.configuration import (
+from workers.models.configuration import (
     HUB,
     LOCAL,
     OPENAI,
