@@ -30,7 +30,7 @@ Rounds = dict[str, list[dict[str, Any]]]
 def stream(args: argparse.Namespace, pool: list[str]) -> list[str]:
     """Weights directories of merges of 1, 2, ... experts, by averaging and by TIES; made once per number of checkpoints."""
     from merge_service.merge import merge
-    from workers.train import train_expert
+    from workers.training.expert import train_expert
 
     place, base = args.work / f"stream-{args.model}-{args.checkpoints}", model(args.model, args.work)
     made = [place / "merged" / f"{number}-{name}" for number in range(1, -(-args.checkpoints // 2) + 1) for name in ("average", "ties")]  # fmt: skip

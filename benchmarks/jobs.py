@@ -10,7 +10,7 @@ from typing import Any
 from workers.data import mini
 from workers.data.manifest import read_suite
 from workers.jobs import EngineSpec, Source, TrainJob
-from workers.recipe import REPLAY, Recipe
+from workers.training.recipe import REPLAY, Recipe
 
 TINY = Path(__file__).parents[1] / "configs" / "models" / "tiny-clip"
 TASKS = ("animals", "scripts", "photos_b", "icon_style", "emoji_group", "skin_tone")

@@ -45,7 +45,7 @@ def bare(study: Path, overrides: list[str], out: Path) -> None:
     workspace.prepare()
     jobs, worker, merger = Jobs(workspace), Worker(0, 1, 1, "cpu"), Merger()
     import workers.evaluate
-    import workers.train  # noqa: F401
+    import workers.training.expert  # noqa: F401
 
     began = time.process_time()
     kinds: dict[str, float] = {}

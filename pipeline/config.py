@@ -38,7 +38,7 @@ from pipeline.streams import datasets_of, length_of
 from pipeline.suites import Suite, read_suite_file
 from pipeline.yaml_input import override, read, split_override
 from workers.jobs import EngineSpec
-from workers.recipe import Recipe
+from workers.training.recipe import Recipe
 
 ROLES = ("pretraining", "adaptation", "held_out")
 

@@ -16,7 +16,7 @@ from pipeline.config import Roles, Study
 from pipeline.grid import Cell
 from pipeline.steps import BASE, RECORD_BYTES, TRAIN, VERSIONS, ModelFacts, Point, Step
 from pipeline.streams import Part, Stream, StreamTask
-from workers.recipe import Recipe
+from workers.training.recipe import Recipe
 
 JOINT_TASK = "multitask"
 

@@ -306,7 +306,7 @@ def _training(study: Study, model: ModelSection, base: Base | None) -> dict[str,
     if path is not None and not found:
         check_temperature(temperature(path), f"model.pretrained: {path}")
     if study.engine_of(model.config).world > 1:
-        from workers.budget import has_batch_norm
+        from workers.training.budget import has_batch_norm
 
         if has_batch_norm(base.configuration, model.config):
             found["batch_norm"] = "synchronised"
@@ -349,7 +349,7 @@ def _cost(study: Study, section: ModelSection, trainable: str, weights: str) -> 
     with suppress(ValueError):  # what a crash of the machine left of it is measured again
         known: dict[str, float] = json.loads(recall(kept) or "")
         return known
-    from workers.budget import check_fit, measure, memory_ratio
+    from workers.training.budget import check_fit, measure, memory_ratio
 
     model: str | Path = (local_base(section) if _is_there(section) else None) or section.config
     if isinstance(model, Path) and not (model / CONFIG_FILE).is_file():

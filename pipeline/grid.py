@@ -20,7 +20,7 @@ from pipeline.mistakes import Problem, leaf_keys, nearest, short, validate
 from pipeline.sections import BUDGETS, BudgetSection, ModelSection
 from pipeline.sections_stream import StreamSection
 from pipeline.strategies import NamedStrategy, read_strategies, trait_label
-from workers.recipe import Mixture, Recipe
+from workers.training.recipe import Mixture, Recipe
 
 MAX_CELLS = 100_000
 SECTIONS: dict[str, Any] = {

@@ -34,7 +34,7 @@ from pipeline.steps import (
     TrajectoryPlan,
 )
 from pipeline.streams import Part, Stream, StreamTask
-from workers.recipe import Recipe
+from workers.training.recipe import Recipe
 
 __all__ = [
     "BASE",

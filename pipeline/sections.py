@@ -26,7 +26,7 @@ from pipeline.fingerprint import fingerprint
 from pipeline.places import Place, expanded
 from workers.jobs import EngineSpec
 from workers.models.configuration import Preprocess
-from workers.recipe import Mixture
+from workers.training.recipe import Mixture
 
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 

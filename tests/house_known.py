@@ -5,7 +5,7 @@ CIRCLES: dict[str, list[list[str]]] = {
         ["pipeline/api.py", "pipeline/state_dicts.py"],
         ["pipeline/plan_file.py", "pipeline/steps.py"],
     ],
-    "workers": [["workers/engine.py", "workers/engine_deepspeed.py"]],
+    "workers": [["workers/training/engines/deepspeed_engine.py", "workers/training/engines/torch_engine.py"]],
 }
 """Modules that lead back to themselves, by room."""
 STRAY = {
@@ -15,7 +15,7 @@ STRAY = {
     "store store_names store_objects store_open store_remote store_upkeep strategies stream_tables streams submit suites timeline tracking "
     "tracking_client tracking_events tracking_experts tracking_export tracking_index tracking_lineage tracking_local tracking_names "
     "tracking_recorder tracking_rows tracking_sink tracking_ui ui_server versions workspace yaml_input",
-    "workers": "batch_norm budget engine engine_deepspeed evaluate objective prompts recipe scratch stream_orders train",
+    "workers": "evaluate prompts stream_orders",
 }
 """Modules that have yet to move into a folder."""
 CROWDED = ["merge_service", "pipeline", "workers/data"]
@@ -30,7 +30,7 @@ LONG_LISTS = {
         "pipeline/tracking.py:Tracker.__init__",
         "pipeline/tracking_rows.py:Rows.run",
     ],
-    "workers": ["workers/batch_norm.py:OverRanks._function", "workers/data/decode.py:_decode_into"],
+    "workers": ["workers/data/decode.py:_decode_into", "workers/training/batch_norm.py:OverRanks._function"],
 }
 """Functions with more parameters than a caller can keep apart. `api.merge` is public and keeps its form."""
 VAGUE = [
@@ -49,4 +49,9 @@ VAGUE = [
     "pipeline/workspace.py:Workspace.known",
     "pipeline/workspace.py:Workspace.keep",
     "pipeline/workspace.py:Workspace.write_results",
+    "workers/training/budget.py:has_batch_norm",
+    "workers/training/budget.py:check_fit",
+    "workers/training/checkpoints.py:Checkpoints.complete",
+    "workers/training/checkpoints.py:Checkpoints.judged",
+    "workers/training/expert.py:train_expert",
 ]

@@ -155,7 +155,7 @@ BROKEN: dict[str, list[tuple[str, str, str]]] = {
          "tests/merge_service/test_refusals.py::test_a_non_finite_expert_stops_the_merge_and_touches_nothing"),
     ],
     # checkpoints of an expert under way
-    "workers/scratch.py": [
+    "workers/training/checkpoints.py": [
         ('whole = all(_digest(directory / name) == sha for name, sha in marker["files"].items())', "whole = True",
          "tests/workers/test_train.py::test_damaged_or_foreign_checkpoint_is_never_used"),
         ('whole and marker["fingerprint"] == self._fingerprint', "whole",
@@ -175,7 +175,7 @@ BROKEN: dict[str, list[tuple[str, str, str]]] = {
          "tests/pipeline/test_fingerprint.py::test_value_without_a_stable_form_is_refused_with_its_place"),
     ],
     # budget, replay mixture, evaluation, scores
-    "workers/budget.py": [
+    "workers/training/budget.py": [
         ("3 * trained_bytes", "2 * trained_bytes",
          "tests/workers/test_budget.py::test_memory_grows_with_batch_and_shrinks_with_frozen_towers_and_half_precision"),
     ],

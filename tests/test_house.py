@@ -51,7 +51,7 @@ SAID = (("pipeline", "report"), ("pipeline", "claims"))
 HEAVY = {
     "ray": lambda path: path.parts[0] == "cluster" or path.name == "actors.py",
     "mlflow": lambda path: path.parts[0] == "pipeline" and path.stem.startswith("tracking"),
-    "deepspeed": lambda path: path.parts[0] == "workers" and path.stem.startswith("engine"),
+    "deepspeed": lambda path: path.parts[:3] == ("workers", "training", "engines"),
     "torch": lambda path: path.parts[0] == "workers" or path.name in ("device.py", "state_dicts.py"),
     "webdataset": lambda path: path.parts[:2] == ("workers", "data"),
     "pandas": lambda path: path.parts[:2] in SAID or path.parts == ("pipeline", "api.py"),

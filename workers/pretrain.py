@@ -22,7 +22,7 @@ from merge_service.errors import UserError
 from workers.data.manifest import DatasetInfo, describe, read_suite
 from workers.data.writer import write_dataset
 from workers.jobs import EngineSpec, EvaluateJob, Source, TrainJob
-from workers.recipe import Recipe
+from workers.training.recipe import Recipe
 
 
 class Copies(BaseModel):
@@ -149,7 +149,7 @@ def chance_level(info: DatasetInfo) -> float:
 def _train(settings: Pretraining, config: Path, root: str, work: Path) -> dict[str, Any]:
     """Random weights, then the loop of the experts; returns its loss curve and speed."""
     from workers.models.model import export_base
-    from workers.train import train_expert
+    from workers.training.expert import train_expert
 
     initial, trained = work / "initial", work / "trained"
     trained.mkdir(exist_ok=True)

@@ -241,7 +241,12 @@ def test_shipment_holds_source_study_and_files_and_nothing_else(world: World, se
     with shipment(study, [Path("models/mine")]) as room:
         names = {str(path.relative_to(room)) for path in room.rglob("*") if path.is_file()}
         assert (room / study.name).read_bytes() == study.read_bytes()
-    assert {"pipeline/cli.py", "workers/train.py", "merge_service/actor.py", "cluster/session.py"} <= names
+    assert {
+        "pipeline/cli.py",
+        "workers/training/expert.py",
+        "merge_service/actor.py",
+        "cluster/session.py",
+    } <= names
     assert {"models/mine/open_clip_config.json", study.name} <= names
     assert {name.split("/")[0] for name in names} == {*PACKAGES, "models", study.name}
     assert not any("__pycache__" in name or name.endswith(".pyc") for name in names) and not room.exists()

@@ -70,7 +70,7 @@ with CheckpointWriter(root / "m.safetensors", {"a": ("F32", (64,))}) as writer:
 CHECKPOINT = """
 import sys
 from pathlib import Path
-from workers.scratch import Checkpoints
+from workers.training.checkpoints import Checkpoints
 root = Path(sys.argv[1])
 root.mkdir()
 checkpoints = Checkpoints(root, "f" * 64)

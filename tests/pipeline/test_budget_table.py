@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.plan import steps_per_task
 from pipeline.sections import BudgetSection
-from workers.budget import measure, memory_ratio
+from workers.training.budget import measure, memory_ratio
 
 TOTAL = BudgetSection(total_gflops=1.8e9)
 HORIZONS = (20, 50, 100, 200)

@@ -14,7 +14,7 @@ from pipeline.strategies import read_strategies
 from pipeline.suites import Suite, read_suite_file
 from pipeline.yaml_input import read
 from tests.world import command
-from workers.recipe import REPLAY, Recipe
+from workers.training.recipe import REPLAY, Recipe
 
 ROOM = Path(__file__).parents[2] / "configs" / "fomo_in_flux"
 SUITE = ROOM / "datasets.yaml"

@@ -14,7 +14,7 @@ from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from workers.data.writer import Sample, write_dataset
 from workers.jobs import EngineSpec, EvaluateJob, Source, TrainJob
 from workers.models.model import export_base
-from workers.recipe import Recipe
+from workers.training.recipe import Recipe
 
 MODEL_CFG: dict[str, Any] = {
     "embed_dim": 16,

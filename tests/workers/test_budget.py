@@ -4,7 +4,7 @@ import pytest
 
 from merge_service.errors import UserError
 from tests.workers.model_helpers import MODEL_CFG, Toys
-from workers.budget import measure, memory_ratio
+from workers.training.budget import measure, memory_ratio
 
 TABLE = {  # FoMo-in-Flux, ViT-B/16, batch 512: (GFLOPs per step, memory multiplier), from images/gflops.png
     "all": (63394.7585, 1.0),

@@ -11,7 +11,9 @@ import torch
 from open_clip import ClipLoss
 
 from tests.workers.model_helpers import Toys, apart
-from workers.engine import (
+from workers.jobs import EngineSpec
+from workers.models.model import load
+from workers.training.engines.torch_engine import (
     MAX_LOGIT_SCALE,
     LossScale,
     TorchEngine,
@@ -23,10 +25,8 @@ from workers.engine import (
     learning_rate,
     make_engine,
 )
-from workers.jobs import EngineSpec
-from workers.models.model import load
-from workers.objective import TwoTowers
-from workers.recipe import Recipe
+from workers.training.objective import TwoTowers
+from workers.training.recipe import Recipe
 
 STEPS = 10
 

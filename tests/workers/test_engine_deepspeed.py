@@ -15,11 +15,11 @@ import torch.multiprocessing
 from tests.workers.model_helpers import Toys, apart, make_toys, sha256
 from tests.workers.test_engine import batch
 from tests.workers.test_train import Stop, stop_at
-from workers.engine import MAX_LOGIT_SCALE, join_group, leave_group, make_engine
 from workers.jobs import EngineSpec, TrainJob
 from workers.models.model import load
-from workers.recipe import Recipe
-from workers.train import train_expert
+from workers.training.engines.torch_engine import MAX_LOGIT_SCALE, join_group, leave_group, make_engine
+from workers.training.expert import train_expert
+from workers.training.recipe import Recipe
 
 STAGES = (0, 1, 2, 3)
 CLOSE = 5e-3  # of the way from the base; measured below 1.2e-3 after 20 steps, all of it rounding that Adam amplified

@@ -20,7 +20,7 @@ from workers.data.writer import write_dataset
 from workers.evaluate import Encoder, evaluate, retrieval, subset
 from workers.jobs import Source
 from workers.models.model import tokenizer
-from workers.train import train_expert
+from workers.training.expert import train_expert
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from workers.jobs import EngineSpec, EvaluateJob, Source
-from workers.recipe import REPLAY, Recipe
+from workers.training.recipe import REPLAY, Recipe
 
 
 def test_recipe_defaults_are_the_published_ones() -> None:
@@ -58,7 +58,7 @@ def test_jobs_travel_between_processes_unchanged() -> None:
 
 
 def test_recipe_and_jobs_import_without_torch() -> None:
-    code = "import sys, workers.recipe, workers.jobs; print('torch' in sys.modules)"
+    code = "import sys, workers.training.recipe, workers.jobs; print('torch' in sys.modules)"
     root = Path(__file__).parents[2]
     answer = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True

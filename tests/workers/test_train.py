@@ -12,13 +12,13 @@ import open_clip
 import pytest
 import torch
 
-import workers.train as training
+import workers.training.expert as training
 from merge_service.errors import IncompatibleCheckpoint, NonFiniteCheckpoint, UserError
 from tests.workers.model_helpers import Toys, sha256, write_config
 from workers.jobs import EngineSpec
 from workers.models.model import export_base, load
-from workers.scratch import MARKER, OWNER, Checkpoints, Progress, Superseded
-from workers.train import ExpertError, train_expert
+from workers.training.checkpoints import MARKER, OWNER, Checkpoints, Progress, Superseded
+from workers.training.expert import ExpertError, train_expert
 
 
 class Stop(Exception):

@@ -22,8 +22,8 @@ from torch import distributed
 from workers.jobs import EngineSpec
 from workers.models.base import MAX_LOGIT_SCALE
 from workers.models.model import set_trainable
-from workers.objective import ContrastiveLoss, TwoTowers
-from workers.recipe import Recipe
+from workers.training.objective import ContrastiveLoss, TwoTowers
+from workers.training.recipe import Recipe
 
 
 class Engine(Protocol):
@@ -54,7 +54,7 @@ def make_engine(
 ) -> Engine:
     """The engine `spec` asks for, around a freshly loaded fp32 model, which it takes over."""
     if spec.kind == "deepspeed":
-        from workers.engine_deepspeed import DeepSpeedEngine  # takes seconds to import
+        from workers.training.engines.deepspeed_engine import DeepSpeedEngine  # takes seconds to import
 
         return DeepSpeedEngine(model, recipe, steps, spec, seed, rank)
     return TorchEngine(model, recipe, steps, spec, seed, rank)

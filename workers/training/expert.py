@@ -20,13 +20,13 @@ from torch import distributed
 from merge_service.checkpoint import Checkpoint, admit, check_finite
 from merge_service.errors import UserError
 from workers.data.batches import Batches
-from workers.engine import Engine, make_engine
 from workers.jobs import EngineSpec, TrainJob
 from workers.models.base import check_temperature
 from workers.models.model import load, preprocess_cfg, save, tokenizer
 from workers.models.weights import task_vector_norm
-from workers.recipe import Recipe
-from workers.scratch import Checkpoints, Progress
+from workers.training.checkpoints import Checkpoints, Progress
+from workers.training.engines.torch_engine import Engine, make_engine
+from workers.training.recipe import Recipe
 
 POINTS = ("train.start", "train.after_step", "train.after_ckpt", "train.before_commit")
 CURVE = 200  # points of a reported loss curve, at most

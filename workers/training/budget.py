@@ -20,12 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from merge_service.checkpoint import Checkpoint
 from merge_service.errors import UserError
-from workers.batch_norm import normalises_over_batch
 from workers.models.base import configuration_of
 from workers.models.model import set_trainable
 from workers.models.network import build
 from workers.models.weights import admit
-from workers.objective import ContrastiveLoss, TwoTowers
+from workers.training.batch_norm import normalises_over_batch
+from workers.training.objective import ContrastiveLoss, TwoTowers
 
 
 @dataclass(frozen=True)

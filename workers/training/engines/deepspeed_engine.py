@@ -18,7 +18,10 @@ from typing import Any
 
 import torch
 
-from workers.engine import (
+from workers.jobs import EngineSpec
+from workers.models.base import MAX_LOGIT_SCALE
+from workers.models.model import set_trainable
+from workers.training.engines.torch_engine import (
     LossScale,
     adamw,
     average_over_ranks,
@@ -29,11 +32,8 @@ from workers.engine import (
     seed_step,
     softmax_temperature,
 )
-from workers.jobs import EngineSpec
-from workers.models.base import MAX_LOGIT_SCALE
-from workers.models.model import set_trainable
-from workers.objective import ContrastiveLoss, TwoTowers
-from workers.recipe import Recipe
+from workers.training.objective import ContrastiveLoss, TwoTowers
+from workers.training.recipe import Recipe
 
 TAG = "engine"
 BUCKET = 24_576_000  # elements per reduction bucket, a multiple of 1024; DeepSpeed's own default would set aside 2 GB
@@ -55,7 +55,7 @@ def _deepspeed(device: str) -> Any:
 
 
 class DeepSpeedEngine:
-    """See `workers.engine.Engine`. Needs a process group (`engine.join_group`); a single rank makes one of its own."""
+    """See `workers.training.engines.torch_engine.Engine`. Needs a process group (`engine.join_group`); a single rank makes one of its own."""
 
     def __init__(
         self, model: torch.nn.Module, recipe: Recipe, steps: int, spec: EngineSpec, seed: int, rank: int = 0

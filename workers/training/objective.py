@@ -16,7 +16,7 @@ from open_clip import CLIP, ClipLoss, CoCa
 from open_clip.loss import SigLipLoss
 from open_clip.transformer import TextTransformer
 
-from workers.batch_norm import OverRanks, normalises_over_batch
+from workers.training.batch_norm import OverRanks, normalises_over_batch
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
