@@ -44,7 +44,7 @@ def bare(study: Path, overrides: list[str], out: Path) -> None:
     workspace = Workspace.open(study, overrides, out)
     workspace.prepare()
     jobs, worker, merger = Jobs(workspace), Worker(0, 1, 1, "cpu"), Merger()
-    import workers.evaluate
+    import workers.scoring.evaluate
     import workers.training.expert  # noqa: F401
 
     began = time.process_time()

@@ -88,7 +88,7 @@ def _notes(model: Path, study: Study, names: Sequence[str]) -> list[str]:
 
 
 def _evaluate(model: Path, study: Study, names: Sequence[str]) -> dict[str, Any]:
-    from workers.evaluate import evaluate
+    from workers.scoring.evaluate import evaluate
 
     root, options, resources = (
         str(Path(study.data_root).absolute()),

@@ -163,7 +163,7 @@ def _classes(info: Described) -> tuple[str, ...]:
 def _measured(study: Study, section: StreamSection, names: Sequence[str]) -> Mapping[Element, Any]:
     """What the study's own base says of every class; kept in the cache, so that only the first plan takes time."""
     from workers.models.export import export_base
-    from workers.stream_orders import Subject, measure
+    from workers.scoring.stream_orders import Subject, measure
 
     order = cast(Literal["performance", "similarity"], section.order)
     model = study.model

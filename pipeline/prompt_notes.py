@@ -40,7 +40,7 @@ def prompt_notes(directory: Path, root: str, datasets: Iterable[str], cache: Pat
         with suppress(ValueError):  # what a crash of the machine left of it is found out again
             groups = json.loads(recall(kept) or "")
         if groups is None:
-            from workers.prompts import alike_in
+            from workers.scoring.prompts import alike_in
 
             try:
                 groups = alike_in(directory, info.classes, info.templates)

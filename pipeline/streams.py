@@ -129,7 +129,7 @@ def make_stream(
     """The stream that a section describes, over `datasets`: adaptation dataset -> its class names, () for a retrieval set.
 
     `measured` is needed by two orders, for every element that takes part: the base's score for `performance` (higher is
-    easier; a tuple breaks ties by what follows), the place on the path for `similarity` (`workers.stream_orders.measure`).
+    easier; a tuple breaks ties by what follows), the place on the path for `similarity` (`workers.scoring.stream_orders.measure`).
     The order of the keys of `datasets` counts for dataset_incremental alone. Raises ConfigError, PlanError.
     """
     if section.file is not None:
@@ -184,7 +184,7 @@ def _measured_keys(order: str, elements: Sequence[Element], measured: Measured |
     if missing:
         raise PlanError(
             f"stream.order: {order} needs the base model's measure of every class, which {_some_of(missing)} lack; measure "
-            "them first (workers.stream_orders), or take a saved stream (stream.file)"
+            "them first (workers.scoring.stream_orders), or take a saved stream (stream.file)"
         )
     found = [measured[element] for element in elements]
     values = [value if isinstance(value, tuple) else (value,) for value in found]

@@ -14,8 +14,7 @@ STRAY = {
     "prompt_notes recording registry results schedule sections sections_stream sections_tracking show signals state_dicts status steps "
     "store store_names store_objects store_open store_remote store_upkeep strategies stream_tables streams submit suites timeline tracking "
     "tracking_client tracking_events tracking_experts tracking_export tracking_index tracking_lineage tracking_local tracking_names "
-    "tracking_recorder tracking_rows tracking_sink tracking_ui ui_server versions workspace yaml_input",
-    "workers": "evaluate prompts stream_orders",
+    "tracking_recorder tracking_rows tracking_sink tracking_ui ui_server versions workspace yaml_input"
 }
 """Modules that have yet to move into a folder."""
 CROWDED = ["merge_service", "pipeline", "workers/data"]
@@ -49,6 +48,9 @@ VAGUE = [
     "pipeline/workspace.py:Workspace.known",
     "pipeline/workspace.py:Workspace.keep",
     "pipeline/workspace.py:Workspace.write_results",
+    "workers/scoring/evaluate.py:evaluate",
+    "workers/scoring/evaluate.py:Encoder.images",
+    "workers/scoring/stream_orders.py:measure",
     "workers/training/budget.py:has_batch_norm",
     "workers/training/budget.py:check_fit",
     "workers/training/checkpoints.py:Checkpoints.complete",

@@ -193,7 +193,7 @@ BROKEN: dict[str, list[tuple[str, str, str]]] = {
         ("first = (self._rank - start) % self._world", "first = self._rank % self._world",
          "tests/workers/test_data_batches.py::test_rank_batches_partition_the_global_batch"),
     ],
-    "workers/evaluate.py": [
+    "workers/scoring/evaluate.py": [
         ("logits.argmax(dim=1)", "logits.argmin(dim=1)",
          "tests/workers/test_evaluate.py::test_accuracy_is_that_of_plain_open_clip"),
         ("TOP = 5", "TOP = 4",

@@ -39,7 +39,7 @@ class Worker:
     def __init__(self, rank: int, world: int, threads: int, device: str) -> None:
         import torch
 
-        import workers.evaluate
+        import workers.scoring.evaluate
         import workers.training.expert  # noqa: F401  (seconds, which the first step need not wait for)
 
         torch.set_num_threads(threads)
@@ -86,7 +86,7 @@ class Worker:
         return record
 
     def _evaluate(self, job: EvaluateJob, step: Any, store: Store) -> Any:
-        from workers.evaluate import evaluate
+        from workers.scoring.evaluate import evaluate
 
         store.open_inputs(step)
         started = time.monotonic()

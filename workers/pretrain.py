@@ -126,7 +126,7 @@ def store_weights(trained: Path, out: Path, storage: str) -> None:
 
 def evaluate_base(model: Path, root: str, datasets: Sequence[str], work: Path) -> dict[str, Any]:
     """Zero-shot scores of a weights directory on the test splits, beside what guessing scores."""
-    from workers.evaluate import evaluate
+    from workers.scoring.evaluate import evaluate
 
     job = EvaluateJob(
         fingerprint="pretrain", label="base", model=str(model), scratch=str(work), cache=str(work / "cache"),

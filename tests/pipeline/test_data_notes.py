@@ -172,7 +172,7 @@ def test_tokenizer_that_cannot_be_loaded_is_said_and_does_not_end_the_plan(
     def unreachable(*_: Any) -> None:
         raise OSError("no route to the hub\nand more")
 
-    monkeypatch.setattr("workers.prompts.alike_in", unreachable)
+    monkeypatch.setattr("workers.scoring.prompts.alike_in", unreachable)
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "open_clip_config.json").write_text('{"model_cfg": {"text_cfg": {}}}')
     (said,) = prompt_notes(tmp_path / "base", str(place.home / "data"), ["red", "odd"], tmp_path / "cache")

@@ -17,9 +17,9 @@ from merge_service.errors import NonFiniteCheckpoint, UserError
 from tests.workers.model_helpers import COLOURS, Toys
 from workers.data.decode import Samples, load
 from workers.data.writer import write_dataset
-from workers.evaluate import Encoder, evaluate, retrieval, subset
 from workers.jobs import Source
 from workers.models.model import tokenizer
+from workers.scoring.evaluate import Encoder, evaluate, retrieval, subset
 from workers.training.expert import train_expert
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from open_clip import SimpleTokenizer
 
-from workers.prompts import alike, is_cut
+from workers.scoring.prompts import alike, is_cut
 
 CLIP = SimpleTokenizer(context_length=16)
 

@@ -12,12 +12,12 @@ from merge_service.errors import UserError
 from pipeline.sections_stream import StreamSection
 from pipeline.streams import make_stream
 from tests.workers.model_helpers import COLOURS, Toys, noisy
-from workers import stream_orders
 from workers.data.decode import load
 from workers.data.writer import Sample, write_dataset
-from workers.evaluate import Encoder, evaluate
 from workers.jobs import EvaluateJob, Source
-from workers.stream_orders import (
+from workers.scoring import stream_orders
+from workers.scoring.evaluate import Encoder, evaluate
+from workers.scoring.stream_orders import (
     Subject,
     class_embeddings,
     class_places,

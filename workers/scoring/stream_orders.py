@@ -28,7 +28,7 @@ from workers.jobs import Source
 
 if TYPE_CHECKING:
     from workers.data.decode import Samples
-    from workers.evaluate import Encoder
+    from workers.scoring.evaluate import Encoder
 
 VERSION = 1
 """Raise it when measures change: older ones are then not taken for new ones."""
@@ -57,7 +57,7 @@ class Subject:
 
     @cached_property
     def encoder(self) -> "Encoder":
-        from workers.evaluate import Encoder
+        from workers.scoring.evaluate import Encoder
 
         return Encoder(self.directory(), self.device, self.batch_size)
 
@@ -216,7 +216,7 @@ def _scores(subject: Subject, name: str) -> np.ndarray:
     """float64 [classes, 2]: accuracy and mean log-probability; [1, 2] for a retrieval set."""
     import torch
 
-    from workers.evaluate import retrieval
+    from workers.scoring.evaluate import retrieval
 
     samples, encoder = subject.samples(name), subject.encoder
     with torch.inference_mode():
