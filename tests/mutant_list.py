@@ -157,11 +157,11 @@ BROKEN: dict[str, list[tuple[str, str, str]]] = {
     # checkpoints of an expert under way
     "workers/training/checkpoints.py": [
         ('whole = all(_digest(directory / name) == sha for name, sha in marker["files"].items())', "whole = True",
-         "tests/workers/test_train.py::test_damaged_or_foreign_checkpoint_is_never_used"),
+         "tests/workers/training/test_expert.py::test_damaged_or_foreign_checkpoint_is_never_used"),
         ('whole and marker["fingerprint"] == self._fingerprint', "whole",
-         "tests/workers/test_train.py::test_damaged_or_foreign_checkpoint_is_never_used"),
+         "tests/workers/training/test_expert.py::test_damaged_or_foreign_checkpoint_is_never_used"),
         ("if token != self._token:", "if False:",
-         "tests/workers/test_train.py::test_late_process_of_a_job_that_was_ended_meanwhile_leaves_no_trace"),
+         "tests/workers/training/test_expert.py::test_late_process_of_a_job_that_was_ended_meanwhile_leaves_no_trace"),
         ("        os.fsync(handle.fileno())\n    return digest", "    return digest",
          "tests/faults/test_power_cut.py::test_checkpoint_of_an_expert_counts_when_its_files_and_its_marker_are_safe"),
     ],
@@ -177,7 +177,7 @@ BROKEN: dict[str, list[tuple[str, str, str]]] = {
     # budget, replay mixture, evaluation, scores
     "workers/training/budget.py": [
         ("3 * trained_bytes", "2 * trained_bytes",
-         "tests/workers/test_budget.py::test_memory_grows_with_batch_and_shrinks_with_frozen_towers_and_half_precision"),
+         "tests/workers/training/test_budget.py::test_memory_grows_with_batch_and_shrinks_with_frozen_towers_and_half_precision"),
     ],
     "pipeline/expand.py": [
         ("cost * recipe.batch_size * steps", "cost * steps",
@@ -185,21 +185,21 @@ BROKEN: dict[str, list[tuple[str, str, str]]] = {
     ],
     "workers/data/mixture.py": [
         ("_permutation(seed, source, epoch, size)[", "_permutation(seed, source, 0, size)[",
-         "tests/workers/test_data_mixture.py::test_every_sample_is_seen_once_before_any_is_seen_twice"),
+         "tests/workers/data/test_mixture.py::test_every_sample_is_seen_once_before_any_is_seen_twice"),
         ("start + len(part), count - len(part)", "0, count - len(part)",
-         "tests/workers/test_data_mixture.py::test_every_sample_is_seen_once_before_any_is_seen_twice"),
+         "tests/workers/data/test_mixture.py::test_every_sample_is_seen_once_before_any_is_seen_twice"),
     ],
     "workers/data/batches.py": [
         ("first = (self._rank - start) % self._world", "first = self._rank % self._world",
-         "tests/workers/test_data_batches.py::test_rank_batches_partition_the_global_batch"),
+         "tests/workers/data/test_batches.py::test_rank_batches_partition_the_global_batch"),
     ],
     "workers/scoring/evaluate.py": [
         ("logits.argmax(dim=1)", "logits.argmin(dim=1)",
-         "tests/workers/test_evaluate.py::test_accuracy_is_that_of_plain_open_clip"),
+         "tests/workers/scoring/test_evaluate.py::test_accuracy_is_that_of_plain_open_clip"),
         ("TOP = 5", "TOP = 4",
-         "tests/workers/test_evaluate.py::test_recall_is_that_of_the_definition_in_both_directions"),
+         "tests/workers/scoring/test_evaluate.py::test_recall_is_that_of_the_definition_in_both_directions"),
         ("rank < LEAST_PER_CLASS", "rank < 1",
-         "tests/workers/test_evaluate.py::test_subset_is_balanced_seeded_and_never_smaller_than_the_published_floors"),
+         "tests/workers/scoring/test_evaluate.py::test_subset_is_balanced_seeded_and_never_smaller_than_the_published_floors"),
     ],
     "pipeline/results.py": [
         ("return mean(scores, held_out)", "return mean(scores, held_out[1:])",

@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.config import load_study
 from pipeline.facts import cache_of, gather
 from pipeline.prompt_notes import prompt_notes
-from tests.workers.test_data_contents import broken_inside, dataset, encode_image
+from tests.workers.data.test_contents import broken_inside, dataset, encode_image
 from tests.world import Cluster, World, command, make_world
 
 Cli = Callable[..., Any]

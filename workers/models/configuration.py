@@ -288,7 +288,7 @@ def own_configuration(config: str) -> Path | None:
 
 def our_models() -> dict[str, Path]:
     """Configurations in `configs/models/` below the working directory and below the source tree; the former win."""
-    roots = (Path(__file__).parents[1], Path.cwd())
+    roots = (Path(__file__).parents[2], Path.cwd())
     found = [file.parent for root in roots for file in root.glob(f"configs/models/*/{CONFIG_FILE}")]
     return {directory.name: directory for directory in sorted(found)}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from merge_service.errors import UserError
-from tests.workers.test_data_manifest import foreign, write
+from tests.workers.data.test_manifest import foreign, write
 from workers.data.lines import class_names, filled_lines, read_lines, stated_number
 from workers.data.manifest import describe
 

@@ -232,7 +232,7 @@ def test_place_without_locks_leaves_what_others_are_making(
 
 
 def test_samples_of_one_picture_have_its_number_in_common(tmp_path: Path) -> None:
-    from tests.workers.test_data_contents import dataset, encode
+    from tests.workers.data.test_contents import dataset, encode
 
     one, two = encode(size=8), encode(size=8, seed=1)
     dataset(

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from merge_service.errors import UserError
+from tests.workers.data.test_manifest import add_member, refused, restate, write
 from tests.workers.data_helpers import write_coloured
-from tests.workers.test_data_manifest import add_member, refused, restate, write
 from workers.data import decode
 from workers.data.decode import evaluation_geometry, load, normalise
 from workers.data.tarscan import ShardError
@@ -125,7 +125,7 @@ def test_damaged_shard_stops_the_load_and_leaves_no_cache(tmp_path: Path) -> Non
 )
 def test_label_outside_the_class_list_is_refused_by_name(tmp_path: Path, label: bytes, says: str) -> None:
     home = write(tmp_path)
-    from tests.workers.test_data_manifest import encode_png, pictures
+    from tests.workers.data.test_manifest import encode_png, pictures
 
     add_member(home / "train" / "2.tar", "t1.png", encode_png(pictures(1)[0].image))
     add_member(home / "train" / "2.tar", "t1.cls", label)

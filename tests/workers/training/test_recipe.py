@@ -59,7 +59,7 @@ def test_jobs_travel_between_processes_unchanged() -> None:
 
 def test_recipe_and_jobs_import_without_torch() -> None:
     code = "import sys, workers.training.recipe, workers.jobs; print('torch' in sys.modules)"
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     answer = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )

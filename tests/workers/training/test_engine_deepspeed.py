@@ -13,8 +13,8 @@ import torch
 import torch.multiprocessing
 
 from tests.workers.model_helpers import Toys, apart, make_toys, sha256
-from tests.workers.test_engine import batch
-from tests.workers.test_train import Stop, stop_at
+from tests.workers.training.test_engine import batch
+from tests.workers.training.test_expert import Stop, stop_at
 from workers.jobs import EngineSpec, TrainJob
 from workers.models.model import load
 from workers.training.engines.torch_engine import MAX_LOGIT_SCALE, join_group, leave_group, make_engine
