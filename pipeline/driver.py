@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cluster.capacity import Capacity
 from cluster.code import CodeMismatch
 from cluster.memory import OutOfMemory
 from cluster.pool import Call, Group, PlaceLost, Pools, WorkerLost, wait
-from cluster.room import Room
 from cluster.session import ClusterError, Head, Session, check_address, connect, nodes_now
 from merge_service.errors import UserError
 from merge_service.faults import point
@@ -144,14 +144,14 @@ class _Drive:
         self._trouble: str | None = None
         self.study, self.steps = workspace.study, workspace.plan.steps
         self.lanes = Lanes(self.study, {fp: step for fp, step in self.steps.items() if fp not in done})
-        self.room = None if self.study.resources.autoscaling else Room(session.nodes)
-        if self.room is not None:
-            self.lanes.check(self.room)
+        self.capacity = None if self.study.resources.autoscaling else Capacity(session.nodes)
+        if self.capacity is not None:
+            self.lanes.check(self.capacity)
         self.lanes.add(self.steps)
         self.schedule = Schedule(
             self.steps, done, self.lanes.of, ranks(workspace.plan, self.study.schedule.priority)
         )
-        self.pools = Pools(self.lanes.pools(patient=self.room is None), self.room)
+        self.pools = Pools(self.lanes.pools(patient=self.capacity is None), self.capacity)
         self.jobs, self.timeline = Jobs(workspace), Timeline(workspace.out)
         self.deadlines, self.head = Deadlines(self.study, workspace.scratch), Head()
         self.others = Others(workspace, strict_versions)
@@ -196,8 +196,8 @@ class _Drive:
             group = self.pools.group(lane.pool, kept_clear)
             if group is None:
                 barred.add(lane.name)
-                if self.room is not None:
-                    kept_clear |= self.room.reserved_for(lane.shape)
+                if self.capacity is not None:
+                    kept_clear |= self.capacity.reserved_for(lane.shape)
                 continue
             if self._is_mine(self.steps[fingerprint]):
                 self._start(self.steps[fingerprint], lane, group)
@@ -307,11 +307,11 @@ class _Drive:
         if not self.head.check():
             return
         self._end_overdue()
-        if self.room is None:
+        if self.capacity is None:
             self.pools.drop_idle(IDLE_SECONDS)
         else:
-            self.room.update(nodes_now())
-            self._check_places(self.room)
+            self.capacity.update(nodes_now())
+            self._check_places(self.capacity)
         self._note_waiting()
 
     def _note_waiting(self) -> None:
@@ -326,15 +326,15 @@ class _Drive:
     def _why_waiting(self, group: Group) -> str:
         if group.placed:
             return "is still starting: importing its libraries takes long on its node"
-        if self.room is not None:
+        if self.capacity is not None:
             return "has no process yet: its node is slow to start one, or another job of the cluster has the place"
         return "waits for a place: it is taken, or a node has yet to come (or is slow to start a process)"
 
-    def _check_places(self, room: Room) -> None:
+    def _check_places(self, capacity: Capacity) -> None:
         """Raise ClusterError if what is left has had no place on any node for GRACE_SECONDS."""
         try:
             if not self.running:
-                self.lanes.check(room)
+                self.lanes.check(capacity)
             self._homeless = None
             self.progress.settled("nodes")
         except ClusterError as error:
@@ -367,7 +367,7 @@ class _Drive:
 
     def _stillborn(self, group: Group) -> str:
         limit, placed = self.study.resources.start_timeout, group.placed
-        if time.monotonic() - group.since <= limit or (self.room is None and not placed):
+        if time.monotonic() - group.since <= limit or (self.capacity is None and not placed):
             return ""
         return f"its worker had not started after {limit:g} s (resources: start_timeout)"
 

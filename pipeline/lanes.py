@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.capacity import Capacity, Shape
 from cluster.pool import Pool
-from cluster.room import Room, Shape
 from cluster.session import ClusterError
 from merge_service.actor import Merger
 from pipeline.config import Study
@@ -52,15 +52,15 @@ class Lanes:
         """The name of a step's lane."""
         return self._of[step.fingerprint].name
 
-    def check(self, room: Room) -> None:
+    def check(self, capacity: Capacity) -> None:
         """Raise ClusterError if a step can never have a place, with what it wants and what there is."""
         for lane in sorted(self.by_name.values(), key=lambda lane: lane.kind, reverse=True):
-            lacking = room.lacking(lane.shape)
+            lacking = capacity.lacking(lane.shape)
             if lacking:
                 what = "an expert" if lane.kind == "train" else "an evaluation"
                 key = "experts" if lane.kind == "train" else "evaluation"
                 raise ClusterError(
-                    f"{what} ({lane.name}) wants {lane.shape}, which do not fit into {room}: {lacking}. Lower "
+                    f"{what} ({lane.name}) wants {lane.shape}, which do not fit into {capacity}: {lacking}. Lower "
                     f"resources.{key}, add nodes, or set resources.autoscaling if nodes will come"
                 )
 

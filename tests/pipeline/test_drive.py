@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from cluster.capacity import Capacity, Node
 from cluster.pool import Group, WorkerLost
-from cluster.room import Node, Room
 from cluster.session import ClusterError, Session
 from pipeline import driver
 from pipeline.errors import CorruptArtifact
@@ -25,23 +25,23 @@ STRATEGIES = ["best_in_time", {"init": "base", "deploy": ["latest", "all"], "tec
 
 
 class Workers:
-    """Stands in for Pools: groups that are made as the room allows and dropped when idle and in the way."""
+    """Stands in for Pools: groups that are made as the capacity allows and dropped when idle and in the way."""
 
-    def __init__(self, pools: dict[str, Any], room: Room | None) -> None:
-        self.pools, self.room = pools, room
+    def __init__(self, pools: dict[str, Any], capacity: Capacity | None) -> None:
+        self.pools, self.capacity = pools, capacity
         self.groups: dict[str, list[Group]] = {name: [] for name in pools}
         self.by_name = {name: SimpleNamespace(call=self.call) for name in pools}
 
     def group(self, name: str, avoid: Any) -> Group | None:
         idle = [group for group in self.groups[name] if group.idle]
         shape = self.pools[name].shape
-        if idle or shape.is_free or self.room is None:
+        if idle or shape.is_free or self.capacity is None:
             return idle[0] if idle else self._new(name, None)
         for other in (group for groups in self.groups.values() for group in list(groups) if group.idle):
             if other.share is not None:
-                self.room.give(other.share)
+                self.capacity.give(other.share)
         self.groups = {key: [group for group in some if not group.idle] for key, some in self.groups.items()}
-        share = self.room.take(shape, avoid)
+        share = self.capacity.take(shape, avoid)
         return None if share is None else self._new(name, share)
 
     def _new(self, name: str, share: Any) -> Group:
@@ -292,7 +292,7 @@ def test_start_up_that_never_ends_is_ended_by_its_own_limit(slow: Any) -> None:
 
 @pytest.mark.fault("F30")
 def test_worker_without_a_place_is_waited_for_where_nodes_may_come_until_it_has_one(slow: Any) -> None:
-    slow.drive.room = None
+    slow.drive.capacity = None
     assert not slow.after(1000)
     assert not slow.after(99, placed=True, since=2000.0)
     assert "start_timeout" in slow.after(2)[0]
@@ -308,7 +308,7 @@ def test_waiting_for_a_place_is_said_only_of_a_worker_without_a_process(slow: An
     slow.drive._note_waiting()
     slow.group.placed = True
     slow.drive._note_waiting()
-    slow.drive.room, slow.group.placed = None, False
+    slow.drive.capacity, slow.group.placed = None, False
     slow.drive._note_waiting()
     assert [line.removeprefix("worker-7 ")[:14] for line in said] == [
         "has no process", "is still start", "waits for a pl"

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from cluster.room import Node, Room
+from cluster.capacity import Capacity, Node
 from cluster.session import ClusterError
 from pipeline.config import study_from
 from pipeline.errors import ConfigError
@@ -18,8 +18,8 @@ def lanes_of(resources: dict[str, Any], strategies: list[Any] | None = None) -> 
     return Lanes(one, make_plan(one, facts()).steps)
 
 
-def room(cpus: float, gpus: float = 0) -> Room:
-    return Room([Node("a", "10.0.0.1", cpus, gpus)])
+def capacity(cpus: float, gpus: float = 0) -> Capacity:
+    return Capacity([Node("a", "10.0.0.1", cpus, gpus)])
 
 
 def test_experts_with_one_worker_and_evaluations_share_their_workers_by_default() -> None:
@@ -74,9 +74,9 @@ def test_what_can_never_have_a_place_is_refused_with_what_it_wants_and_what_ther
     resources: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(ClusterError, match=said) as caught:
-        lanes_of(resources).check(room(2))
+        lanes_of(resources).check(capacity(2))
     assert caught.value.exit_code == 2
-    lanes_of(resources).check(room(8, 4))
+    lanes_of(resources).check(capacity(8, 4))
 
 
 def test_resources_of_a_model_override_those_of_all_key_by_key() -> None:

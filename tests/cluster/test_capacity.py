@@ -6,16 +6,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.room import Node, Room, Shape, Share
+from cluster.capacity import Capacity, Node, Shape, Share
 
 
-def room(*nodes: tuple[float, float]) -> Room:
-    return Room(Node(f"n{number}", f"10.0.0.{number}", *node) for number, node in enumerate(nodes))
+def capacity(*nodes: tuple[float, float]) -> Capacity:
+    return Capacity(Node(f"n{number}", f"10.0.0.{number}", *node) for number, node in enumerate(nodes))
 
 
-def fill(room: Room, shape: Shape) -> list[Share]:
+def fill(capacity: Capacity, shape: Shape) -> list[Share]:
     shares = []
-    while (share := room.take(shape)) is not None:
+    while (share := capacity.take(shape)) is not None:
         shares.append(share)
     return shares
 
@@ -36,30 +36,30 @@ def fill(room: Room, shape: Shape) -> list[Share]:
     ],
 )
 def test_as_many_groups_as_every_node_has_place_for(nodes: list, shape: Shape, groups: int) -> None:
-    assert len(fill(room(*nodes), shape)) == groups
+    assert len(fill(capacity(*nodes), shape)) == groups
 
 
 def test_group_is_packed_on_as_few_nodes_as_hold_it() -> None:
-    share = room((2, 0), (8, 0), (2, 0)).take(Shape(4))
+    share = capacity((2, 0), (8, 0), (2, 0)).take(Shape(4))
     assert share is not None and share.nodes == ["n1"] * 4
 
 
 def test_small_groups_fill_the_fullest_node_so_that_a_large_one_still_fits() -> None:
-    place = room((4, 4), (4, 4))
+    place = capacity((4, 4), (4, 4))
     for _ in range(4):
         assert place.take(Shape(1, 1, 1)) is not None
     assert place.take(Shape(1, 1, 4)) is not None
 
 
 def test_avoided_nodes_are_not_taken() -> None:
-    place = room((1, 0), (1, 0))
+    place = capacity((1, 0), (1, 0))
     share = place.take(Shape(), avoid={"n0"})
     assert share is not None and share.nodes == ["n1"]
     assert place.take(Shape(), avoid={"n0"}) is None
 
 
 def test_reserved_nodes_are_those_nearest_to_being_free() -> None:
-    place = room((1, 4), (4, 2), (4, 4))
+    place = capacity((1, 4), (4, 2), (4, 4))
     assert place.reserved_for(Shape(1, 1, 4)) <= {"n0", "n2"}
     for _ in range(3):
         place.take(Shape(1, 1, 1), avoid={"n0", "n1"})
@@ -77,12 +77,12 @@ def test_reserved_nodes_are_those_nearest_to_being_free() -> None:
     ],
 )  # fmt: skip
 def test_what_can_never_have_a_place_says_why(nodes: list, shape: Shape, why: str) -> None:
-    assert why in room(*nodes).lacking(shape) and not room(*nodes).could_hold(shape)
-    assert str(room((2, 0), (4, 1))).startswith("6 CPUs and 1 GPUs (10.0.0.0 with 2 CPUs and 0 GPUs, ")
+    assert why in capacity(*nodes).lacking(shape) and not capacity(*nodes).could_hold(shape)
+    assert str(capacity((2, 0), (4, 1))).startswith("6 CPUs and 1 GPUs (10.0.0.0 with 2 CPUs and 0 GPUs, ")
 
 
 def test_node_that_has_gone_takes_its_shares_along_and_a_new_one_is_room() -> None:
-    place = room((1, 0))
+    place = capacity((1, 0))
     share = place.take(Shape())
     assert share is not None and place.take(Shape()) is None
     place.update([Node("new", "10.0.0.9", 2)])
@@ -95,7 +95,7 @@ def test_node_that_has_gone_takes_its_shares_along_and_a_new_one_is_room() -> No
 def test_nothing_is_given_twice_and_all_of_it_comes_back(seed: int) -> None:
     rng = random.Random(seed)
     nodes = [(rng.randint(1, 8), rng.randint(0, 4)) for _ in range(rng.randint(1, 4))]
-    place, taken = room(*nodes), []
+    place, taken = capacity(*nodes), []
     for _ in range(60):
         if taken and rng.random() < 0.4:
             place.give(taken.pop(rng.randrange(len(taken))))
@@ -112,4 +112,4 @@ def test_nothing_is_given_twice_and_all_of_it_comes_back(seed: int) -> None:
                 assert sum(min(shape.gpus, 1) for shape, places in held if device in places) <= 1 + 1e-6
     for share in taken:
         place.give(share)
-    assert len(fill(place, Shape(1, 1, 1))) == len(fill(room(*nodes), Shape(1, 1, 1)))
+    assert len(fill(place, Shape(1, 1, 1))) == len(fill(capacity(*nodes), Shape(1, 1, 1)))

@@ -80,7 +80,7 @@ class Share:
         return [node for node, _ in self.places]
 
 
-class Room:
+class Capacity:
     """The nodes and what is left of each."""
 
     def __init__(self, nodes: Iterable[Node]) -> None:
