@@ -4,8 +4,7 @@ CIRCLES: dict[str, list[list[str]]] = {
     "pipeline": [
         ["pipeline/api.py", "pipeline/state_dicts.py"],
         ["pipeline/plan_file.py", "pipeline/steps.py"],
-    ],
-    "workers": [["workers/training/engines/deepspeed_engine.py", "workers/training/engines/torch_engine.py"]],
+    ]
 }
 """Modules that lead back to themselves, by room."""
 STRAY = {

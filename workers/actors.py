@@ -54,7 +54,7 @@ class Worker:
 
     def join(self, place: tuple[str, int]) -> None:
         """Meet the other ranks; once in the group's life."""
-        from workers.training.engines.torch_engine import join_group
+        from workers.training.engines.groups import join_group
 
         join_group(self.rank, self.world, *place, self.device)
 

@@ -25,7 +25,8 @@ from workers.models.base import check_temperature
 from workers.models.model import load, preprocess_cfg, save, tokenizer
 from workers.models.weights import task_vector_norm
 from workers.training.checkpoints import Checkpoints, Progress
-from workers.training.engines.torch_engine import Engine, make_engine
+from workers.training.engines.make import make_engine
+from workers.training.engines.protocol import Engine
 from workers.training.recipe import Recipe
 
 POINTS = ("train.start", "train.after_step", "train.after_ckpt", "train.before_commit")

@@ -13,7 +13,8 @@ import torch.multiprocessing
 from tests.workers.model_helpers import MODEL_CFG, apart
 from workers.jobs import EngineSpec
 from workers.models.model import export_base, load
-from workers.training.engines.torch_engine import join_group, leave_group, make_engine
+from workers.training.engines.groups import join_group, leave_group
+from workers.training.engines.make import make_engine
 from workers.training.recipe import Recipe
 
 RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None, "head_width": 32}

@@ -12,19 +12,12 @@ from open_clip import ClipLoss
 
 from tests.workers.model_helpers import Toys, apart
 from workers.jobs import EngineSpec
+from workers.models.base import MAX_LOGIT_SCALE
 from workers.models.model import load
-from workers.training.engines.torch_engine import (
-    MAX_LOGIT_SCALE,
-    LossScale,
-    TorchEngine,
-    _meeting_point,
-    adamw,
-    clip,
-    join_alone,
-    join_group,
-    learning_rate,
-    make_engine,
-)
+from workers.training.engines.arithmetic import LossScale, adamw, clip, learning_rate
+from workers.training.engines.groups import _meeting_point, join_alone, join_group
+from workers.training.engines.make import make_engine
+from workers.training.engines.torch_engine import TorchEngine
 from workers.training.objective import TwoTowers
 from workers.training.recipe import Recipe
 

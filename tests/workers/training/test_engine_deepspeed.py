@@ -16,8 +16,10 @@ from tests.workers.model_helpers import Toys, apart, make_toys, sha256
 from tests.workers.training.test_engine import batch
 from tests.workers.training.test_expert import Stop, stop_at
 from workers.jobs import EngineSpec, TrainJob
+from workers.models.base import MAX_LOGIT_SCALE
 from workers.models.model import load
-from workers.training.engines.torch_engine import MAX_LOGIT_SCALE, join_group, leave_group, make_engine
+from workers.training.engines.groups import join_group, leave_group
+from workers.training.engines.make import make_engine
 from workers.training.expert import train_expert
 from workers.training.recipe import Recipe
 

@@ -21,17 +21,16 @@ import torch
 from workers.jobs import EngineSpec
 from workers.models.base import MAX_LOGIT_SCALE
 from workers.models.model import set_trainable
-from workers.training.engines.torch_engine import (
+from workers.training.engines.arithmetic import (
     LossScale,
     adamw,
-    average_over_ranks,
     clamp_temperature,
     clip,
-    join_alone,
     learning_rate,
     seed_step,
     softmax_temperature,
 )
+from workers.training.engines.groups import average_over_ranks, join_alone
 from workers.training.objective import ContrastiveLoss, TwoTowers
 from workers.training.recipe import Recipe
 
@@ -55,7 +54,7 @@ def _deepspeed(device: str) -> Any:
 
 
 class DeepSpeedEngine:
-    """See `workers.training.engines.torch_engine.Engine`. Needs a process group (`engine.join_group`); a single rank makes one of its own."""
+    """See `protocol.Engine`. Needs a process group (`groups.join_group`); a single rank makes one of its own."""
 
     def __init__(
         self, model: torch.nn.Module, recipe: Recipe, steps: int, spec: EngineSpec, seed: int, rank: int = 0
