@@ -198,17 +198,28 @@ class Call:
         return WorkerLost(reason)
 
 
+@dataclass(frozen=True)
+class Terms:
+    """How the groups of a pool are made.
+
+    `gather` is called once on a new group's members, e.g. to let them find each other; it answers refs that the first call waits for.
+    `strategy` is Ray's placement of a group's members: PACK keeps them together, SPREAD takes as many nodes as there are. A `patient`
+    pool waits for its place without limit, since nodes may still join. `memory` is how many bytes each actor may have, mapped files
+    aside; None is what the machine has.
+    """
+
+    gather: Callable[[list[Any]], list[Any]] | None = None
+    strategy: str = "PACK"
+    patient: bool = False
+    memory: int | None = None
+
+
 class Pool:
     """Groups of one shape, each of its `world` actors with its own CPUs and GPUs.
 
     Args:
         actor: the plain class of the actors.
         make: builds the actor of one rank: `make(remote_class, rank)`.
-        gather: called once on a new group's members, e.g. to let them find each other; answers refs that the first call
-            waits for.
-        strategy: Ray's placement of a group's members: PACK keeps them together, SPREAD takes as many nodes as there are.
-        patient: a place may take any time to come, since nodes may still join.
-        memory: bytes that each actor may have, mapped files aside; None: what the machine has.
     """
 
     def __init__(
@@ -216,19 +227,11 @@ class Pool:
         name: str,
         actor: type,
         make: Callable[[Any, int], Any],
-        *,
-        world: int = 1,
-        cpus: float = 1.0,
-        gpus: float = 0.0,
-        gather: Callable[[list[Any]], list[Any]] | None = None,
-        strategy: str = "PACK",
-        patient: bool = False,
-        memory: int | None = None,
+        shape: Shape = Shape(),
+        terms: Terms = Terms(),
     ) -> None:
-        self.memory = memory
-        self.name, self.make, self.gather, self.strategy = name, make, gather, strategy
+        self.name, self.make, self.shape, self.terms = name, make, shape, terms
         self.actor: Any = ray.remote(type(actor.__name__, (Metered, actor), {}))
-        self.shape, self.patient = Shape(world, cpus, gpus), patient
         self.groups: list[Group] = []
         self.on_drop: Callable[[Group], None] = lambda group: None
 
@@ -262,9 +265,9 @@ class Pool:
             members.append(self.make(self.actor.options(**options), rank))
         group = Group(f"{self.name}-{next(_numbers[self.name])}", members, share, placement)
         self.groups.append(group)
-        group.starting = [member.begin.remote(code_digest(), self.memory) for member in members]
-        if self.gather is not None:
-            group.starting += self.gather(members)
+        group.starting = [member.begin.remote(code_digest(), self.terms.memory) for member in members]
+        if self.terms.gather is not None:
+            group.starting += self.terms.gather(members)
         return group
 
     def drop(self, group: Group) -> None:
@@ -280,8 +283,8 @@ class Pool:
     def _place(self) -> PlacementGroup:
         shape = self.shape
         bundle = {"CPU": shape.cpus} | ({"GPU": shape.gpus} if shape.gpus else {})
-        placement = placement_group([bundle] * shape.world, strategy=self.strategy)
-        if not self.patient and not placement.wait(PLACEMENT_SECONDS):
+        placement = placement_group([bundle] * shape.world, strategy=self.terms.strategy)
+        if not self.terms.patient and not placement.wait(PLACEMENT_SECONDS):
             remove_placement_group(placement)
             raise ClusterError(
                 f"no place for {shape.world} {self.name} workers with {shape.cpus:g} CPUs and {shape.gpus:g} GPUs each "

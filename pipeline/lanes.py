@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.capacity import Capacity, Shape
-from cluster.pool import Pool
+from cluster.pool import Pool, Terms
 from cluster.session import ClusterError
 from merge_service.actor import Merger
 from pipeline.config import Study
@@ -104,11 +104,10 @@ class Lanes:
 def _pool(lane: Lane, patient: bool) -> Pool:
     shape = lane.shape
     if lane.kind == "merge":
-        return Pool(
-            lane.name, Merger, lambda actor, _: actor.remote(), cpus=0, patient=patient, memory=lane.memory
-        )
+        terms = Terms(patient=patient, memory=lane.memory)
+        return Pool(lane.name, Merger, lambda actor, _: actor.remote(), shape, terms)
     device = "cuda" if shape.gpus else "cpu"
     return Pool(
         "worker", Worker, lambda actor, rank: actor.remote(rank, shape.world, shape.threads, device),
-        world=shape.world, cpus=shape.cpus, gpus=shape.gpus, gather=gather, patient=patient, memory=lane.memory,
+        shape, Terms(gather, patient=patient, memory=lane.memory),
     )  # fmt: skip

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from cluster.pool import Pool, WorkerLost
+from cluster.capacity import Shape
+from cluster.pool import Pool, Terms, WorkerLost
 from cluster.session import ClusterError, Session, check_address, connect
 from merge_service.split import Part, PartWorker, Split
 
@@ -42,7 +43,7 @@ def hired(session: Session, parts: Sequence[Part], threads: int) -> Iterator[Cal
         )
     pool = Pool(
         "merge", PartWorker, lambda actor, rank: actor.remote(parts[rank]),
-        world=len(parts), cpus=threads, strategy="SPREAD",
+        Shape(len(parts), threads), Terms(strategy="SPREAD"),
     )  # fmt: skip
 
     def call(method: str, *arguments: Any) -> list[Any]:

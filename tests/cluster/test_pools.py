@@ -12,7 +12,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from cluster.capacity import Capacity
+from cluster.capacity import Capacity, Shape
 from cluster.pool import Call, Pool, Pools, WorkerLost, wait
 from cluster.session import nodes_now
 
@@ -54,7 +54,7 @@ def pools(nodes: None) -> Iterator[Pools]:
     sizes = {"one": (1, 1, 1), "two": (1, 1, 2), "half": (1, 0.5, 0.5), "pair": (2, 1, 2), "wide": (2, 1, 4), "cpu": (1, 2, 0)}  # fmt: skip
     made = Pools(
         {
-            name: Pool(name, Recorder, lambda actor, _: actor.remote(), world=world, cpus=cpus, gpus=gpus)
+            name: Pool(name, Recorder, lambda actor, _: actor.remote(), Shape(world, cpus, gpus))
             for name, (world, cpus, gpus) in sizes.items()
         },
         Capacity(nodes_now()),
