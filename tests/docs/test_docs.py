@@ -33,7 +33,7 @@ KINDS = ("python", "yaml", "sh", "json", "text")
 OUTSIDE = {
     "docker": "builds an image from the network",
     "kubectl": "needs a Kubernetes cluster; the manifests are held to their schemas in tests/cluster/test_manifests.py",
-    "cluster/render": "the same; it is run there",
+    "cluster/launch/render": "the same; it is run there",
     "ray": "starts machines or processes of a cluster; tests/cluster/ starts its own",
     "sbatch": "needs Slurm; the script is checked in tests/cluster/test_manifests.py",
     "export": "sets variables for the commands after it",
