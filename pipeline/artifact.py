@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.errors import CorruptArtifact
-from pipeline.fingerprint import fingerprint
+from pipeline.identity import fingerprint
 
 RECORD_FILE = "record.json"
 FORMAT = 1

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from pipeline.artifact import Record, difference, list_files, read_record
 from pipeline.errors import CorruptArtifact
-from pipeline.fingerprint import step_fingerprint
+from pipeline.identity import step_fingerprint
 
 
 class Readable(Protocol):

@@ -65,7 +65,7 @@ def _tell(error: Exception) -> int:
     """Say what went wrong: the exit code."""
     from merge_service.errors import UserError
     from pipeline.console import complain
-    from pipeline.disk import explain
+    from pipeline.files.disk import explain
     from pipeline.output import ReaderGone
 
     if isinstance(error, ReaderGone):

@@ -25,9 +25,9 @@ from merge_service.techniques import get as technique_called
 from pipeline.config import Study
 from pipeline.console import WARNING, complain
 from pipeline.deadlines import Deadlines
-from pipeline.disk import room_for
 from pipeline.errors import CorruptArtifact, NondeterminismError, StepFailed, StepTimeout, StorageFull
 from pipeline.events import Events
+from pipeline.files.disk import room_for
 from pipeline.jobs import Jobs
 from pipeline.lanes import Lane, Lanes
 from pipeline.lease import Holder

@@ -20,7 +20,7 @@ from merge_service.timeline import needs_experts
 from pipeline.artifact import hash_file
 from pipeline.config import Study
 from pipeline.errors import PlanError
-from pipeline.fingerprint import fingerprint
+from pipeline.identity import fingerprint
 from pipeline.sections import ModelSection, key_of
 from pipeline.sections_stream import StreamSection
 from pipeline.steps import TEST, TRAIN, DatasetFacts, Described, Facts, ModelFacts

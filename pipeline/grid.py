@@ -15,7 +15,7 @@ from typing import Any
 
 from merge_service.techniques import get as technique_called
 from merge_service.timeline import Strategy, needs_experts
-from pipeline.fingerprint import fingerprint
+from pipeline.identity import fingerprint
 from pipeline.mistakes import Problem, leaf_keys, nearest, short, validate
 from pipeline.sections import BUDGETS, BudgetSection, ModelSection
 from pipeline.sections_stream import StreamSection

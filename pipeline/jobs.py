@@ -13,7 +13,7 @@ from merge_service.stream import Member
 from merge_service.techniques import get
 from pipeline.errors import StoreError
 from pipeline.facts import cache_of
-from pipeline.fingerprint import fingerprint
+from pipeline.identity import fingerprint
 from pipeline.plan import Step
 from pipeline.sections import ModelResources
 from pipeline.workspace import Workspace

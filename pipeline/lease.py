@@ -23,9 +23,9 @@ from typing import Any, Protocol, Self
 
 from merge_service.faults import point
 from merge_service.leftovers import temporary
-from pipeline.disk import room_for
 from pipeline.errors import StoreError, StoreUnwritable
-from pipeline.ownership import is_abandoned, locked, owner_mark
+from pipeline.files.disk import room_for
+from pipeline.files.ownership import is_abandoned, locked, owner_mark
 
 BEAT_SECONDS, SILENT_SECONDS = 5.0, 30.0
 ROOM, OWNERS = ".leases", ".leases/owners"

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from merge_service.errors import UserError
-from pipeline.disk import NO_LOCKS, clear_leftovers, room_for, write_whole
 from pipeline.errors import StorageFull, StoreUnwritable
+from pipeline.files.disk import NO_LOCKS, clear_leftovers, room_for, write_whole
 
 LOCK_FILE, DRIVER_FILE = ".driver.lock", "driver.json"
 LOOKS = 20

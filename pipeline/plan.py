@@ -16,8 +16,8 @@ from merge_service import timeline
 from pipeline.config import Study
 from pipeline.errors import PlanError
 from pipeline.expand import Draft, World, effective_params, joint_task, together
-from pipeline.fingerprint import Texts, canonical, fingerprint, step_fingerprint
 from pipeline.grid import Cell
+from pipeline.identity import Texts, canonical, fingerprint, step_fingerprint
 from pipeline.sections import BudgetSection, key_of
 from pipeline.steps import (
     BASE,

@@ -14,8 +14,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pipeline.disk import write_whole
 from pipeline.errors import PlanError
+from pipeline.files.disk import write_whole
 from pipeline.steps import BASE, Plan, Point, Step, TrajectoryPlan
 
 FORMAT = 3

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from merge_service.checkpoint import CONFIG_FILE
-from pipeline.fingerprint import fingerprint
+from pipeline.identity import fingerprint
 from workers.data.cache import Access, recall, remember
 from workers.data.manifest import describe
 

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 from merge_service.checkpoint import WEIGHTS_FILE
 from pipeline.artifact import Record
-from pipeline.disk import write_whole
 from pipeline.expand import JOINT_TASK
+from pipeline.files.disk import write_whole
 from pipeline.steps import BASE, Plan, Point, TrajectoryPlan
 from workers.models.base import describe
 

@@ -22,7 +22,7 @@ from pydantic import (
 
 from merge_service.shards import bytes_of
 from pipeline.addresses import refuse_secret
-from pipeline.fingerprint import fingerprint
+from pipeline.identity import fingerprint
 from pipeline.places import Place, expanded
 from workers.jobs import EngineSpec
 from workers.models.configuration import Preprocess

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
-from pipeline.fingerprint import fingerprint
+from pipeline.identity import fingerprint
 from pipeline.streams import Stream
 
 Kind = Literal["base", "train", "merge", "evaluate"]

@@ -30,10 +30,10 @@ from pipeline.artifact import (
     read_record,
     write_record,
 )
-from pipeline.disk import free_bytes, full_text, is_full
 from pipeline.errors import CorruptArtifact, NondeterminismError, StorageFull, StoreError, StoreUnwritable
+from pipeline.files.disk import free_bytes, full_text, is_full
+from pipeline.files.ownership import is_abandoned, locked, owner_mark
 from pipeline.lease import Files, Shelf
-from pipeline.ownership import is_abandoned, locked, owner_mark
 from pipeline.store_names import DIGITS, KINDS, Names, is_there, sync_directory
 from pipeline.versions import here
 

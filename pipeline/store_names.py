@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import StoreError
-from pipeline.ownership import owner_mark
+from pipeline.files.ownership import owner_mark
 
 KINDS = ("base", "train", "merge", "evaluate")
 DIGITS = 16

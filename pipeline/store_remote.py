@@ -22,9 +22,9 @@ from merge_service.faults import point
 from pipeline import audit
 from pipeline.artifact import RECORD_FILE, Record, difference, parse_record, read_record, write_record
 from pipeline.errors import CorruptArtifact, StoreError, StoreUnwritable
-from pipeline.fingerprint import fingerprint as digest_of
+from pipeline.files.ownership import locked, owner_mark
+from pipeline.identity import fingerprint as digest_of
 from pipeline.lease import Shelf
-from pipeline.ownership import locked, owner_mark
 from pipeline.store import StepLike, Store, conflict, differences
 from pipeline.store_names import DIGITS, KINDS
 from pipeline.store_objects import Objects

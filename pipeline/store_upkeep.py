@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pipeline.artifact import RECORD_FILE
 from pipeline.errors import StoreError
-from pipeline.ownership import is_abandoned, locked, owner_mark
+from pipeline.files.ownership import is_abandoned, locked, owner_mark
 from pipeline.store import Store
 from pipeline.store_names import DIGITS, KINDS
 

@@ -19,9 +19,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from pipeline.disk import write_whole
 from pipeline.errors import ConfigError, PlanError
-from pipeline.fingerprint import fingerprint
+from pipeline.files.disk import write_whole
+from pipeline.identity import fingerprint
 from pipeline.mistakes import nearest, validate
 from pipeline.sections import Name, Section, Text
 from pipeline.sections_stream import StreamSection

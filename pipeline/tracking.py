@@ -24,8 +24,8 @@ from urllib.parse import urlsplit
 from merge_service.faults import point
 from pipeline.addresses import CREDENTIALS, redact, refuse_secret
 from pipeline.console import WARNING, complain
-from pipeline.disk import NO_LOCKS
 from pipeline.errors import ConfigError, TrackingError
+from pipeline.files.disk import NO_LOCKS
 from pipeline.outbox import FILE, Entry, Outbox
 from pipeline.tracking_client import Limit
 from pipeline.tracking_index import STUDY

@@ -18,9 +18,9 @@ from merge_service.checkpoint import CONFIG_FILE
 from merge_service.errors import UserError
 from merge_service.leftovers import sweep_directory
 from pipeline.config import Study, load_study
-from pipeline.disk import clear_leftovers, write_whole
 from pipeline.errors import ConfigError
 from pipeline.facts import base_for_now, cache_of, ensure_data, gather, local_base, stated
+from pipeline.files.disk import clear_leftovers, write_whole
 from pipeline.plan import Plan, Step, base_step, make_plan
 from pipeline.plan_file import study_of, write
 from pipeline.prompt_notes import prompt_notes

@@ -8,17 +8,17 @@ CIRCLES: dict[str, list[list[str]]] = {
 }
 """Modules that lead back to themselves, by room."""
 STRAY = {
-    "pipeline": "addresses artifact audit cli cli_files cli_options cli_studies cli_upkeep config deadlines disk driver evaluation events expand facts "
-    "file_kinds fingerprint gc grid jobs lanes lease lock merging mistakes others outbox output ownership places plan plan_file progress "
-    "prompt_notes recording registry results schedule sections sections_stream sections_tracking show signals state_dicts status steps "
-    "store store_names store_objects store_open store_remote store_upkeep strategies stream_tables streams submit suites timeline tracking "
-    "tracking_client tracking_events tracking_experts tracking_export tracking_index tracking_lineage tracking_local tracking_names "
-    "tracking_recorder tracking_rows tracking_sink tracking_ui ui_server versions workspace yaml_input"
+    "pipeline": "addresses artifact audit cli cli_files cli_options cli_studies cli_upkeep config deadlines driver evaluation events expand facts "
+    "file_kinds gc grid jobs lanes lease lock merging mistakes others outbox output places plan plan_file progress prompt_notes recording "
+    "registry results schedule sections sections_stream sections_tracking show signals state_dicts status steps store store_names "
+    "store_objects store_open store_remote store_upkeep strategies stream_tables streams submit suites timeline tracking tracking_client "
+    "tracking_events tracking_experts tracking_export tracking_index tracking_lineage tracking_local tracking_names tracking_recorder "
+    "tracking_rows tracking_sink tracking_ui ui_server versions workspace yaml_input"
 }
 """Modules that have yet to move into a folder."""
 CROWDED = ["merge_service", "pipeline", "workers/data"]
 LONG_LISTS = {
-    "cluster": ["cluster/pool.py:Pool.__init__"],
+    "cluster": [],
     "pipeline": [
         "pipeline/api.py:merge",
         "pipeline/api.py:merge_files",
@@ -28,7 +28,7 @@ LONG_LISTS = {
         "pipeline/tracking.py:Tracker.__init__",
         "pipeline/tracking_rows.py:Rows.run",
     ],
-    "workers": ["workers/data/decode.py:_decode_into", "workers/training/batch_norm.py:OverRanks._function"],
+    "workers": ["workers/training/batch_norm.py:OverRanks._function"],
 }
 """Functions with more parameters than a caller can keep apart. `api.merge` is public and keeps its form."""
 VAGUE = [

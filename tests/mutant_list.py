@@ -50,7 +50,7 @@ BROKEN: dict[str, list[tuple[str, str, str]]] = {
          "tests/pipeline/test_store_remote.py::test_files_are_uploaded_then_the_result_is_claimed_and_the_record_created_last"),
     ],
     # locks, owners, leases of gc
-    "pipeline/ownership.py": [
+    "pipeline/files/ownership.py": [
         ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB",
          "tests/pipeline/test_store.py::test_lock_of_a_dead_process_is_free_and_that_of_a_stopped_one_does_not_wait_for_ever"),
     ],
@@ -166,13 +166,13 @@ BROKEN: dict[str, list[tuple[str, str, str]]] = {
          "tests/faults/test_power_cut.py::test_checkpoint_of_an_expert_counts_when_its_files_and_its_marker_are_safe"),
     ],
     # identity
-    "pipeline/fingerprint.py": [
+    "pipeline/identity.py": [
         ("enumerate(sorted(value))", "enumerate(value)",
-         "tests/pipeline/test_fingerprint.py::test_canonical_text_is_the_one_that_artifacts_of_released_versions_carry"),
+         "tests/pipeline/test_identity.py::test_canonical_text_is_the_one_that_artifacts_of_released_versions_carry"),
         ('{"kind": kind, "spec": spec}', '{"spec": spec}',
-         "tests/pipeline/test_fingerprint.py::test_kind_is_part_of_a_step"),
+         "tests/pipeline/test_identity.py::test_kind_is_part_of_a_step"),
         ("if not math.isfinite(value):", "if False:",
-         "tests/pipeline/test_fingerprint.py::test_value_without_a_stable_form_is_refused_with_its_place"),
+         "tests/pipeline/test_identity.py::test_value_without_a_stable_form_is_refused_with_its_place"),
     ],
     # budget, replay mixture, evaluation, scores
     "workers/training/budget.py": [

@@ -25,7 +25,7 @@ from merge_service.checkpoint import sha256_of
 from merge_service.merge import advance, fold, merge
 from pipeline.cli import PANELS, app
 from pipeline.config import load_study, study_from
-from pipeline.fingerprint import fingerprint
+from pipeline.identity import fingerprint
 from pipeline.plan import make_plan
 from pipeline.sections import key_of
 from pipeline.steps import DatasetFacts, Facts, ModelFacts

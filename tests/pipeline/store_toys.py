@@ -14,10 +14,10 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from merge_service.faults import VARIABLE
-from pipeline import ownership
 from pipeline.artifact import Record
 from pipeline.errors import NondeterminismError
-from pipeline.fingerprint import step_fingerprint
+from pipeline.files import ownership
+from pipeline.identity import step_fingerprint
 from pipeline.store import Store
 from pipeline.store_open import store_at
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from store_toys import CONTENT, ToyStep, child, exit_code, numbered, put
 
-from pipeline import ownership
 from pipeline.artifact import RECORD_FILE
 from pipeline.errors import CorruptArtifact, NondeterminismError, StoreError
+from pipeline.files import ownership
 from pipeline.store import Store
 
 POINTS = ("store.after_stage", "store.after_fsync", "store.before_record", "store.after_rename")

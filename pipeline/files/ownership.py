@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from merge_service.leftovers import is_abandoned, owner_mark
-from pipeline.disk import NO_LOCKS
 from pipeline.errors import StoreError
+from pipeline.files.disk import NO_LOCKS
 
 __all__ = ["is_abandoned", "locked", "owner_mark"]
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.fingerprint import canonical, fingerprint, step_fingerprint
+from pipeline.identity import canonical, fingerprint, step_fingerprint
 
 ROOT = Path(__file__).parents[2]
 SPEC = {"b": [1, 2.5, None, True], "a": {"é": "ü", "nested": {"z": 1e-5, "y": []}}, "c": "text\n"}
@@ -38,7 +38,7 @@ def shuffled(value: Any, rng: random.Random) -> Any:
 
 
 def test_fingerprint_is_the_same_in_other_processes_with_other_hash_seeds() -> None:
-    code = f"from pipeline.fingerprint import fingerprint; print(fingerprint({SPEC!r}))"
+    code = f"from pipeline.identity import fingerprint; print(fingerprint({SPEC!r}))"
     for seed in ("0", "12345"):
         answer = subprocess.run(
             [sys.executable, "-c", code],

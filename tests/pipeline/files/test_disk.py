@@ -13,8 +13,8 @@ import pytest
 
 from merge_service.errors import UserError
 from pipeline import cli
-from pipeline.disk import explain, write_whole
 from pipeline.errors import StorageFull
+from pipeline.files.disk import explain, write_whole
 from pipeline.lock import DRIVER_FILE, driver_lock, is_held, read_driver, write_driver, write_last
 from pipeline.outbox import FILE, Outbox
 from pipeline.results import write_results
@@ -93,7 +93,7 @@ def test_what_a_driver_that_died_left_beside_its_file_is_cleared_by_the_next(tmp
     dead = subprocess.run(
         [sys.executable, "-c", "import sys; from merge_service.leftovers import temporary; from pathlib import Path;"
          "temporary(Path(sys.argv[1])).write_text('half')", str(tmp_path / DRIVER_FILE)],
-        cwd=Path(__file__).parents[2], check=True, env=os.environ,
+        cwd=Path(__file__).parents[3], check=True, env=os.environ,
     )  # fmt: skip
     assert dead.returncode == 0 and len(everything(tmp_path)) == 1
     with driver_lock(tmp_path):
