@@ -189,10 +189,10 @@ def _result(step: Any) -> dict[str, Any]:
 
 def workspace_of(experts: int, case: str, out: Path) -> Any:
     """A study of so many experts over data that nobody will read."""
-    from pipeline.config import study_from
     from pipeline.plan import make_plan
-    from pipeline.sections import key_of
-    from pipeline.streams import make_stream
+    from pipeline.study.config import study_from
+    from pipeline.study.sections import key_of
+    from pipeline.study.streams import make_stream
     from pipeline.workspace import Workspace
 
     tasks = experts if case == "stream" else 10

@@ -16,8 +16,8 @@ from merge_service.errors import UserError
 from merge_service.own import register, technique
 from merge_service.params import Param, nearest
 from merge_service.techniques import Technique
-from pipeline.config import Study
-from pipeline.config import load_study as read_study
+from pipeline.study.config import Study
+from pipeline.study.config import load_study as read_study
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -88,7 +88,7 @@ def _tell(error: Exception) -> int:
 def _written_out(arguments: Sequence[str]) -> list[str]:
     """Arguments with `~` and variables replaced that the shell has left; a value of --set is a study's matter. Raises UserError."""
     from merge_service.errors import UserError
-    from pipeline.places import expanded
+    from pipeline.study.places import expanded
 
     answer: list[str] = []
     for argument in arguments:

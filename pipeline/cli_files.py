@@ -161,8 +161,8 @@ def check(
 
     Ends with code 2 while something is missing or wrong. Example: temporal-merge check configs/fomo_in_flux/datasets.yaml --root /data/fomo_in_flux
     """
-    from pipeline.suites import check as check_root
-    from pipeline.suites import read_suite_file, summary
+    from pipeline.study.suites import check as check_root
+    from pipeline.study.suites import read_suite_file, summary
 
     asked = read_suite_file(suite)
     answer = summary(asked, root, check_root(asked, root, deep))

@@ -35,10 +35,10 @@ def run(
     Example: temporal-merge run configs/demo.yaml --set grid.seed=[0,1,2]
     """
     from cluster.session import check_address
-    from pipeline.config import load_study
     from pipeline.driver import carry_out
     from pipeline.output import ReaderGone
     from pipeline.show import print_results, run_summary
+    from pipeline.study.config import load_study
 
     check_address(address)
     answer = carry_out(load_study(study, overrides or []), out, address, strict_versions=strict_versions)

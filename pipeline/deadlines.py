@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.config import Study
 from pipeline.plan import Step
+from pipeline.study.config import Study
 
 
 class Deadlines:

@@ -22,7 +22,6 @@ from merge_service.errors import UserError
 from merge_service.faults import point
 from merge_service.own import check_importable
 from merge_service.techniques import get as technique_called
-from pipeline.config import Study
 from pipeline.console import WARNING, complain
 from pipeline.deadlines import Deadlines
 from pipeline.errors import CorruptArtifact, NondeterminismError, StepFailed, StepTimeout, StorageFull
@@ -39,6 +38,7 @@ from pipeline.progress import Progress, Standings, headline, outlook
 from pipeline.recording import Tracking
 from pipeline.registry import retire
 from pipeline.schedule import Schedule, ranks
+from pipeline.study.config import Study
 from pipeline.timeline import Timeline
 from pipeline.workspace import Workspace
 

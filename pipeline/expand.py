@@ -12,10 +12,10 @@ from typing import Any, Protocol
 from merge_service import timeline
 from merge_service.techniques import get as technique_called
 from merge_service.timeline import Base, Expert, Merged, Weights
-from pipeline.config import Roles, Study
-from pipeline.grid import Cell
 from pipeline.steps import BASE, RECORD_BYTES, TRAIN, VERSIONS, ModelFacts, Point, Step
-from pipeline.streams import Part, Stream, StreamTask
+from pipeline.study.config import Roles, Study
+from pipeline.study.grid import Cell
+from pipeline.study.streams import Part, Stream, StreamTask
 from workers.training.recipe import Recipe
 
 JOINT_TASK = "multitask"

@@ -18,13 +18,13 @@ from merge_service.checkpoint import CONFIG_FILE, Checkpoint
 from merge_service.errors import IncompatibleCheckpoint, UserError
 from merge_service.timeline import needs_experts
 from pipeline.artifact import hash_file
-from pipeline.config import Study
 from pipeline.errors import PlanError
 from pipeline.identity import fingerprint
-from pipeline.sections import ModelSection, key_of
-from pipeline.sections_stream import StreamSection
 from pipeline.steps import TEST, TRAIN, DatasetFacts, Described, Facts, ModelFacts
-from pipeline.streams import Element, Stream, datasets_of, make_stream
+from pipeline.study.config import Study
+from pipeline.study.sections import ModelSection, key_of
+from pipeline.study.sections_stream import StreamSection
+from pipeline.study.streams import Element, Stream, datasets_of, make_stream
 from workers.data.cache import Access, cache_root, is_writable, recall, remember
 from workers.data.contents import Survey
 from workers.data.manifest import DatasetInfo, describe, folder, unread_bytes, verify

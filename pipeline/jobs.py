@@ -15,7 +15,7 @@ from pipeline.errors import StoreError
 from pipeline.facts import cache_of
 from pipeline.identity import fingerprint
 from pipeline.plan import Step
-from pipeline.sections import ModelResources
+from pipeline.study.sections import ModelResources
 from pipeline.workspace import Workspace
 from workers.jobs import EngineSpec, EvaluateJob, Source, TrainJob
 

@@ -13,12 +13,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from merge_service import timeline
-from pipeline.config import Study
 from pipeline.errors import PlanError
 from pipeline.expand import Draft, World, effective_params, joint_task, together
-from pipeline.grid import Cell
 from pipeline.identity import Texts, canonical, fingerprint, step_fingerprint
-from pipeline.sections import BudgetSection, key_of
 from pipeline.steps import (
     BASE,
     KINDS,
@@ -33,7 +30,10 @@ from pipeline.steps import (
     Step,
     TrajectoryPlan,
 )
-from pipeline.streams import Part, Stream, StreamTask
+from pipeline.study.config import Study
+from pipeline.study.grid import Cell
+from pipeline.study.sections import BudgetSection, key_of
+from pipeline.study.streams import Part, Stream, StreamTask
 from workers.training.recipe import Recipe
 
 __all__ = [

@@ -11,9 +11,9 @@ from importlib.metadata import version
 from types import TracebackType
 from typing import Any, Self
 
-from pipeline.config import Study
 from pipeline.outbox import FILE, PLAN, Outbox
 from pipeline.results import table, winner
+from pipeline.study.config import Study
 from pipeline.tracking import Tracker, settle
 from pipeline.tracking_events import Projection, StudyFacts
 from pipeline.tracking_index import STUDY

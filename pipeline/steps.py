@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
 from pipeline.identity import fingerprint
-from pipeline.streams import Stream
+from pipeline.study.streams import Stream
 
 Kind = Literal["base", "train", "merge", "evaluate"]
 KINDS: tuple[Kind, ...] = ("train", "merge", "evaluate")

@@ -8,10 +8,10 @@ from urllib.parse import unquote, urlsplit
 
 import yaml
 
-from pipeline.config import Study
 from pipeline.errors import ConfigError
-from pipeline.sections import StorageSection
 from pipeline.store import Store
+from pipeline.study.config import Study
+from pipeline.study.sections import StorageSection
 
 
 def store_at(where: str | None, out: Path, always: tuple[str, ...] = ()) -> Store:

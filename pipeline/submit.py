@@ -23,8 +23,8 @@ from typing import Any
 from cluster.code import PACKAGES
 from cluster.memory import MORE_MEMORY, is_about_memory
 from merge_service.errors import UserError
-from pipeline.config import Study, load_study
 from pipeline.errors import ConfigError
+from pipeline.study.config import Study, load_study
 
 CODE = Path(__file__).resolve().parent.parent
 MAX_BYTES = 200 * 10**6

@@ -22,11 +22,11 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 from merge_service.faults import point
-from pipeline.addresses import CREDENTIALS, redact, refuse_secret
 from pipeline.console import WARNING, complain
 from pipeline.errors import ConfigError, TrackingError
 from pipeline.files.disk import NO_LOCKS
 from pipeline.outbox import FILE, Entry, Outbox
+from pipeline.study.addresses import CREDENTIALS, redact, refuse_secret
 from pipeline.tracking_client import Limit
 from pipeline.tracking_index import STUDY
 from pipeline.tracking_local import LOCAL_ARTIFACTS, LOCAL_DB, follow_home, local_uri, make_local_store

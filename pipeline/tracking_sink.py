@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from pipeline.addresses import redact
 from pipeline.errors import CorruptArtifact, StoreError, TrackingError
 from pipeline.outbox import Entry
 from pipeline.store_open import store_of
+from pipeline.study.addresses import redact
 from pipeline.tracking_client import Limit, PatientClient, pages
 from pipeline.tracking_local import (
     LOCAL_ARTIFACTS,

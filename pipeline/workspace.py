@@ -17,7 +17,6 @@ from typing import Any
 from merge_service.checkpoint import CONFIG_FILE
 from merge_service.errors import UserError
 from merge_service.leftovers import sweep_directory
-from pipeline.config import Study, load_study
 from pipeline.errors import ConfigError
 from pipeline.facts import base_for_now, cache_of, ensure_data, gather, local_base, stated
 from pipeline.files.disk import clear_leftovers, write_whole
@@ -26,11 +25,12 @@ from pipeline.plan_file import study_of, write
 from pipeline.prompt_notes import prompt_notes
 from pipeline.registry import register
 from pipeline.results import results, write_results
-from pipeline.sections import ModelSection, key_of
 from pipeline.steps import Facts
 from pipeline.store import Store
 from pipeline.store_open import settled, store_at
-from pipeline.streams import save
+from pipeline.study.config import Study, load_study
+from pipeline.study.sections import ModelSection, key_of
+from pipeline.study.streams import save
 from workers.models.configuration import HUB
 
 STREAMS = "streams"

@@ -8,12 +8,11 @@ CIRCLES: dict[str, list[list[str]]] = {
 }
 """Modules that lead back to themselves, by room."""
 STRAY = {
-    "pipeline": "addresses artifact audit cli cli_files cli_options cli_studies cli_upkeep config deadlines driver evaluation events expand facts "
-    "file_kinds gc grid jobs lanes lease lock merging mistakes others outbox output places plan plan_file progress prompt_notes recording "
-    "registry results schedule sections sections_stream sections_tracking show signals state_dicts status steps store store_names "
-    "store_objects store_open store_remote store_upkeep strategies stream_tables streams submit suites timeline tracking tracking_client "
+    "pipeline": "artifact audit cli cli_files cli_options cli_studies cli_upkeep deadlines driver evaluation events expand facts gc jobs lanes lease "
+    "lock merging others outbox output plan plan_file progress prompt_notes recording registry results schedule show signals state_dicts "
+    "status steps store store_names store_objects store_open store_remote store_upkeep submit timeline tracking tracking_client "
     "tracking_events tracking_experts tracking_export tracking_index tracking_lineage tracking_local tracking_names tracking_recorder "
-    "tracking_rows tracking_sink tracking_ui ui_server versions workspace yaml_input"
+    "tracking_rows tracking_sink tracking_ui ui_server versions workspace"
 }
 """Modules that have yet to move into a folder."""
 CROWDED = ["merge_service", "pipeline", "workers/data"]

@@ -13,8 +13,8 @@ from typing import Any
 import pandas as pd
 
 from merge_service.errors import UserError
-from pipeline.config import load_study
-from pipeline.grid import Cell
+from pipeline.study.config import load_study
+from pipeline.study.grid import Cell
 
 METRICS = ("ka", "zs", "gm")
 CELL = ("study", "init", "deploy", "technique", "params", "replay", "model", "multiplier", "tasks")

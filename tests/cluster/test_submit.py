@@ -13,8 +13,8 @@ from cluster.code import PACKAGES
 from cluster.session import ClusterError
 from cluster.submission import Cluster, Job, _Seen, check_dashboard
 from merge_service.errors import UserError
-from pipeline.config import load_study
 from pipeline.errors import ConfigError
+from pipeline.study.config import load_study
 from pipeline.submit import _exit_code, _why, key_of, relative_files, shipment, submit_study
 from tests.world import World
 

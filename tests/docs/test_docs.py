@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 
 from merge_service.techniques import forget_table
 from pipeline.cli import app
-from pipeline.config import study_from
+from pipeline.study.config import study_from
 from tests.world import ROOT, World
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # fmt: skip
@@ -50,7 +50,7 @@ ELSEWHERE = {
     "stop": "tests/cluster/test_submit_jobs.py",
     "ui": "tests/ui/test_mlflow_ui.py",
     "evaluate": "tests/pipeline/test_run.py",
-    "check": "tests/pipeline/test_suites.py",
+    "check": "tests/pipeline/study/test_suites.py",
     "gc": "tests/pipeline/test_gc.py",
 }
 """Commands of ours that the documentation calls with placeholders, or that take long: there they run, here they are parsed."""

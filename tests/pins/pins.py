@@ -24,12 +24,12 @@ from merge_service import techniques
 from merge_service.checkpoint import sha256_of
 from merge_service.merge import advance, fold, merge
 from pipeline.cli import PANELS, app
-from pipeline.config import load_study, study_from
 from pipeline.identity import fingerprint
 from pipeline.plan import make_plan
-from pipeline.sections import key_of
 from pipeline.steps import DatasetFacts, Facts, ModelFacts
-from pipeline.streams import datasets_of, make_stream
+from pipeline.study.config import load_study, study_from
+from pipeline.study.sections import key_of
+from pipeline.study.streams import datasets_of, make_stream
 from pipeline.tracking_local import LOCAL_DB
 from tests.merge_service.toys import dyadic, moved, save, towers
 from tests.pipeline.tracked_study import deliver, exported, finished_study

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.plan import steps_per_task
-from pipeline.sections import BudgetSection
+from pipeline.study.sections import BudgetSection
 from workers.training.budget import measure, memory_ratio
 
 TOTAL = BudgetSection(total_gflops=1.8e9)

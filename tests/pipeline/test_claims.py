@@ -18,7 +18,7 @@ from pipeline.claims.judge import HOLDS, NOT, WEAKLY, Judged, Part, shares
 from pipeline.claims.page import page
 from pipeline.claims.results import Findings
 from pipeline.claims.tuning import TUNING, chosen, strangers
-from pipeline.config import load_study
+from pipeline.study.config import load_study
 from tests.pipeline.claims_toys import REPLICATES, TECHNIQUES, findings, gm_of
 
 STUDIES = Path(__file__).parents[2] / "configs" / "studies" / "time_claims"

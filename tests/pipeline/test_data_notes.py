@@ -11,9 +11,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from pipeline.config import load_study
 from pipeline.facts import cache_of, gather
 from pipeline.prompt_notes import prompt_notes
+from pipeline.study.config import load_study
 from tests.workers.data.test_contents import broken_inside, dataset, encode_image
 from tests.world import Cluster, World, command, make_world
 

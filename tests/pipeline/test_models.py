@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from merge_service.errors import UserError
 from merge_service.merge import merge
-from pipeline.config import load_study
 from pipeline.evaluation import score
 from pipeline.facts import base_identity, gather
-from pipeline.sections import ModelSection
+from pipeline.study.config import load_study
+from pipeline.study.sections import ModelSection
 from pipeline.workspace import Workspace
 from tests.world import MODEL, World, make_world
 from workers.models.base import MAX_LOGIT_SCALE

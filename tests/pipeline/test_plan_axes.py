@@ -11,11 +11,11 @@ import yaml
 from plan_toys import REPLAY, facts, make_plan, raw_study, study
 
 from merge_service import timeline
-from pipeline.config import study_from
 from pipeline.errors import ConfigError
 from pipeline.plan import Plan
-from pipeline.sections import key_of
 from pipeline.steps import critical_path
+from pipeline.study.config import study_from
+from pipeline.study.sections import key_of
 
 TECHNIQUES = ["average", "task_arithmetic", "ties", "dare_ties", "breadcrumbs_ties", "magmax"]
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from plan_toys import REPLAY, facts, make_plan, raw_study, study
 
-from pipeline.config import study_from
 from pipeline.facts import base_of, has_resblocks
 from pipeline.plan import VERSIONS, Plan
-from pipeline.sections import ModelSection
 from pipeline.steps import DatasetFacts
+from pipeline.study.config import study_from
+from pipeline.study.sections import ModelSection
 
 
 def plan_of(strategies: list[Any], tasks: int = 3, **changes: Any) -> Plan:

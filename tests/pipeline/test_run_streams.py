@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.status import open_plan
-from pipeline.streams import load
+from pipeline.study.streams import load
 from tests.world import TASKS, Cluster, World, command
 
 pytestmark = pytest.mark.ray

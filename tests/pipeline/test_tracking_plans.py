@@ -4,10 +4,10 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from pipeline.config import study_from
 from pipeline.outbox import glance
 from pipeline.recording import Tracking
 from pipeline.store import Store
+from pipeline.study.config import study_from
 from pipeline.tracking import Tracker, sync
 from pipeline.tracking_local import local_uri
 from tests.pipeline.tracked_study import EXPERIMENT, Tracked, deliver, exported

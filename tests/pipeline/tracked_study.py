@@ -10,10 +10,10 @@ from typing import Any
 
 from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.artifact import Record
-from pipeline.config import study_from
 from pipeline.outbox import FILE, Entry, Outbox
 from pipeline.steps import DatasetFacts, Facts, ModelFacts, Plan, Step
 from pipeline.store import Store
+from pipeline.study.config import study_from
 from pipeline.tracking import Tracker
 from pipeline.tracking_events import Projection, StudyFacts
 from pipeline.tracking_export import export

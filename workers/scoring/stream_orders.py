@@ -118,7 +118,7 @@ class Subject:
 def measure(
     order: Literal["performance", "similarity"], subject: Subject, names: Sequence[str]
 ) -> dict[Element, Any]:
-    """What `pipeline.streams.make_stream` needs as `measured` for an order over these datasets."""
+    """What `pipeline.study.streams.make_stream` needs as `measured` for an order over these datasets."""
     return class_scores(subject, names) if order == "performance" else class_places(subject, names)
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from merge_service.errors import UserError
-from pipeline.sections_stream import StreamSection
-from pipeline.streams import make_stream
+from pipeline.study.sections_stream import StreamSection
+from pipeline.study.streams import make_stream
 from tests.workers.model_helpers import COLOURS, Toys, noisy
 from workers.data.decode import load
 from workers.data.writer import Sample, write_dataset
@@ -202,6 +202,6 @@ def test_measures_make_a_stream(subject: Subject) -> None:
 
 
 def test_element_of_a_whole_dataset_is_written_alike_in_both_rooms() -> None:
-    from pipeline import streams
+    from pipeline.study import streams
 
     assert stream_orders.WHOLE == streams.WHOLE

@@ -15,9 +15,9 @@ import yaml
 from plan_toys import raw_study
 
 from merge_service.errors import UserError
-from pipeline import yaml_input
-from pipeline.config import load_study, study_from
 from pipeline.errors import ConfigError
+from pipeline.study import yaml_input
+from pipeline.study.config import load_study, study_from
 
 GOOD = """
 name: toy
@@ -314,10 +314,10 @@ def test_shuffled_trees_raise_nothing_but_configuration_errors(
 
 
 def test_reading_configuration_loads_no_heavy_library() -> None:
-    code = "import sys, pipeline.config, pipeline.plan, pipeline.store; print([m for m in ('torch', 'ray', 'mlflow', 'open_clip') if m in sys.modules])"
+    code = "import sys, pipeline.study.config, pipeline.plan, pipeline.store; print([m for m in ('torch', 'ray', 'mlflow', 'open_clip') if m in sys.modules])"
     answer = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,
         check=True,

@@ -15,8 +15,8 @@ from merge_service.errors import TechniqueError
 from merge_service.parity import translate
 from merge_service.techniques import get as technique_called
 from merge_service.timeline import PRESETS, Strategy
-from pipeline.mistakes import Problem, nearest, validate
-from pipeline.sections import StrategySection
+from pipeline.study.mistakes import Problem, nearest, validate
+from pipeline.study.sections import StrategySection
 
 
 @dataclass

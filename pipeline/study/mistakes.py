@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.addresses import redact
+from pipeline.study.addresses import redact
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -16,10 +16,10 @@ from typing import Any
 from merge_service.techniques import get as technique_called
 from merge_service.timeline import Strategy, needs_experts
 from pipeline.identity import fingerprint
-from pipeline.mistakes import Problem, leaf_keys, nearest, short, validate
-from pipeline.sections import BUDGETS, BudgetSection, ModelSection
-from pipeline.sections_stream import StreamSection
-from pipeline.strategies import NamedStrategy, read_strategies, trait_label
+from pipeline.study.mistakes import Problem, leaf_keys, nearest, short, validate
+from pipeline.study.sections import BUDGETS, BudgetSection, ModelSection
+from pipeline.study.sections_stream import StreamSection
+from pipeline.study.strategies import NamedStrategy, read_strategies, trait_label
 from workers.training.recipe import Mixture, Recipe
 
 MAX_CELLS = 100_000

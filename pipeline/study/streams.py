@@ -22,10 +22,10 @@ from pydantic import Field
 from pipeline.errors import ConfigError, PlanError
 from pipeline.files.disk import write_whole
 from pipeline.identity import fingerprint
-from pipeline.mistakes import nearest, validate
-from pipeline.sections import Name, Section, Text
-from pipeline.sections_stream import StreamSection
-from pipeline.stream_tables import read_counts
+from pipeline.study.mistakes import nearest, validate
+from pipeline.study.sections import Name, Section, Text
+from pipeline.study.sections_stream import StreamSection
+from pipeline.study.stream_tables import read_counts
 
 FORMAT = 1
 JOINT = "+++"

@@ -15,10 +15,10 @@ from pydantic import AfterValidator, Field, model_validator
 
 from merge_service.errors import UserError
 from pipeline.errors import ConfigError
-from pipeline.file_kinds import expect
-from pipeline.mistakes import validate
-from pipeline.sections import Name, Section, Text
-from pipeline.yaml_input import read
+from pipeline.study.file_kinds import expect
+from pipeline.study.mistakes import validate
+from pipeline.study.sections import Name, Section, Text
+from pipeline.study.yaml_input import read
 from workers.data.lines import class_names, filled_lines, stated_number
 from workers.data.manifest import (
     CLASSES_FILE,

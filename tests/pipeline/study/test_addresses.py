@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.addresses import redact, secret_in
-from pipeline.config import study_from
 from pipeline.errors import ConfigError
 from pipeline.outbox import FILE, Outbox
+from pipeline.study.addresses import redact, secret_in
+from pipeline.study.config import study_from
 from pipeline.tracking import Tracker
 from tests.pipeline.plan_toys import study
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ConfigError, PlanError
-from pipeline.mistakes import validate
-from pipeline.sections_stream import StreamSection, period
-from pipeline.stream_tables import read_counts
-from pipeline.streams import (
+from pipeline.study.mistakes import validate
+from pipeline.study.sections_stream import StreamSection, period
+from pipeline.study.stream_tables import read_counts
+from pipeline.study.streams import (
     Part,
     Stream,
     StreamTask,

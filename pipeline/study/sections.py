@@ -21,9 +21,9 @@ from pydantic import (
 )
 
 from merge_service.shards import bytes_of
-from pipeline.addresses import refuse_secret
 from pipeline.identity import fingerprint
-from pipeline.places import Place, expanded
+from pipeline.study.addresses import refuse_secret
+from pipeline.study.places import Place, expanded
 from workers.jobs import EngineSpec
 from workers.models.configuration import Preprocess
 from workers.training.recipe import Mixture

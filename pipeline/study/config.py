@@ -16,10 +16,10 @@ import yaml
 from merge_service import timeline
 from merge_service.errors import TechniqueError, UserError
 from pipeline.errors import ConfigError
-from pipeline.file_kinds import expect
-from pipeline.grid import AXES, SECTIONS, Cell, Expansion, Settings, expand, flatten
-from pipeline.mistakes import Problem, nearest, short, validate
-from pipeline.sections import (
+from pipeline.study.file_kinds import expect
+from pipeline.study.grid import AXES, SECTIONS, Cell, Expansion, Settings, expand, flatten
+from pipeline.study.mistakes import Problem, nearest, short, validate
+from pipeline.study.sections import (
     BUDGETS,
     BudgetSection,
     DataSection,
@@ -32,11 +32,11 @@ from pipeline.sections import (
     StorageSection,
     key_of,
 )
-from pipeline.sections_stream import StreamSection
-from pipeline.sections_tracking import TrackingSection
-from pipeline.streams import datasets_of, length_of
-from pipeline.suites import Suite, read_suite_file
-from pipeline.yaml_input import override, read, split_override
+from pipeline.study.sections_stream import StreamSection
+from pipeline.study.sections_tracking import TrackingSection
+from pipeline.study.streams import datasets_of, length_of
+from pipeline.study.suites import Suite, read_suite_file
+from pipeline.study.yaml_input import override, read, split_override
 from workers.jobs import EngineSpec
 from workers.training.recipe import Recipe
 

@@ -8,9 +8,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, model_validator
 
-from pipeline.addresses import CREDENTIALS, refuse_secret
-from pipeline.places import expanded
-from pipeline.sections import Name, Section, Text
+from pipeline.study.addresses import CREDENTIALS, refuse_secret
+from pipeline.study.places import expanded
+from pipeline.study.sections import Name, Section, Text
 
 _ALIAS = re.compile(r"[A-Za-z0-9_-]{1,255}")
 _VERSION = re.compile(r"v[0-9]+", re.IGNORECASE)

@@ -10,8 +10,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.places import Place
-from pipeline.sections import Name, Section, SomeNames
+from pipeline.study.places import Place
+from pipeline.study.sections import Name, Section, SomeNames
 
 _PERIOD = re.compile(r"[0-9]{4}(-[0-9]{2}){0,2}")
 

@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import study_from
-from pipeline.mistakes import validate
 from pipeline.plan import steps_per_task
-from pipeline.sections import BudgetSection
-from pipeline.strategies import read_strategies
-from pipeline.suites import Suite, read_suite_file
-from pipeline.yaml_input import read
+from pipeline.study.config import study_from
+from pipeline.study.mistakes import validate
+from pipeline.study.sections import BudgetSection
+from pipeline.study.strategies import read_strategies
+from pipeline.study.suites import Suite, read_suite_file
+from pipeline.study.yaml_input import read
 from tests.world import command
 from workers.training.recipe import REPLAY, Recipe
 
-ROOM = Path(__file__).parents[2] / "configs" / "fomo_in_flux"
+ROOM = Path(__file__).parents[3] / "configs" / "fomo_in_flux"
 SUITE = ROOM / "datasets.yaml"
 STUDIES = sorted(path for path in ROOM.glob("*.yaml") if path != SUITE)
 

@@ -10,7 +10,7 @@ import yaml
 
 from merge_service.errors import UserError
 from pipeline.errors import ConfigError
-from pipeline.suites import Suite, check, missing, read_suite_file, summary
+from pipeline.study.suites import Suite, check, missing, read_suite_file, summary
 from tests.world import World, command
 from workers.data.manifest import describe
 

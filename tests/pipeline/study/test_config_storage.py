@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from plan_toys import facts, make_plan, study
 
-from pipeline.config import study_from
 from pipeline.errors import ConfigError
-from pipeline.sections import StorageSection
 from pipeline.store import Store
 from pipeline.store_open import settled, store_at, store_of
+from pipeline.study.config import study_from
+from pipeline.study.sections import StorageSection
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ import pytest
 from plan_toys import REPLAY, raw_study
 
 from merge_service.timeline import PRESETS
-from pipeline import yaml_input
-from pipeline.config import load_study, study_from
 from pipeline.errors import ConfigError
+from pipeline.study import yaml_input
+from pipeline.study.config import load_study, study_from
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def problems(raw: dict[str, Any], *overrides: str) -> list[str]:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError
-from pipeline.mistakes import short
-from pipeline.yaml_input import parse
+from pipeline.study.mistakes import short
+from pipeline.study.yaml_input import parse
 
 READERS = ".csv, .json, .yaml or .yml"
 
