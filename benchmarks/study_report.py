@@ -15,8 +15,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from pipeline.artifact import Record
 from pipeline.plan import Plan
+from pipeline.store.artifact import Record
 
 GAIN = {"base": 0.02, "latest": 0.05, "ema": 0.07, "all": 0.06}
 """What a task adds to KA by initialization and by deployment: enough to tell the paths apart."""

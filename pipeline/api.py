@@ -78,15 +78,15 @@ class Run:
     @cached_property
     def plan(self) -> "Plan":
         """Its trajectories and steps."""
-        from pipeline.status import open_plan
+        from pipeline.opening import open_plan
 
         return open_plan(self.out)
 
     @cached_property
     def results(self) -> dict[str, Any]:
         """results.json; while the run is not complete, the same of what is in the store so far."""
+        from pipeline.opening import open_store
         from pipeline.results import results
-        from pipeline.status import open_store
         from pipeline.workspace import RESULTS_FILE
 
         try:
@@ -115,7 +115,7 @@ class Run:
         Raises UserError when there is no such trajectory or t, or the weights are not there yet, and CorruptArtifact when
         they are damaged.
         """
-        from pipeline.status import open_store
+        from pipeline.opening import open_store
         from pipeline.steps import BASE
 
         known = {one.id: one for one in self.plan.trajectories}

@@ -17,7 +17,7 @@ def verify(out: OutDir, as_json: AsJson = False) -> None:
 
     Ends with code 1 when something is wrong. Example: temporal-merge verify runs/demo
     """
-    from pipeline.status import open_store
+    from pipeline.opening import open_store
 
     store = open_store(out)
     problems = store.verify()
@@ -90,7 +90,7 @@ def ui(
 
     Example: temporal-merge ui runs/demo
     """
-    from pipeline.status import open_store
+    from pipeline.opening import open_store
     from pipeline.tracking import ui_command, ui_url
     from pipeline.ui_server import check_port, serve
 

@@ -29,7 +29,6 @@ from pipeline.events import Events
 from pipeline.files.disk import room_for
 from pipeline.jobs import Jobs
 from pipeline.lanes import Lane, Lanes
-from pipeline.lease import Holder
 from pipeline.lock import driver_lock, write_driver, write_last
 from pipeline.others import Others, other_versions
 from pipeline.output import steady
@@ -38,6 +37,7 @@ from pipeline.progress import Progress, Standings, headline, outlook
 from pipeline.recording import Tracking
 from pipeline.registry import retire
 from pipeline.schedule import Schedule, ranks
+from pipeline.store.lease import Holder
 from pipeline.study.config import Study
 from pipeline.timeline import Timeline
 from pipeline.workspace import Workspace

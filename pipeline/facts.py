@@ -17,10 +17,10 @@ from typing import Any, Literal, cast
 from merge_service.checkpoint import CONFIG_FILE, Checkpoint
 from merge_service.errors import IncompatibleCheckpoint, UserError
 from merge_service.timeline import needs_experts
-from pipeline.artifact import hash_file
 from pipeline.errors import PlanError
 from pipeline.identity import fingerprint
 from pipeline.steps import TEST, TRAIN, DatasetFacts, Described, Facts, ModelFacts
+from pipeline.store.artifact import hash_file
 from pipeline.study.config import Study
 from pipeline.study.sections import ModelSection, key_of
 from pipeline.study.sections_stream import StreamSection

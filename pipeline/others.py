@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
 
-from pipeline import versions
-from pipeline.lease import Holder, Leases
 from pipeline.plan import Step
+from pipeline.store import versions
+from pipeline.store.lease import Holder, Leases
 from pipeline.workspace import Workspace
 
 

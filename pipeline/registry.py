@@ -15,8 +15,8 @@ from pathlib import Path
 from pipeline.errors import StoreError
 from pipeline.lock import is_held
 from pipeline.plan import Plan
-from pipeline.store import Store
-from pipeline.store_upkeep import Upkeep, upkeep
+from pipeline.store.local import Store
+from pipeline.store.upkeep import Upkeep, upkeep
 
 _FOREIGN_MS = 7 * 24 * 3600 * 1000
 

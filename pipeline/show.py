@@ -24,7 +24,7 @@ from pipeline.progress import running_table, standings_table
 from pipeline.results import summary as standings
 from pipeline.results import winner
 from pipeline.steps import Plan, TrajectoryPlan
-from pipeline.versions import mixed_text
+from pipeline.store.versions import mixed_text
 
 STATES = {"running": BUSY, "starting": BUSY, "done": GOOD, "failed": ERROR, "partial": WARNING}
 UNDER_WAY = frozenset({"running", "starting"})

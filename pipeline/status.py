@@ -3,42 +3,17 @@
 Invariant: looking changes nothing, and works from another process while the study runs or long after it ended.
 """
 
-import json
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from merge_service.errors import UserError
 from pipeline.events import read_events
 from pipeline.lock import is_held, read_driver
+from pipeline.opening import open_plan, store_of
 from pipeline.outbox import glance
-from pipeline.plan import Plan
-from pipeline.plan_file import read
 from pipeline.progress import Standings, read_progress
-from pipeline.store import Store
-from pipeline.store_open import store_of
-from pipeline.versions import mixed
-
-
-def open_plan(out: Path) -> Plan:
-    """The plan of a run. Raises UserError if OUT holds none."""
-    try:
-        return read(out / "plan.json")
-    except OSError:
-        raise UserError(
-            f"{out} holds no run (no plan.json); give the directory that `temporal-merge run` wrote, e.g. runs/demo"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{out / 'plan.json'} is damaged ({error}); run the study again to write it anew"
-        ) from None
-
-
-def open_store(out: Path) -> Store:
-    """The store of a run. Raises UserError if OUT holds none."""
-    open_plan(out)
-    return store_of(out)
+from pipeline.store.versions import mixed
 
 
 class Look:

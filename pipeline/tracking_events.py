@@ -17,10 +17,11 @@ from typing import Any
 
 from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from pipeline import results
-from pipeline.artifact import Record
 from pipeline.outbox import Row
 from pipeline.results import OverTime, seen, sentence_of
 from pipeline.steps import BASE, Plan, Point, Step, TrajectoryPlan
+from pipeline.store.artifact import Record
+from pipeline.store.versions import counted, mixed_text
 from pipeline.tracking_experts import ExpertRows
 from pipeline.tracking_index import (
     EXPERTS,
@@ -44,7 +45,6 @@ from pipeline.tracking_names import (
     trajectory_note,
 )
 from pipeline.tracking_rows import Metrics, Rows
-from pipeline.versions import counted, mixed_text
 
 
 @dataclass(frozen=True)

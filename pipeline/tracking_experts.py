@@ -7,9 +7,9 @@ first or not; what was measured comes from the records.
 from collections.abc import Mapping
 
 from pipeline import results
-from pipeline.artifact import Record
 from pipeline.outbox import Row
 from pipeline.steps import BASE, Step
+from pipeline.store.artifact import Record
 from pipeline.tracking_index import EXPERTS, STUDY, Index, expert_key
 from pipeline.tracking_names import budget_text, flat
 from pipeline.tracking_rows import Metrics, Rows

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from merge_service.checkpoint import WEIGHTS_FILE
-from pipeline.artifact import Record
 from pipeline.steps import BASE, Step
+from pipeline.store.artifact import Record
 
 _TAG_CHARACTERS = 4000
 LISTED = 64

@@ -9,10 +9,10 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.artifact import Record
 from pipeline.errors import TrackingError
 from pipeline.outbox import PLAN, RESULTS, Outbox, Row
 from pipeline.steps import Step
+from pipeline.store.artifact import Record
 from pipeline.tracking_events import Projection
 from pipeline.tracking_index import STUDY
 

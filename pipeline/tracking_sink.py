@@ -21,8 +21,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from pipeline.errors import CorruptArtifact, StoreError, TrackingError
+from pipeline.opening import store_of
 from pipeline.outbox import Entry
-from pipeline.store_open import store_of
 from pipeline.study.addresses import redact
 from pipeline.tracking_client import Limit, PatientClient, pages
 from pipeline.tracking_local import (

@@ -26,8 +26,8 @@ from pipeline.prompt_notes import prompt_notes
 from pipeline.registry import register
 from pipeline.results import results, write_results
 from pipeline.steps import Facts
-from pipeline.store import Store
-from pipeline.store_open import settled, store_at
+from pipeline.store.local import Store
+from pipeline.store.open import store_at
 from pipeline.study.config import Study, load_study
 from pipeline.study.sections import ModelSection, key_of
 from pipeline.study.streams import save
@@ -62,7 +62,7 @@ class Workspace:
     def of(cls, study: Study, out: Path | None = None, provisional: bool = False) -> "Workspace":
         """The same for a study that has been read."""
         ensure_data(study)
-        study = settled(study.resolved())
+        study = study.resolved().settled()
         facts = gather(study, provisional)
         return cls(study, out or Path("runs") / study.name, make_plan(study, facts), facts)
 

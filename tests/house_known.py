@@ -8,11 +8,10 @@ CIRCLES: dict[str, list[list[str]]] = {
 }
 """Modules that lead back to themselves, by room."""
 STRAY = {
-    "pipeline": "artifact audit cli cli_files cli_options cli_studies cli_upkeep deadlines driver evaluation events expand facts gc jobs lanes lease "
-    "lock merging others outbox output plan plan_file progress prompt_notes recording registry results schedule show signals state_dicts "
-    "status steps store store_names store_objects store_open store_remote store_upkeep submit timeline tracking tracking_client "
-    "tracking_events tracking_experts tracking_export tracking_index tracking_lineage tracking_local tracking_names tracking_recorder "
-    "tracking_rows tracking_sink tracking_ui ui_server versions workspace"
+    "pipeline": "cli cli_files cli_options cli_studies cli_upkeep deadlines driver evaluation events expand facts gc jobs lanes lock merging opening "
+    "others outbox output plan plan_file progress prompt_notes recording registry results schedule show signals state_dicts status steps "
+    "submit timeline tracking tracking_client tracking_events tracking_experts tracking_export tracking_index tracking_lineage "
+    "tracking_local tracking_names tracking_recorder tracking_rows tracking_sink tracking_ui ui_server workspace"
 }
 """Modules that have yet to move into a folder."""
 CROWDED = ["merge_service", "pipeline", "workers/data"]
@@ -40,8 +39,9 @@ VAGUE = [
     "pipeline/plan_file.py:Prefixes.add",
     "pipeline/plan_file.py:Values.of",
     "pipeline/plan_file.py:inputs_of",
-    "pipeline/store.py:StepLike.spec",
-    "pipeline/store.py:Store.commit",
+    "pipeline/store/artifact.py:difference",
+    "pipeline/store/local.py:StepLike.spec",
+    "pipeline/store/local.py:Store.commit",
     "pipeline/workspace.py:Workspace.summary",
     "pipeline/workspace.py:Workspace.known",
     "pipeline/workspace.py:Workspace.keep",

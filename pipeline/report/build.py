@@ -16,18 +16,18 @@ import vl_convert
 from merge_service.checkpoint import WEIGHTS_FILE
 from merge_service.errors import UserError
 from merge_service.similarity import similarity
-from pipeline.artifact import Record
+from pipeline.opening import open_plan, open_store
 from pipeline.plan import Plan
 from pipeline.report import figures as draw
 from pipeline.report.cost import costs, elapsed
 from pipeline.report.figures import Data, Figure, NoData
 from pipeline.report.page import page, records, spec_of, svg_of
 from pipeline.results import ReadOnce, results, sentence_of
-from pipeline.status import open_plan, open_store
 from pipeline.steps import total_gflops
-from pipeline.store import Store
+from pipeline.store.artifact import Record
+from pipeline.store.local import Store
+from pipeline.store.versions import counted, mixed_text
 from pipeline.timeline import read_timeline
-from pipeline.versions import counted, mixed_text
 
 EXPERTS = 12
 """More experts than this make a heat map nobody reads; the first are compared."""

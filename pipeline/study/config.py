@@ -175,6 +175,14 @@ class Study(Section):
         study._raise(study._misfits())
         return study
 
+    def settled(self) -> "Study":
+        """The study with its store's directory made absolute: OUT/study.yaml is read from anywhere."""
+        where = self.storage.store
+        if where is None or "://" in where:
+            return self
+        absolute = str(Path(where).expanduser().absolute())
+        return self.model_copy(update={"storage": self.storage.model_copy(update={"store": absolute})})
+
     def resolved_yaml(self) -> str:
         """The study as a file that loads to an equal study."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.lock import is_held
-from pipeline.store import Store
+from pipeline.store.local import Store
 from pipeline.tracking_export import export
 from tests.world import Cluster, artifacts, command
 

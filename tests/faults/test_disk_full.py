@@ -19,7 +19,7 @@ from merge_service.writer import CheckpointWriter
 from pipeline.errors import StorageFull, TrackingError
 from pipeline.lock import driver_lock, write_driver
 from pipeline.outbox import Outbox
-from pipeline.store import Store
+from pipeline.store.local import Store
 from tests.faults.harness import Faults, created, must_go_on, wait_until
 from tests.pipeline.store_toys import ToyStep, put
 from tests.world import Cluster, World, start

@@ -21,7 +21,7 @@ from merge_service.jobs import MergeJob
 from merge_service.service import MergeService
 from merge_service.stream import Member
 from merge_service.timeline import Strategy
-from pipeline.store import Store
+from pipeline.store.local import Store
 from tests.faults.fuzz import seeded
 from tests.merge_service import toys
 from tests.pipeline.store_toys import ToyStep

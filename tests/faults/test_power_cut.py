@@ -15,8 +15,8 @@ COMMIT = """
 import sys
 from pathlib import Path
 sys.path.insert(0, "tests/pipeline")
-from store_toys import put
-from pipeline.store import Store
+from tests.pipeline.store_toys import put
+from pipeline.store.local import Store
 root = Path(sys.argv[1])
 root.mkdir()
 store = Store(root / "store")

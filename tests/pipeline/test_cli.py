@@ -74,7 +74,7 @@ def test_technique_names_are_completed(cli) -> None:
 
 def test_sync_and_ui_answer_programs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr("pipeline.status.open_store", lambda out: None)
+    monkeypatch.setattr("pipeline.opening.open_store", lambda out: None)
     monkeypatch.setattr("pipeline.tracking.ui_command", lambda out, port: ["mlflow", str(port)])
     monkeypatch.setattr("pipeline.tracking.ui_url", lambda out, port: f"http://127.0.0.1:{port}/x")
     monkeypatch.setattr("pipeline.tracking.sync", lambda out, say: (2, "it is down"))

@@ -15,7 +15,7 @@ from cluster.pool import Group, WorkerLost
 from cluster.session import ClusterError, Session
 from pipeline import driver
 from pipeline.errors import CorruptArtifact
-from pipeline.lease import Files, Leases
+from pipeline.store.lease import Files, Leases
 from pipeline.timeline import read_timeline
 from pipeline.workspace import Workspace
 from tests.pipeline.plan_toys import facts, make_plan, study

@@ -6,19 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plan_toys import facts, make_plan, study
-from test_drive import Scene
-from test_results import carry_out
 
 from cluster.pool import WorkerLost
 from merge_service.errors import UserError
-from pipeline import plan_file, versions
+from pipeline import plan_file
 from pipeline.errors import CorruptArtifact
 from pipeline.events import FILE, Events, read_events
 from pipeline.show import status_view
 from pipeline.status import status_of
-from pipeline.store import Store
+from pipeline.store import versions
+from pipeline.store.local import Store
+from tests.pipeline.plan_toys import facts, make_plan, study
 from tests.pipeline.store_toys import put
+from tests.pipeline.test_drive import Scene
+from tests.pipeline.test_results import carry_out
 
 
 def test_events_are_only_added_and_a_line_cut_by_a_crash_costs_itself_alone(tmp_path: Path) -> None:
@@ -83,7 +84,7 @@ def test_status_shows_events_and_artifacts_of_several_library_versions(
     from rich.console import Console
 
     out = tmp_path / "out"
-    monkeypatch.setattr("pipeline.store.here", _versions(["1.0", "2.0"]))
+    monkeypatch.setattr("pipeline.store.local.here", _versions(["1.0", "2.0"]))
     finished(out)
     Events(out).add("retry", "t1 a: [lost] (try 1 of 3)")
     answer = status_of(out)
@@ -104,7 +105,9 @@ def _versions(found: list[str]) -> Callable[[], dict[str, str]]:
 def test_artifacts_of_other_versions_are_said_once_or_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.store.here", lambda: {"torch": "1.0", "deepspeed": "0.1", "gone": "7"})
+    monkeypatch.setattr(
+        "pipeline.store.local.here", lambda: {"torch": "1.0", "deepspeed": "0.1", "gone": "7"}
+    )
     record = put(Store(tmp_path / "store"))
     monkeypatch.setattr(versions, "here", lambda: {"torch": "1.0", "deepspeed": "0.1"})
     assert versions.check([record], False, "x") == versions.check([record], True, "x") == ""

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plan_toys import facts, make_plan, study
-from s3_server import s3_server
-from test_results import carry_out
 
 from pipeline.lock import driver_lock, write_driver
 from pipeline.plan import Plan
 from pipeline.registry import register, registrations, retire
-from pipeline.store import Store
-from pipeline.store_open import store_at
-from pipeline.store_remote import MIRROR
-from pipeline.store_upkeep import upkeep
+from pipeline.store.local import Store
+from pipeline.store.open import store_at
+from pipeline.store.remote import MIRROR
+from pipeline.store.upkeep import upkeep
+from tests.pipeline.plan_toys import facts, make_plan, study
+from tests.pipeline.s3_server import s3_server
+from tests.pipeline.test_results import carry_out
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from plan_toys import facts, make_plan, study
 
 from merge_service.checkpoint import WEIGHTS_FILE
 from pipeline.jobs import Jobs
+from tests.pipeline.plan_toys import facts, make_plan, study
 
 STRATEGIES: list[Any] = [
     {"init": "base", "deploy": "all", "technique": "average"},

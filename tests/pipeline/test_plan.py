@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan_toys import base_of, facts, make_plan, raw_study, study
 
 from pipeline.errors import PlanError
 from pipeline.plan import Plan, base_step, steps_per_task
 from pipeline.steps import DatasetFacts
 from pipeline.study.config import study_from
 from pipeline.study.sections import BudgetSection
+from tests.pipeline.plan_toys import base_of, facts, make_plan, raw_study, study
 
 TECHNIQUES = ["average", "task_arithmetic", "ties", "dare_ties", "breadcrumbs_ties", "magmax"]
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import yaml
-from plan_toys import REPLAY, facts, make_plan, raw_study, study
 
 from merge_service import timeline
 from pipeline.errors import ConfigError
@@ -16,6 +15,7 @@ from pipeline.plan import Plan
 from pipeline.steps import critical_path
 from pipeline.study.config import study_from
 from pipeline.study.sections import key_of
+from tests.pipeline.plan_toys import REPLAY, facts, make_plan, raw_study, study
 
 TECHNIQUES = ["average", "task_arithmetic", "ties", "dare_ties", "breadcrumbs_ties", "magmax"]
 

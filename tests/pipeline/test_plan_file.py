@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plan_toys import facts, make_plan, study
 
 from merge_service.errors import UserError
 from pipeline import plan_file
 from pipeline.errors import PlanError, StorageFull
+from pipeline.opening import open_plan
 from pipeline.plan import Plan
-from pipeline.status import open_plan
+from tests.pipeline.plan_toys import facts, make_plan, study
 
 STRATEGIES = [
     "zero_shot",

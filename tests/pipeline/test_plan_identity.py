@@ -5,13 +5,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from plan_toys import REPLAY, facts, make_plan, raw_study, study
 
 from pipeline.facts import base_of, has_resblocks
 from pipeline.plan import VERSIONS, Plan
 from pipeline.steps import DatasetFacts
 from pipeline.study.config import study_from
 from pipeline.study.sections import ModelSection
+from tests.pipeline.plan_toys import REPLAY, facts, make_plan, raw_study, study
 
 
 def plan_of(strategies: list[Any], tasks: int = 3, **changes: Any) -> Plan:

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from plan_toys import base_of, facts, make_plan, study
 
 from merge_service.checkpoint import WEIGHTS_FILE
 from pipeline import results as found
-from pipeline.artifact import Record
 from pipeline.errors import CorruptArtifact
 from pipeline.plan import Plan
-from pipeline.store import Store
+from pipeline.store.artifact import Record
+from pipeline.store.local import Store
+from tests.pipeline.plan_toys import base_of, facts, make_plan, study
 
 
 class FakeStore:

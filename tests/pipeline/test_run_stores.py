@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from s3_server import s3_server
 
-from pipeline.lease import Files
-from pipeline.status import open_plan
-from pipeline.store_remote import MIRROR
+from pipeline.opening import open_plan
+from pipeline.store.lease import Files
+from pipeline.store.remote import MIRROR
 from pipeline.timeline import read_timeline
+from tests.pipeline.s3_server import s3_server
 from tests.world import TASKS, Cluster, World, command, start
 
 pytestmark = pytest.mark.ray

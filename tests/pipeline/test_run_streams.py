@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.status import open_plan
+from pipeline.opening import open_plan
 from pipeline.study.streams import load
 from tests.world import TASKS, Cluster, World, command
 

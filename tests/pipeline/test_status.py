@@ -13,7 +13,7 @@ from pipeline.lock import driver_lock, is_held, write_driver
 from pipeline.results import gm, ka, zs
 from pipeline.show import watch_status
 from pipeline.status import Look
-from pipeline.store import Store
+from pipeline.store.local import Store
 from tests.pipeline.tracked_study import Tracked, finished_study
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.outbox import glance
 from pipeline.recording import Tracking
-from pipeline.store import Store
+from pipeline.store.local import Store
 from pipeline.study.config import study_from
 from pipeline.tracking import Tracker, sync
 from pipeline.tracking_local import local_uri

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
-from pipeline.artifact import Record
 from pipeline.outbox import FILE, Entry, Outbox
 from pipeline.steps import DatasetFacts, Facts, ModelFacts, Plan, Step
-from pipeline.store import Store
+from pipeline.store.artifact import Record
+from pipeline.store.local import Store
 from pipeline.study.config import study_from
 from pipeline.tracking import Tracker
 from pipeline.tracking_events import Projection, StudyFacts

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plan_toys import REPLAY, raw_study
 
 from merge_service.timeline import PRESETS
 from pipeline.errors import ConfigError
 from pipeline.study import yaml_input
 from pipeline.study.config import load_study, study_from
+from tests.pipeline.plan_toys import REPLAY, raw_study
 
 ROOT = Path(__file__).parents[3]
 

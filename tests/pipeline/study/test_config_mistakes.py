@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import yaml
-from plan_toys import raw_study
 
 from merge_service.errors import UserError
 from pipeline.errors import ConfigError
 from pipeline.study import yaml_input
 from pipeline.study.config import load_study, study_from
+from tests.pipeline.plan_toys import raw_study
 
 GOOD = """
 name: toy
@@ -314,7 +314,7 @@ def test_shuffled_trees_raise_nothing_but_configuration_errors(
 
 
 def test_reading_configuration_loads_no_heavy_library() -> None:
-    code = "import sys, pipeline.study.config, pipeline.plan, pipeline.store; print([m for m in ('torch', 'ray', 'mlflow', 'open_clip') if m in sys.modules])"
+    code = "import sys, pipeline.study.config, pipeline.plan, pipeline.store.local; print([m for m in ('torch', 'ray', 'mlflow', 'open_clip') if m in sys.modules])"
     answer = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parents[3],

@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import pytest
-from plan_toys import facts, make_plan, study
 
 from pipeline.errors import ConfigError
-from pipeline.store import Store
-from pipeline.store_open import settled, store_at, store_of
+from pipeline.opening import store_of
+from pipeline.store.local import Store
+from pipeline.store.open import store_at
 from pipeline.study.config import study_from
 from pipeline.study.sections import StorageSection
+from tests.pipeline.plan_toys import facts, make_plan, study
 
 
 @pytest.mark.parametrize(
@@ -35,8 +36,8 @@ def test_relative_directory_is_made_absolute_for_those_who_read_it_from_elsewher
     monkeypatch.chdir(tmp_path)
     one = study(["zero_shot"], tasks=2)
     relative = one.model_copy(update={"storage": StorageSection(store="shared")})
-    assert settled(relative).storage.store == str(tmp_path / "shared")
-    assert settled(one) is one
+    assert relative.settled().storage.store == str(tmp_path / "shared")
+    assert one.settled() is one
 
 
 def test_null_path_and_file_url_are_directories(tmp_path: Path) -> None:

@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from merge_service.faults import point
-from pipeline import audit
-from pipeline.artifact import (
+from pipeline.errors import CorruptArtifact, NondeterminismError, StorageFull, StoreError, StoreUnwritable
+from pipeline.files.disk import free_bytes, full_text, is_full
+from pipeline.files.ownership import is_abandoned, locked, owner_mark
+from pipeline.store import audit
+from pipeline.store.artifact import (
     RECORD_FILE,
     Record,
     difference,
@@ -30,12 +33,9 @@ from pipeline.artifact import (
     read_record,
     write_record,
 )
-from pipeline.errors import CorruptArtifact, NondeterminismError, StorageFull, StoreError, StoreUnwritable
-from pipeline.files.disk import free_bytes, full_text, is_full
-from pipeline.files.ownership import is_abandoned, locked, owner_mark
-from pipeline.lease import Files, Shelf
-from pipeline.store_names import DIGITS, KINDS, Names, is_there, sync_directory
-from pipeline.versions import here
+from pipeline.store.lease import Files, Shelf
+from pipeline.store.names import DIGITS, KINDS, Names, is_there, sync_directory
+from pipeline.store.versions import here
 
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 

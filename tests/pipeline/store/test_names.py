@@ -5,11 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from store_toys import ToyStep, numbered, put
 
-from pipeline import store_names
-from pipeline.store import Store
-from pipeline.store_names import Names
+from pipeline.store import names as store_names
+from pipeline.store.local import Store
+from pipeline.store.names import Names
+from tests.pipeline.store_toys import ToyStep, numbered, put
 
 
 @pytest.fixture

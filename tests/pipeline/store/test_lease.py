@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 
 from merge_service.faults import VARIABLE
-from pipeline import lease
 from pipeline.errors import StorageFull
-from pipeline.lease import OWNERS, ROOM, SILENT_SECONDS, Leases
-from pipeline.store import Store
-from pipeline.store_open import store_at
-from pipeline.store_remote import MIRROR
+from pipeline.store import lease
+from pipeline.store.lease import OWNERS, ROOM, SILENT_SECONDS, Leases
+from pipeline.store.local import Store
+from pipeline.store.open import store_at
+from pipeline.store.remote import MIRROR
 
 STEP = "a" * 64
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(params=["directory", "memory"])
@@ -133,7 +133,7 @@ def test_killed_owner_of_this_host_holds_nothing_and_leaves_nothing_behind(tmp_p
     store = Store(tmp_path / "store")
     store.prepare()
     program = (
-        "import sys; from pathlib import Path; from pipeline.lease import Leases; from pipeline.store import Store\n"
+        "import sys; from pathlib import Path; from pipeline.store.lease import Leases; from pipeline.store.local import Store\n"
         "with Leases(Store(Path(sys.argv[1])), 'dead', Path('x')) as one: one.take(sys.argv[2])"
     )
     faults = {"lease.after_take": {"marker": str(tmp_path / "marker")}}

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import ClassVar
 
 from merge_service.faults import point
-from pipeline import audit
-from pipeline.artifact import RECORD_FILE, Record, difference, parse_record, read_record, write_record
 from pipeline.errors import CorruptArtifact, StoreError, StoreUnwritable
 from pipeline.files.ownership import locked, owner_mark
 from pipeline.identity import fingerprint as digest_of
-from pipeline.lease import Shelf
-from pipeline.store import StepLike, Store, conflict, differences
-from pipeline.store_names import DIGITS, KINDS
-from pipeline.store_objects import Objects
+from pipeline.store import audit
+from pipeline.store.artifact import RECORD_FILE, Record, difference, parse_record, read_record, write_record
+from pipeline.store.lease import Shelf
+from pipeline.store.local import StepLike, Store, conflict, differences
+from pipeline.store.names import DIGITS, KINDS
+from pipeline.store.objects import Objects
 
 MIRROR = "TEMPORAL_MERGE_MIRROR"
 _FETCH_SECONDS = 6 * 3600.0

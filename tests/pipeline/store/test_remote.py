@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from s3_server import s3_server
-from store_toys import CONTENT, ToyStep, child, exit_code, numbered, put
 
-from pipeline import store_objects
 from pipeline.errors import CorruptArtifact, NondeterminismError, StoreError, StoreUnwritable
-from pipeline.store import Store
-from pipeline.store_open import store_at
-from pipeline.store_remote import MIRROR, ObjectStore
+from pipeline.store import objects as store_objects
+from pipeline.store.local import Store
+from pipeline.store.open import store_at
+from pipeline.store.remote import MIRROR, ObjectStore
+from tests.pipeline.s3_server import s3_server
+from tests.pipeline.store_toys import CONTENT, ToyStep, child, exit_code, numbered, put
 
 POINTS = (
     *("store.after_stage", "store.after_fsync", "store.before_record"),

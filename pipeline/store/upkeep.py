@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.artifact import RECORD_FILE
 from pipeline.errors import StoreError
 from pipeline.files.ownership import is_abandoned, locked, owner_mark
-from pipeline.store import Store
-from pipeline.store_names import DIGITS, KINDS
+from pipeline.store.artifact import RECORD_FILE
+from pipeline.store.local import Store
+from pipeline.store.names import DIGITS, KINDS
 
 ASIDE = (".corrupt", ".conflicts")
 _WAIT_SECONDS, _LEASE_SECONDS = 120.0, 900.0
@@ -102,7 +102,7 @@ class ObjectUpkeep(Upkeep):
     """Housekeeping of a store at a URL, and of this node's mirror of it."""
 
     def __init__(self, store: Store) -> None:
-        from pipeline.store_remote import ObjectStore
+        from pipeline.store.remote import ObjectStore
 
         super().__init__(store)
         assert isinstance(store, ObjectStore)

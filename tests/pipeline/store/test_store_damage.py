@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from store_toys import ToyStep, child, put
 
 from merge_service.errors import UserError
-from pipeline import store
-from pipeline.artifact import RECORD_FILE
 from pipeline.errors import CorruptArtifact, StorageFull, StoreError, StoreUnwritable
-from pipeline.store import Store
+from pipeline.store import local as store
+from pipeline.store.artifact import RECORD_FILE
+from pipeline.store.local import Store
+from tests.pipeline.store_toys import ToyStep, child, put
 
 
 def everything(root: Path) -> list[str]:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from pipeline.artifact import Record, difference, list_files, read_record
 from pipeline.errors import CorruptArtifact
 from pipeline.identity import step_fingerprint
+from pipeline.store.artifact import Record, difference, list_files, read_record
 
 
 class Readable(Protocol):

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from store_toys import CONTENT, ToyStep, child, exit_code, numbered, put
 
-from pipeline.artifact import RECORD_FILE
 from pipeline.errors import CorruptArtifact, NondeterminismError, StoreError
 from pipeline.files import ownership
-from pipeline.store import Store
+from pipeline.store.artifact import RECORD_FILE
+from pipeline.store.local import Store
+from tests.pipeline.store_toys import CONTENT, ToyStep, child, exit_code, numbered, put
 
 POINTS = ("store.after_stage", "store.after_fsync", "store.before_record", "store.after_rename")
 
