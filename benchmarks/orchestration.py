@@ -23,7 +23,7 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from pipeline.steps import DatasetFacts, Facts, ModelFacts
+from pipeline.plan.steps import DatasetFacts, Facts, ModelFacts
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"experts": {"cpus": 1, "threads": 1}}
@@ -189,7 +189,7 @@ def _result(step: Any) -> dict[str, Any]:
 
 def workspace_of(experts: int, case: str, out: Path) -> Any:
     """A study of so many experts over data that nobody will read."""
-    from pipeline.plan import make_plan
+    from pipeline.plan.planner import make_plan
     from pipeline.study.config import study_from
     from pipeline.study.sections import key_of
     from pipeline.study.streams import make_stream

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from pipeline import plan_file
+from pipeline.plan import file as plan_file
 from pipeline.status import status_of
 from pipeline.workspace import Workspace
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from merge_service.merge import MergeReport
-    from pipeline.steps import Plan
+    from pipeline.plan.steps import Plan
 
 __all__ = [
     "Param", "Run", "Study", "Technique", "UserError", "evaluate", "load_study", "merge", "merge_files", "open_run", "plan",
@@ -116,7 +116,7 @@ class Run:
         they are damaged.
         """
         from pipeline.opening import open_store
-        from pipeline.steps import BASE
+        from pipeline.plan.steps import BASE
 
         known = {one.id: one for one in self.plan.trajectories}
         if trajectory not in known:

@@ -32,7 +32,7 @@ from pipeline.lanes import Lane, Lanes
 from pipeline.lock import driver_lock, write_driver, write_last
 from pipeline.others import Others, other_versions
 from pipeline.output import steady
-from pipeline.plan import Step
+from pipeline.plan.planner import Step
 from pipeline.progress import Progress, Standings, headline, outlook
 from pipeline.recording import Tracking
 from pipeline.registry import retire

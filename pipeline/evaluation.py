@@ -10,10 +10,10 @@ from typing import Any
 
 from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, CheckpointWriter, locate
 from merge_service.errors import UserError
-from pipeline.facts import base_for_now, base_of, cache_of, ensure_data, stated
-from pipeline.prompt_notes import prompt_notes
+from pipeline.plan.facts import base_for_now, base_of, cache_of, ensure_data, stated
+from pipeline.plan.prompt_notes import prompt_notes
+from pipeline.plan.steps import TEST
 from pipeline.results import gm, ka, zs
-from pipeline.steps import TEST
 from pipeline.study.config import Study, load_study
 from workers.data.manifest import describe, verify
 from workers.data.seen import notes

@@ -16,7 +16,7 @@ from merge_service.errors import UserError
 from pipeline.errors import StoreError
 from pipeline.lock import driver_lock, read_driver, write_driver
 from pipeline.opening import open_plan, open_store
-from pipeline.plan import Plan
+from pipeline.plan.planner import Plan
 from pipeline.registry import Registration, registration, registrations
 from pipeline.store.local import Store
 from pipeline.store.names import DIGITS

@@ -12,9 +12,9 @@ from merge_service.kept_limits import limits_rule
 from merge_service.stream import Member
 from merge_service.techniques import get
 from pipeline.errors import StoreError
-from pipeline.facts import cache_of
 from pipeline.identity import fingerprint
-from pipeline.plan import Step
+from pipeline.plan.facts import cache_of
+from pipeline.plan.planner import Step
 from pipeline.study.sections import ModelResources
 from pipeline.workspace import Workspace
 from workers.jobs import EngineSpec, EvaluateJob, Source, TrainJob

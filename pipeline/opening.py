@@ -10,8 +10,8 @@ import yaml
 
 from merge_service.errors import UserError
 from pipeline.errors import ConfigError
-from pipeline.plan import Plan
-from pipeline.plan_file import read
+from pipeline.plan.file import read
+from pipeline.plan.planner import Plan
 from pipeline.store.local import Store
 from pipeline.store.open import store_at
 

@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.plan import Plan, TrajectoryPlan
+from pipeline.plan.planner import Plan, TrajectoryPlan
 from pipeline.results import gm, ka, zs
 
 SHOWN = 20

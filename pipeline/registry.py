@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pipeline.errors import StoreError
 from pipeline.lock import is_held
-from pipeline.plan import Plan
+from pipeline.plan.planner import Plan
 from pipeline.store.local import Store
 from pipeline.store.upkeep import Upkeep, upkeep
 

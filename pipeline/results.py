@@ -14,9 +14,9 @@ from statistics import stdev
 from typing import Any, Protocol
 
 from merge_service.checkpoint import WEIGHTS_FILE
-from pipeline.expand import JOINT_TASK
 from pipeline.files.disk import write_whole
-from pipeline.steps import BASE, Plan, Point, TrajectoryPlan
+from pipeline.plan.draft import JOINT_TASK
+from pipeline.plan.steps import BASE, Plan, Point, TrajectoryPlan
 from pipeline.store.artifact import Record
 from workers.models.base import describe
 

@@ -20,10 +20,10 @@ from merge_service.own import broken
 from merge_service.techniques import get, names
 from pipeline.console import BUSY, ERROR, GOOD, WARNING, complain
 from pipeline.console import console as made_console
+from pipeline.plan.steps import Plan, TrajectoryPlan
 from pipeline.progress import running_table, standings_table
 from pipeline.results import summary as standings
 from pipeline.results import winner
-from pipeline.steps import Plan, TrajectoryPlan
 from pipeline.store.versions import mixed_text
 
 STATES = {"running": BUSY, "starting": BUSY, "done": GOOD, "failed": ERROR, "partial": WARNING}

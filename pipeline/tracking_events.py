@@ -18,8 +18,8 @@ from typing import Any
 from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from pipeline import results
 from pipeline.outbox import Row
+from pipeline.plan.steps import BASE, Plan, Point, Step, TrajectoryPlan
 from pipeline.results import OverTime, seen, sentence_of
-from pipeline.steps import BASE, Plan, Point, Step, TrajectoryPlan
 from pipeline.store.artifact import Record
 from pipeline.store.versions import counted, mixed_text
 from pipeline.tracking_experts import ExpertRows

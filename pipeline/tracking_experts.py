@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from pipeline import results
 from pipeline.outbox import Row
-from pipeline.steps import BASE, Step
+from pipeline.plan.steps import BASE, Step
 from pipeline.store.artifact import Record
 from pipeline.tracking_index import EXPERTS, STUDY, Index, expert_key
 from pipeline.tracking_names import budget_text, flat

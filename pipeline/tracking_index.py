@@ -6,7 +6,7 @@ Invariant: a function of the plan alone.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from pipeline.steps import BASE, Plan, Point, TrajectoryPlan
+from pipeline.plan.steps import BASE, Plan, Point, TrajectoryPlan
 from pipeline.tracking_names import expert_names, trajectory_names
 
 STUDY = "study"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from merge_service.checkpoint import WEIGHTS_FILE
-from pipeline.steps import BASE, Step
+from pipeline.plan.steps import BASE, Step
 from pipeline.store.artifact import Record
 
 _TAG_CHARACTERS = 4000

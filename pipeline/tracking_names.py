@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pipeline.steps import BASE, Point, Step, TrajectoryPlan
+from pipeline.plan.steps import BASE, Point, Step, TrajectoryPlan
 
 SEPARATOR = " · "
 _INIT = {

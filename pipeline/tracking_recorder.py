@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.errors import TrackingError
 from pipeline.outbox import PLAN, RESULTS, Outbox, Row
-from pipeline.steps import Step
+from pipeline.plan.steps import Step
 from pipeline.store.artifact import Record
 from pipeline.tracking_events import Projection
 from pipeline.tracking_index import STUDY

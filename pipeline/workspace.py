@@ -18,14 +18,14 @@ from merge_service.checkpoint import CONFIG_FILE
 from merge_service.errors import UserError
 from merge_service.leftovers import sweep_directory
 from pipeline.errors import ConfigError
-from pipeline.facts import base_for_now, cache_of, ensure_data, gather, local_base, stated
 from pipeline.files.disk import clear_leftovers, write_whole
-from pipeline.plan import Plan, Step, base_step, make_plan
-from pipeline.plan_file import study_of, write
-from pipeline.prompt_notes import prompt_notes
+from pipeline.plan.facts import base_for_now, cache_of, ensure_data, gather, local_base, stated
+from pipeline.plan.file import study_of, write
+from pipeline.plan.planner import Plan, Step, base_step, make_plan
+from pipeline.plan.prompt_notes import prompt_notes
+from pipeline.plan.steps import Facts
 from pipeline.registry import register
 from pipeline.results import results, write_results
-from pipeline.steps import Facts
 from pipeline.store.local import Store
 from pipeline.store.open import store_at
 from pipeline.study.config import Study, load_study

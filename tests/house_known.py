@@ -3,15 +3,15 @@
 CIRCLES: dict[str, list[list[str]]] = {
     "pipeline": [
         ["pipeline/api.py", "pipeline/state_dicts.py"],
-        ["pipeline/plan_file.py", "pipeline/steps.py"],
+        ["pipeline/plan/file.py", "pipeline/plan/steps.py"],
     ]
 }
 """Modules that lead back to themselves, by room."""
 STRAY = {
-    "pipeline": "cli cli_files cli_options cli_studies cli_upkeep deadlines driver evaluation events expand facts gc jobs lanes lock merging opening "
-    "others outbox output plan plan_file progress prompt_notes recording registry results schedule show signals state_dicts status steps "
-    "submit timeline tracking tracking_client tracking_events tracking_experts tracking_export tracking_index tracking_lineage "
-    "tracking_local tracking_names tracking_recorder tracking_rows tracking_sink tracking_ui ui_server workspace"
+    "pipeline": "cli cli_files cli_options cli_studies cli_upkeep deadlines driver evaluation events gc jobs lanes lock merging opening others outbox "
+    "output progress recording registry results schedule show signals state_dicts status submit timeline tracking tracking_client "
+    "tracking_events tracking_experts tracking_export tracking_index tracking_lineage tracking_local tracking_names tracking_recorder "
+    "tracking_rows tracking_sink tracking_ui ui_server workspace"
 }
 """Modules that have yet to move into a folder."""
 CROWDED = ["merge_service", "pipeline", "workers/data"]
@@ -20,8 +20,8 @@ LONG_LISTS = {
     "pipeline": [
         "pipeline/api.py:merge",
         "pipeline/api.py:merge_files",
-        "pipeline/expand.py:Steps.add",
-        "pipeline/plan.py:Planner.add",
+        "pipeline/plan/draft.py:Steps.add",
+        "pipeline/plan/planner.py:Planner.add",
         "pipeline/report/page.py:page",
         "pipeline/tracking.py:Tracker.__init__",
         "pipeline/tracking_rows.py:Rows.run",
@@ -30,15 +30,25 @@ LONG_LISTS = {
 }
 """Functions with more parameters than a caller can keep apart. `api.merge` is public and keeps its form."""
 VAGUE = [
-    "pipeline/plan.py:Planner.add",
-    "pipeline/plan.py:Planner.sources",
-    "pipeline/plan.py:Planner.recipe",
-    "pipeline/plan.py:Planner.engine",
-    "pipeline/plan_file.py:encode",
-    "pipeline/plan_file.py:decode",
-    "pipeline/plan_file.py:Prefixes.add",
-    "pipeline/plan_file.py:Values.of",
-    "pipeline/plan_file.py:inputs_of",
+    "pipeline/plan/draft.py:Steps.add",
+    "pipeline/plan/draft.py:Steps.sources",
+    "pipeline/plan/draft.py:Steps.recipe",
+    "pipeline/plan/draft.py:Steps.engine",
+    "pipeline/plan/draft.py:effective_params",
+    "pipeline/plan/facts.py:stated",
+    "pipeline/plan/file.py:encode",
+    "pipeline/plan/file.py:decode",
+    "pipeline/plan/file.py:Prefixes.add",
+    "pipeline/plan/file.py:Values.of",
+    "pipeline/plan/file.py:inputs_of",
+    "pipeline/plan/planner.py:Planner.add",
+    "pipeline/plan/planner.py:Planner.sources",
+    "pipeline/plan/planner.py:Planner.recipe",
+    "pipeline/plan/planner.py:Planner.engine",
+    "pipeline/plan/steps.py:Described.splits",
+    "pipeline/plan/steps.py:Plan.summary",
+    "pipeline/plan/steps.py:Plan.to_json",
+    "pipeline/plan/steps.py:Plan.from_json",
     "pipeline/store/artifact.py:difference",
     "pipeline/store/local.py:StepLike.spec",
     "pipeline/store/local.py:Store.commit",

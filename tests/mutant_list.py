@@ -179,9 +179,9 @@ BROKEN: dict[str, list[tuple[str, str, str]]] = {
         ("3 * trained_bytes", "2 * trained_bytes",
          "tests/workers/training/test_budget.py::test_memory_grows_with_batch_and_shrinks_with_frozen_towers_and_half_precision"),
     ],
-    "pipeline/expand.py": [
+    "pipeline/plan/draft.py": [
         ("cost * recipe.batch_size * steps", "cost * steps",
-         "tests/pipeline/test_plan.py::test_summary_counts_unique_naive_and_cached_steps_and_what_is_ahead"),
+         "tests/pipeline/plan/test_plan.py::test_summary_counts_unique_naive_and_cached_steps_and_what_is_ahead"),
     ],
     "workers/data/mixture.py": [
         ("_permutation(seed, source, epoch, size)[", "_permutation(seed, source, 0, size)[",

@@ -17,13 +17,13 @@ from merge_service.checkpoint import WEIGHTS_FILE
 from merge_service.errors import UserError
 from merge_service.similarity import similarity
 from pipeline.opening import open_plan, open_store
-from pipeline.plan import Plan
+from pipeline.plan.planner import Plan
+from pipeline.plan.steps import total_gflops
 from pipeline.report import figures as draw
 from pipeline.report.cost import costs, elapsed
 from pipeline.report.figures import Data, Figure, NoData
 from pipeline.report.page import page, records, spec_of, svg_of
 from pipeline.results import ReadOnce, results, sentence_of
-from pipeline.steps import total_gflops
 from pipeline.store.artifact import Record
 from pipeline.store.local import Store
 from pipeline.store.versions import counted, mixed_text

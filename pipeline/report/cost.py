@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.steps import Plan, total_gflops
+from pipeline.plan.steps import Plan, total_gflops
 from pipeline.store.artifact import Record
 
 COLUMNS = (

@@ -11,7 +11,7 @@ import pytest
 
 from merge_service.errors import UserError
 from pipeline.errors import ConfigError
-from pipeline.facts import gather
+from pipeline.plan.facts import gather
 from pipeline.study.config import load_study
 from pipeline.study.stream_tables import read_counts
 from pipeline.study.streams import load as load_stream

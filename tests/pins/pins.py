@@ -25,8 +25,8 @@ from merge_service.checkpoint import sha256_of
 from merge_service.merge import advance, fold, merge
 from pipeline.cli import PANELS, app
 from pipeline.identity import fingerprint
-from pipeline.plan import make_plan
-from pipeline.steps import DatasetFacts, Facts, ModelFacts
+from pipeline.plan.planner import make_plan
+from pipeline.plan.steps import DatasetFacts, Facts, ModelFacts
 from pipeline.study.config import load_study, study_from
 from pipeline.study.sections import key_of
 from pipeline.study.streams import datasets_of, make_stream

@@ -4,9 +4,9 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
-from pipeline.plan import Plan
-from pipeline.plan import make_plan as plan_of
-from pipeline.steps import DatasetFacts, Facts, ModelFacts
+from pipeline.plan.planner import Plan
+from pipeline.plan.planner import make_plan as plan_of
+from pipeline.plan.steps import DatasetFacts, Facts, ModelFacts
 from pipeline.study.config import Study, study_from
 from pipeline.study.sections import key_of
 from pipeline.study.streams import datasets_of, make_stream

@@ -9,9 +9,9 @@ import pytest
 
 from cluster.pool import WorkerLost
 from merge_service.errors import UserError
-from pipeline import plan_file
 from pipeline.errors import CorruptArtifact
 from pipeline.events import FILE, Events, read_events
+from pipeline.plan import file as plan_file
 from pipeline.show import status_view
 from pipeline.status import status_of
 from pipeline.store import versions

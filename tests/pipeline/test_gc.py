@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pipeline.lock import driver_lock, write_driver
-from pipeline.plan import Plan
+from pipeline.plan.planner import Plan
 from pipeline.registry import register, registrations, retire
 from pipeline.store.local import Store
 from pipeline.store.open import store_at

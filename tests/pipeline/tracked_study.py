@@ -10,7 +10,7 @@ from typing import Any
 
 from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.outbox import FILE, Entry, Outbox
-from pipeline.steps import DatasetFacts, Facts, ModelFacts, Plan, Step
+from pipeline.plan.steps import DatasetFacts, Facts, ModelFacts, Plan, Step
 from pipeline.store.artifact import Record
 from pipeline.store.local import Store
 from pipeline.study.config import study_from

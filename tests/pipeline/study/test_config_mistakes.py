@@ -314,7 +314,7 @@ def test_shuffled_trees_raise_nothing_but_configuration_errors(
 
 
 def test_reading_configuration_loads_no_heavy_library() -> None:
-    code = "import sys, pipeline.study.config, pipeline.plan, pipeline.store.local; print([m for m in ('torch', 'ray', 'mlflow', 'open_clip') if m in sys.modules])"
+    code = "import sys, pipeline.study.config, pipeline.plan.planner, pipeline.store.local; print([m for m in ('torch', 'ray', 'mlflow', 'open_clip') if m in sys.modules])"
     answer = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parents[3],

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.plan import steps_per_task
+from pipeline.plan.planner import steps_per_task
 from pipeline.study.config import study_from
 from pipeline.study.mistakes import validate
 from pipeline.study.sections import BudgetSection

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.plan import steps_per_task
+from pipeline.plan.planner import steps_per_task
 from pipeline.study.sections import BudgetSection
 from workers.training.budget import measure, memory_ratio
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import PlanError
-from pipeline.plan import Plan, base_step, steps_per_task
-from pipeline.steps import DatasetFacts
+from pipeline.plan.planner import Plan, base_step, steps_per_task
+from pipeline.plan.steps import DatasetFacts
 from pipeline.study.config import study_from
 from pipeline.study.sections import BudgetSection
 from tests.pipeline.plan_toys import base_of, facts, make_plan, raw_study, study

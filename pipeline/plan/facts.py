@@ -19,7 +19,7 @@ from merge_service.errors import IncompatibleCheckpoint, UserError
 from merge_service.timeline import needs_experts
 from pipeline.errors import PlanError
 from pipeline.identity import fingerprint
-from pipeline.steps import TEST, TRAIN, DatasetFacts, Described, Facts, ModelFacts
+from pipeline.plan.steps import TEST, TRAIN, DatasetFacts, Described, Facts, ModelFacts
 from pipeline.store.artifact import hash_file
 from pipeline.study.config import Study
 from pipeline.study.sections import ModelSection, key_of

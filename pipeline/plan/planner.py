@@ -14,9 +14,9 @@ from typing import Any
 
 from merge_service import timeline
 from pipeline.errors import PlanError
-from pipeline.expand import Draft, World, effective_params, joint_task, together
 from pipeline.identity import Texts, canonical, fingerprint, step_fingerprint
-from pipeline.steps import (
+from pipeline.plan.draft import Draft, World, effective_params, joint_task, together
+from pipeline.plan.steps import (
     BASE,
     KINDS,
     RECORD_BYTES,

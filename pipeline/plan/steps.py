@@ -242,14 +242,14 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON values; `from_json` gives an equal plan."""
-        from pipeline.plan_file import encode
+        from pipeline.plan.file import encode
 
         return encode(self)
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> "Plan":
         """A plan from its JSON. Raises PlanError if it is not one."""
-        from pipeline.plan_file import decode
+        from pipeline.plan.file import decode
 
         return decode(body)
 

@@ -11,8 +11,8 @@ import yaml
 
 from merge_service import timeline
 from pipeline.errors import ConfigError
-from pipeline.plan import Plan
-from pipeline.steps import critical_path
+from pipeline.plan.planner import Plan
+from pipeline.plan.steps import critical_path
 from pipeline.study.config import study_from
 from pipeline.study.sections import key_of
 from tests.pipeline.plan_toys import REPLAY, facts, make_plan, raw_study, study
@@ -64,7 +64,7 @@ def test_sweep_of_288_trajectories_plans_at_once_and_trains_284_experts() -> Non
 
 
 def test_sweep_file_plans_the_same_numbers() -> None:
-    raw = Path(__file__).parents[2] / "configs" / "sweep.yaml"
+    raw = Path(__file__).parents[3] / "configs" / "sweep.yaml"
     body = yaml.safe_load(raw.read_text())
     body |= {
         "data": {"root": "nowhere", "pretraining": ["pool"], "held_out": ["kept"]},

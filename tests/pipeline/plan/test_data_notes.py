@@ -11,8 +11,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from pipeline.facts import cache_of, gather
-from pipeline.prompt_notes import prompt_notes
+from pipeline.plan.facts import cache_of, gather
+from pipeline.plan.prompt_notes import prompt_notes
 from pipeline.study.config import load_study
 from tests.workers.data.test_contents import broken_inside, dataset, encode_image
 from tests.world import Cluster, World, command, make_world
@@ -120,7 +120,7 @@ def test_converted_pictures_are_said_and_rename_their_steps_alone(
 def test_long_reading_is_said_once(
     place: World, cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("pipeline.facts.LARGE_BYTES", 1)
+    monkeypatch.setattr("pipeline.plan.facts.LARGE_BYTES", 1)
     first = cli("plan", study(place), "--out", tmp_path / "out").err
     assert "odd: reading its" in first and "red: reading its" in first  # one without, one with a manifest
     again = cli("plan", study(place), "--out", tmp_path / "out").err
@@ -232,7 +232,7 @@ def test_read_only_place_beside_the_root_sends_the_cache_to_the_user(
     found = load_study(tmp_path / "study.yaml")
     assert cache_of(found) == tmp_path / ".cache"
     monkeypatch.setenv("TEMPORAL_MERGE_CACHE", str(tmp_path / "mine"))
-    monkeypatch.setattr("pipeline.facts.is_writable", lambda folder: False)
+    monkeypatch.setattr("pipeline.plan.facts.is_writable", lambda folder: False)
     assert cache_of(found) == tmp_path / "mine"
     (tmp_path / ".cache").mkdir()
     assert cache_of(found) == tmp_path / ".cache"  # what others have made there can be read

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from merge_service import timeline
 from merge_service.techniques import get as technique_called
 from merge_service.timeline import Base, Expert, Merged, Weights
-from pipeline.steps import BASE, RECORD_BYTES, TRAIN, VERSIONS, ModelFacts, Point, Step
+from pipeline.plan.steps import BASE, RECORD_BYTES, TRAIN, VERSIONS, ModelFacts, Point, Step
 from pipeline.study.config import Roles, Study
 from pipeline.study.grid import Cell
 from pipeline.study.streams import Part, Stream, StreamTask

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.facts import base_of, has_resblocks
-from pipeline.plan import VERSIONS, Plan
-from pipeline.steps import DatasetFacts
+from pipeline.plan.facts import base_of, has_resblocks
+from pipeline.plan.planner import VERSIONS, Plan
+from pipeline.plan.steps import DatasetFacts
 from pipeline.study.config import study_from
 from pipeline.study.sections import ModelSection
 from tests.pipeline.plan_toys import REPLAY, facts, make_plan, raw_study, study

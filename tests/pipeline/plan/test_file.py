@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from merge_service.errors import UserError
-from pipeline import plan_file
 from pipeline.errors import PlanError, StorageFull
 from pipeline.opening import open_plan
-from pipeline.plan import Plan
+from pipeline.plan import file as plan_file
+from pipeline.plan.planner import Plan
 from tests.pipeline.plan_toys import facts, make_plan, study
 
 STRATEGIES = [

@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.errors import PlanError
 from pipeline.files.disk import write_whole
-from pipeline.steps import BASE, Plan, Point, Step, TrajectoryPlan
+from pipeline.plan.steps import BASE, Plan, Point, Step, TrajectoryPlan
 
 FORMAT = 3
 _REFERENCES = ("train", "init", "deployed", "merge", "evaluate", "own")
