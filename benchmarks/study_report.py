@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="OUT/report is written")
     arguments = parser.parse_args()
     from pipeline.report.build import write_report
-    from pipeline.results import results
+    from pipeline.results.over_time import results
     from pipeline.workspace import Workspace
 
     plan = Workspace.open(arguments.study, provisional=True).plan

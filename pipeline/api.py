@@ -86,7 +86,7 @@ class Run:
     def results(self) -> dict[str, Any]:
         """results.json; while the run is not complete, the same of what is in the store so far."""
         from pipeline.opening import open_store
-        from pipeline.results import results
+        from pipeline.results.over_time import results
         from pipeline.workspace import RESULTS_FILE
 
         try:

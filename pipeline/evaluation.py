@@ -13,7 +13,7 @@ from merge_service.errors import UserError
 from pipeline.plan.facts import base_for_now, base_of, cache_of, ensure_data, stated
 from pipeline.plan.prompt_notes import prompt_notes
 from pipeline.plan.steps import TEST
-from pipeline.results import gm, ka, zs
+from pipeline.results.over_time import gm, ka, zs
 from pipeline.study.config import Study, load_study
 from workers.data.manifest import describe, verify
 from workers.data.seen import notes

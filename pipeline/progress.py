@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.plan.planner import Plan, TrajectoryPlan
-from pipeline.results import gm, ka, zs
+from pipeline.results.over_time import gm, ka, zs
 
 SHOWN = 20
 """Trajectories in the live view: those that were scored last."""

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pipeline.outbox import FILE, PLAN, Outbox
-from pipeline.results import table, winner
+from pipeline.results.over_time import table, winner
 from pipeline.study.config import Study
 from pipeline.tracking import Tracker, settle
 from pipeline.tracking_events import Projection, StudyFacts

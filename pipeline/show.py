@@ -22,8 +22,8 @@ from pipeline.console import BUSY, ERROR, GOOD, WARNING, complain
 from pipeline.console import console as made_console
 from pipeline.plan.steps import Plan, TrajectoryPlan
 from pipeline.progress import running_table, standings_table
-from pipeline.results import summary as standings
-from pipeline.results import winner
+from pipeline.results.over_time import summary as standings
+from pipeline.results.over_time import winner
 from pipeline.store.versions import mixed_text
 
 STATES = {"running": BUSY, "starting": BUSY, "done": GOOD, "failed": ERROR, "partial": WARNING}

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
-from pipeline import results
 from pipeline.outbox import Row
 from pipeline.plan.steps import BASE, Plan, Point, Step, TrajectoryPlan
-from pipeline.results import OverTime, seen, sentence_of
+from pipeline.results import over_time as results
+from pipeline.results.over_time import OverTime, seen, sentence_of
 from pipeline.store.artifact import Record
 from pipeline.store.versions import counted, mixed_text
 from pipeline.tracking_experts import ExpertRows

@@ -6,9 +6,9 @@ first or not; what was measured comes from the records.
 
 from collections.abc import Mapping
 
-from pipeline import results
 from pipeline.outbox import Row
 from pipeline.plan.steps import BASE, Step
+from pipeline.results import over_time as results
 from pipeline.store.artifact import Record
 from pipeline.tracking_index import EXPERTS, STUDY, Index, expert_key
 from pipeline.tracking_names import budget_text, flat

@@ -25,7 +25,7 @@ from pipeline.plan.planner import Plan, Step, base_step, make_plan
 from pipeline.plan.prompt_notes import prompt_notes
 from pipeline.plan.steps import Facts
 from pipeline.registry import register
-from pipeline.results import results, write_results
+from pipeline.results.over_time import results, write_results
 from pipeline.store.local import Store
 from pipeline.store.open import store_at
 from pipeline.study.config import Study, load_study

@@ -9,9 +9,9 @@ CIRCLES: dict[str, list[list[str]]] = {
 """Modules that lead back to themselves, by room."""
 STRAY = {
     "pipeline": "cli cli_files cli_options cli_studies cli_upkeep deadlines driver evaluation events gc jobs lanes lock merging opening others outbox "
-    "output progress recording registry results schedule show signals state_dicts status submit timeline tracking tracking_client "
-    "tracking_events tracking_experts tracking_export tracking_index tracking_lineage tracking_local tracking_names tracking_recorder "
-    "tracking_rows tracking_sink tracking_ui ui_server workspace"
+    "output progress recording registry schedule show signals state_dicts status submit timeline tracking tracking_client tracking_events "
+    "tracking_experts tracking_export tracking_index tracking_lineage tracking_local tracking_names tracking_recorder tracking_rows "
+    "tracking_sink tracking_ui ui_server workspace"
 }
 """Modules that have yet to move into a folder."""
 CROWDED = ["merge_service", "pipeline", "workers/data"]

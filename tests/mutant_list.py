@@ -201,15 +201,15 @@ BROKEN: dict[str, list[tuple[str, str, str]]] = {
         ("rank < LEAST_PER_CLASS", "rank < 1",
          "tests/workers/scoring/test_evaluate.py::test_subset_is_balanced_seeded_and_never_smaller_than_the_published_floors"),
     ],
-    "pipeline/results.py": [
+    "pipeline/results/over_time.py": [
         ("return mean(scores, held_out)", "return mean(scores, held_out[1:])",
-         "tests/pipeline/test_results.py::test_ka_zs_gm_are_unweighted_means_and_their_geometric_mean"),
+         "tests/pipeline/results/test_results.py::test_ka_zs_gm_are_unweighted_means_and_their_geometric_mean"),
         ("return mean(scores, adaptation)", "return mean(scores, adaptation[:1])",
-         "tests/pipeline/test_results.py::test_ka_zs_gm_are_unweighted_means_and_their_geometric_mean"),
+         "tests/pipeline/results/test_results.py::test_ka_zs_gm_are_unweighted_means_and_their_geometric_mean"),
         ("math.sqrt(ka * zs)", "(ka + zs) / 2",
-         "tests/pipeline/test_results.py::test_ka_zs_gm_are_unweighted_means_and_their_geometric_mean"),
+         "tests/pipeline/results/test_results.py::test_ka_zs_gm_are_unweighted_means_and_their_geometric_mean"),
         ("max(self._best.get(i, score), score)", "score",
-         "tests/pipeline/test_results.py::test_forgetting_is_the_mean_fall_from_the_best"),
+         "tests/pipeline/results/test_results.py::test_forgetting_is_the_mean_fall_from_the_best"),
     ],
     # timelines, the order of work, the driver
     "merge_service/timeline.py": [

@@ -23,7 +23,7 @@ from pipeline.report import figures as draw
 from pipeline.report.cost import costs, elapsed
 from pipeline.report.figures import Data, Figure, NoData
 from pipeline.report.page import page, records, spec_of, svg_of
-from pipeline.results import ReadOnce, results, sentence_of
+from pipeline.results.over_time import ReadOnce, results, sentence_of
 from pipeline.store.artifact import Record
 from pipeline.store.local import Store
 from pipeline.store.versions import counted, mixed_text

@@ -17,9 +17,9 @@ from pipeline.status import status_of
 from pipeline.store import versions
 from pipeline.store.local import Store
 from tests.pipeline.plan_toys import facts, make_plan, study
+from tests.pipeline.results.test_results import carry_out
 from tests.pipeline.store_toys import put
 from tests.pipeline.test_drive import Scene
-from tests.pipeline.test_results import carry_out
 
 
 def test_events_are_only_added_and_a_line_cut_by_a_crash_costs_itself_alone(tmp_path: Path) -> None:

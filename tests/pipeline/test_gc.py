@@ -19,8 +19,8 @@ from pipeline.store.open import store_at
 from pipeline.store.remote import MIRROR
 from pipeline.store.upkeep import upkeep
 from tests.pipeline.plan_toys import facts, make_plan, study
+from tests.pipeline.results.test_results import carry_out
 from tests.pipeline.s3_server import s3_server
-from tests.pipeline.test_results import carry_out
 
 
 @pytest.fixture(scope="module")

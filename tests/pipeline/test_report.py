@@ -17,7 +17,7 @@ from pipeline.plan.planner import Plan
 from pipeline.report import figures as draw
 from pipeline.report.build import draw_all, frames_of, write_report
 from pipeline.report.page import spec_of
-from pipeline.results import winner
+from pipeline.results.over_time import winner
 from tests.pipeline.report_toys import FULL, MERGED, PAIRS, invented, toy
 
 

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.lock import driver_lock, is_held, write_driver
-from pipeline.results import gm, ka, zs
+from pipeline.results.over_time import gm, ka, zs
 from pipeline.show import watch_status
 from pipeline.status import Look
 from pipeline.store.local import Store

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from merge_service.checkpoint import WEIGHTS_FILE
-from pipeline import results as found
 from pipeline.errors import CorruptArtifact
 from pipeline.plan.planner import Plan
+from pipeline.results import over_time as found
 from pipeline.store.artifact import Record
 from pipeline.store.local import Store
 from tests.pipeline.plan_toys import base_of, facts, make_plan, study
