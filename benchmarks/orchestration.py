@@ -38,7 +38,7 @@ def bare(study: Path, overrides: list[str], out: Path) -> None:
     """Every step of a study, one after another, in this process; prints the CPU seconds without imports and planning."""
     from merge_service.actor import Merger
     from pipeline.jobs import Jobs
-    from pipeline.workspace import Workspace
+    from pipeline.workspace.workspace import Workspace
     from workers.actors import Worker
 
     workspace = Workspace.open(study, overrides, out)
@@ -193,7 +193,7 @@ def workspace_of(experts: int, case: str, out: Path) -> Any:
     from pipeline.study.config import study_from
     from pipeline.study.sections import key_of
     from pipeline.study.streams import make_stream
-    from pipeline.workspace import Workspace
+    from pipeline.workspace.workspace import Workspace
 
     tasks = experts if case == "stream" else 10
     names = [f"d{number}" for number in range(1, tasks + 1)]

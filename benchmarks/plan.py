@@ -16,7 +16,7 @@ import yaml
 
 from pipeline.plan import file as plan_file
 from pipeline.status import status_of
-from pipeline.workspace import Workspace
+from pipeline.workspace.workspace import Workspace
 
 STRATEGIES = [
     "best_in_time",

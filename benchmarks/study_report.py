@@ -57,7 +57,7 @@ def main() -> None:
     arguments = parser.parse_args()
     from pipeline.report.build import write_report
     from pipeline.results.over_time import results
-    from pipeline.workspace import Workspace
+    from pipeline.workspace.workspace import Workspace
 
     plan = Workspace.open(arguments.study, provisional=True).plan
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,7 @@ def load_study(path: PathLike, overrides: Sequence[str] = ()) -> Study:
 
 def plan(study: Study, out: PathLike | None = None) -> dict[str, Any]:
     """What would run, as `temporal-merge plan --json` says it; nothing is written to `out`. Raises UserError."""
-    from pipeline.workspace import Workspace
+    from pipeline.workspace.workspace import Workspace
 
     return Workspace.of(study, _path(out), provisional=True).summary()
 
@@ -78,16 +78,16 @@ class Run:
     @cached_property
     def plan(self) -> "Plan":
         """Its trajectories and steps."""
-        from pipeline.opening import open_plan
+        from pipeline.workspace.opening import open_plan
 
         return open_plan(self.out)
 
     @cached_property
     def results(self) -> dict[str, Any]:
         """results.json; while the run is not complete, the same of what is in the store so far."""
-        from pipeline.opening import open_store
         from pipeline.results.over_time import results
-        from pipeline.workspace import RESULTS_FILE
+        from pipeline.workspace.opening import open_store
+        from pipeline.workspace.workspace import RESULTS_FILE
 
         try:
             found = json.loads((self.out / RESULTS_FILE).read_text(encoding="utf-8"))
@@ -115,8 +115,8 @@ class Run:
         Raises UserError when there is no such trajectory or t, or the weights are not there yet, and CorruptArtifact when
         they are damaged.
         """
-        from pipeline.opening import open_store
         from pipeline.plan.steps import BASE
+        from pipeline.workspace.opening import open_store
 
         known = {one.id: one for one in self.plan.trajectories}
         if trajectory not in known:

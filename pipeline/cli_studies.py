@@ -63,7 +63,7 @@ def plan(
     Example: temporal-merge plan configs/demo.yaml --json
     """
     from pipeline.show import show_plan
-    from pipeline.workspace import Workspace
+    from pipeline.workspace.workspace import Workspace
 
     workspace = Workspace.open(study, overrides or [], out, provisional=True)
     if save_streams is not None:

@@ -17,7 +17,7 @@ def verify(out: OutDir, as_json: AsJson = False) -> None:
 
     Ends with code 1 when something is wrong. Example: temporal-merge verify runs/demo
     """
-    from pipeline.opening import open_store
+    from pipeline.workspace.opening import open_store
 
     store = open_store(out)
     problems = store.verify()
@@ -52,7 +52,7 @@ def gc(
 
     Example: temporal-merge gc runs/demo --dry-run
     """
-    from pipeline.gc import collect, describe
+    from pipeline.workspace.gc import collect, describe
 
     answer = collect(out, dry_run, forget or [], set_aside)
     print_json(answer) if as_json else print("\n".join(describe(answer)))
@@ -90,9 +90,9 @@ def ui(
 
     Example: temporal-merge ui runs/demo
     """
-    from pipeline.opening import open_store
     from pipeline.tracking import ui_command, ui_url
     from pipeline.ui_server import check_port, serve
+    from pipeline.workspace.opening import open_store
 
     open_store(out)
     check_port(port)

@@ -29,18 +29,18 @@ from pipeline.events import Events
 from pipeline.files.disk import room_for
 from pipeline.jobs import Jobs
 from pipeline.lanes import Lane, Lanes
-from pipeline.lock import driver_lock, write_driver, write_last
 from pipeline.others import Others, other_versions
 from pipeline.output import steady
 from pipeline.plan.planner import Step
 from pipeline.progress import Progress, Standings, headline, outlook
 from pipeline.recording import Tracking
-from pipeline.registry import retire
 from pipeline.schedule import Schedule, ranks
 from pipeline.store.lease import Holder
 from pipeline.study.config import Study
 from pipeline.timeline import Timeline
-from pipeline.workspace import Workspace
+from pipeline.workspace.lock import driver_lock, write_driver, write_last
+from pipeline.workspace.registrations import retire
+from pipeline.workspace.workspace import Workspace
 
 TICK_SECONDS = 0.5
 LOOK_SECONDS = 5.0

@@ -16,7 +16,7 @@ from pipeline.identity import fingerprint
 from pipeline.plan.facts import cache_of
 from pipeline.plan.planner import Step
 from pipeline.study.sections import ModelResources
-from pipeline.workspace import Workspace
+from pipeline.workspace.workspace import Workspace
 from workers.jobs import EngineSpec, EvaluateJob, Source, TrainJob
 
 Job = TrainJob | MergeJob | EvaluateJob

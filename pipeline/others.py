@@ -12,7 +12,7 @@ from typing import Any, Self
 from pipeline.plan.planner import Step
 from pipeline.store import versions
 from pipeline.store.lease import Holder, Leases
-from pipeline.workspace import Workspace
+from pipeline.workspace.workspace import Workspace
 
 
 class Others:

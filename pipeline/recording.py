@@ -18,7 +18,7 @@ from pipeline.tracking import Tracker, settle
 from pipeline.tracking_events import Projection, StudyFacts
 from pipeline.tracking_index import STUDY
 from pipeline.tracking_recorder import Recorder
-from pipeline.workspace import Workspace
+from pipeline.workspace.workspace import Workspace
 
 CLOSE_SECONDS = 60.0
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.events import read_events
-from pipeline.lock import is_held, read_driver
-from pipeline.opening import open_plan, store_of
 from pipeline.outbox import glance
 from pipeline.progress import Standings, read_progress
 from pipeline.store.versions import mixed
+from pipeline.workspace.lock import is_held, read_driver
+from pipeline.workspace.opening import open_plan, store_of
 
 
 class Look:

@@ -21,7 +21,6 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from pipeline.errors import CorruptArtifact, StoreError, TrackingError
-from pipeline.opening import store_of
 from pipeline.outbox import Entry
 from pipeline.study.addresses import redact
 from pipeline.tracking_client import Limit, PatientClient, pages
@@ -33,6 +32,7 @@ from pipeline.tracking_local import (
     make_local_store,
     place,
 )
+from pipeline.workspace.opening import store_of
 
 PLAN_TAG = "temporal_merge.plan"
 RUN_TAG = "temporal_merge.run_key"

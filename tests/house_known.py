@@ -8,10 +8,10 @@ CIRCLES: dict[str, list[list[str]]] = {
 }
 """Modules that lead back to themselves, by room."""
 STRAY = {
-    "pipeline": "cli cli_files cli_options cli_studies cli_upkeep deadlines driver evaluation events gc jobs lanes lock merging opening others outbox "
-    "output progress recording registry schedule show signals state_dicts status submit timeline tracking tracking_client tracking_events "
-    "tracking_experts tracking_export tracking_index tracking_lineage tracking_local tracking_names tracking_recorder tracking_rows "
-    "tracking_sink tracking_ui ui_server workspace"
+    "pipeline": "cli cli_files cli_options cli_studies cli_upkeep deadlines driver evaluation events jobs lanes merging others outbox output progress "
+    "recording schedule show signals state_dicts status submit timeline tracking tracking_client tracking_events tracking_experts "
+    "tracking_export tracking_index tracking_lineage tracking_local tracking_names tracking_recorder tracking_rows tracking_sink "
+    "tracking_ui ui_server"
 }
 """Modules that have yet to move into a folder."""
 CROWDED = ["merge_service", "pipeline", "workers/data"]
@@ -52,10 +52,15 @@ VAGUE = [
     "pipeline/store/artifact.py:difference",
     "pipeline/store/local.py:StepLike.spec",
     "pipeline/store/local.py:Store.commit",
-    "pipeline/workspace.py:Workspace.summary",
-    "pipeline/workspace.py:Workspace.known",
-    "pipeline/workspace.py:Workspace.keep",
-    "pipeline/workspace.py:Workspace.write_results",
+    "pipeline/workspace/gc.py:collect",
+    "pipeline/workspace/gc.py:describe",
+    "pipeline/workspace/lock.py:write_driver",
+    "pipeline/workspace/lock.py:write_last",
+    "pipeline/workspace/lock.py:read_driver",
+    "pipeline/workspace/workspace.py:Workspace.summary",
+    "pipeline/workspace/workspace.py:Workspace.known",
+    "pipeline/workspace/workspace.py:Workspace.keep",
+    "pipeline/workspace/workspace.py:Workspace.write_results",
     "workers/scoring/evaluate.py:evaluate",
     "workers/scoring/evaluate.py:Encoder.images",
     "workers/scoring/stream_orders.py:measure",

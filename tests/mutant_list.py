@@ -58,21 +58,21 @@ BROKEN: dict[str, list[tuple[str, str, str]]] = {
         ("return _started(int(pid)) != int(started)", "return _started(int(pid)) is None",
          "tests/pipeline/store/test_store.py::test_sweep_spares_the_living_and_the_young_of_other_hosts"),
     ],
-    "pipeline/lock.py": [
+    "pipeline/workspace/lock.py": [
         ("        try:\n            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)\n            return", "        try:\n            return",
-         "tests/pipeline/test_gc.py::test_gc_refuses_while_a_driver_works_there_and_leaves_what_it_said"),
+         "tests/pipeline/workspace/test_gc.py::test_gc_refuses_while_a_driver_works_there_and_leaves_what_it_said"),
     ],
-    "pipeline/gc.py": [
+    "pipeline/workspace/gc.py": [
         ("entry.made_ms >= since", "entry.made_ms < 0",
-         "tests/pipeline/test_gc.py::test_what_was_made_since_a_running_study_registered_stays"),
+         "tests/pipeline/workspace/test_gc.py::test_what_was_made_since_a_running_study_registered_stays"),
         ("kept |= {fp[:DIGITS] for one in left for fp in one.fingerprints}", "kept |= set()",
-         "tests/pipeline/test_gc.py::test_what_another_study_refers_to_stays_until_it_is_forgotten_by_name"),
+         "tests/pipeline/workspace/test_gc.py::test_what_another_study_refers_to_stays_until_it_is_forgotten_by_name"),
     ],
-    "pipeline/registry.py": [
+    "pipeline/workspace/registrations.py": [
         ("return is_held(Path(self.out))", "return False",
-         "tests/pipeline/test_gc.py::test_what_was_made_since_a_running_study_registered_stays"),
+         "tests/pipeline/workspace/test_gc.py::test_what_was_made_since_a_running_study_registered_stays"),
         ("self.time_ms < _FOREIGN_MS", "self.time_ms < 0",
-         "tests/pipeline/test_gc.py::test_registration_from_another_host_counts_as_running_for_a_week_unless_it_retired"),
+         "tests/pipeline/workspace/test_gc.py::test_registration_from_another_host_counts_as_running_for_a_week_unless_it_retired"),
     ],
     # the outbox
     "pipeline/outbox.py": [

@@ -16,7 +16,6 @@ import vl_convert
 from merge_service.checkpoint import WEIGHTS_FILE
 from merge_service.errors import UserError
 from merge_service.similarity import similarity
-from pipeline.opening import open_plan, open_store
 from pipeline.plan.planner import Plan
 from pipeline.plan.steps import total_gflops
 from pipeline.report import figures as draw
@@ -28,6 +27,7 @@ from pipeline.store.artifact import Record
 from pipeline.store.local import Store
 from pipeline.store.versions import counted, mixed_text
 from pipeline.timeline import read_timeline
+from pipeline.workspace.opening import open_plan, open_store
 
 EXPERTS = 12
 """More experts than this make a heat map nobody reads; the first are compared."""

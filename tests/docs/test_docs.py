@@ -51,7 +51,7 @@ ELSEWHERE = {
     "ui": "tests/ui/test_mlflow_ui.py",
     "evaluate": "tests/pipeline/test_run.py",
     "check": "tests/pipeline/study/test_suites.py",
-    "gc": "tests/pipeline/test_gc.py",
+    "gc": "tests/pipeline/workspace/test_gc.py",
 }
 """Commands of ours that the documentation calls with placeholders, or that take long: there they run, here they are parsed."""
 

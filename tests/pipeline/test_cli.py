@@ -12,7 +12,7 @@ import typer
 from merge_service import techniques
 from pipeline.cli import PANELS, app
 from pipeline.cli_files import technique_names
-from pipeline.lock import driver_lock
+from pipeline.workspace.lock import driver_lock
 from tests.world import World, command
 
 COMMANDS = tuple(function.__name__ for commands in PANELS.values() for function in commands)
@@ -74,7 +74,7 @@ def test_technique_names_are_completed(cli) -> None:
 
 def test_sync_and_ui_answer_programs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr("pipeline.opening.open_store", lambda out: None)
+    monkeypatch.setattr("pipeline.workspace.opening.open_store", lambda out: None)
     monkeypatch.setattr("pipeline.tracking.ui_command", lambda out, port: ["mlflow", str(port)])
     monkeypatch.setattr("pipeline.tracking.ui_url", lambda out, port: f"http://127.0.0.1:{port}/x")
     monkeypatch.setattr("pipeline.tracking.sync", lambda out, say: (2, "it is down"))

@@ -17,7 +17,7 @@ from pipeline import driver
 from pipeline.errors import CorruptArtifact
 from pipeline.store.lease import Files, Leases
 from pipeline.timeline import read_timeline
-from pipeline.workspace import Workspace
+from pipeline.workspace.workspace import Workspace
 from tests.pipeline.plan_toys import facts, make_plan, study
 
 USAGE = SimpleNamespace(cpu_seconds=0.5, start=1.0, end=2.0, node="here", memory=1, gpu_memory=0)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import output
-from pipeline.lock import read_driver
 from pipeline.output import ReaderGone, Steady, steady
+from pipeline.workspace.lock import read_driver
 from tests.world import ROOT, Cluster, World, artifacts
 
 RUN = [sys.executable, "-m", "pipeline.cli"]

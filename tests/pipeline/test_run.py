@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from merge_service.merge import merge
-from pipeline.lock import read_driver
+from pipeline.workspace.lock import read_driver
 from tests.world import ROOT, STRATEGIES, TASKS, Cluster, World, artifacts, command
 
 pytestmark = pytest.mark.ray

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.opening import open_plan
 from pipeline.store.lease import Files
 from pipeline.store.remote import MIRROR
 from pipeline.timeline import read_timeline
+from pipeline.workspace.opening import open_plan
 from tests.pipeline.s3_server import s3_server
 from tests.world import TASKS, Cluster, World, command, start
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.opening import open_plan
 from pipeline.study.streams import load
+from pipeline.workspace.opening import open_plan
 from tests.world import TASKS, Cluster, World, command
 
 pytestmark = pytest.mark.ray

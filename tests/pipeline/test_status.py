@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipeline.lock import driver_lock, is_held, write_driver
 from pipeline.results.over_time import gm, ka, zs
 from pipeline.show import watch_status
 from pipeline.status import Look
 from pipeline.store.local import Store
+from pipeline.workspace.lock import driver_lock, is_held, write_driver
 from tests.pipeline.tracked_study import Tracked, finished_study
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from merge_service.errors import UserError
 from pipeline.errors import PlanError, StorageFull
-from pipeline.opening import open_plan
 from pipeline.plan import file as plan_file
 from pipeline.plan.planner import Plan
+from pipeline.workspace.opening import open_plan
 from tests.pipeline.plan_toys import facts, make_plan, study
 
 STRATEGIES = [

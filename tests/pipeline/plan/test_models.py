@@ -17,7 +17,7 @@ from pipeline.evaluation import score
 from pipeline.plan.facts import base_identity, gather
 from pipeline.study.config import load_study
 from pipeline.study.sections import ModelSection
-from pipeline.workspace import Workspace
+from pipeline.workspace.workspace import Workspace
 from tests.world import MODEL, World, make_world
 from workers.models.base import MAX_LOGIT_SCALE
 from workers.models.model import export_base, load, save

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.opening import store_of
 from pipeline.store.local import Store
 from pipeline.store.open import store_at
 from pipeline.study.config import study_from
 from pipeline.study.sections import StorageSection
+from pipeline.workspace.opening import store_of
 from tests.pipeline.plan_toys import facts, make_plan, study
 
 

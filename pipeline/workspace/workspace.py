@@ -24,13 +24,13 @@ from pipeline.plan.file import study_of, write
 from pipeline.plan.planner import Plan, Step, base_step, make_plan
 from pipeline.plan.prompt_notes import prompt_notes
 from pipeline.plan.steps import Facts
-from pipeline.registry import register
 from pipeline.results.over_time import results, write_results
 from pipeline.store.local import Store
 from pipeline.store.open import store_at
 from pipeline.study.config import Study, load_study
 from pipeline.study.sections import ModelSection, key_of
 from pipeline.study.streams import save
+from pipeline.workspace.registrations import register
 from workers.models.configuration import HUB
 
 STREAMS = "streams"

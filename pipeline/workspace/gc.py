@@ -14,13 +14,13 @@ from typing import Any
 
 from merge_service.errors import UserError
 from pipeline.errors import StoreError
-from pipeline.lock import driver_lock, read_driver, write_driver
-from pipeline.opening import open_plan, open_store
 from pipeline.plan.planner import Plan
-from pipeline.registry import Registration, registration, registrations
 from pipeline.store.local import Store
 from pipeline.store.names import DIGITS
 from pipeline.store.upkeep import Entry, Upkeep, sizes_of, upkeep
+from pipeline.workspace.lock import driver_lock, read_driver, write_driver
+from pipeline.workspace.opening import open_plan, open_store
+from pipeline.workspace.registrations import Registration, registration, registrations
 
 
 def collect(out: Path, dry_run: bool, forget: list[str], set_aside: bool) -> dict[str, Any]:

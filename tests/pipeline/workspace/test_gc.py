@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from pipeline.lock import driver_lock, write_driver
 from pipeline.plan.planner import Plan
-from pipeline.registry import register, registrations, retire
 from pipeline.store.local import Store
 from pipeline.store.open import store_at
 from pipeline.store.remote import MIRROR
 from pipeline.store.upkeep import upkeep
+from pipeline.workspace.lock import driver_lock, write_driver
+from pipeline.workspace.registrations import register, registrations, retire
 from tests.pipeline.plan_toys import facts, make_plan, study
 from tests.pipeline.results.test_results import carry_out
 from tests.pipeline.s3_server import s3_server

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import StoreError
-from pipeline.lock import is_held
 from pipeline.plan.planner import Plan
 from pipeline.store.local import Store
 from pipeline.store.upkeep import Upkeep, upkeep
+from pipeline.workspace.lock import is_held
 
 _FOREIGN_MS = 7 * 24 * 3600 * 1000
 
