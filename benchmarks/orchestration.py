@@ -236,7 +236,7 @@ def scale(experts: int, case: str, tracking: bool, target: Path) -> None:
     from benchmarks.orchestration import Nothing as importable
     from cluster.session import connect
     from pipeline import driver
-    from pipeline.recording import Tracking
+    from pipeline.tracking.session import Tracking
 
     samples: list[tuple[float, float, float]] = []
 
@@ -250,7 +250,7 @@ def scale(experts: int, case: str, tracking: bool, target: Path) -> None:
         workspace = workspace_of(experts, case, Path(room) / "out")
         workspace.out.mkdir()
         _prepare(workspace)
-        stopped = patch("pipeline.tracking.Tracker.start") if not tracking else patch("os.nice")
+        stopped = patch("pipeline.tracking.tracker.Tracker.start") if not tracking else patch("os.nice")
         with (
             patch("pipeline.lanes.Worker", importable),
             patch("pipeline.lanes.Merger", importable),

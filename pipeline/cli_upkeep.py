@@ -63,7 +63,7 @@ def sync(out: OutDir, as_json: AsJson = False) -> None:
 
     Ends with code 1 while something is left. Example: temporal-merge sync runs/demo
     """
-    from pipeline.tracking import sync as deliver
+    from pipeline.tracking.tracker import sync as deliver
 
     def say(left: int) -> None:
         print(f"{out}: {left} rows to go", file=sys.stderr, flush=True)
@@ -90,8 +90,8 @@ def ui(
 
     Example: temporal-merge ui runs/demo
     """
-    from pipeline.tracking import ui_command, ui_url
-    from pipeline.ui_server import check_port, serve
+    from pipeline.tracking.mlflow.ui_server import check_port, serve
+    from pipeline.tracking.tracker import ui_command, ui_url
     from pipeline.workspace.opening import open_store
 
     open_store(out)

@@ -33,11 +33,11 @@ from pipeline.others import Others, other_versions
 from pipeline.output import steady
 from pipeline.plan.planner import Step
 from pipeline.progress import Progress, Standings, headline, outlook
-from pipeline.recording import Tracking
 from pipeline.schedule import Schedule, ranks
 from pipeline.store.lease import Holder
 from pipeline.study.config import Study
 from pipeline.timeline import Timeline
+from pipeline.tracking.session import Tracking
 from pipeline.workspace.lock import driver_lock, write_driver, write_last
 from pipeline.workspace.registrations import retire
 from pipeline.workspace.workspace import Workspace

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.events import read_events
-from pipeline.outbox import glance
 from pipeline.progress import Standings, read_progress
 from pipeline.store.versions import mixed
+from pipeline.tracking.outbox import glance
 from pipeline.workspace.lock import is_held, read_driver
 from pipeline.workspace.opening import open_plan, store_of
 

@@ -8,10 +8,8 @@ CIRCLES: dict[str, list[list[str]]] = {
 }
 """Modules that lead back to themselves, by room."""
 STRAY = {
-    "pipeline": "cli cli_files cli_options cli_studies cli_upkeep deadlines driver evaluation events jobs lanes merging others outbox output progress "
-    "recording schedule show signals state_dicts status submit timeline tracking tracking_client tracking_events tracking_experts "
-    "tracking_export tracking_index tracking_lineage tracking_local tracking_names tracking_recorder tracking_rows tracking_sink "
-    "tracking_ui ui_server"
+    "pipeline": "cli cli_files cli_options cli_studies cli_upkeep deadlines driver evaluation events jobs lanes merging others output progress schedule "
+    "show signals state_dicts status submit timeline"
 }
 """Modules that have yet to move into a folder."""
 CROWDED = ["merge_service", "pipeline", "workers/data"]
@@ -23,8 +21,8 @@ LONG_LISTS = {
         "pipeline/plan/draft.py:Steps.add",
         "pipeline/plan/planner.py:Planner.add",
         "pipeline/report/page.py:page",
-        "pipeline/tracking.py:Tracker.__init__",
-        "pipeline/tracking_rows.py:Rows.run",
+        "pipeline/tracking/rows/rows.py:Rows.run",
+        "pipeline/tracking/tracker.py:Tracker.__init__",
     ],
     "workers": ["workers/training/batch_norm.py:OverRanks._function"],
 }

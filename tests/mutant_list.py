@@ -75,17 +75,17 @@ BROKEN: dict[str, list[tuple[str, str, str]]] = {
          "tests/pipeline/workspace/test_gc.py::test_registration_from_another_host_counts_as_running_for_a_week_unless_it_retired"),
     ],
     # the outbox
-    "pipeline/outbox.py": [
+    "pipeline/tracking/outbox.py": [
         ("PRAGMA synchronous=FULL", "PRAGMA synchronous=OFF",
          "tests/faults/test_power_cut.py::test_row_of_the_outbox_is_safe_when_append_returns"),
         ("ORDER BY seq LIMIT ?", "ORDER BY key LIMIT ?",
-         "tests/pipeline/test_outbox.py::test_rows_come_in_the_order_they_were_appended"),
+         "tests/pipeline/tracking/test_outbox.py::test_rows_come_in_the_order_they_were_appended"),
         ("known[0] != text", "known[0] == text",
-         "tests/pipeline/test_outbox.py::test_replacing_row_goes_to_the_end_and_is_pending_again"),
+         "tests/pipeline/tracking/test_outbox.py::test_replacing_row_goes_to_the_end_and_is_pending_again"),
     ],
-    "pipeline/tracking_client.py": [
+    "pipeline/tracking/mlflow/client.py": [
         ("name in ONCE", "name not in ONCE",
-         "tests/pipeline/test_tracking_client.py::test_question_is_asked_again_until_it_is_answered"),
+         "tests/pipeline/tracking/test_tracking_client.py::test_question_is_asked_again_until_it_is_answered"),
     ],
     # the merge engine: thresholds, masks, order of summation, ties
     "merge_service/thresholds.py": [

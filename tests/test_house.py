@@ -50,7 +50,7 @@ SAID = (("pipeline", "report"), ("pipeline", "claims"))
 """Where results are told to people."""
 HEAVY = {
     "ray": lambda path: path.parts[0] == "cluster" or path.name == "actors.py",
-    "mlflow": lambda path: path.parts[0] == "pipeline" and path.stem.startswith("tracking"),
+    "mlflow": lambda path: path.parts[:3] == ("pipeline", "tracking", "mlflow"),
     "deepspeed": lambda path: path.parts[:3] == ("workers", "training", "engines"),
     "torch": lambda path: path.parts[0] == "workers" or path.name in ("device.py", "state_dicts.py"),
     "webdataset": lambda path: path.parts[:2] == ("workers", "data"),

@@ -67,7 +67,7 @@ def build_report(out: Path) -> dict[str, Any]:
 
 def file_report(out: Path, answer: Mapping[str, Any]) -> tuple[int, str | None]:
     """File a report's page and pictures with the study's run in MLflow: (rows still pending, why)."""
-    from pipeline.tracking import file_with_study
+    from pipeline.tracking.tracker import file_with_study
 
     pictures = [path for path in answer["figures"] if path.endswith(".png")]
     names = [str(Path(path).relative_to(out)) for path in (answer["html"], *pictures)]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.store.local import Store
-from pipeline.tracking_export import export
+from pipeline.tracking.mlflow.export import export
 from pipeline.workspace.lock import is_held
 from tests.world import Cluster, artifacts, command
 

@@ -17,8 +17,8 @@ import pytest
 
 from merge_service.writer import CheckpointWriter
 from pipeline.errors import StorageFull, TrackingError
-from pipeline.outbox import Outbox
 from pipeline.store.local import Store
+from pipeline.tracking.outbox import Outbox
 from pipeline.workspace.lock import driver_lock, write_driver
 from tests.faults.harness import Faults, created, must_go_on, wait_until
 from tests.pipeline.store_toys import ToyStep, put

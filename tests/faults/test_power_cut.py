@@ -27,7 +27,7 @@ put(store, content={"weights.bin": b"w" * 9000, "deeper/config.json": b"{}"})
 APPEND = """
 import sys
 from pathlib import Path
-from pipeline.outbox import Outbox
+from pipeline.tracking.outbox import Outbox
 root = Path(sys.argv[1])
 root.mkdir()
 box = Outbox(root / "outbox.db")

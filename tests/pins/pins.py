@@ -30,7 +30,7 @@ from pipeline.plan.steps import DatasetFacts, Facts, ModelFacts
 from pipeline.study.config import load_study, study_from
 from pipeline.study.sections import key_of
 from pipeline.study.streams import datasets_of, make_stream
-from pipeline.tracking_local import LOCAL_DB
+from pipeline.tracking.mlflow.local import LOCAL_DB
 from tests.merge_service.toys import dyadic, moved, save, towers
 from tests.pipeline.tracked_study import deliver, exported, finished_study
 from workers.data.mini import ROLES

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.tracking_local import LOCAL_DB
+from pipeline.tracking.mlflow.local import LOCAL_DB
 from tests.pipeline.tracked_study import Tracked, finished_study
 
 

@@ -75,12 +75,13 @@ def test_technique_names_are_completed(cli) -> None:
 def test_sync_and_ui_answer_programs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli) -> None:
     started: list[list[str]] = []
     monkeypatch.setattr("pipeline.workspace.opening.open_store", lambda out: None)
-    monkeypatch.setattr("pipeline.tracking.ui_command", lambda out, port: ["mlflow", str(port)])
-    monkeypatch.setattr("pipeline.tracking.ui_url", lambda out, port: f"http://127.0.0.1:{port}/x")
-    monkeypatch.setattr("pipeline.tracking.sync", lambda out, say: (2, "it is down"))
-    monkeypatch.setattr("pipeline.ui_server.check_port", lambda port: None)
+    monkeypatch.setattr("pipeline.tracking.tracker.ui_command", lambda out, port: ["mlflow", str(port)])
+    monkeypatch.setattr("pipeline.tracking.tracker.ui_url", lambda out, port: f"http://127.0.0.1:{port}/x")
+    monkeypatch.setattr("pipeline.tracking.tracker.sync", lambda out, say: (2, "it is down"))
+    monkeypatch.setattr("pipeline.tracking.mlflow.ui_server.check_port", lambda port: None)
     monkeypatch.setattr(
-        "pipeline.ui_server.serve", lambda command, url, ready: (started.append(command), ready(), 0)[-1]
+        "pipeline.tracking.mlflow.ui_server.serve",
+        lambda command, url, ready: (started.append(command), ready(), 0)[-1],
     )
     assert json.loads(cli("ui", tmp_path, "--port", "5012", "--json").out) == {
         "url": "http://127.0.0.1:5012/x"

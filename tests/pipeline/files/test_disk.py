@@ -15,10 +15,10 @@ from merge_service.errors import UserError
 from pipeline import cli
 from pipeline.errors import StorageFull
 from pipeline.files.disk import explain, write_whole
-from pipeline.outbox import FILE, Outbox
 from pipeline.results.over_time import write_results
 from pipeline.store.local import Store
-from pipeline.tracking import sync
+from pipeline.tracking.outbox import FILE, Outbox
+from pipeline.tracking.tracker import sync
 from pipeline.workspace.lock import DRIVER_FILE, driver_lock, is_held, read_driver, write_driver, write_last
 from tests.pipeline.store_toys import put
 

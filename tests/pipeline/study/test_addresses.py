@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.outbox import FILE, Outbox
 from pipeline.study.addresses import redact, secret_in
 from pipeline.study.config import study_from
-from pipeline.tracking import Tracker
+from pipeline.tracking.outbox import FILE, Outbox
+from pipeline.tracking.tracker import Tracker
 from tests.pipeline.plan_toys import study
 
 SECRET = "hunter2"

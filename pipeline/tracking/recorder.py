@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.errors import TrackingError
-from pipeline.outbox import PLAN, RESULTS, Outbox, Row
 from pipeline.plan.steps import Step
 from pipeline.store.artifact import Record
-from pipeline.tracking_events import Projection
-from pipeline.tracking_index import STUDY
+from pipeline.tracking.outbox import PLAN, RESULTS, Outbox, Row
+from pipeline.tracking.rows.events import Projection
+from pipeline.tracking.rows.index import STUDY
 
 
 class Recorder:

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from pipeline.outbox import glance
-from pipeline.recording import Tracking
 from pipeline.store.local import Store
 from pipeline.study.config import study_from
-from pipeline.tracking import Tracker, sync
-from pipeline.tracking_local import local_uri
+from pipeline.tracking.mlflow.local import local_uri
+from pipeline.tracking.outbox import glance
+from pipeline.tracking.session import Tracking
+from pipeline.tracking.tracker import Tracker, sync
 from tests.pipeline.tracked_study import EXPERIMENT, Tracked, deliver, exported
 
 FIRST, CHANGED = {"tasks": ("animals",)}, {"tasks": ("animals", "scripts")}

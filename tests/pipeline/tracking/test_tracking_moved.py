@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.tracking import FlushLock, sync, ui_command
-from pipeline.tracking_local import LOCAL_ARTIFACTS, LOCAL_DB, follow_home, local_uri
+from pipeline.tracking.mlflow.local import LOCAL_ARTIFACTS, LOCAL_DB, follow_home, local_uri
+from pipeline.tracking.tracker import FlushLock, sync, ui_command
 from tests.pipeline.tracked_study import Tracked, deliver, exported
 
 WEIGHTS = "open_clip_model.safetensors"

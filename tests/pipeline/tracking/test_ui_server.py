@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import TrackingError
-from pipeline.tracking_ui import WORD, WORD_HEADER
-from pipeline.ui_server import check_port, serve
+from pipeline.tracking.mlflow.ui import WORD, WORD_HEADER
+from pipeline.tracking.mlflow.ui_server import check_port, serve
 from tests.world import free_port
 
 SERVER = """

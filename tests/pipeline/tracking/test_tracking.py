@@ -20,20 +20,20 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ConfigError, TrackingError
-from pipeline.outbox import FILE, Entry, Outbox, glance
-from pipeline.tracking import FlushLock, Tracker, file_with_study, sync, ui_command, ui_url
-from pipeline.tracking_client import TIMEOUT_VARIABLE, TRIES
-from pipeline.tracking_local import (
+from pipeline.tracking.mlflow.client import TIMEOUT_VARIABLE, TRIES
+from pipeline.tracking.mlflow.local import (
     LOCAL_ARTIFACTS,
     LOCAL_DB,
     guard_environment,
     local_uri,
     make_local_store,
 )
-from pipeline.tracking_sink import _EXPERIMENT_TAGS, MlflowSink, Refused
+from pipeline.tracking.mlflow.sink import _EXPERIMENT_TAGS, MlflowSink, Refused
+from pipeline.tracking.outbox import FILE, Entry, Outbox, glance
+from pipeline.tracking.tracker import FlushLock, Tracker, file_with_study, sync, ui_command, ui_url
 from tests.pipeline.tracked_study import EXPERIMENT, START_MS, Tracked, deliver, exported, finished_study
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +162,8 @@ KILLER = """
 import os, signal, sys
 from pathlib import Path
 from tests.pipeline import tracked_study
-from pipeline.outbox import FILE, Outbox
-from pipeline.tracking import Tracker
+from pipeline.tracking.outbox import FILE, Outbox
+from pipeline.tracking.tracker import Tracker
 
 out, at = Path(sys.argv[1]), int(sys.argv[2])
 sent = 0
@@ -336,8 +336,8 @@ def test_server_that_takes_longer_than_the_first_time_limit_receives_its_rows(
 ) -> None:
     """A limit of 1 s that grows to 2 s: a server that needs 1.3 s is served, one that never answers is given up and named."""
     monkeypatch.delenv(TIMEOUT_VARIABLE, raising=False)
-    monkeypatch.setattr("pipeline.tracking_client.TIMEOUTS", (1, 2))
-    monkeypatch.setattr("pipeline.tracking.SYNC_PATIENCE", 1.0)
+    monkeypatch.setattr("pipeline.tracking.mlflow.client.TIMEOUTS", (1, 2))
+    monkeypatch.setattr("pipeline.tracking.tracker.SYNC_PATIENCE", 1.0)
     slow = Slow(seconds)
     with Server(slow) as server:
         outbox = Outbox(tmp_path / FILE)
@@ -445,7 +445,7 @@ def test_usual_artifact_places_are_accepted(tmp_path: Path) -> None:
 @pytest.mark.fault("F12")
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "a\0b", "é"])
 def test_artifact_names_cannot_leave_their_directory(tmp_path: Path, name: str) -> None:
-    from pipeline.tracking_sink import _safe_name
+    from pipeline.tracking.mlflow.sink import _safe_name
 
     with pytest.raises(Refused):
         _safe_name(name)
@@ -508,8 +508,8 @@ def test_sync_waits_for_another_process_in_a_request_and_then_delivers(
 ) -> None:
     """It may be in a request as long as one may take: three seconds here, and it lets go before."""
     monkeypatch.delenv(TIMEOUT_VARIABLE, raising=False)
-    monkeypatch.setattr("pipeline.tracking_client.TIMEOUTS", (1, 2))
-    monkeypatch.setattr("pipeline.tracking.SYNC_PATIENCE", 0.1)
+    monkeypatch.setattr("pipeline.tracking.mlflow.client.TIMEOUTS", (1, 2))
+    monkeypatch.setattr("pipeline.tracking.tracker.SYNC_PATIENCE", 0.1)
     have: list[str] = []
     sink: Any = SimpleNamespace(deliver=lambda entry: have.append(entry.key), forget=lambda: None)
     outbox = Outbox(tmp_path / FILE)
@@ -610,7 +610,7 @@ def test_ui_and_sync_of_a_directory_without_a_run_say_so(tmp_path: Path) -> None
 
 
 def test_tracking_modules_do_not_import_mlflow_before_it_is_needed() -> None:
-    code = "import pipeline.tracking, pipeline.tracking_recorder, sys; sys.exit('mlflow' in sys.modules or 'torch' in sys.modules)"
+    code = "import pipeline.tracking.tracker, pipeline.tracking.recorder, sys; sys.exit('mlflow' in sys.modules or 'torch' in sys.modules)"
     assert (
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ}, timeout=60).returncode == 0
     )

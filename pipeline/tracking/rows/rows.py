@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.outbox import Row
+from pipeline.tracking.outbox import Row
 
 NOT_FINITE_TAG = "not_finite"
 

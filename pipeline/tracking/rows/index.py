@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from pipeline.plan.steps import BASE, Plan, Point, TrajectoryPlan
-from pipeline.tracking_names import expert_names, trajectory_names
+from pipeline.tracking.rows.names import expert_names, trajectory_names
 
 STUDY = "study"
 EXPERTS = "experts"

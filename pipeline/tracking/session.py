@@ -11,13 +11,13 @@ from importlib.metadata import version
 from types import TracebackType
 from typing import Any, Self
 
-from pipeline.outbox import FILE, PLAN, Outbox
 from pipeline.results.over_time import table, winner
 from pipeline.study.config import Study
-from pipeline.tracking import Tracker, settle
-from pipeline.tracking_events import Projection, StudyFacts
-from pipeline.tracking_index import STUDY
-from pipeline.tracking_recorder import Recorder
+from pipeline.tracking.outbox import FILE, PLAN, Outbox
+from pipeline.tracking.recorder import Recorder
+from pipeline.tracking.rows.events import Projection, StudyFacts
+from pipeline.tracking.rows.index import STUDY
+from pipeline.tracking.tracker import Tracker, settle
 from pipeline.workspace.workspace import Workspace
 
 CLOSE_SECONDS = 60.0

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.outbox import Row
-from pipeline.tracking_names import flat, metric_name, plain
-from pipeline.tracking_rows import Metrics
+from pipeline.tracking.outbox import Row
+from pipeline.tracking.rows.names import flat, metric_name, plain
+from pipeline.tracking.rows.rows import Metrics
 from tests.pipeline.tracked_study import START_MS, Tracked, finished_study
 
 
@@ -95,7 +95,7 @@ def test_experts_with_replay_and_of_a_recipe_grid_are_told_apart(tmp_path: Path)
 def test_lineage_of_very_many_experts_names_the_newest_and_counts_all(
     study: Tracked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.tracking_lineage.LISTED", 2)
+    monkeypatch.setattr("pipeline.tracking.rows.lineage.LISTED", 2)
     models = {body["name"]: body for body in of(rows_of(study), "model")}
     for strategy in ("best_in_time", "offline_merging"):
         lineage = models[f"{strategy}-t3-photos_b-seed0"]["manifest"]["lineage"]

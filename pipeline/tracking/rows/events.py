@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
-from pipeline.outbox import Row
 from pipeline.plan.steps import BASE, Plan, Point, Step, TrajectoryPlan
 from pipeline.results import over_time as results
 from pipeline.results.over_time import OverTime, seen, sentence_of
 from pipeline.store.artifact import Record
 from pipeline.store.versions import counted, mixed_text
-from pipeline.tracking_experts import ExpertRows
-from pipeline.tracking_index import (
+from pipeline.tracking.outbox import Row
+from pipeline.tracking.rows.experts import ExpertRows
+from pipeline.tracking.rows.index import (
     EXPERTS,
     STUDY,
     Index,
@@ -33,8 +33,8 @@ from pipeline.tracking_index import (
     steps_of,
     trajectory_key,
 )
-from pipeline.tracking_lineage import Lineage
-from pipeline.tracking_names import (
+from pipeline.tracking.rows.lineage import Lineage
+from pipeline.tracking.rows.names import (
     flat,
     metric_name,
     model_name,
@@ -44,7 +44,7 @@ from pipeline.tracking_names import (
     strategy_tags,
     trajectory_note,
 )
-from pipeline.tracking_rows import Metrics, Rows
+from pipeline.tracking.rows.rows import Metrics, Rows
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,14 @@ from merge_service.faults import point
 from pipeline.console import WARNING, complain
 from pipeline.errors import ConfigError, TrackingError
 from pipeline.files.disk import NO_LOCKS
-from pipeline.outbox import FILE, Entry, Outbox
 from pipeline.study.addresses import CREDENTIALS, redact, refuse_secret
-from pipeline.tracking_client import Limit
-from pipeline.tracking_index import STUDY
-from pipeline.tracking_local import LOCAL_ARTIFACTS, LOCAL_DB, follow_home, local_uri, make_local_store
-from pipeline.tracking_rows import Rows
-from pipeline.tracking_sink import MlflowSink, Refused
-from pipeline.tracking_ui import APP, DOOR
+from pipeline.tracking.mlflow.client import Limit
+from pipeline.tracking.mlflow.local import LOCAL_ARTIFACTS, LOCAL_DB, follow_home, local_uri, make_local_store
+from pipeline.tracking.mlflow.sink import MlflowSink, Refused
+from pipeline.tracking.mlflow.ui import APP, DOOR
+from pipeline.tracking.outbox import FILE, Entry, Outbox
+from pipeline.tracking.rows.index import STUDY
+from pipeline.tracking.rows.rows import Rows
 
 LOCK = "tracking.lock"
 _FIRST_BACKOFF, _LAST_BACKOFF = 0.5, 30.0

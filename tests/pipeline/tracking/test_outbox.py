@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import TrackingError
-from pipeline.outbox import FILE, Outbox, Row, glance
+from pipeline.tracking.outbox import FILE, Outbox, Row, glance
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_file_that_is_no_outbox_is_named(tmp_path: Path) -> None:
 @pytest.mark.fault("F2")
 def test_rows_survive_a_kill_right_after_append(tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys; from pathlib import Path; from pipeline.outbox import Outbox\n"
+        "import os, signal, sys; from pathlib import Path; from pipeline.tracking.outbox import Outbox\n"
         "box = Outbox(Path(sys.argv[1]))\n"
         "for i in range(5): box.append(str(i), {'i': i}, i)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"

@@ -6,13 +6,13 @@ first or not; what was measured comes from the records.
 
 from collections.abc import Mapping
 
-from pipeline.outbox import Row
 from pipeline.plan.steps import BASE, Step
 from pipeline.results import over_time as results
 from pipeline.store.artifact import Record
-from pipeline.tracking_index import EXPERTS, STUDY, Index, expert_key
-from pipeline.tracking_names import budget_text, flat
-from pipeline.tracking_rows import Metrics, Rows
+from pipeline.tracking.outbox import Row
+from pipeline.tracking.rows.index import EXPERTS, STUDY, Index, expert_key
+from pipeline.tracking.rows.names import budget_text, flat
+from pipeline.tracking.rows.rows import Metrics, Rows
 
 
 class ExpertRows:

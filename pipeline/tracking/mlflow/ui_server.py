@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 from merge_service.errors import UserError
 from pipeline.errors import TrackingError
-from pipeline.tracking_ui import WORD, WORD_HEADER
+from pipeline.tracking.mlflow.ui import WORD, WORD_HEADER
 
 HOST = "127.0.0.1"
 START_SECONDS, END_SECONDS = 180.0, 10.0

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.tracking import Tracker
-from pipeline.tracking_export import export
+from pipeline.tracking.mlflow.export import export
+from pipeline.tracking.tracker import Tracker
 from tests.pipeline.tracked_study import Tracked, finished_study
 from tests.servers import serving
 

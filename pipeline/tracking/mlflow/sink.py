@@ -21,10 +21,9 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from pipeline.errors import CorruptArtifact, StoreError, TrackingError
-from pipeline.outbox import Entry
 from pipeline.study.addresses import redact
-from pipeline.tracking_client import Limit, PatientClient, pages
-from pipeline.tracking_local import (
+from pipeline.tracking.mlflow.client import Limit, PatientClient, pages
+from pipeline.tracking.mlflow.local import (
     LOCAL_ARTIFACTS,
     follow_home,
     guard_environment,
@@ -32,6 +31,7 @@ from pipeline.tracking_local import (
     make_local_store,
     place,
 )
+from pipeline.tracking.outbox import Entry
 from pipeline.workspace.opening import store_of
 
 PLAN_TAG = "temporal_merge.plan"

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import TrackingError
-from pipeline.tracking_client import pages
-from pipeline.tracking_local import guard_environment
-from pipeline.tracking_sink import MODEL_ID_TAG, MODEL_TAG, PLAN_TAG, RUN_TAG
+from pipeline.tracking.mlflow.client import pages
+from pipeline.tracking.mlflow.local import guard_environment
+from pipeline.tracking.mlflow.sink import MODEL_ID_TAG, MODEL_TAG, PLAN_TAG, RUN_TAG
 
 DURATIONS = frozenset({"merge_seconds", "train_seconds", "samples_per_second"})
 _VOLATILE_TAGS = frozenset({"mlflow.user", "mlflow.parentRunId", "mlflow.log-model.history", "code_version"})

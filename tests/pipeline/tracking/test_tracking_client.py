@@ -4,7 +4,15 @@ from typing import Any
 
 import pytest
 
-from pipeline.tracking_client import ONCE, TIMEOUT_VARIABLE, TIMEOUTS, TRIES, Limit, PatientClient, TooSlow
+from pipeline.tracking.mlflow.client import (
+    ONCE,
+    TIMEOUT_VARIABLE,
+    TIMEOUTS,
+    TRIES,
+    Limit,
+    PatientClient,
+    TooSlow,
+)
 
 
 class Failure(Exception):
