@@ -19,7 +19,7 @@ from merge_service.errors import IncompatibleCheckpoint, UserError
 from merge_service.timeline import needs_experts
 from pipeline.errors import PlanError
 from pipeline.identity import fingerprint
-from pipeline.plan.steps import TEST, TRAIN, DatasetFacts, Described, Facts, ModelFacts
+from pipeline.plan.steps import TRAIN, DatasetFacts, Described, Facts, ModelFacts
 from pipeline.store.artifact import hash_file
 from pipeline.study.config import Study
 from pipeline.study.sections import ModelSection, key_of
@@ -105,10 +105,8 @@ def _surveys(study: Study, datasets: Iterable[str], cache: Path) -> dict[str, di
     replayed = roles.pretraining if any(cell.recipe.mixture.pretraining > 0 for cell in study.cells) else ()
     found: dict[str, dict[str, Survey]] = {}
     for name in datasets:
-        wanted = {
-            TRAIN: name in learnt or name in replayed,
-            TEST: name in learnt or name in roles.held_out,
-        }
+        wanted = {TRAIN: name in learnt or name in replayed}
+        wanted |= dict.fromkeys(study.splits, name in learnt or name in roles.held_out)
         splits = [split for split, read in wanted.items() if read]
         unread = unread_bytes(study.data_root, name, splits, cache)
         if unread >= LARGE_BYTES:
@@ -124,7 +122,7 @@ def _surveys(study: Study, datasets: Iterable[str], cache: Path) -> dict[str, di
 def _facts_of(info: Described, surveys: Mapping[str, Survey]) -> DatasetFacts:
     facts = DatasetFacts.of(info)
     digests = {
-        split: content_digest(info.splits[split], survey, scored=split == TEST)
+        split: content_digest(info.splits[split], survey, scored=split != TRAIN)
         for split, survey in surveys.items()
     }
     return replace(facts, digests={**facts.digests, **digests})
