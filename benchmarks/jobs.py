@@ -13,7 +13,7 @@ from workers.jobs import EngineSpec, Source, TrainJob
 from workers.training.recipe import REPLAY, Recipe
 
 TINY = Path(__file__).parents[1] / "configs" / "models" / "tiny-clip"
-TASKS = ("animals", "scripts", "photos_b", "icon_style", "emoji_group", "skin_tone")
+TASKS = ("letters", "scripts", "photos_b", "icon_style", "emoji_group", "skin_tone")
 MODELS = ("tiny", "w128")
 
 

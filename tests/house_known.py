@@ -9,7 +9,8 @@ CIRCLES: dict[str, list[list[str]]] = {
 """Modules that lead back to themselves, by room."""
 STRAY = {
     "pipeline": "cli cli_files cli_options cli_studies cli_upkeep deadlines driver evaluation events jobs lanes merging others output progress schedule "
-    "show signals state_dicts status submit timeline"
+    "show signals state_dicts status submit timeline",
+    "workers": "pretrain_page pretrain_recipe",
 }
 """Modules that have yet to move into a folder."""
 CROWDED = ["merge_service", "pipeline", "workers/data"]

@@ -1,103 +1,78 @@
-"""Making the small base checkpoint that ships with the repository, from its recipe, by one command.
+"""Making the small base checkpoints that ship with the repository, each from its recipe, by one command.
 
-`python -m workers.pretrain configs/models/tiny-clip/recipe.yaml --out DIR` draws altered copies of the pretraining pool, trains on
-them with the very loop that trains experts, and leaves in DIR the weights directory, `scores.json` and a README that states the
-scores. Invariant: nothing but the training splits of the pretraining role is ever trained on.
+`python -m workers.pretrain configs/models/tiny-clip/recipe.yaml --out DIR` draws altered copies of the sets that the recipe names,
+trains on them with the very loop that trains experts until the recipe's rule ends it (`workers.pretrain_recipe`), and leaves in DIR the
+weights directory, `scores.json` and a page that states the scores. Invariant: only training splits are trained on, of the
+pretraining role (`pool`) and of held-out sets outside it (`base_only`); the rule reads validation splits alone.
 """
 
 import argparse
+import hashlib
 import json
+import math
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import Any
 
 from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, CheckpointWriter
 from merge_service.errors import UserError
-from workers.data.manifest import DatasetInfo, describe, read_suite
+from workers.data.manifest import DatasetInfo, describe, read_suite, split_of
 from workers.data.writer import write_dataset
 from workers.jobs import EngineSpec, EvaluateJob, Source, TrainJob
-from workers.training.recipe import Recipe
+from workers.pretrain_page import page, table
+from workers.pretrain_recipe import Pretraining, best, ended, read_settings
+
+TOKEN_TABLE = "token_embedding.weight"
 
 
-class Copies(BaseModel):
-    """How often each image of a dataset enters the pool, and what may happen to it (see `workers.data.variants`)."""
+def pretrain(
+    recipe_file: Path, out: Path, root: str | None = None, seed: int | None = None
+) -> dict[str, Any]:
+    """Make the base of `recipe_file` in `out`; run again after a crash, it goes on from its last check.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    copies: int = Field(ge=1, le=1000)
-    changes: tuple[str, ...] = ()
-
-
-class Pretraining(BaseModel):
-    """A pretraining recipe: `recipe.yaml` beside the `open_clip_config.json` of the model it makes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    root: str = "data/mini"
-    pool: dict[str, Copies]
-    recipe: Recipe
-    steps: int = Field(ge=1)
-    seed: int = Field(default=0, ge=0)
-    storage: Literal["fp32", "fp16"] = "fp32"
-
-
-def pretrain(recipe_file: Path, out: Path, root: str | None = None) -> dict[str, Any]:
-    """Make the base of `recipe_file` in `out`; run again after a crash, it goes on from its last checkpoint.
-
-    `root` replaces the recipe's data root. Returns {"scores": {dataset: fraction}, "chance": {...}, "train": {...}, ...}, which is
-    also written to `out/scores.json`. Raises UserError for a bad recipe, a missing suite, or a pool outside the pretraining role.
+    `root` and `seed` replace those of the recipe. Returns what is also written to `out/scores.json`: "scores" ({dataset:
+    fraction} on test splits), "chance" of them, "val_scores" (of held-out sets), "weights", "checks" ([[step, mean score]]), "kept"
+    (a step), "train", ... Raises UserError for a bad recipe, a missing suite or split, or a set that may not be taught.
     """
-    settings, started = read_settings(recipe_file), time.monotonic()
-    root = root or settings.root
-    roles = read_suite(root)["roles"]
-    strangers = set(settings.pool) - set(roles["pretraining"])
-    if strangers:
-        raise UserError(
-            f"{recipe_file}: pool names {', '.join(sorted(strangers))}, which are not in the pretraining role of {root}"
-        )
-    work = out / "work"
+    settings = read_settings(recipe_file)
+    given = {"root": root, "seed": seed}
+    settings = settings.model_copy(update={key: value for key, value in given.items() if value is not None})
+    roles = read_suite(settings.root)["roles"]
+    work = out / f"work-{_digest(settings)}"
+    _admit(recipe_file, settings, roles, work / "cache")
     work.mkdir(parents=True, exist_ok=True)
-    trained = _train(settings, recipe_file.parent, root, work)
-    store_weights(work / "trained", out, settings.storage)
+    training = _Training(settings, recipe_file.parent, work, roles["held_out"])
+    trained = training.run()
+    shutil.copytree(training.kept, out, dirs_exist_ok=True)
     datasets = list(dict.fromkeys([*roles["held_out"], *roles["adaptation"]]))
-    result = {"roles": roles, **evaluate_base(out, root, datasets, work), "train": trained}
-    result["minutes"] = round((time.monotonic() - started) / 60, 1)
+    test = evaluate_base(out, settings.root, datasets, "test", work / "cache")
+    val = evaluate_base(out, settings.root, roles["held_out"], "val", work / "cache")
+    result = {
+        "seed": settings.seed, "roles": roles, **test, "val_scores": val["scores"], "weights": count_weights(out),
+        **training.record(), "train": trained,
+    }  # fmt: skip
     (out / "scores.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (out / "README.md").write_text(readme(recipe_file, settings, result), encoding="utf-8")
+    (out / "README.md").write_text(page(recipe_file, settings, result), encoding="utf-8")
     shutil.rmtree(work)
     return result
 
 
-def read_settings(recipe_file: Path) -> Pretraining:
-    """Read and check a recipe. Raises UserError naming the keys that are wrong."""
-    try:
-        return Pretraining.model_validate(yaml.safe_load(recipe_file.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{recipe_file} cannot be read: {error}") from None
-    except ValidationError as error:
-        wrong = "; ".join(
-            f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}" for item in error.errors()
-        )
-        raise UserError(f"{recipe_file}: {wrong}") from None
-
-
-def write_pool(settings: Pretraining, root: str, pool: Path, cache: Path) -> list[Source]:
+def write_pool(settings: Pretraining, pool: Path, cache: Path) -> list[Source]:
     """Write the altered copies as datasets under `pool` and return their training splits."""
     from workers.data.decode import load
     from workers.data.variants import variants
 
-    sources = []
-    for number, (name, wanted) in enumerate(settings.pool.items()):
+    sources, size = [], int(read_suite(settings.root).get("image_size", 32))
+    for number, (name, wanted) in enumerate(settings.taught.items()):
         source, home = Source(str(pool), name, "train"), pool / name
         sources.append(source)
         if (home / "manifest.json").is_file():
             continue
         shutil.rmtree(home, ignore_errors=True)
-        samples = load(Source(root, name, "train"), _image_size(root), cache)
+        samples = load(Source(settings.root, name, "train"), size, cache)
         copies = variants(samples, wanted.copies, wanted.changes, settings.seed, number)
         write_dataset(
             home,
@@ -124,58 +99,158 @@ def store_weights(trained: Path, out: Path, storage: str) -> None:
     shutil.copyfile(trained / CONFIG_FILE, out / CONFIG_FILE)
 
 
-def evaluate_base(model: Path, root: str, datasets: Sequence[str], work: Path) -> dict[str, Any]:
-    """Zero-shot scores of a weights directory on the test splits, beside what guessing scores."""
+def evaluate_base(model: Path, root: str, datasets: Sequence[str], split: str, cache: Path) -> dict[str, Any]:
+    """Zero-shot scores of a weights directory on one split of each dataset, beside what guessing scores."""
     from workers.scoring.evaluate import evaluate
 
     job = EvaluateJob(
-        fingerprint="pretrain", label="base", model=str(model), scratch=str(work), cache=str(work / "cache"),
-        datasets=tuple(Source(root, name, "test") for name in datasets),
+        fingerprint="pretrain", label="base", model=str(model), cache=str(cache),
+        datasets=tuple(Source(root, name, split) for name in datasets),
     )  # fmt: skip
     found = evaluate(job)
-    infos = {name: describe(root, name, work / "cache") for name in datasets}
-    chance = {name: round(chance_level(info), 4) for name, info in infos.items()}
+    infos = {name: describe(root, name, cache) for name in datasets}
+    chance = {name: round(chance_level(info, split), 4) for name, info in infos.items()}
     scores = {name: round(score, 4) for name, score in found["scores"].items()}
     return {"scores": scores, "chance": chance, "samples": found["samples"]}
 
 
-def chance_level(info: DatasetInfo) -> float:
+def chance_level(info: DatasetInfo, split: str) -> float:
     """What guessing scores: 1 / classes; for retrieval 5 / images (recall@5 with one caption an image)."""
     return (
-        1 / len(info.classes) if info.kind == "classification" else min(1.0, 5 / info.splits["test"].samples)
+        1 / len(info.classes) if info.kind == "classification" else min(1.0, 5 / info.splits[split].samples)
     )
 
 
-def _train(settings: Pretraining, config: Path, root: str, work: Path) -> dict[str, Any]:
-    """Random weights, then the loop of the experts; returns its loss curve and speed."""
-    from workers.models.model import export_base
-    from workers.training.expert import train_expert
-
-    initial, trained = work / "initial", work / "trained"
-    trained.mkdir(exist_ok=True)
-    export_base(str(config / CONFIG_FILE), None, initial, settings.seed)
-    sources = write_pool(settings, root, work / "pool", work / "cache")
-    job = TrainJob(
-        fingerprint="pretrain", label="base", t=0, task="pretraining", init=str(initial), base=str(initial), update=tuple(sources),
-        buffer=(), pretraining=(), recipe=settings.recipe.model_dump(), steps=settings.steps, seed=settings.seed, engine=EngineSpec(),
-        scratch=str(work / "scratch"), checkpoint_every=200, out=str(trained), cache=str(work / "cache"),
-    )  # fmt: skip
-    print(
-        f"training: {settings.steps} steps of {settings.recipe.batch_size}; progress in {work / 'scratch'}",
-        flush=True,
-    )
-    result = train_expert(job)
-    curve = result["loss"][:: max(1, len(result["loss"]) // 20)]
-    return {
-        "steps": result["steps"],
-        "samples": result["samples"],
-        "samples_per_second": round(result["samples_per_second"]),
-        "loss": curve,
-    }
+def count_weights(model: Path) -> dict[str, int]:
+    """How many numbers a weights directory holds, in all and in its table of tokens."""
+    with Checkpoint.open(model / WEIGHTS_FILE) as checkpoint:
+        sizes = {name: math.prod(info.shape) for name, info in checkpoint.tensors.items()}
+    return {"all": sum(sizes.values()), "token_table": sizes.get(TOKEN_TABLE, 0)}
 
 
-def _image_size(root: str) -> int:
-    return int(read_suite(root).get("image_size", 32))
+class _Ended(Exception):
+    """The rule ends the training."""
+
+
+class _Training:
+    """Random weights, then the loop of the experts, looked at after every `stop.every` steps.
+
+    Each look scores the weights as they would be stored, and keeps them if they are the best so far. The looks are on the disk
+    before training goes on, so that a run that was stopped anywhere ends with the same weights as one that was not.
+    """
+
+    def __init__(self, settings: Pretraining, config: Path, work: Path, held_out: Sequence[str]) -> None:
+        self._settings, self._config, self._work, self._held_out = settings, config, work, tuple(held_out)
+        self.kept, self._file = work / "kept", work / "checks.json"
+        self._checks: list[tuple[int, float]] = []
+        self._seconds = -time.process_time()
+        if self._file.is_file():
+            known = json.loads(self._file.read_text(encoding="utf-8"))
+            self._checks = [(step, score) for step, score in known["checks"]]
+            self._seconds += known["seconds"]
+
+    def run(self) -> dict[str, Any]:
+        """Train until the rule or the steps end it; returns steps, images, images a second and the loss curve."""
+        from workers.models.model import export_base
+        from workers.training.expert import train_expert
+
+        settings, work, rule = self._settings, self._work, self._settings.stop
+        initial, trained = work / "initial", work / "trained"
+        trained.mkdir(exist_ok=True)
+        export_base(str(self._config / CONFIG_FILE), None, initial, settings.seed)
+        sources = write_pool(settings, work / "pool", work / "cache")
+        job = TrainJob(
+            fingerprint=work.name, label="base", t=0, task="pretraining", init=str(initial), base=str(initial), update=tuple(sources),
+            buffer=(), pretraining=(), recipe=settings.recipe.model_dump(), steps=rule.steps, seed=settings.seed, engine=EngineSpec(),
+            scratch=str(work / "scratch"), checkpoint_every=rule.every, out=str(trained), cache=str(work / "cache"),
+        )  # fmt: skip
+        print(f"training: at most {rule.steps} steps of {settings.recipe.batch_size}", flush=True)
+        try:
+            found = train_expert(
+                job, hooks={"train.start": self._look_again, "train.after_ckpt": self._look_again}
+            )
+            self._look(rule.steps, trained)
+        except _Ended:
+            _, found = self._checkpoint(self._checks[-1][0])
+        steps = self._checks[-1][0]
+        samples, curve = steps * settings.recipe.batch_size, found.get("loss") or found["curve"]
+        return {
+            "steps": steps,
+            "samples": samples,
+            "samples_per_second": round(samples / found["seconds"]),
+            "loss": curve[:: max(1, len(curve) // 20)],
+        }
+
+    def record(self) -> dict[str, Any]:
+        """The checks, the step of the kept one, and the minutes of one core that all of it took so far."""
+        steps, scores = zip(*self._checks, strict=True)
+        minutes = round((self._seconds + time.process_time()) / 60, 1)
+        return {"checks": self._checks, "kept": steps[best(scores)], "minutes": minutes}
+
+    def _look_again(self, step: int) -> None:
+        """The hook of the loop, also where a run goes on that was stopped between a checkpoint and its look."""
+        from safetensors.torch import load_file
+
+        from workers.models.model import save
+
+        if step and step not in dict(self._checks):
+            directory, _ = self._checkpoint(step)
+            tensors = load_file(directory / "engine.safetensors")
+            state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")}
+            now = self._work / "now"
+            now.mkdir(exist_ok=True)
+            save(state, self._work / "initial", now)
+            self._look(step, now)
+        steps, scores = list(dict(self._checks)), list(dict(self._checks).values())
+        if steps and step == steps[-1] and ended(scores, self._settings.stop):
+            raise _Ended
+
+    def _look(self, step: int, weights: Path) -> None:
+        if step in dict(self._checks):
+            return
+        seen = self._work / "seen"
+        seen.mkdir(exist_ok=True)
+        store_weights(weights, seen, self._settings.storage)
+        found = evaluate_base(seen, self._settings.root, self._held_out, "val", self._work / "cache")[
+            "scores"
+        ]
+        mean = round(math.fsum(found.values()) / len(found), 4)
+        self._checks.append((step, mean))
+        if best([score for _, score in self._checks]) == len(self._checks) - 1:
+            shutil.copytree(seen, self.kept, dirs_exist_ok=True)
+        noted = {"checks": self._checks, "seconds": self._seconds + time.process_time()}
+        temporary = self._file.with_suffix(".partial")
+        temporary.write_text(json.dumps(noted), encoding="utf-8")
+        temporary.replace(self._file)
+        print(f"check: step {step}, mean {mean:.4f}, {found}", flush=True)
+
+    def _checkpoint(self, step: int) -> tuple[Path, dict[str, Any]]:
+        from workers.training.checkpoints import Checkpoints
+
+        return Checkpoints(self._work / "scratch", self._work.name).judged(step)
+
+
+def _admit(recipe_file: Path, settings: Pretraining, roles: Mapping[str, Sequence[str]], cache: Path) -> None:
+    """Refuse sets that may not be taught, and sets without the split that is asked of them."""
+    strangers = sorted(settings.pool.keys() - set(roles["pretraining"]))
+    if strangers:
+        raise UserError(
+            f"{recipe_file}: pool names {', '.join(strangers)}, which are not in the pretraining role of {settings.root}"
+        )
+    allowed = set(roles["held_out"]) - set(roles["pretraining"]) - set(roles["adaptation"])
+    strangers = sorted(settings.base_only.keys() - allowed)
+    if strangers:
+        raise UserError(
+            f"{recipe_file}: base_only names {', '.join(strangers)}; it may name held-out sets that experts never replay: "
+            f"{', '.join(sorted(allowed)) or 'there are none'}"
+        )
+    for split, names in (("train", settings.taught), ("val", dict.fromkeys(roles["held_out"]))):
+        for name in names:
+            split_of(describe(settings.root, name, cache), split)
+
+
+def _digest(settings: Pretraining) -> str:
+    return hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:12]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -188,51 +263,17 @@ def main(arguments: list[str] | None = None) -> int:
         "--out", type=Path, required=True, help="where to write the weights directory and its scores"
     )
     parser.add_argument("--root", help="the suite to train on (default: what the recipe says)")
+    parser.add_argument(
+        "--seed", type=int, help="of the first weights, the copies and the batches (default: as the recipe)"
+    )
     options = parser.parse_args(arguments)
     try:
-        result = pretrain(options.recipe, options.out, options.root)
+        result = pretrain(options.recipe, options.out, options.root, options.seed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(table(result))
     return 0
-
-
-def readme(recipe_file: Path, settings: Pretraining, result: dict[str, Any]) -> str:
-    """What stands beside the weights: how they were made and what they score."""
-    pool, train = (
-        ", ".join(f"{name} x{copies.copies}" for name, copies in settings.pool.items()),
-        result["train"],
-    )
-    return f"""# {recipe_file.resolve().parent.name}: the base checkpoint of the mini suite
-
-Written by `python -m workers.pretrain {recipe_file} --out DIR`, weights, `scores.json` and this page alike; the same command makes
-it again (equal bytes on an equal machine). It opens with `open_clip.create_model_and_transforms("local-dir:DIR")`.
-
-Trained on the training splits of the pretraining role and nothing else (copies of each image: {pool}), {train["steps"]} steps of
-{settings.recipe.batch_size}, {train["samples"]:,} images, seed {settings.seed}; stored in {settings.storage}. Zero-shot scores on whole test splits, top-1
-accuracy or, for retrieval, recall@5 as the mean of both directions. The held-out tests share concepts with what was taught and none
-of its pictures; the adaptation datasets are the tasks of the stream, of which a base need not know anything.
-
-{table(result)}
-
-`icons` is tested in two drawing weights that were never taught, `digits8` on digits of other hands at 8x8 pixels, `emoji_names` on
-emoji never seen, `mnist` on unseen digits, `photos_a` on the right third of photographs whose left part was taught.
-"""
-
-
-def table(result: dict[str, Any]) -> str:
-    """The scores as a Markdown table, held-out datasets first."""
-    lines = ["| role | dataset | test images | zero-shot | chance |", "|---|---|---|---|---|"]
-    for role in ("held_out", "adaptation"):
-        for name in result["roles"][role]:
-            numbers = (
-                f"{result['samples'][name]} | {result['scores'][name]:.3f} | {result['chance'][name]:.3f}"
-            )
-            lines.append(f"| {role.replace('_', '-')} | {name} | {numbers} |")
-        mean = sum(result["scores"][name] for name in result["roles"][role]) / len(result["roles"][role])
-        lines.append(f"| {role.replace('_', '-')} | **mean** | | **{mean:.3f}** | |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

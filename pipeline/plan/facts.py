@@ -27,7 +27,7 @@ from pipeline.study.sections_stream import StreamSection
 from pipeline.study.streams import Element, Stream, datasets_of, make_stream
 from workers.data.cache import Access, cache_root, is_writable, recall, remember
 from workers.data.contents import Survey
-from workers.data.manifest import DatasetInfo, describe, folder, unread_bytes, verify
+from workers.data.manifest import SUITE_FILE, DatasetInfo, describe, folder, read_suite, unread_bytes, verify
 from workers.data.seen import content_digest, notes
 from workers.models.base import STATED, Base, check_temperature, configuration_of, find, is_path, temperature
 from workers.models.configuration import HUB, LOCAL, ModelError, own_configuration, read_configuration
@@ -37,15 +37,26 @@ LARGE_BYTES = 10**9
 
 
 def ensure_data(study: Study) -> None:
-    """Write the mini suite on first use; any other data must be there already."""
-    if study.data.suite == "mini" and not (Path(study.data_root) / "suite.json").is_file():
-        from workers.data.mini import build
+    """Write the mini suite on first use; any other data must be there already.
+
+    Raises UserError for another edition of the suite than the one that this version's bases were made for.
+    """
+    if study.data.suite != "mini":
+        return
+    from workers.data.mini import EDITION, build
+
+    if not (Path(study.data_root) / SUITE_FILE).is_file():
 
         def say(line: str) -> None:
             print(line, file=sys.stderr, flush=True)
 
         say(f"{study.data_root} is not there yet: writing the mini suite out of installed packages")
         build(Path(study.data_root), say, min(4, os.cpu_count() or 1))
+    elif (found := read_suite(study.data_root).get("edition", EDITION)) != EDITION:
+        raise UserError(
+            f"data: {study.data_root} holds edition {found} of the mini suite, this version works with edition {EDITION}; "
+            f"write it again with `python -m workers.data.mini --root {study.data_root}`, or give data.root another folder"
+        )
 
 
 def cache_of(study: Study) -> Path:

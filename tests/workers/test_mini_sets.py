@@ -3,16 +3,26 @@
 import gzip
 import os
 import pickle
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from workers.data import mini_drawings, mini_fonts, mini_scans
-from workers.data.mini_drawings import _drawings, _icon_names, _untoned, _without_tone
-from workers.data.mini_packages import numpy_pickle
-from workers.data.mini_pictures import MiniDataset
+from workers.data import mini, mini_drawings, mini_emoji, mini_fonts, mini_scans
+from workers.data.mini_alike import distinct, looks
+from workers.data.mini_packages import find, find_one, numpy_pickle
+from workers.data.mini_pictures import Draft, Group, MiniDataset, as_stated, by_quota, samples_of, split_of
+from workers.data.mini_words import is_owned
 from workers.data.writer import Sample
+
+BLACK = np.zeros((32, 32, 3), np.uint8)
+
+
+def finish(draft: Draft) -> MiniDataset:
+    """The dataset of a draft whose groups may all be used together."""
+    return draft.finish(draft.groups)
 
 
 def check(made: MiniDataset) -> None:
@@ -23,125 +33,181 @@ def check(made: MiniDataset) -> None:
         )
         assert all(sample.image.std() > 0 for sample in samples)
         if made.kind == "classification":
-            assert {sample.label for sample in samples} == set(range(len(made.classes)))
+            assert {sample.label for sample in samples} <= set(range(len(made.classes)))
     assert all("{c}" in template for template in made.templates)
 
 
-def test_scanned_sets_are_balanced_and_disjoint() -> None:
-    made = mini_scans.animals(3, 2)
-    check(made)
-    assert [sample.label for sample in made.splits["train"]] == [
-        label for label in range(10) for _ in range(3)
-    ]
-    train, test = ({sample.image.tobytes() for sample in made.splits[split]} for split in ("train", "test"))
-    assert not train & test
+def test_quota_fills_splits_in_its_order_for_each_class() -> None:
+    groups = [Group(kin, ((Sample(BLACK, kin),) * 2,)) for kin in (1, 0) for _ in range(4)]
+    made = by_quota(groups, {"test": 1, "val": 1, "train": 5})
+    assert {split: Counter(sample.label for sample in samples) for split, samples in made.items()} == {
+        "train": {0: 4, 1: 4}, "val": {0: 2, 1: 2}, "test": {0: 2, 1: 2},
+    }  # fmt: skip
+    assert list(made) == ["train", "val", "test"]
 
 
-def test_coarse_digits_have_a_test_split_only() -> None:
-    made = mini_scans.digits8(2)
+def test_stated_splits_are_kept_and_cut_at_the_quota() -> None:
+    groups = [Group(kin, ((Sample(BLACK, kin),),), split) for split in ("val", "train") for kin in (0, 0, 1)]
+    made = as_stated(groups, {"train": 1, "val": 2, "test": 1})
+    assert [len(made[split]) for split in ("train", "val", "test")] == [2, 3, 0]
+    assert len(as_stated(groups)["train"]) == 3
+
+
+def test_split_of_a_name_has_its_share_and_never_changes() -> None:
+    counts = Counter(split_of(f"name {number}") for number in range(4000))
+    assert 0.22 < counts["test"] / 4000 < 0.26 and 0.08 < counts["val"] / 4000 < 0.12
+    assert [split_of(f"emoji {code}") for code in ("1f600", "1f44b", "2615")] == ["train", "val", "train"]
+
+
+def test_scanned_sets_are_balanced_and_the_digits_of_other_hands_have_no_training_split() -> None:
+    for draft in (mini_scans.animals(), mini_scans.mnist()):
+        made = finish(draft)
+        check(made)
+        for samples in made.splits.values():
+            assert len(set(Counter(sample.label for sample in samples).values())) == 1
+    made = finish(mini_scans.digits8())
     check(made)
-    assert list(made.splits) == ["test"] and made.classes == mini_scans.DIGITS
+    assert list(made.splits) == ["val", "test"] and made.classes == mini_scans.DIGITS
     assert made.templates == (mini_scans.DIGIT_PROMPT,)
 
 
-def test_photographs_give_patches_of_every_class() -> None:
-    made = mini_scans._photos(dict(list(mini_scans.PHOTOS_A.items())[:3]), "test", train=4, test=2)
-    check(made)
-    assert len(made.splits["train"]) == 12 and len(made.splits["test"]) == 6
+def test_regions_of_a_photograph_do_not_touch() -> None:
+    spans = sorted(mini_scans.REGIONS.values())
+    assert set(mini_scans.REGIONS) == {"train", "val", "test"}
+    assert all(left[1] < right[0] for left, right in pairwise(spans))
+
+
+def test_patches_come_from_the_region_of_their_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gradient(path: object) -> mini_scans.Image.Image:
+        across = np.broadcast_to(np.linspace(0, 255, 400), (300, 400))
+        return mini_scans.Image.fromarray(across.astype(np.uint8))
+
+    monkeypatch.setattr(mini_scans.Image, "open", gradient)
+    draft = mini_scans._photos({"brick.png": "a", "page.png": "b"}, "test")
+    for group in draft.groups:
+        left, right = (255 * edge for edge in mini_scans.REGIONS[group.split])
+        (sample,) = samples_of([group])
+        assert left - 2 <= sample.image.min() and sample.image.max() <= right + 2, group.split
+    check(finish(draft))
 
 
 def test_the_two_photo_sets_share_no_photograph() -> None:
     assert not set(mini_scans.PHOTOS_A) & set(mini_scans.PHOTOS_B)
 
 
-def test_scripts_keep_test_letters_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[tuple[str, float]] = []
-
-    def note(face: object, letter: str) -> np.ndarray:
-        drawn.append((letter, face.get_variation_axes() and 0))
-        return np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3)
-
+def test_letter_of_a_script_is_in_one_split_in_all_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mini_fonts, "SCRIPTS", {"Greek": "GREEK", "Thai": "THAI CHARACTER"})
-    monkeypatch.setattr(mini_fonts, "_draw", note)
-    made = mini_fonts.scripts(train=5, test=3)
-    assert len(made.splits["train"]) == 2 * 5 * 4 and len(made.splits["test"]) == 2 * 3 * 2
-    letters = [letter for letter, _ in drawn]
-    greek_test, greek_train = set(letters[:6]), set(letters[6:26])
-    assert len(greek_test) == 3 and len(greek_train) == 5 and not greek_test & greek_train
+    draft = mini_fonts.scripts()
+    assert {len(samples_of([group])) for group in draft.groups} == {3}
+    made = draft.finish(distinct(draft.groups, draft.alike, looks([], 1.0)))
+    check(made)
+    assert {split: len(samples) for split, samples in made.splits.items()} == {
+        "train": 168,
+        "val": 24,
+        "test": 48,
+    }
+
+
+def test_weights_of_a_typeface_draw_different_pictures() -> None:
+    for family in ("", "Thai", "Emoji"):
+        path = find_one("manimgx-fonts", rf"manimgx_fonts/Noto(Sans)?{family}\[wght\]\.ttf")
+        faces = [mini_fonts.typeface(path, weight) for weight in mini_fonts.weights(path)]
+        sign = {"": "g", "Thai": "\u0e01", "Emoji": "\u2615"}[family]
+        assert len({mini_fonts.draw(face, sign).tobytes() for face in faces}) == len(faces) == 3
 
 
 def test_letters_of_a_typeface_cover_the_alphabet() -> None:
-    face = mini_fonts._typeface(mini_fonts.find_one("matplotlib", mini_fonts._TRAIN_FACES), None)
-    samples = mini_fonts._alphabet(face)
-    check(MiniDataset(tuple(map(chr, range(65, 91))), ("{c}",), {"train": samples}))
-    assert len(samples) == 52
+    path = find_one("matplotlib", mini_fonts._FAMILIES["train"])
+    groups = mini_fonts._alphabet(mini_fonts.typeface(path, None), "train")
+    assert len(groups) == 52 and {group.kin for group in groups} == set(range(26))
+    assert len({sample.image.tobytes() for sample in samples_of(groups)}) == 52
 
 
-def test_training_and_test_typefaces_are_of_different_families() -> None:
-    names = [
-        {Path(name).name for name in mini_fonts.find("matplotlib", faces)}
-        for faces in (mini_fonts._TRAIN_FACES, mini_fonts._TEST_FACES)
-    ]
-    assert len(names[0]) == 12 and len(names[1]) == 10
-    assert all(name.startswith("DejaVu") for name in names[0]) and not any(
-        name.startswith("DejaVu") for name in names[1]
-    )
+def test_typefaces_of_the_splits_are_of_different_families() -> None:
+    names = {
+        split: {Path(name).stem for name in find("matplotlib", faces)}
+        for split, faces in mini_fonts._FAMILIES.items()
+    }
+    assert {split: len(found) for split, found in names.items()} == {"train": 8, "val": 4, "test": 10}
+    assert all(name.startswith("DejaVuSans") for name in names["train"])
+    assert all(name.startswith("DejaVuSerif") for name in names["val"])
+    assert not any(name.startswith(("DejaVu", "NotoSans")) for name in names["test"])
 
 
-def test_icons_are_drawn_in_every_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mini_drawings, "_ICONS", 3)
-    monkeypatch.setattr(mini_drawings, "_STYLED", (2, 2))
-    icons, styles = mini_drawings.icons(), mini_drawings.icon_style()
-    check(icons)
-    check(styles)
-    assert [len(icons.splits[split]) for split in ("train", "test")] == [12, 6]
-    assert len({sample.image.tobytes() for sample in icons.splits["train"] + icons.splits["test"]}) == 18
+def test_icons_are_taught_as_outlines_and_tested_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mini_drawings, "_NAMED", 6)
+    monkeypatch.setattr(mini_drawings, "_FILLED_IN", {"test": 2, "val": 1, "train": 2})
+    draft = mini_drawings.icons()
+    made = draft.finish(draft.groups[1:])
+    check(made)
+    assert {split: [sample.label for sample in samples] for split, samples in made.splits.items()} == {
+        "train": [0] * 4 + [1] * 4 + [2] * 4 + [3] * 5 + [4] * 5, "val": [2], "test": [0, 1],
+    }  # fmt: skip
+    assert len({sample.image.tobytes() for samples in made.splits.values() for sample in samples}) == 25
+    names = [name.replace("-", " ") for name in mini_drawings._icon_names()[1:6]]
+    assert made.classes == tuple(names)
 
 
-def test_icons_whose_style_is_learned_are_not_those_whose_names_were_taught(
+def test_icons_whose_style_is_learned_are_not_those_whose_names_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(mini_drawings, "_icon", lambda name, style: asked.append(name) or BLACK)
+    mini_drawings.icons()
+    named = set(asked)
+    asked.clear()
+    mini_drawings.icon_style()
+    assert len(named) == 850 and len(set(asked)) == 470 and not named & set(asked)
+
+
+def test_names_that_never_replayed_sets_own_are_in_no_set_of_an_experts_training() -> None:
+    assert all(map(is_owned, ("cat", "number-two", "keycap: 7", "two hearts", "polar bear", "bears", "one")))
+    assert not any(map(is_owned, ("caterpillar", "cowboy", "stone", "lightning", "tent", "pencil")))
+    icons, emoji = mini_drawings._icon_names(), [entry["name"] for _, entry in mini_emoji._named()]
+    assert len(icons) > 1400 and len(emoji) > 1500 and not any(map(is_owned, [*icons, *emoji]))
+    for taught in (mini_scans.PHOTOS_A, mini_scans.PHOTOS_B):
+        assert not any(map(is_owned, taught.values()))
+
+
+def test_emoji_is_in_one_split_in_every_set_and_tone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    codes = {path: code for code, path in mini_emoji._drawings().items()}
+    monkeypatch.setattr(mini_emoji, "_emoji", lambda path: asked.append(codes[path]) or BLACK)
+    split_of_code: dict[str, str] = {}
+    for maker in (mini_emoji.emoji_group, mini_emoji.skin_tone):
+        asked.clear()
+        draft = maker()
+        splits = Counter(group.split for group in draft.groups)
+        assert set(splits) == {"train", "val", "test"} and splits["test"] > 60
+        for code in asked:
+            plain = mini_emoji._without_tone(code)
+            assert (plain in mini_emoji._toned()) == (maker is mini_emoji.skin_tone)
+            split_of_code[plain] = mini_emoji._split(plain)
+    assert len(split_of_code) > 1600
+
+
+def test_emoji_names_are_taught_in_two_line_weights_and_tested_in_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr(
-        mini_drawings, "_icon", lambda name, style: asked.append(name) or np.zeros((32, 32, 3), np.uint8)
-    )
-    mini_drawings.icons()
-    taught = set(asked)
-    asked.clear()
-    made = mini_drawings.icon_style()
-    train, test = set(asked[: len(made.splits["train"])]), set(asked[len(made.splits["train"]) :])
-    assert len(taught) == 600 and len(train) == 300 and len(test) == 80
-    assert not taught & (train | test) and not train & test and len(_icon_names()) >= 1500
-
-
-def test_emoji_held_back_from_one_set_are_held_back_from_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    numbers = {path: number for number, path in enumerate(_drawings().values())}
-    codes = list(_drawings())
-    monkeypatch.setattr(
-        mini_drawings,
-        "_emoji",
-        lambda path: np.full((1, 1, 3), [numbers[path] // 256, numbers[path] % 256, 0], np.uint8),
+    some = {code: mini_emoji._database()[code] for code in list(mini_emoji._database())[:60]}
+    monkeypatch.setattr(mini_emoji, "_database", lambda: some)
+    draft = mini_emoji.emoji_names()
+    check(MiniDataset((), (), {"all": samples_of(draft.groups)}, kind="retrieval"))
+    assert {(group.split, len(samples_of([group]))) for group in draft.groups} == {
+        ("train", 2), ("val", 1), ("test", 1),
+    }  # fmt: skip
+    assert [group.split for group in draft.groups] == sorted(
+        (group.split for group in draft.groups), key=("test", "val", "train").index
     )
 
-    def groups(samples: list[Sample]) -> set[str]:
-        return {
-            _without_tone(codes[int(sample.image[0, 0, 0]) * 256 + int(sample.image[0, 0, 1])])
-            for sample in samples
-        }
 
-    made = [mini_drawings.emoji_names(), mini_drawings.emoji_group(), mini_drawings.skin_tone()]
-    train, test = (set().union(*(groups(part.splits[split]) for part in made)) for split in ("train", "test"))
-    assert train and test and not train & test
-    assert 0.15 < len(test) / (len(train) + len(test)) < 0.25
-    for part in made[1:]:
-        assert {sample.label for sample in part.splits["test"]} == set(range(len(part.classes)))
-
-
-def test_emoji_have_distinct_names_and_real_pictures() -> None:
-    entries = list(_untoned())
-    assert len({entry["name"] for _, _, entry in entries}) == len(entries) > 1800
-    for _, path, _ in entries[::400]:
-        assert mini_drawings._emoji(path).std() > 5
+def test_roles_and_groups_of_the_suite_fit_together() -> None:
+    roles, groups = mini.ROLES, mini.ZERO_SHOT_GROUPS
+    assert {name for names in roles.values() for name in names} == set(mini.MAKERS)
+    assert sorted(groups["replayed"] + groups["never_replayed"]) == sorted(roles["held_out"])
+    assert groups["replayed"] == roles["pretraining"]
+    trained = set(roles["pretraining"]) | set(roles["adaptation"])
+    assert not trained & set(groups["never_replayed"]) and not set(roles["adaptation"]) & set(
+        roles["held_out"]
+    )
 
 
 class Evil:

@@ -1,7 +1,7 @@
 """The sets of the mini suite that are drawn from typefaces: scripts (which writing system?) and letters (which letter?).
 
-Test letters of `scripts` are not among its training letters; test typefaces of `letters` are of other families than its
-training typefaces.
+A letter of `scripts` is in one split in all its weights; the typefaces of the three splits of `letters` are of different families.
+A drawing that several writing systems share (A, in Latin, Greek and Cyrillic) looks like itself and is therefore in at most one.
 """
 
 import unicodedata
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from workers.data.mini_packages import find, find_one
-from workers.data.mini_pictures import MiniDataset, shrink, shuffled
+from workers.data.mini_pictures import Draft, Group, MiniDataset, as_stated, by_quota, shrink, shuffled
 from workers.data.writer import Sample
 
 # Writing system -> how Unicode names its letters.
@@ -24,79 +24,100 @@ SCRIPTS = {
     "Cyrillic": "CYRILLIC",
 }  # fmt: skip
 _IN_GENERAL_FONT = ("Latin", "Greek", "Cyrillic")
-_CANVAS, _EM = 96, 56
-_TRAIN_FACES = r"matplotlib/mpl-data/fonts/ttf/DejaVu(Sans|SansMono|Serif)(-\w+)?\.ttf"
-_TEST_FACES = r"matplotlib/mpl-data/fonts/ttf/(STIXGeneral\w*|cmb10|cmmi10|cmr10|cmss10|cmti10|cmtt10)\.ttf"
+_CANVAS, _EM, _SMALLER_EM = 96, 56, 42
+_CANDIDATES = 120
+_NOTO_SANS = r"manimgx_fonts/NotoSans(-Italic)?\[wght\]\.ttf"
+_FAMILIES = {
+    "test": r"matplotlib/mpl-data/fonts/ttf/(STIXGeneral\w*|cmb10|cmmi10|cmr10|cmss10|cmti10|cmtt10)\.ttf",
+    "val": r"matplotlib/mpl-data/fonts/ttf/DejaVuSerif(-\w+)?\.ttf",
+    "train": r"matplotlib/mpl-data/fonts/ttf/DejaVuSans(Mono)?(-\w+)?\.ttf",
+}
+ALIKE = 0.97
 
 
-def scripts(train: int = 30, test: int = 12) -> MiniDataset:
-    """Letters of 22 writing systems; up to `train` letters in four weights and `test` other letters in two."""
-    splits: dict[str, list[Sample]] = {"train": [], "test": []}
+def scripts() -> Draft:
+    """Letters of 22 writing systems, each in as many weights as its typeface really draws."""
+    groups = []
     for label, (script, prefix) in enumerate(SCRIPTS.items()):
         family = "" if script in _IN_GENERAL_FONT else script
         path = find_one("manimgx-fonts", rf"manimgx_fonts/NotoSans{family}\[wght\]\.ttf")
-        letters = shuffled(_letters(path, prefix), f"scripts {script}")
-        cut = min(test, len(letters) // 4)
-        for split, chosen, weights in (
-            ("test", letters[:cut], (300.0, 700.0)),
-            ("train", letters[cut : cut + train], (100.0, 300.0, 500.0, 700.0)),
-        ):
-            for weight in weights:
-                face = _typeface(path, weight)
-                drawn = [_draw(face, letter) for letter in chosen]
-                splits[split] += [Sample(image, label) for image in drawn if image is not None]
+        faces = [typeface(path, weight) for weight in weights(path)]
+        for letter in shuffled(_letters(path, prefix), f"scripts {script}")[:_CANDIDATES]:
+            groups.append(Group(label, (tuple(Sample(draw(face, letter), label) for face in faces),)))
+    return Draft(groups, ALIKE, _finish_scripts)
+
+
+def letters() -> Draft:
+    """A-Z in both cases; trained in sans typefaces and two sizes, validated in DejaVu Serif, tested in STIX and Computer Modern."""
+    groups = []
+    for split, pattern in _FAMILIES.items():
+        drawn: list[tuple[Path, float | None]] = [
+            (path, None) for path in find("matplotlib", pattern).values()
+        ]
+        if split == "train":
+            noto = find("manimgx-fonts", _NOTO_SANS).values()
+            drawn += [(path, weight) for path in noto for weight in weights(path)]
+        sizes = (_EM, _SMALLER_EM) if split == "train" else (_EM,)
+        faces = [typeface(path, weight, size) for size in sizes for path, weight in drawn]
+        groups += [group for face in faces for group in _alphabet(face, split)]
+    return Draft(groups, ALIKE, _finish_letters)
+
+
+def _finish_scripts(groups: list[Group]) -> MiniDataset:
+    splits = by_quota(groups, {"test": 8, "val": 4, "train": 30})
     return MiniDataset(tuple(SCRIPTS), ("a letter of the {c} script",), splits)
 
 
-def letters() -> MiniDataset:
-    """A-Z in both cases; DejaVu and Noto Sans for training, STIX and Computer Modern for the test."""
-    noto = find("manimgx-fonts", r"manimgx_fonts/NotoSans(-Italic)?\[wght\]\.ttf").values()
-    faces = {
-        "train": [_typeface(path, None) for path in find("matplotlib", _TRAIN_FACES).values()]
-        + [_typeface(path, weight) for path in noto for weight in (100.0, 300.0, 500.0, 700.0, 900.0)],
-        "test": [_typeface(path, None) for path in find("matplotlib", _TEST_FACES).values()],
-    }
-    splits = {
-        split: [sample for face in chosen for sample in _alphabet(face)] for split, chosen in faces.items()
-    }
-    return MiniDataset(
-        tuple(chr(ord("A") + number) for number in range(26)), ("a printed letter {c}",), splits
-    )
+def _finish_letters(groups: list[Group]) -> MiniDataset:
+    classes = tuple(chr(ord("A") + number) for number in range(26))
+    return MiniDataset(classes, ("a printed letter {c}",), as_stated(groups))
 
 
-def _alphabet(face: ImageFont.FreeTypeFont) -> list[Sample]:
-    drawn = [
-        (_draw(face, chr(first + number)), number) for number in range(26) for first in (ord("A"), ord("a"))
+def _alphabet(face: ImageFont.FreeTypeFont, split: str) -> list[Group]:
+    return [
+        Group(number, ((Sample(draw(face, chr(first + number)), number),),), split)
+        for number in range(26)
+        for first in (ord("A"), ord("a"))
     ]
-    return [Sample(image, number) for image, number in drawn if image is not None]
 
 
-def _typeface(path: Path, weight: float | None) -> ImageFont.FreeTypeFont:
-    face = ImageFont.truetype(str(path), _EM)
+def weights(path: Path) -> tuple[float, ...]:
+    """The lightest, middle and heaviest weight of a variable typeface: beyond its axis it draws the same again."""
+    axis = ImageFont.truetype(str(path), _EM).get_variation_axes()[0]
+    lightest, heaviest = float(axis["minimum"] or 0), float(axis["maximum"] or 0)
+    return lightest, (lightest + heaviest) / 2, heaviest
+
+
+def typeface(path: Path, weight: float | None, size: int = _EM) -> ImageFont.FreeTypeFont:
+    """The typeface at `size` pixels; `weight` is for variable ones."""
+    face = ImageFont.truetype(str(path), size)
     if weight is not None:
         face.set_variation_by_axes([weight] + [100.0] * (len(face.get_variation_axes()) - 1))
     return face
 
 
+def has(face: ImageFont.FreeTypeFont, sign: str) -> bool:
+    """Whether the typeface has a drawing of its own for the sign, which leaves a mark."""
+    left, top, right, bottom = face.getbbox(sign)
+    return (
+        right - left >= 2
+        and bottom - top >= 2
+        and bytes(face.getmask(sign)) != bytes(face.getmask("\U0010fffd"))
+    )
+
+
 def _letters(path: Path, prefix: str) -> list[str]:
     """The letters of a script that the typeface really has."""
-    face = ImageFont.truetype(str(path), _EM)
-    absent = bytes(face.getmask("\U0010fffd"))
+    face = typeface(path, None)
     named = (chr(code) for code in range(0x41, 0x3000) if unicodedata.name(chr(code), "").startswith(prefix))
-    return [
-        letter
-        for letter in named
-        if unicodedata.category(letter)[0] == "L" and bytes(face.getmask(letter)) != absent
-    ]
+    return [letter for letter in named if unicodedata.category(letter)[0] == "L" and has(face, letter)]
 
 
-def _draw(face: ImageFont.FreeTypeFont, letter: str) -> np.ndarray | None:
-    """The letter in black, centred on white; None if it leaves no mark."""
+def draw(face: ImageFont.FreeTypeFont, sign: str) -> np.ndarray:
+    """uint8 [SIZE, SIZE, 3] of the sign in black, centred on white."""
     image = Image.new("L", (_CANVAS, _CANVAS), 255)
     canvas = ImageDraw.Draw(image)
-    left, top, right, bottom = canvas.textbbox((0, 0), letter, font=face)
-    if right - left < 2 or bottom - top < 2:
-        return None
+    left, top, right, bottom = canvas.textbbox((0, 0), sign, font=face)
     place = (_CANVAS / 2 - (left + right) / 2, _CANVAS / 2 - (top + bottom) / 2)
-    canvas.text(place, letter, font=face, fill=0)
+    canvas.text(place, sign, font=face, fill=0)
     return shrink(image)

@@ -1,11 +1,15 @@
-"""What the makers of the mini suite share: one picture size, one split rule, one shape of result.
+"""What the makers of the mini suite share: one picture size, one rule of splits, one shape of what they hand over.
 
-Invariant: no group (an emoji in all its tones, an icon in all its weights, a letter in all its typefaces) has pictures in both
-the training and the test split of a set, and the split depends on the group's name only.
+A maker draws more than the suite needs and hands over a `Draft`: groups of pictures that belong together (an icon in its drawing
+weights, an emoji in its skin tones), and how groups are dealt to splits. `mini_alike` then drops every group that looks like one
+before it. Invariant: a group that is kept lies in one set, and each of its parts in one split.
 """
 
 import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from PIL import Image
@@ -14,6 +18,20 @@ from workers.data.writer import Sample
 
 SIZE = 32
 SEED = 20241209
+SPLITS = ("train", "val", "test")
+Splits = dict[str, list[Sample]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Pictures that stay together. `parts` may go to different splits, so they have to look different; samples of one part need not.
+
+    `kin` is the class that quotas count by; `split` is stated where it does not hang on quotas.
+    """
+
+    kin: int
+    parts: tuple[tuple[Sample, ...], ...]
+    split: str = ""
 
 
 @dataclass(frozen=True)
@@ -22,18 +40,65 @@ class MiniDataset:
 
     classes: tuple[str, ...]
     templates: tuple[str, ...]
-    splits: dict[str, list[Sample]]
+    splits: Splits
     kind: str = "classification"
+
+
+@dataclass(frozen=True)
+class Draft:
+    """One dataset before near-duplicates are dropped: `finish` makes it of the groups that are left.
+
+    Of groups that look alike the first is kept; `alike` is from which likeness on they do (see `mini_alike`).
+    """
+
+    groups: list[Group]
+    alike: float
+    finish: Callable[[list[Group]], MiniDataset]
+
+
+def by_quota(groups: list[Group], quotas: Mapping[str, int]) -> Splits:
+    """So many groups of each class for each split, filled in the order in which `quotas` names the splits."""
+    rows: dict[int, list[Group]] = defaultdict(list)
+    for group in groups:
+        rows[group.kin].append(group)
+    splits: Splits = {split: [] for split in SPLITS if split in quotas}
+    for kin in sorted(rows):
+        left = iter(rows[kin])
+        for split, quota in quotas.items():
+            splits[split] += samples_of(islice(left, quota))
+    return splits
+
+
+def as_stated(groups: list[Group], quotas: Mapping[str, int] | None = None) -> Splits:
+    """Each group to the split that it states; at most `quotas[split]` groups of a class."""
+    splits: Splits = {split: [] for split in SPLITS}
+    counts: Counter[tuple[str, int]] = Counter()
+    for group in groups:
+        counts[group.split, group.kin] += 1
+        if quotas is None or counts[group.split, group.kin] <= quotas[group.split]:
+            splits[group.split] += samples_of([group])
+    return splits
+
+
+def first_the_tests(groups: list[Group]) -> list[Group]:
+    """Groups of the test, then of validation, then of training: of groups that look alike the first is kept."""
+    return sorted(groups, key=lambda group: ("test", "val", "train").index(group.split))
+
+
+def samples_of(groups: Iterable[Group]) -> list[Sample]:
+    """All samples of groups, in order."""
+    return [sample for group in groups for part in group.parts for sample in part]
+
+
+def split_of(name: str, test: float = 0.24, val: float = 0.1) -> str:
+    """The split of a name: about a share `test` of all names goes to the test, `val` to validation, the rest to training."""
+    place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
+    return "test" if place < test else "val" if place < test + val else "train"
 
 
 def generator(purpose: str) -> np.random.Generator:
     """A generator of its own for each purpose, so that one set's size does not change another's pictures."""
     return np.random.default_rng([SEED, *purpose.encode()])
-
-
-def held_back(group: str, share: float) -> bool:
-    """Whether a group belongs to the test split; about `share` of all groups do."""
-    return int.from_bytes(hashlib.sha256(group.encode()).digest()[:4], "big") < share * 2**32
 
 
 def shuffled(items: list[str], purpose: str) -> list[str]:

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from merge_service.errors import UserError
 from merge_service.timeline import PRESETS
 from pipeline.errors import ConfigError
+from pipeline.plan.facts import ensure_data
 from pipeline.study import yaml_input
 from pipeline.study.config import load_study, study_from
 from tests.pipeline.plan_toys import REPLAY, raw_study
@@ -335,6 +337,19 @@ def test_missing_suite_says_how_to_write_it(tmp_path: Path) -> None:
     raw = raw_study(["best_in_time"], data={"suite": "mini", "root": str(tmp_path)})
     with pytest.raises(ConfigError, match="python -m"):
         study_from(raw).resolved()
+
+
+def test_other_edition_of_the_suite_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    study = study_from(
+        raw_study(["best_in_time"], data={"suite": "mini", "root": suite(tmp_path)}, stream={})
+    )
+    ensure_data(study)
+    body = json.loads((tmp_path / "suite.json").read_text())
+    write(tmp_path / "suite.json", json.dumps(body | {"edition": 1}))
+    with pytest.raises(
+        UserError, match=r"holds edition 1 .* works with edition 2; write it again with `python -m"
+    ):
+        ensure_data(study)
 
 
 @pytest.mark.fault("F25")
