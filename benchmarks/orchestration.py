@@ -37,7 +37,7 @@ WINDOW = 100
 def bare(study: Path, overrides: list[str], out: Path) -> None:
     """Every step of a study, one after another, in this process; prints the CPU seconds without imports and planning."""
     from merge_service.actor import Merger
-    from pipeline.jobs import Jobs
+    from pipeline.run.jobs import Jobs
     from pipeline.workspace.workspace import Workspace
     from workers.actors import Worker
 
@@ -103,7 +103,7 @@ class Meter(threading.Thread):
 
 def orchestrated(study: Path, overrides: list[str], out: Path) -> dict[str, Any]:
     """The same steps by `temporal-merge run`."""
-    from pipeline.timeline import read_timeline
+    from pipeline.run.trace import read_timeline
 
     line = [sys.executable, "-m", "pipeline.cli", "run", str(study), "--out", str(out)]
     line += [word for text in overrides for word in ("--set", text)]
@@ -235,7 +235,7 @@ def scale(experts: int, case: str, tracking: bool, target: Path) -> None:
 
     from benchmarks.orchestration import Nothing as importable
     from cluster.session import connect
-    from pipeline import driver
+    from pipeline.run import driver
     from pipeline.tracking.session import Tracking
 
     samples: list[tuple[float, float, float]] = []
@@ -252,9 +252,9 @@ def scale(experts: int, case: str, tracking: bool, target: Path) -> None:
         _prepare(workspace)
         stopped = patch("pipeline.tracking.tracker.Tracker.start") if not tracking else patch("os.nice")
         with (
-            patch("pipeline.lanes.Worker", importable),
-            patch("pipeline.lanes.Merger", importable),
-            patch("pipeline.driver.print", lambda *_, **__: None, create=True),
+            patch("pipeline.run.lanes.Worker", importable),
+            patch("pipeline.run.lanes.Merger", importable),
+            patch("pipeline.run.driver.print", lambda *_, **__: None, create=True),
             stopped,
             Tracking(workspace) as told,
             connect("local") as session,

@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from pipeline.plan import file as plan_file
-from pipeline.status import status_of
+from pipeline.run.status import status_of
 from pipeline.workspace.workspace import Workspace
 
 STRATEGIES = [

@@ -57,7 +57,7 @@ def run(
     Progress goes to stderr. `address` is local, auto or HOST:PORT of a Ray cluster. With `strict_versions` artifacts in the
     store that other library versions made are refused. Raises UserError, or StepFailed when a step failed too often.
     """
-    from pipeline.driver import carry_out
+    from pipeline.run.driver import carry_out
 
     return Run(carry_out(study, _path(out), address, strict_versions=strict_versions)[0])
 
@@ -290,7 +290,7 @@ def evaluate(
 
     `split` is test or val, by default the study's.
     """
-    from pipeline.evaluation import score
+    from pipeline.run.evaluation import score
 
     return score(Path(checkpoint), study, datasets, split)
 

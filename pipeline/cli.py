@@ -42,7 +42,7 @@ for panel, commands in PANELS.items():
 def main() -> NoReturn:
     """Entry point of the console script."""
     from pipeline.console import spell_out
-    from pipeline.output import steady
+    from pipeline.run.output import steady
 
     signals.watch()
     own_code_first(str(Path(__file__).parent.parent))()
@@ -66,7 +66,7 @@ def _tell(error: Exception) -> int:
     from merge_service.errors import UserError
     from pipeline.console import complain
     from pipeline.files.disk import explain
-    from pipeline.output import ReaderGone
+    from pipeline.run.output import ReaderGone
 
     if isinstance(error, ReaderGone):
         return 141

@@ -123,7 +123,7 @@ def evaluate(
 
     Example: temporal-merge evaluate merged.safetensors --study configs/demo.yaml
     """
-    from pipeline.evaluation import evaluate_checkpoint
+    from pipeline.run.evaluation import evaluate_checkpoint
     from pipeline.show import show_scores
 
     names = [name.strip() for name in datasets.split(",") if name.strip()] if datasets else None

@@ -35,8 +35,8 @@ def run(
     Example: temporal-merge run configs/demo.yaml --set grid.seed=[0,1,2]
     """
     from cluster.session import check_address
-    from pipeline.driver import carry_out
-    from pipeline.output import ReaderGone
+    from pipeline.run.driver import carry_out
+    from pipeline.run.output import ReaderGone
     from pipeline.show import print_results, run_summary
     from pipeline.study.config import load_study
 
@@ -98,7 +98,7 @@ def submit(
 
     Example: temporal-merge submit configs/demo.yaml --address http://head:8265 --out /shared/runs/demo --set data.root=/shared/data/mini
     """
-    from pipeline.submit import submit_study
+    from pipeline.run.submit import submit_study
 
     answer = submit_study(study, overrides or [], out, address, wait=wait, quiet=as_json)
     if as_json:
@@ -113,7 +113,7 @@ def stop(out: OutDir, address: Dashboard, as_json: AsJson = False) -> None:
 
     Example: temporal-merge stop /shared/runs/demo --address http://head:8265
     """
-    from pipeline.submit import stop_study
+    from pipeline.run.submit import stop_study
 
     job = stop_study(out, address)
     print_json({"job": job, "state": "stopping"}) if as_json else print(f"job {job} is being stopped")
@@ -147,11 +147,11 @@ def status(
     if watch and as_json:
         raise UserError("--watch is for people and --json for programs; leave one out (a program asks again)")
     if address:
-        from pipeline.submit import remote_status
+        from pipeline.run.submit import remote_status
 
         look, seconds = partial(remote_status, out, address), 10.0
     else:
-        from pipeline.status import Look
+        from pipeline.run.status import Look
 
         look, seconds = Look(out), 1.0
     if watch:

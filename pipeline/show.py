@@ -21,9 +21,9 @@ from merge_service.techniques import get, names
 from pipeline.console import BUSY, ERROR, GOOD, WARNING, complain
 from pipeline.console import console as made_console
 from pipeline.plan.steps import TEST, Plan, TrajectoryPlan
-from pipeline.progress import running_table, standings_table
 from pipeline.results.over_time import grouped, on_split, splits_of, winner
 from pipeline.results.over_time import summary as standings
+from pipeline.run.progress import running_table, standings_table
 from pipeline.store.versions import mixed_text
 
 STATES = {"running": BUSY, "starting": BUSY, "done": GOOD, "failed": ERROR, "partial": WARNING}

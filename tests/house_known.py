@@ -8,12 +8,11 @@ CIRCLES: dict[str, list[list[str]]] = {
 }
 """Modules that lead back to themselves, by room."""
 STRAY = {
-    "pipeline": "cli cli_files cli_options cli_studies cli_upkeep deadlines driver evaluation events jobs lanes merging others output progress schedule "
-    "show signals state_dicts status submit timeline",
+    "pipeline": "cli cli_files cli_options cli_studies cli_upkeep merging show signals state_dicts",
     "workers": "pretrain_page pretrain_recipe",
 }
 """Modules that have yet to move into a folder."""
-CROWDED = ["merge_service", "pipeline", "workers/data"]
+CROWDED = ["merge_service", "workers/data"]
 LONG_LISTS = {
     "cluster": [],
     "pipeline": [
@@ -48,6 +47,30 @@ VAGUE = [
     "pipeline/plan/steps.py:Plan.summary",
     "pipeline/plan/steps.py:Plan.to_json",
     "pipeline/plan/steps.py:Plan.from_json",
+    "pipeline/run/driver.py:carry_out",
+    "pipeline/run/evaluation.py:evaluate_checkpoint",
+    "pipeline/run/evaluation.py:score",
+    "pipeline/run/events.py:Events.add",
+    "pipeline/run/events.py:read_events",
+    "pipeline/run/others.py:Others.take",
+    "pipeline/run/others.py:Others.settled",
+    "pipeline/run/others.py:Others.other_versions",
+    "pipeline/run/output.py:Steady.write",
+    "pipeline/run/progress.py:Standings.scored_before",
+    "pipeline/run/progress.py:running_table",
+    "pipeline/run/progress.py:read_progress",
+    "pipeline/run/progress.py:training_columns",
+    "pipeline/run/progress.py:outlook",
+    "pipeline/run/progress.py:headline",
+    "pipeline/run/schedule.py:Schedule.__init__",
+    "pipeline/run/schedule.py:Ranked.steps",
+    "pipeline/run/schedule.py:Ranked.trajectories",
+    "pipeline/run/status.py:status_of",
+    "pipeline/run/submit.py:submit_study",
+    "pipeline/run/submit.py:remote_status",
+    "pipeline/run/trace.py:Timeline.event",
+    "pipeline/run/trace.py:Timeline.step",
+    "pipeline/run/trace.py:read_timeline",
     "pipeline/store/artifact.py:difference",
     "pipeline/store/local.py:StepLike.spec",
     "pipeline/store/local.py:Store.commit",

@@ -211,17 +211,17 @@ BROKEN: dict[str, list[tuple[str, str, str]]] = {
         ("max(self._best.get(i, score), score)", "score",
          "tests/pipeline/results/test_results.py::test_forgetting_is_the_mean_fall_from_the_best"),
         ("VAL if VAL in splits else TEST", "TEST",
-         "tests/pipeline/test_splits.py::test_results_say_the_split_and_the_winner_is_chosen_on_val"),
+         "tests/pipeline/run/test_splits.py::test_results_say_the_split_and_the_winner_is_chosen_on_val"),
     ],
     "pipeline/plan/planner.py": [
         ("map(Part, datasets), split)", "map(Part, datasets), TEST)",
-         "tests/pipeline/test_splits.py::test_val_makes_other_evaluations_of_the_same_checkpoints"),
+         "tests/pipeline/run/test_splits.py::test_val_makes_other_evaluations_of_the_same_checkpoints"),
         ("replace(p, own=own.get((p.train, draft.split))", "replace(p, own=own.get((p.train, TEST))",
-         "tests/pipeline/test_splits.py::test_axis_of_both_splits_shares_every_step_but_the_evaluations"),
+         "tests/pipeline/run/test_splits.py::test_axis_of_both_splits_shares_every_step_but_the_evaluations"),
     ],
     "workers/data/zero_shot.py": [
         ("set(held_out) - {*replayed, *never}", "set()",
-         "tests/pipeline/test_zero_shot_groups.py::test_set_that_is_not_in_exactly_one_group_is_refused_by_name"),
+         "tests/pipeline/run/test_zero_shot_groups.py::test_set_that_is_not_in_exactly_one_group_is_refused_by_name"),
     ],
     # timelines, the order of work, the driver
     "merge_service/timeline.py": [
@@ -234,19 +234,19 @@ BROKEN: dict[str, list[tuple[str, str, str]]] = {
         ("while len(self._history) + 1 in self._arrivals", "if len(self._history) + 1 in self._arrivals",
          "tests/merge_service/test_service.py::test_early_experts_wait_and_weights_before_their_time_are_refused"),
     ],
-    "pipeline/schedule.py": [
+    "pipeline/run/schedule.py": [
         ("len(needs - self.done)", "len(needs) and 0",
-         "tests/pipeline/test_schedule.py::test_ready_step_waits_for_inputs_and_for_order"),
+         "tests/pipeline/run/test_schedule.py::test_ready_step_waits_for_inputs_and_for_order"),
     ],
-    "pipeline/driver.py": [
+    "pipeline/run/driver.py": [
         ("tries > limit", "tries > limit + 1",
-         "tests/pipeline/test_retries.py::test_step_that_fails_once_more_than_allowed_ends_the_run_with_its_name"),
+         "tests/pipeline/run/test_retries.py::test_step_that_fails_once_more_than_allowed_ends_the_run_with_its_name"),
         ("limit = min(limit, MEMORY_RETRIES)", "pass",
-         "tests/pipeline/test_retries.py::test_step_that_runs_out_of_memory_is_tried_thrice_however_many_retries_are_allowed"),
+         "tests/pipeline/run/test_retries.py::test_step_that_runs_out_of_memory_is_tried_thrice_however_many_retries_are_allowed"),
     ],
-    "pipeline/deadlines.py": [
+    "pipeline/run/deadlines.py": [
         ("if self._sign(step) != sign", "if False",
-         "tests/pipeline/test_retries.py::test_step_is_overdue_when_it_was_silent_for_its_timeout_and_every_report_counts_anew"),
+         "tests/pipeline/run/test_retries.py::test_step_is_overdue_when_it_was_silent_for_its_timeout_and_every_report_counts_anew"),
     ],
     # who may talk to a cluster
     "cluster/session.py": [

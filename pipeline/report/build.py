@@ -24,10 +24,10 @@ from pipeline.report.cost import costs, elapsed
 from pipeline.report.figures import Data, Figure, NoData
 from pipeline.report.page import page, records, spec_of, svg_of
 from pipeline.results.over_time import OF_GROUPS, ReadOnce, on_split, results, sentence_of, splits_of
+from pipeline.run.trace import read_timeline
 from pipeline.store.artifact import Record
 from pipeline.store.local import Store
 from pipeline.store.versions import counted, mixed_text
-from pipeline.timeline import read_timeline
 from pipeline.workspace.opening import open_plan, open_store
 
 EXPERTS = 12

@@ -45,11 +45,11 @@ OUTSIDE = {
 """Commands that a test cannot run, and why: their syntax is checked."""
 
 ELSEWHERE = {
-    "run": "tests/pipeline/test_run.py",
+    "run": "tests/pipeline/run/test_run.py",
     "submit": "tests/cluster/test_submit_jobs.py",
     "stop": "tests/cluster/test_submit_jobs.py",
     "ui": "tests/ui/test_mlflow_ui.py",
-    "evaluate": "tests/pipeline/test_run.py",
+    "evaluate": "tests/pipeline/run/test_run.py",
     "check": "tests/pipeline/study/test_suites.py",
     "gc": "tests/pipeline/workspace/test_gc.py",
 }

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from merge_service.errors import UserError
 from merge_service.merge import merge
-from pipeline.evaluation import score
 from pipeline.plan.facts import base_identity, gather
+from pipeline.run.evaluation import score
 from pipeline.study.config import load_study
 from pipeline.study.sections import ModelSection
 from pipeline.workspace.workspace import Workspace

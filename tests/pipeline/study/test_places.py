@@ -96,7 +96,7 @@ def test_arguments_that_the_shell_left_are_written_out_and_overrides_are_not(at_
 
 
 def test_study_sent_to_a_cluster_has_its_paths_written_out(at_home: Path) -> None:
-    from pipeline.submit import _written_out as sent
+    from pipeline.run.submit import _written_out as sent
 
     file = at_home / "study.yaml"
     for root, override, written in (

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.schedule import Schedule, in_turn
+from pipeline.run.schedule import Schedule, in_turn
 
 
 @dataclass

@@ -7,7 +7,7 @@ import pytest
 from cluster.capacity import Capacity, Node
 from cluster.session import ClusterError
 from pipeline.errors import ConfigError
-from pipeline.lanes import Lanes
+from pipeline.run.lanes import Lanes
 from pipeline.study.config import study_from
 from tests.pipeline.plan_toys import facts, make_plan, raw_study, study
 

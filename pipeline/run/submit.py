@@ -26,7 +26,7 @@ from merge_service.errors import UserError
 from pipeline.errors import ConfigError
 from pipeline.study.config import Study, load_study
 
-CODE = Path(__file__).resolve().parent.parent
+CODE = Path(__file__).resolve().parents[2]
 MAX_BYTES = 200 * 10**6
 MAX_FILES = 2000
 """Of one shipment; Ray keeps it in the head's memory."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from merge_service.checkpoint import WEIGHTS_FILE
-from pipeline.jobs import Jobs
+from pipeline.run.jobs import Jobs
 from tests.pipeline.plan_toys import facts, make_plan, study
 
 STRATEGIES: list[Any] = [

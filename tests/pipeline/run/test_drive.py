@@ -13,10 +13,10 @@ import pytest
 from cluster.capacity import Capacity, Node
 from cluster.pool import Group, WorkerLost
 from cluster.session import ClusterError, Session
-from pipeline import driver
 from pipeline.errors import CorruptArtifact
+from pipeline.run import driver
+from pipeline.run.trace import read_timeline
 from pipeline.store.lease import Files, Leases
-from pipeline.timeline import read_timeline
 from pipeline.workspace.workspace import Workspace
 from tests.pipeline.plan_toys import facts, make_plan, study
 

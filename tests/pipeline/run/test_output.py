@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import output
-from pipeline.output import ReaderGone, Steady, steady
+from pipeline.run import output
+from pipeline.run.output import ReaderGone, Steady, steady
 from pipeline.workspace.lock import read_driver
 from tests.world import ROOT, Cluster, World, artifacts
 
@@ -118,7 +118,7 @@ def test_streams_that_a_notebook_has_replaced_stay(capsys: pytest.CaptureFixture
 
 def test_everything_that_is_read_arrives_in_order() -> None:
     code = (
-        "import sys\nfrom pipeline.output import steady\n"
+        "import sys\nfrom pipeline.run.output import steady\n"
         "with steady(exacting=True):\n"
         "    for n in range(2000): print(n, file=sys.stderr if n % 3 else sys.stdout)\n"
         "    with steady(): print('within', end='')\n"

@@ -23,20 +23,20 @@ from merge_service.faults import point
 from merge_service.own import check_importable
 from merge_service.techniques import get as technique_called
 from pipeline.console import WARNING, complain
-from pipeline.deadlines import Deadlines
 from pipeline.errors import CorruptArtifact, NondeterminismError, StepFailed, StepTimeout, StorageFull
-from pipeline.events import Events
 from pipeline.files.disk import room_for
-from pipeline.jobs import Jobs
-from pipeline.lanes import Lane, Lanes
-from pipeline.others import Others, other_versions
-from pipeline.output import steady
 from pipeline.plan.planner import Step
-from pipeline.progress import Progress, Standings, headline, outlook
-from pipeline.schedule import Schedule, ranks
+from pipeline.run.deadlines import Deadlines
+from pipeline.run.events import Events
+from pipeline.run.jobs import Jobs
+from pipeline.run.lanes import Lane, Lanes
+from pipeline.run.others import Others, other_versions
+from pipeline.run.output import steady
+from pipeline.run.progress import Progress, Standings, headline, outlook
+from pipeline.run.schedule import Schedule, ranks
+from pipeline.run.trace import Timeline
 from pipeline.store.lease import Holder
 from pipeline.study.config import Study
-from pipeline.timeline import Timeline
 from pipeline.tracking.session import Tracking
 from pipeline.workspace.lock import driver_lock, write_driver, write_last
 from pipeline.workspace.registrations import retire

@@ -9,7 +9,6 @@ import pytest
 
 from merge_service.errors import UserError
 from pipeline.errors import PlanError
-from pipeline.evaluation import score
 from pipeline.plan.facts import gather
 from pipeline.plan.file import decode, encode
 from pipeline.plan.planner import Plan
@@ -17,6 +16,7 @@ from pipeline.plan.steps import Facts
 from pipeline.report.build import choose, write_report
 from pipeline.report.figures import prepare
 from pipeline.results import over_time as found
+from pipeline.run.evaluation import score
 from pipeline.study.config import load_study
 from pipeline.study.suites import check
 from pipeline.tracking.rows.names import trajectory_names

@@ -10,10 +10,10 @@ from cluster.memory import OutOfMemory
 from cluster.pool import PlaceLost, WorkerLost
 from merge_service.errors import UserError
 from merge_service.leftovers import owner_mark, temporary
-from pipeline.deadlines import Deadlines
 from pipeline.errors import StepFailed, StepTimeout
+from pipeline.run.deadlines import Deadlines
 from tests.pipeline.plan_toys import study
-from tests.pipeline.test_drive import Scene
+from tests.pipeline.run.test_drive import Scene
 
 LIMIT = 3
 """`experts.max_retries` of these studies, as by default."""

@@ -8,8 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from pipeline.events import read_events
-from pipeline.progress import Standings, read_progress
+from pipeline.run.events import read_events
+from pipeline.run.progress import Standings, read_progress
 from pipeline.store.versions import mixed
 from pipeline.tracking.outbox import glance
 from pipeline.workspace.lock import is_held, read_driver

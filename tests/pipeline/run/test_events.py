@@ -10,16 +10,16 @@ import pytest
 from cluster.pool import WorkerLost
 from merge_service.errors import UserError
 from pipeline.errors import CorruptArtifact
-from pipeline.events import FILE, Events, read_events
 from pipeline.plan import file as plan_file
+from pipeline.run.events import FILE, Events, read_events
+from pipeline.run.status import status_of
 from pipeline.show import status_view
-from pipeline.status import status_of
 from pipeline.store import versions
 from pipeline.store.local import Store
 from tests.pipeline.plan_toys import facts, make_plan, study
 from tests.pipeline.results.test_results import carry_out
+from tests.pipeline.run.test_drive import Scene
 from tests.pipeline.store_toys import put
-from tests.pipeline.test_drive import Scene
 
 
 def test_events_are_only_added_and_a_line_cut_by_a_crash_costs_itself_alone(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_retries_losses_and_a_tracker_that_goes_are_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scene = Scene(tmp_path, monkeypatch)
-    monkeypatch.setattr("pipeline.driver.LOOK_SECONDS", -1.0)
+    monkeypatch.setattr("pipeline.run.driver.LOOK_SECONDS", -1.0)
     steps = list(scene.plan.steps.values())
     expert = next(step for step in steps if step.kind == "train")
     merge = next(step for step in steps if step.kind == "merge")

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from pipeline.results.over_time import gm, ka, zs
+from pipeline.run.status import Look
 from pipeline.show import watch_status
-from pipeline.status import Look
 from pipeline.store.local import Store
 from pipeline.workspace.lock import driver_lock, is_held, write_driver
 from tests.pipeline.tracked_study import Tracked, finished_study
@@ -28,8 +28,8 @@ def seen(study: Tracked, monkeypatch: pytest.MonkeyPatch, *, hidden: set[str]) -
     there = SimpleNamespace(
         has=lambda kind, fingerprint: kind not in hidden and store.has(kind, fingerprint), record=store.record
     )
-    monkeypatch.setattr("pipeline.status.open_plan", lambda out: study.plan)
-    monkeypatch.setattr("pipeline.status.store_of", lambda out: there)
+    monkeypatch.setattr("pipeline.run.status.open_plan", lambda out: study.plan)
+    monkeypatch.setattr("pipeline.run.status.store_of", lambda out: there)
     return Look(study.out)
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from pipeline.run.trace import read_timeline
 from pipeline.store.lease import Files
 from pipeline.store.remote import MIRROR
-from pipeline.timeline import read_timeline
 from pipeline.workspace.opening import open_plan
 from tests.pipeline.s3_server import s3_server
 from tests.world import TASKS, Cluster, World, command, start
