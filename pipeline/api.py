@@ -5,9 +5,8 @@ would have shown. `import temporal_merge` gives these names.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -192,7 +191,7 @@ def merge(
             raise UserError(
                 "out is for files; state dicts are merged into the one that is returned: leave it out"
             )
-        from pipeline.state_dicts import merge_state_dicts
+        from pipeline.merging.state_dicts import merge_state_dicts
 
         options = {"parity": parity, "ids": ids, "strip_prefix": strip_prefix, "any_base": any_base}
         return merge_state_dicts(technique, params, base, experts, **options)  # type: ignore[arg-type]
@@ -203,17 +202,9 @@ def merge(
     if out is None:
         raise UserError("merging files needs out, the file or directory to write")
     paths = [Path(one) for one in given if isinstance(one, str | Path)]
-    return merge_files(
-        technique,
-        params,
-        None if base is None else paths[-1],
-        paths[: len(experts)],
-        Path(out),
-        parity=parity,
-        ids=ids,
-        strip_prefix=strip_prefix,
-        any_base=any_base,
-    )
+    options = {"parity": parity, "ids": ids, "strip_prefix": strip_prefix, "any_base": any_base}
+    start = None if base is None else paths[-1]
+    return merge_files(technique, params, start, paths[: len(experts)], Path(out), **options)
 
 
 def merge_files(
@@ -222,65 +213,17 @@ def merge_files(
     base: Path | None,
     experts: Sequence[Path],
     out: Path,
-    *,
-    parity: str | None = None,
-    ids: Sequence[str | None] | None = None,
-    strip_prefix: str | None = None,
-    any_base: bool = False,
-    threads: int | None = None,
-    workers: int = 1,
-    address: str | None = None,
-    device: str | None = None,
-    shard_size: str | None = None,
-    keep_thresholds: bool = False,
+    **options: Any,
 ) -> "MergeReport":
-    """`temporal-merge merge`, whose options these are; all cores by default. Raises UserError, also if `out` is an input."""
-    from merge_service.intake import Rules
-    from merge_service.merge import merge as combine
-    from merge_service.parity import translate_merge
-    from merge_service.shards import bytes_of
-    from merge_service.target import overwrites
+    """`temporal-merge merge`; `options` are the other fields of `FileMerge` and those of `Execution` (`pipeline.merging.files`).
 
-    for path in (*experts, *([base] if base else [])):
-        if overwrites(out, path):
-            raise UserError(f"--out {out} is one of the inputs and would be lost; give another --out")
-    split = None
-    if workers > 1 or address:
-        from pipeline.merging import split_over
+    Raises UserError, also if `out` is an input.
+    """
+    from pipeline.merging import files
 
-        split = split_over(address or "local", workers, threads or 1)
-    return combine(
-        technique,
-        translate_merge(technique, params, parity, len(experts)),
-        base,
-        experts,
-        out,
-        ids=ids,
-        lineage=True,
-        rules=Rules(any_base, strip_prefix),
-        threads=threads or (len(os.sched_getaffinity(0)) if split is None else 1),
-        split=split,
-        device=device,
-        keep_limits=keep_thresholds,
-        shard_bytes=bytes_of(shard_size) if shard_size else None,
-    )
-
-
-def ids_from(named: Sequence[str], experts: Sequence[Path]) -> list[str | None]:
-    """The ids that NAME=FILE pairs give these experts, None for the others. Raises UserError for a file that is none of them."""
-    ids: list[str | None] = [None] * len(experts)
-    for pair in named:
-        name, _, file = pair.partition("=")
-        if not name.strip() or not file:
-            raise UserError(f"--id {pair!r}: write NAME=FILE, e.g. --id animals=animals.safetensors")
-        places = [at for at, expert in enumerate(experts) if expert == Path(file) and ids[at] is None]
-        if not places:
-            given = ", ".join(str(expert) for expert in experts[:5])
-            raise UserError(
-                f"--id {pair!r}: {file} is none of the experts that have no id yet ({given}); write it as there"
-            )
-        ids[places[0]] = name.strip()
-    return ids
+    names = [one.name for one in fields(files.Execution)]
+    how = files.Execution(**{name: options.pop(name) for name in names if name in options})
+    return files.merge_files(files.FileMerge(technique, params, base, experts, out, **options), how)
 
 
 def evaluate(
@@ -297,7 +240,7 @@ def evaluate(
 
 def techniques() -> list[dict[str, Any]]:
     """Every merging technique: name, formula, paper, needs, forms, parameters with default and meaning."""
-    from pipeline.show import techniques_as_json
+    from pipeline.merging.techniques import techniques_as_json
 
     return list(techniques_as_json(None))
 

@@ -65,26 +65,14 @@ def merge(
     Example: temporal-merge merge --technique ties --base base.safetensors --set density=0.2 --out m.safetensors a.safetensors b.safetensors
     """
     from merge_service.anatomy import described
-    from pipeline.api import ids_from, merge_files
+    from pipeline.merging.files import Execution, FileMerge, ids_from, merge_files
     from pipeline.show import parameters_from
 
-    report = merge_files(
-        technique,
-        parameters_from(overrides or []),
-        base,
-        experts,
-        out,
-        parity=parity,
-        ids=ids_from(named or [], experts),
-        strip_prefix=strip_prefix,
-        any_base=any_base,
-        threads=threads,
-        workers=workers,
-        address=address,
-        device=device,
-        shard_size=shard_size,
-        keep_thresholds=keep_thresholds,
-    )
+    what = FileMerge(
+        technique, parameters_from(overrides or []), base, experts, out,
+        parity, ids_from(named or [], experts), strip_prefix, any_base,
+    )  # fmt: skip
+    report = merge_files(what, Execution(threads, workers, address, device, shard_size, keep_thresholds))
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)
     if any(report.stacks.values()) and not as_json:
@@ -144,7 +132,8 @@ def techniques(
 
     Example: temporal-merge techniques ties
     """
-    from pipeline.show import show_techniques, techniques_as_json
+    from pipeline.merging.techniques import techniques_as_json
+    from pipeline.show import show_techniques
 
     print_json(techniques_as_json(name)) if as_json else show_techniques(name)
 

@@ -17,9 +17,10 @@ from rich.text import Text
 
 from merge_service.errors import UserError
 from merge_service.own import broken
-from merge_service.techniques import get, names
+from merge_service.techniques import get
 from pipeline.console import BUSY, ERROR, GOOD, WARNING, complain
 from pipeline.console import console as made_console
+from pipeline.merging.techniques import techniques_as_json
 from pipeline.plan.steps import TEST, Plan, TrajectoryPlan
 from pipeline.results.over_time import grouped, on_split, splits_of, winner
 from pipeline.results.over_time import summary as standings
@@ -274,13 +275,6 @@ def show_scores(answer: Mapping[str, Any]) -> None:
         console.print("  ".join(f"{name} {value:.4f}" for name, value in known.items()) + on)
 
 
-def techniques_as_json(name: str | None) -> Any:
-    """One technique, or all, as plain values."""
-    if name is not None:
-        return _technique(name)
-    return [_technique(one) for one in names()]
-
-
 def show_techniques(name: str | None) -> None:
     """The catalogue, or one technique in full."""
     console = made_console()
@@ -288,7 +282,7 @@ def show_techniques(name: str | None) -> None:
         table = Table(box=None, header_style="bold", pad_edge=False)
         for column in ("technique", "forms", "needs", "parameters", "paper"):
             table.add_column(column)
-        for one in map(_technique, names()):
+        for one in techniques_as_json(None):
             parameters = ", ".join(f"{key}={entry['default']}" for key, entry in one["params"].items())
             table.add_row(
                 one["name"], " ".join(one["forms"]), " ".join(one["needs"]) or "-", parameters, one["paper"]
@@ -297,7 +291,7 @@ def show_techniques(name: str | None) -> None:
         for which, why in broken().items():
             complain("warning", f"technique {which} cannot be used: {why}", WARNING)
         return
-    one = _technique(name)
+    one = techniques_as_json(name)
     console.print(f"{one['name']}\n  {one['formula']}\n  paper: {one['paper'] or '-'}", markup=False)
     origin = get(name).origin
     if origin is not None:
@@ -308,18 +302,3 @@ def show_techniques(name: str | None) -> None:
     for key, entry in one["params"].items():
         allowed = f" [{' | '.join(entry['choices'])}]" if entry["choices"] else ""
         console.print(f"  {key} = {entry['default']}{allowed}: {entry['doc']}", markup=False)
-
-
-def _technique(name: str) -> dict[str, Any]:
-    one = get(name)
-    return {
-        "name": one.name,
-        "formula": one.formula,
-        "paper": one.paper,
-        "needs": sorted(one.needs),
-        "forms": sorted(one.forms),
-        "params": {
-            param.name: {"default": param.default, "doc": param.doc, "choices": list(param.choices or ())}
-            for param in one.params
-        },
-    }

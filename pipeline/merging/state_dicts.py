@@ -14,6 +14,7 @@ from merge_service.checkpoint import Checkpoint, CheckpointWriter
 from merge_service.dtypes import DTYPES
 from merge_service.errors import CheckpointError
 from merge_service.ties import Ties, entry, of_groups
+from pipeline.merging.files import FileMerge, merge_files
 
 _NUMPY = {kind.storage: name for name, kind in DTYPES.items() if name != "BF16" and not name.startswith("F8")}
 _TORCH = {
@@ -44,8 +45,6 @@ def merge_state_dicts(
     among the temporary files. Raises UserError as a merge of files does, and CheckpointError for
     what is no tensor, or of a dtype that checkpoints do not have.
     """
-    from pipeline.api import merge_files
-
     reference = experts[0] if base is None else base
     with tempfile.TemporaryDirectory(prefix="temporal-merge-") as name:
         room = Path(name)
@@ -54,7 +53,7 @@ def merge_state_dicts(
         shared = _shared_in_all(reference, experts)
         if shared:
             _save(room, "base" if start else "expert-1", reference, shared)
-        merge_files(technique, params, start, paths, room / "merged.safetensors", **options)
+        merge_files(FileMerge(technique, params, start, paths, room / "merged.safetensors", **options))
         prefix = options.get("strip_prefix") or ""
         with Checkpoint.open(room / "merged.safetensors") as merged:
             own = {
