@@ -16,7 +16,7 @@ os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 pytest.register_assert_rewrite("tests.faults.harness", "tests.world")
 
-from pipeline.cli import _main  # noqa: E402
+from pipeline.cli.app import _main  # noqa: E402
 from pipeline.tracking.mlflow.local import LOCAL_DB, make_local_store  # noqa: E402
 from tests.matrix import (  # noqa: E402, F401  (hooks of pytest)
     pytest_addoption,

@@ -242,7 +242,7 @@ def test_shipment_holds_source_study_and_files_and_nothing_else(world: World, se
         names = {str(path.relative_to(room)) for path in room.rglob("*") if path.is_file()}
         assert (room / study.name).read_bytes() == study.read_bytes()
     assert {
-        "pipeline/cli.py",
+        "pipeline/cli/app.py",
         "workers/training/expert.py",
         "merge_service/actor.py",
         "cluster/session.py",

@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from merge_service.techniques import forget_table
-from pipeline.cli import app
+from pipeline.cli.app import app
 from pipeline.study.config import study_from
 from tests.world import ROOT, World
 

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from merge_service import techniques
 from merge_service.checkpoint import sha256_of
 from merge_service.merge import advance, fold, merge
-from pipeline.cli import PANELS, app
+from pipeline.cli.app import PANELS, app
 from pipeline.identity import fingerprint
 from pipeline.plan.planner import make_plan
 from pipeline.plan.steps import DatasetFacts, Facts, ModelFacts

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from merge_service.errors import UserError
-from pipeline import cli
+from pipeline.cli import app as cli
 from pipeline.errors import StorageFull
 from pipeline.files.disk import explain, write_whole
 from pipeline.results.over_time import write_results

@@ -9,11 +9,11 @@ import pytest
 
 from cluster.pool import WorkerLost
 from merge_service.errors import UserError
+from pipeline.cli.show import status_view
 from pipeline.errors import CorruptArtifact
 from pipeline.plan import file as plan_file
 from pipeline.run.events import FILE, Events, read_events
 from pipeline.run.status import status_of
-from pipeline.show import status_view
 from pipeline.store import versions
 from pipeline.store.local import Store
 from tests.pipeline.plan_toys import facts, make_plan, study

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from pipeline.cli.show import watch_status
 from pipeline.results.over_time import gm, ka, zs
 from pipeline.run.status import Look
-from pipeline.show import watch_status
 from pipeline.store.local import Store
 from pipeline.workspace.lock import driver_lock, is_held, write_driver
 from tests.pipeline.tracked_study import Tracked, finished_study

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from merge_service.errors import UserError
-from pipeline.cli import _written_out
+from pipeline.cli.app import _written_out
 from pipeline.errors import ConfigError
 from pipeline.study.config import load_study, study_from
 from tests.pipeline.plan_toys import raw_study

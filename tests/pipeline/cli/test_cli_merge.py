@@ -20,7 +20,7 @@ from pipeline import api
 from pipeline.console import spell_out
 from tests.world import command
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "techniques.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "techniques.json").read_text())
 CASES = [case for case in GOLDEN["cases"] if case.get("form", "merge") == "merge"]
 
 
@@ -301,7 +301,7 @@ def test_merge_of_a_hundred_experts_needs_few_open_files(tmp_path: Path) -> None
         save_file({"w": moved}, tmp_path / f"e{number:03}.safetensors")
     answer = subprocess.run(
         f"ulimit -n 64; exec {sys.executable} -m pipeline.cli merge --technique average --out m.safetensors e*.safetensors",
-        shell=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        shell=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
         capture_output=True, text=True, executable="/bin/bash",
     )  # fmt: skip
     assert answer.returncode == 0 and "average of 100 checkpoints" in answer.stdout, answer.stderr
@@ -325,7 +325,7 @@ def test_commands_print_on_a_terminal_that_has_ascii_only(tmp_path: Path) -> Non
 def run_in_ascii(*words: object) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
         [sys.executable, "-m", "pipeline.cli", *map(str, words)],
-        env={**os.environ, **ASCII}, cwd=Path(__file__).parents[2], capture_output=True,
+        env={**os.environ, **ASCII}, cwd=Path(__file__).parents[3], capture_output=True,
     )  # fmt: skip
 
 

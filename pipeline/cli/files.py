@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli_options import (
+from pipeline.cli.options import (
     AnyBase,
     AsJson,
     Base,
@@ -65,8 +65,8 @@ def merge(
     Example: temporal-merge merge --technique ties --base base.safetensors --set density=0.2 --out m.safetensors a.safetensors b.safetensors
     """
     from merge_service.anatomy import described
+    from pipeline.cli.show import parameters_from
     from pipeline.merging.files import Execution, FileMerge, ids_from, merge_files
-    from pipeline.show import parameters_from
 
     what = FileMerge(
         technique, parameters_from(overrides or []), base, experts, out,
@@ -111,8 +111,8 @@ def evaluate(
 
     Example: temporal-merge evaluate merged.safetensors --study configs/demo.yaml
     """
+    from pipeline.cli.show import show_scores
     from pipeline.run.evaluation import evaluate_checkpoint
-    from pipeline.show import show_scores
 
     names = [name.strip() for name in datasets.split(",") if name.strip()] if datasets else None
     answer = evaluate_checkpoint(checkpoint, study, overrides or [], names, split)
@@ -132,8 +132,8 @@ def techniques(
 
     Example: temporal-merge techniques ties
     """
+    from pipeline.cli.show import show_techniques
     from pipeline.merging.techniques import techniques_as_json
-    from pipeline.show import show_techniques
 
     print_json(techniques_as_json(name)) if as_json else show_techniques(name)
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli_options import AsJson, Dashboard, OutDir, OutOption, Overrides, StudyFile, print_json
+from pipeline.cli.options import AsJson, Dashboard, OutDir, OutOption, Overrides, StudyFile, print_json
 
 
 def run(
@@ -35,9 +35,9 @@ def run(
     Example: temporal-merge run configs/demo.yaml --set grid.seed=[0,1,2]
     """
     from cluster.session import check_address
+    from pipeline.cli.show import print_results, run_summary
     from pipeline.run.driver import carry_out
     from pipeline.run.output import ReaderGone
-    from pipeline.show import print_results, run_summary
     from pipeline.study.config import load_study
 
     check_address(address)
@@ -62,7 +62,7 @@ def plan(
 
     Example: temporal-merge plan configs/demo.yaml --json
     """
-    from pipeline.show import show_plan
+    from pipeline.cli.show import show_plan
     from pipeline.workspace.workspace import Workspace
 
     workspace = Workspace.open(study, overrides or [], out, provisional=True)
@@ -141,7 +141,7 @@ def status(
     Example: temporal-merge status runs/demo --watch
     """
     from merge_service.errors import UserError
-    from pipeline.show import show_status, watch_status
+    from pipeline.cli.show import show_status, watch_status
 
     look: Callable[[], dict[str, Any]]
     if watch and as_json:

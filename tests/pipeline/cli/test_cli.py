@@ -10,8 +10,8 @@ import pytest
 import typer
 
 from merge_service import techniques
-from pipeline.cli import PANELS, app
-from pipeline.cli_files import technique_names
+from pipeline.cli.app import PANELS, app
+from pipeline.cli.files import technique_names
 from pipeline.workspace.lock import driver_lock
 from tests.world import World, command
 

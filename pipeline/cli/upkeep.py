@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli_options import AsJson, OutDir, print_json
+from pipeline.cli.options import AsJson, OutDir, print_json
 
 
 def verify(out: OutDir, as_json: AsJson = False) -> None:

@@ -13,7 +13,10 @@ from typing import NoReturn
 import typer
 
 from cluster.code import own_code_first
-from pipeline import cli_files, cli_studies, cli_upkeep, signals
+from pipeline.cli import files as cli_files
+from pipeline.cli import signals
+from pipeline.cli import studies as cli_studies
+from pipeline.cli import upkeep as cli_upkeep
 
 PANELS = {
     "Plan and run": (cli_studies.plan, cli_studies.run, cli_studies.submit, cli_studies.stop),
@@ -45,7 +48,7 @@ def main() -> NoReturn:
     from pipeline.run.output import steady
 
     signals.watch()
-    own_code_first(str(Path(__file__).parent.parent))()
+    own_code_first(str(Path(__file__).parents[2]))()
     spell_out()
     with steady(exacting=True):
         sys.exit(_main())
@@ -101,7 +104,3 @@ def _written_out(arguments: Sequence[str]) -> list[str]:
         except ValueError as error:
             raise UserError(f"{option or 'argument'}: {error}") from None
     return answer
-
-
-if __name__ == "__main__":
-    main()

@@ -12,7 +12,7 @@ from tests.world import ROOT
 
 COMMAND = """
 import os, signal, sys, time
-from pipeline import cli
+from pipeline.cli import app as cli
 
 def work(**_):
     for number in {sent}:
