@@ -62,7 +62,7 @@ def run(name: str, out: Path, overrides: Sequence[str]) -> None:
         [
             sys.executable,
             "-m",
-            "pipeline.cli",
+            "pipeline.cli.app",
             "run",
             str(STUDIES / f"{name}.yaml"),
             "--out",

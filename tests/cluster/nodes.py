@@ -72,7 +72,7 @@ class TwoNodes:
             f"{self.prefix}-client",
             sys.executable,
             "-m",
-            "pipeline.cli",
+            "pipeline.cli.app",
             *map(str, arguments),
         ]
         return subprocess.Popen(
