@@ -62,7 +62,7 @@ def run(name: str, out: Path, overrides: Sequence[str]) -> None:
         [
             sys.executable,
             "-m",
-            "pipeline.cli.app",
+            "pipeline.cli",
             "run",
             str(STUDIES / f"{name}.yaml"),
             "--out",

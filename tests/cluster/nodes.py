@@ -72,7 +72,7 @@ class TwoNodes:
             f"{self.prefix}-client",
             sys.executable,
             "-m",
-            "pipeline.cli.app",
+            "pipeline.cli",
             *map(str, arguments),
         ]
         return subprocess.Popen(
