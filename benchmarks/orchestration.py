@@ -23,6 +23,7 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from pipeline.plan.file import encode
 from pipeline.plan.steps import DatasetFacts, Facts, ModelFacts
 
 ROOT = Path(__file__).parent.parent
@@ -273,7 +274,7 @@ def _prepare(workspace: Any) -> None:
     with workspace.store.staged(base) as stage:
         (stage / "open_clip_model.safetensors").write_text("base")
         workspace.store.commit(base, stage, {"origin": "none"}, seconds=0.0)
-    (workspace.out / "plan.json").write_text(json.dumps(workspace.plan.to_json()))
+    (workspace.out / "plan.json").write_text(json.dumps(encode(workspace.plan)))
 
 
 def _report(samples: list[tuple[float, float, float]], steps: int, what: str, target: Path) -> None:

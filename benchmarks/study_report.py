@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from pipeline.plan.planner import Plan
+from pipeline.plan.steps import Plan
 from pipeline.store.artifact import Record
 
 GAIN = {"base": 0.02, "latest": 0.05, "ema": 0.07, "all": 0.06}

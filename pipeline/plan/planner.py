@@ -24,10 +24,8 @@ from pipeline.plan.steps import (
     TRAIN,
     VAL,
     VERSIONS,
-    DatasetFacts,
     Facts,
     Plan,
-    Point,
     Step,
     TrajectoryPlan,
     without_val,
@@ -38,18 +36,6 @@ from pipeline.study.sections import BudgetSection, key_of
 from pipeline.study.streams import Part, Stream, StreamTask
 from workers.data.zero_shot import derived
 from workers.training.recipe import Recipe
-
-__all__ = [
-    "BASE",
-    "DatasetFacts",
-    "Facts",
-    "Plan",
-    "Point",
-    "Step",
-    "TrajectoryPlan",
-    "base_step",
-    "make_plan",
-]
 
 
 def make_plan(study: Study, facts: Facts) -> Plan:

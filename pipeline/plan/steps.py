@@ -264,19 +264,6 @@ class Plan:
         known: Mapping[str, str] | None = getattr(self.steps, "kinds", None)
         return known or {fingerprint: step.kind for fingerprint, step in self.steps.items()}
 
-    def to_json(self) -> dict[str, Any]:
-        """The plan as plain JSON values; `from_json` gives an equal plan."""
-        from pipeline.plan.file import encode
-
-        return encode(self)
-
-    @classmethod
-    def from_json(cls, body: Mapping[str, Any]) -> "Plan":
-        """A plan from its JSON. Raises PlanError if it is not one."""
-        from pipeline.plan.file import decode
-
-        return decode(body)
-
 
 def critical_path(steps: Mapping[str, Step]) -> dict[str, int]:
     """Steps of each kind on the longest chain through `steps`, which come in topological order; "steps" is its length.

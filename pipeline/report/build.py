@@ -17,8 +17,7 @@ import vl_convert
 from merge_service.checkpoint import WEIGHTS_FILE
 from merge_service.errors import UserError
 from merge_service.similarity import similarity
-from pipeline.plan.planner import Plan
-from pipeline.plan.steps import TEST, VAL, total_gflops
+from pipeline.plan.steps import TEST, VAL, Plan, total_gflops
 from pipeline.report import figures as draw
 from pipeline.report.cost import costs, elapsed
 from pipeline.report.figures import Data, Figure, NoData

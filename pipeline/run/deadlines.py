@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.plan.planner import Step
+from pipeline.plan.steps import Step
 from pipeline.study.config import Study
 
 

@@ -25,7 +25,7 @@ from merge_service.techniques import get as technique_called
 from pipeline.console import WARNING, complain
 from pipeline.errors import CorruptArtifact, NondeterminismError, StepFailed, StepTimeout, StorageFull
 from pipeline.files.disk import room_for
-from pipeline.plan.planner import Step
+from pipeline.plan.steps import Step
 from pipeline.run.deadlines import Deadlines
 from pipeline.run.events import Events
 from pipeline.run.jobs import Jobs

@@ -14,7 +14,7 @@ from merge_service.techniques import get
 from pipeline.errors import StoreError
 from pipeline.identity import fingerprint
 from pipeline.plan.facts import cache_of
-from pipeline.plan.planner import Step
+from pipeline.plan.steps import Step
 from pipeline.study.sections import ModelResources
 from pipeline.workspace.workspace import Workspace
 from workers.jobs import EngineSpec, EvaluateJob, Source, TrainJob

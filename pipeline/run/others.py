@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
 
-from pipeline.plan.planner import Step
+from pipeline.plan.steps import Step
 from pipeline.store import versions
 from pipeline.store.lease import Holder, Leases
 from pipeline.workspace.workspace import Workspace

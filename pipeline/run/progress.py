@@ -16,8 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.plan.planner import Plan, TrajectoryPlan
-from pipeline.plan.steps import VAL
+from pipeline.plan.steps import VAL, Plan, TrajectoryPlan
 from pipeline.results.over_time import gm, ka, zs
 
 SHOWN = 20

@@ -14,7 +14,7 @@ from typing import Any
 
 from merge_service.errors import UserError
 from pipeline.errors import StoreError
-from pipeline.plan.planner import Plan
+from pipeline.plan.steps import Plan
 from pipeline.store.local import Store
 from pipeline.store.names import DIGITS
 from pipeline.store.upkeep import Entry, Upkeep, sizes_of, upkeep

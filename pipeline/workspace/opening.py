@@ -11,7 +11,7 @@ import yaml
 from merge_service.errors import UserError
 from pipeline.errors import ConfigError
 from pipeline.plan.file import read
-from pipeline.plan.planner import Plan
+from pipeline.plan.steps import Plan
 from pipeline.store.local import Store
 from pipeline.store.open import store_at
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import StoreError
-from pipeline.plan.planner import Plan
+from pipeline.plan.steps import Plan
 from pipeline.store.local import Store
 from pipeline.store.upkeep import Upkeep, upkeep
 from pipeline.workspace.lock import is_held

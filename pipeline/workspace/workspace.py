@@ -21,9 +21,9 @@ from pipeline.errors import ConfigError
 from pipeline.files.disk import clear_leftovers, write_whole
 from pipeline.plan.facts import base_for_now, cache_of, ensure_data, gather, local_base, stated
 from pipeline.plan.file import study_of, write
-from pipeline.plan.planner import Plan, Step, base_step, make_plan
+from pipeline.plan.planner import base_step, make_plan
 from pipeline.plan.prompt_notes import prompt_notes
-from pipeline.plan.steps import Facts
+from pipeline.plan.steps import Facts, Plan, Step
 from pipeline.results.over_time import results, write_results
 from pipeline.store.local import Store
 from pipeline.store.open import store_at

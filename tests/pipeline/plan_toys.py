@@ -4,9 +4,8 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
-from pipeline.plan.planner import Plan
 from pipeline.plan.planner import make_plan as plan_of
-from pipeline.plan.steps import DatasetFacts, Facts, ModelFacts
+from pipeline.plan.steps import DatasetFacts, Facts, ModelFacts, Plan
 from pipeline.study.config import Study, study_from
 from pipeline.study.sections import key_of
 from pipeline.study.streams import datasets_of, make_stream

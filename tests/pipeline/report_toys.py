@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.plan.planner import Plan
+from pipeline.plan.steps import Plan
 from pipeline.results.over_time import results
 from tests.pipeline.plan_toys import facts, make_plan, study
 

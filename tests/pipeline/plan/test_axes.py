@@ -11,8 +11,8 @@ import yaml
 
 from merge_service import timeline
 from pipeline.errors import ConfigError
-from pipeline.plan.planner import Plan
-from pipeline.plan.steps import critical_path
+from pipeline.plan.file import decode, encode
+from pipeline.plan.steps import Plan, critical_path
 from pipeline.study.config import study_from
 from pipeline.study.sections import key_of
 from tests.pipeline.plan_toys import REPLAY, facts, make_plan, raw_study, study
@@ -257,7 +257,7 @@ def test_critical_path_is_the_longest_chain_of_training() -> None:
 
 def test_plan_with_streams_and_models_survives_json() -> None:
     plan = random_study([2, 3], ["best_in_time", "multitask"], seed=[0, 1])
-    again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
+    again = decode(json.loads(json.dumps(encode(plan))))
     assert again == plan and again.fingerprint == plan.fingerprint
 
 

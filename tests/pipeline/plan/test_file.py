@@ -9,7 +9,8 @@ import pytest
 from merge_service.errors import UserError
 from pipeline.errors import PlanError, StorageFull
 from pipeline.plan import file as plan_file
-from pipeline.plan.planner import Plan
+from pipeline.plan.file import decode, encode
+from pipeline.plan.steps import Plan
 from pipeline.workspace.opening import open_plan
 from tests.pipeline.plan_toys import facts, make_plan, study
 
@@ -37,19 +38,19 @@ def test_plan_is_the_same_plan_when_it_is_read_again(changes: dict[str, Any], tm
     plan_file.write(plan, tmp_path / "plan.json")
     lazy, eager = (
         plan_file.read(tmp_path / "plan.json"),
-        Plan.from_json(json.loads((tmp_path / "plan.json").read_text())),
+        decode(json.loads((tmp_path / "plan.json").read_text())),
     )
-    assert eager == plan and Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    assert eager == plan and decode(json.loads(json.dumps(encode(plan)))) == plan
     assert list(lazy.steps.items()) == list(plan.steps.items()) and lazy.kinds == plan.kinds
     assert lazy.trajectories == plan.trajectories and lazy.classes == plan.classes
     assert lazy.fingerprint == plan.fingerprint
 
 
 def test_length_of_the_file_grows_with_the_steps_and_not_with_their_lists() -> None:
-    short, long = (len(json.dumps(long_plan(tasks).to_json())) for tasks in (30, 120))
+    short, long = (len(json.dumps(encode(long_plan(tasks)))) for tasks in (30, 120))
     assert long < 4.5 * short
     chunked = [
-        len(json.dumps(make_plan(study(STRATEGIES, 3, stream={"order": "random", "seed": 1, "chunks": n, "tasks": ["d1", "d2", "d3"]}), facts(3), 120).to_json()))
+        len(json.dumps(encode(make_plan(study(STRATEGIES, 3, stream={"order": "random", "seed": 1, "chunks": n, "tasks": ["d1", "d2", "d3"]}), facts(3), 120))))
         for n in (30, 120)
     ]  # fmt: skip
     assert chunked[1] < 4.5 * chunked[0]

@@ -13,7 +13,7 @@ import pytest
 import vl_convert
 
 from merge_service.errors import UserError
-from pipeline.plan.planner import Plan
+from pipeline.plan.steps import Plan
 from pipeline.report import figures as draw
 from pipeline.report.build import draw_all, frames_of, write_report
 from pipeline.report.page import spec_of

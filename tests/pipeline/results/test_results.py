@@ -10,7 +10,7 @@ import pytest
 
 from merge_service.checkpoint import WEIGHTS_FILE
 from pipeline.errors import CorruptArtifact
-from pipeline.plan.planner import Plan
+from pipeline.plan.steps import Plan
 from pipeline.results import over_time as found
 from pipeline.store.artifact import Record
 from pipeline.store.local import Store

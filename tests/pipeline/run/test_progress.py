@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.plan.planner import Plan
+from pipeline.plan.steps import Plan
 from pipeline.run.progress import NOTES, SHOWN, Progress, Standings, read_progress, training_columns
 from tests.pipeline.plan_toys import facts, make_plan, study
 

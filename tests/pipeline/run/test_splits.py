@@ -11,8 +11,7 @@ from merge_service.errors import UserError
 from pipeline.errors import PlanError
 from pipeline.plan.facts import gather
 from pipeline.plan.file import decode, encode
-from pipeline.plan.planner import Plan
-from pipeline.plan.steps import Facts
+from pipeline.plan.steps import Facts, Plan
 from pipeline.report.build import choose, write_report
 from pipeline.report.figures import prepare
 from pipeline.results import over_time as found

@@ -9,8 +9,7 @@ import pytest
 
 from merge_service.errors import UserError
 from pipeline.plan.file import decode, encode
-from pipeline.plan.planner import Plan
-from pipeline.plan.steps import DatasetFacts
+from pipeline.plan.steps import DatasetFacts, Plan
 from pipeline.report import frames
 from pipeline.report.build import write_report
 from pipeline.report.figures import prepare

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.plan.planner import Plan
+from pipeline.plan.file import encode
+from pipeline.plan.steps import Plan
 from pipeline.store.local import Store
 from pipeline.store.open import store_at
 from pipeline.store.remote import MIRROR
@@ -44,7 +45,7 @@ def finished(out: Path, where: str, strategies: list[Any]) -> tuple[Plan, Store]
     out.mkdir(exist_ok=True)
     store.prepare()
     register(store, plan, out)
-    (out / "plan.json").write_text(json.dumps(plan.to_json()))
+    (out / "plan.json").write_text(json.dumps(encode(plan)))
     (out / "study.yaml").write_text(json.dumps({"storage": {"store": where}}))
     carry_out(plan, store)
     retire(store, plan, out)
