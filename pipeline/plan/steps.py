@@ -249,13 +249,13 @@ class Plan:
         return {
             "study": self.study,
             "trajectories": len(self.trajectories),
-            "splits": list(self.splits),
             "steps": counts,
             "gflops": total_gflops(step.gflops for step in ahead.values()),
             "disk_bytes": sum(step.disk_bytes for step in ahead.values()),
             "gflops_naive": self.naive_gflops,
             "critical_path": critical_path(ahead),
             "missing": list(self.missing),
+            "splits": list(self.splits),
         }
 
     @property
