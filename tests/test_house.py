@@ -31,7 +31,7 @@ FLOORS: dict[str, tuple[set[str], ...]] = {
     "cluster": (),
     "pipeline": (
         {"errors", "identity", "console"},
-        {"files"},
+        {"files", "kinds"},
         {"study", "store"},
         {"plan"},
         {"results"},

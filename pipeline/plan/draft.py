@@ -5,14 +5,16 @@ trajectory's seed and the task's name, not from its place in the stream, so that
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from merge_service import timeline
 from merge_service.techniques import get as technique_called
 from merge_service.timeline import Base, Expert, Merged, Weights
-from pipeline.plan.steps import BASE, RECORD_BYTES, TRAIN, VERSIONS, ModelFacts, Point, Step
+from pipeline.kinds.specs import MergeSpec, SourceSpec, Spec, TrainSpec
+from pipeline.kinds.table import KINDS
+from pipeline.plan.steps import BASE, RECORD_BYTES, TRAIN, About, ModelFacts, Point, Step
 from pipeline.study.config import Roles, Study
 from pipeline.study.grid import Cell
 from pipeline.study.streams import Part, Stream, StreamTask
@@ -40,12 +42,10 @@ class Steps(Protocol):
     steps: dict[str, Step]
     experts: dict[tuple[Any, ...], str]
 
-    def add(
-        self, kind: Any, spec: dict[str, Any], slug: str, label: str, t: int, task: str, **more: Any
-    ) -> str: ...
+    def add(self, spec: Spec, about: About) -> str: ...
     def evaluate(self, weights: str, step: Step, split: str) -> str: ...
     def own_task(self, expert: str, task: StreamTask) -> None: ...
-    def sources(self, key: Any, parts: Callable[[], Iterable[Part]], split: str) -> list[dict[str, Any]]: ...
+    def sources(self, key: Hashable, parts: Callable[[], Iterable[Part]], split: str) -> list[SourceSpec]: ...
     def recipe(self, recipe: Recipe) -> tuple[dict[str, Any], str]: ...
     def engine(self, model: str) -> dict[str, Any]: ...
 
@@ -124,70 +124,64 @@ class Draft:
 
     def _train(self, t: int, task: StreamTask, start: Weights, replays: bool, steps: int) -> str:
         planner, world = self.planner, self.world
-        init = self._fingerprint(start)
         pool = planner.roles.pretraining if self.cell.recipe.mixture.pretraining > 0 else ()
-        spec = {
-            "version": VERSIONS["train"],
-            "init": init,
-            "update": planner.sources(task.parts, lambda: task.parts, TRAIN),
-            "buffer": planner.sources(
+        spec = TrainSpec(
+            version=KINDS["train"].revision,
+            init=self._fingerprint(start),
+            update=planner.sources(task.parts, lambda: task.parts, TRAIN),
+            buffer=planner.sources(
                 (world.stream_id, t) if replays else (),
                 lambda: together(self.tasks[: t - 1]) if replays else (),
                 TRAIN,
             ),
-            "pretraining": planner.sources((*pool,), lambda: map(Part, pool), TRAIN),
-            "recipe": self.recipe,
-            "steps": steps,
-            "seed": _task_seed(self.cell.seed, task.name),
-            "engine": planner.engine(world.model),
-            **world.facts.training,
-        }
+            pretraining=planner.sources((*pool,), lambda: map(Part, pool), TRAIN),
+            recipe=self.recipe,
+            steps=steps,
+            seed=_task_seed(self.cell.seed, task.name),
+            engine=planner.engine(world.model),
+            training=world.facts.training,
+        )
         how = self._how(start)
-        return planner.add(
-            "train",
-            spec,
+        about = About(
             f"t{t}-{task.name}-init_{how}",
             f"t{t} {task.name}: expert from {how}{' with replay' if replays else ''}",
             t,
             task.name,
-            inputs={"init": init},
             gflops=self.gflops(steps),
             disk_bytes=world.facts.weights_bytes + RECORD_BYTES,
             base=world.base.fingerprint,
             model=world.model,
         )
+        return planner.add(spec, about)
 
     def _merge(self, merged: Merged, task: StreamTask) -> None:
         planner, strategy = self.planner, self.strategy
         parents = timeline.parents(strategy, merged)
-        inputs = {self._id(parent, merged): self._fingerprint(parent) for parent in parents}
-        base = self.world.base.fingerprint
-        spec = {
-            "version": VERSIONS["merge"] + (not self.world.facts.resblocks),
-            "technique": strategy.technique,
-            "params": timeline.params_for(strategy, merged),
-            "form": merged.form,
-            "base": base,
-            "inputs": [[name, fp] for name, fp in inputs.items()],
-        }
-        origin = technique_called(str(strategy.technique)).origin
-        if origin is not None:  # a technique of one's own: what it does is what its file says
-            spec["source"] = origin.source
+        members = {self._id(parent, merged): self._fingerprint(parent) for parent in parents}
+        base, technique = self.world.base.fingerprint, str(strategy.technique)
+        origin = technique_called(technique).origin
+        spec = MergeSpec(
+            version=KINDS["merge"].revision + (not self.world.facts.resblocks),
+            technique=technique,
+            params=timeline.params_for(strategy, merged),
+            form=merged.form,
+            base=base,
+            members=[*members.items()],
+            source=None if origin is None else origin.source,  # one's own technique does what its file says
+        )
         earlier = self.merges.get(Merged(merged.policy, merged.t - 1))
         what = f"{merged.policy}-{strategy.technique}"
-        fp = planner.add(
-            "merge",
-            spec,
+        about = About(
             f"t{merged.t}-merge_{what}-init_{strategy.init}",
             f"t{merged.t} {task.name}: {strategy.technique} ({merged.policy}) of experts from {strategy.init}",
             merged.t,
             task.name,
-            inputs={"base": base, **inputs},
             after=() if earlier is None else (earlier,),
             disk_bytes=self.world.facts.weights_bytes + RECORD_BYTES,
             base=base,
             model=self.world.model,
         )
+        fp = planner.add(spec, about)
         self.merges[merged] = fp
         self.merges_used.add(fp)
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from pipeline.errors import PlanError
 from pipeline.files.disk import write_whole
-from pipeline.plan.steps import BASE, Plan, Point, Step, TrajectoryPlan
+from pipeline.kinds.table import KINDS
+from pipeline.plan.steps import Plan, Point, Step, TrajectoryPlan
 
 FORMAT = 3
 _REFERENCES = ("train", "init", "deployed", "merge", "evaluate", "own")
@@ -197,12 +198,8 @@ class _Known:
 
 
 def inputs_of(kind: str, spec: Mapping[str, Any]) -> dict[str, str]:
-    """What a step reads, by role, as its spec names it."""
-    if kind == "train":
-        return {"init": spec["init"]}
-    if kind == "merge":
-        return {BASE: spec["base"], **dict(spec["inputs"])}
-    return {"model": spec["model"]} if kind == "evaluate" else {}
+    """What a step reads, by role, as its spec names it. Raises KeyError or TypeError for what is no such spec."""
+    return KINDS[kind].spec.of(spec).inputs()
 
 
 def _head(plan: Plan) -> dict[str, Any]:

@@ -8,22 +8,23 @@ a study, no degree of parallelism.
 """
 
 import heapq
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 from merge_service import timeline
 from pipeline.errors import PlanError
 from pipeline.identity import Texts, canonical, fingerprint, step_fingerprint
+from pipeline.kinds.specs import BaseSpec, EvaluateSpec, SourceSpec, Spec
+from pipeline.kinds.table import KINDS, STEPS
 from pipeline.plan.draft import Draft, World, effective_params, joint_task, together
 from pipeline.plan.steps import (
     BASE,
-    KINDS,
     RECORD_BYTES,
     TEST,
     TRAIN,
     VAL,
-    VERSIONS,
+    About,
     Facts,
     Plan,
     Step,
@@ -75,9 +76,10 @@ def make_plan(study: Study, facts: Facts) -> Plan:
 
 def base_step(weights_sha256: str, config_sha256: str = "", model: str = "", disk_bytes: int = 0) -> Step:
     """The step whose artifact is the base model; its identity is its bytes. `model` is its name in the study."""
-    spec = {"version": VERSIONS["base"], "weights": weights_sha256, "config": config_sha256}
-    fp = step_fingerprint("base", spec)
-    return Step("base", fp, "base", "base", 0, BASE, spec, {}, (), 0.0, disk_bytes, fp, model)
+    spec = BaseSpec(KINDS[BASE].revision, weights_sha256, config_sha256)
+    body = spec.to_json()
+    fp = step_fingerprint(spec.kind, body)
+    return Step(spec.kind, fp, BASE, BASE, 0, BASE, body, spec.inputs(), (), 0.0, disk_bytes, fp, model)
 
 
 def steps_per_task(
@@ -123,8 +125,8 @@ class Planner:
         self._used: list[tuple[set[str], set[str], set[str]]] = []
         self._scored_on: dict[str, dict[str, None]] = {}
         self.texts = Texts()
-        self._sources: dict[tuple[Part, str], dict[str, Any]] = {}
-        self._lists: dict[Any, list[dict[str, Any]]] = {}
+        self._sources: dict[tuple[Part, str], SourceSpec] = {}
+        self._lists: dict[Hashable, list[SourceSpec]] = {}
         self._recipes: dict[str, dict[str, Any]] = {}
         self._engines: dict[str, dict[str, Any]] = {}
         self._judged = sorted({*self.roles.adaptation, *self.roles.held_out})
@@ -166,7 +168,7 @@ class Planner:
 
     def naive_counts(self) -> dict[str, int]:
         """Steps per kind if every trajectory were run alone, its own experts' own-task scores included."""
-        counts: dict[str, int] = dict.fromkeys(KINDS, 0)
+        counts: dict[str, int] = dict.fromkeys(STEPS, 0)
         for experts, merges, deployed in self._used:
             counts["train"] += len(experts)
             counts["merge"] += len(merges)
@@ -182,13 +184,15 @@ class Planner:
                 own[fp, split] = served or self._evaluate(fp, step, sorted(datasets), split, "own")
         return own
 
-    def add(
-        self, kind: Any, spec: dict[str, Any], slug: str, label: str, t: int, task: str, **more: Any
-    ) -> str:
+    def add(self, spec: Spec, about: About) -> str:
         """The fingerprint of a step, which is in the plan from now on."""
-        fp = step_fingerprint(kind, spec, self.texts)
+        body = spec.to_json()
+        fp = step_fingerprint(spec.kind, body, self.texts)
         if fp not in self.steps:
-            self.steps[fp] = Step(kind, fp, slug[:120], label, t, task, spec, **more)
+            self.steps[fp] = Step(
+                spec.kind, fp, about.slug[:120], about.label, about.t, about.task, body, spec.inputs(),
+                about.after, about.gflops, about.disk_bytes, about.base, about.model,
+            )  # fmt: skip
         return fp
 
     def evaluate(self, weights: str, step: Step, split: str) -> str:
@@ -204,7 +208,7 @@ class Planner:
         if datasets:
             self._own_tasks.setdefault(expert, (self.steps[expert], datasets))
 
-    def sources(self, key: Any, parts: Callable[[], Iterable[Part]], split: str) -> list[dict[str, Any]]:
+    def sources(self, key: Hashable, parts: Callable[[], Iterable[Part]], split: str) -> list[SourceSpec]:
         """What a step reads, as a spec has it: content, not place. A list of classes is named by its digest.
 
         Steps that read the same hold one list; `key` tells it from all others, and `parts` says what it is made of.
@@ -225,7 +229,7 @@ class Planner:
             self._engines[model] = asdict(self.study.engine_of(model))
         return self._engines[model]
 
-    def _source(self, part: Part, split: str) -> dict[str, Any]:
+    def _source(self, part: Part, split: str) -> SourceSpec:
         found = self._sources.get((part, split))
         if found is None:
             facts = self.facts.datasets[part.dataset]
@@ -246,30 +250,22 @@ class Planner:
 
     def _evaluate(self, weights: str, step: Step, datasets: Sequence[str], split: str, what: str) -> str:
         options = self.study.evaluation
-        spec = {
-            "version": VERSIONS["evaluate"],
-            "model": weights,
-            "datasets": self.texts.keep(self.sources((*datasets,), lambda: map(Part, datasets), split)),
-            "fraction": options.fraction,
-            "seed": options.seed if options.fraction < 1 else 0,
-            "device": self.study.evaluation_device_of(step.model),
-        }
+        spec = EvaluateSpec(
+            version=KINDS["evaluate"].revision,
+            model=weights,
+            datasets=self.texts.keep(self.sources((*datasets,), lambda: map(Part, datasets), split)),
+            fraction=options.fraction,
+            seed=options.seed if options.fraction < 1 else 0,
+            device=self.study.evaluation_device_of(step.model),
+        )
         label = f"{what} of {step.label}" if what == "scores" else f"own task of {step.label}"
         if split != TEST:
             what, label = f"{what}_{split}", f"{split} {label}"
-        inputs = {"model": weights}
-        return self.add(
-            "evaluate",
-            spec,
-            f"{what}-{step.slug}",
-            label,
-            step.t,
-            step.task,
-            inputs=inputs,
-            disk_bytes=RECORD_BYTES,
-            base=step.base,
-            model=step.model,
-        )
+        about = About(
+            f"{what}-{step.slug}", label, step.t, step.task,
+            disk_bytes=RECORD_BYTES, base=step.base, model=step.model,
+        )  # fmt: skip
+        return self.add(spec, about)
 
     def _world(self, cell: Cell) -> World:
         key = key_of(cell.model), key_of(cell.stream)
@@ -333,7 +329,7 @@ def _whole(stream: Stream) -> dict[str, tuple[str, ...]]:
 
 def _in_order(steps: Mapping[str, Step]) -> dict[str, Step]:
     """Every step after those it needs; among the free ones the earliest time step first, then train, merge, evaluate."""
-    rank = {fp: (step.t, KINDS.index(step.kind), index) for index, (fp, step) in enumerate(steps.items())}
+    rank = {fp: (step.t, STEPS.index(step.kind), index) for index, (fp, step) in enumerate(steps.items())}
     users: dict[str, list[str]] = {fp: [] for fp in steps}
     missing: dict[str, int] = {}
     for fp, step in steps.items():

@@ -6,25 +6,18 @@ labels, slugs, costs and `after` are for people and schedulers and never part of
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from pipeline.identity import fingerprint
+from pipeline.kinds.specs import BASE
+from pipeline.kinds.table import KINDS, STEPS
 from pipeline.study.streams import Stream
 
-Kind = Literal["base", "train", "merge", "evaluate"]
-KINDS: tuple[Kind, ...] = ("train", "merge", "evaluate")
-BASE = "base"
 TRAIN, TEST, VAL = "train", "test", "val"
 SPLITS = (TEST, VAL)
 """What can be scored."""
 RECORD_BYTES = 16 * 1024
 """A generous guess at the size of a record, for estimates."""
-
-VERSIONS = {"base": 1, "train": 1, "merge": 1, "evaluate": 1}
-"""Raise a kind's number when its code changes results: older artifacts are then no longer taken for it.
-
-Merges of a base without `ModelFacts.resblocks` are one version ahead: depth, statistics and packed matrices were once misread there.
-"""
 
 
 class Described(Protocol):
@@ -100,7 +93,7 @@ class Step:
     `base` is the fingerprint of the base that it goes back to, `model` that base's name in the study.
     """
 
-    kind: Kind
+    kind: str
     fingerprint: str
     slug: str
     label: str
@@ -108,6 +101,21 @@ class Step:
     task: str
     spec: dict[str, Any]
     inputs: dict[str, str]
+    after: tuple[str, ...] = ()
+    gflops: float | None = 0.0
+    disk_bytes: int = 0
+    base: str = ""
+    model: str = ""
+
+
+@dataclass(frozen=True)
+class About:
+    """What people and schedulers know of a step, and what is no part of its identity; the fields are those of `Step`."""
+
+    slug: str
+    label: str
+    t: int
+    task: str
     after: tuple[str, ...] = ()
     gflops: float | None = 0.0
     disk_bytes: int = 0
@@ -244,7 +252,7 @@ class Plan:
                 "naive": self.naive[kind],
                 "cached": sum(self.steps[fp].kind == kind for fp in cached),
             }
-            for kind in KINDS
+            for kind in STEPS
         }
         return {
             "study": self.study,
@@ -276,8 +284,8 @@ def critical_path(steps: Mapping[str, Step]) -> dict[str, int]:
         needs = [need for need in (*step.inputs.values(), *step.after) if need in best]
         last = max(needs, key=best.__getitem__, default=None)
         trained, length = best[last] if last is not None else (0, 0)
-        best[fp], before[fp] = (trained + (step.kind == "train"), length + 1), last
-    counts: dict[str, int] = {"steps": 0, **dict.fromkeys(KINDS, 0)}
+        best[fp], before[fp] = (trained + KINDS[step.kind].trains, length + 1), last
+    counts: dict[str, int] = {"steps": 0, **dict.fromkeys(STEPS, 0)}
     current = max(best, key=best.__getitem__, default=None)
     while current is not None:
         counts["steps"] += 1

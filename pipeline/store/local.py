@@ -23,6 +23,7 @@ from merge_service.faults import point
 from pipeline.errors import CorruptArtifact, NondeterminismError, StorageFull, StoreError, StoreUnwritable
 from pipeline.files.disk import free_bytes, full_text, is_full
 from pipeline.files.ownership import is_abandoned, locked, owner_mark
+from pipeline.kinds.table import KINDS
 from pipeline.store import audit
 from pipeline.store.artifact import (
     RECORD_FILE,
@@ -34,7 +35,7 @@ from pipeline.store.artifact import (
     write_record,
 )
 from pipeline.store.lease import Files, Shelf
-from pipeline.store.names import DIGITS, KINDS, Names, is_there, sync_directory
+from pipeline.store.names import DIGITS, Names, is_there, sync_directory
 from pipeline.store.versions import here
 
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from pipeline.errors import StoreError
 from pipeline.files.ownership import owner_mark
+from pipeline.kinds.table import KINDS
 
-KINDS = ("base", "train", "merge", "evaluate")
 DIGITS = 16
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES}

@@ -22,11 +22,12 @@ from merge_service.faults import point
 from pipeline.errors import CorruptArtifact, StoreError, StoreUnwritable
 from pipeline.files.ownership import locked, owner_mark
 from pipeline.identity import fingerprint as digest_of
+from pipeline.kinds.table import KINDS
 from pipeline.store import audit
 from pipeline.store.artifact import RECORD_FILE, Record, difference, parse_record, read_record, write_record
 from pipeline.store.lease import Shelf
 from pipeline.store.local import StepLike, Store, conflict, differences
-from pipeline.store.names import DIGITS, KINDS
+from pipeline.store.names import DIGITS
 from pipeline.store.objects import Objects
 
 MIRROR = "TEMPORAL_MERGE_MIRROR"

@@ -16,9 +16,10 @@ from pathlib import Path
 
 from pipeline.errors import StoreError
 from pipeline.files.ownership import is_abandoned, locked, owner_mark
+from pipeline.kinds.table import KINDS
 from pipeline.store.artifact import RECORD_FILE
 from pipeline.store.local import Store
-from pipeline.store.names import DIGITS, KINDS
+from pipeline.store.names import DIGITS
 
 ASIDE = (".corrupt", ".conflicts")
 _WAIT_SECONDS, _LEASE_SECONDS = 120.0, 900.0

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from pipeline.kinds.table import KINDS
 from pipeline.plan.facts import base_of, has_resblocks
 from pipeline.plan.file import encode
-from pipeline.plan.steps import VERSIONS, DatasetFacts, Plan
+from pipeline.plan.steps import DatasetFacts, Plan
 from pipeline.study.config import study_from
 from pipeline.study.sections import ModelSection
 from tests.pipeline.plan_toys import REPLAY, facts, make_plan, raw_study, study
@@ -95,7 +96,7 @@ def test_new_version_of_the_code_of_a_kind_makes_its_steps_anew(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = plan_of(["best_in_time"])
-    monkeypatch.setitem(VERSIONS, kind, 99)
+    monkeypatch.setitem(KINDS, kind, replace(KINDS[kind], revision=99))
     assert not of_kind(plan_of(["best_in_time"]), kind) & of_kind(before, kind)
 
 
