@@ -17,6 +17,6 @@ def main() -> NoReturn:
     spec.loader.exec_module(code)
     code.own_code_first(str(root))()
 
-    from pipeline import cli
+    from pipeline.cli import app as cli
 
     cli.main()

@@ -22,7 +22,7 @@ from torch.nn import functional
 from workers.data.decode import load
 from workers.data.mixture import batch_counts
 from workers.jobs import Source
-from workers.network import quiet
+from workers.models.network import quiet
 
 
 class Data:

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import record
 import yaml
 
-from pipeline.workspace import Workspace
-from workers.budget import measure, memory_ratio
+from pipeline.workspace.workspace import Workspace
+from workers.training.budget import measure, memory_ratio
 
 STUDIES = Path(__file__).parents[1] / "configs" / "fomo_in_flux"
 TOWERS = ("image", "text")

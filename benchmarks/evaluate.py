@@ -26,7 +26,7 @@ from process import clear, measure
 
 from workers.data.decode import load
 from workers.jobs import Source
-from workers.model import preprocess_cfg
+from workers.models.model import preprocess_cfg
 
 HERE = Path(__file__).parent
 COLD, WARM, TENTH = "ours, nothing decoded", "ours", "ours, fraction 0.1"
@@ -37,7 +37,7 @@ Rounds = dict[str, list[dict[str, Any]]]
 def stream(args: argparse.Namespace, pool: list[str]) -> list[str]:
     """Weights directories of merges of 1, 2, ... experts, by averaging and by TIES; made once per number of checkpoints."""
     from merge_service.merge import merge
-    from workers.train import train_expert
+    from workers.training.expert import train_expert
 
     if args.model == "vit-b-16":
         return [str(path) for path in towers(args.work, args.checkpoints)]

@@ -13,7 +13,7 @@ from typing import Any
 from workers.data import mini
 from workers.data.manifest import read_suite
 from workers.jobs import EngineSpec, Source, TrainJob
-from workers.recipe import REPLAY, Recipe
+from workers.training.recipe import REPLAY, Recipe
 
 TINY = Path(__file__).parents[1] / "configs" / "models" / "tiny-clip"
 TASKS = ("letters", "scripts", "photos_b", "icon_style", "emoji_group", "skin_tone")
@@ -34,7 +34,7 @@ def model(name: str, work: Path) -> Path:
         return TINY
     out = work / "models" / name
     if not (out / "open_clip_config.json").is_file():
-        from workers.model import export_base
+        from workers.models.model import export_base
 
         config: dict[str, Any] = json.loads((TINY / "open_clip_config.json").read_text())
         config["model_cfg"]["embed_dim"] = 128
@@ -52,7 +52,7 @@ def towers(work: Path, count: int) -> list[Path]:
     made = [work / "models" / f"{TOWER}-{seed}" for seed in range(count)]
     for seed, out in enumerate(made):
         if not (out / "open_clip_config.json").is_file():
-            from workers.model import export_base
+            from workers.models.model import export_base
 
             export_base(TOWER, None, out, seed=seed)
     return made

@@ -23,7 +23,8 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from pipeline.steps import DatasetFacts, Facts, ModelFacts
+from pipeline.plan.file import encode
+from pipeline.plan.steps import DatasetFacts, Facts, ModelFacts
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"experts": {"cpus": 1, "threads": 1}}
@@ -37,15 +38,15 @@ WINDOW = 100
 def bare(study: Path, overrides: list[str], out: Path) -> None:
     """Every step of a study, one after another, in this process; prints the CPU seconds without imports and planning."""
     from merge_service.service import Merger
-    from pipeline.jobs import Jobs
-    from pipeline.workspace import Workspace
+    from pipeline.run.jobs import Jobs
+    from pipeline.workspace.workspace import Workspace
     from workers.actors import Worker
 
     workspace = Workspace.open(study, overrides, out)
     workspace.prepare()
     jobs, worker, merger = Jobs(workspace), Worker(0, 1, 1, "cpu"), Merger()
-    import workers.evaluate
-    import workers.train  # noqa: F401
+    import workers.scoring.evaluate
+    import workers.training.expert  # noqa: F401
 
     began = time.process_time()
     kinds: dict[str, float] = {}
@@ -103,7 +104,7 @@ class Meter(threading.Thread):
 
 def orchestrated(study: Path, overrides: list[str], out: Path) -> dict[str, Any]:
     """The same steps by `temporal-merge run`."""
-    from pipeline.timeline import read_timeline
+    from pipeline.run.trace import read_timeline
 
     line = [sys.executable, "-m", "pipeline.cli", "run", str(study), "--out", str(out)]
     line += [word for text in overrides for word in ("--set", text)]
@@ -192,11 +193,11 @@ def _result(step: Any) -> dict[str, Any]:
 
 def workspace_of(experts: int, case: str, out: Path) -> Any:
     """A study of so many experts over data that nobody will read."""
-    from pipeline.config import study_from
-    from pipeline.plan import make_plan
-    from pipeline.sections import key_of
-    from pipeline.streams import make_stream
-    from pipeline.workspace import Workspace
+    from pipeline.plan.planner import make_plan
+    from pipeline.study.config import study_from
+    from pipeline.study.sections import key_of
+    from pipeline.study.streams import make_stream
+    from pipeline.workspace.workspace import Workspace
 
     tasks = experts if case == "stream" else 10
     names = [f"d{number}" for number in range(1, tasks + 1)]
@@ -238,8 +239,8 @@ def scale(experts: int, case: str, tracking: bool, target: Path) -> dict[str, An
 
     from benchmarks.orchestration import Nothing as importable
     from cluster.session import connect
-    from pipeline import driver
-    from pipeline.recording import Tracking
+    from pipeline.run import driver
+    from pipeline.tracking.session import Tracking
 
     samples: list[tuple[float, float, float]] = []
 
@@ -253,11 +254,11 @@ def scale(experts: int, case: str, tracking: bool, target: Path) -> dict[str, An
         workspace = workspace_of(experts, case, Path(room) / "out")
         workspace.out.mkdir()
         _prepare(workspace)
-        stopped = patch("pipeline.tracking.Tracker.start") if not tracking else patch("os.nice")
+        stopped = patch("pipeline.tracking.tracker.Tracker.start") if not tracking else patch("os.nice")
         with (
-            patch("pipeline.lanes.Worker", importable),
-            patch("pipeline.lanes.Merger", importable),
-            patch("pipeline.driver.print", lambda *_, **__: None, create=True),
+            patch("pipeline.run.lanes.Worker", importable),
+            patch("pipeline.run.lanes.Merger", importable),
+            patch("pipeline.run.driver.print", lambda *_, **__: None, create=True),
             stopped,
             Tracking(workspace) as told,
             connect("local") as session,
@@ -276,7 +277,7 @@ def _prepare(workspace: Any) -> None:
     with workspace.store.staged(base) as stage:
         (stage / "open_clip_model.safetensors").write_text("base")
         workspace.store.commit(base, stage, {"origin": "none"}, seconds=0.0)
-    (workspace.out / "plan.json").write_text(json.dumps(workspace.plan.to_json()))
+    (workspace.out / "plan.json").write_text(json.dumps(encode(workspace.plan)))
 
 
 def _report(samples: list[tuple[float, float, float]], steps: int, what: str, target: Path) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from workers.data.decode import load
-from workers.evaluate import Encoder, evaluate, subset
 from workers.jobs import EvaluateJob, Source
+from workers.scoring.evaluate import Encoder, evaluate, subset
 
 
 def main(job: dict[str, Any]) -> dict[str, Any]:

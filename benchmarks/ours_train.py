@@ -12,7 +12,7 @@ from typing import Any
 
 from jobs import expert
 
-from workers.train import train_expert
+from workers.training.expert import train_expert
 
 SETTLING = 10  # steps that allocate and fill caches; left out of the steady rate, of every contender
 

@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import record
 import yaml
 
-from pipeline import plan_file
-from pipeline.status import status_of
-from pipeline.workspace import Workspace
+from pipeline.plan import file as plan_file
+from pipeline.run.status import status_of
+from pipeline.workspace.workspace import Workspace
 
 STRATEGIES = [
     "best_in_time",

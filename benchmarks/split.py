@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import record
 from inputs import SIZES, Inputs, make_inputs
 
+from cluster.capacity import Shape
 from cluster.pool import Pool
 from cluster.session import connect
 from merge_service.engine import Part, PartWorker, Split
@@ -58,7 +59,7 @@ class Clock:
                 "merge",
                 WarmWorker,
                 lambda actor, rank: actor.remote(parts[rank], tiny, scratch),
-                world=workers,
+                Shape(workers),
             )
 
             def call(method: str, *arguments: Any) -> list[Any]:

@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import record
 
-from pipeline.artifact import Record
-from pipeline.plan import Plan
+from pipeline.plan.planner import Plan
+from pipeline.plan.steps import Plan
+from pipeline.store.artifact import Record
 
 GAIN = {"base": 0.02, "latest": 0.05, "ema": 0.07, "all": 0.06}
 """What a task adds to KA by initialization and by deployment: enough to tell the paths apart."""
@@ -59,8 +60,8 @@ def main() -> None:
     record.add_json(parser)
     arguments = parser.parse_args()
     from pipeline.report.build import write_report
-    from pipeline.results import results
-    from pipeline.workspace import Workspace
+    from pipeline.results.over_time import results
+    from pipeline.workspace.workspace import Workspace
 
     plan = Workspace.open(arguments.study, provisional=True).plan
     arguments.out.mkdir(parents=True, exist_ok=True)

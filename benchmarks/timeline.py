@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import record
 
-from pipeline.timeline import read_timeline
+from pipeline.run.trace import read_timeline
 
 COLOURS = {"train": "#0072B2", "merge": "#D55E00", "evaluate": "#009E73"}
 """Okabe and Ito's palette, which people with any common colour blindness can tell apart."""

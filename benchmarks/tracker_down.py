@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import record
 
-from pipeline.timeline import read_timeline
+from pipeline.run.trace import read_timeline
 
 ROOT = Path(__file__).parent.parent
 NOBODY = "http://127.0.0.1:9"

@@ -2,7 +2,7 @@
 
 A group is W actors that work on one call together (W = 1 for most). Groups are made when they are first needed, stay
 alive from call to call, and are thrown away whole as soon as one member fails: half a group is of no use. Pools of
-several shapes share one room; an idle group gives way to another shape, a busy one never does.
+several shapes share one capacity; an idle group gives way to another shape, a busy one never does.
 Invariant: a pool never waits without a deadline for a place that the cluster cannot give.
 """
 
@@ -20,6 +20,7 @@ from ray.exceptions import ActorUnschedulableError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from cluster.capacity import Capacity, Shape, Share
 from cluster.code import CodeMismatch, check_code, code_digest
 from cluster.errors import ClusterError
 from cluster.memory import (
@@ -34,7 +35,6 @@ from cluster.memory import (
     reset_peaks,
 )
 from cluster.portable import portable
-from cluster.room import Room, Shape, Share
 
 
 class WorkerLost(Exception):
@@ -103,7 +103,7 @@ def _where() -> str:
 
 @dataclass(eq=False)
 class Group:
-    """W actors, their share of the room and, for W > 1, the placement that keeps them together.
+    """W actors, their share of the capacity and, for W > 1, the placement that keeps them together.
 
     `starting` are what must have gone well before the members can answer anything, empty once it has.
     """
@@ -198,17 +198,28 @@ class Call:
         return WorkerLost(reason)
 
 
+@dataclass(frozen=True)
+class Terms:
+    """How the groups of a pool are made.
+
+    `gather` is called once on a new group's members, e.g. to let them find each other; it answers refs that the first call waits for.
+    `strategy` is Ray's placement of a group's members: PACK keeps them together, SPREAD takes as many nodes as there are. A `patient`
+    pool waits for its place without limit, since nodes may still join. `memory` is how many bytes each actor may have, mapped files
+    aside; None is what the machine has.
+    """
+
+    gather: Callable[[list[Any]], list[Any]] | None = None
+    strategy: str = "PACK"
+    patient: bool = False
+    memory: int | None = None
+
+
 class Pool:
     """Groups of one shape, each of its `world` actors with its own CPUs and GPUs.
 
     Args:
         actor: the plain class of the actors.
         make: builds the actor of one rank: `make(remote_class, rank)`.
-        gather: called once on a new group's members, e.g. to let them find each other; answers refs that the first call
-            waits for.
-        strategy: Ray's placement of a group's members: PACK keeps them together, SPREAD takes as many nodes as there are.
-        patient: a place may take any time to come, since nodes may still join.
-        memory: bytes that each actor may have, mapped files aside; None: what the machine has.
     """
 
     def __init__(
@@ -216,19 +227,11 @@ class Pool:
         name: str,
         actor: type,
         make: Callable[[Any, int], Any],
-        *,
-        world: int = 1,
-        cpus: float = 1.0,
-        gpus: float = 0.0,
-        gather: Callable[[list[Any]], list[Any]] | None = None,
-        strategy: str = "PACK",
-        patient: bool = False,
-        memory: int | None = None,
+        shape: Shape = Shape(),
+        terms: Terms = Terms(),
     ) -> None:
-        self.memory = memory
-        self.name, self.make, self.gather, self.strategy = name, make, gather, strategy
+        self.name, self.make, self.shape, self.terms = name, make, shape, terms
         self.actor: Any = ray.remote(type(actor.__name__, (Metered, actor), {}))
-        self.shape, self.patient = Shape(world, cpus, gpus), patient
         self.groups: list[Group] = []
         self.on_drop: Callable[[Group], None] = lambda group: None
 
@@ -262,9 +265,9 @@ class Pool:
             members.append(self.make(self.actor.options(**options), rank))
         group = Group(f"{self.name}-{next(_numbers[self.name])}", members, share, placement)
         self.groups.append(group)
-        group.starting = [member.begin.remote(code_digest(), self.memory) for member in members]
-        if self.gather is not None:
-            group.starting += self.gather(members)
+        group.starting = [member.begin.remote(code_digest(), self.terms.memory) for member in members]
+        if self.terms.gather is not None:
+            group.starting += self.terms.gather(members)
         return group
 
     def drop(self, group: Group) -> None:
@@ -280,8 +283,8 @@ class Pool:
     def _place(self) -> PlacementGroup:
         shape = self.shape
         bundle = {"CPU": shape.cpus} | ({"GPU": shape.gpus} if shape.gpus else {})
-        placement = placement_group([bundle] * shape.world, strategy=self.strategy)
-        if not self.patient and not placement.wait(PLACEMENT_SECONDS):
+        placement = placement_group([bundle] * shape.world, strategy=self.terms.strategy)
+        if not self.terms.patient and not placement.wait(PLACEMENT_SECONDS):
             remove_placement_group(placement)
             raise ClusterError(
                 f"no place for {shape.world} {self.name} workers with {shape.cpus:g} CPUs and {shape.gpus:g} GPUs each "
@@ -295,15 +298,15 @@ LINGER_SECONDS = 5.0
 
 
 class Pools:
-    """Pools of several shapes that share one room. Without a room (`None`) Ray alone decides what fits, and when."""
+    """Pools of several shapes that share one capacity. Without a capacity (`None`) Ray alone decides what fits, and when."""
 
-    def __init__(self, pools: dict[str, Pool], room: Room | None) -> None:
-        self.by_name, self.room = pools, room
+    def __init__(self, pools: dict[str, Pool], capacity: Capacity | None) -> None:
+        self.by_name, self.capacity = pools, capacity
         for pool in pools.values():
             pool.on_drop = self._give_back
 
     def group(self, name: str, avoid: Collection[str] = ()) -> Group | None:
-        """An idle group, or a new one if the room allows it, perhaps after dropping idle groups of other pools.
+        """An idle group, or a new one if the capacity allows it, perhaps after dropping idle groups of other pools.
 
         None if it has to wait. `avoid` are nodes kept clear for somebody else.
         """
@@ -311,15 +314,15 @@ class Pools:
         for group in sorted(pool.groups, key=lambda group: -group.since):
             if group.idle and (group.share is None or not set(group.share.nodes) & set(avoid)):
                 return group
-        if self.room is None or pool.shape.is_free:
+        if self.capacity is None or pool.shape.is_free:
             return pool.open()
-        share = self.room.take(pool.shape, avoid) or self._make_room(pool, avoid)
+        share = self.capacity.take(pool.shape, avoid) or self._make_room(pool, avoid)
         if share is None:
             return None
         try:
             return self._settled(pool.open(share))
         except BaseException:
-            self.room.give(share)
+            self.capacity.give(share)
             raise
 
     def drop_idle(self, seconds: float) -> None:
@@ -329,7 +332,7 @@ class Pools:
                 pool.drop(group)
 
     def not_up(self, seconds: float) -> list[Group]:
-        """Groups that have not answered yet, so long after they were made. Where there is a room, each has a place in it."""
+        """Groups that have not answered yet, so long after they were made. Where there is a capacity, each has a place in it."""
         groups = (group for pool in self.by_name.values() for group in pool.groups)
         return [group for group in groups if time.monotonic() - group.since > seconds and not group.up]
 
@@ -339,7 +342,7 @@ class Pools:
 
     @property
     def busy(self) -> bool:
-        """Whether any group that holds a part of the room is at work."""
+        """Whether any group that holds a part of the capacity is at work."""
         return any(
             not group.idle
             for pool in self.by_name.values()
@@ -349,7 +352,7 @@ class Pools:
 
     def _make_room(self, pool: Pool, avoid: Collection[str]) -> Share | None:
         """Drop idle groups, the longest idle first, until the shape fits; none if it would not fit even so."""
-        assert self.room is not None
+        assert self.capacity is not None
         now, busy = time.monotonic(), self.busy
         idle = [
             (of, group)
@@ -357,31 +360,33 @@ class Pools:
             if group.share is not None and (not busy or now - group.since > LINGER_SECONDS)
             if not set(group.share.nodes) & set(avoid)
         ]
-        if not self.room.fits_beside(pool.shape, [group.share for _, group in idle if group.share], avoid):
+        if not self.capacity.fits_beside(
+            pool.shape, [group.share for _, group in idle if group.share], avoid
+        ):
             return None
         share = None
         while share is None:
             of, group = idle.pop(0)
             of.drop(group)
-            share = self.room.take(pool.shape, avoid)
+            share = self.capacity.take(pool.shape, avoid)
         return share
 
     def _idle(self) -> list[tuple[Pool, Group]]:
-        """Idle groups that hold a part of the room, the longest idle first."""
+        """Idle groups that hold a part of the capacity, the longest idle first."""
         found = [(pool, group) for pool in self.by_name.values() for group in pool.groups if group.idle]
         return sorted((pair for pair in found if not pair[0].shape.is_free), key=lambda pair: pair[1].since)
 
     def _settled(self, group: Group) -> Group:
         """Correct the share of a group that Ray has placed: it may have found other nodes just as good."""
-        if group.placement is not None and group.share is not None and self.room is not None:
+        if group.placement is not None and group.share is not None and self.capacity is not None:
             table = ray.util.placement_group_table(group.placement)
             where = [node for _, node in sorted(table["bundles_to_node_id"].items())]
-            self.room.move(group.share, where)
+            self.capacity.move(group.share, where)
         return group
 
     def _give_back(self, group: Group) -> None:
-        if self.room is not None and group.share is not None:
-            self.room.give(group.share)
+        if self.capacity is not None and group.share is not None:
+            self.capacity.give(group.share)
 
 
 def wait(calls: Sequence[Call], timeout: float) -> list[Call]:

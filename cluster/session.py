@@ -21,10 +21,10 @@ from ray import _raylet
 from ray._private import utils as ray_utils
 from ray.exceptions import AuthenticationError
 
+from cluster.capacity import Node
 from cluster.code import own_code_first
 from cluster.errors import ClusterError, ClusterLost
 from cluster.local import LOOPBACK, start_local
-from cluster.room import Node
 
 ANSWER_SECONDS = 10.0
 """How long a cluster's head may take to accept a connection; Ray itself would go on trying for minutes."""

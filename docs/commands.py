@@ -17,7 +17,7 @@ def reference() -> str:
     """One section per command: help, usage, and a table of options."""
     import typer.main
 
-    from pipeline.cli import app
+    from pipeline.cli.app import app
 
     group: Any = typer.main.get_command(app)
     return "\n".join(_section(name, command) for name, command in sorted(group.commands.items()))

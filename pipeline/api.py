@@ -5,23 +5,22 @@ would have shown. `import temporal_merge` gives these names.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_service.errors import UserError
 from merge_service.techniques import Param, Technique, nearest, register, technique
-from pipeline.config import Study
-from pipeline.config import load_study as read_study
+from pipeline.study.config import Study
+from pipeline.study.config import load_study as read_study
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from merge_service.merge import MergeReport
-    from pipeline.steps import Plan
+    from pipeline.plan.steps import Plan
 
 __all__ = [
     "Param", "Run", "Study", "Technique", "UserError", "evaluate", "load_study", "merge", "merge_files", "open_run", "plan",
@@ -42,7 +41,7 @@ def load_study(path: PathLike, overrides: Sequence[str] = ()) -> Study:
 
 def plan(study: Study, out: PathLike | None = None) -> dict[str, Any]:
     """What would run, as `temporal-merge plan --json` says it; nothing is written to `out`. Raises UserError."""
-    from pipeline.workspace import Workspace
+    from pipeline.workspace.workspace import Workspace
 
     return Workspace.of(study, _path(out), provisional=True).summary()
 
@@ -55,7 +54,7 @@ def run(
     Progress goes to stderr. `address` is local, auto or HOST:PORT of a Ray cluster. With `strict_versions` artifacts in the
     store that other library versions made are refused. Raises UserError, or StepFailed when a step failed too often.
     """
-    from pipeline.driver import carry_out
+    from pipeline.run.driver import carry_out
 
     return Run(carry_out(study, _path(out), address, strict_versions=strict_versions)[0])
 
@@ -76,16 +75,16 @@ class Run:
     @cached_property
     def plan(self) -> "Plan":
         """Its trajectories and steps."""
-        from pipeline.status import open_plan
+        from pipeline.workspace.opening import open_plan
 
         return open_plan(self.out)
 
     @cached_property
     def results(self) -> dict[str, Any]:
         """results.json; while the run is not complete, the same of what is in the store so far."""
-        from pipeline.results import results
-        from pipeline.status import open_store
-        from pipeline.workspace import RESULTS_FILE
+        from pipeline.results.over_time import results
+        from pipeline.workspace.opening import open_store
+        from pipeline.workspace.workspace import RESULTS_FILE
 
         try:
             found = json.loads((self.out / RESULTS_FILE).read_text(encoding="utf-8"))
@@ -113,8 +112,8 @@ class Run:
         Raises UserError when there is no such trajectory or t, or the weights are not there yet, and CorruptArtifact when
         they are damaged.
         """
-        from pipeline.status import open_store
-        from pipeline.steps import BASE
+        from pipeline.plan.steps import BASE
+        from pipeline.workspace.opening import open_store
 
         known = {one.id: one for one in self.plan.trajectories}
         if trajectory not in known:
@@ -140,7 +139,7 @@ class Run:
         What it is, and its point of results.json. Scores are of `split`, by default of val where some are, else of test. Raises
         UserError when no trajectory has come to its end.
         """
-        from pipeline.results import on_split, splits_of
+        from pipeline.results.over_time import on_split, splits_of
 
         if by not in METRICS:
             raise UserError(f"by = {by!r}{nearest(by, METRICS)}; choose one of {', '.join(METRICS)}")
@@ -190,7 +189,7 @@ def merge(
             raise UserError(
                 "out is for files; state dicts are merged into the one that is returned: leave it out"
             )
-        from pipeline.state_dicts import merge_state_dicts
+        from pipeline.merging.state_dicts import merge_state_dicts
 
         options = {"parity": parity, "ids": ids, "strip_prefix": strip_prefix, "any_base": any_base}
         return merge_state_dicts(technique, params, base, experts, **options)  # type: ignore[arg-type]
@@ -201,17 +200,9 @@ def merge(
     if out is None:
         raise UserError("merging files needs out, the file or directory to write")
     paths = [Path(one) for one in given if isinstance(one, str | Path)]
-    return merge_files(
-        technique,
-        params,
-        None if base is None else paths[-1],
-        paths[: len(experts)],
-        Path(out),
-        parity=parity,
-        ids=ids,
-        strip_prefix=strip_prefix,
-        any_base=any_base,
-    )
+    options = {"parity": parity, "ids": ids, "strip_prefix": strip_prefix, "any_base": any_base}
+    start = None if base is None else paths[-1]
+    return merge_files(technique, params, start, paths[: len(experts)], Path(out), **options)
 
 
 def merge_files(
@@ -220,64 +211,17 @@ def merge_files(
     base: Path | None,
     experts: Sequence[Path],
     out: Path,
-    *,
-    parity: str | None = None,
-    ids: Sequence[str | None] | None = None,
-    strip_prefix: str | None = None,
-    any_base: bool = False,
-    threads: int | None = None,
-    workers: int = 1,
-    address: str | None = None,
-    device: str | None = None,
-    shard_size: str | None = None,
-    keep_thresholds: bool = False,
+    **options: Any,
 ) -> "MergeReport":
-    """`temporal-merge merge`, whose options these are; all cores by default. Raises UserError, also if `out` is an input."""
-    from merge_service.checkpoints import bytes_of, overwrites
-    from merge_service.merge import merge as combine
-    from merge_service.merging import Rules
-    from merge_service.timelines import translate_merge
+    """`temporal-merge merge`; `options` are the other fields of `FileMerge` and those of `Execution` (`pipeline.merging.files`).
 
-    for path in (*experts, *([base] if base else [])):
-        if overwrites(out, path):
-            raise UserError(f"--out {out} is one of the inputs and would be lost; give another --out")
-    split = None
-    if workers > 1 or address:
-        from pipeline.merging import split_over
+    Raises UserError, also if `out` is an input.
+    """
+    from pipeline.merging import files
 
-        split = split_over(address or "local", workers, threads or 1)
-    return combine(
-        technique,
-        translate_merge(technique, params, parity, len(experts)),
-        base,
-        experts,
-        out,
-        ids=ids,
-        lineage=True,
-        rules=Rules(any_base, strip_prefix),
-        threads=threads or (len(os.sched_getaffinity(0)) if split is None else 1),
-        split=split,
-        device=device,
-        keep_limits=keep_thresholds,
-        shard_bytes=bytes_of(shard_size) if shard_size else None,
-    )
-
-
-def ids_from(named: Sequence[str], experts: Sequence[Path]) -> list[str | None]:
-    """The ids that NAME=FILE pairs give these experts, None for the others. Raises UserError for a file that is none of them."""
-    ids: list[str | None] = [None] * len(experts)
-    for pair in named:
-        name, _, file = pair.partition("=")
-        if not name.strip() or not file:
-            raise UserError(f"--id {pair!r}: write NAME=FILE, e.g. --id animals=animals.safetensors")
-        places = [at for at, expert in enumerate(experts) if expert == Path(file) and ids[at] is None]
-        if not places:
-            given = ", ".join(str(expert) for expert in experts[:5])
-            raise UserError(
-                f"--id {pair!r}: {file} is none of the experts that have no id yet ({given}); write it as there"
-            )
-        ids[places[0]] = name.strip()
-    return ids
+    names = [one.name for one in fields(files.Execution)]
+    how = files.Execution(**{name: options.pop(name) for name in names if name in options})
+    return files.merge_files(files.FileMerge(technique, params, base, experts, out, **options), how)
 
 
 def evaluate(
@@ -287,14 +231,14 @@ def evaluate(
 
     `split` is test or val, by default the study's.
     """
-    from pipeline.evaluation import score
+    from pipeline.run.evaluation import score
 
     return score(Path(checkpoint), study, datasets, split)
 
 
 def techniques() -> list[dict[str, Any]]:
     """Every merging technique: name, formula, paper, needs, forms, parameters with default and meaning."""
-    from pipeline.show import techniques_as_json
+    from pipeline.merging.techniques import techniques_as_json
 
     return list(techniques_as_json(None))
 

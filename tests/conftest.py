@@ -16,7 +16,8 @@ os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 pytest.register_assert_rewrite("tests.faults.harness", "tests.world")
 
-from pipeline.cli import _main  # noqa: E402
+from pipeline.cli.app import _main  # noqa: E402
+from pipeline.tracking.mlflow.local import LOCAL_DB, make_local_store  # noqa: E402
 from tests.matrix import (  # noqa: E402, F401  (hooks of pytest)
     pytest_addoption,
     pytest_collection_modifyitems,
@@ -52,6 +53,14 @@ def undisturbed(world: World, cluster: Cluster, tmp_path_factory: pytest.TempPat
     answer = command("run", world.study(), "--out", out, "--address", cluster.address)
     assert answer.returncode == 0, answer.stderr
     return out
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated, empty tracking store: making one takes seconds, so tests copy it."""
+    home = tmp_path_factory.mktemp("mlflow")
+    make_local_store(home)
+    return home / LOCAL_DB
 
 
 class Answer(NamedTuple):

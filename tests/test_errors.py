@@ -14,7 +14,7 @@ from cluster.pool import Pool
 from cluster.portable import portable
 from cluster.session import connect
 from merge_service.errors import UserError
-from tests.test_house import ROOT, modules
+from tests.house import ROOT, modules
 from tests.world import Cluster
 
 MADE_WITH = {

@@ -1,162 +1,181 @@
-"""The rules of the house that a reader would otherwise have to check by eye."""
+"""The rules of the house that a reader would otherwise have to check by eye.
+
+Exceptions that are still to be mended stand in `tests/house_known.py`; one that has been mended must be struck off there.
+"""
 
 import ast
 import importlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-ROOMS = ("pipeline", "workers", "merge_service", "cluster")
+from tests import house, house_known
+
 ALLOWED_ROOMS = {
     "pipeline": {"pipeline", "workers", "merge_service", "cluster"},
     "workers": {"workers", "merge_service"},
     "merge_service": {"merge_service"},
     "cluster": {"cluster"},
 }
-SAID = (("pipeline", "report"), ("pipeline", "claims"))
-"""Where results are told to people."""
-HEAVY = {
-    "ray": lambda path: path.parts[0] == "cluster" or path.name == "actors.py",
-    "mlflow": lambda path: path.parts[0] == "pipeline" and path.stem.startswith("tracking"),
-    "deepspeed": lambda path: path.parts[0] == "workers" and path.stem.startswith("engine"),
-    "webdataset": lambda path: path.parts[:2] == ("workers", "data"),
-    "pandas": lambda path: path.parts[:2] in SAID or path.parts == ("pipeline", "api.py"),
-    "altair": lambda path: path.parts[:2] in SAID,
+FLOORS: dict[str, tuple[set[str], ...]] = {
+    "workers": (
+        {"jobs"},
+        {"data"},
+        {"models"},
+        {"training", "scoring", "evidence"},
+        {"serving"},
+        {"actors", "pretrain"},
+    ),
+    "cluster": (),
+    "merge_service": (
+        {"errors", "faults"},
+        {"files", "kinds"},
+        {"checkpoints"},
+        {"anatomy", "blocks"},
+        {"techniques"},
+        {"timelines", "engine"},
+        {"merging"},
+        {"merge", "report", "similarity"},
+        {"service"},
+    ),
+    "pipeline": (
+        {"errors", "identity", "console"},
+        {"files"},
+        {"study", "store"},
+        {"plan"},
+        {"results"},
+        {"workspace"},
+        {"tracking"},
+        {"run"},
+        {"report", "search", "service"},
+        {"claims", "merging"},
+        {"cli", "api"},
+    ),
 }
-MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 450, 70, 6
+"""The order of folders (and of modules that stand directly in a room): each imports only from floors below its own."""
 OPTIONS = {"threads", "block", "measure", "device", "split"}
 """Parameters that are options of the command line and bear on no result: they do not count."""
 MANY_PARAMETERS = ("merge_service/merge.py", "merge_service/blocks/kernels.py")
 """The functions that people call, which build values of what they are given, and compiled loops, which cannot take values."""
-ORDER = {
-    "merge_service": (
-        "errors faults", "files", "checkpoints", "anatomy blocks", "techniques", "timelines engine", "merging",
-        "merge report similarity", "service",
-    ),
-}  # fmt: skip
-"""By room its folders, and modules beside them, in groups: each imports itself and what stands in groups before its own."""
-CIRCLES = (
-    "pipeline.api pipeline.state_dicts",
-    "pipeline.plan_file pipeline.steps",
-    "workers.engine workers.engine_deepspeed",
+DIRECTLY = {"workers": {"jobs", "actors", "pretrain"}, "pipeline": {"errors", "identity", "console", "api"}}
+"""The modules that may stand directly in a room that has folders."""
+SAID = (("pipeline", "report"), ("pipeline", "claims"))
+"""Where results are told to people."""
+HEAVY = {
+    "ray": lambda path: path.parts[0] == "cluster" or path.name == "actors.py",
+    "mlflow": lambda path: path.parts[:3] == ("pipeline", "tracking", "mlflow"),
+    "deepspeed": lambda path: path.parts[:3] == ("workers", "training", "engines"),
+    "torch": lambda path: path.parts[0] == "workers" or path.name in ("device.py", "state_dicts.py"),
+    "webdataset": lambda path: path.parts[:2] == ("workers", "data"),
+    "pandas": lambda path: path.parts[:2] in SAID or path.parts == ("pipeline", "api.py"),
+    "altair": lambda path: path.parts[:2] in SAID,
+}
+CORE = (
+    "pipeline/plan",
+    "pipeline/store",
+    "pipeline/run",
+    "pipeline/workspace",
+    "workers/training",
+    "workers/scoring",
 )
-"""Circles of imports that are still there, to be struck off."""
+"""Where values have types: no public signature says `Any`."""
+MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS, MAX_MODULES = 450, 70, 6, 15
+
+every_module = pytest.mark.parametrize("path", house.modules(), ids=str)
 
 
-def modules() -> list[Path]:
-    return sorted(path.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*.py"))
-
-
-def imports(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            yield node.module.split(".")[0]
-
-
-@pytest.mark.parametrize("path", modules(), ids=str)
+@every_module
 def test_module_imports_only_what_its_room_may(path: Path) -> None:
-    for name in imports(path):
-        if name in ROOMS:
+    for name in {found.split(".")[0] for found in house.imports(path)}:
+        if name in house.ROOMS:
             assert name in ALLOWED_ROOMS[path.parts[0]], f"{path} imports room {name}"
         if name in HEAVY:
             assert HEAVY[name](path), f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("path", modules(), ids=str)
-def test_module_is_short_and_says_why_it_exists(path: Path) -> None:
-    source = (ROOT / path).read_text()
-    assert len(source.splitlines()) <= MAX_LINES
-    tree = ast.parse(source)
-    if tree.body:
-        assert ast.get_docstring(tree), f"{path} does not say why it exists"
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (node.end_lineno or 0) - node.lineno + 1
-            assert length <= MAX_FUNCTION_LINES, f"{path}: {node.name} has {length} lines"
+@every_module
+def test_module_imports_only_from_floors_below_its_own(path: Path) -> None:
+    floors = {part: floor for floor, parts in enumerate(FLOORS.get(path.parts[0], ())) for part in parts}
+    mine = floors.get(house.part(path))
+    if mine is None:
+        return
+    for other in house.imported_modules(path):
+        if other.parts[0] == path.parts[0] and house.part(other) in floors:
+            same = house.part(other) == house.part(path)
+            assert same or floors[house.part(other)] < mine, f"{path} imports {other}"
 
 
-@pytest.mark.parametrize("path", [path for path in modules() if path.parts[0] in ORDER], ids=str)
-def test_function_takes_few_parameters(path: Path) -> None:
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and str(path) not in MANY_PARAMETERS:
-            given = {one.arg for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)}
-            count = len(given - OPTIONS - {"self", "cls"})
-            assert count <= MAX_PARAMETERS, f"{path}: {node.name} has {count} parameters"
-
-
-def imported(path: Path) -> Iterator[tuple[str, str]]:
-    """What a module of ours imports from modules of ours, wherever in its text: the other module's name, and the name in it."""
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, "") for alias in node.names if alias.name.split(".")[0] in ROOMS)
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ROOMS:
-            yield from ((node.module, alias.name) for alias in node.names)
-
-
-def used(path: Path) -> set[str]:
-    """The modules of ours that a module imports."""
-    inner = {(module, f"{module}.{name}") for module, name in imported(path)}
-    return {full if is_module(full) else module for module, full in inner}
-
-
-def is_module(name: str) -> bool:
-    place = ROOT / name.replace(".", "/")
-    return place.is_dir() or place.with_suffix(".py").is_file()
-
-
-def name_of(path: Path) -> str:
-    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
-
-
-@pytest.mark.parametrize("path", [path for path in modules() if path.parts[0] in ORDER], ids=str)
-def test_folder_imports_only_folders_before_it(path: Path) -> None:
-    room, *rest = name_of(path).split(".")
-    level = {name: number for number, group in enumerate(ORDER[room]) for name in group.split()}
-    for module in used(path):
-        if rest and module.startswith(f"{room}.") and module.split(".")[1] != rest[0]:
-            assert level[module.split(".")[1]] < level[rest[0]], f"{path} imports {module}"
-
-
-@pytest.mark.parametrize("path", modules(), ids=str)
-def test_other_rooms_import_only_names_that_a_folder_lists(path: Path) -> None:
-    for module, name in imported(path):
+@every_module
+def test_other_rooms_import_only_names_that_a_folder_of_merging_lists(path: Path) -> None:
+    """The folders of `merge_service` list what they offer; the other rooms do not yet."""
+    for module, name in house.imported_names(path):
         room, *rest = module.split(".")
-        if room in ORDER and room != path.parts[0] and rest and (ROOT / room / rest[0]).is_dir():
+        if room == "merge_service" != path.parts[0] and rest and (house.ROOT / room / rest[0]).is_dir():
             listed = importlib.import_module(f"{room}.{rest[0]}").__all__
             assert len(rest) == 1 and name in listed, f"{path} imports {module} {name}"
 
 
-def test_modules_import_each_other_in_no_circle() -> None:
-    edges = {name_of(path): used(path) for path in modules()}
-    found = {" ".join(sorted(circle)) for name in edges if len(circle := _circle(name, edges)) > 1}
-    assert found == set(CIRCLES)
+@pytest.mark.parametrize("room", FLOORS)
+def test_no_module_leads_back_to_itself(room: str) -> None:
+    graph = {path: house.imported_modules(path) for path in house.modules() if path.parts[0] == room}
+    inside = {path: {other for other in others if other in graph} for path, others in graph.items()}
+    assert house.circles(inside) == house_known.CIRCLES.get(room, [])
 
 
-def _circle(name: str, edges: dict[str, set[str]]) -> set[str]:
-    """The modules that a module leads to and that lead back to it."""
-    return {name} | {other for other in _reached(name, edges) if name in _reached(other, edges)}
+@pytest.mark.parametrize("room", DIRECTLY)
+def test_every_module_of_a_room_is_in_a_folder(room: str) -> None:
+    stray = {path.stem for path in house.modules() if path.parts[0] == room and len(path.parts) == 2}
+    assert stray - DIRECTLY[room] - {"__init__"} == set(house_known.STRAY.get(room, "").split())
 
 
-def _reached(name: str, edges: dict[str, set[str]]) -> set[str]:
-    found: set[str] = set()
-    ahead = [name]
-    while ahead:
-        new = edges.get(ahead.pop(), set()) - found
-        found |= new
-        ahead += new
-    return found
+def test_no_folder_has_too_many_modules() -> None:
+    sizes = Counter(str(path.parent) for path in house.modules() if path.stem != "__init__")
+    crowded = {name for name, size in sizes.items() if size > MAX_MODULES}
+    assert crowded == set(house_known.CROWDED)
+
+
+@every_module
+def test_module_is_short_and_says_why_it_exists(path: Path) -> None:
+    assert len(house.source(path).splitlines()) <= MAX_LINES
+    if house.tree(path).body:
+        assert ast.get_docstring(house.tree(path)), f"{path} does not say why it exists"
+    for name, function in house.functions(path):
+        length = (function.end_lineno or 0) - function.lineno + 1
+        assert length <= MAX_FUNCTION_LINES, f"{path}: {name} has {length} lines"
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_no_function_takes_more_than_six_parameters(room: str) -> None:
+    long = [
+        f"{path}:{name}"
+        for path in house.modules()
+        if path.parts[0] == room
+        and path.parts[:2] != ("pipeline", "cli")  # options of commands
+        and str(path) not in MANY_PARAMETERS
+        for name, function in house.functions(path)
+        if len({one.arg for one in house.parameters(function)} - OPTIONS) > MAX_PARAMETERS
+    ]
+    assert long == house_known.LONG_LISTS.get(room, [])
+
+
+def test_no_public_signature_of_the_core_says_any() -> None:
+    vague = [
+        f"{path}:{name}"
+        for path in house.modules()
+        if str(path).startswith(CORE)
+        for name, function in house.functions(path)
+        if house.is_public(name) and house.says_any(function)
+    ]
+    assert vague == house_known.VAGUE
 
 
 def test_command_line_import_loads_no_heavy_library() -> None:
-    code = "import sys, pipeline.cli; print([m for m in ('torch', 'ray', 'mlflow', 'deepspeed', 'open_clip', 'fsspec') if m in sys.modules])"
+    code = "import sys, pipeline.cli.app; print([m for m in ('torch', 'ray', 'mlflow', 'deepspeed', 'open_clip', 'fsspec') if m in sys.modules])"
     answer = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=house.ROOT, capture_output=True, text=True, check=True
     )
     assert answer.stdout.strip() == "[]"
 
@@ -164,13 +183,12 @@ def test_command_line_import_loads_no_heavy_library() -> None:
 def test_merge_path_import_loads_no_torch() -> None:
     code = "import sys, merge_service.merge; print('torch' in sys.modules)"
     answer = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=house.ROOT, capture_output=True, text=True, check=True
     )
     assert answer.stdout.strip() == "False"
 
 
 def test_nothing_outside_tests_unpickles_or_loads_yaml_unsafely() -> None:
-    for path in modules():
-        source = (ROOT / path).read_text()
+    for path in house.modules():
         for call in ("torch.load(", "yaml.load(", "pickle.load(", "pickle.loads("):
-            assert call not in source, f"{path} calls {call}"
+            assert call not in house.source(path), f"{path} calls {call}"

@@ -39,8 +39,8 @@ class Worker:
     def __init__(self, rank: int, world: int, threads: int, device: str) -> None:
         import torch
 
-        import workers.evaluate
-        import workers.train  # noqa: F401  (seconds, which the first step need not wait for)
+        import workers.scoring.evaluate
+        import workers.training.expert  # noqa: F401  (seconds, which the first step need not wait for)
 
         torch.set_num_threads(threads)
         self.rank, self.world, self.device = rank, world, device
@@ -54,7 +54,7 @@ class Worker:
 
     def join(self, place: tuple[str, int]) -> None:
         """Meet the other ranks; once in the group's life."""
-        from workers.engine import join_group
+        from workers.training.engines.groups import join_group
 
         join_group(self.rank, self.world, *place, self.device)
 
@@ -65,7 +65,7 @@ class Worker:
         return self._evaluate(job, step, store)
 
     def _train(self, job: TrainJob, step: Any, store: Store) -> Any:
-        from workers.train import POINTS, train_expert
+        from workers.training.expert import POINTS, train_expert
 
         hooks = {name: partial(_pass, name) for name in POINTS}
         store.open_inputs(step)
@@ -86,7 +86,7 @@ class Worker:
         return record
 
     def _evaluate(self, job: EvaluateJob, step: Any, store: Store) -> Any:
-        from workers.evaluate import evaluate
+        from workers.scoring.evaluate import evaluate
 
         store.open_inputs(step)
         started = time.monotonic()

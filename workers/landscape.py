@@ -14,8 +14,8 @@ import torch
 
 from workers.data.batches import Batches
 from workers.jobs import Source, TrainJob
-from workers.model import load, preprocess_cfg, tokenizer
-from workers.objective import ContrastiveLoss, TwoTowers
+from workers.models.model import load, preprocess_cfg, tokenizer
+from workers.training.objective import ContrastiveLoss, TwoTowers
 
 POINTS = (0.0, 0.5, 1.0)
 BATCHES = 4
@@ -25,7 +25,7 @@ def along(job: TrainJob, expert: Path, old: Sequence[Source]) -> dict[str, list[
     """{"new": losses, "old": losses} at `POINTS` of the way from `job.init` to `expert`, each the mean of `BATCHES` batches.
 
     "new" is the task of the job, "old" the data of `old`, with the job's batch size and crops; the batches follow those that the job trains on. Raises what
-    `workers.model.load` and `Batches` raise.
+    `workers.models.model.load` and `Batches` raise.
     """
     start, end = load(Path(job.init)), load(expert)
     batches = {"new": _batches(job, job.update), "old": _batches(job, old)}

@@ -101,7 +101,7 @@ def store_weights(trained: Path, out: Path, storage: str) -> None:
 
 def evaluate_base(model: Path, root: str, datasets: Sequence[str], split: str, cache: Path) -> dict[str, Any]:
     """Zero-shot scores of a weights directory on one split of each dataset, beside what guessing scores."""
-    from workers.evaluate import evaluate
+    from workers.scoring.evaluate import evaluate
 
     job = EvaluateJob(
         fingerprint="pretrain", label="base", model=str(model), cache=str(cache),
@@ -151,8 +151,8 @@ class _Training:
 
     def run(self) -> dict[str, Any]:
         """Train until the rule or the steps end it; returns steps, images, images a second and the loss curve."""
-        from workers.model import export_base
-        from workers.train import train_expert
+        from workers.models.model import export_base
+        from workers.training.expert import train_expert
 
         settings, work, rule = self._settings, self._work, self._settings.stop
         initial, trained = work / "initial", work / "trained"
@@ -191,7 +191,7 @@ class _Training:
         """The hook of the loop, also where a run goes on that was stopped between a checkpoint and its look."""
         from safetensors.torch import load_file
 
-        from workers.model import save
+        from workers.models.model import save
 
         if step and step not in dict(self._checks):
             directory, _ = self._checkpoint(step)
@@ -225,7 +225,7 @@ class _Training:
         print(f"check: step {step}, mean {mean:.4f}, {found}", flush=True)
 
     def _checkpoint(self, step: int) -> tuple[Path, dict[str, Any]]:
-        from workers.scratch import Checkpoints
+        from workers.training.checkpoints import Checkpoints
 
         return Checkpoints(self._work / "scratch", self._work.name).judged(step)
 

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from merge_service.errors import UserError
-from workers.recipe import Recipe
+from workers.training.recipe import Recipe
 
 
 class Copies(BaseModel):

@@ -16,8 +16,8 @@ from typing import Any
 import pandas as pd
 
 from merge_service.errors import UserError
-from pipeline.config import load_study
-from pipeline.grid import Cell
+from pipeline.study.config import load_study
+from pipeline.study.grid import Cell
 
 METRICS = ("ka", "zs", "zs_replayed", "zs_never_replayed", "gm")
 STREAM = tuple(f"stream_{metric}" for metric in METRICS)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pandas as pd
 from scipy.stats import t as student
 
-from pipeline.expand import JOINT_TASK
+from pipeline.plan.draft import JOINT_TASK
 
 METRICS = ("ka", "zs", "gm", "forgetting", "bwt", "zs_replayed", "zs_never_replayed")
 DESCRIBED = (

@@ -17,18 +17,17 @@ import vl_convert
 from merge_service.checkpoints import WEIGHTS_FILE
 from merge_service.errors import UserError
 from merge_service.similarity import similarity
-from pipeline.artifact import Record
-from pipeline.plan import Plan
+from pipeline.plan.steps import TEST, VAL, Plan, total_gflops
 from pipeline.report import figures as draw
 from pipeline.report.cost import costs, elapsed
 from pipeline.report.figures import Data, Figure, NoData
 from pipeline.report.page import page, records, spec_of, svg_of
-from pipeline.results import OF_GROUPS, ReadOnce, on_split, results, sentence_of, splits_of
-from pipeline.status import open_plan, open_store
-from pipeline.steps import TEST, VAL, total_gflops
-from pipeline.store import Store
-from pipeline.timeline import read_timeline
-from pipeline.versions import counted, mixed_text
+from pipeline.results.over_time import OF_GROUPS, ReadOnce, on_split, results, sentence_of, splits_of
+from pipeline.run.trace import read_timeline
+from pipeline.store.artifact import Record
+from pipeline.store.local import Store
+from pipeline.store.versions import counted, mixed_text
+from pipeline.workspace.opening import open_plan, open_store
 
 EXPERTS = 12
 """More experts than this make a heat map nobody reads; the first are compared."""
@@ -72,7 +71,7 @@ def build_report(out: Path, split: str | None = None) -> dict[str, Any]:
 
 def file_report(out: Path, answer: Mapping[str, Any]) -> tuple[int, str | None]:
     """File a report's page and pictures with the study's run in MLflow: (rows still pending, why)."""
-    from pipeline.tracking import file_with_study
+    from pipeline.tracking.tracker import file_with_study
 
     pictures = [path for path in answer["figures"] if path.endswith(".png")]
     names = [str(Path(path).relative_to(out)) for path in (answer["html"], *pictures)]

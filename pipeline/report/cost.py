@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.artifact import Record
-from pipeline.steps import Plan, total_gflops
+from pipeline.plan.steps import Plan, total_gflops
+from pipeline.store.artifact import Record
 
 COLUMNS = (
     "kind", "steps", "steps_one_by_one", "gflops", "worker_seconds", "cpu_seconds", "peak_memory_bytes",

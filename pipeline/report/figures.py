@@ -14,9 +14,9 @@ import altair as alt
 import pandas as pd
 
 from merge_service.similarity import CLASH_CONFLICT, CLASH_COSINE
-from pipeline.expand import JOINT_TASK
+from pipeline.plan.draft import JOINT_TASK
 from pipeline.report import analysis, frames
-from pipeline.results import OF_GROUPS
+from pipeline.results.over_time import OF_GROUPS
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C7F00")
 """Okabe and Ito's, the best group first; their yellow is darkened to be legible on white, black is the references'."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.results import split_of
+from pipeline.results.over_time import split_of
 
 OF_TRAJECTORY = {
     "trajectory": "object", "group": "object", "name": "object", "model": "object", "init": "object",

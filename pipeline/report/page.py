@@ -18,7 +18,7 @@ import pandas as pd
 import vl_convert
 
 from pipeline.report.figures import AXES, Figure
-from pipeline.results import OF_GROUPS
+from pipeline.results.over_time import OF_GROUPS
 
 DIGITS = 4
 STANDING_ROWS = 12

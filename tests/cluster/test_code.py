@@ -19,7 +19,7 @@ assert not set({packages}) & set(sys.modules), "the function brings our modules 
 prepare()
 prepare()
 sys.path.insert(0, {here!r})  # as Ray does with its driver's current directory
-import cluster.pool, merge_service.merge, pipeline.store, workers.actors, temporal_merge
+import cluster.pool, merge_service.merge, pipeline.store.local, workers.actors, temporal_merge
 import filecmp, safetensors
 import my_technique
 print(workers.actors.__file__)

@@ -23,7 +23,7 @@ import yaml
 from cluster.code import PACKAGES
 from tests.world import ROOT
 
-LAUNCH = ROOT / "cluster"
+LAUNCH = ROOT / "cluster" / "launch"
 KUBERNETES = sorted(path.name for path in (LAUNCH / "kubernetes").glob("*.yaml"))
 API = "1.31"
 NEEDED = {"EFS_HOST": "fs-1.efs.us-west-2.amazonaws.com", "AMI": "ami-1"}

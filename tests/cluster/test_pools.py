@@ -12,8 +12,8 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from cluster.capacity import Capacity, Shape
 from cluster.pool import Call, Pool, Pools, WorkerLost, wait
-from cluster.room import Room
 from cluster.session import nodes_now
 
 pytestmark = pytest.mark.ray
@@ -54,10 +54,10 @@ def pools(nodes: None) -> Iterator[Pools]:
     sizes = {"one": (1, 1, 1), "two": (1, 1, 2), "half": (1, 0.5, 0.5), "pair": (2, 1, 2), "wide": (2, 1, 4), "cpu": (1, 2, 0)}  # fmt: skip
     made = Pools(
         {
-            name: Pool(name, Recorder, lambda actor, _: actor.remote(), world=world, cpus=cpus, gpus=gpus)
+            name: Pool(name, Recorder, lambda actor, _: actor.remote(), Shape(world, cpus, gpus))
             for name, (world, cpus, gpus) in sizes.items()
         },
-        Room(nodes_now()),
+        Capacity(nodes_now()),
     )
     yield made
     made.close()
@@ -129,7 +129,7 @@ def test_group_idle_for_a_moment_is_spared_while_others_work(pools: Pools) -> No
 
 
 def test_nodes_kept_clear_are_left_alone(pools: Pools) -> None:
-    clear = set(list(pools.room.nodes)[:1]) if pools.room else set()
+    clear = set(list(pools.capacity.nodes)[:1]) if pools.capacity else set()
     groups = []
     while (group := pools.group("one", clear)) is not None:
         group.idle = False

@@ -13,9 +13,9 @@ from cluster.code import PACKAGES
 from cluster.session import ClusterError
 from cluster.submission import Cluster, Job, _Seen, check_dashboard
 from merge_service.errors import UserError
-from pipeline.config import load_study
 from pipeline.errors import ConfigError
-from pipeline.submit import _exit_code, _why, key_of, relative_files, shipment, submit_study
+from pipeline.run.submit import _exit_code, _why, key_of, relative_files, shipment, submit_study
+from pipeline.study.config import load_study
 from tests.world import World
 
 
@@ -141,7 +141,7 @@ def test_path_out_of_the_directory_is_refused(
 def test_model_too_large_to_be_sent_is_refused(
     world: World, seat: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.submit.MAX_BYTES", 1)
+    monkeypatch.setattr("pipeline.run.submit.MAX_BYTES", 1)
     study = load_study(world.study(model={"config": "x", "pretrained": "models/mine"}))
     with pytest.raises(
         ConfigError,
@@ -153,7 +153,7 @@ def test_model_too_large_to_be_sent_is_refused(
 def test_more_files_than_are_sent_are_refused_with_their_number(
     world: World, seat: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.submit.MAX_FILES", 2)
+    monkeypatch.setattr("pipeline.run.submit.MAX_FILES", 2)
     for number in range(2):
         (seat / "models" / "mine" / f"{number}.json").write_text("{}")
     study = load_study(world.study(model={"config": "x", "pretrained": "models/mine"}))
@@ -242,8 +242,8 @@ def test_shipment_holds_source_study_and_files_and_nothing_else(world: World, se
         names = {str(path.relative_to(room)) for path in room.rglob("*") if path.is_file()}
         assert (room / study.name).read_bytes() == study.read_bytes()
     assert {
-        "pipeline/cli.py",
-        "workers/train.py",
+        "pipeline/cli/app.py",
+        "workers/training/expert.py",
         "merge_service/service/actors.py",
         "cluster/session.py",
     } <= names

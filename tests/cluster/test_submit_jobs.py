@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from cluster.submission import Cluster as Remote
-from pipeline.submit import _why, shipment
+from pipeline.run.submit import _why, shipment
 from tests.world import ROOT, Cluster, World, command
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

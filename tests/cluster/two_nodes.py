@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.timeline import read_timeline
+from pipeline.run.trace import read_timeline
 from tests.cluster.nodes import DASHBOARD, NEEDS, TwoNodes, possible, two_nodes
 from tests.faults.harness import process_facts, wait_until
 from tests.world import STRATEGIES, artifacts, command, make_world

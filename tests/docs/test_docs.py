@@ -23,8 +23,8 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from merge_service.techniques import forget_table
-from pipeline.cli import app
-from pipeline.config import study_from
+from pipeline.cli.app import app
+from pipeline.study.config import study_from
 from tests.world import ROOT, World
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # fmt: skip
@@ -33,7 +33,7 @@ KINDS = ("python", "yaml", "sh", "json", "text")
 OUTSIDE = {
     "docker": "builds an image from the network",
     "kubectl": "needs a Kubernetes cluster; the manifests are held to their schemas in tests/cluster/test_manifests.py",
-    "cluster/render": "the same; it is run there",
+    "cluster/launch/render": "the same; it is run there",
     "ray": "starts machines or processes of a cluster; tests/cluster/ starts its own",
     "sbatch": "needs Slurm; the script is checked in tests/cluster/test_manifests.py",
     "export": "sets variables for the commands after it",
@@ -45,13 +45,13 @@ OUTSIDE = {
 """Commands that a test cannot run, and why: their syntax is checked."""
 
 ELSEWHERE = {
-    "run": "tests/pipeline/test_run.py",
+    "run": "tests/pipeline/run/test_run.py",
     "submit": "tests/cluster/test_submit_jobs.py",
     "stop": "tests/cluster/test_submit_jobs.py",
     "ui": "tests/ui/test_mlflow_ui.py",
-    "evaluate": "tests/pipeline/test_run.py",
-    "check": "tests/pipeline/test_suites.py",
-    "gc": "tests/pipeline/test_gc.py",
+    "evaluate": "tests/pipeline/run/test_run.py",
+    "check": "tests/pipeline/study/test_suites.py",
+    "gc": "tests/pipeline/workspace/test_gc.py",
 }
 """Commands of ours that the documentation calls with placeholders, or that take long: there they run, here they are parsed."""
 

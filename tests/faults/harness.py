@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.lock import is_held
-from pipeline.store import Store
-from pipeline.tracking_export import export
+from pipeline.store.local import Store
+from pipeline.tracking.mlflow.export import export
+from pipeline.workspace.lock import is_held
 from tests.world import Cluster, artifacts, command
 
 TIMED = ("seconds", "samples_per_second", "throughput", "memory", "rate")

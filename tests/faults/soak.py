@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
-from pipeline.outbox import glance
+from pipeline.tracking.outbox import glance
 from tests.faults.harness import DRIVER_POINTS, WORKER_POINTS, Faults, must_be_same, workers_of
 from tests.servers import free_port, mlflow_at
 from tests.world import Cluster, World, command, make_world, start

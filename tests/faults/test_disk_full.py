@@ -17,9 +17,9 @@ import pytest
 
 from merge_service.checkpoints import CheckpointWriter
 from pipeline.errors import StorageFull, TrackingError
-from pipeline.lock import driver_lock, write_driver
-from pipeline.outbox import Outbox
-from pipeline.store import Store
+from pipeline.store.local import Store
+from pipeline.tracking.outbox import Outbox
+from pipeline.workspace.lock import driver_lock, write_driver
 from tests.faults.harness import Faults, created, must_go_on, wait_until
 from tests.pipeline.store_toys import ToyStep, put
 from tests.world import Cluster, World, start

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from merge_service.checkpoints import WEIGHTS_FILE, Checkpoint, CheckpointWriter, admit, check_finite
 from merge_service.errors import CheckpointError, CorruptCheckpoint, ForeignCheckpoint
 from pipeline.errors import CorruptArtifact
-from pipeline.store import Store
+from pipeline.store.local import Store
 from tests.faults.corpus_files import checkpoints
 from tests.faults.fuzz import seeded
 from tests.faults.limits import cost_of

@@ -19,7 +19,7 @@ from merge_service.errors import (
 from merge_service.merging import Member, MergeJob
 from merge_service.service import Merger, MergeService
 from merge_service.timelines import Strategy
-from pipeline.store import Store
+from pipeline.store.local import Store
 from tests.faults.fuzz import seeded
 from tests.merge_service import toys
 from tests.pipeline.store_toys import ToyStep

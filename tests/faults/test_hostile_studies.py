@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 
 from merge_service.errors import UserError
-from pipeline.config import load_study
 from pipeline.errors import ConfigError
-from pipeline.facts import gather
-from pipeline.stream_tables import read_counts
-from pipeline.streams import load as load_stream
-from pipeline.suites import read_suite_file
+from pipeline.plan.facts import gather
+from pipeline.study.config import load_study
+from pipeline.study.stream_tables import read_counts
+from pipeline.study.streams import load as load_stream
+from pipeline.study.suites import read_suite_file
 from tests.faults.corpus_files import studies
 from tests.faults.limits import ROOT, cost_of
 
 Record = Callable[[str, object], None]
 MUTATIONS = 1500
-"""With the 500 mutated files of tests/pipeline/test_config_mistakes.py, 2,000."""
+"""With the 500 mutated files of tests/pipeline/study/test_config_mistakes.py, 2,000."""
 PIECES = [
     "[", "]", "{", "}", ": ", "\n", "- ", "&a ", "*a", "!!x ", "1e999", "1e308", ".nan", "-.inf", "null", "true", "-1", "2.5", '"',
     "'", "\\0", "\u2028", "é", "../../etc", "/etc/passwd", "~", "''", "[]", "{}", "[[]]", "9" * 400, "http://a:b@c:99999999", "s3://[",
@@ -103,7 +103,7 @@ def test_study_of_the_corpus_is_refused_by_its_path_without_time_memory_or_impor
     made = set(place.iterdir())
     cost = cost_of("""
 import os
-from pipeline.config import load_study
+from pipeline.study.config import load_study
 from pipeline.errors import ConfigError
 os.chdir(arguments[0])
 loaded = set(sys.modules)

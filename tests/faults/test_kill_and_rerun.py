@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.tracking_export import export
+from pipeline.tracking.mlflow.export import export
 from tests.faults.harness import created
 from tests.world import Cluster, World, artifacts, command
 

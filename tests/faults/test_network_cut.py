@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.timeline import read_timeline
+from pipeline.run.trace import read_timeline
 from tests.cluster.nodes import DASHBOARD, NEEDS, WORKER, possible, two_nodes
 from tests.faults.harness import created, leftovers, tracked, wait_until
 from tests.world import STRATEGIES, World, artifacts, command

@@ -15,8 +15,8 @@ COMMIT = """
 import sys
 from pathlib import Path
 sys.path.insert(0, "tests/pipeline")
-from store_toys import put
-from pipeline.store import Store
+from tests.pipeline.store_toys import put
+from pipeline.store.local import Store
 root = Path(sys.argv[1])
 root.mkdir()
 store = Store(root / "store")
@@ -27,7 +27,7 @@ put(store, content={"weights.bin": b"w" * 9000, "deeper/config.json": b"{}"})
 APPEND = """
 import sys
 from pathlib import Path
-from pipeline.outbox import Outbox
+from pipeline.tracking.outbox import Outbox
 root = Path(sys.argv[1])
 root.mkdir()
 box = Outbox(root / "outbox.db")
@@ -72,7 +72,7 @@ with CheckpointWriter(root / "m.safetensors", {"a": ("F32", (64,))}) as writer:
 CHECKPOINT = """
 import sys
 from pathlib import Path
-from workers.scratch import Checkpoints
+from workers.training.checkpoints import Checkpoints
 root = Path(sys.argv[1])
 root.mkdir()
 checkpoints = Checkpoints(root, "f" * 64)

@@ -14,7 +14,7 @@ import pytest
 
 from merge_service.errors import UserError
 from pipeline.errors import CorruptArtifact, StorageFull, StoreError, StoreUnwritable
-from pipeline.store import Store
+from pipeline.store.local import Store
 from tests.pipeline.store_toys import CONTENT, ToyStep, put
 
 NOBODY = 65534

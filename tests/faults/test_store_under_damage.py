@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.artifact import RECORD_FILE, _self_digest, read_record
 from pipeline.errors import CorruptArtifact, StoreError
-from pipeline.store import Store
+from pipeline.store.artifact import RECORD_FILE, _self_digest, read_record
+from pipeline.store.local import Store
 from tests.faults.corpus_files import records
 from tests.faults.fuzz import seeded
 from tests.pipeline.store_toys import CONTENT, put

@@ -1,13 +1,15 @@
 """What must not move without a word: values that users keep and compare, computed anew from fixed inputs.
 
-`pinned.json` holds what each function below answered when it was last decided on; `test_pins.py` compares. A change that moves
-one on purpose says so and runs `python -m tests.pins.pins`, which writes the file anew.
+`pinned.json`, `tracked.json` and `help.json` hold what each function below answered when it was last decided on; `test_pins.py`
+compares. A change that moves one on purpose says so and runs `python -m tests.pins.pins`, which writes the files anew.
 Invariant: nothing here depends on installed data, time, place, or the number of threads.
 """
 
 import hashlib
 import json
 import os
+import re
+import shutil
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -15,21 +17,28 @@ from typing import Any
 
 import numpy as np
 import yaml
+from typer.main import get_command
+from typer.testing import CliRunner
 
 from merge_service import techniques
 from merge_service.checkpoints import sha256_of
 from merge_service.merge import advance, fold, merge
-from pipeline.config import load_study, study_from
-from pipeline.fingerprint import fingerprint
-from pipeline.plan import make_plan
-from pipeline.sections import key_of
-from pipeline.steps import DatasetFacts, Facts, ModelFacts
-from pipeline.streams import datasets_of, make_stream
+from pipeline.cli.app import PANELS, app
+from pipeline.identity import fingerprint
+from pipeline.plan.planner import make_plan
+from pipeline.plan.steps import DatasetFacts, Facts, ModelFacts
+from pipeline.study.config import load_study, study_from
+from pipeline.study.sections import key_of
+from pipeline.study.streams import datasets_of, make_stream
+from pipeline.tracking.mlflow.local import LOCAL_DB
 from tests.merge_service.toys import dyadic, moved, save, towers
+from tests.pipeline.tracked_study import deliver, exported, finished_study
 from workers.data.mini import ROLES
 
 ROOT = Path(__file__).parents[2]
 PINNED = Path(__file__).parent / "pinned.json"
+TRACKED = Path(__file__).parent / "tracked.json"
+HELP = Path(__file__).parent / "help.json"
 STUDIES = sorted(
     str(path.relative_to(ROOT))
     for path in (ROOT / "configs").rglob("*.yaml")
@@ -141,9 +150,35 @@ def _files(room: Path, count: int) -> tuple[Path, list[Path]]:
     ]
 
 
+def tracked(empty_store: Path | None = None) -> list[dict[str, Any]]:
+    """What MLflow holds of a small study with invented results. `empty_store`: a tracking store to copy instead of making one."""
+    with tempfile.TemporaryDirectory() as room:
+        study = finished_study(
+            Path(room) / "out", strategies=("zero_shot", "best_in_time"), tasks=("animals", "scripts")
+        )
+        if empty_store is not None:
+            shutil.copyfile(empty_store, study.out / LOCAL_DB)
+        outbox = study.outbox()
+        study.tell(outbox)
+        deliver(study, outbox)
+        outbox.close()
+        return exported(study)
+
+
+def helps() -> dict[str, str]:
+    """The text of every command's --help, without the frames and line breaks that depend on a terminal's width."""
+    commands = [one.__name__ for panel in PANELS.values() for one in panel]
+    assert set(commands) == set(get_command(app).commands)
+    wide = CliRunner(env={"COLUMNS": "4000", "NO_COLOR": "1", "TERM": "dumb"})
+    texts = {name: wide.invoke(app, [*name.split(), "--help"]).stdout for name in ("", *commands)}
+    return {name: re.sub(r"[\s─│╭╮╰╯]+", " ", text).strip() for name, text in texts.items()}
+
+
 def everything() -> dict[str, Any]:
     return {"plans": plans(), "merges": {name: merges(name) for name in TECHNIQUES}}
 
 
 if __name__ == "__main__":
     PINNED.write_text(json.dumps(everything(), indent=1, sort_keys=True) + "\n")
+    TRACKED.write_text("[\n" + ",\n".join(json.dumps(one) for one in tracked()) + "\n]\n")
+    HELP.write_text(json.dumps(helps(), indent=1, ensure_ascii=False) + "\n")

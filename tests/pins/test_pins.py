@@ -1,6 +1,7 @@
-"""Plans and merges are today what they were when `pinned.json` was written, however they are carried out."""
+"""Plans, merges, tracking and help are today what they were when their pins were written, however they are carried out."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,3 +23,11 @@ def test_no_fingerprint_of_a_study_under_configs_has_moved() -> None:
 @pytest.mark.parametrize("name", pins.TECHNIQUES)
 def test_no_byte_of_a_merge_has_moved(name: str, way: dict[str, Any]) -> None:
     assert pins.merges(name, **way) == PINNED["merges"][name]
+
+
+def test_nothing_that_mlflow_holds_of_a_study_has_moved(empty_store: Path) -> None:
+    assert pins.tracked(empty_store) == json.loads(pins.TRACKED.read_text())
+
+
+def test_no_help_of_a_command_has_moved() -> None:
+    assert pins.helps() == json.loads(pins.HELP.read_text())

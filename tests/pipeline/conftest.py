@@ -1,4 +1,4 @@
-"""Tracking stores that cost something to make."""
+"""Studies with a tracking store of their own."""
 
 import shutil
 from collections.abc import Callable
@@ -7,16 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.tracking_local import LOCAL_DB, make_local_store
+from pipeline.tracking.mlflow.local import LOCAL_DB
 from tests.pipeline.tracked_study import Tracked, finished_study
-
-
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated, empty tracking store: making one takes seconds, so tests copy it."""
-    home = tmp_path_factory.mktemp("mlflow")
-    make_local_store(home)
-    return home / LOCAL_DB
 
 
 @pytest.fixture

@@ -4,12 +4,11 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
-from pipeline.config import Study, study_from
-from pipeline.plan import Plan
-from pipeline.plan import make_plan as plan_of
-from pipeline.sections import key_of
-from pipeline.steps import DatasetFacts, Facts, ModelFacts
-from pipeline.streams import datasets_of, make_stream
+from pipeline.plan.planner import make_plan as plan_of
+from pipeline.plan.steps import DatasetFacts, Facts, ModelFacts, Plan
+from pipeline.study.config import Study, study_from
+from pipeline.study.sections import key_of
+from pipeline.study.streams import datasets_of, make_stream
 
 REPLAY = {"pretraining": 0.33, "update": 0.34, "buffer": 0.33}
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.plan import Plan
-from pipeline.results import results
+from pipeline.plan.steps import Plan
+from pipeline.results.over_time import results
 from tests.pipeline.plan_toys import facts, make_plan, study
 
 MERGED = {

@@ -14,12 +14,12 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from merge_service.faults import VARIABLE
-from pipeline import ownership
-from pipeline.artifact import Record
 from pipeline.errors import NondeterminismError
-from pipeline.fingerprint import step_fingerprint
-from pipeline.store import Store
-from pipeline.store_open import store_at
+from pipeline.files import ownership
+from pipeline.identity import step_fingerprint
+from pipeline.store.artifact import Record
+from pipeline.store.local import Store
+from pipeline.store.open import store_at
 
 
 @dataclass(frozen=True)

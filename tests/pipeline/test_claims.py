@@ -15,12 +15,32 @@ from pipeline.claims import __main__ as command
 from pipeline.claims import contrasts
 from pipeline.claims.claims import claims_of
 from pipeline.claims.figures import draw_all
-from pipeline.claims.judge import EQUIVALENT, HOLDS, REFUTED, UNDECIDED, Judged, judge
+from pipeline.claims.judge import (
+    EQUIVALENT,
+    HOLDS,
+    NOT,
+    REFUTED,
+    UNDECIDED,
+    WEAKLY,
+    Judged,
+    Part,
+    judge,
+    shares,
+)
 from pipeline.claims.page import About, page
 from pipeline.claims.remarks import filled, quantity
 from pipeline.claims.results import COLUMNS, Findings, read_rows, read_run, write_rows
-from pipeline.claims.tuning import TUNING, read_tuned, strangers, swept, tune, with_parameters, write_tuned
-from pipeline.config import load_study
+from pipeline.claims.tuning import (
+    TUNING,
+    chosen,
+    read_tuned,
+    strangers,
+    swept,
+    tune,
+    with_parameters,
+    write_tuned,
+)
+from pipeline.study.config import load_study
 from tests.pipeline.claims_toys import REPLICATES, TECHNIQUES, findings, gm_of, tuned
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ from pipeline.claims.when_ema.measures import EE, EL, FT, LE
 from pipeline.claims.when_ema.numbers import Numbers, base_of, has, read_numbers, write
 from pipeline.claims.when_ema.page import paragraph
 from pipeline.claims.when_ema.page import write as write_page
-from pipeline.config import load_study
+from pipeline.study.config import load_study
 from tests.pipeline.when_ema_toys import NAMES, RATES, SHARES, World, numbers
 from tests.world import ROOT
 

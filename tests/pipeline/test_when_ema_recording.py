@@ -9,24 +9,24 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from merge_service.actor import Merger
 from merge_service.checkpoints import WEIGHTS_FILE
 from merge_service.errors import UserError
-from pipeline.artifact import hash_file
+from merge_service.service import Merger
 from pipeline.claims.when_ema import pieces
 from pipeline.claims.when_ema.design import Design, Piece
 from pipeline.claims.when_ema.numbers import Numbers, has, read_numbers, write
 from pipeline.claims.when_ema.pieces import Places, carry_out, make_bases
 from pipeline.claims.when_ema.recording import points_of
-from pipeline.config import load_study
-from pipeline.jobs import Jobs
-from pipeline.status import open_plan, open_store
-from pipeline.workspace import Workspace
+from pipeline.run.jobs import Jobs
+from pipeline.run.status import open_plan, open_store
+from pipeline.store.artifact import hash_file
+from pipeline.study.config import load_study
+from pipeline.workspace.workspace import Workspace
 from tests.pipeline.when_ema_toys import World as Truth
 from tests.pipeline.when_ema_toys import numbers
 from tests.world import TASKS, World, make_world
 from workers.actors import Worker
-from workers.export import export_base
+from workers.models.export import export_base
 
 GRID = {
     "strategies": [
@@ -80,7 +80,7 @@ def with_val(home: Path) -> World:
 
 
 def run_here(words: list[str], _: str) -> None:
-    """`pipeline.cli run` in this process, step after step, without Ray."""
+    """`pipeline.cli.app run` in this process, step after step, without Ray."""
     assert words[:3] == ["-m", "pipeline.cli", "run"] and words[4] == "--out"
     workspace = Workspace.open(Path(words[3]), words[7::2], Path(words[5]))
     workspace.prepare()

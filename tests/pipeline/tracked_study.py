@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from merge_service.checkpoints import CONFIG_FILE, WEIGHTS_FILE
-from pipeline.artifact import Record
-from pipeline.config import study_from
-from pipeline.outbox import FILE, Entry, Outbox
-from pipeline.steps import DatasetFacts, Facts, ModelFacts, Plan, Step
-from pipeline.store import Store
-from pipeline.tracking import Tracker
-from pipeline.tracking_events import Projection, StudyFacts
-from pipeline.tracking_export import export
-from pipeline.tracking_local import local_uri
-from pipeline.tracking_recorder import Recorder
+from pipeline.plan.steps import DatasetFacts, Facts, ModelFacts, Plan, Step
+from pipeline.store.artifact import Record
+from pipeline.store.local import Store
+from pipeline.study.config import study_from
+from pipeline.tracking.mlflow.export import export
+from pipeline.tracking.mlflow.local import local_uri
+from pipeline.tracking.outbox import FILE, Entry, Outbox
+from pipeline.tracking.recorder import Recorder
+from pipeline.tracking.rows.events import Projection, StudyFacts
+from pipeline.tracking.tracker import Tracker
 from tests.pipeline.plan_toys import base_of, make_plan
 
 TASKS = ("animals", "scripts", "photos_b")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pipeline.tracking import Tracker, ui_command, ui_url
+from pipeline.tracking.tracker import Tracker, ui_command, ui_url
 from tests.pipeline.tracked_study import finished_study
 from tests.servers import serving
 

@@ -13,8 +13,8 @@ import torch
 from merge_service.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from workers.data.writer import Sample, write_dataset
 from workers.jobs import EngineSpec, EvaluateJob, Source, TrainJob
-from workers.model import export_base
-from workers.recipe import Recipe
+from workers.models.model import export_base
+from workers.training.recipe import Recipe
 
 MODEL_CFG: dict[str, Any] = {
     "embed_dim": 16,

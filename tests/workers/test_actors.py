@@ -44,7 +44,9 @@ def test_expert_actor_keeps_the_thresholds_its_job_asks_for_and_nothing_in_the_a
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = weights(tmp_path / "base", 0)
-    monkeypatch.setattr("workers.train.train_expert", lambda job, **_: weights(Path(job.out), 1) and {})
+    monkeypatch.setattr(
+        "workers.training.expert.train_expert", lambda job, **_: weights(Path(job.out), 1) and {}
+    )
     asked = (("ties", {"density": 0.25, "consensus": "mean", "granularity": "model", "count_frozen": True}),)
     job = TrainJob(
         fingerprint="f", label="t1", t=1, task="a", init=str(base), base=str(base), update=(), buffer=(), pretraining=(),

@@ -14,12 +14,12 @@ import yaml
 from merge_service.checkpoints import WEIGHTS_FILE, Checkpoint
 from merge_service.errors import UserError
 from tests.workers.data_helpers import coloured
-from workers import evaluate as scoring
 from workers import pretrain as command
 from workers.data.mini import ROLES as ROLES_OF_MINI
 from workers.data.writer import Sample, write_dataset
 from workers.pretrain import count_weights, pretrain
 from workers.pretrain_recipe import best, ended, read_settings
+from workers.scoring import evaluate as scoring
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
 SHIPPED = ("tiny-clip-s", "tiny-clip", "tiny-clip-l")

@@ -104,7 +104,7 @@ def load(
     try:
         everything = _mapped(*facts)
     except _Unusable:
-        _decode_into(place, source, info, split, evaluation_geometry(size, geometry), (*size, 3), Path(cache))
+        _decode_into(place, source, info, evaluation_geometry(size, geometry), (*size, 3), Path(cache))
         everything = _mapped(*facts)
     return everything if source.classes is None else _only_classes(everything, source.classes)
 
@@ -173,11 +173,11 @@ def _only_classes(samples: Samples, names: Sequence[str]) -> Samples:
 
 
 def _decode_into(
-    place: Path, source: Source, info: manifest.DatasetInfo, split: manifest.SplitInfo,
+    place: Path, source: Source, info: manifest.DatasetInfo,
     transform: Callable[[Image.Image], Image.Image], shape: tuple[int, ...], cache: Path,
 ) -> None:  # fmt: skip
     """Make one cache entry, unless another process has made it meanwhile. An entry that is damaged is thrown away first."""
-    home = manifest.folder(source.root, source.dataset)
+    home, split = manifest.folder(source.root, source.dataset), info.splits[source.split]
     shards = [home / source.split / shard.file for shard in split.shards]
     manifest.verify(source.root, source.dataset, source.split, cache)
     access = Access.of(Path(source.root), home, home / source.split, *shards)

@@ -12,8 +12,8 @@ import yaml
 
 from merge_service.errors import UserError
 from merge_service.techniques.params import nearest
-from pipeline.config import load_study
-from pipeline.workspace import Workspace
+from pipeline.study.config import load_study
+from pipeline.workspace.workspace import Workspace
 
 FOLDER = Path("configs/studies/when_ema")
 MODELS = Path("configs/models")

@@ -17,12 +17,12 @@ import pandas as pd
 
 from merge_service.checkpoints import WEIGHTS_FILE
 from merge_service.errors import UserError
-from pipeline.artifact import hash_file
 from pipeline.claims.__main__ import commit
 from pipeline.claims.when_ema import numbers
 from pipeline.claims.when_ema.design import MODELS, Design, Piece
 from pipeline.claims.when_ema.recording import Experts, points_of
-from pipeline.status import open_plan
+from pipeline.run.status import open_plan
+from pipeline.store.artifact import hash_file
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ import numpy as np
 import pandas as pd
 
 from merge_service.checkpoints import WEIGHTS_FILE, Checkpoint
-from merge_service.errors import UserError
 from merge_service.checkpoints.ties import recorded
-from pipeline.artifact import Record
-from pipeline.config import load_study
-from pipeline.grid import Cell
-from pipeline.jobs import Jobs
-from pipeline.steps import BASE, Point
-from pipeline.workspace import RESULTS_FILE, STUDY_FILE, Workspace
+from merge_service.errors import UserError
+from pipeline.plan.steps import BASE, Point
+from pipeline.run.jobs import Jobs
+from pipeline.store.artifact import Record
+from pipeline.study.config import load_study
+from pipeline.study.grid import Cell
+from pipeline.workspace.workspace import RESULTS_FILE, STUDY_FILE, Workspace
 from workers.jobs import Source, TrainJob
 
 METRICS = ("ka", "zs", "zs_replayed", "zs_never_replayed", "gm")

@@ -1,0 +1,6 @@
+"""`python -m pipeline.cli`: the command where its console script is not on the PATH."""
+
+from pipeline.cli.app import main
+
+if __name__ == "__main__":
+    main()

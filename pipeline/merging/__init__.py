@@ -1,0 +1,5 @@
+"""Merging files and state dicts, here or by workers of a Ray cluster, without a study.
+
+Used from outside: `files` (`merge_files`, `ids_from`), `state_dicts` (`merge_state_dicts`), `split` (`split_over`), `techniques` (what
+can be asked for, as plain values).
+"""

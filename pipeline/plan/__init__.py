@@ -1,0 +1,5 @@
+"""A study as a graph of steps: from facts about the world, purely, each step once and named by what bears on its result.
+
+Used from outside: `planner` (`make_plan`, `base_step`), `steps` (`Plan`, `Step`, `Facts`), `facts` (`gather`, `base_of`, `cache_of`),
+`file` (plan.json), `prompt_notes` (classes that a model reads as one).
+"""

@@ -1,0 +1,337 @@
+"""A plan as JSON, and as the file plan.json: as long as the plan has steps, however long the lists are that the steps name.
+
+What many steps name stands once, in "values", and a list that goes on where another ends (the replay of a stream, the
+experts of a merge) says only what it adds. Trajectories name steps by their number in "steps". The file has one step per line,
+so it is written and read as it comes: `read` looks into a step when somebody asks for it.
+Invariant: `decode(encode(plan)) == plan`; a file is replaced as a whole.
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PlanError
+from pipeline.files.disk import write_whole
+from pipeline.kinds.table import KINDS
+from pipeline.plan.steps import Plan, Point, Step, TrajectoryPlan
+
+FORMAT = 3
+_REFERENCES = ("train", "init", "deployed", "merge", "evaluate", "own")
+_FIELDS = tuple(one.name for one in fields(Step) if one.name not in ("spec", "inputs"))
+_LINE = re.compile(r'\{"kind": "([a-z]+)", "fingerprint": "([0-9a-f]+)"')
+_STEPS, _VALUES, _NEXT, _END = '"steps": [\n', '"values": [\n', "],\n", "]}\n"
+
+
+def encode(plan: Plan) -> dict[str, Any]:
+    """The plan as plain JSON values; `decode` gives an equal plan."""
+    values = Values()
+    steps = [_step_body(step, values) for step in plan.steps.values()]
+    return {**_head(plan), "steps": steps, "values": values.bodies}
+
+
+def decode(body: Mapping[str, Any]) -> Plan:
+    """A plan from its JSON. Raises PlanError if it is not one."""
+    with _malformed_refused():
+        _check_format(body)
+        values = _Known(body["values"])
+        steps = {entry["fingerprint"]: _step(entry, values) for entry in body["steps"]}
+        return _plan(body, steps)
+
+
+def write(plan: Plan, path: Path) -> None:
+    """Write plan.json, step by step. Raises StorageFull, OSError."""
+    write_whole(path, _lines(plan), sync=True)
+
+
+def read(path: Path) -> Plan:
+    """The plan in a plan.json; its steps are taken apart when they are asked for. Raises PlanError, OSError."""
+    with _malformed_refused(), path.open(encoding="utf-8") as stream:
+        head = []
+        for line in stream:
+            if line == _STEPS:
+                break
+            head.append(line)
+        else:
+            return decode(json.loads("".join(head)))
+        body = json.loads("".join(head) + '"steps": []}')
+        _check_format(body)
+        lines = [*_until(stream, _NEXT)]
+        if next(stream, "") != _VALUES:
+            raise KeyError("values")
+        return _plan(body, LazySteps(lines, _Known([*_until(stream, _END)])))
+
+
+def study_of(path: Path) -> str | None:
+    """The name of the study that a plan.json of any format is of; None where there is none. Reads no more than it must."""
+    found = None
+    try:
+        with path.open(encoding="utf-8") as stream:
+            found = re.search(r'"study": ("(?:[^"\\]|\\.)*")', stream.read(4096))
+        return (
+            str(json.loads(found[1])) if found else str(json.loads(path.read_text(encoding="utf-8"))["study"])
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+class Prefixes:
+    """Names of lists, each told by the longest known list that it begins with: exact, and linear in what is new."""
+
+    def __init__(self) -> None:
+        self._next: dict[tuple[int, Any], int] = {}
+        self._named: dict[int, Any] = {}
+        self._texts: dict[int, tuple[Any, str]] = {}
+
+    def add(self, items: Sequence[Any], name: Any) -> tuple[Any, Sequence[Any]]:
+        """(the name of the longest known beginning or None, the items after it); `items` bears `name` from now on.
+
+        A list that is known already keeps its name, and nothing comes after it.
+        """
+        node, known, length = 0, self._named.get(0), 0
+        for place, item in enumerate(items, start=1):
+            node = self._next.setdefault((node, self._key(item)), len(self._next) + 1)
+            found = self._named.get(node)
+            if found is not None:
+                known, length = found, place
+        self._named.setdefault(node, name)
+        return known, items[length:]
+
+    def _key(self, item: Any) -> Any:
+        if type(item) is str:
+            return item
+        if type(item) is list and all(type(one) is str for one in item):
+            return tuple(item)
+        text = self._texts.get(id(item))
+        if text is None:  # the item is kept, so that its id stays its own
+            text = self._texts[id(item)] = item, json.dumps(item)
+        return text[1].encode()
+
+
+class Values:
+    """Lists and mappings that stand in specs, each once; a list may go on where another ends.
+
+    `of` answers the number of a value in `bodies`, whose entries are {"value": V} or {"extends": number, "by": [...]}.
+    """
+
+    def __init__(self) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self._lists, self._others = Prefixes(), dict[str, int]()
+        self._seen: dict[int, tuple[Any, int]] = {}
+
+    def of(self, value: Any) -> int:
+        known = self._seen.get(id(value))
+        if known is None:
+            number = self._of_list(value) if isinstance(value, list) else self._of_other(value)
+            known = self._seen[id(value)] = value, number
+        return known[1]
+
+    def _of_list(self, items: list[Any]) -> int:
+        number = len(self.bodies)
+        known, rest = self._lists.add(items, number)
+        if known is not None and not rest:
+            return int(known)
+        self.bodies.append({"value": items} if known is None else {"extends": known, "by": rest})
+        return number
+
+    def _of_other(self, value: Any) -> int:
+        number = self._others.setdefault(json.dumps(value), len(self.bodies))
+        if number == len(self.bodies):
+            self.bodies.append({"value": value})
+        return number
+
+
+class LazySteps(Mapping[str, Step]):
+    """Steps by fingerprint, each taken apart when it is asked for. `kinds` is known without."""
+
+    def __init__(self, lines: Sequence[str], values: "_Known") -> None:
+        self._lines: dict[str, str] = {}
+        self._made: dict[str, Step] = {}
+        self._values = values
+        self.kinds: dict[str, Any] = {}
+        for line in lines:
+            found = _LINE.match(line)
+            if found is None:
+                raise KeyError("kind and fingerprint")
+            kind, fingerprint = found.groups()
+            self._lines[fingerprint], self.kinds[fingerprint] = line, kind
+
+    def __getitem__(self, fingerprint: str) -> Step:
+        if fingerprint not in self._made:
+            line = self._lines[fingerprint]
+            with _malformed_refused():
+                self._made[fingerprint] = _step(json.loads(line), self._values)
+        return self._made[fingerprint]
+
+    def __contains__(self, fingerprint: object) -> bool:
+        return fingerprint in self._lines
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._lines)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+
+class _Known:
+    """Values by number; what is put together is kept."""
+
+    def __init__(self, bodies: Sequence[Any]) -> None:
+        self._bodies, self._made = list(bodies), dict[int, Any]()
+
+    def __getitem__(self, number: int) -> Any:
+        chain = []
+        while number not in self._made:
+            body = self._bodies[number]
+            body = json.loads(body) if isinstance(body, str) else body
+            chain.append((number, body))
+            if "extends" not in body:
+                break
+            number = body["extends"]
+        for made, body in reversed(chain):
+            start = self._made[body["extends"]] if "extends" in body else None
+            self._made[made] = body["value"] if start is None else [*start, *body["by"]]
+        return self._made[chain[0][0] if chain else number]
+
+
+def inputs_of(kind: str, spec: Mapping[str, Any]) -> dict[str, str]:
+    """What a step reads, by role, as its spec names it. Raises KeyError or TypeError for what is no such spec."""
+    return KINDS[kind].spec.of(spec).inputs()
+
+
+def _head(plan: Plan) -> dict[str, Any]:
+    """All of the plan but its steps."""
+    numbers = {fingerprint: number for number, fingerprint in enumerate(plan.steps)}
+    return {
+        "format": FORMAT,
+        "fingerprint": plan.fingerprint,
+        "study": plan.study,
+        "adaptation": list(plan.adaptation),
+        "held_out": list(plan.held_out),
+        "naive": plan.naive,
+        "naive_gflops": plan.naive_gflops,
+        "missing": list(plan.missing),
+        "zero_shot_groups": plan.zero_shot_groups,
+        "own_groups": plan.own_groups,
+        "streams": plan.streams,
+        "classes": _class_lists(plan.classes),
+        "bases": [_step_body(base, Values()) for base in plan.bases.values()],
+        "trajectories": [_trajectory_body(trajectory, numbers) for trajectory in plan.trajectories],
+    }
+
+
+def _lines(plan: Plan) -> Iterator[str]:
+    head = _head(plan)
+    trajectories = head.pop("trajectories")
+    yield json.dumps(head)[:-1] + ',\n"trajectories": [\n'
+    yield from _rows(map(json.dumps, trajectories))
+    yield _NEXT + _STEPS
+    values = Values()
+    yield from _rows(json.dumps(_step_body(step, values)) for step in plan.steps.values())
+    yield _NEXT + _VALUES
+    yield from _rows(map(json.dumps, values.bodies))
+    yield _END
+
+
+def _rows(texts: Iterable[str]) -> Iterator[str]:
+    """One line each, commas between them."""
+    before = ""
+    for text in texts:
+        yield before + text
+        before = ",\n"
+    yield "\n" if before else ""
+
+
+def _until(stream: Iterator[str], end: str) -> Iterator[str]:
+    """The rows up to the line `end`. Raises ValueError if it never comes."""
+    for line in stream:
+        if line == end:
+            return
+        yield line.removesuffix("\n").removesuffix(",")
+    raise ValueError("it is cut")
+
+
+def _step_body(step: Step, values: Values) -> dict[str, Any]:
+    body = {name: getattr(step, name) for name in _FIELDS}
+    plain = {key: value for key, value in step.spec.items() if not isinstance(value, list | dict)}
+    more = {key: values.of(value) for key, value in step.spec.items() if key not in plain}
+    return {**body, "spec": plain, "values": more}
+
+
+def _step(entry: Mapping[str, Any], values: "_Known") -> Step:
+    body = dict(entry)
+    spec = {**body.pop("spec"), **{key: values[number] for key, number in body.pop("values").items()}}
+    body["after"] = tuple(body["after"])
+    return Step(**body, spec=spec, inputs=inputs_of(body["kind"], spec))
+
+
+def _trajectory_body(trajectory: TrajectoryPlan, numbers: Mapping[str, int]) -> dict[str, Any]:
+    points = []
+    for point in trajectory.points:
+        named = [getattr(point, name) for name in _REFERENCES]
+        points.append([point.t, point.task, *(numbers.get(one, one) for one in named)])
+    return {**vars(trajectory), "points": points}
+
+
+def _trajectory(entry: Mapping[str, Any], fingerprints: Sequence[str]) -> TrajectoryPlan:
+    points = []
+    for t, task, *references in entry["points"]:
+        found = [fingerprints[one] if type(one) is int else one for one in references]
+        points.append(Point(t, task, **dict(zip(_REFERENCES, found, strict=True))))
+    return TrajectoryPlan(**{**entry, "points": tuple(points), "stream": tuple(entry["stream"])})
+
+
+def _plan(body: Mapping[str, Any], steps: Mapping[str, Step]) -> Plan:
+    fingerprints = [*steps]
+    return Plan(
+        study=body["study"],
+        bases={entry["fingerprint"]: _step(entry, _Known(())) for entry in body["bases"]},
+        steps=steps,
+        trajectories=tuple(_trajectory(entry, fingerprints) for entry in body["trajectories"]),
+        streams={
+            key: {name: tuple(sets) for name, sets in one.items()} for key, one in body["streams"].items()
+        },
+        classes=_classes(body["classes"]),
+        adaptation=tuple(body["adaptation"]),
+        held_out=tuple(body["held_out"]),
+        naive=dict(body["naive"]),
+        naive_gflops=body["naive_gflops"],
+        missing=tuple(body["missing"]),
+        zero_shot_groups={key: tuple(sets) for key, sets in body.get("zero_shot_groups", {}).items()},
+        own_groups=body.get("own_groups", False),
+    )
+
+
+def _class_lists(classes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """The class names by digest; a list that goes on where another ends is {"extends": digest, "by": [...]}."""
+    lists, found = Prefixes(), {}
+    for digest, names in classes.items():
+        known, rest = lists.add(names, digest)
+        found[digest] = list(names) if known is None else {"extends": known, "by": list(rest)}
+    return found
+
+
+def _classes(body: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The lists again; each comes after the one that it extends."""
+    found: dict[str, tuple[str, ...]] = {}
+    for digest, names in body.items():
+        found[digest] = (*found[names["extends"]], *names["by"]) if isinstance(names, dict) else tuple(names)
+    return found
+
+
+def _check_format(body: Mapping[str, Any]) -> None:
+    if body["format"] != FORMAT:
+        raise PlanError(f"the plan has format {body['format']!r}, this version reads {FORMAT}; run again")
+
+
+@contextlib.contextmanager
+def _malformed_refused() -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        if isinstance(error, PlanError | json.JSONDecodeError):
+            raise
+        raise PlanError(f"the plan is malformed ({error!r}); run the study again to write it anew") from None

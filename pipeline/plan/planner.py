@@ -1,0 +1,355 @@
+"""From a study to the graph of its steps: pure, and nothing twice.
+
+What TIME implies about sharing (an expert depends on where it starts, its data, recipe, length and seed, not on how it is
+deployed) needs no rules here: each step is named by what bears on its result, and equal names are one step. So experts
+of init base serve every deployment and technique, a chain of init latest likewise, and init all or ema give one chain per
+technique and its parameters. Invariant: the plan is a function of study and facts alone, and knows no place, no name of
+a study, no degree of parallelism.
+"""
+
+import heapq
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from merge_service import timelines as timeline
+from pipeline.errors import PlanError
+from pipeline.identity import Texts, canonical, fingerprint, step_fingerprint
+from pipeline.kinds.specs import BaseSpec, EvaluateSpec, SourceSpec, Spec
+from pipeline.kinds.table import KINDS, STEPS
+from pipeline.plan.draft import Draft, World, effective_params, joint_task, together
+from pipeline.plan.steps import (
+    BASE,
+    RECORD_BYTES,
+    TEST,
+    TRAIN,
+    VAL,
+    About,
+    Facts,
+    Plan,
+    Step,
+    TrajectoryPlan,
+    without_val,
+)
+from pipeline.study.config import Study
+from pipeline.study.grid import Cell
+from pipeline.study.sections import BudgetSection, key_of
+from pipeline.study.streams import Part, Stream, StreamTask
+from workers.data.zero_shot import derived
+from workers.training.recipe import Recipe
+
+
+def make_plan(study: Study, facts: Facts) -> Plan:
+    """The plan of a resolved study. Raises PlanError when the data or the budget do not allow it."""
+    if not study.is_resolved:
+        raise PlanError(f"study {study.name} does not say which datasets play which role; resolve it first")
+    planner = Planner(study, facts)
+    drafts = [planner.trajectory(cell) for cell in study.cells]
+    naive = planner.naive_counts()
+    own = planner.score_undeployed_experts()
+    trajectories = tuple(
+        replace(
+            draft,
+            points=tuple(
+                replace(p, own=own.get((p.train, draft.split)) if p.train else None) for p in draft.points
+            ),
+        )
+        for draft in drafts
+    )
+    roles = study.roles
+    return Plan(
+        study=study.name,
+        bases={world.base.fingerprint: world.base for world in planner.worlds.values()},
+        steps=_in_order(planner.steps),
+        trajectories=trajectories,
+        streams={world.stream_id: _whole(world.stream) for world in planner.worlds.values()},
+        classes=planner.classes,
+        adaptation=roles.adaptation,
+        held_out=roles.held_out,
+        naive=naive,
+        naive_gflops=planner.naive_gflops,
+        missing=facts.missing,
+        zero_shot_groups=study.zero_shot_groups,
+        own_groups=study.zero_shot_groups != derived(roles.held_out, roles.pretraining),
+    )
+
+
+def base_step(weights_sha256: str, config_sha256: str = "", model: str = "", disk_bytes: int = 0) -> Step:
+    """The step whose artifact is the base model; its identity is its bytes. `model` is its name in the study."""
+    spec = BaseSpec(KINDS[BASE].revision, weights_sha256, config_sha256)
+    body = spec.to_json()
+    fp = step_fingerprint(spec.kind, body)
+    return Step(spec.kind, fp, BASE, BASE, 0, BASE, body, spec.inputs(), (), 0.0, disk_bytes, fp, model)
+
+
+def steps_per_task(
+    budget: BudgetSection, tasks: int, batch_size: int, gflops_per_sample: float | None, memory_ratio: float
+) -> int:
+    """Optimizer steps of one task. A total of GFLOPs is memory-adjusted as FoMo-in-Flux does it:
+
+    round(total * multiplier / (tasks * gflops_per_sample * batch_size * memory_ratio)). Raises PlanError below one step.
+    """
+    if budget.steps_per_task is not None:
+        steps = budget.steps_per_task * budget.multiplier
+    elif budget.samples_per_task is not None:
+        steps = budget.samples_per_task * budget.multiplier / batch_size
+    else:
+        assert budget.total_gflops is not None
+        if gflops_per_sample is None:
+            raise PlanError(
+                "budget.total_gflops needs the cost of a sample of this model, which was not measured"
+            )
+        steps = (
+            budget.total_gflops * budget.multiplier / (tasks * gflops_per_sample * batch_size * memory_ratio)
+        )
+    if round(steps) < 1:
+        raise PlanError(
+            f"the budget comes to {steps:.3g} steps per task; it must allow at least one: raise it or the multiplier"
+        )
+    return round(steps)
+
+
+class Planner:
+    """Collects the steps of one study; adding a step that is there already changes nothing."""
+
+    def __init__(self, study: Study, facts: Facts) -> None:
+        self.study, self.facts = study, facts
+        self.roles = study.roles
+        self.worlds: dict[tuple[str, str], World] = {}
+        self.steps: dict[str, Step] = {}
+        self.classes: dict[str, tuple[str, ...]] = {}
+        self.experts: dict[tuple[Any, ...], str] = {}
+        self.naive_gflops: float | None = 0.0
+        self._scored: dict[tuple[str, str], str] = {}
+        self._own_tasks: dict[str, tuple[Step, tuple[str, ...]]] = {}
+        self._used: list[tuple[set[str], set[str], set[str]]] = []
+        self._scored_on: dict[str, dict[str, None]] = {}
+        self.texts = Texts()
+        self._sources: dict[tuple[Part, str], SourceSpec] = {}
+        self._lists: dict[Hashable, list[SourceSpec]] = {}
+        self._recipes: dict[str, dict[str, Any]] = {}
+        self._engines: dict[str, dict[str, Any]] = {}
+        self._judged = sorted({*self.roles.adaptation, *self.roles.held_out})
+        self._check_data()
+
+    def trajectory(self, cell: Cell) -> TrajectoryPlan:
+        """Add what one cell needs, and tell which step serves it when."""
+        world = self._world(cell)
+        steps = self._length(cell, world)
+        draft = Draft(self, cell, world, steps)
+        points = draft.points()
+        length = len(world.stream.tasks)
+        if cell.strategy.joint:
+            points = [points[0], replace(points[1], t=length)]
+        self._used.append((draft.experts_used, draft.merges_used, {point.deployed for point in points}))
+        for expert in draft.experts_used:
+            self._scored_on.setdefault(expert, {})[cell.split] = None
+        cost = draft.gflops(steps * length if draft.experts_used else 0)
+        self.naive_gflops = None if cost is None or self.naive_gflops is None else self.naive_gflops + cost
+        return TrajectoryPlan(
+            id=cell.id,
+            group=cell.group,
+            name=cell.name,
+            init=cell.strategy.init,
+            deploy=cell.strategy.deploy,
+            technique=cell.strategy.technique if timeline.policies(cell.strategy) else None,
+            params=effective_params(cell),
+            ema_seed=cell.strategy.ema_seed if "ema" in timeline.policies(cell.strategy) else None,
+            budget={"steps_per_task": steps, "multiplier": cell.budget.multiplier},
+            seed=cell.seed,
+            stream=tuple(task.name for task in world.stream.tasks),
+            points=tuple(points),
+            base=world.base.fingerprint,
+            model=world.model,
+            stream_id=world.stream_id,
+            axes=dict(cell.axes),
+            split=cell.split,
+        )
+
+    def naive_counts(self) -> dict[str, int]:
+        """Steps per kind if every trajectory were run alone, its own experts' own-task scores included."""
+        counts: dict[str, int] = dict.fromkeys(STEPS, 0)
+        for experts, merges, deployed in self._used:
+            counts["train"] += len(experts)
+            counts["merge"] += len(merges)
+            counts["evaluate"] += len(deployed | experts)
+        return counts
+
+    def score_undeployed_experts(self) -> dict[tuple[str, str], str]:
+        """Add an evaluation on its own task for every expert that nobody serves; for each expert and split, where its score is."""
+        own = {}
+        for fp, (step, datasets) in self._own_tasks.items():
+            for split in self._scored_on[fp]:
+                served = self._scored.get((fp, split))
+                own[fp, split] = served or self._evaluate(fp, step, sorted(datasets), split, "own")
+        return own
+
+    def add(self, spec: Spec, about: About) -> str:
+        """The fingerprint of a step, which is in the plan from now on."""
+        body = spec.to_json()
+        fp = step_fingerprint(spec.kind, body, self.texts)
+        if fp not in self.steps:
+            self.steps[fp] = Step(
+                spec.kind, fp, about.slug[:120], about.label, about.t, about.task, body, spec.inputs(),
+                about.after, about.gflops, about.disk_bytes, about.base, about.model,
+            )  # fmt: skip
+        return fp
+
+    def evaluate(self, weights: str, step: Step, split: str) -> str:
+        """The step that scores deployed weights on one split of everything."""
+        key = weights, split
+        if key not in self._scored:
+            self._scored[key] = self._evaluate(weights, step, self._judged, split, "scores")
+        return self._scored[key]
+
+    def own_task(self, expert: str, task: StreamTask) -> None:
+        """Remember which data an expert is to be scored on at least, if its task brings whole datasets."""
+        datasets = _datasets(task)
+        if datasets:
+            self._own_tasks.setdefault(expert, (self.steps[expert], datasets))
+
+    def sources(self, key: Hashable, parts: Callable[[], Iterable[Part]], split: str) -> list[SourceSpec]:
+        """What a step reads, as a spec has it: content, not place. A list of classes is named by its digest.
+
+        Steps that read the same hold one list; `key` tells it from all others, and `parts` says what it is made of.
+        """
+        if (key, split) not in self._lists:
+            self._lists[key, split] = [self._source(part, split) for part in parts()]
+        return self._lists[key, split]
+
+    def recipe(self, recipe: Recipe) -> tuple[dict[str, Any], str]:
+        """A recipe as specs have it, and its canonical text."""
+        values = recipe.model_dump(mode="json")
+        text = canonical(values)
+        return self._recipes.setdefault(text, values), text
+
+    def engine(self, model: str) -> dict[str, Any]:
+        """What trains experts of a model, as specs have it."""
+        if model not in self._engines:
+            self._engines[model] = asdict(self.study.engine_of(model))
+        return self._engines[model]
+
+    def _source(self, part: Part, split: str) -> SourceSpec:
+        found = self._sources.get((part, split))
+        if found is None:
+            facts = self.facts.datasets[part.dataset]
+            digest = None
+            if part.classes is not None:
+                digest = fingerprint([part.dataset, list(part.classes)])
+                self.classes[digest] = part.classes
+            found = self._sources[part, split] = self.texts.keep(
+                {
+                    "dataset": part.dataset,
+                    "split": split,
+                    "digest": facts.digests[split],
+                    "prompts": facts.prompts,
+                    "classes": digest,
+                }
+            )
+        return found
+
+    def _evaluate(self, weights: str, step: Step, datasets: Sequence[str], split: str, what: str) -> str:
+        options = self.study.evaluation
+        spec = EvaluateSpec(
+            version=KINDS["evaluate"].revision,
+            model=weights,
+            datasets=self.texts.keep(self.sources((*datasets,), lambda: map(Part, datasets), split)),
+            fraction=options.fraction,
+            seed=options.seed if options.fraction < 1 else 0,
+            device=self.study.evaluation_device_of(step.model),
+        )
+        label = f"{what} of {step.label}" if what == "scores" else f"own task of {step.label}"
+        if split != TEST:
+            what, label = f"{what}_{split}", f"{split} {label}"
+        about = About(
+            f"{what}-{step.slug}", label, step.t, step.task,
+            disk_bytes=RECORD_BYTES, base=step.base, model=step.model,
+        )  # fmt: skip
+        return self.add(spec, about)
+
+    def _world(self, cell: Cell) -> World:
+        key = key_of(cell.model), key_of(cell.stream)
+        if key not in self.worlds:
+            facts, stream = self.facts.models[key[0]], self.facts.streams[key[1]]
+            base = base_step(
+                facts.weights, facts.config, cell.model.config, facts.weights_bytes + RECORD_BYTES
+            )
+            self.worlds[key] = World(cell.model.config, facts, base, stream, stream.fingerprint)
+        return self.worlds[key]
+
+    def _length(self, cell: Cell, world: World) -> int:
+        what, facts = cell.recipe.trainable, world.facts
+        ratio = facts.memory_ratio.get(what)
+        if ratio is None and cell.budget.total_gflops is not None:
+            raise PlanError(f"{cell.id}: the memory that training {what} takes was not measured")
+        cost = facts.gflops_per_sample.get(what)
+        length = len(world.stream.tasks)
+        try:
+            return steps_per_task(cell.budget, length, cell.recipe.batch_size, cost, ratio or 1.0)
+        except PlanError as error:
+            raise PlanError(f"{cell.id}: {error}") from None
+
+    def _check_data(self) -> None:
+        """Every split that any step may read must be there."""
+        streams = {part.dataset for stream in self.facts.streams.values() for part in together(stream.tasks)}
+        trained = sorted(streams)
+        if any(cell.recipe.mixture.pretraining > 0 for cell in self.study.cells):
+            trained += self.roles.pretraining
+        splits = self.study.splits
+        needed = [(dataset, TRAIN) for dataset in trained] + [
+            (dataset, split) for split in splits for dataset in (*self._judged, *sorted(streams))
+        ]
+        problems, lacking = [], []
+        for dataset, split in dict.fromkeys(needed):
+            facts = self.facts.datasets.get(dataset)
+            if facts is None:
+                problems.append(f"dataset {dataset} is not among the data that were found")
+            elif split == VAL and VAL not in facts.digests:
+                lacking.append(dataset)
+            elif split not in facts.digests:
+                problems.append(
+                    f"dataset {dataset} has no {split} split; it has {', '.join(facts.digests) or 'none'}"
+                )
+            elif facts.samples.get(split) == 0:
+                problems.append(f"the {split} split of dataset {dataset} holds no sample")
+        problems += [without_val(lacking, self.study.data_root)] if lacking else []
+        if problems:
+            raise PlanError(f"study {self.study.name}: {'; '.join(dict.fromkeys(problems))}")
+
+
+def _datasets(task: StreamTask) -> tuple[str, ...]:
+    """The datasets of a task that brings whole ones, else none."""
+    whole = all(part.classes is None for part in task.parts)
+    return tuple(part.dataset for part in task.parts) if whole else ()
+
+
+def _whole(stream: Stream) -> dict[str, tuple[str, ...]]:
+    return {task.name: _datasets(task) for task in (*stream.tasks, *joint_task(stream))}
+
+
+def _in_order(steps: Mapping[str, Step]) -> dict[str, Step]:
+    """Every step after those it needs; among the free ones the earliest time step first, then train, merge, evaluate."""
+    rank = {fp: (step.t, STEPS.index(step.kind), index) for index, (fp, step) in enumerate(steps.items())}
+    users: dict[str, list[str]] = {fp: [] for fp in steps}
+    missing: dict[str, int] = {}
+    for fp, step in steps.items():
+        needs = set(_needs(step)) & steps.keys()
+        missing[fp] = len(needs)
+        for need in needs:
+            users[need].append(fp)
+    free = [(rank[fp], fp) for fp, count in missing.items() if count == 0]
+    heapq.heapify(free)
+    ordered: dict[str, Step] = {}
+    while free:
+        _, fp = heapq.heappop(free)
+        ordered[fp] = steps[fp]
+        for user in users[fp]:
+            missing[user] -= 1
+            if missing[user] == 0:
+                heapq.heappush(free, (rank[user], user))
+    assert len(ordered) == len(steps), "the plan has a cycle"
+    return ordered
+
+
+def _needs(step: Step) -> Iterable[str]:
+    return (*step.inputs.values(), *step.after)

@@ -1,0 +1,313 @@
+"""What a plan is made of: facts in, steps and trajectories out, as frozen values that survive JSON.
+
+Invariant: a step's `spec` holds what bears on its result and nothing else, and its fingerprint is that of kind and spec;
+labels, slugs, costs and `after` are for people and schedulers and never part of the identity.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
+
+from pipeline.identity import fingerprint
+from pipeline.kinds.specs import BASE
+from pipeline.kinds.table import KINDS, STEPS
+from pipeline.study.streams import Stream
+
+TRAIN, TEST, VAL = "train", "test", "val"
+SPLITS = (TEST, VAL)
+"""What can be scored."""
+RECORD_BYTES = 16 * 1024
+"""A generous guess at the size of a record, for estimates."""
+
+
+class Described(Protocol):
+    """A dataset as the data room describes it."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    @property
+    def templates(self) -> tuple[str, ...]: ...
+    @property
+    def splits(self) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """A dataset's content: the digest and number of samples of each split, and of its kind, class names and prompts."""
+
+    digests: Mapping[str, str]
+    prompts: str = ""
+    samples: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, info: Described) -> "DatasetFacts":
+        """The facts of a dataset as `workers.data.manifest.describe` gives it."""
+        return cls(
+            digests={name: split.digest for name, split in info.splits.items()},
+            prompts=fingerprint([info.kind, list(info.classes), list(info.templates)]),
+            samples={name: split.samples for name, split in info.splits.items()},
+        )
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A base model: what it is, and what it costs.
+
+    `gflops_per_sample` (forward + backward) and `memory_ratio` (peak memory against training everything) go by what is
+    trained (all, image, text); they may be empty unless the budget is in GFLOPs. `weights_bytes` is a checkpoint's size.
+    `resblocks`: whether both towers are open_clip's own transformers. `training` is what the network decides of its training and
+    other networks do not have; `notes` are for people.
+    """
+
+    weights: str
+    config: str = ""
+    gflops_per_sample: Mapping[str, float] = field(default_factory=dict)
+    memory_ratio: Mapping[str, float] = field(default_factory=lambda: {"all": 1.0})
+    weights_bytes: int = 0
+    resblocks: bool = True
+    training: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that a plan must know of the world. None of it says where anything is.
+
+    `models` and `streams` are keyed by the fingerprint of the section that asks for them (`key_of`). `missing` are datasets
+    of which only the description is known: enough to plan with, not to run. `notes` is what to know of the data.
+    """
+
+    datasets: Mapping[str, DatasetFacts]
+    models: Mapping[str, ModelFacts]
+    streams: Mapping[str, Stream]
+    missing: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One unit of work. `inputs` maps roles to fingerprints; `after` are steps to wait for without using their results.
+
+    `base` is the fingerprint of the base that it goes back to, `model` that base's name in the study.
+    """
+
+    kind: str
+    fingerprint: str
+    slug: str
+    label: str
+    t: int
+    task: str
+    spec: dict[str, Any]
+    inputs: dict[str, str]
+    after: tuple[str, ...] = ()
+    gflops: float | None = 0.0
+    disk_bytes: int = 0
+    base: str = ""
+    model: str = ""
+
+
+@dataclass(frozen=True)
+class About:
+    """What people and schedulers know of a step, and what is no part of its identity; the fields are those of `Step`."""
+
+    slug: str
+    label: str
+    t: int
+    task: str
+    after: tuple[str, ...] = ()
+    gflops: float | None = 0.0
+    disk_bytes: int = 0
+    base: str = ""
+    model: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One trajectory at one time step, as fingerprints; the base is "base", what does not exist None.
+
+    `init` are the weights training starts from, `train` the expert, `deployed` the weights served, `merge` the step that
+    made them if one did, `evaluate` their scores, `own` the step that scores the expert (at least) on its own task.
+    """
+
+    t: int
+    task: str
+    train: str | None = None
+    init: str | None = None
+    deployed: str = BASE
+    merge: str | None = None
+    evaluate: str = ""
+    own: str | None = None
+
+
+@dataclass(frozen=True)
+class TrajectoryPlan:
+    """One strategy over one stream, budget and seed. `group` is shared by those that differ in the seed alone.
+
+    `split` is that of the scores. `base` is the fingerprint of the base and `model` its name; `stream` are the names of the tasks and `stream_id` the
+    fingerprint of the stream.
+    """
+
+    id: str
+    group: str
+    name: str
+    init: str
+    deploy: str
+    technique: str | None
+    params: dict[str, Any]
+    ema_seed: str | None
+    budget: dict[str, Any]
+    seed: int
+    stream: tuple[str, ...]
+    points: tuple[Point, ...]
+    base: str
+    model: str
+    stream_id: str
+    axes: dict[str, Any] = field(default_factory=dict)
+    split: str = TEST
+
+
+class Lookup(Protocol):
+    """What a summary asks of a store."""
+
+    def has(self, kind: str, fingerprint: str) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All steps of a study, each once, in an order in which every step follows what it needs.
+
+    `bases` holds the base of every model by fingerprint. `streams` maps the fingerprint of each stream to its tasks and the
+    datasets that each brings whole (a task made of parts of datasets has no score of its own). `classes` resolves the digests
+    that stand for lists of classes in specs. `naive` counts the steps that the trajectories would take one by one, and
+    `naive_gflops` what their training would cost. `missing` are datasets that must come before the plan can run.
+    `zero_shot_groups` are the held-out sets by group, empty in plans older than groups; `own_groups` says that they are stated
+    and differ from what the pretraining pool means.
+    """
+
+    study: str
+    bases: dict[str, Step]
+    steps: Mapping[str, Step]
+    trajectories: tuple[TrajectoryPlan, ...]
+    streams: dict[str, dict[str, tuple[str, ...]]]
+    classes: dict[str, tuple[str, ...]]
+    adaptation: tuple[str, ...]
+    held_out: tuple[str, ...]
+    naive: dict[str, int]
+    naive_gflops: float | None = None
+    missing: tuple[str, ...] = ()
+    zero_shot_groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    own_groups: bool = False
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits on which trajectories are scored, test first."""
+        scored = {trajectory.split for trajectory in self.trajectories}
+        return tuple(split for split in SPLITS if split in scored)
+
+    def served_alike(self, trajectory: TrajectoryPlan, split: str) -> TrajectoryPlan | None:
+        """The first trajectory scored on `split` that serves the same weights at every t; None if there is none."""
+
+        def served(one: TrajectoryPlan) -> list[str]:
+            return [one.base, *(point.deployed for point in one.points)]
+
+        alike = (t for t in self.trajectories if t.split == split and t.seed == trajectory.seed)
+        return next((one for one in alike if served(one) == served(trajectory)), None)
+
+    def tasks(self, trajectory: TrajectoryPlan) -> dict[str, tuple[str, ...]]:
+        """Each task of a trajectory with the datasets it brings whole."""
+        return self.streams[trajectory.stream_id]
+
+    def trains(self, trajectory: TrajectoryPlan) -> bool:
+        """Whether a trajectory has experts at all."""
+        return any(point.train for point in trajectory.points)
+
+    def weights_step(self, fingerprint: str) -> Step:
+        """The step, or base, that makes these weights."""
+        return self.bases.get(fingerprint) or self.steps[fingerprint]
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the whole: study name, trajectories, every step they take, and groups that are the study's own."""
+        names = [one.name for one in fields(Point)]
+        points = {
+            trajectory.id: [[getattr(point, name) for name in names] for point in trajectory.points]
+            for trajectory in self.trajectories
+        }
+        own = {"zero_shot_groups": self.zero_shot_groups} if self.own_groups else {}
+        return fingerprint({"study": self.study, "base": "+".join(self.bases), "trajectories": points, **own})
+
+    def summary(self, store: Lookup | None = None) -> dict[str, Any]:
+        """What would run: counts per kind, and compute, disk and critical path of the steps that are not in the store yet.
+
+        "gflops" is null when the cost of a sample was not measured. "critical_path" is the longest chain of steps that must
+        follow one another, by kind: no number of machines makes a study shorter than that.
+        """
+        cached = {fp for fp, step in self.steps.items() if store is not None and store.has(step.kind, fp)}
+        ahead = {fp: step for fp, step in self.steps.items() if fp not in cached}
+        counts = {
+            kind: {
+                "unique": sum(step.kind == kind for step in self.steps.values()),
+                "naive": self.naive[kind],
+                "cached": sum(self.steps[fp].kind == kind for fp in cached),
+            }
+            for kind in STEPS
+        }
+        return {
+            "study": self.study,
+            "trajectories": len(self.trajectories),
+            "steps": counts,
+            "gflops": total_gflops(step.gflops for step in ahead.values()),
+            "disk_bytes": sum(step.disk_bytes for step in ahead.values()),
+            "gflops_naive": self.naive_gflops,
+            "critical_path": critical_path(ahead),
+            "missing": list(self.missing),
+            "splits": list(self.splits),
+        }
+
+    @property
+    def kinds(self) -> Mapping[str, str]:
+        """The kind of every step by its fingerprint."""
+        known: Mapping[str, str] | None = getattr(self.steps, "kinds", None)
+        return known or {fingerprint: step.kind for fingerprint, step in self.steps.items()}
+
+
+def critical_path(steps: Mapping[str, Step]) -> dict[str, int]:
+    """Steps of each kind on the longest chain through `steps`, which come in topological order; "steps" is its length.
+
+    The longest is the one with most training, then most steps: training is what takes time.
+    """
+    best: dict[str, tuple[int, int]] = {}
+    before: dict[str, str | None] = {}
+    for fp, step in steps.items():
+        needs = [need for need in (*step.inputs.values(), *step.after) if need in best]
+        last = max(needs, key=best.__getitem__, default=None)
+        trained, length = best[last] if last is not None else (0, 0)
+        best[fp], before[fp] = (trained + KINDS[step.kind].trains, length + 1), last
+    counts: dict[str, int] = {"steps": 0, **dict.fromkeys(STEPS, 0)}
+    current = max(best, key=best.__getitem__, default=None)
+    while current is not None:
+        counts["steps"] += 1
+        counts[steps[current].kind] += 1
+        current = before[current]
+    return counts
+
+
+def without_val(datasets: Sequence[str], root: str) -> str:
+    """What to say of datasets that are to be scored on val and have none."""
+    place = f"{root}/{datasets[0]}/{VAL}"
+    return (
+        f"evaluation.split is {VAL}, but there is no {VAL} split of {', '.join(datasets)}; write {place} and the like (shards "
+        f"as in {TEST}), or set evaluation.split to {TEST}"
+    )
+
+
+def total_gflops(costs: Iterable[float | None]) -> float | None:
+    """Their sum; None as soon as the cost of one is not known."""
+    total = 0.0
+    for cost in costs:
+        if cost is None:
+            return None
+        total += cost
+    return total

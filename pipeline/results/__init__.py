@@ -1,0 +1,27 @@
+"""Scores over time: KA, ZS and GM of every trajectory at every t, from the records in the store."""
+
+from pipeline.results.over_time import (
+    backward_transfer,
+    forgetting,
+    gm,
+    ka,
+    results,
+    summary,
+    table,
+    winner,
+    write_results,
+    zs,
+)
+
+__all__ = [
+    "backward_transfer",
+    "forgetting",
+    "gm",
+    "ka",
+    "results",
+    "summary",
+    "table",
+    "winner",
+    "write_results",
+    "zs",
+]

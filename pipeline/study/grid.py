@@ -1,0 +1,264 @@
+"""The grid of a study, multiplied out: one cell for every strategy, every setting of every axis, every seed.
+
+Keys of `grid` are `strategies`, `seed`, any key of the sections `model`, `stream`, `recipe` and `budget` by its dotted path, and
+`evaluation.split`, each with a list of values; `model`, `stream` and `recipe.mixture` also as a whole.
+Invariant: cells come in the order in which a person wrote the grid (strategies outermost, seeds innermost), each with an id
+that no other has; a cell that exists can be planned. Settings that mean the same for a strategy are one cell, whose name and axes
+leave out what has no effect; seeds stay, for they are repetitions and no settings.
+"""
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from merge_service.techniques import get as technique_called
+from merge_service.timelines import Strategy, needs_experts
+from pipeline.identity import fingerprint
+from pipeline.study.mistakes import Problem, leaf_keys, nearest, short, validate
+from pipeline.study.sections import BUDGETS, BudgetSection, EvaluationSection, ModelSection
+from pipeline.study.sections_stream import StreamSection
+from pipeline.study.strategies import NamedStrategy, read_strategies, trait_label
+from workers.training.recipe import Mixture, Recipe
+
+MAX_CELLS = 100_000
+SECTIONS: dict[str, Any] = {
+    "model": ModelSection,
+    "stream": StreamSection,
+    "recipe": Recipe,
+    "budget": BudgetSection,
+    "evaluation": EvaluationSection,
+}
+WHOLE = ("model", "stream")
+"""Sections that can be an axis as a whole: a value stands for all of the section, its defaults included."""
+SPLIT = "evaluation.split"
+AXES = (
+    *WHOLE,
+    *(f"{name}.{key}" for name, section in SECTIONS.items() if name != "evaluation" for key in leaf_keys(section)),
+    SPLIT,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a grid varies beside strategies and seeds, at one point of it."""
+
+    model: ModelSection
+    stream: StreamSection
+    recipe: Recipe
+    budget: BudgetSection
+    evaluation: EvaluationSection
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One trajectory to be: a strategy with what it runs under.
+
+    `id` tells a cell from all others; `group` is the id without the seed, so cells of one group differ by seed alone; `name`
+    is the id without budget and seed. `recipe.mixture` is the effective one. `axes` holds the value of every other axis; `split` is
+    what its scores are of.
+    """
+
+    id: str
+    group: str
+    name: str
+    strategy: Strategy
+    model: ModelSection
+    stream: StreamSection
+    recipe: Recipe
+    budget: BudgetSection
+    seed: int
+    axes: Mapping[str, Any]
+    split: str
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """The cells of a grid, what is wrong with it (then there are no cells), and what is only unwise."""
+
+    cells: tuple[Cell, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def flatten(raw: Any) -> tuple[dict[str, list[Any]], list[Problem]]:
+    """`grid` with one dotted key per axis and a list under each, however it was written."""
+    if not isinstance(raw, Mapping):
+        return {}, [
+            Problem(
+                "grid", f"{short(raw)} must be a mapping with strategies and, if wanted, seed and other axes"
+            )
+        ]
+    flat: dict[str, list[Any]] = {}
+    problems: list[Problem] = []
+    for key, value in _leaves(raw, ""):
+        if key in flat:
+            problems.append(Problem(f"grid.{key}", "is given twice, nested and dotted; keep one"))
+        flat[key] = list(value) if isinstance(value, list) else [value]
+    for key, values in flat.items():
+        if key not in ("strategies", "seed") and key not in AXES:
+            valid = f"strategies, seed, {', '.join(AXES)}"
+            hint = nearest(key, ["strategies", "seed", *AXES]) or f"; an axis is one of {valid}"
+            problems.append(Problem(f"grid.{key}", f"unknown axis{hint}"))
+        elif not values and key != "strategies":
+            problems.append(
+                Problem(f"grid.{key}", "is an empty list, so nothing would run; give at least one value")
+            )
+    return flat, problems
+
+
+def expand(grid: Mapping[str, Sequence[Any]], settings: Settings) -> Expansion:
+    """All cells of a flattened grid over a study's own settings."""
+    strategies, problems, warnings = read_strategies(grid.get("strategies", ()))
+    seeds = list(grid.get("seed", [0]))
+    problems += _seed_problems(seeds)
+    axes = {key: list(values) for key, values in grid.items() if key in AXES}
+    problems += [problem for key, values in axes.items() for problem in _axis_problems(key, values, settings)]
+    count = len(strategies) * len(seeds)
+    for values in axes.values():
+        count *= len(values)
+    if count > MAX_CELLS:
+        problems.append(
+            Problem("grid", f"has {count:,} combinations, more than {MAX_CELLS:,}; split the study")
+        )
+    if problems:
+        return Expansion(problems=tuple(problems))
+    varied, problems = _settings(axes, settings)
+    if problems:
+        return Expansion(problems=tuple(problems))
+    return Expansion(tuple(_cells(strategies, varied, seeds)), (), tuple(warnings))
+
+
+def with_values(section: Any, name: str, values: Mapping[str, Any]) -> tuple[Any, list[Problem]]:
+    """A section with some keys (dotted, within it) set anew, judged as if it had been written so; "" is all of it."""
+    raw = values[""] if "" in values else section.model_dump(mode="json")
+    if not isinstance(raw, Mapping):
+        return None, [Problem(name, f"{short(raw)} must be a mapping of keys to values")]
+    if name == "budget" and any(key in BUDGETS for key in values):
+        raw = {key: value for key, value in raw.items() if key not in BUDGETS}
+    raw = copy.deepcopy(dict(raw))
+    for key, value in values.items():
+        place = raw
+        *path, last = key.split(".")
+        for part in path:
+            place[part] = place.get(part) or {}
+            place = place[part]
+        if key:
+            place[last] = value
+    return validate(SECTIONS[name], raw, name)
+
+
+def _leaves(raw: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in raw.items():
+        if isinstance(value, Mapping) and prefix + key not in ("strategies", "seed"):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _seed_problems(seeds: Sequence[Any]) -> Iterator[Problem]:
+    for index, seed in enumerate(seeds):
+        if type(seed) is not int or not 0 <= seed < 2**31:
+            yield Problem(f"grid.seed[{index}]", f"{short(seed)} must be a whole number from 0 to 2147483647")
+        elif seed in seeds[:index]:
+            yield Problem(f"grid.seed[{index}]", f"{seed} is listed twice; remove one")
+
+
+def _axis_problems(key: str, values: Sequence[Any], settings: Settings) -> Iterator[Problem]:
+    name, _, path = key.partition(".")
+    for index, value in enumerate(values):
+        place = f"grid.{key}[{index}]"
+        if value in values[:index]:
+            yield Problem(place, f"{short(value)} is listed twice; remove one")
+            continue
+        for problem in with_values(getattr(settings, name), name, {path: value})[1]:
+            inside = problem.key.removeprefix(f"{name}.{path}" if path else name)
+            yield Problem(f"{place}{inside}" if inside[:1] == "." else place, problem.text)
+
+
+def _settings(
+    axes: Mapping[str, Sequence[Any]], settings: Settings
+) -> tuple[list[tuple[dict[str, Any], Settings]], list[Problem]]:
+    """Every combination of the axes with the settings it gives."""
+    varied, problems = [], []
+    for values in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
+        parts: dict[str, Any] = {}
+        for name in SECTIONS:
+            mine = {
+                key.partition(".")[2]: value for key, value in chosen.items() if key.split(".")[0] == name
+            }
+            if mine:
+                parts[name], wrong = with_values(getattr(settings, name), name, mine)
+                problems += [
+                    Problem(f"grid ({short(chosen)}): {problem.key}", problem.text) for problem in wrong
+                ]
+        varied.append((chosen, replace(settings, **parts)))
+    return varied, problems
+
+
+def _cells(
+    strategies: Sequence[NamedStrategy],
+    varied: Sequence[tuple[dict[str, Any], Settings]],
+    seeds: Sequence[int],
+) -> Iterator[Cell]:
+    varying = _varying([chosen for chosen, _ in varied])
+    seen: dict[str, int] = {}
+    for named in strategies:
+        met: set[str] = set()
+        for every, settings in varied:
+            without = {key for key in varying if not _has_effect(key, named.strategy, settings)}
+            chosen = {key: value for key, value in every.items() if key not in without}
+            if (meaning := fingerprint(chosen)) in met:
+                continue
+            met.add(meaning)
+            traits, budget = _labels(chosen, varying)
+            name = "-".join([named.full, *traits])[:100]
+            group = "-".join([name, *budget])
+            seen[group] = seen.get(group, 0) + 1
+            group = group if seen[group] == 1 else f"{group}-{seen[group]}"
+            recipe = settings.recipe
+            if named.strategy.mixture is not None:
+                pretraining, update, buffer = named.strategy.mixture
+                mixture = Mixture(pretraining=pretraining, update=update, buffer=buffer)
+                recipe = recipe.model_copy(update={"mixture": mixture})
+            for seed in seeds:
+                label = f"{group}-seed{seed}" if len(seeds) > 1 else group
+                strategy = _seeded(named.strategy, seed)
+                yield Cell(
+                    label, group, name, strategy,
+                    settings.model, settings.stream, recipe, settings.budget, seed, chosen, settings.evaluation.split,
+                )  # fmt: skip
+
+
+def _has_effect(key: str, strategy: Strategy, settings: Settings) -> bool:
+    """Whether an axis changes anything for a strategy: what trains nothing has no recipe and no budget, a strategy with a
+    mixture of its own does not take the study's, and weights that are given are not drawn."""
+    if key == "model.seed":
+        return settings.model.pretrained is None
+    if not needs_experts(strategy):
+        return key.split(".")[0] not in ("recipe", "budget")
+    return strategy.mixture is None or not f"{key}.".startswith("recipe.mixture.")
+
+
+def _varying(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The axes that have more than one value."""
+    first = settings[0] if settings else {}
+    return [key for key in first if len({str(chosen[key]) for chosen in settings}) > 1]
+
+
+def _labels(chosen: Mapping[str, Any], varying: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The pieces of a name that tell a setting from the others: those of the budget apart."""
+    keys = [key for key in varying if key in chosen]
+    traits = [trait_label(key, chosen[key]) for key in keys if not key.startswith("budget.")]
+    return traits, [trait_label(key, chosen[key]) for key in keys if key.startswith("budget.")]
+
+
+def _seeded(strategy: Strategy, seed: int) -> Strategy:
+    """Random masks follow the trajectory's seed unless the study fixes theirs."""
+    if strategy.technique is None or "seed" in strategy.params:
+        return strategy
+    if all(param.name != "seed" for param in technique_called(strategy.technique).params):
+        return strategy
+    return replace(strategy, params={**strategy.params, "seed": seed})

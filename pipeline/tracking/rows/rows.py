@@ -1,0 +1,123 @@
+"""The seven kinds of rows the tracker understands, built from plain values.
+
+Invariant: a row's payload is JSON with finite numbers only. `run` makes sure a run exists, `log` adds metrics and tags
+to it (and metrics to a model), `model` makes sure a model exists and is complete, `artifact` files a small file with a
+run, `status` says how a run stands, `register` makes a version of a registered model of a model, `alias` lets an alias point to
+such a version; `status`, `artifact`, `register` and `alias` rows supersede earlier ones of the same key.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.tracking.outbox import Row
+
+NOT_FINITE_TAG = "not_finite"
+
+
+class Metrics:
+    """Measurements of one record. What is None is left out; what is not finite is named in `tags()` instead."""
+
+    def __init__(self, stamp: int) -> None:
+        self.stamp = stamp
+        self.values: list[list[Any]] = []
+        self._not_finite: list[str] = []
+
+    def add(
+        self, name: str, value: Any, step: int, dataset: str | None = None, digest: str | None = None
+    ) -> None:
+        """One value. A dataset is only noted together with its digest: MLflow wants both or none."""
+        if value is None:
+            return
+        if not math.isfinite(value):
+            self._not_finite.append(f"{name} at step {step}")
+            return
+        known = dataset is not None and digest is not None
+        self.values.append(
+            [name, float(value), step, self.stamp, dataset if known else None, digest if known else None]
+        )
+
+    def tags(self) -> dict[str, str]:
+        if not self._not_finite:
+            return {}
+        more = len(self._not_finite) - 10
+        return {NOT_FINITE_TAG: ", ".join(self._not_finite[:10]) + (f" and {more} more" if more > 0 else "")}
+
+
+class Rows:
+    """Builds the rows of one plan; `plan` is its fingerprint, part of every key."""
+
+    def __init__(self, plan: str) -> None:
+        self._plan = plan
+
+    def run(
+        self,
+        key: str,
+        parent: str | None,
+        name: str,
+        tags: Mapping[str, str],
+        params: Mapping[str, str],
+        start_ms: int,
+        datasets: list[dict[str, str]] | None = None,
+    ) -> Row:
+        body = {
+            "op": "run",
+            "run": key,
+            "parent": parent,
+            "name": name,
+            "tags": dict(tags),
+            "params": dict(params),
+        }
+        return self._row(f"run/{key}", {**body, "start_ms": start_ms, "datasets": datasets or []}, start_ms)
+
+    def log(
+        self,
+        key: str,
+        what: str,
+        metrics: Metrics,
+        model: str | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> Row:
+        body = {"op": "log", "run": key, "model": model, "metrics": metrics.values}
+        return self._row(
+            f"log/{key}/{what}", {**body, "tags": {**(tags or {}), **metrics.tags()}}, metrics.stamp
+        )
+
+    def model(self, key: str, run: str, stamp: int, body: Mapping[str, Any]) -> Row:
+        """`body`: name, type, step, params, tags, store (relative to OUT), files (to upload), manifest."""
+        return self._row(f"model/{key}", {"op": "model", "model": key, "run": run, **body}, stamp)
+
+    def register(self, model: str, run: str, stamp: int, body: Mapping[str, Any]) -> Row:
+        """A version of a registered model. `body`: name, tags, note. The plan has one; a later one supersedes it."""
+        return self._row(
+            "register", {"op": "register", "model": model, "run": run, **body}, stamp, replace=True
+        )
+
+    def alias(self, model: str, stamp: int, name: str, alias: str) -> Row:
+        """`name@alias` is the version of a model. All plans of an outbox share this row: the alias is of the one that ended last."""
+        body = {"op": "alias", "plan": self._plan, "model": model, "name": name, "alias": alias}
+        return Row(f"alias/{name}@{alias}", body, stamp, replace=True)
+
+    def artifact(
+        self,
+        key: str,
+        name: str,
+        stamp: int,
+        *,
+        text: str | None = None,
+        path: str | None = None,
+        sha256: str = "",
+    ) -> Row:
+        """A small file: its text, or its path relative to OUT with the digest of what it holds now."""
+        digest = sha256 if text is None else hashlib.sha256(text.encode()).hexdigest()
+        body = {"op": "artifact", "run": key, "name": name, "text": text, "path": path, "sha256": digest}
+        return self._row(f"artifact/{key}/{name}", body, stamp, replace=True)
+
+    def status(self, key: str, state: str, end_ms: int, error: str | None = None) -> Row:
+        """`state` as MLflow knows them: RUNNING, FINISHED, FAILED, KILLED."""
+        body = {"op": "status", "run": key, "state": state, "end_ms": end_ms, "error": error}
+        return self._row(f"status/{key}", body, end_ms, replace=True)
+
+    def _row(self, key: str, body: dict[str, Any], stamp: int, *, replace: bool = False) -> Row:
+        return Row(f"{self._plan[:16]}/{key}", {**body, "plan": self._plan}, stamp, replace)

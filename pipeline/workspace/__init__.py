@@ -1,0 +1,5 @@
+"""OUT: a study in its place, with its plan, its store, the lock of its driver, and what the store knows of the studies that use it.
+
+Used from outside: `workspace` (`Workspace`), `opening` (`open_plan`, `open_store`), `lock` (`driver_lock`, `read_driver`),
+`registrations` (which studies use a store), `gc` (`collect`).
+"""

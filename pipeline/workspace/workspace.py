@@ -1,0 +1,206 @@
+"""A study in its place: configuration, plan, store and the directory OUT that holds them.
+
+Invariant: opening a workspace writes nothing; `prepare` writes what a run needs, each file whole or not at all.
+"""
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from merge_service.checkpoints import CONFIG_FILE
+from merge_service.errors import UserError
+from merge_service.files import sweep_directory
+from pipeline.errors import ConfigError
+from pipeline.files.disk import clear_leftovers, write_whole
+from pipeline.plan.facts import base_for_now, cache_of, ensure_data, gather, local_base, stated
+from pipeline.plan.file import study_of, write
+from pipeline.plan.planner import base_step, make_plan
+from pipeline.plan.prompt_notes import prompt_notes
+from pipeline.plan.steps import Facts, Plan, Step
+from pipeline.results.over_time import results, write_results
+from pipeline.store.local import Store
+from pipeline.store.open import store_at
+from pipeline.study.config import Study, load_study
+from pipeline.study.sections import ModelSection, key_of
+from pipeline.study.streams import save
+from pipeline.workspace.registrations import register
+from workers.models.configuration import HUB
+
+STREAMS = "streams"
+STUDY_FILE, PLAN_FILE, RESULTS_FILE = "study.yaml", "plan.json", "results.json"
+
+
+@dataclass
+class Workspace:
+    """Everything that belongs to one study on one OUT. `failure` is what ended the run, if something did."""
+
+    study: Study
+    out: Path
+    plan: Plan
+    facts: Facts
+    failure: dict[str, Any] | None = None
+    _records: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls, path: Path, overrides: Sequence[str] = (), out: Path | None = None, provisional: bool = False
+    ) -> "Workspace":
+        """Read, check and plan a study. Raises UserError for whatever can be known to be wrong before anything runs.
+
+        A `provisional` one may lack data that its suite describes: it can be looked at, not run.
+        """
+        return cls.of(load_study(path, overrides), out, provisional)
+
+    @classmethod
+    def of(cls, study: Study, out: Path | None = None, provisional: bool = False) -> "Workspace":
+        """The same for a study that has been read."""
+        ensure_data(study)
+        study = study.resolved().settled()
+        facts = gather(study, provisional)
+        return cls(study, out or Path("runs") / study.name, make_plan(study, facts), facts)
+
+    @cached_property
+    def store(self) -> Store:
+        return store_at(self.study.storage.store, self.out, tuple(self.plan.bases))
+
+    @property
+    def scratch(self) -> Path:
+        """Mid-expert checkpoints, progress files and merge states: all of it can be lost."""
+        return (self.out / "scratch").absolute()
+
+    @property
+    def limits(self) -> Path:
+        """Kept thresholds of the experts: not beside them, for an artifact holds what its record says and nothing else."""
+        return self.scratch / "limits"
+
+    def weights(self, fingerprint: str) -> Path:
+        """The directory of weights that a step (or the base) makes, whether they are there yet or not."""
+        if fingerprint in self._records:
+            return Path(self._records[fingerprint].path)
+        step = self.plan.weights_step(fingerprint)
+        return self.store.path(step.kind, step.fingerprint, step.slug)
+
+    def summary(self) -> dict[str, Any]:
+        return {**self.plan.summary(self.store), "notes": self.notes}
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """What to know of the bases, of the data, and of how each model reads class names; a model that is not there yet is not
+        asked."""
+        study = self.study
+        said = [*(note for model in self.facts.models.values() for note in model.notes), *self.facts.notes]
+        named = (*study.learnt, *study.roles.adaptation, *study.roles.held_out)
+        scored = [name for name in named if name not in self.facts.missing]
+        for model in study.models:
+            known = self.facts.models[key_of(model)]
+            base = self.plan.bases[base_step(known.weights, known.config).fingerprint]
+            places = (self.store.path(base.kind, base.fingerprint, base.slug), local_base(model))
+            place = next((place for place in places if place and (place / CONFIG_FILE).is_file()), None)
+            with _with_tokenizer(place, model) as directory:
+                if directory is not None:
+                    said += prompt_notes(directory, study.data_root, scored, cache_of(study))
+        return list(dict.fromkeys(said))
+
+    def done(self) -> set[str]:
+        """Steps whose artifacts are in the store."""
+        return {fp for fp, step in self.plan.steps.items() if self.store.has(step.kind, fp)}
+
+    def tidy(self) -> None:
+        """Remove what processes left that ended too early: stages and temporaries of writers that are gone, and scratch of
+        steps that are done."""
+        self.store.sweep()
+        sweep_directory(self.limits)
+        for path in self.scratch.glob("*"):
+            step = self.plan.steps.get(path.name)
+            if step is not None and self.store.has(step.kind, step.fingerprint):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def prepare(self) -> None:
+        """Make OUT usable: the store, study.yaml, plan.json, the streams, and the bases. Raises UserError."""
+        self.store.prepare()
+        self._check_same_study()
+        register(self.store, self.plan, self.out)
+        files = self.out / STUDY_FILE, self.out / PLAN_FILE, self.out / RESULTS_FILE
+        clear_leftovers(*files)
+        write_whole(files[0], self.study.resolved_yaml(), sync=True)
+        write(self.plan, files[1])
+        self.save_streams(self.out / STREAMS)
+        for model in self.study.models:
+            known = self.facts.models[key_of(model)]
+            base = self.plan.bases[base_step(known.weights, known.config).fingerprint]
+            record = self.store.record(base.kind, base.fingerprint)
+            if record is None:
+                self._export(model, base)
+            else:
+                self.store.open_verified(record)
+
+    def save_streams(self, directory: Path) -> None:
+        """Write every stream of the study as a file that `stream.file` takes. Raises UserError if classes are not known."""
+        if self.facts.missing:
+            raise UserError(
+                f"streams cannot be saved while {len(self.facts.missing)} datasets are missing: their classes are unknown"
+            )
+        for stream in self.facts.streams.values():
+            save(stream, directory / f"{stream.fingerprint[:12]}.json")
+
+    def known(self, fingerprint: str) -> Any:
+        """The record of a step or of a base, read from the store at most once; None if it is not there."""
+        if fingerprint not in self._records:
+            record = self.store.record(self.plan.weights_step(fingerprint).kind, fingerprint)
+            if record is None:
+                return None
+            self._records[fingerprint] = record
+        return self._records[fingerprint]
+
+    def keep(self, record: Any) -> None:
+        """A step's record, just made."""
+        self._records[record.fingerprint] = record
+
+    def forget(self, fingerprint: str) -> None:
+        """The artifact has turned out to be damaged."""
+        self._records.pop(fingerprint, None)
+
+    def write_results(self) -> dict[str, Any]:
+        answer = results(self.plan, self.store)
+        write_results(self.out / RESULTS_FILE, answer)
+        return answer
+
+    def _export(self, model: ModelSection, base: Step) -> None:
+        from workers.models.export import export_base
+
+        started, source = time.monotonic(), local_base(model)
+        with self.store.staged(base) as stage:
+            pretrained = str(source) if source else model.pretrained
+            origin = export_base(model.config, pretrained, stage, model.seed, stated(model))
+            self.store.commit(base, stage, {"origin": origin}, seconds=time.monotonic() - started)
+
+    def _check_same_study(self) -> None:
+        """One OUT is one study: another name there would mix two studies' results."""
+        there = study_of(self.out / PLAN_FILE)
+        if there is not None and there != self.plan.study:
+            raise ConfigError(
+                f"{self.out} holds the study {there!r}, not {self.plan.study!r}; choose another --out"
+            )
+
+
+@contextmanager
+def _with_tokenizer(place: Path | None, model: ModelSection) -> Iterator[Path | None]:
+    """A directory that says how a model reads text: `place`, or for a base that is still to come one with its configuration alone.
+
+    None where the tokenizer itself would have to come from the Hub.
+    """
+    on_hub = any(name.startswith(HUB) for name in (model.config, model.pretrained or ""))
+    base = None if place is not None or on_hub else base_for_now(model)[0]
+    if base is None or {"hf_tokenizer_name", "hf_model_name"} & base.model_cfg["text_cfg"].keys():
+        yield place
+        return
+    with tempfile.TemporaryDirectory() as room:
+        (Path(room) / CONFIG_FILE).write_text(json.dumps(base.configuration), encoding="utf-8")
+        yield Path(room)
