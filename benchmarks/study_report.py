@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import record
 
-from pipeline.plan.planner import Plan
 from pipeline.plan.steps import Plan
 from pipeline.store.artifact import Record
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from merge_service.errors import UserError
-from merge_service.techniques import broken, get, names
+from merge_service.techniques import broken, get
 from pipeline.console import BUSY, ERROR, GOOD, WARNING, complain
 from pipeline.console import console as made_console
 from pipeline.merging.techniques import techniques_as_json

@@ -14,7 +14,7 @@ from merge_service.techniques import get as technique_called
 from merge_service.timelines import Base, Expert, Merged, Weights
 from pipeline.kinds.specs import MergeSpec, SourceSpec, Spec, TrainSpec
 from pipeline.kinds.table import KINDS
-from pipeline.plan.steps import BASE, RECORD_BYTES, TRAIN, VERSIONS, About, ModelFacts, Point, Step
+from pipeline.plan.steps import BASE, RECORD_BYTES, TRAIN, About, ModelFacts, Point, Step
 from pipeline.study.config import Roles, Study
 from pipeline.study.grid import Cell
 from pipeline.study.streams import Part, Stream, StreamTask

@@ -12,7 +12,6 @@ from cluster.capacity import Capacity, Shape
 from cluster.pool import Pool, Terms
 from cluster.session import ClusterError
 from merge_service.service import Merger
-from pipeline.plan.planner import Step
 from pipeline.plan.steps import Step
 from pipeline.study.config import Study
 from workers.actors import Worker, gather

@@ -36,7 +36,7 @@ from pipeline.store.artifact import (
     write_record,
 )
 from pipeline.store.lease import Files, Shelf
-from pipeline.store.names import DIGITS, KINDS, Names, is_there, sync_directory
+from pipeline.store.names import DIGITS, Names, is_there
 from pipeline.store.versions import here
 
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
@@ -250,7 +250,7 @@ class Store:
 
     def verify(self, progress: Callable[[Path], None] | None = None) -> list[str]:
         """Re-hash every artifact and follow every lineage edge; the problems found, each with its path. Changes nothing."""
-        return audit.problems(self, KINDS, progress)
+        return audit.problems(self, tuple(KINDS), progress)
 
     def _place(self, record: Record, stage: Path, step: StepLike) -> Record:
         """Give a finished stage its name, unless the artifact is there already."""

@@ -18,21 +18,16 @@ from pipeline.claims.figures import draw_all
 from pipeline.claims.judge import (
     EQUIVALENT,
     HOLDS,
-    NOT,
     REFUTED,
     UNDECIDED,
-    WEAKLY,
     Judged,
-    Part,
     judge,
-    shares,
 )
 from pipeline.claims.page import About, page
 from pipeline.claims.remarks import filled, quantity
 from pipeline.claims.results import COLUMNS, Findings, read_rows, read_run, write_rows
 from pipeline.claims.tuning import (
     TUNING,
-    chosen,
     read_tuned,
     strangers,
     swept,

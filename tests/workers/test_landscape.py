@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.workers.model_helpers import Toys
-from workers.landscape import along, second_difference
+from workers.scoring.landscape import along, second_difference
 from workers.training.expert import train_expert
 
 

@@ -23,7 +23,7 @@ from workers.data.batches import Batches
 from workers.jobs import EngineSpec, TrainJob
 from workers.models.base import check_temperature
 from workers.models.model import load, preprocess_cfg, save, tokenizer
-from workers.models.weights import lengths, task_vector_norm
+from workers.models.weights import lengths
 from workers.training.checkpoints import Checkpoints, Progress
 from workers.training.engines.make import make_engine
 from workers.training.engines.protocol import Engine

@@ -6,10 +6,10 @@ Invariant: a replicate that is tested has no part in the function that is tested
 import numpy as np
 import pandas as pd
 
-from pipeline.advice import Advice, fit, nearest_of
 from pipeline.claims.when_ema import measures
 from pipeline.claims.when_ema.measures import EE, FT, UNIT
 from pipeline.claims.when_ema.numbers import Numbers
+from pipeline.results.advice import Advice, fit, nearest_of
 
 CELL = [*UNIT, "lr"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from merge_service.errors import UserError
-from merge_service.techniques.params import nearest
+from merge_service.techniques import nearest
 from pipeline.study.config import load_study
 from pipeline.workspace.workspace import Workspace
 

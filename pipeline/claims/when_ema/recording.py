@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from merge_service.checkpoints import WEIGHTS_FILE, Checkpoint
-from merge_service.checkpoints.ties import recorded
+from merge_service.checkpoints import WEIGHTS_FILE, Checkpoint, recorded
 from merge_service.errors import UserError
 from pipeline.plan.steps import BASE, Point
 from pipeline.run.jobs import Jobs
@@ -118,7 +117,7 @@ class Experts:
             yield row
 
     def _losses(self, job: TrainJob, record: Record, earlier: list[Source]) -> dict[str, float]:
-        from workers.landscape import along
+        from workers.scoring.landscape import along
 
         root = str(Path(self.workspace.study.data_root).absolute())
         pool = [Source(root, name, "train") for name in self.workspace.study.roles.pretraining]
