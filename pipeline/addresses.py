@@ -6,6 +6,7 @@ secret. Invariant: one rule for all addresses, read percent-decoded; no message 
 
 import os
 import re
+from importlib.metadata import entry_points
 from urllib.parse import unquote, unquote_plus, urlsplit
 
 _HOLDS = ("password", "passwd", "passphrase", "secret", "token", "apikey", "accesskey", "accountkey", "sharedkey", "privatekey",
@@ -34,6 +35,7 @@ _DATABASES = frozenset(
     {"postgresql", "postgres", "mysql", "mariadb", "mssql", "oracle", "cockroachdb", "sqlite"}
 )
 """Their addresses name a user, which is no secret; of any other scheme what stands before an @ often is a token."""
+_TRACKERS = frozenset({"http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks"})
 _NAMED_KEYS = frozenset({"databricks"})
 """Schemes whose `name:name` stands for two names, neither of them a port."""
 CREDENTIALS = (
@@ -72,6 +74,27 @@ def refuse_secret(key: str, address: str, instead: str, *, queries: bool = True)
         raise ValueError(f"{key}: {error}") from None
     if found:
         raise ValueError(f"{key} holds a secret ({found}), which would end up in files; {instead}")
+
+
+def refuse_unusable_tracker(address: str) -> None:
+    """Raise ValueError if MLflow has no tracking store for an address: its folders (`./mlruns`) take no more runs, and a
+    scheme that neither MLflow nor an installed plugin has is a slip."""
+    scheme, colon, _ = address.partition(":")
+    scheme = scheme.strip().lower().partition("+")[0]
+    if not colon or scheme == "file" or "/" in scheme:
+        if address.strip().lower() == "databricks":
+            return
+        raise ValueError(
+            "uri is a folder, and MLflow records nothing in folders any more; leave it out (MLflow's database is in OUT then), or "
+            "name a database (sqlite:////shared/mlflow.db) or a server (http://host:5000)"
+        )
+    if scheme in _TRACKERS:
+        return
+    known = _TRACKERS | {point.name for point in entry_points(group="mlflow.tracking_store")}
+    if scheme not in known:
+        raise ValueError(
+            f"uri begins with {scheme[:20]!r}, for which MLflow has no tracking store; it has {', '.join(sorted(known))}"
+        )
 
 
 def redact(text: str) -> str:

@@ -33,7 +33,7 @@ __all__ = [
 PathLike = Path | str
 StateDict = Mapping[str, Any]
 """Tensors by name: all torch tensors, or all numpy arrays."""
-METRICS = ("ka", "zs", "gm", "bwt")
+METRICS = ("ka", "zs", "gm", "bwt", "zs_replayed", "zs_never_replayed")
 """Metrics of a point of which more is better."""
 
 
@@ -136,20 +136,26 @@ class Run:
             )
         return store.open_verified(record)
 
-    def best(self, by: str = "gm") -> dict[str, Any]:
-        """The trajectory with the highest `by` (ka, zs, gm or bwt) at its last t; of equal ones the first in the study.
+    def best(self, by: str = "gm", split: str | None = None) -> dict[str, Any]:
+        """The trajectory with the highest `by` (one of `METRICS`) at its last t; of equal ones the first in the study.
 
-        What it is, and its point of results.json. Raises UserError when no trajectory has come to its end.
+        What it is, and its point of results.json. Scores are of `split`, by default of val where some are, else of test. Raises
+        UserError when no trajectory has come to its end.
         """
+        from pipeline.results import on_split, splits_of
+
         if by not in METRICS:
             raise UserError(f"by = {by!r}{nearest(by, METRICS)}; choose one of {', '.join(METRICS)}")
+        scored = splits_of(self.results)
+        if split not in (None, *scored):
+            raise UserError(f"{self.out} holds no scores on {split}; it has {' and '.join(scored)}")
         last = {one.id: one.points[-1].t for one in self.plan.trajectories}
         ended = [
             {"trajectory": one["id"], **{k: v for k, v in one.items() if k not in ("id", "steps")}, **one["steps"][-1]}
-            for one in self.results["trajectories"]
+            for one in on_split(self.results, split or scored[-1])["trajectories"]
             if one["steps"] and one["steps"][-1]["t"] == last[one["id"]]
         ]  # fmt: skip
-        ended = [one for one in ended if one[by] is not None]
+        ended = [one for one in ended if one.get(by) is not None]
         if not ended:
             raise UserError(
                 f"{self.out}: no trajectory has a {by} at its last t yet; run the study to its end"
@@ -277,11 +283,16 @@ def ids_from(named: Sequence[str], experts: Sequence[Path]) -> list[str | None]:
     return ids
 
 
-def evaluate(checkpoint: PathLike, study: Study, datasets: Sequence[str] | None = None) -> dict[str, Any]:
-    """Score one checkpoint exactly as a run of the study would; what `temporal-merge evaluate --json` says."""
+def evaluate(
+    checkpoint: PathLike, study: Study, datasets: Sequence[str] | None = None, split: str | None = None
+) -> dict[str, Any]:
+    """Score one checkpoint exactly as a run of the study would; what `temporal-merge evaluate --json` says.
+
+    `split` is test or val, by default the study's.
+    """
     from pipeline.evaluation import score
 
-    return score(Path(checkpoint), study, datasets)
+    return score(Path(checkpoint), study, datasets, split)
 
 
 def techniques() -> list[dict[str, Any]]:

@@ -112,6 +112,10 @@ def evaluate(
     datasets: Annotated[
         str | None, typer.Option("--datasets", metavar="a,b", help="Default: all that the study scores.")
     ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option("--split", metavar="test|val", help="Default: the study's evaluation.split."),
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -123,7 +127,7 @@ def evaluate(
     from pipeline.show import show_scores
 
     names = [name.strip() for name in datasets.split(",") if name.strip()] if datasets else None
-    answer = evaluate_checkpoint(checkpoint, study, overrides or [], names)
+    answer = evaluate_checkpoint(checkpoint, study, overrides or [], names, split)
     for note in answer["notes"]:
         print(f"note: {note}", file=sys.stderr)
     print_json(answer) if as_json else show_scores(answer)

@@ -166,6 +166,14 @@ def report(
     track: Annotated[
         bool, typer.Option("--track/--no-track", help="File page and figures with the study's run in MLflow.")
     ] = True,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            "--split",
+            metavar="test|val",
+            help="Report scores on this split, in OUT/report-val for val where both are scored; default test, else val.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write OUT/report: one HTML page that opens offline, figures (PNG, SVG) and tables (CSV); also of a study under way.
@@ -174,7 +182,7 @@ def report(
     """
     from pipeline.report.build import build_report, file_report
 
-    answer = build_report(out)
+    answer = build_report(out, split)
     answer["tracker_pending"], reason = file_report(out, answer) if track else (0, None)
     if as_json:
         print_json(answer)

@@ -24,6 +24,7 @@ from pipeline.sections import (
     BudgetSection,
     DataSection,
     EvaluationSection,
+    GroupsSection,
     ModelSection,
     Name,
     ResourcesSection,
@@ -37,6 +38,7 @@ from pipeline.sections_tracking import TrackingSection
 from pipeline.streams import datasets_of, length_of
 from pipeline.suites import Suite, read_suite_file
 from pipeline.yaml_input import override, read, split_override
+from workers.data.zero_shot import Groups, derived, misfit, within
 from workers.jobs import EngineSpec
 from workers.recipe import Recipe
 
@@ -71,7 +73,7 @@ class Study(Section):
     @cached_property
     def expansion(self) -> Expansion:
         """The grid multiplied out, with its problems and warnings."""
-        return expand(self.grid, Settings(self.model, self.stream, self.recipe, self.budget))
+        return expand(self.grid, Settings(self.model, self.stream, self.recipe, self.budget, self.evaluation))
 
     @property
     def cells(self) -> tuple[Cell, ...]:
@@ -120,6 +122,19 @@ class Study(Section):
         return Roles(data.pretraining or (), data.adaptation or (), data.held_out or ())
 
     @property
+    def zero_shot_groups(self) -> Groups:
+        """The held-out sets by group, of a resolved study: as stated, else by what the pretraining pool holds."""
+        roles, stated = self.roles, self.data.zero_shot_groups
+        if stated is None:
+            return derived(roles.held_out, roles.pretraining)
+        return within(stated.model_dump(), roles.held_out)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits on which some trajectory is scored."""
+        return tuple(dict.fromkeys(cell.split for cell in self.cells))
+
+    @property
     def models(self) -> tuple[ModelSection, ...]:
         """Every model of the grid once; without such an axis, the study's own."""
         return tuple({key_of(cell.model): cell.model for cell in self.cells}.values())
@@ -151,7 +166,7 @@ class Study(Section):
 
         Reads the description of the suite if a role is not given. Raises ConfigError.
         """
-        suite = self._suite_roles()
+        suite, groups = self._of_suite()
         problems: list[Problem] = []
         named = [name for section in self.streams for name in datasets_of(section)]
         adaptation = self.data.adaptation or tuple(dict.fromkeys(named)) or suite.get("adaptation")
@@ -159,15 +174,17 @@ class Study(Section):
             problems.append(
                 Problem("stream.tasks", "is missing; list the datasets to learn here or in data.adaptation")
             )
-        found: dict[str, tuple[str, ...]] = {"adaptation": tuple(adaptation or ())}
+        found: dict[str, Any] = {"adaptation": tuple(adaptation or ())}
         for role in ("pretraining", "held_out"):
             given = getattr(self.data, role)
             if given is None and role not in suite:
                 problems.append(
                     Problem(f"data.{role}", "is missing; list its datasets, [] if there are none")
                 )
-            found[role] = given if given is not None else suite.get(role, ())
+            found[role] = tuple(given if given is not None else suite.get(role, ()))
         self._raise(problems)
+        if self.data.zero_shot_groups is None and groups is not None:
+            found["zero_shot_groups"] = GroupsSection(**within(groups, found["held_out"]))
         study = self.model_copy(update={"data": self.data.model_copy(update=found)})
         study = study.model_copy(update={"stream": study.filled(study.stream)})
         for kept in ("expansion", "learnt"):
@@ -179,23 +196,26 @@ class Study(Section):
         """The study as a file that loads to an equal study."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
-    def _suite_roles(self) -> dict[str, tuple[str, ...]]:
-        if self.data.suite is None or self.is_resolved:
-            return {}
+    def _of_suite(self) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
+        """Roles and zero-shot groups (None: not stated) as the suite has them; nothing where the study says all itself."""
         if self.suite is not None:
-            return dict(self.suite.roles)
+            groups = self.suite.zero_shot_groups
+            return self.suite.roles, groups.model_dump() if groups else None
+        data, file = self.data, Path(self.data_root) / "suite.json"
+        if data.suite is None or (self.is_resolved and (data.zero_shot_groups or not file.is_file())):
+            return {}, None
         from workers.data.manifest import read_suite
 
         try:
-            roles = read_suite(self.data_root)["roles"]
+            suite = read_suite(self.data_root)
         except UserError as error:
             raise ConfigError(f"study {self.name}: data: {error}") from None
-        return {role: tuple(names) for role, names in roles.items()}
+        return suite["roles"], suite.get("zero_shot_groups")
 
     def _misfits(self) -> list[Problem]:
         """What is wrong between the grid and the tasks and roles."""
         roles = self.roles
-        problems = self._unknown_datasets(roles) + self._unknown_models()
+        problems = self._unknown_datasets(roles) + self._unknown_models() + self._misgrouped(roles)
         if any(timeline.needs_experts(cell.strategy) for cell in self.cells):
             problems += _lost_shares(self.recipe, length_of(self.filled(self.stream)), self.engine.world)
         learnt = sorted(set(roles.held_out) & set(self.learnt))
@@ -259,6 +279,11 @@ class Study(Section):
             for name in self.resources.by_model
             if name not in models
         ]
+
+    def _misgrouped(self, roles: Roles) -> list[Problem]:
+        stated = self.data.zero_shot_groups
+        wrong = misfit(stated.model_dump(), roles.held_out, roles.pretraining) if stated else ""
+        return [Problem("data.zero_shot_groups", wrong)] if wrong else []
 
     def _undescribed(self, suite: Suite, roles: Roles) -> list[Problem]:
         known = [name for names in suite.roles.values() for name in names]
@@ -372,6 +397,7 @@ def _grid_problems(tree: dict[str, Any], grid: Mapping[str, Sequence[Any]]) -> S
         "stream": StreamSection(),
         "recipe": Recipe(),
         "budget": BudgetSection(steps_per_task=1),
+        "evaluation": EvaluationSection(),
     }
     usable = dict(grid)
     for name, section in SECTIONS.items():

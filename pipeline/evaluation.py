@@ -11,10 +11,11 @@ from typing import Any
 from merge_service.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, CheckpointWriter, locate
 from merge_service.errors import UserError
 from pipeline.config import Study, load_study
+from pipeline.errors import PlanError
 from pipeline.facts import base_for_now, base_of, cache_of, ensure_data, stated
 from pipeline.prompt_notes import prompt_notes
-from pipeline.results import gm, ka, zs
-from pipeline.steps import TEST
+from pipeline.results import gm, ka, zs, zs_of_groups
+from pipeline.steps import SPLITS, VAL, without_val
 from workers.base import Base, find
 from workers.base import describe as described
 from workers.configuration import is_tokenizer_file
@@ -24,18 +25,28 @@ from workers.jobs import EvaluateJob, Source
 
 
 def evaluate_checkpoint(
-    checkpoint: Path, study_path: Path, overrides: Sequence[str], names: Sequence[str] | None
+    checkpoint: Path,
+    study_path: Path,
+    overrides: Sequence[str],
+    names: Sequence[str] | None,
+    split: str | None = None,
 ) -> dict[str, Any]:
-    """{"checkpoint", "scores": {dataset: fraction}, "samples", "preprocess", "preprocess_from", "activation", "notes", "ka", "zs",
-    "gm"}; the last three only without `names`.
+    """{"checkpoint", "split", "scores": {dataset: fraction}, "samples", "preprocess", "preprocess_from", "activation", "notes",
+    "ka", "zs", "gm", "zs_replayed", "zs_never_replayed"}; the last five only without `names`.
 
     A file without a configuration beside it is read with that of the study's base. Raises UserError.
     """
-    return score(checkpoint, load_study(study_path, overrides), names)
+    return score(checkpoint, load_study(study_path, overrides), names, split)
 
 
-def score(checkpoint: Path, study: Study, names: Sequence[str] | None) -> dict[str, Any]:
-    """The same for a study that has been read."""
+def score(
+    checkpoint: Path, study: Study, names: Sequence[str] | None, split: str | None = None
+) -> dict[str, Any]:
+    """The same for a study that has been read; `split` (test or val) comes before the study's."""
+    if split not in (None, *SPLITS):
+        raise UserError(f"--split {split}: there is no such split; choose {' or '.join(SPLITS)}")
+    if split is not None:
+        study = study.model_copy(update={"evaluation": study.evaluation.model_copy(update={"split": split})})
     ensure_data(study)
     study = study.resolved()
     known = dict.fromkeys((*study.roles.adaptation, *study.roles.held_out))
@@ -44,6 +55,7 @@ def score(checkpoint: Path, study: Study, names: Sequence[str] | None) -> dict[s
         raise UserError(
             f"--datasets: the study does not score {', '.join(unknown)}; it scores {', '.join(known)}"
         )
+    _check_split(study, names or list(known))
     with tempfile.TemporaryDirectory() as room, _named(Path(room), checkpoint):
         model, base = _weights_directory(checkpoint, study, Path(room))
         worth_knowing = _notes(model, study, names or list(known))
@@ -55,8 +67,17 @@ def score(checkpoint: Path, study: Study, names: Sequence[str] | None) -> dict[s
             zs(answer["scores"], study.roles.held_out),
         )
         answer["gm"] = gm(answer["ka"], answer["zs"])
+        answer |= zs_of_groups(answer["scores"], study.zero_shot_groups)
     answer["notes"] = [note.replace(room, str(checkpoint)) for note in answer["notes"]]
-    return {"checkpoint": str(checkpoint), **answer}
+    return {"checkpoint": str(checkpoint), "split": study.evaluation.split, **answer}
+
+
+def _check_split(study: Study, names: Sequence[str]) -> None:
+    """Raise PlanError, as `plan` does, for sets that are to be scored on val and have none."""
+    if study.evaluation.split == VAL:
+        splits = {name: describe(study.data_root, name, cache_of(study)).splits for name in names}
+        if lacking := [name for name in names if VAL not in splits[name]]:
+            raise PlanError(without_val(lacking, study.data_root))
 
 
 def _said(base: Base, study: Study) -> dict[str, Any]:
@@ -78,12 +99,13 @@ def _said(base: Base, study: Study) -> dict[str, Any]:
 
 
 def _notes(model: Path, study: Study, names: Sequence[str]) -> list[str]:
-    """What to know of the test splits before their scores are believed. Raises ShardError."""
+    """What to know of the splits that are scored before their scores are believed. Raises ShardError."""
     root, cache, said = study.data_root, cache_of(study), list[str]()
+    split = study.evaluation.split
     for name in names:
         info = describe(root, name, cache)
-        if TEST in info.splits:
-            said += notes(info, {TEST: verify(root, name, TEST, cache)})
+        if split in info.splits:
+            said += notes(info, {split: verify(root, name, split, cache)})
     return [*said, *prompt_notes(model, root, names, cache)]
 
 
@@ -99,7 +121,7 @@ def _evaluate(model: Path, study: Study, names: Sequence[str]) -> dict[str, Any]
         fingerprint="",
         label=str(model),
         model=str(model),
-        datasets=tuple(Source(root, name, "test") for name in names),
+        datasets=tuple(Source(root, name, options.split) for name in names),
         fraction=options.fraction,
         seed=options.seed,
         batch_size=options.batch_size,

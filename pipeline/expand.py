@@ -43,7 +43,7 @@ class Steps(Protocol):
     def add(
         self, kind: Any, spec: dict[str, Any], slug: str, label: str, t: int, task: str, **more: Any
     ) -> str: ...
-    def evaluate(self, weights: str, step: Step) -> str: ...
+    def evaluate(self, weights: str, step: Step, split: str) -> str: ...
     def own_task(self, expert: str, task: StreamTask) -> None: ...
     def sources(self, key: Any, parts: Callable[[], Iterable[Part]], split: str) -> list[dict[str, Any]]: ...
     def recipe(self, recipe: Recipe) -> tuple[dict[str, Any], str]: ...
@@ -66,8 +66,8 @@ class Draft:
     def points(self) -> list[Point]:
         """t = 0 to the end of the stream; adds every step on the way."""
         planner, strategy = self.planner, self.strategy
-        base = self.world.base
-        points = [Point(0, BASE, evaluate=planner.evaluate(base.fingerprint, base))]
+        base, split = self.world.base, self.cell.split
+        points = [Point(0, BASE, evaluate=planner.evaluate(base.fingerprint, base, split))]
         trains = timeline.needs_experts(strategy)
         needed: dict[int, list[Merged]] = {}
         for merged in timeline.needed_merges(strategy, len(self.tasks)) if trains else ():
@@ -82,9 +82,8 @@ class Draft:
             deployed = timeline.deployed(strategy, t)
             fp, step = self._fingerprint(deployed), self._step(deployed)
             merge = fp if isinstance(deployed, Merged) else None
-            points.append(
-                Point(t, task.name, train, init, self._ref(deployed), merge, planner.evaluate(fp, step))
-            )
+            scores = planner.evaluate(fp, step, split)
+            points.append(Point(t, task.name, train, init, self._ref(deployed), merge, scores))
         return points
 
     def _fingerprint(self, weights: Weights) -> str:

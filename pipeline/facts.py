@@ -23,7 +23,7 @@ from pipeline.errors import PlanError
 from pipeline.fingerprint import fingerprint
 from pipeline.sections import ModelSection, key_of
 from pipeline.sections_stream import StreamSection
-from pipeline.steps import TEST, TRAIN, DatasetFacts, Described, Facts, ModelFacts
+from pipeline.steps import TRAIN, DatasetFacts, Described, Facts, ModelFacts
 from pipeline.streams import Element, Stream, datasets_of, make_stream
 from workers.base import STATED, Base, check_temperature, configuration_of, find, is_path, temperature
 from workers.configuration import HUB, LOCAL, ModelError, own_configuration, read_configuration
@@ -116,10 +116,8 @@ def _surveys(study: Study, datasets: Iterable[str], cache: Path) -> dict[str, di
     replayed = roles.pretraining if any(cell.recipe.mixture.pretraining > 0 for cell in study.cells) else ()
     found: dict[str, dict[str, Survey]] = {}
     for name in datasets:
-        wanted = {
-            TRAIN: name in learnt or name in replayed,
-            TEST: name in learnt or name in roles.held_out,
-        }
+        wanted = {TRAIN: name in learnt or name in replayed}
+        wanted |= dict.fromkeys(study.splits, name in learnt or name in roles.held_out)
         splits = [split for split, read in wanted.items() if read]
         unread = unread_bytes(study.data_root, name, splits, cache)
         if unread >= LARGE_BYTES:
@@ -135,7 +133,7 @@ def _surveys(study: Study, datasets: Iterable[str], cache: Path) -> dict[str, di
 def _facts_of(info: Described, surveys: Mapping[str, Survey]) -> DatasetFacts:
     facts = DatasetFacts.of(info)
     digests = {
-        split: content_digest(info.splits[split], survey, scored=split == TEST)
+        split: content_digest(info.splits[split], survey, scored=split != TRAIN)
         for split, survey in surveys.items()
     }
     return replace(facts, digests={**facts.digests, **digests})

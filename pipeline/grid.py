@@ -1,7 +1,7 @@
 """The grid of a study, multiplied out: one cell for every strategy, every setting of every axis, every seed.
 
-Keys of `grid` are `strategies`, `seed`, and any key of the sections `model`, `stream`, `recipe` and `budget` by its dotted path,
-each with a list of values; `model`, `stream` and `recipe.mixture` also as a whole.
+Keys of `grid` are `strategies`, `seed`, any key of the sections `model`, `stream`, `recipe` and `budget` by its dotted path, and
+`evaluation.split`, each with a list of values; `model`, `stream` and `recipe.mixture` also as a whole.
 Invariant: cells come in the order in which a person wrote the grid (strategies outermost, seeds innermost), each with an id
 that no other has; a cell that exists can be planned. Settings that mean the same for a strategy are one cell, whose name and axes
 leave out what has no effect; seeds stay, for they are repetitions and no settings.
@@ -17,7 +17,7 @@ from merge_service.techniques import get as technique_called
 from merge_service.timeline import Strategy, needs_experts
 from pipeline.fingerprint import fingerprint
 from pipeline.mistakes import Problem, leaf_keys, nearest, short, validate
-from pipeline.sections import BUDGETS, BudgetSection, ModelSection
+from pipeline.sections import BUDGETS, BudgetSection, EvaluationSection, ModelSection
 from pipeline.sections_stream import StreamSection
 from pipeline.strategies import NamedStrategy, read_strategies, trait_label
 from workers.recipe import Mixture, Recipe
@@ -28,10 +28,16 @@ SECTIONS: dict[str, Any] = {
     "stream": StreamSection,
     "recipe": Recipe,
     "budget": BudgetSection,
+    "evaluation": EvaluationSection,
 }
 WHOLE = ("model", "stream")
 """Sections that can be an axis as a whole: a value stands for all of the section, its defaults included."""
-AXES = (*WHOLE, *(f"{name}.{key}" for name, section in SECTIONS.items() for key in leaf_keys(section)))
+SPLIT = "evaluation.split"
+AXES = (
+    *WHOLE,
+    *(f"{name}.{key}" for name, section in SECTIONS.items() if name != "evaluation" for key in leaf_keys(section)),
+    SPLIT,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Settings:
     stream: StreamSection
     recipe: Recipe
     budget: BudgetSection
+    evaluation: EvaluationSection
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,8 @@ class Cell:
     """One trajectory to be: a strategy with what it runs under.
 
     `id` tells a cell from all others; `group` is the id without the seed, so cells of one group differ by seed alone; `name`
-    is the id without budget and seed. `recipe.mixture` is the effective one. `axes` holds the value of every other axis.
+    is the id without budget and seed. `recipe.mixture` is the effective one. `axes` holds the value of every other axis; `split` is
+    what its scores are of.
     """
 
     id: str
@@ -62,6 +70,7 @@ class Cell:
     budget: BudgetSection
     seed: int
     axes: Mapping[str, Any]
+    split: str
 
 
 @dataclass(frozen=True)
@@ -219,7 +228,7 @@ def _cells(
                 strategy = _seeded(named.strategy, seed)
                 yield Cell(
                     label, group, name, strategy,
-                    settings.model, settings.stream, recipe, settings.budget, seed, chosen,
+                    settings.model, settings.stream, recipe, settings.budget, seed, chosen, settings.evaluation.split,
                 )  # fmt: skip
 
 

@@ -26,11 +26,20 @@ class ReaderGone(Exception):
     """Nobody reads standard output any more, and nothing but its text is left to be done."""
 
 
+class OutputLost(OSError):
+    """An answer cannot be written where standard output leads, such as a full disk."""
+
+    exit_code = 2
+
+    def __str__(self) -> str:
+        return f"standard output cannot be written: {self.strerror}; send it to a place that has room"
+
+
 class Steady(io.RawIOBase):
     """A file descriptor that a thread of its own writes to.
 
     With `exacting`, as standard output is until a study begins, a write waits for its reader, raises ReaderGone when there is
-    none, and OSError as ever.
+    none, and OutputLost when its place takes no more.
     """
 
     def __init__(self, fd: int, exacting: bool = False) -> None:
@@ -116,10 +125,10 @@ class Steady(io.RawIOBase):
             except BlockingIOError:
                 select.select([], [self._fd], [])
             except OSError as error:
-                if error.errno not in _GONE:
-                    raise
                 self._silence()
-                raise ReaderGone from None
+                if error.errno in _GONE:
+                    raise ReaderGone from None
+                raise OutputLost(error.errno, error.strerror) from None
 
     def _silence(self) -> None:
         """Let the descriptor lead nowhere from now on, for this process's libraries and for what it starts as well."""

@@ -25,6 +25,7 @@ from pipeline.steps import (
     RECORD_BYTES,
     TEST,
     TRAIN,
+    VAL,
     VERSIONS,
     DatasetFacts,
     Facts,
@@ -32,8 +33,10 @@ from pipeline.steps import (
     Point,
     Step,
     TrajectoryPlan,
+    without_val,
 )
 from pipeline.streams import Part, Stream, StreamTask
+from workers.data.zero_shot import derived
 from workers.recipe import Recipe
 
 __all__ = [
@@ -59,10 +62,14 @@ def make_plan(study: Study, facts: Facts) -> Plan:
     own = planner.score_undeployed_experts()
     trajectories = tuple(
         replace(
-            draft, points=tuple(replace(p, own=own.get(p.train) if p.train else None) for p in draft.points)
+            draft,
+            points=tuple(
+                replace(p, own=own.get((p.train, draft.split)) if p.train else None) for p in draft.points
+            ),
         )
         for draft in drafts
     )
+    roles = study.roles
     return Plan(
         study=study.name,
         bases={world.base.fingerprint: world.base for world in planner.worlds.values()},
@@ -70,11 +77,13 @@ def make_plan(study: Study, facts: Facts) -> Plan:
         trajectories=trajectories,
         streams={world.stream_id: _whole(world.stream) for world in planner.worlds.values()},
         classes=planner.classes,
-        adaptation=study.roles.adaptation,
-        held_out=study.roles.held_out,
+        adaptation=roles.adaptation,
+        held_out=roles.held_out,
         naive=naive,
         naive_gflops=planner.naive_gflops,
         missing=facts.missing,
+        zero_shot_groups=study.zero_shot_groups,
+        own_groups=study.zero_shot_groups != derived(roles.held_out, roles.pretraining),
     )
 
 
@@ -123,15 +132,16 @@ class Planner:
         self.classes: dict[str, tuple[str, ...]] = {}
         self.experts: dict[tuple[Any, ...], str] = {}
         self.naive_gflops: float | None = 0.0
-        self._scored: dict[str, str] = {}
+        self._scored: dict[tuple[str, str], str] = {}
         self._own_tasks: dict[str, tuple[Step, tuple[str, ...]]] = {}
         self._used: list[tuple[set[str], set[str], set[str]]] = []
+        self._scored_on: dict[str, dict[str, None]] = {}
         self.texts = Texts()
         self._sources: dict[tuple[Part, str], dict[str, Any]] = {}
         self._lists: dict[Any, list[dict[str, Any]]] = {}
         self._recipes: dict[str, dict[str, Any]] = {}
         self._engines: dict[str, dict[str, Any]] = {}
-        self._test = sorted({*self.roles.adaptation, *self.roles.held_out})
+        self._judged = sorted({*self.roles.adaptation, *self.roles.held_out})
         self._check_data()
 
     def trajectory(self, cell: Cell) -> TrajectoryPlan:
@@ -144,6 +154,8 @@ class Planner:
         if cell.strategy.joint:
             points = [points[0], replace(points[1], t=length)]
         self._used.append((draft.experts_used, draft.merges_used, {point.deployed for point in points}))
+        for expert in draft.experts_used:
+            self._scored_on.setdefault(expert, {})[cell.split] = None
         cost = draft.gflops(steps * length if draft.experts_used else 0)
         self.naive_gflops = None if cost is None or self.naive_gflops is None else self.naive_gflops + cost
         return TrajectoryPlan(
@@ -163,6 +175,7 @@ class Planner:
             model=world.model,
             stream_id=world.stream_id,
             axes=dict(cell.axes),
+            split=cell.split,
         )
 
     def naive_counts(self) -> dict[str, int]:
@@ -174,11 +187,13 @@ class Planner:
             counts["evaluate"] += len(deployed | experts)
         return counts
 
-    def score_undeployed_experts(self) -> dict[str, str]:
-        """Add an evaluation on its own task for every expert that nobody serves; for each expert, where its score is."""
+    def score_undeployed_experts(self) -> dict[tuple[str, str], str]:
+        """Add an evaluation on its own task for every expert that nobody serves; for each expert and split, where its score is."""
         own = {}
         for fp, (step, datasets) in self._own_tasks.items():
-            own[fp] = self._scored.get(fp) or self._evaluate(fp, step, sorted(datasets), "own")
+            for split in self._scored_on[fp]:
+                served = self._scored.get((fp, split))
+                own[fp, split] = served or self._evaluate(fp, step, sorted(datasets), split, "own")
         return own
 
     def add(
@@ -190,11 +205,12 @@ class Planner:
             self.steps[fp] = Step(kind, fp, slug[:120], label, t, task, spec, **more)
         return fp
 
-    def evaluate(self, weights: str, step: Step) -> str:
-        """The step that scores deployed weights on everything."""
-        if weights not in self._scored:
-            self._scored[weights] = self._evaluate(weights, step, self._test, "scores")
-        return self._scored[weights]
+    def evaluate(self, weights: str, step: Step, split: str) -> str:
+        """The step that scores deployed weights on one split of everything."""
+        key = weights, split
+        if key not in self._scored:
+            self._scored[key] = self._evaluate(weights, step, self._judged, split, "scores")
+        return self._scored[key]
 
     def own_task(self, expert: str, task: StreamTask) -> None:
         """Remember which data an expert is to be scored on at least, if its task brings whole datasets."""
@@ -242,17 +258,19 @@ class Planner:
             )
         return found
 
-    def _evaluate(self, weights: str, step: Step, datasets: Sequence[str], what: str) -> str:
+    def _evaluate(self, weights: str, step: Step, datasets: Sequence[str], split: str, what: str) -> str:
         options = self.study.evaluation
         spec = {
             "version": VERSIONS["evaluate"],
             "model": weights,
-            "datasets": self.texts.keep(self.sources((*datasets,), lambda: map(Part, datasets), TEST)),
+            "datasets": self.texts.keep(self.sources((*datasets,), lambda: map(Part, datasets), split)),
             "fraction": options.fraction,
             "seed": options.seed if options.fraction < 1 else 0,
             "device": self.study.evaluation_device_of(step.model),
         }
         label = f"{what} of {step.label}" if what == "scores" else f"own task of {step.label}"
+        if split != TEST:
+            what, label = f"{what}_{split}", f"{split} {label}"
         inputs = {"model": weights}
         return self.add(
             "evaluate",
@@ -295,20 +313,24 @@ class Planner:
         trained = sorted(streams)
         if any(cell.recipe.mixture.pretraining > 0 for cell in self.study.cells):
             trained += self.roles.pretraining
+        splits = self.study.splits
         needed = [(dataset, TRAIN) for dataset in trained] + [
-            (dataset, TEST) for dataset in (*self._test, *sorted(streams))
+            (dataset, split) for split in splits for dataset in (*self._judged, *sorted(streams))
         ]
-        problems = []
+        problems, lacking = [], []
         for dataset, split in dict.fromkeys(needed):
             facts = self.facts.datasets.get(dataset)
             if facts is None:
                 problems.append(f"dataset {dataset} is not among the data that were found")
+            elif split == VAL and VAL not in facts.digests:
+                lacking.append(dataset)
             elif split not in facts.digests:
                 problems.append(
                     f"dataset {dataset} has no {split} split; it has {', '.join(facts.digests) or 'none'}"
                 )
             elif facts.samples.get(split) == 0:
                 problems.append(f"the {split} split of dataset {dataset} holds no sample")
+        problems += [without_val(lacking, self.study.data_root)] if lacking else []
         if problems:
             raise PlanError(f"study {self.study.name}: {'; '.join(dict.fromkeys(problems))}")
 

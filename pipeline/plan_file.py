@@ -217,6 +217,8 @@ def _head(plan: Plan) -> dict[str, Any]:
         "naive": plan.naive,
         "naive_gflops": plan.naive_gflops,
         "missing": list(plan.missing),
+        "zero_shot_groups": plan.zero_shot_groups,
+        "own_groups": plan.own_groups,
         "streams": plan.streams,
         "classes": _class_lists(plan.classes),
         "bases": [_step_body(base, Values()) for base in plan.bases.values()],
@@ -301,6 +303,8 @@ def _plan(body: Mapping[str, Any], steps: Mapping[str, Step]) -> Plan:
         naive=dict(body["naive"]),
         naive_gflops=body["naive_gflops"],
         missing=tuple(body["missing"]),
+        zero_shot_groups={key: tuple(sets) for key, sets in body.get("zero_shot_groups", {}).items()},
+        own_groups=body.get("own_groups", False),
     )
 
 

@@ -6,7 +6,7 @@ Invariant: showing never changes or delays the work; whatever is shown is read f
 import itertools
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +18,7 @@ from rich.text import Text
 
 from pipeline.plan import Plan, TrajectoryPlan
 from pipeline.results import gm, ka, zs
+from pipeline.steps import VAL
 
 SHOWN = 20
 """Trajectories in the live view: those that were scored last."""
@@ -30,7 +31,7 @@ class Standings:
     """How far each trajectory has been scored, kept up to date evaluation by evaluation."""
 
     def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+        self._plan, self.splits = plan, plan.splits
         self._users: dict[str, list[tuple[TrajectoryPlan, int]]] = {}
         self._rows: dict[str, tuple[int, float | None]] = {}
         self._places = {trajectory.id: place for place, trajectory in enumerate(plan.trajectories)}
@@ -144,7 +145,7 @@ class Progress:
         ]
         head = Text(f"{self.done} of {self.total} steps done", style="bold")
         notes = [Text(note) for note in list(self._notes.values())[-NOTES:]]
-        standings = standings_table(self.standings.rows(), self.standings.hidden)
+        standings = standings_table(self.standings.rows(), self.standings.hidden, self.standings.splits)
         return Group(head, *notes, standings, running_table(running))
 
 
@@ -158,10 +159,12 @@ def running_table(running: Iterable[tuple[str, Mapping[str, Any], float]]) -> Ta
     return table
 
 
-def standings_table(rows: Iterable[tuple[str, int, int, float | None]], hidden: int) -> Table:
-    """Trajectories as `Standings.rows` gives them, and how many are left out."""
+def standings_table(
+    rows: Iterable[tuple[str, int, int, float | None]], hidden: int, splits: Sequence[str] = ()
+) -> Table:
+    """Trajectories as `Standings.rows` gives them, how many are left out, and the splits that are scored."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("trajectory", "t", "GM"):
+    for column in ("trajectory", "t", "GM on val" if tuple(splits) == (VAL,) else "GM"):
         table.add_column(column, justify="left" if column == "trajectory" else "right")
     for name, t, tasks, score in rows:
         table.add_row(Text(name), f"{t}/{tasks}", "" if score is None else f"{score:.3f}")

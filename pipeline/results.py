@@ -17,11 +17,14 @@ from merge_service.checkpoint import WEIGHTS_FILE
 from pipeline.artifact import Record
 from pipeline.disk import write_whole
 from pipeline.expand import JOINT_TASK
-from pipeline.steps import BASE, Plan, Point, TrajectoryPlan
+from pipeline.steps import BASE, SPLITS, TEST, VAL, Plan, Point, TrajectoryPlan
 from workers.base import describe
+from workers.data.zero_shot import GROUPS, NEVER, REPLAYED
 
 Scores = Mapping[str, float]
 METRICS = ("ka", "zs", "gm")
+OF_GROUPS = {"zs_replayed": REPLAYED, "zs_never_replayed": NEVER}
+"""ZS over one group of the held-out sets each; missing where the group is empty."""
 
 
 class Records(Protocol):
@@ -54,6 +57,11 @@ def ka(scores: Scores, adaptation: Sequence[str]) -> float | None:
 def zs(scores: Scores, held_out: Sequence[str]) -> float | None:
     """Zero-shot retention: the mean over the held-out sets."""
     return mean(scores, held_out)
+
+
+def zs_of_groups(scores: Scores, groups: Mapping[str, Sequence[str]]) -> dict[str, float | None]:
+    """ZS of what training replays and of what it never does: {"zs_replayed", "zs_never_replayed"}; None for an empty group."""
+    return {metric: mean(scores, groups.get(group, ())) for metric, group in OF_GROUPS.items()}
 
 
 def gm(ka: float | None, zs: float | None) -> float | None:
@@ -136,6 +144,7 @@ def results(plan: Plan, store: Records) -> dict[str, Any]:
         "complete": complete,
         "adaptation": list(plan.adaptation),
         "held_out": list(plan.held_out),
+        "zero_shot_groups": {group: list(sets) for group, sets in plan.zero_shot_groups.items()},
         "bases": [
             found
             for step in plan.bases.values()
@@ -170,11 +179,12 @@ def write_results(path: Path, answer: Mapping[str, Any]) -> None:
 
 
 def table(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row per trajectory and t: trajectory, t, task, ka, zs, gm, forgetting, bwt."""
+    """One row per trajectory and t: trajectory, split, t, task, ka, zs, gm, forgetting, bwt, zs_replayed, zs_never_replayed."""
     return [
         {
             "trajectory": trajectory["id"],
-            **{key: step[key] for key in ("t", "task", *METRICS, "forgetting", "bwt")},
+            "split": trajectory["split"],
+            **{key: step[key] for key in ("t", "task", *METRICS, "forgetting", "bwt", *OF_GROUPS)},
         }
         for trajectory in answer["trajectories"]
         for step in trajectory["steps"]
@@ -184,8 +194,8 @@ def table(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
 def summary(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row per group of trajectories that differ in the seed alone, at the last t that all of them have reached.
 
-    {"group", "seeds", "t", "ka", "ka_sd", "zs", "zs_sd", "gm", "gm_sd"}: mean and sample standard deviation over seeds; the
-    latter is None for a single seed.
+    {"group", "split", "seeds", "t", "ka", "ka_sd", "zs", "zs_sd", "gm", "gm_sd", "zs_replayed", ...}: mean and sample standard
+    deviation over seeds; the latter is None for a single seed.
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for trajectory in answer["trajectories"]:
@@ -197,9 +207,10 @@ def summary(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
         if not common:
             continue
         last = [steps[max(common)] for steps in reached]
-        row: dict[str, Any] = {"group": group, "seeds": len(members), "t": max(common)}
-        for metric in METRICS:
-            values = [step[metric] for step in last if step[metric] is not None]
+        row: dict[str, Any] = {"group": group, "split": split_of(members[0])}
+        row |= {"seeds": len(members), "t": max(common)}
+        for metric in (*METRICS, *OF_GROUPS):
+            values = [step[metric] for step in last if step.get(metric) is not None]
             row[metric] = average(values) if values else None
             row[f"{metric}_sd"] = stdev(values) if len(values) > 1 else None
         rows.append(row)
@@ -209,15 +220,42 @@ def summary(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
 def winner(answer: Mapping[str, Any], by: str = "gm") -> str | None:
     """The trajectory to deploy: the first seed of the group with the highest mean `by` (ka, zs, gm) over its seeds, at its
     last t. The multitask reference, which saw all tasks at once, cannot win; of equal groups the first does. None without scores.
+
+    Where both splits are scored, val decides: what is chosen on test is judged on test no more.
     """
+    splits = splits_of(answer)
     over_time = [
-        one for one in answer["trajectories"] if all(step["task"] != JOINT_TASK for step in one["steps"])
+        one
+        for one in on_split(answer, VAL if VAL in splits else TEST)["trajectories"]
+        if all(step["task"] != JOINT_TASK for step in one["steps"])
     ]
     rows = [row for row in summary({"trajectories": over_time}) if row[by] is not None]
     if not rows:
         return None
     group = max(rows, key=lambda row: row[by])["group"]
     return str(next(one["id"] for one in over_time if one["group"] == group))
+
+
+def split_of(trajectory: Mapping[str, Any]) -> str:
+    """What a trajectory's scores are of; results older than splits are of test."""
+    return str(trajectory.get("split", TEST))
+
+
+def splits_of(answer: Mapping[str, Any]) -> tuple[str, ...]:
+    """The splits that trajectories are scored on, test first."""
+    found = {split_of(trajectory) for trajectory in answer["trajectories"]}
+    return tuple(split for split in SPLITS if split in found)
+
+
+def on_split(answer: Mapping[str, Any], split: str) -> dict[str, Any]:
+    """The same results of the trajectories that are scored on one split."""
+    return {**answer, "trajectories": [one for one in answer["trajectories"] if split_of(one) == split]}
+
+
+def grouped(answer: Mapping[str, Any]) -> bool:
+    """Whether both groups of the held-out sets hold some, so that they say more than ZS does."""
+    groups = answer.get("zero_shot_groups", {})
+    return all(groups.get(group) for group in GROUPS)
 
 
 class ReadOnce:
@@ -264,6 +302,7 @@ def _trajectory(plan: Plan, trajectory: TrajectoryPlan, store: Records) -> dict[
         "stream": list(trajectory.stream),
         "model": trajectory.model,
         "axes": trajectory.axes,
+        "split": trajectory.split,
         "steps": steps,
     }
 
@@ -281,6 +320,7 @@ def _step(
         "ka": accumulated,
         "zs": retained,
         "gm": gm(accumulated, retained),
+        **zs_of_groups(scores, plan.zero_shot_groups),
         "scores": dict(scores),
         "expert_sha256": _weights(expert),
         "merged_sha256": _weights(merged),

@@ -117,8 +117,15 @@ class ModelSection(Section):
     seed: int = Field(default=0, ge=0, lt=2**31)
 
 
+class GroupsSection(Section):
+    """The held-out sets in two groups (see `workers.data.zero_shot`)."""
+
+    replayed: Names = ()
+    never_replayed: Names = ()
+
+
 class DataSection(Section):
-    """A root of WebDataset folders and which datasets play which role. A suite brings its own roles.
+    """A root of WebDataset folders and which datasets play which role. A suite brings its own roles, and may bring the groups.
 
     `suite` is the name of a suite that lies under data/ (`suite.json`), or a YAML file that describes one under `root`.
     """
@@ -128,6 +135,7 @@ class DataSection(Section):
     pretraining: Names | None = None
     adaptation: SomeNames | None = None
     held_out: Names | None = None
+    zero_shot_groups: GroupsSection | None = None
     cache: Place | None = None
 
     @model_validator(mode="after")
@@ -181,8 +189,9 @@ class StrategySection(Section):
 
 
 class EvaluationSection(Section):
-    """Full test sets by default; a class-balanced `fraction` of each, drawn with `seed`, otherwise."""
+    """The whole test split of every dataset by default; the `split` val instead, or a class-balanced `fraction` drawn with `seed`."""
 
+    split: Literal["test", "val"] = "test"
     fraction: float = Field(default=1.0, gt=0, le=1)
     batch_size: int = Field(default=256, ge=1, le=1_000_000)
     seed: int = Field(default=0, ge=0, lt=2**31)

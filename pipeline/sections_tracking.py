@@ -1,6 +1,6 @@
 """The `tracking` section of a study file: which MLflow, and what is registered there.
 
-Invariant: no secret gets past this; names are ones that MLflow takes.
+Invariant: no secret gets past this; addresses and names are ones that MLflow takes.
 """
 
 import re
@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, model_validator
 
-from pipeline.addresses import CREDENTIALS, refuse_secret
+from pipeline.addresses import CREDENTIALS, refuse_secret, refuse_unusable_tracker
 from pipeline.places import expanded
 from pipeline.sections import Name, Section, Text
 
@@ -43,7 +43,8 @@ class TrackingSection(Section):
     registry: RegistrySection | None = RegistrySection()
 
     @model_validator(mode="after")
-    def _no_secret(self) -> Self:
+    def _usable(self) -> Self:
         if self.uri is not None:
             refuse_secret("uri", self.uri, CREDENTIALS)
+            refuse_unusable_tracker(self.uri)
         return self

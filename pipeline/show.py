@@ -21,9 +21,9 @@ from merge_service.techniques import get, names
 from pipeline.console import BUSY, ERROR, GOOD, WARNING, complain
 from pipeline.console import console as made_console
 from pipeline.progress import running_table, standings_table
+from pipeline.results import grouped, on_split, splits_of, winner
 from pipeline.results import summary as standings
-from pipeline.results import winner
-from pipeline.steps import Plan, TrajectoryPlan
+from pipeline.steps import TEST, Plan, TrajectoryPlan
 from pipeline.versions import mixed_text
 
 STATES = {"running": BUSY, "starting": BUSY, "done": GOOD, "failed": ERROR, "partial": WARNING}
@@ -80,6 +80,8 @@ def show_plan(workspace: Any, summary: Mapping[str, Any]) -> None:
     chain = ", ".join(f"{path[kind]} {kind}" for kind in summary["steps"])
     console.print(f"longest chain of steps that must follow one another: {path['steps']} ({chain})\n")
     console.print(_trajectories(workspace.plan))
+    if workspace.plan.splits != (TEST,):
+        console.print(f"scores are on {' and '.join(workspace.plan.splits)}")
     for warning in workspace.study.warnings:
         console.print(Text.assemble(("warning:", WARNING), f" {warning}"))
     for note in summary["notes"]:
@@ -131,7 +133,7 @@ def status_view(out: Path, answer: Mapping[str, Any]) -> Group:
         parts.append(table)
     if answer.get("trajectories"):
         rows = [tuple(row.values()) for row in answer["trajectories"]]
-        parts.append(standings_table(rows, answer["more_trajectories"]))
+        parts.append(standings_table(rows, answer["more_trajectories"], answer.get("splits", ())))
     if answer.get("running"):
         running = [(step["label"], step["progress"], step["seconds"] or 0.0) for step in answer["running"]]
         parts.append(running_table(running))
@@ -202,11 +204,19 @@ def watch_status(
 
 
 def print_results(out: Path, answer: Mapping[str, Any], tracking: Any) -> None:
-    """The table of KA, ZS and GM over t, and where to go next."""
+    """The tables of KA, ZS (and of its groups where both hold sets) and GM over t, a split at a time, and where to go next."""
     console = made_console()
-    for key, title in (("ka", "KA, knowledge accumulation"), ("zs", "ZS, zero-shot retention"), ("gm", "GM")):
-        console.print(results_table(answer, key, title))
-        console.print()
+    titles = {"ka": "KA, knowledge accumulation", "zs": "ZS, zero-shot retention"}
+    if grouped(answer):
+        titles |= {
+            "zs_replayed": "ZS of what is replayed",
+            "zs_never_replayed": "ZS of what is never replayed",
+        }
+    for split in splits_of(answer):
+        on = "" if splits_of(answer) == (TEST,) else f" (on {split})"
+        for key, title in (titles | {"gm": "GM"}).items():
+            console.print(results_table(on_split(answer, split), key, title + on))
+            console.print()
     console.print(f"results: {out / 'results.json'}", markup=False, soft_wrap=True)
     if tracking.pending:
         reason = tracking.tracker.last_error or "it did not answer in time"
@@ -246,13 +256,22 @@ def results_table(answer: Mapping[str, Any], key: str, title: str) -> Table:
 
 def show_scores(answer: Mapping[str, Any]) -> None:
     """Scores of one checkpoint."""
-    table = _table(answer["checkpoint"], "dataset", "score", "samples")
+    on = "" if answer["split"] == TEST else f" on {answer['split']}"
+    table = _table(f"{answer['checkpoint']}{on}", "dataset", "score", "samples")
     for name, score in answer["scores"].items():
         table.add_row(name, f"{score:.4f}", str(answer["samples"][name]))
     console = made_console()
     console.print(table)
     if "gm" in answer:
-        console.print(f"KA {answer['ka']:.4f}  ZS {answer['zs']:.4f}  GM {answer['gm']:.4f}")
+        names = {
+            "ka": "KA",
+            "zs": "ZS",
+            "gm": "GM",
+            "zs_replayed": "ZS replayed",
+            "zs_never_replayed": "ZS never replayed",
+        }
+        known = {name: answer[key] for key, name in names.items() if answer[key] is not None}
+        console.print("  ".join(f"{name} {value:.4f}" for name, value in known.items()) + on)
 
 
 def techniques_as_json(name: str | None) -> Any:

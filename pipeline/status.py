@@ -57,7 +57,7 @@ class Look:
 
     def __call__(self) -> dict[str, Any]:
         """{"state", "steps": {"done", "running", "failed", "pending"}, "kinds": {kind: {"done", "running", "total"}},
-        "running", "trajectories": [{"trajectory", "t", "tasks", "gm"}], "more_trajectories", "waiting": [{"fingerprint", "label",
+        "running", "trajectories": [{"trajectory", "t", "tasks", "gm"}], "more_trajectories", "splits", "waiting": [{"fingerprint", "label",
         "holder"}], "failure", "versions": {package: {version: artifacts}}, "events": [{"time", "kind", "text"}], "tracker_pending",
         "other_plans", "results_of"}.
 
@@ -92,6 +92,7 @@ class Look:
                 {"trajectory": name, "t": t, "tasks": tasks, "gm": gm} for name, t, tasks, gm in self._standings.rows()
             ],
             "more_trajectories": self._standings.hidden,
+            "splits": list(self._plan.splits),
             "waiting": [step for step in waiting if step["fingerprint"] not in self._done],
             "failure": failure,
             "versions": mixed(self._versions),

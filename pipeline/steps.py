@@ -4,7 +4,7 @@ Invariant: a step's `spec` holds what bears on its result and nothing else, and 
 labels, slugs, costs and `after` are for people and schedulers and never part of the identity.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
@@ -14,7 +14,9 @@ from pipeline.streams import Stream
 Kind = Literal["base", "train", "merge", "evaluate"]
 KINDS: tuple[Kind, ...] = ("train", "merge", "evaluate")
 BASE = "base"
-TRAIN, TEST = "train", "test"
+TRAIN, TEST, VAL = "train", "test", "val"
+SPLITS = (TEST, VAL)
+"""What can be scored."""
 RECORD_BYTES = 16 * 1024
 """A generous guess at the size of a record, for estimates."""
 
@@ -135,7 +137,7 @@ class Point:
 class TrajectoryPlan:
     """One strategy over one stream, budget and seed. `group` is shared by those that differ in the seed alone.
 
-    `base` is the fingerprint of the base and `model` its name; `stream` are the names of the tasks and `stream_id` the
+    `split` is that of the scores. `base` is the fingerprint of the base and `model` its name; `stream` are the names of the tasks and `stream_id` the
     fingerprint of the stream.
     """
 
@@ -155,6 +157,7 @@ class TrajectoryPlan:
     model: str
     stream_id: str
     axes: dict[str, Any] = field(default_factory=dict)
+    split: str = TEST
 
 
 class Lookup(Protocol):
@@ -171,6 +174,8 @@ class Plan:
     datasets that each brings whole (a task made of parts of datasets has no score of its own). `classes` resolves the digests
     that stand for lists of classes in specs. `naive` counts the steps that the trajectories would take one by one, and
     `naive_gflops` what their training would cost. `missing` are datasets that must come before the plan can run.
+    `zero_shot_groups` are the held-out sets by group, empty in plans older than groups; `own_groups` says that they are stated
+    and differ from what the pretraining pool means.
     """
 
     study: str
@@ -184,6 +189,23 @@ class Plan:
     naive: dict[str, int]
     naive_gflops: float | None = None
     missing: tuple[str, ...] = ()
+    zero_shot_groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    own_groups: bool = False
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits on which trajectories are scored, test first."""
+        scored = {trajectory.split for trajectory in self.trajectories}
+        return tuple(split for split in SPLITS if split in scored)
+
+    def served_alike(self, trajectory: TrajectoryPlan, split: str) -> TrajectoryPlan | None:
+        """The first trajectory scored on `split` that serves the same weights at every t; None if there is none."""
+
+        def served(one: TrajectoryPlan) -> list[str]:
+            return [one.base, *(point.deployed for point in one.points)]
+
+        alike = (t for t in self.trajectories if t.split == split and t.seed == trajectory.seed)
+        return next((one for one in alike if served(one) == served(trajectory)), None)
 
     def tasks(self, trajectory: TrajectoryPlan) -> dict[str, tuple[str, ...]]:
         """Each task of a trajectory with the datasets it brings whole."""
@@ -199,13 +221,14 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the whole: study name, trajectories, and every step they take."""
+        """Identity of the whole: study name, trajectories, every step they take, and groups that are the study's own."""
         names = [one.name for one in fields(Point)]
         points = {
             trajectory.id: [[getattr(point, name) for name in names] for point in trajectory.points]
             for trajectory in self.trajectories
         }
-        return fingerprint({"study": self.study, "base": "+".join(self.bases), "trajectories": points})
+        own = {"zero_shot_groups": self.zero_shot_groups} if self.own_groups else {}
+        return fingerprint({"study": self.study, "base": "+".join(self.bases), "trajectories": points, **own})
 
     def summary(self, store: Lookup | None = None) -> dict[str, Any]:
         """What would run: counts per kind, and compute, disk and critical path of the steps that are not in the store yet.
@@ -226,6 +249,7 @@ class Plan:
         return {
             "study": self.study,
             "trajectories": len(self.trajectories),
+            "splits": list(self.splits),
             "steps": counts,
             "gflops": total_gflops(step.gflops for step in ahead.values()),
             "disk_bytes": sum(step.disk_bytes for step in ahead.values()),
@@ -273,6 +297,15 @@ def critical_path(steps: Mapping[str, Step]) -> dict[str, int]:
         counts[steps[current].kind] += 1
         current = before[current]
     return counts
+
+
+def without_val(datasets: Sequence[str], root: str) -> str:
+    """What to say of datasets that are to be scored on val and have none."""
+    place = f"{root}/{datasets[0]}/{VAL}"
+    return (
+        f"evaluation.split is {VAL}, but there is no {VAL} split of {', '.join(datasets)}; write {place} and the like (shards "
+        f"as in {TEST}), or set evaluation.split to {TEST}"
+    )
 
 
 def total_gflops(costs: Iterable[float | None]) -> float | None:

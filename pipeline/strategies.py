@@ -209,6 +209,7 @@ def trait_label(key: str, value: Any) -> str:
             "samples_per_task": "samples",
             "config": "",
             "parity": "",
+            "split": "",
         }
         values = (
             value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else [value]

@@ -17,7 +17,7 @@ from merge_service.errors import UserError
 from pipeline.errors import ConfigError
 from pipeline.file_kinds import expect
 from pipeline.mistakes import validate
-from pipeline.sections import Name, Section, Text
+from pipeline.sections import GroupsSection, Name, Section, Text
 from pipeline.yaml_input import read
 from workers.data.lines import class_names, filled_lines, stated_number
 from workers.data.manifest import (
@@ -31,6 +31,7 @@ from workers.data.manifest import (
     folder,
     verify,
 )
+from workers.data.zero_shot import misfit
 
 Role = Literal["pretraining", "adaptation", "held_out"]
 ROLES: tuple[Role, ...] = ("pretraining", "adaptation", "held_out")
@@ -39,6 +40,8 @@ SPLITS: dict[Role, tuple[str, ...]] = {
     "adaptation": ("train", "test"),
     "held_out": ("test",),
 }
+VAL = "val"
+"""A split that any dataset may have besides."""
 
 
 def _with_place(template: str) -> str:
@@ -53,7 +56,7 @@ Count = Annotated[int | None, Field(ge=1, le=10**10)]
 class SuiteDataset(Section):
     """One dataset, expected under the root in a folder of its name, with or without the prefix wds_. Null is unknown.
 
-    `classes`, `train` and `test` are counts; `original` is the folder's name in the benchmark's own download; `date` is a year,
+    `classes`, `train`, `test` and `val` are counts (`val` null: there need be none); `original` is the folder's name in the benchmark's own download; `date` is a year,
     or text (year-month or year-month-day).
     """
 
@@ -65,6 +68,7 @@ class SuiteDataset(Section):
     classes: Count = None
     train: Count = None
     test: Count = None
+    val: Count = None
     date: int | Text | None = None
 
     @model_validator(mode="after")
@@ -76,6 +80,11 @@ class SuiteDataset(Section):
         if self.kind == "retrieval" and self.classes is not None:
             raise ValueError(f"{self.name}: a retrieval set has captions, not classes; write classes: null")
         return self
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that must be there."""
+        return (*SPLITS[self.role], VAL) if self.val is not None else SPLITS[self.role]
 
 
 class Totals(Section):
@@ -92,7 +101,15 @@ class Suite(Section):
     format: Literal[1]
     name: Name
     totals: dict[Literal["adaptation", "held_out"], Totals] = {}
+    zero_shot_groups: GroupsSection | None = None
     datasets: Annotated[tuple[SuiteDataset, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _grouped(self) -> Self:
+        groups, roles = self.zero_shot_groups, self.roles
+        if groups and (wrong := misfit(groups.model_dump(), roles["held_out"], roles["pretraining"])):
+            raise ValueError(f"zero_shot_groups: {wrong}")
+        return self
 
     @model_validator(mode="after")
     def _told_apart(self) -> Self:
@@ -131,8 +148,8 @@ class Suite(Section):
         answer = {}
         for d in self.datasets:
             count = 0 if d.kind == "retrieval" else classes[d.name]
-            samples = {"train": train[d.name], "test": test[d.name]}
-            splits = {split: _no_shards(d.name, split, samples[split]) for split in SPLITS[d.role]}
+            samples = {"train": train[d.name], "test": test[d.name], VAL: d.val or 0}
+            splits = {split: _no_shards(d.name, split, samples[split]) for split in d.splits}
             names = tuple(f"class-{index:05d}" for index in range(1, count + 1))
             prompts = (d.template,) if d.template is not None else ()
             answer[d.name] = DatasetInfo(d.name, d.kind, names, prompts, splits, f"provisional {d.name}")
@@ -222,7 +239,7 @@ def _findings(d: SuiteDataset, root: Path, deep: bool, cache: Path | None) -> It
     try:
         found = _whole(d, root, home, cache) if deep or (home / MANIFEST_FILE).is_file() else _shallow(home)
         if deep:
-            for split in SPLITS[d.role]:
+            for split in dict.fromkeys((*d.splits, VAL)):
                 if split in found.samples:
                     verify(root, d.name, split, cache, decode=True)
     except (UserError, OSError, ValueError) as error:
@@ -243,7 +260,7 @@ def _compare(d: SuiteDataset, home: Path, found: "_Found") -> Iterator[Finding]:
     if d.kind == "classification" and d.classes not in (None, len(found.classes)):
         text = f"{home / 'classnames.txt'} names {len(found.classes)} classes, the suite states {d.classes}"
         yield finding("wrong", f"{text}; write one class a line")
-    for split in SPLITS[d.role]:
+    for split in d.splits:
         if split not in found.samples:
             text = f"{home / split} is missing or holds no *.tar; convert the {split} split"
             yield finding("wrong", text)
@@ -279,7 +296,7 @@ def _whole(d: SuiteDataset, root: Path, home: Path, cache: Path | None) -> _Foun
 def _shallow(home: Path) -> _Found:
     """A folder without our manifest: its text files, and whether each split has as many shards as it states."""
     samples: dict[str, int | None] = {}
-    for place in (home / "train", home / "test"):
+    for place in (home / "train", home / "test", home / VAL):
         shards = len(list(place.glob("*.tar")))
         stated = stated_number(place / "nshards.txt")
         if stated not in (None, shards):

@@ -295,10 +295,16 @@ def file_with_study(
     try:
         for name in names:
             digest = hashlib.sha256((out / name).read_bytes()).hexdigest()
-            outbox.extend([rows.artifact(STUDY, Path(name).name, now, path=name, sha256=digest)])
+            outbox.extend([rows.artifact(STUDY, _filed_as(name), now, path=name, sha256=digest)])
     finally:
         outbox.close()
     return sync(out, timeout=timeout)
+
+
+def _filed_as(name: str) -> str:
+    """report.html for report/report.html, val-report.html for report-val/report.html: a run's files lie side by side."""
+    folder, file = Path(name).parts[0], Path(name).name
+    return f"{folder.removeprefix('report-')}-{file}" if folder.startswith("report-") else file
 
 
 def destination_name(uri: str | None, experiment: str) -> str:

@@ -29,6 +29,7 @@ from pipeline.tracking_index import (
     base_key,
     expert_key,
     model_key,
+    scored_model,
     steps_of,
     trajectory_key,
 )
@@ -37,6 +38,7 @@ from pipeline.tracking_names import (
     flat,
     metric_name,
     model_name,
+    on_split,
     opening_note,
     plain,
     served_note,
@@ -164,10 +166,10 @@ class Projection:
             rows += self._experts.trained(step, record, self._lineage.tags(record))
         if step.kind == "evaluate":
             rows += self._experts.evaluated(step, record)
-        for base, evaluation in self.index.base_evaluations.items():
+        for (base, split), evaluation in self.index.base_evaluations.items():
             if step.fingerprint == evaluation:
-                model = base_key(base)
-                rows.append(self.rows.log(STUDY, model, self._scores(record, 0), model))
+                model, scores = base_key(base), self._scores(record, 0, shared=True)
+                rows.append(self.rows.log(STUDY, on_split(model, split), scores, model))
         users = self.index.users.get(step.fingerprint, [])
         for trajectory, point in users:
             if step.fingerprint == point.deployed:
@@ -199,7 +201,7 @@ class Projection:
         return self.rows.run(trajectory_key(trajectory), STUDY, name, tags, params, now_ms)
 
     def _score_row(self, trajectory: TrajectoryPlan, point: Point, record: Record) -> Row:
-        metrics, model = self._scores(record, point.t), model_key(trajectory, point)
+        metrics, model = self._scores(record, point.t), scored_model(trajectory, point)
         return self.rows.log(trajectory_key(trajectory), f"t{point.t}/scores", metrics, model)
 
     def _merge_row(self, trajectory: TrajectoryPlan, point: Point, record: Record) -> Row:
@@ -225,7 +227,7 @@ class Projection:
             metrics.add("forgetting", forgotten, point.t)
             metrics.add("backward_transfer", backward, point.t)
             if metrics.values:
-                what, model = f"t{point.t}/over_time", model_key(trajectory, point)
+                what, model = f"t{point.t}/over_time", scored_model(trajectory, point)
                 rows.append(self.rows.log(trajectory_key(trajectory), what, metrics, model))
         return rows
 
@@ -237,13 +239,18 @@ class Projection:
             [] if reached.waiting else [self.rows.status(trajectory_key(trajectory), "FINISHED", reached.end)]
         )
 
-    def _scores(self, record: Record, t: int) -> Metrics:
+    def _scores(self, record: Record, t: int, shared: bool = False) -> Metrics:
+        """The metrics of an evaluation; `shared` with other splits, their names say on which they are."""
         scores, metrics = record.result["scores"], Metrics(record.created_ms)
+        split = self.index.splits[record.fingerprint]
         ka, zs = results.mean(scores, self._plan.adaptation), results.mean(scores, self._plan.held_out)
-        for name, value in (("ka", ka), ("zs", zs), ("gm", results.gm(ka, zs))):
-            metrics.add(name, value, t)
+        groups = results.zs_of_groups(scores, self._plan.zero_shot_groups)
+        for name, value in {"ka": ka, "zs": zs, "gm": results.gm(ka, zs), **groups}.items():
+            metrics.add(on_split(name, split) if shared else name, value, t)
         for dataset, score in sorted(scores.items()):
-            metrics.add(metric_name("score", dataset), score, t, dataset, self.index.digests.get(dataset))
+            name = metric_name("score", dataset)
+            digest = self.index.digests.get((dataset, split))
+            metrics.add(on_split(name, split) if shared else name, score, t, dataset, digest)
         return metrics
 
     # --- models -------------------------------------------------------------------------------------------------------
@@ -336,8 +343,9 @@ class Projection:
     def _datasets(self) -> list[dict[str, str]]:
         roles = {"adaptation": self._plan.adaptation, "held_out": self._plan.held_out}
         return [
-            {"name": dataset, "digest": self.index.digests[dataset], "context": role}
+            {"name": dataset, "digest": self.index.digests[dataset, split], "context": on_split(role, split)}
+            for split in self._plan.splits
             for role, datasets in roles.items()
             for dataset in datasets
-            if dataset in self.index.digests
+            if (dataset, split) in self.index.digests
         ]

@@ -11,7 +11,7 @@ from pipeline.artifact import Record
 from pipeline.outbox import Row
 from pipeline.steps import BASE, Step
 from pipeline.tracking_index import EXPERTS, STUDY, Index, expert_key
-from pipeline.tracking_names import budget_text, flat
+from pipeline.tracking_names import budget_text, flat, on_split
 from pipeline.tracking_rows import Metrics, Rows
 
 
@@ -83,15 +83,17 @@ class ExpertRows:
 
     def _base_score(self, expert: str) -> list[Row]:
         base = self._index.experts[expert][0].base
-        evaluation = self._records.get(self._index.base_evaluations[base])
-        if evaluation is None or expert not in self._records:
+        if expert not in self._records:
             return []
-        return self._score(expert, "base_own_task_score", evaluation)
+        scores = [fp for (of, _), fp in self._index.base_evaluations.items() if of == base]
+        known = [self._records[fp] for fp in scores if fp in self._records]
+        return [row for one in known for row in self._score(expert, "base_own_task_score", one)]
 
     def _score(self, expert: str, name: str, evaluation: Record) -> list[Row]:
         """On the datasets of the expert's own task: one, or the mean of several."""
         trajectory, point = self._index.experts[expert]
         own = self._index.plan.tasks(trajectory)[point.task]
+        name = on_split(name, self._index.splits[evaluation.fingerprint])
         metrics = Metrics(evaluation.created_ms)
         metrics.add(name, results.mean(evaluation.result["scores"], own), point.t)
         return [self._rows.log(expert_key(expert), name, metrics)] if metrics.values else []

@@ -6,7 +6,7 @@ Invariant: a function of the plan alone.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from pipeline.steps import BASE, Plan, Point, TrajectoryPlan
+from pipeline.steps import BASE, TEST, Plan, Point, TrajectoryPlan
 from pipeline.tracking_names import expert_names, trajectory_names
 
 STUDY = "study"
@@ -20,7 +20,8 @@ class Index:
     """Look-ups over a plan, made once: a plan may have thousands of points.
 
     `users` of a step at points, `experts` the first use of each unique expert, `scored` the experts whose own task an
-    evaluation measures, `digests` the digest of each evaluated split by dataset, `base_evaluations` what scores each base.
+    evaluation measures, `digests` those of all evaluated (dataset, split), `base_evaluations` what scores each (base, split),
+    `splits` the split of each evaluation.
     """
 
     plan: Plan
@@ -28,8 +29,9 @@ class Index:
     users: dict[str, list[Use]] = field(init=False, default_factory=dict)
     experts: dict[str, Use] = field(init=False, default_factory=dict)
     scored: dict[str, set[str]] = field(init=False, default_factory=dict)
-    digests: dict[str, str] = field(init=False, default_factory=dict)
-    base_evaluations: dict[str, str] = field(init=False, default_factory=dict)
+    digests: dict[tuple[str, str], str] = field(init=False, default_factory=dict)
+    base_evaluations: dict[tuple[str, str], str] = field(init=False, default_factory=dict)
+    splits: dict[str, str] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.fingerprint = self.plan.fingerprint
@@ -40,7 +42,7 @@ class Index:
         self.expert_names = expert_names(self.experts, self.plan.steps, self.plan.trajectories)
         for step in self.plan.steps.values():
             for source in step.spec["datasets"] if step.kind == "evaluate" else ():
-                self.digests[source["dataset"]] = source["digest"][:_DIGEST_CHARACTERS]
+                self.digests[source["dataset"], source["split"]] = source["digest"][:_DIGEST_CHARACTERS]
 
     def run_keys(self) -> Iterable[str]:
         """The keys of all runs of this plan."""
@@ -55,12 +57,13 @@ class Index:
     def _add(self, trajectory: TrajectoryPlan, point: Point) -> None:
         for step in steps_of(point):
             self.users.setdefault(step, []).append((trajectory, point))
+        self.splits |= {one: trajectory.split for one in (point.evaluate, point.own) if one}
         if point.train is not None:
             self.experts.setdefault(point.train, (trajectory, point))
             if point.own is not None:
                 self.scored.setdefault(point.own, set()).add(point.train)
         if point.t == 0:
-            self.base_evaluations[trajectory.base] = point.evaluate
+            self.base_evaluations[trajectory.base, trajectory.split] = point.evaluate
 
 
 def steps_of(point: Point) -> set[str]:
@@ -86,3 +89,8 @@ def model_key(trajectory: TrajectoryPlan, point: Point) -> str | None:
     if point.deployed == BASE:
         return None if point.t == 0 else base_key(trajectory.base)
     return f"{trajectory.id}/t{point.t}"
+
+
+def scored_model(trajectory: TrajectoryPlan, point: Point) -> str | None:
+    """The same, to file scores with: the base is the model of trajectories on every split, so only scores on test are filed with it."""
+    return None if point.deployed == BASE and trajectory.split != TEST else model_key(trajectory, point)

@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pipeline.steps import BASE, Point, Step, TrajectoryPlan
+from pipeline.grid import SPLIT
+from pipeline.steps import BASE, TEST, Point, Step, TrajectoryPlan
 
 SEPARATOR = " · "
 _INIT = {
@@ -55,7 +56,7 @@ def expert_names(
             parts.append(trajectory.technique)
         if steps[fingerprint].spec["pretraining"] or steps[fingerprint].spec["buffer"]:
             parts.append("replay")
-        axes = {key: value for key, value in trajectory.axes.items() if not key.startswith("budget.")}
+        axes = {k: v for k, v in trajectory.axes.items() if not k.startswith(("budget.", "evaluation."))}
         parts += [f"{key.rpartition('.')[2]} {value}" for key, value in flat(axes).items()]
         if budgets:
             parts.append(budget_text(trajectory.budget))
@@ -114,7 +115,13 @@ def strategy_tags(trajectory: TrajectoryPlan) -> dict[str, str]:
         "technique": trajectory.technique or "none",
         "budget": budget_text(trajectory.budget),
         "seed": str(trajectory.seed),
+        **({} if trajectory.split == TEST and SPLIT not in trajectory.axes else {SPLIT: trajectory.split}),
     }
+
+
+def on_split(name: str, split: str) -> str:
+    """The name of a metric of a run or model that several splits share: plain for test, `ka_val` for val."""
+    return name if split == TEST else f"{name}_{split}"
 
 
 def trajectory_note(trajectory: TrajectoryPlan) -> str:
@@ -129,6 +136,8 @@ def trajectory_note(trajectory: TrajectoryPlan) -> str:
         lines.append(f"Technique: **{trajectory.technique}**{f' ({params})' if params else ''}.")
     tasks = [f"t={point.t} {point.task}" for point in trajectory.points if point.t > 0]
     shown = tasks if len(tasks) <= 12 else [*tasks[:11], "…", tasks[-1]]
+    if trajectory.split != TEST:
+        lines.append(f"All scores are on the **{trajectory.split}** split.")
     lines.append(f"The step of every metric is the time step t: t=0 is the base, {', '.join(shown)}.")
     return "\n\n".join(lines)
 

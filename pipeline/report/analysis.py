@@ -12,10 +12,10 @@ from scipy.stats import t as student
 
 from pipeline.expand import JOINT_TASK
 
-METRICS = ("ka", "zs", "gm", "forgetting", "bwt")
+METRICS = ("ka", "zs", "gm", "forgetting", "bwt", "zs_replayed", "zs_never_replayed")
 DESCRIBED = (
     "group", "name", "model", "init", "deploy", "technique", "params", "budget", "steps_per_task", "stream", "tasks",
-    "axes",
+    "axes", "split",
 )  # fmt: skip
 SLICE = ("model", "budget", "stream", "axes")
 """What two trajectories must share before their strategies are compared."""

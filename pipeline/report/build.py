@@ -7,6 +7,7 @@ not scored yet is said, and a figure that cannot be drawn is named with the reas
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,17 @@ from pipeline.report import figures as draw
 from pipeline.report.cost import costs, elapsed
 from pipeline.report.figures import Data, Figure, NoData
 from pipeline.report.page import page, records, spec_of, svg_of
-from pipeline.results import ReadOnce, results, sentence_of
+from pipeline.results import OF_GROUPS, ReadOnce, on_split, results, sentence_of, splits_of
 from pipeline.status import open_plan, open_store
-from pipeline.steps import total_gflops
+from pipeline.steps import TEST, VAL, total_gflops
 from pipeline.store import Store
 from pipeline.timeline import read_timeline
 from pipeline.versions import counted, mixed_text
 
 EXPERTS = 12
 """More experts than this make a heat map nobody reads; the first are compared."""
+UNSCORED = ("sharing", "similarity")
+"""Figures that show no scores, and so are the same on every split."""
 POINTS = (
     "group",
     "t",
@@ -45,24 +48,26 @@ POINTS = (
     "ka",
     "zs",
     "gm",
+    *OF_GROUPS,
 )
 LAST = (
     "group", "t", "shown", "reference", "front", "model", "init", "deploy", "technique", "budget", "strategy", "ka", "zs",
-    "gm", "forgetting", "bwt",
+    "gm", "forgetting", "bwt", *OF_GROUPS,
 )  # fmt: skip
-SCORES = ("trajectory", "t", "dataset", "role", "score")
+SCORES = ("trajectory", "t", "dataset", "role", "zero_shot", "score")
 
 
-def build_report(out: Path) -> dict[str, Any]:
-    """Write OUT/report. Raises UserError if OUT holds no run or nothing was scored yet.
+def build_report(out: Path, split: str | None = None) -> dict[str, Any]:
+    """Write OUT/report, of the scores on one split. Raises UserError if OUT holds no run or nothing was scored yet.
 
-    {"html", "figures", "tables": paths, "missing": {title: why it was not drawn}, "complete", "advice"}.
+    {"html", "split", "figures", "tables": paths, "missing": {title: why it was not drawn}, "complete", "advice"}.
     """
     plan, store = open_plan(out), open_store(out)
     read = ReadOnce(store)
     found = (read.record(step.kind, step.fingerprint) for step in plan.steps.values())
     made = [record for record in found if record is not None]
-    return write_report(out, plan, results(plan, read), lambda best: compare(plan, store, best), made)
+    answer = results(plan, read)
+    return write_report(out, plan, answer, lambda best: compare(plan, store, best), made, split)
 
 
 def file_report(out: Path, answer: Mapping[str, Any]) -> tuple[int, str | None]:
@@ -80,21 +85,23 @@ def write_report(
     answer: Mapping[str, Any],
     compared: Callable[[str], pd.DataFrame | None] = lambda best: None,
     made: Sequence[Record] = (),
+    split: str | None = None,
 ) -> dict[str, Any]:
     """As `build_report`, of results that are at hand; `compared` gives the pairs of experts of a trajectory, `made` are the
-    records of the steps that are done."""
-    try:
-        data = draw.prepare(answer)
-    except NoData as why:
-        raise UserError(
-            f"{out} has nothing to report: {why}; run the study further (`temporal-merge run`), "
-            f"`temporal-merge status {out}` says how far it is"
-        ) from None
+    records of the steps that are done.
+
+    A report is of one split, `split` or else the first that is scored, for scores on two of them are not comparable. One on val
+    lies in OUT/report-val where there are scores on test as well.
+    """
+    splits, split = splits_of(answer), _split_to_show(answer, split)
+    data, answer = _prepared(out, plan, answer, split), on_split(answer, split)
     drawn, missing = draw_all(data, plan, compared)
+    if split == VAL:
+        drawn = [f if f.name in UNSCORED else replace(f, title=f"{f.title} (on {VAL})") for f in drawn]
     timeline = _timeline(out)
     spent = costs(plan, made, timeline)
     advice = f"{data.advice.sentence} {cost(plan, data.best, timeline)}"
-    final = out / "report"
+    final = out / ("report" if split == splits[0] else f"report-{split}")
     stage = out / ".report.partial"
     shutil.rmtree(stage, ignore_errors=True)
     written = _write(stage, data, drawn, spent)
@@ -103,6 +110,7 @@ def write_report(
     text = page(
         plan.study,
         f"{len(answer['trajectories'])} trajectories, {len(data.last)} groups that differ in more than the seed"
+        + _which(out, split, splits)
         + "".join(f". {text}" for base in answer.get("bases", ()) if (text := sentence_of(base)))
         + "".join(f". {note}" for note in notes_of(made)),
         partial,
@@ -119,11 +127,65 @@ def write_report(
     stage.replace(final)
     return {
         "html": str(final / "report.html"),
+        "split": split,
         **{kind: [str(final / kind / name) for name in names] for kind, names in written.items()},
         "missing": missing,
         "complete": answer["complete"],
         "advice": advice,
     }
+
+
+def _split_to_show(answer: Mapping[str, Any], asked: str | None) -> str:
+    """The split that was asked for, else the first on which something is scored. Raises UserError."""
+    splits = splits_of(answer)
+    if asked not in (None, *splits):
+        raise UserError(f"--split {asked}: the study is scored on {' and '.join(splits)}, so choose that")
+    begun = (s for s in splits if any(one["steps"] for one in on_split(answer, s)["trajectories"]))
+    return asked or next(begun, splits[0])
+
+
+def _prepared(out: Path, plan: Plan, answer: Mapping[str, Any], split: str) -> Data:
+    """What the figures of one split draw; the advice on test is chosen on val where that is scored too."""
+    try:
+        data = draw.prepare(on_split(answer, split))
+    except NoData as why:
+        raise UserError(
+            f"{out} has nothing to report: {why}; run the study further (`temporal-merge run`), "
+            f"`temporal-merge status {out}` says how far it is"
+        ) from None
+    chosen = None if split == VAL else choose(plan, answer, data)
+    if chosen is None:
+        return data
+    return replace(data, advice=replace(data.advice, sentence=chosen[1]), best=chosen[0])
+
+
+def choose(plan: Plan, answer: Mapping[str, Any], data: Data) -> tuple[str, str] | None:
+    """Chosen on val, judged on test: the trajectory on test (`data` are its scores) that serves what is best on val, and the
+    advice. None where nothing is scored on val, or what serves the same is not scored on test yet."""
+    try:
+        on_val = draw.prepare(on_split(answer, VAL))
+    except NoData:
+        return None
+    named = {trajectory.id: trajectory for trajectory in plan.trajectories}
+    twin = plan.served_alike(named[on_val.best], TEST)
+    if twin is None or twin.group not in set(data.last["group"]):
+        return None
+    val = on_val.last.set_index("group").loc[on_val.advice.group]
+    test = data.last.set_index("group").loc[twin.group]
+    best = data.last.set_index("group").loc[data.advice.group]
+    sentence = f"Deploy {twin.group}: chosen on {VAL} (GM {val['gm']:.3f} at t={val['t']}); on {TEST} its GM is {test['gm']:.3f} at t={test['t']}"
+    if data.advice.group != twin.group:
+        sentence += f", {best['gm'] - test['gm']:.3f} below the best there, {data.advice.group}, which was not known when choosing"
+    return twin.id, f"{sentence}."
+
+
+def _which(out: Path, split: str, splits: Sequence[str]) -> str:
+    """Which split the scores are on, where it goes without saying for nobody."""
+    others = [one for one in splits if one != split]
+    if not others and split == TEST:
+        return ""
+    see = "".join(f"; for those on {one}: temporal-merge report {out} --split {one}" for one in others)
+    return f". Scores are on the {split} split{see}"
 
 
 def notes_of(made: Sequence[Record]) -> list[str]:
@@ -229,7 +291,8 @@ def _timeline(out: Path) -> list[dict[str, Any]]:
 
 def _unfinished(plan: Plan, answer: Mapping[str, Any]) -> str:
     there = sum(len(trajectory["steps"]) for trajectory in answer["trajectories"])
-    total = sum(len(trajectory.points) for trajectory in plan.trajectories)
+    shown = {trajectory["id"] for trajectory in answer["trajectories"]}
+    total = sum(len(trajectory.points) for trajectory in plan.trajectories if trajectory.id in shown)
     return (
         f"The study is not finished: {there} of {total} points are scored. This report is of what is there, and its "
         "advice may change; a group stands at the last t that all its seeds have reached."

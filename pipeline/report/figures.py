@@ -7,6 +7,7 @@ data instead of holding them, so that a page carries each row once; scores are f
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import altair as alt
@@ -15,6 +16,7 @@ import pandas as pd
 from merge_service.similarity import CLASH_CONFLICT, CLASH_COSINE
 from pipeline.expand import JOINT_TASK
 from pipeline.report import analysis, frames
+from pipeline.results import OF_GROUPS
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C7F00")
 """Okabe and Ito's, the best group first; their yellow is darkened to be legible on white, black is the references'."""
@@ -68,6 +70,7 @@ def prepare(answer: Mapping[str, Any]) -> Data:
     coloured = last[~last["reference"]].nlargest(len(COLOURS), "gm")["group"]
     last["shown"] = last["group"].where(last["group"].isin(coloured) | last["reference"], OTHER)
     last["strategy"] = last["init"] + " → " + last["deploy"]
+    grouped = chain.from_iterable(answer.get("zero_shot_groups", {}).values())
     of_group = last.set_index("group")[["shown", "reference", "joint"]]
     return Data(
         points.join(of_group, on="group", how="inner"),
@@ -75,7 +78,7 @@ def prepare(answer: Mapping[str, Any]) -> Data:
         frames.scores(answer),
         advice,
         points.loc[points["group"] == advice.group, "trajectory"].iloc[0],
-        (*answer["adaptation"], *(name for name in answer["held_out"] if name not in answer["adaptation"])),
+        tuple(dict.fromkeys((*answer["adaptation"], *grouped, *answer["held_out"]))),
     )
 
 
@@ -115,7 +118,7 @@ def plane(data: Data) -> Figure:
         "Diamonds are references, circles on the dashed line the Pareto front at the last t: no other group is better in both.",
         chart,
         ("points", "last"),
-        data.last[["group", "t", "seeds", "ka", "zs", "gm", "front", "reference"]],
+        data.last[["group", "t", "seeds", "ka", "zs", "gm", "front", "reference", *OF_GROUPS]],
     )
 
 
@@ -163,7 +166,7 @@ def matrix(data: Data) -> Figure:
     base = _named("scores").transform_filter("datum.trajectory == chosen").encode(
         alt.X("t:O", title="t (tasks seen)", axis=alt.Axis(labelAngle=0)),
         alt.Y("dataset:N", title=None, sort=list(data.datasets), axis=alt.Axis(labelLimit=220)),
-        tooltip=["dataset:N", "role:N", "t:O", alt.Tooltip("score:Q", format=".3f")],
+        tooltip=["dataset:N", "role:N", "zero_shot:N", "t:O", alt.Tooltip("score:Q", format=".3f")],
     )  # fmt: skip
     colour = alt.Color(
         "score:Q",
@@ -178,7 +181,7 @@ def matrix(data: Data) -> Figure:
     return Figure(
         "matrix",
         "Accuracy per dataset over time",
-        "Darker is better. Rows are the tasks in the order of the study, then the held-out sets; a row that pales to the right is being forgotten.",
+        "Darker is better. Rows are the tasks in the order of the study, then the held-out sets, replayed ones first; a row that pales to the right is being forgotten.",
         chart,
         ("scores",),
         data.scores,
@@ -425,7 +428,7 @@ def _colour(data: Data, references: bool = False) -> Any:
 
 
 def _tooltip() -> list[Any]:
-    return ["group:N", "t:O", *(alt.Tooltip(f"{metric}:Q", format=".3f") for metric in ("ka", "zs", "gm"))]
+    return _tooltip_t("ka", "zs", "gm", *OF_GROUPS)
 
 
 def _tooltip_t(*metrics: str) -> list[Any]:

@@ -18,9 +18,15 @@ import pandas as pd
 import vl_convert
 
 from pipeline.report.figures import AXES, Figure
+from pipeline.results import OF_GROUPS
 
 DIGITS = 4
 STANDING_ROWS = 12
+STANDING = {
+    "ka": "KA", "zs": "ZS", "zs_replayed": "ZS replayed", "zs_never_replayed": "ZS never replayed", "gm": "GM",
+    "forgetting": "Forgetting", "bwt": "Backward transfer",
+}  # fmt: skip
+"""Columns of the table of standings; those of the groups are shown where both groups hold sets."""
 
 
 def spec_of(figure: Figure) -> dict[str, Any]:
@@ -82,7 +88,7 @@ def page(
         partial=f'<p class="partial">{html.escape(partial)}</p>' if partial else "",
         advice=html.escape(advice),
         more=more,
-        standing=_standing(last),
+        standing=standings(last),
         cost=_cost(spent),
         sections="\n".join([_section(f, command) for f in figures] + [_absent(*m) for m in missing.items()]),
         payload=json.dumps(payload, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
@@ -104,12 +110,14 @@ def _absent(title: str, why: str) -> str:
     return f'<section><h2>{html.escape(title)}</h2><p class="missing">Not drawn: {html.escape(why)}.</p></section>'
 
 
-def _standing(last: pd.DataFrame) -> str:
-    head = "".join(f"<th>{name}</th>" for name in ("Group", "t", "Seeds", "KA", "ZS", "GM", "Forgetting", "Backward transfer"))  # fmt: skip
+def standings(last: pd.DataFrame) -> str:
+    """The table of the best groups; ZS of each group of held-out sets has a column where both have a score."""
+    shown = STANDING if last[list(OF_GROUPS)].notna().any().all() else {m: n for m, n in STANDING.items() if m not in OF_GROUPS}  # fmt: skip
+    head = "".join(f"<th>{name}</th>" for name in ("Group", "t", "Seeds", *shown.values()))
     lines = []
     for row in last.nlargest(STANDING_ROWS, "gm").to_dict("records"):
         cells = [html.escape(row["group"]) + (" (reference)" if row["reference"] else ""), str(row["t"]), str(row["seeds"])]  # fmt: skip
-        cells += [_score(row[metric], row[f"{metric}_ci"]) for metric in ("ka", "zs", "gm", "forgetting", "bwt")]  # fmt: skip
+        cells += [_score(row[metric], row[f"{metric}_ci"]) for metric in shown]
         lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
 

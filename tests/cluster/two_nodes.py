@@ -3,10 +3,12 @@
     python -m tests.cluster.two_nodes            (as root; about two minutes)
 
 A study is submitted from a third machine, which then dies; a new client attaches to the same job; experts have run on
-both nodes; every checkpoint and score equals, bit for bit, those of an ordinary local run.
+both nodes; every checkpoint and score equals, bit for bit, those of an ordinary local run. One worker is suspended until
+the new client is attached: the job cannot end before, however fast the nodes are.
 """
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -18,6 +20,7 @@ from typing import Any
 
 from pipeline.timeline import read_timeline
 from tests.cluster.nodes import DASHBOARD, NEEDS, TwoNodes, possible, two_nodes
+from tests.faults.harness import process_facts, wait_until
 from tests.world import STRATEGIES, artifacts, command, make_world
 
 
@@ -34,13 +37,15 @@ def scenario(home: Path) -> dict[str, Any]:
     )
     out, local = home / "shared" / "out", home / "local"
     seen: dict[str, Any] = {}
-    with two_nodes(home) as nodes:
+    suspended = home / "suspended"
+    second_expert = {"train.start": {"at": 2, "do": "stop", "marker": str(suspended)}}
+    with two_nodes(home, {"TEMPORAL_MERGE_FAULTS": json.dumps(second_expert)}) as nodes:
         seen["seconds_to_start"] = round(time.monotonic() - began, 1)
         seen["killed_after"] = _submit_and_die(nodes, seat, study, out)
         status = _ask(nodes, seat, "status", out, "--address", DASHBOARD, "--json")
         assert status["job"]["state"] == "running", status
         seen["job"], seen["steps_done_at_kill"] = status["job"]["id"], status["steps"]["done"]
-        answer = _ask(nodes, seat, "submit", study, "--address", DASHBOARD, "--out", out, "--json")
+        answer = _attach(nodes, seat, study, out, suspended)
         assert answer["attached"] and answer["job"] == seen["job"] and answer["exit_code"] == 0, answer
         seen["expert_nodes"] = _expert_nodes(out)
     seen["seconds_on_cluster"] = round(time.monotonic() - began, 1)
@@ -75,6 +80,27 @@ def _submit_and_die(nodes: TwoNodes, seat: Path, study: Path, out: Path) -> str:
             client.wait(20)
             return line.strip()
     raise AssertionError(f"the study ended before the client could be killed: {''.join(lines)[-3000:]}")
+
+
+def _attach(nodes: TwoNodes, seat: Path, study: Path, out: Path, suspended: Path) -> Any:
+    """Submit again, let the suspended worker go on once the client says that it is attached: the client's answer."""
+    argv = ("submit", study, "--address", DASHBOARD, "--out", out, "--json")
+    client = nodes.client(*argv, cwd=seat, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert client.stderr is not None
+    first = client.stderr.readline()
+    wait_until(
+        lambda: suspended.exists() and suspended.read_text(), "no worker reached its second expert", 60
+    )
+    pid = int(suspended.read_text())
+    wait_until(lambda: process_facts(pid)[0] == "T", "the worker is not suspended")
+    os.kill(pid, signal.SIGCONT)
+    try:
+        said, errors = client.communicate(timeout=240)
+    except BaseException:
+        client.kill()
+        raise
+    assert client.returncode == 0, f"{argv}: {said}{first}{errors}"
+    return json.loads(said)
 
 
 def _ask(nodes: TwoNodes, seat: Path, *arguments: Any) -> Any:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.addresses import redact, secret_in
+from pipeline.addresses import redact, refuse_unusable_tracker, secret_in
 from pipeline.config import study_from
 from pipeline.errors import ConfigError
 from pipeline.outbox import FILE, Outbox
@@ -76,6 +76,28 @@ def test_address_that_is_none_is_refused_without_repeating_it() -> None:
     with pytest.raises(ValueError, match="no address") as caught:
         secret_in("http://[::1")
     assert "::1" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("./mlruns", "is a folder.*leave it out.*sqlite:"),
+        ("/shared/mlruns", "is a folder"),
+        ("file:///shared/mlruns", "is a folder"),
+        ("mlruns:today/x", "'mlruns', for which MLflow has no tracking store"),
+        ("htp://host:5000", "'htp', for which MLflow has no tracking store; it has databricks, http"),
+        ("s3://bucket/mlruns", "'s3', for which"),
+    ],
+)
+def test_tracker_that_mlflow_cannot_use_is_refused_when_the_study_is_read(address: str, says: str) -> None:
+    tree = study(["zero_shot"], tasks=2).model_dump(mode="json") | {"grid": {"strategies": ["zero_shot"]}}
+    with pytest.raises(ConfigError, match=f"tracking.*{says}"):
+        study_from(tree | {"tracking": {"uri": address}})
+
+
+@pytest.mark.parametrize("address", [one for one in WITHOUT if one != "./mlruns"])
+def test_tracker_that_mlflow_can_use_is_taken(address: str) -> None:
+    refuse_unusable_tracker(address)
 
 
 def test_messages_hold_no_credentials_and_keep_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,7 @@ def finished_study(
         }
     ).resolved()
     names = (*tasks, *HELD_OUT, "letters")
-    datasets = {name: DatasetFacts({s: digest(name + s) for s in ("train", "test")}) for name in names}
+    datasets = {name: DatasetFacts({s: digest(name + s) for s in ("train", "test", "val")}) for name in names}
     plan = make_plan(study, Facts(datasets, defaultdict(lambda: ModelFacts(digest("base"))), {}))
     out.mkdir(parents=True, exist_ok=True)
     store = Store(out / "store")

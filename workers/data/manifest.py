@@ -20,6 +20,7 @@ from workers.data.cache import Access, cache_root, recall, remember
 from workers.data.contents import REVISION, Survey, check_label, inspect, together
 from workers.data.lines import class_names, filled_lines, stated_number
 from workers.data.tarscan import ShardError
+from workers.data.zero_shot import GROUPS, misfit
 
 MANIFEST_FILE = "manifest.json"
 SUITE_FILE = "suite.json"
@@ -79,9 +80,10 @@ def folder(root: str | Path, dataset: str) -> Path:
 
 
 def read_suite(root: str | Path) -> dict[str, Any]:
-    """`suite.json` of a root: {"name", "roles": {"pretraining"|"adaptation"|"held_out": [dataset, ...]}, ...}.
+    """`suite.json` of a root: {"name", "roles": {"pretraining"|"adaptation"|"held_out": [dataset, ...]}, ...}, and, if it states
+    them, "zero_shot_groups": {"replayed"|"never_replayed": [dataset, ...]}.
 
-    Raises UserError if there is none or a role is missing.
+    Raises UserError if there is none, a role is missing, or a held-out set is not in exactly one group.
     """
     path = Path(root) / SUITE_FILE
     if not path.is_file():
@@ -93,14 +95,25 @@ def read_suite(root: str | Path) -> dict[str, Any]:
     roles = suite.get("roles")
     if not isinstance(roles, dict) or set(roles) != set(ROLES):
         raise UserError(f"{path}: `roles` must hold exactly {', '.join(ROLES)}")
-    for role, names in roles.items():
+    _check_names(path, "roles", roles)
+    groups = suite.get("zero_shot_groups")
+    if groups is not None:
+        if not isinstance(groups, dict) or set(groups) != set(GROUPS):
+            raise UserError(f"{path}: `zero_shot_groups` must hold exactly {' and '.join(GROUPS)}")
+        _check_names(path, "zero_shot_groups", groups)
+        if wrong := misfit(groups, roles["held_out"], roles["pretraining"]):
+            raise UserError(f"{path}: `zero_shot_groups`: {wrong}")
+    return suite
+
+
+def _check_names(path: Path, key: str, lists: Mapping[str, Any]) -> None:
+    for what, names in lists.items():
         if (
             not isinstance(names, list)
             or not all(_is_name(name) for name in names)
             or len(set(names)) < len(names)
         ):
-            raise UserError(f"{path}: `roles.{role}` must list names of datasets, each once")
-    return suite
+            raise UserError(f"{path}: `{key}.{what}` must list names of datasets, each once")
 
 
 def describe(root: str | Path, dataset: str, cache: str | Path | None = None) -> DatasetInfo:

@@ -45,7 +45,7 @@ def notes(info: DatasetInfo, surveys: Mapping[str, Survey]) -> list[str]:
         for kind, count in survey.pictures:
             what = f"{count:,} of {survey.samples:,} pictures of {split} are {kind}"
             said.append(f"{what}: {pictures.KINDS[kind]}")
-        if split == "test":
+        if split != "train":
             said += _of_copies(split, survey)
     return [f"dataset {info.name!r}: {text}" for text in said]
 
