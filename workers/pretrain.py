@@ -41,7 +41,7 @@ def pretrain(
     given = {"root": root, "seed": seed}
     settings = settings.model_copy(update={key: value for key, value in given.items() if value is not None})
     roles = read_suite(settings.root)["roles"]
-    work = out / f"work-{_digest(settings)}"
+    work = out / f"work-{_digest(settings, recipe_file.parent / CONFIG_FILE)}"
     _admit(recipe_file, settings, roles, work / "cache")
     work.mkdir(parents=True, exist_ok=True)
     training = _Training(settings, recipe_file.parent, work, roles["held_out"])
@@ -249,8 +249,8 @@ def _admit(recipe_file: Path, settings: Pretraining, roles: Mapping[str, Sequenc
             split_of(describe(settings.root, name, cache), split)
 
 
-def _digest(settings: Pretraining) -> str:
-    return hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:12]
+def _digest(settings: Pretraining, config: Path) -> str:
+    return hashlib.sha256(settings.model_dump_json().encode() + config.read_bytes()).hexdigest()[:12]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from workers.data.zero_shot import derived
 from workers.pretrain_recipe import Copies, Pretraining
 
-GROUPS = ("replayed", "never replayed", "tasks")
 NOTES = {
     "photos_a": "patches of another region of the photographs whose other regions were taught",
     "icons": "filled icons, most of which were taught as outlines only",
@@ -30,22 +30,27 @@ def page(recipe_file: Path, settings: Pretraining, result: Mapping[str, Any]) ->
         settings.recipe.batch_size,
     )
     checks = "\n".join(f"| {step} | {score:.4f} |" for step, score in result["checks"])
-    notes = "; ".join(f"`{name}`: {NOTES[name]}" for name in result["roles"]["held_out"] if name in NOTES)
+    notes = "\n".join(f"- `{name}`: {NOTES[name]}." for name in result["roles"]["held_out"] if name in NOTES)
     return f"""# {recipe_file.resolve().parent.name}: a base checkpoint of the mini suite
 
-Written by `python -m workers.pretrain {recipe_file} --out DIR`: the weights, `scores.json` and this page. The same command writes
-equal bytes on an equal machine; `--seed S` makes the base of another seed. It opens with
-`open_clip.create_model_and_transforms("local-dir:DIR")`.
+This command wrote the weights, `scores.json` and this page; it writes equal bytes on an equal machine. `--seed S` makes the base of
+another seed.
 
-{weights["all"]:,} weights, of which {weights["token_table"]:,} are the table of tokens; stored in {settings.storage}.
+```sh
+python -m workers.pretrain {recipe_file} --out DIR
+```
 
-**Taught** were training splits of the pretraining pool, which experts may replay ({_copies(settings.pool)}), and of sets that only
-the base is taught ({_copies(settings.base_only)}; xN: N altered copies of each picture). Seed {result["seed"]}.
+The base opens with `open_clip.create_model_and_transforms("local-dir:DIR")`. It has {weights["all"]:,} weights, of which
+{weights["token_table"]:,} are the table of tokens, stored in {settings.storage}.
 
-**When to stop.** Every {rule.every} steps of {batch} pictures the mean zero-shot score over the validation splits of the held-out
-sets is measured. Training ends when this mean has not risen by {rule.rise:g} in {rule.patience} checks in a row, or after {rule.steps:,}
-steps. The best check is kept. No test split takes part. Training ended after {train["steps"]:,} steps ({train["samples"]:,} pictures);
-the check at step {result["kept"]:,} is kept. All of it took {result["minutes"]} minutes of one core.
+**Taught** were training splits, in altered copies (xN: N of each picture); seed {result["seed"]}.
+Of the pretraining pool, which experts may replay: {_copies(settings.pool)}.
+Of sets that only the base is taught: {_copies(settings.base_only)}.
+
+**When to stop.** Every {rule.every} steps of {batch} pictures the mean zero-shot score over the validation splits of the held-out sets is
+measured. Training ends when this mean has not risen by {rule.rise:g} in {rule.patience} checks in a row, or after {rule.steps:,} steps. The best check is
+kept. No test split takes part. Training ended after {train["steps"]:,} steps ({train["samples"]:,} pictures); the check at step {result["kept"]:,} is kept.
+All of it took {result["minutes"]} minutes of one core.
 
 | step | mean on validation |
 |---|---|
@@ -53,19 +58,20 @@ the check at step {result["kept"]:,} is kept. All of it took {result["minutes"]}
 
 ## Zero-shot scores
 Top-1 accuracy on whole splits; for retrieval recall@5, as the mean of both directions. The validation splits chose the weights, the
-test splits did not. Tasks are the sets of the stream, of
-which a base need not know anything; they take no part in the rule.
+test splits did not. Tasks are the sets of the stream; nothing of them was taught.
 
 {table(result)}
 
-What the tests of the held-out sets show: {notes or "see the suite"}.
+What the tests of the held-out sets show:
+
+{notes or "see the suite"}
 """
 
 
 def table(result: Mapping[str, Any]) -> str:
     """The scores as a Markdown table, held-out sets first, by group; chance is that of the test split."""
     lines = ["| group | dataset | test images | zero-shot, test | zero-shot, validation | chance |", "|---|---|---|---|---|---|"]  # fmt: skip
-    for group, names in zip(GROUPS, groups(result["roles"]), strict=True):
+    for group, names in _groups(result["roles"]).items():
         for name in names:
             lines.append(
                 f"| {group} | {name} | {result['samples'][name]} | {result['scores'][name]:.3f} "
@@ -76,10 +82,11 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def groups(roles: Mapping[str, list[str]]) -> tuple[list[str], list[str], list[str]]:
-    """The held-out sets whose training side experts may replay, those of which they see nothing, and the tasks."""
-    replayed = [name for name in roles["held_out"] if name in roles["pretraining"]]
-    return replayed, [name for name in roles["held_out"] if name not in replayed], list(roles["adaptation"])
+def _groups(roles: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
+    held_out = derived(roles["held_out"], roles["pretraining"])
+    return {group.replace("_", " "): names for group, names in held_out.items()} | {
+        "tasks": roles["adaptation"]
+    }
 
 
 def _mean(scores: Mapping[str, float], names: Sequence[str]) -> str:

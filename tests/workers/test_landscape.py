@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.workers.model_helpers import Toys
-from workers.scoring.landscape import along, second_difference
 from workers.training.expert import train_expert
+from workers.training.landscape import along, second_difference
 
 
 def test_loss_falls_on_the_new_task_and_the_way_has_the_ends_of_its_models(toys: Toys, out: Path) -> None:

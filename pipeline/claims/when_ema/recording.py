@@ -117,7 +117,7 @@ class Experts:
             yield row
 
     def _losses(self, job: TrainJob, record: Record, earlier: list[Source]) -> dict[str, float]:
-        from workers.scoring.landscape import along
+        from workers.training.landscape import along
 
         root = str(Path(self.workspace.study.data_root).absolute())
         pool = [Source(root, name, "train") for name in self.workspace.study.roles.pretraining]
