@@ -65,7 +65,7 @@ def _plan(name: str) -> list[Any]:
     names = (*study.learnt, *roles.pretraining, *roles.adaptation, *roles.held_out)
     datasets = {
         name: DatasetFacts(
-            {split: fingerprint([name, split]) for split in ("train", "test")}, fingerprint(name), {}
+            {split: fingerprint([name, split]) for split in ("train", "test", "val")}, fingerprint(name), {}
         )
         for name in names
     }
