@@ -21,7 +21,6 @@ from merge_service.engine.places import Places
 from merge_service.engine.reader import Reader
 from merge_service.engine.task import MergeTask
 from merge_service.techniques.place import Election, Place, State
-from merge_service.techniques.rules import sparsify
 
 
 def site_of(device: str | None) -> Host:
@@ -93,7 +92,7 @@ class Compute:
                 x = site.read(expert.weights, rows, compute, f"expert {expert.order}")
                 finite.append((expert.order, site.finite(x)))
                 if base is not None:
-                    x = sparsify(xp, task.technique, task.params, x - base, self.places.of(expert, rows))
+                    x = task.thin.apply(xp, x - base, self.places.of(expert, rows))
                 rule.add(xp, state, x[cut], places[expert.order])
             self.reader.refuse([order for order, fine in finite if not bool(fine)])
             if held is not None:

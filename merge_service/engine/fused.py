@@ -14,7 +14,7 @@ from merge_service.blocks.spans import Scratch, Span
 from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.engine.task import MergeTask
 from merge_service.techniques.place import Election, Place, State
-from merge_service.techniques.rules import bounds, by_rows, is_trimmed, rescaling
+from merge_service.techniques.thinning import bounds, rescaling
 
 _KINDS = {"F32": kernels.F32, "F16": kernels.F16, "BF16": kernels.BF16, "F64": kernels.F64}
 
@@ -45,9 +45,8 @@ class Fused:
 
     @classmethod
     def of(cls, task: MergeTask) -> "Fused | None":
-        """The loops for a task, None where there are none for its rule."""
-        by_blocks = not by_rows(task.technique, task.params) and not is_trimmed(task.params)
-        return cls(task) if task.rule.kernel is not None and by_blocks else None
+        """The loops for a task, None where there are none for its rule or for how it thins out."""
+        return cls(task) if task.rule.kernel is not None and task.thin.fused else None
 
     def fits(self, name: str) -> bool:
         """Whether the loops can work on this tensor: they compute in float32 and read numbers where they lie."""

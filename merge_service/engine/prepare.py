@@ -5,7 +5,6 @@ All of it is asked for with questions whose answers add up over parts of a model
 Invariant: nothing here touches a block, and what is found is exact.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from merge_service.blocks.questions import (
@@ -17,7 +16,6 @@ from merge_service.blocks.questions import (
     Limits,
     Products,
     Quantity,
-    Ranks,
     Summed,
     Sums,
     Window,
@@ -25,80 +23,29 @@ from merge_service.blocks.questions import (
 from merge_service.blocks.search import search
 from merge_service.engine.task import MergeTask
 from merge_service.techniques import spherical
-from merge_service.techniques.ranks import (
-    band_ranks,
-    clamp_ranks,
-    crumb_ranks,
-    differing_ranks,
-    score_ranks,
-    trim_ranks,
-)
-from merge_service.techniques.rules import is_trimmed
+from merge_service.techniques.ranks import clamp_ranks, differing_ranks, score_ranks
+from merge_service.techniques.thinning import everywhere, thresholds
 
 
 def prepare(task: MergeTask, ask: Ask, found: Findings = Findings()) -> Findings:
     """Everything that the blocks of a task depend on besides it. Thresholds that are in `found` already are not looked for."""
     if task.technique.depth and task.merged:
         _ = task.factors  # refuses names that say no depth, before anything is looked at
-    wide = any(task.compute(name).itemsize == 8 for name, _ in task.combined)
     params, combine = task.params, task.technique.combine
-    ranks = magnitude_ranks(task)
-    if ranks:
-        frozen = params.get("count_frozen", True)
-        unknown = {key: rank for key, rank in _everywhere(task, ranks).items() if key not in found.thresholds}
-        found = found.with_(thresholds=search(unknown, ask, Quantity(wide=wide), count_frozen=frozen))
-    if params.get("rescale") == "l1" and params["density"] < 1:
-        found = found.with_(gains=_gains(task, ask, found, wide))
-    if is_trimmed(params):
-        quantity = Quantity("thinned", wide, given=found)
-        trims = _everywhere(task, trim_ranks(params["trim"]))
-        found = found.with_(thresholds=search(trims, ask, quantity, count_frozen=True))
+    found = task.thin.prepare(ask, task, found)
     if combine == "select" and task.inputs:
         if params["density"] < 1:
             found = found.with_(thresholds=_variances(task, ask))
         found = found.with_(gains=_energies(task, ask, found))
     if combine == "balance":
+        clamps = thresholds(ask, task, clamp_ranks(params["winsorize"]), found)
+        found = found.with_(thresholds=clamps)
         quantity = Quantity("score", wide=True, signed=True, joint=True, given=found)
-        scores = _everywhere(task, score_ranks(params["density"]))
+        scores = everywhere(task, score_ranks(params["density"]))
         found = found.with_(scores=search(scores, ask, quantity, count_frozen=True))
     if len(task.inputs) > 1 and spherical.turns_anything(task.technique, params):
         found = found.with_(turns=_turns(task, ask))
     return found
-
-
-def magnitude_ranks(task: MergeTask) -> Ranks | None:
-    """Which ranks bound the magnitudes of every group and expert; None where nothing is ranked."""
-    params, sparsify = task.params, task.technique.sparsify
-    if params.get("granularity") == "row":
-        return None
-    if task.technique.combine == "balance":
-        return clamp_ranks(params["winsorize"])
-    if sparsify == "magnitude":
-        ranks = trim_ranks(params["density"])
-    elif sparsify == "band":
-        ranks = band_ranks(params["density"], params["outliers"])
-    elif sparsify == "crumbs":
-        ranks = crumb_ranks(params["density"], params["outliers"])
-    else:
-        return None
-    return None if ranks(10**9) == (None, None) else ranks
-
-
-def _everywhere(task: MergeTask, ranks: Ranks) -> Mapping[Key, Ranks]:
-    return {(group, expert.order): ranks for expert in task.inputs for group in task.group_sizes}
-
-
-def _gains(task: MergeTask, ask: Ask, found: Findings, wide: bool) -> dict[tuple[str, int], float]:
-    """Factors that give every tensor its L1 norm back after a random drop; 1 where nothing is left."""
-    quantities = Quantity("magnitude", wide, given=found), Quantity("thinned", wide, given=found)
-    sums = ask(Sums(quantities))
-    assert isinstance(sums, Summed)
-    gains = {}
-    for name, _ in task.combined:
-        for expert in task.inputs:
-            whole, left = (sums.total(what, name, expert.order) for what in ("magnitude", "thinned"))
-            gains[name, expert.order] = whole / left if left else 1.0
-    return gains
 
 
 def _variances(task: MergeTask, ask: Ask) -> dict[Key, Limits]:

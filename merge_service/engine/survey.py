@@ -42,7 +42,6 @@ from merge_service.engine.reader import Reader
 from merge_service.engine.task import Input, MergeTask
 from merge_service.techniques.joint import score, selected, variance
 from merge_service.techniques.place import Place
-from merge_service.techniques.rules import sparsify
 
 BLOCK = 1 << 17
 """Elements per span of a counting pass: the base's stay in a core's cache while every expert is held against them."""
@@ -203,11 +202,11 @@ class Surveyor:
 
     def _measure(self, quantity: Quantity, order: int, blocks: Blocks) -> np.ndarray:
         """A quantity of one expert (of all, for a variance), of the type it is ranked or summed in."""
-        technique, params = self.task.technique, self.task.params
+        params = self.task.params
         if quantity.name == "magnitude":
             return np.abs(blocks.one(order))
         if quantity.name == "thinned":
-            return np.abs(sparsify(np, technique, params, blocks.one(order), blocks.places[order]))
+            return np.abs(self.task.thin.apply(np, blocks.one(order), blocks.places[order]))
         if quantity.name == "energy":
             return np.square(blocks.selected[order], dtype=np.float64)
         if quantity.name == "variance":

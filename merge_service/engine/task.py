@@ -20,8 +20,9 @@ from merge_service.checkpoints.buffers import buffers
 from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.ties import Ties, tie
 from merge_service.techniques.definition import Technique
-from merge_service.techniques.rules import Combine, Mean, by_rows, combination
+from merge_service.techniques.rules import Combine, Mean, combination
 from merge_service.techniques.tensorwise import TENSOR_RULES, TensorRule
+from merge_service.techniques.thinning import KeepAll
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,21 @@ class MergeTask:
     def source(self) -> Checkpoint:
         """The checkpoint that tensors are copied from."""
         return self.base or self.inputs[-1].weights
+
+    @cached_property
+    def thin(self) -> KeepAll:
+        """How task vectors are thinned out."""
+        return self.technique.thin(self.params)
+
+    @cached_property
+    def orders(self) -> list[int]:
+        """The numbers of the experts."""
+        return [expert.order for expert in self.inputs]
+
+    @cached_property
+    def wide(self) -> bool:
+        """Whether some tensor is combined in float64."""
+        return any(self.compute(name).itemsize == 8 for name, _ in self.combined)
 
     @property
     def moves(self) -> bool:
@@ -202,7 +218,7 @@ class MergeTask:
     def columns(self, name: str) -> int:
         """The length of a tensor's rows where task vectors are thinned out as rows, else 0."""
         shape = self.reference.tensors[name].shape
-        return shape[-1] if by_rows(self.technique, self.params) and shape else 0
+        return shape[-1] if self.thin.rows and shape else 0
 
     @cached_property
     def _shapes(self) -> Mapping[str, tuple[int, ...]]:

@@ -17,7 +17,7 @@ from typing import Any
 from merge_service.blocks.questions import Findings, Key, Limits
 from merge_service.checkpoints.admission import admit
 from merge_service.checkpoints.checkpoint import Checkpoint
-from merge_service.engine.prepare import magnitude_ranks, prepare
+from merge_service.engine.prepare import prepare
 from merge_service.engine.survey import Surveyor
 from merge_service.engine.task import Input, MergeTask
 from merge_service.files.leftovers import sweep, temporary
@@ -178,20 +178,13 @@ def keep_limits(
 
 def limits_rule(technique: str, params: Mapping[str, Any]) -> dict[str, Any] | None:
     """The part of a merge's parameters that its limits depend on; None if the technique asks for no limits."""
-    kind = {"magnitude": "trim", "band": "band", "crumbs": "crumbs"}.get(get(technique).sparsify)
-    names = ("density", "outliers", "granularity", "count_frozen", "logit_scale")
-    if kind is None or params.get("granularity") == "row":
-        return None
-    rule = {"kind": kind, **{name: params[name] for name in names if name in params}}
-    if rule.get("logit_scale") == "unclamped":
-        rule["logit_scale"] = "merge"  # both rank it with the others
-    return rule
+    return get(technique).thin(params).identity()
 
 
 def _rule(task: MergeTask) -> dict[str, Any] | None:
     """The same and the tensors that are ranked together; None if nothing is to be found."""
-    rule = limits_rule(task.technique.name, task.params)
-    if rule is None or magnitude_ranks(task) is None or not task.inputs:
+    rule = task.thin.identity()
+    if rule is None or not task.inputs:
         return None
     ranked = [(name, numel, task.group(name)) for name, numel in task.combined]
     return {**rule, "tensors": hashlib.sha256(repr(ranked).encode()).hexdigest()}

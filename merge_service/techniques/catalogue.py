@@ -23,6 +23,7 @@ from merge_service.techniques.definition import (
     Technique,
 )
 from merge_service.techniques.params import Param
+from merge_service.techniques.thinning import AtRandom, Band, ByRank, Crumbs, TopMagnitudes
 
 HALF = Param("density", "float", 0.5, "fraction of every task vector that is kept", 0, 1, above_low=True)
 RESCALE = Param(
@@ -127,7 +128,7 @@ _PLAIN = (
         _TIES_PAPER,
         (*_TRIM, SCALE, LOGIT_SCALE),
         combine="disjoint",
-        sparsify="magnitude",
+        thin=TopMagnitudes,
         exceptions=_NOT_IDENTITY,
     ),
     Technique(
@@ -136,7 +137,7 @@ _PLAIN = (
         _DARE_PAPER,
         (*_DROP, SCALE, LOGIT_SCALE),
         combine="disjoint",
-        sparsify="random",
+        thin=AtRandom,
         exceptions=_NOT_IDENTITY | {"P10": "kept values are divided by density"},
     ),
     Technique(
@@ -146,7 +147,7 @@ _PLAIN = (
         _CRUMBS_PAPER,
         (*_BAND, SCALE, LOGIT_SCALE),
         combine="disjoint",
-        sparsify="band",
+        thin=Band,
         exceptions=_NOT_IDENTITY,
     ),
     Technique(
@@ -173,7 +174,7 @@ _FURTHER = (
             LOGIT_SCALE,
         ),
         combine="sum",
-        sparsify="crumbs",
+        thin=Crumbs,
         adds=True,
         exceptions={"P2": "copies of one expert add up, thinned out", "P10": "a sum leaves the convex hull"},
     ),
@@ -184,7 +185,7 @@ _FURTHER = (
         # density, scale: FusionBench's DareTaskArithmetic for CLIP (sparsity .5, scaling .3); papers drop up to .9.
         (HALF, RESCALE, SEED, _SCALE_SUM, LOGIT_SCALE),
         combine="sum",
-        sparsify="random",
+        thin=AtRandom,
         adds=True,
         exceptions={
             "P2": "copies of one expert are dropped apart and add up",
@@ -201,7 +202,7 @@ _FURTHER = (
         # epsilon: MergeKit's default; consensus mean: MergeKit (normalize) and the paper; density .5 leaves room for epsilon.
         (HALF, EPSILON, RESCALE, SEED, CONSENSUS, GRANULARITY, SCALE, LOGIT_SCALE),
         combine="disjoint",
-        sparsify="rank",
+        thin=ByRank,
         exceptions={**_NOT_IDENTITY, "P10": "kept values are divided by their probability"},
     ),
     Technique(
@@ -211,7 +212,7 @@ _FURTHER = (
         "DELLA-Merging, arXiv 2406.11617; summed as in MergeKit, arXiv 2403.13257",
         (HALF, EPSILON, RESCALE, SEED, _SCALE_SUM, LOGIT_SCALE),
         combine="sum",
-        sparsify="rank",
+        thin=ByRank,
         adds=True,
         exceptions={
             "P2": "copies of one expert are dropped apart and add up",
@@ -357,7 +358,7 @@ def _with_lines(technique: Technique) -> Technique:
         _LINES_PAPER + technique.paper,
         (*params, *LINES, LOGIT_SCALE),
         combine=technique.combine,
-        sparsify=technique.sparsify,
+        thin=technique.thin,
         depth=True,
         adds=technique.adds,
         exceptions={**technique.exceptions, "P2": "every layer is scaled by its depth"},

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from merge_service.errors import TechniqueError
 from merge_service.techniques.params import Param, nearest
+from merge_service.techniques.thinning import KeepAll
 
 Form = Literal["merge", "fold", "stream"]
 
@@ -83,7 +84,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Technique:
-    """What a technique is; `rules.py` says what the words in `combine` and `sparsify` mean.
+    """What a technique is; `rules.py` says what the words in `combine` mean, `thin` is how task vectors are thinned out.
 
     `factor` names the parameter that multiplies the combined task vector (LiNeS has `depth` instead); `adds` says that task
     vectors are summed, not averaged.
@@ -97,7 +98,7 @@ class Technique:
     params: tuple[Param, ...]
     combine: str
     space: Literal["weights", "task_vectors"] = "task_vectors"
-    sparsify: Literal["none", "magnitude", "random", "band", "crumbs", "rank"] = "none"
+    thin: type[KeepAll] = KeepAll
     depth: bool = False
     factor: str = "scale"
     adds: bool = False

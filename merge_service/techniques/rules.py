@@ -1,13 +1,13 @@
 """The arithmetic of every technique: small functions over arrays, and nothing else.
 
-A technique is put together from three parts. *Sparsify* thins out one expert's task vector. *Combine* keeps a state of a
+A technique is put together from three parts. *Thin* thins out one expert's task vector (`thinning.py`). *Combine* keeps a state of a
 few arrays per element, adds one expert at a time in canonical order, and turns the state into weights or a task vector.
 *Scale* is a factor per tensor. No part sees a file, a thread, a device or the rest of the model: it is given a block and a
 `Place` that holds what is known about it. `xp` is numpy, or torch when the blocks lie on a device; only what both have is used.
 
 A merge of N experts IS `add` N times and then `result`, so streaming equals batch bit for bit by construction. Rules with
 a `kernel` number run as fused loops (kernels.py) on the CPU; what is written here is their definition. Rules that cannot be
-fed one expert at a time are in `joint.py`, thinning out by rows in `rows.py`.
+fed one expert at a time are in `joint.py`.
 
 Two surprises. Subtracting (m - x) instead of adding (x - m), and adding a task vector as base - (0 - tau), both keep the
 sign of a zero: -0.0 + 0.0 is 0.0, but -0.0 - 0.0 is -0.0, and an untouched weight must come out bit-equal.
@@ -17,17 +17,14 @@ import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-import numpy as np
-
 from merge_service.blocks import kernels
-from merge_service.blocks.masks import hashes, kept
+from merge_service.blocks.masks import hashes
 from merge_service.blocks.questions import Limits
 from merge_service.errors import TechniqueError
 from merge_service.techniques.definition import Technique
 from merge_service.techniques.joint import Rule, joint_rule
 from merge_service.techniques.place import Array, Election, Place, State
-from merge_service.techniques.ranks import crumb_ranks
-from merge_service.techniques.rows import crumbs, drop_by_rank
+from merge_service.techniques.thinning import bounds
 
 
 class Combine(Protocol):
@@ -244,58 +241,6 @@ def combination(technique: Technique, params: Mapping[str, Any]) -> Combine:
         "draw": Draw,
     }
     return plain[technique.combine]()
-
-
-def by_rows(technique: Technique, params: Mapping[str, Any]) -> bool:
-    """Whether a task vector is thinned out by whole rows of the last dimension."""
-    return technique.sparsify == "rank" or params.get("granularity") == "row"
-
-
-def is_trimmed(params: Mapping[str, Any]) -> bool:
-    """Whether what a random drop left is trimmed by magnitude afterwards."""
-    return params.get("trim", 1) < 1
-
-
-def sparsify(xp: Any, technique: Technique, params: Mapping[str, Any], delta: Array, place: Place) -> Array:
-    """A task vector, thinned out. Scalars have no rows and no key, and are kept by what asks for either."""
-    if by_rows(technique, params):
-        if not place.columns:
-            return delta
-        if technique.sparsify == "rank":
-            return drop_by_rank(xp, delta, place)
-        return crumbs(xp, delta, place.columns, crumb_ranks(params["density"], params["outliers"]))
-    if technique.sparsify == "random":
-        dropped = _drop_at_random(xp, delta, place)
-        return within(xp, dropped, place) if is_trimmed(params) else dropped
-    if technique.sparsify in ("magnitude", "band", "crumbs"):
-        return within(xp, delta, place)
-    return delta
-
-
-def within(xp: Any, delta: Array, place: Place) -> Array:
-    """What lies within the limits, else zero."""
-    size, (low, high) = xp.abs(delta), bounds(place.limits, delta.dtype)
-    return xp.where((size >= low) & (size <= high), delta, 0)
-
-
-def _drop_at_random(xp: Any, delta: Array, place: Place) -> Array:
-    """DARE: keep with probability density, and make up for the rest."""
-    if place.key is None or place.density == 1:
-        return delta
-    keep = kept(xp, place.key, place.start, delta, place.density)
-    return xp.where(keep, delta * rescaling(place), 0)
-
-
-def rescaling(place: Place) -> float:
-    """What a value that was kept at random is multiplied by."""
-    return 1 / place.density if place.gain is None else place.gain
-
-
-def bounds(limits: Limits, dtype: Any) -> tuple[float, float]:
-    """The limits as numbers of the block's own type; those that were found in it are, those that a person wrote are rounded."""
-    if str(dtype).endswith("64"):
-        return limits.low, limits.high
-    return float(np.float32(limits.low)), float(np.float32(limits.high))
 
 
 def share(params: Mapping[str, Any], order: int) -> float:

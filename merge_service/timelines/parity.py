@@ -24,6 +24,7 @@ from merge_service.errors import TechniqueError
 from merge_service.techniques.definition import Technique
 from merge_service.techniques.params import nearest
 from merge_service.techniques.registry import get
+from merge_service.techniques.thinning import AtRandom, Band, TopMagnitudes
 from merge_service.timelines.time import Strategy, policies
 
 PARITIES = ("fomo_in_flux",)
@@ -131,10 +132,8 @@ def _ours(technique: Technique, params: Mapping[str, Any], form: str) -> dict[st
     """The parameters in our terms: what is set, else what they have, where that is not ours."""
     given = {name: technique.param(name).validate(value, technique.name) for name, value in params.items()}
     theirs = {"logit_scale": "unclamped", **_DEFAULTS.get(technique.name, {})}
-    if technique.sparsify in ("magnitude", "random", "band"):
-        outliers = (
-            given.get("outliers", technique.param("outliers").default) if technique.sparsify == "band" else 0
-        )
+    if technique.thin in (TopMagnitudes, AtRandom, Band):
+        outliers = given.get("outliers", technique.param("outliers").default) if technique.thin is Band else 0
         theirs["density"] = _rest(PRUNED[form], outliers)
     if technique.name == "slerp":
         given["weight"] = _rest(given.get("weight", technique.param("weight").default))

@@ -9,7 +9,8 @@ from merge_service.blocks.masks import hashes
 from merge_service.blocks.questions import Limits
 from merge_service.blocks.spans import GRAIN, Span, run, spans
 from merge_service.techniques.place import Place
-from merge_service.techniques.rules import Disjoint, bounds
+from merge_service.techniques.rules import Disjoint
+from merge_service.techniques.thinning import bounds
 
 
 @pytest.mark.parametrize("consensus", ["mean", "sum", "max"])
