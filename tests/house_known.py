@@ -9,8 +9,6 @@ LONG_LISTS = {
     "cluster": [],
     "pipeline": [
         "pipeline/api.py:merge",
-        "pipeline/plan/draft.py:Steps.add",
-        "pipeline/plan/planner.py:Planner.add",
         "pipeline/report/page.py:page",
         "pipeline/tracking/rows/rows.py:Rows.run",
         "pipeline/tracking/tracker.py:Tracker.__init__",
@@ -19,8 +17,6 @@ LONG_LISTS = {
 }
 """Functions with more parameters than a caller can keep apart. `api.merge` is public and keeps its form."""
 VAGUE = [
-    "pipeline/plan/draft.py:Steps.add",
-    "pipeline/plan/draft.py:Steps.sources",
     "pipeline/plan/draft.py:Steps.recipe",
     "pipeline/plan/draft.py:Steps.engine",
     "pipeline/plan/draft.py:effective_params",
@@ -30,8 +26,6 @@ VAGUE = [
     "pipeline/plan/file.py:Prefixes.add",
     "pipeline/plan/file.py:Values.of",
     "pipeline/plan/file.py:inputs_of",
-    "pipeline/plan/planner.py:Planner.add",
-    "pipeline/plan/planner.py:Planner.sources",
     "pipeline/plan/planner.py:Planner.recipe",
     "pipeline/plan/planner.py:Planner.engine",
     "pipeline/plan/steps.py:Described.splits",
@@ -50,7 +44,6 @@ VAGUE = [
     "pipeline/run/progress.py:read_progress",
     "pipeline/run/progress.py:training_columns",
     "pipeline/run/progress.py:outlook",
-    "pipeline/run/progress.py:headline",
     "pipeline/run/schedule.py:Schedule.__init__",
     "pipeline/run/schedule.py:Ranked.steps",
     "pipeline/run/schedule.py:Ranked.trajectories",

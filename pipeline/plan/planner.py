@@ -237,15 +237,14 @@ class Planner:
             if part.classes is not None:
                 digest = fingerprint([part.dataset, list(part.classes)])
                 self.classes[digest] = part.classes
-            found = self._sources[part, split] = self.texts.keep(
-                {
-                    "dataset": part.dataset,
-                    "split": split,
-                    "digest": facts.digests[split],
-                    "prompts": facts.prompts,
-                    "classes": digest,
-                }
+            found = SourceSpec(
+                dataset=part.dataset,
+                split=split,
+                digest=facts.digests[split],
+                prompts=facts.prompts,
+                classes=digest,
             )
+            self._sources[part, split] = self.texts.keep(found)
         return found
 
     def _evaluate(self, weights: str, step: Step, datasets: Sequence[str], split: str, what: str) -> str:

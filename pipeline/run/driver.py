@@ -25,14 +25,17 @@ from merge_service.techniques import get as technique_called
 from pipeline.console import WARNING, complain
 from pipeline.errors import CorruptArtifact, NondeterminismError, StepFailed, StepTimeout, StorageFull
 from pipeline.files.disk import room_for
+from pipeline.kinds.specs import MergeSpec
+from pipeline.kinds.table import KINDS
 from pipeline.plan.steps import Step
+from pipeline.run.carriers import CARRIERS, Lane
 from pipeline.run.deadlines import Deadlines
 from pipeline.run.events import Events
 from pipeline.run.jobs import Jobs
-from pipeline.run.lanes import Lane, Lanes
+from pipeline.run.lanes import Lanes
 from pipeline.run.others import Others, other_versions
 from pipeline.run.output import steady
-from pipeline.run.progress import Progress, Standings, headline, outlook
+from pipeline.run.progress import Progress, Standings, outlook
 from pipeline.run.schedule import Schedule, ranks
 from pipeline.run.trace import Timeline
 from pipeline.store.lease import Holder
@@ -71,7 +74,9 @@ def carry_out(
     workspace = Workspace.of(study, out)
     for warning in workspace.study.warnings:
         complain("warning", warning, WARNING)
-    for name in {step.spec["technique"] for step in workspace.plan.steps.values() if step.kind == "merge"}:
+    for name in {
+        step.spec["technique"] for step in workspace.plan.steps.values() if step.kind == MergeSpec.kind
+    }:
         check_importable(technique_called(name))
     events = Events(workspace.out)
     with (
@@ -255,7 +260,7 @@ class _Drive:
                 self._put_back("lost", fingerprint, "the other driver has given it up or is gone")
 
     def _start(self, step: Step, lane: Lane, group: Group) -> None:
-        job = self.jobs.of(step)
+        job = CARRIERS[step.kind].job(self.jobs, step)
         call = self.pools.by_name[lane.pool].call("run", job, step, self.workspace.store, group=group)
         self.running[call] = step
         self.deadlines.start(step)
@@ -290,9 +295,9 @@ class _Drive:
         while self.untold:
             step, record = self.untold.pop(0)
             self.tracking.committed(step, record)
-            if step.kind == "evaluate":
+            if KINDS[step.kind].scores:
                 self.progress.standings.scored(step.fingerprint, record.result["scores"])
-            self.progress.finished(step.fingerprint, headline(record))
+            self.progress.finished(step.fingerprint, CARRIERS[step.kind].headline(record.result))
             for note in record.result.get("notes", ()):
                 self.events.add("note", f"{step.label}: {note}", step=step.fingerprint)
             point("driver.after_commit")

@@ -249,7 +249,7 @@ class Store:
 
     def verify(self, progress: Callable[[Path], None] | None = None) -> list[str]:
         """Re-hash every artifact and follow every lineage edge; the problems found, each with its path. Changes nothing."""
-        return audit.problems(self, KINDS, progress)
+        return audit.problems(self, tuple(KINDS), progress)
 
     def _place(self, record: Record, stage: Path, step: StepLike) -> Record:
         """Give a finished stage its name, unless the artifact is there already."""
