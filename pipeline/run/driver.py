@@ -25,7 +25,6 @@ from merge_service.techniques import get as technique_called
 from pipeline.console import WARNING, complain
 from pipeline.errors import CorruptArtifact, NondeterminismError, StepFailed, StepTimeout, StorageFull
 from pipeline.files.disk import room_for
-from pipeline.kinds.specs import MergeSpec
 from pipeline.kinds.table import KINDS
 from pipeline.plan.steps import Step
 from pipeline.run.carriers import CARRIERS, Lane
@@ -75,7 +74,7 @@ def carry_out(
     for warning in workspace.study.warnings:
         complain("warning", warning, WARNING)
     for name in {
-        step.spec["technique"] for step in workspace.plan.steps.values() if step.kind == MergeSpec.kind
+        step.spec["technique"] for step in workspace.plan.steps.values() if "technique" in step.spec
     }:
         check_importable(technique_called(name))
     events = Events(workspace.out)
