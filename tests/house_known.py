@@ -39,7 +39,6 @@ VAGUE = [
     "pipeline/run/others.py:Others.settled",
     "pipeline/run/others.py:Others.other_versions",
     "pipeline/run/output.py:Steady.write",
-    "pipeline/run/progress.py:Standings.scored_before",
     "pipeline/run/progress.py:running_table",
     "pipeline/run/progress.py:read_progress",
     "pipeline/run/progress.py:training_columns",

@@ -25,7 +25,6 @@ from merge_service.techniques import get as technique_called
 from pipeline.console import WARNING, complain
 from pipeline.errors import CorruptArtifact, NondeterminismError, StepFailed, StepTimeout, StorageFull
 from pipeline.files.disk import room_for
-from pipeline.kinds.table import KINDS
 from pipeline.plan.steps import Step
 from pipeline.run.carriers import CARRIERS, Lane
 from pipeline.run.deadlines import Deadlines
@@ -93,8 +92,7 @@ def carry_out(
         summary = workspace.summary()
         workspace.store.check_room(_name(workspace), summary["disk_bytes"])
         done = workspace.done()
-        other = other_versions(workspace, done, strict_versions)
-        if other:
+        if other := other_versions(workspace, done, strict_versions):
             complain("warning", other, WARNING)
             events.add("versions", other)
         tracking = Tracking(workspace)
@@ -164,7 +162,8 @@ class _Drive:
         self.tries: dict[str, int] = {}
         self.untold: list[tuple[Step, Any]] = []
         standings = Standings(workspace.plan)
-        standings.scored_before(filter(None, map(workspace.known, done)))
+        for record in filter(None, map(workspace.known, done)):
+            standings.finished(record)
         self.progress = Progress(len(self.steps), len(self.schedule.done), workspace.scratch, standings)
         self._looked, self._waiting = 0.0, dict[str, str]()
         self._homeless: float | None = None
@@ -294,8 +293,7 @@ class _Drive:
         while self.untold:
             step, record = self.untold.pop(0)
             self.tracking.committed(step, record)
-            if KINDS[step.kind].scores:
-                self.progress.standings.scored(step.fingerprint, record.result["scores"])
+            self.progress.standings.finished(record)
             self.progress.finished(step.fingerprint, CARRIERS[step.kind].headline(record.result))
             for note in record.result.get("notes", ()):
                 self.events.add("note", f"{step.label}: {note}", step=step.fingerprint)

@@ -19,6 +19,7 @@ from rich.text import Text
 from pipeline.kinds.table import KINDS
 from pipeline.plan.steps import VAL, Plan, TrajectoryPlan
 from pipeline.results.over_time import gm, ka, zs
+from pipeline.store.artifact import Record
 
 SHOWN = 20
 """Trajectories in the live view: those that were scored last."""
@@ -47,11 +48,10 @@ class Standings:
                 self._rows.pop(trajectory.id, None)
                 self._rows[trajectory.id] = (t, score)
 
-    def scored_before(self, records: Iterable[Any]) -> None:
-        """What is in the store already, by the records of finished steps."""
-        for record in records:
-            if KINDS[record.kind].scores:
-                self.scored(record.fingerprint, record.result["scores"])
+    def finished(self, record: Record) -> None:
+        """A step is done, perhaps long ago; only scores count here."""
+        if KINDS[record.kind].scores:
+            self.scored(record.fingerprint, record.result["scores"])
 
     def rows(self) -> list[tuple[str, int, int, float | None]]:
         """(trajectory, newest t scored, number of tasks, GM there), in the study's order: those scored last, then the first."""

@@ -8,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from pipeline.kinds.table import KINDS
 from pipeline.run.events import read_events
 from pipeline.run.progress import Standings, read_progress
 from pipeline.store.versions import mixed
@@ -98,8 +97,7 @@ class Look:
             for package, version in record.versions.items():
                 known = self._versions.setdefault(package, {})
                 known[version] = known.get(version, 0) + 1
-            if KINDS[kind].scores:
-                self._standings.scored(fingerprint, record.result["scores"])
+            self._standings.finished(record)
 
 
 def status_of(out: Path) -> dict[str, Any]:
