@@ -54,6 +54,7 @@ VAGUE = [
     "pipeline/run/trace.py:read_timeline",
     "pipeline/store/artifact.py:difference",
     "pipeline/store/local.py:StepLike.spec",
+    "pipeline/store/local.py:Store.make",
     "pipeline/store/local.py:Store.commit",
     "pipeline/workspace/gc.py:collect",
     "pipeline/workspace/gc.py:describe",
