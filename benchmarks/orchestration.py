@@ -38,6 +38,7 @@ WINDOW = 100
 def bare(study: Path, overrides: list[str], out: Path) -> None:
     """Every step of a study, one after another, in this process; prints the CPU seconds without imports and planning."""
     from merge_service.service import Merger
+    from pipeline.run.carriers import CARRIERS
     from pipeline.run.jobs import Jobs
     from pipeline.workspace.workspace import Workspace
     from workers.actors import Worker
@@ -52,7 +53,9 @@ def bare(study: Path, overrides: list[str], out: Path) -> None:
     kinds: dict[str, float] = {}
     for step in workspace.plan.steps.values():
         before = time.process_time()
-        record = (merger if step.kind == "merge" else worker).run(jobs.of(step), step, workspace.store)
+        record = (merger if step.kind == "merge" else worker).run(
+            CARRIERS[step.kind].job(jobs, step), step, workspace.store
+        )
         workspace.keep(record)
         kinds[step.kind] = kinds.get(step.kind, 0.0) + time.process_time() - before
     print(

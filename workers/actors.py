@@ -6,7 +6,7 @@ with the same job: the second commit of the same bytes is a no-op.
 
 import shutil
 import socket
-import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,11 @@ from workers.jobs import EvaluateJob, TrainJob
 class Store(Protocol):
     """What an actor needs of the store; the driver hands it over."""
 
-    def staged(self, step: Any) -> Any: ...
+    def make(self, step: Any, work: Callable[[Path], Mapping[str, Any]]) -> Any:
+        """Check a step's inputs, let `work` write its output into a directory, commit it with the result: the record."""
 
-    def commit(self, step: Any, stage: Path, result: dict[str, Any], *, seconds: float) -> Any: ...
-
-    def open_inputs(self, step: Any) -> None: ...
+    def open_inputs(self, step: Any) -> None:
+        """Check a step's inputs."""
 
 
 class Worker:
@@ -68,15 +68,14 @@ class Worker:
         from workers.training.expert import POINTS, train_expert
 
         hooks = {name: partial(_pass, name) for name in POINTS}
-        store.open_inputs(step)
-        started = time.monotonic()
         if self.rank != 0:
+            store.open_inputs(step)
             train_expert(job, rank=self.rank, world=self.world, hooks=hooks)
             return None
-        with store.staged(step) as stage:
-            result = train_expert(replace(job, out=str(stage)), rank=0, world=self.world, hooks=hooks)
-            record = store.commit(step, stage, result, seconds=time.monotonic() - started)
-        point("train.after_commit")
+        record = store.make(
+            step,
+            lambda stage: train_expert(replace(job, out=str(stage)), rank=0, world=self.world, hooks=hooks),
+        )
         for technique, params in job.asked_limits:
             keep_limits(
                 technique, params, job.base, record.path, job.limits,
@@ -88,13 +87,11 @@ class Worker:
     def _evaluate(self, job: EvaluateJob, step: Any, store: Store) -> Any:
         from workers.scoring.evaluate import evaluate
 
-        store.open_inputs(step)
-        started = time.monotonic()
-        point("evaluate.start")
-        with store.staged(step) as stage:
-            result = evaluate(job)
-            record = store.commit(step, stage, result, seconds=time.monotonic() - started)
-        point("evaluate.after_commit")
+        def work(_: Path) -> Mapping[str, Any]:
+            point("evaluate.start")
+            return evaluate(job)
+
+        record = store.make(step, work)
         if job.scratch:
             shutil.rmtree(job.scratch, ignore_errors=True)
         return record

@@ -6,7 +6,7 @@ that several steps share stay one object, so that a plan is as small as what is 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Protocol, Self, TypedDict
+from typing import Any, ClassVar, Literal, Protocol, Self, TypedDict
 
 BASE = "base"
 
@@ -133,7 +133,7 @@ class EvaluateSpec:
     datasets: Sequence[SourceSpec]
     fraction: float
     seed: int
-    device: str
+    device: Literal["cpu", "cuda"]
 
     @classmethod
     def of(cls, spec: Mapping[str, Any]) -> Self:

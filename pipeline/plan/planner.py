@@ -237,14 +237,14 @@ class Planner:
             if part.classes is not None:
                 digest = fingerprint([part.dataset, list(part.classes)])
                 self.classes[digest] = part.classes
-            made: SourceSpec = {
-                "dataset": part.dataset,
-                "split": split,
-                "digest": facts.digests[split],
-                "prompts": facts.prompts,
-                "classes": digest,
-            }
-            found = self._sources[part, split] = self.texts.keep(made)
+            found = SourceSpec(
+                dataset=part.dataset,
+                split=split,
+                digest=facts.digests[split],
+                prompts=facts.prompts,
+                classes=digest,
+            )
+            self._sources[part, split] = self.texts.keep(found)
         return found
 
     def _evaluate(self, weights: str, step: Step, datasets: Sequence[str], split: str, what: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.plan.steps import Step
+from pipeline.run.carriers import CARRIERS
 from pipeline.study.config import Study
 
 
@@ -25,11 +26,7 @@ class Deadlines:
 
     def limit(self, step: Step) -> float:
         """Seconds that a step may be silent for."""
-        resources = self._study.resources
-        if step.kind == "merge":
-            return resources.merging.timeout
-        found = resources.of(step.model)
-        return found.experts.timeout if step.kind == "train" else found.evaluation.timeout
+        return CARRIERS[step.kind].timeout(step, self._study.resources)
 
     def overdue(self, step: Step) -> bool:
         """Whether a step has been silent for longer than it may."""

@@ -26,13 +26,14 @@ from pipeline.console import WARNING, complain
 from pipeline.errors import CorruptArtifact, NondeterminismError, StepFailed, StepTimeout, StorageFull
 from pipeline.files.disk import room_for
 from pipeline.plan.steps import Step
+from pipeline.run.carriers import CARRIERS, Lane
 from pipeline.run.deadlines import Deadlines
 from pipeline.run.events import Events
 from pipeline.run.jobs import Jobs
-from pipeline.run.lanes import Lane, Lanes
+from pipeline.run.lanes import Lanes
 from pipeline.run.others import Others, other_versions
 from pipeline.run.output import steady
-from pipeline.run.progress import Progress, Standings, headline, outlook
+from pipeline.run.progress import Progress, Standings, outlook
 from pipeline.run.schedule import Schedule, ranks
 from pipeline.run.trace import Timeline
 from pipeline.store.lease import Holder
@@ -71,7 +72,9 @@ def carry_out(
     workspace = Workspace.of(study, out)
     for warning in workspace.study.warnings:
         complain("warning", warning, WARNING)
-    for name in {step.spec["technique"] for step in workspace.plan.steps.values() if step.kind == "merge"}:
+    for name in {
+        step.spec["technique"] for step in workspace.plan.steps.values() if "technique" in step.spec
+    }:
         check_importable(technique_called(name))
     events = Events(workspace.out)
     with (
@@ -89,8 +92,7 @@ def carry_out(
         summary = workspace.summary()
         workspace.store.check_room(_name(workspace), summary["disk_bytes"])
         done = workspace.done()
-        other = other_versions(workspace, done, strict_versions)
-        if other:
+        if other := other_versions(workspace, done, strict_versions):
             complain("warning", other, WARNING)
             events.add("versions", other)
         tracking = Tracking(workspace)
@@ -160,7 +162,8 @@ class _Drive:
         self.tries: dict[str, int] = {}
         self.untold: list[tuple[Step, Any]] = []
         standings = Standings(workspace.plan)
-        standings.scored_before(filter(None, map(workspace.known, done)))
+        for record in filter(None, map(workspace.known, done)):
+            standings.finished(record)
         self.progress = Progress(len(self.steps), len(self.schedule.done), workspace.scratch, standings)
         self._looked, self._waiting = 0.0, dict[str, str]()
         self._homeless: float | None = None
@@ -255,7 +258,7 @@ class _Drive:
                 self._put_back("lost", fingerprint, "the other driver has given it up or is gone")
 
     def _start(self, step: Step, lane: Lane, group: Group) -> None:
-        job = self.jobs.of(step)
+        job = CARRIERS[step.kind].job(self.jobs, step)
         call = self.pools.by_name[lane.pool].call("run", job, step, self.workspace.store, group=group)
         self.running[call] = step
         self.deadlines.start(step)
@@ -290,9 +293,8 @@ class _Drive:
         while self.untold:
             step, record = self.untold.pop(0)
             self.tracking.committed(step, record)
-            if step.kind == "evaluate":
-                self.progress.standings.scored(step.fingerprint, record.result["scores"])
-            self.progress.finished(step.fingerprint, headline(record))
+            self.progress.standings.finished(record)
+            self.progress.finished(step.fingerprint, CARRIERS[step.kind].headline(record.result))
             for note in record.result.get("notes", ()):
                 self.events.add("note", f"{step.label}: {note}", step=step.fingerprint)
             point("driver.after_commit")

@@ -3,6 +3,7 @@
 Invariant: a job adds paths and pace to its step's spec and changes nothing that bears on the result.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from merge_service.merging import Member, MergeJob
 from merge_service.techniques import get
 from pipeline.errors import StoreError
 from pipeline.identity import fingerprint
+from pipeline.kinds.specs import EvaluateSpec, MergeSpec, SourceSpec, TrainSpec
 from pipeline.plan.facts import cache_of
 from pipeline.plan.steps import Step
 from pipeline.study.sections import ModelResources
@@ -26,108 +28,104 @@ class Jobs:
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
-        self._asked: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {}
+        self._cache = str(cache_of(workspace.study).absolute())
+        self._asked: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {}
         for step in workspace.plan.steps.values():
-            rule = limits_rule(step.spec["technique"], step.spec["params"]) if step.kind == "merge" else None
-            if rule is not None:
-                self._ask(step, fingerprint(rule))
+            if step.kind == MergeSpec.kind:
+                self._ask(MergeSpec.of(step.spec))
 
-    def of(self, step: Step) -> Job:
-        """What the actor of the step's kind is to do."""
-        if step.kind == "train":
-            return _train(step, self.workspace, tuple(self._asked.get(step.fingerprint, {}).values()))
-        return _merge(step, self.workspace) if step.kind == "merge" else _evaluate(step, self.workspace)
-
-    def _ask(self, merge: Step, rule: str) -> None:
-        """A merge will ask this rule's thresholds of all its experts; each rule once."""
-        for expert in merge.inputs.values():
-            self._asked.setdefault(expert, {}).setdefault(
-                rule, (merge.spec["technique"], merge.spec["params"])
-            )
-
-
-def _train(step: Step, workspace: Workspace, asked: tuple[tuple[str, dict[str, Any]], ...]) -> TrainJob:
-    spec = step.spec
-    return TrainJob(
-        fingerprint=step.fingerprint,
-        label=step.label,
-        t=step.t,
-        task=step.task,
-        init=str(workspace.weights(spec["init"])),
-        base=str(workspace.weights(step.base)),
-        update=_sources(spec["update"], workspace),
-        buffer=_sources(spec["buffer"], workspace),
-        pretraining=_sources(spec["pretraining"], workspace),
-        recipe=spec["recipe"],
-        steps=spec["steps"],
-        seed=spec["seed"],
-        engine=EngineSpec(**spec["engine"]),
-        scratch=str(workspace.scratch / step.fingerprint),
-        checkpoint_every=_resources(step, workspace).experts.checkpoint_every,
-        out="",
-        cache=str(cache_of(workspace.study).absolute()),
-        asked_limits=asked,
-        limits=str(workspace.limits),
-    )
-
-
-def _merge(step: Step, workspace: Workspace) -> MergeJob:
-    spec = step.spec
-    return MergeJob(
-        label=step.label,
-        technique=spec["technique"],
-        params=spec["params"],
-        form=spec["form"],
-        base=_member("base", spec["base"], workspace),
-        members=tuple(_member(name, fp, workspace) for name, fp in spec["inputs"]),
-        threads=workspace.study.resources.merging.threads,
-        scratch=str(workspace.scratch),
-        limits=str(workspace.limits),
-        origin=get(spec["technique"]).origin,
-        any_base=workspace.study.resources.merging.any_base or _wanders(step, workspace),
-    )
-
-
-def _wanders(step: Step, workspace: Workspace) -> bool:
-    """Whether an expert of a merge began elsewhere than at the base: it lies farther from it with every task, as it should."""
-    experts = [workspace.plan.weights_step(fp) for _, fp in step.spec["inputs"]]
-    return any(one.kind == "train" and one.spec["init"] != step.base for one in experts)
-
-
-def _member(name: str, fingerprint: str, workspace: Workspace) -> Member:
-    record = workspace.known(fingerprint)
-    if record is None:
-        raise StoreError(f"{name} ({fingerprint[:16]}) is not in {workspace.store.root}; run again")
-    return Member(name, record.path, record.sha256(WEIGHTS_FILE) or "")
-
-
-def _resources(step: Step, workspace: Workspace) -> ModelResources:
-    return workspace.study.resources.of(step.model)
-
-
-def _evaluate(step: Step, workspace: Workspace) -> EvaluateJob:
-    spec = step.spec
-    return EvaluateJob(
-        fingerprint=step.fingerprint,
-        label=step.label,
-        model=str(workspace.weights(spec["model"])),
-        datasets=_sources(spec["datasets"], workspace),
-        fraction=spec["fraction"],
-        seed=spec["seed"],
-        batch_size=workspace.study.evaluation.batch_size,
-        threads=_resources(step, workspace).evaluation.threads or 1,
-        device=spec["device"],
-        scratch=str(workspace.scratch / step.fingerprint),
-        cache=str(cache_of(workspace.study).absolute()),
-    )
-
-
-def _sources(entries: list[dict[str, Any]], workspace: Workspace) -> tuple[Source, ...]:
-    root = str(Path(workspace.study.data_root).absolute())
-    classes = workspace.plan.classes
-    return tuple(
-        Source(
-            root, entry["dataset"], entry["split"], classes[entry["classes"]] if entry["classes"] else None
+    def train(self, step: Step) -> TrainJob:
+        """The job of a step that trains an expert."""
+        spec, workspace = TrainSpec.of(step.spec), self.workspace
+        return TrainJob(
+            fingerprint=step.fingerprint,
+            label=step.label,
+            t=step.t,
+            task=step.task,
+            init=str(workspace.weights(spec.init)),
+            base=str(workspace.weights(step.base)),
+            update=self._sources(spec.update),
+            buffer=self._sources(spec.buffer),
+            pretraining=self._sources(spec.pretraining),
+            recipe=spec.recipe,
+            steps=spec.steps,
+            seed=spec.seed,
+            engine=EngineSpec(**spec.engine),
+            scratch=str(workspace.scratch / step.fingerprint),
+            checkpoint_every=self._resources(step).experts.checkpoint_every,
+            out="",
+            cache=self._cache,
+            asked_limits=tuple(self._asked.get(step.fingerprint, {}).values()),
+            limits=str(workspace.limits),
         )
-        for entry in entries
-    )
+
+    def merge(self, step: Step) -> MergeJob:
+        """The job of a step that merges experts."""
+        spec, workspace = MergeSpec.of(step.spec), self.workspace
+        merging = workspace.study.resources.merging
+        return MergeJob(
+            label=step.label,
+            technique=spec.technique,
+            params=spec.params,
+            form=spec.form,
+            base=self._member("base", spec.base),
+            members=tuple(self._member(name, fingerprint) for name, fingerprint in spec.members),
+            threads=merging.threads,
+            scratch=str(workspace.scratch),
+            limits=str(workspace.limits),
+            origin=get(spec.technique).origin,
+            any_base=merging.any_base or self._wanders(spec),
+        )
+
+    def evaluate(self, step: Step) -> EvaluateJob:
+        """The job of a step that scores a model."""
+        spec, workspace = EvaluateSpec.of(step.spec), self.workspace
+        return EvaluateJob(
+            fingerprint=step.fingerprint,
+            label=step.label,
+            model=str(workspace.weights(spec.model)),
+            datasets=self._sources(spec.datasets),
+            fraction=spec.fraction,
+            seed=spec.seed,
+            batch_size=workspace.study.evaluation.batch_size,
+            threads=self._resources(step).evaluation.threads or 1,
+            device=spec.device,
+            scratch=str(workspace.scratch / step.fingerprint),
+            cache=self._cache,
+        )
+
+    def _ask(self, merge: MergeSpec) -> None:
+        """A merge will ask the thresholds of its technique of all its experts; each rule once."""
+        rule = limits_rule(merge.technique, merge.params)
+        if rule is not None:
+            for expert in merge.inputs().values():
+                asked = self._asked.setdefault(expert, {})
+                asked.setdefault(fingerprint(rule), (merge.technique, merge.params))
+
+    def _wanders(self, merge: MergeSpec) -> bool:
+        """Whether an expert of a merge began elsewhere than at the base: it lies farther from it with every task, as it should."""
+        experts = [self.workspace.plan.weights_step(expert) for _, expert in merge.members]
+        trained = [TrainSpec.of(one.spec) for one in experts if one.kind == TrainSpec.kind]
+        return any(one.init != merge.base for one in trained)
+
+    def _member(self, name: str, fingerprint: str) -> Member:
+        record = self.workspace.known(fingerprint)
+        if record is None:
+            raise StoreError(f"{name} ({fingerprint[:16]}) is not in {self.workspace.store.root}; run again")
+        return Member(name, record.path, record.sha256(WEIGHTS_FILE) or "")
+
+    def _resources(self, step: Step) -> ModelResources:
+        return self.workspace.study.resources.of(step.model)
+
+    def _sources(self, entries: Sequence[SourceSpec]) -> tuple[Source, ...]:
+        root = str(Path(self.workspace.study.data_root).absolute())
+        classes = self.workspace.plan.classes
+        return tuple(
+            Source(
+                root,
+                entry["dataset"],
+                entry["split"],
+                classes[entry["classes"]] if entry["classes"] else None,
+            )
+            for entry in entries
+        )

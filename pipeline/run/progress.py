@@ -16,8 +16,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.kinds.table import KINDS
 from pipeline.plan.steps import VAL, Plan, TrajectoryPlan
 from pipeline.results.over_time import gm, ka, zs
+from pipeline.store.artifact import Record
 
 SHOWN = 20
 """Trajectories in the live view: those that were scored last."""
@@ -46,11 +48,10 @@ class Standings:
                 self._rows.pop(trajectory.id, None)
                 self._rows[trajectory.id] = (t, score)
 
-    def scored_before(self, records: Iterable[Any]) -> None:
-        """What is in the store already, by the records of finished steps."""
-        for record in records:
-            if record.kind == "evaluate":
-                self.scored(record.fingerprint, record.result["scores"])
+    def finished(self, record: Record) -> None:
+        """A step is done, perhaps long ago; only scores count here."""
+        if KINDS[record.kind].scores:
+            self.scored(record.fingerprint, record.result["scores"])
 
     def rows(self) -> list[tuple[str, int, int, float | None]]:
         """(trajectory, newest t scored, number of tasks, GM there), in the study's order: those scored last, then the first."""
@@ -203,14 +204,3 @@ def outlook(summary: dict[str, Any]) -> str:
         for kind, counts in summary["steps"].items()
     ]
     return f"{summary['study']}: {summary['trajectories']} trajectories; steps: {', '.join(kinds)}"
-
-
-def headline(record: Any) -> str:
-    """The one thing a person wants to know of a finished step."""
-    result = record.result
-    if record.kind == "train":
-        return f"{result['steps']} steps, loss {result['loss'][-1][1]:.3f}, {result['samples_per_second']:.0f} samples/s"
-    if record.kind == "merge":
-        return f"norm {result['merged_norm']:.3f}" if result.get("merged_norm") is not None else "merged"
-    scores = result["scores"]
-    return f"mean of {len(scores)} scores {sum(scores.values()) / len(scores):.3f}"

@@ -9,6 +9,8 @@ import heapq
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from typing import Any, Protocol
 
+from pipeline.kinds.table import KINDS
+
 Rank = tuple[float, int]
 
 
@@ -23,10 +25,6 @@ class Node(Protocol):
     def inputs(self) -> Mapping[str, str]: ...
     @property
     def after(self) -> Collection[str]: ...
-
-
-WEIGHT = {"train": 100.0, "merge": 1.0, "evaluate": 3.0}
-"""Rough cost of each kind, only to rank what is ready; training by its share of the plan's GFLOPs where they are known."""
 
 
 class Schedule:
@@ -165,9 +163,12 @@ def in_turn(steps: Mapping[str, Node], wanted: Sequence[Collection[str]]) -> dic
 
 
 def _weights(steps: Mapping[str, Node]) -> dict[str, float]:
-    costs = {fp: getattr(step, "gflops", None) or 0.0 for fp, step in steps.items() if step.kind == "train"}
+    """Rough cost of each step: that of its kind, and of one that trains by its share of the plan's GFLOPs where they are known."""
+    costs = {
+        fp: getattr(step, "gflops", None) or 0.0 for fp, step in steps.items() if KINDS[step.kind].trains
+    }
     mean = sum(costs.values()) / len(costs) if costs and all(costs.values()) else 0.0
     return {
-        fp: WEIGHT[step.kind] * (costs[fp] / mean if mean and fp in costs else 1.0)
+        fp: KINDS[step.kind].weight * (costs[fp] / mean if mean and fp in costs else 1.0)
         for fp, step in steps.items()
     }

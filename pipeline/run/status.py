@@ -97,8 +97,7 @@ class Look:
             for package, version in record.versions.items():
                 known = self._versions.setdefault(package, {})
                 known[version] = known.get(version, 0) + 1
-            if kind == "evaluate":
-                self._standings.scored(fingerprint, record.result["scores"])
+            self._standings.finished(record)
 
 
 def status_of(out: Path) -> dict[str, Any]:

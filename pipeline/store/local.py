@@ -171,6 +171,19 @@ class Store:
         finally:
             shutil.rmtree(stage, ignore_errors=True)
 
+    def make(self, step: StepLike, work: Callable[[Path], Mapping[str, Any]]) -> Record:
+        """Carry out a step: check its inputs, let `work` write its output into a new directory, and commit that with the result.
+
+        Raises what `open_inputs`, `staged`, `work` and `commit` raise; nothing is left of a step that fails.
+        """
+        self.open_inputs(step)
+        started = time.monotonic()
+        with self.staged(step) as stage:
+            result = work(stage)
+            record = self.commit(step, stage, result, seconds=time.monotonic() - started)
+        point(f"{step.kind}.after_commit")
+        return record
+
     def commit(
         self,
         step: StepLike,

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -95,7 +95,7 @@ class Study(Section):
         """The numerics of expert training for a model of the grid, as they are fingerprinted."""
         return self.resources.of(model).experts.numerics
 
-    def evaluation_device_of(self, model: str) -> str:
+    def evaluation_device_of(self, model: str) -> Literal["cpu", "cuda"]:
         """Where scores of a model are computed, as it is fingerprinted."""
         return self.resources.of(model).evaluation_device
 

@@ -6,7 +6,6 @@ Invariant: opening a workspace writes nothing; `prepare` writes what a run needs
 import json
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -175,11 +174,12 @@ class Workspace:
     def _export(self, model: ModelSection, base: Step) -> None:
         from workers.models.export import export_base
 
-        started, source = time.monotonic(), local_base(model)
-        with self.store.staged(base) as stage:
-            pretrained = str(source) if source else model.pretrained
-            origin = export_base(model.config, pretrained, stage, model.seed, stated(model))
-            self.store.commit(base, stage, {"origin": origin}, seconds=time.monotonic() - started)
+        source = local_base(model)
+        pretrained = str(source) if source else model.pretrained
+        self.store.make(
+            base,
+            lambda stage: {"origin": export_base(model.config, pretrained, stage, model.seed, stated(model))},
+        )
 
     def _check_same_study(self) -> None:
         """One OUT is one study: another name there would mix two studies' results."""

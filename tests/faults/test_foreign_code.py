@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.chaos, pytest.mark.
 def _stale(place: Path) -> None:
     for package in PACKAGES:
         shutil.copytree(ROOT / package, place / package, ignore=shutil.ignore_patterns("__pycache__"))
-    with (place / "workers" / "train.py").open("a") as source:
+    with (place / "workers" / "actors.py").open("a") as source:
         source.write("# an older version\n")
 
 

@@ -1,8 +1,7 @@
 """The expert actor around training: what it leaves besides the artifact."""
 
-import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,15 +26,9 @@ class Shelf:
     def __init__(self, room: Path) -> None:
         self.room = room
 
-    def open_inputs(self, step: Any) -> None:
-        pass
-
-    @contextlib.contextmanager
-    def staged(self, step: Any) -> Iterator[Path]:
-        yield self.room / "stage"
-
-    def commit(self, step: Any, stage: Path, result: dict[str, Any], *, seconds: float) -> Any:
-        stage.rename(self.room / "expert")
+    def make(self, step: Any, work: Callable[[Path], Any]) -> Any:
+        work(self.room / "stage")
+        (self.room / "stage").rename(self.room / "expert")
         digest = sha256_of(self.room / "expert")
         return SimpleNamespace(path=self.room / "expert", sha256=lambda name: digest)
 

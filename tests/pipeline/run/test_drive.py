@@ -14,6 +14,7 @@ from cluster.capacity import Capacity, Node
 from cluster.pool import Group, WorkerLost
 from cluster.session import ClusterError, Session
 from pipeline.errors import CorruptArtifact
+from pipeline.kinds.table import STEPS
 from pipeline.run import driver
 from pipeline.run.trace import read_timeline
 from pipeline.store.lease import Files, Leases
@@ -97,7 +98,8 @@ class Scene:
             root=room, shelf=Files(room), poll_seconds=0.0, where="store",
         )  # fmt: skip
         monkeypatch.setattr(driver, "Pools", Workers)
-        monkeypatch.setattr(driver, "Jobs", lambda _: SimpleNamespace(of=lambda step: None))
+        nothing = dict.fromkeys(STEPS, lambda step: None)
+        monkeypatch.setattr(driver, "Jobs", lambda _: SimpleNamespace(**nothing))
         monkeypatch.setattr(driver, "nodes_now", lambda: self.nodes)
         monkeypatch.setattr(driver, "Head", AlwaysThere)
         monkeypatch.setattr(driver, "wait", self._wait)

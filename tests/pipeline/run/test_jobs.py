@@ -28,7 +28,7 @@ def flags(strategy: dict[str, Any], **changes: Any) -> dict[int, bool]:
     )
     jobs = Jobs(workspace)
     merges = [step for step in plan.steps.values() if step.kind == "merge"]
-    return {step.t: jobs.of(step).any_base for step in merges}  # type: ignore[union-attr]
+    return {step.t: jobs.merge(step).any_base for step in merges}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: f"{s['init']}-{s['deploy']}")

@@ -7,6 +7,8 @@ import pytest
 from cluster.capacity import Capacity, Node
 from cluster.session import ClusterError
 from pipeline.errors import ConfigError
+from pipeline.kinds.table import STEPS
+from pipeline.run.carriers import CARRIERS
 from pipeline.run.lanes import Lanes
 from pipeline.study.config import study_from
 from tests.pipeline.plan_toys import facts, make_plan, raw_study, study
@@ -125,3 +127,7 @@ def test_nothing_of_where_and_in_which_order_bears_on_identity() -> None:
         schedule={"priority": "trajectories", "max_running": {"train": 1}},
     )
     assert make_plan(plain, facts()).steps.keys() == make_plan(wide, facts()).steps.keys()
+
+
+def test_every_kind_of_step_has_a_carrier() -> None:
+    assert set(CARRIERS) == set(STEPS)
