@@ -17,6 +17,7 @@ from pipeline.claims.when_ema.design import Design, Piece
 from pipeline.claims.when_ema.numbers import Numbers, has, read_numbers, write
 from pipeline.claims.when_ema.pieces import Places, carry_out, make_bases
 from pipeline.claims.when_ema.recording import points_of
+from pipeline.run.carriers import CARRIERS
 from pipeline.run.jobs import Jobs
 from pipeline.run.status import open_plan, open_store
 from pipeline.store.artifact import hash_file
@@ -86,7 +87,9 @@ def run_here(words: list[str], _: str) -> None:
     workspace.prepare()
     jobs, merger, worker = Jobs(workspace), Merger(), Worker(0, 1, 1, "cpu")
     for step in workspace.plan.steps.values():
-        (merger if step.kind == "merge" else worker).run(jobs.of(step), step, workspace.store)  # type: ignore[arg-type]
+        (merger if step.kind == "merge" else worker).run(
+            CARRIERS[step.kind].job(jobs, step), step, workspace.store
+        )  # type: ignore[arg-type]
     workspace.write_results()
 
 

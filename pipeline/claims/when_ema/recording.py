@@ -15,6 +15,7 @@ import pandas as pd
 from merge_service.checkpoints import WEIGHTS_FILE, Checkpoint, recorded
 from merge_service.errors import UserError
 from pipeline.plan.steps import BASE, Point
+from pipeline.run.carriers import CARRIERS
 from pipeline.run.jobs import Jobs
 from pipeline.store.artifact import Record
 from pipeline.study.config import load_study
@@ -108,7 +109,8 @@ class Experts:
                     "distance": float(np.linalg.norm(expert - before[0])),
                     "cosine": _cosine(vector, before[1]),
                 }
-            job = self._jobs.of(self.workspace.plan.steps[str(point.train)])
+            step = self.workspace.plan.steps[str(point.train)]
+            job = CARRIERS[step.kind].job(self._jobs, step)
             assert isinstance(job, TrainJob)
             if chain["init"] == "latest":
                 row |= self._losses(job, record, earlier)
