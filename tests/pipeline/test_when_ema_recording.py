@@ -19,9 +19,9 @@ from pipeline.claims.when_ema.pieces import Places, carry_out, make_bases
 from pipeline.claims.when_ema.recording import points_of
 from pipeline.run.carriers import CARRIERS
 from pipeline.run.jobs import Jobs
-from pipeline.workspace.opening import open_plan, open_store
 from pipeline.store.artifact import hash_file
 from pipeline.study.config import load_study
+from pipeline.workspace.opening import open_plan, open_store
 from pipeline.workspace.workspace import Workspace
 from tests.pipeline.when_ema_toys import World as Truth
 from tests.pipeline.when_ema_toys import numbers

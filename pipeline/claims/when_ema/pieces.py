@@ -21,8 +21,8 @@ from pipeline.claims.__main__ import commit
 from pipeline.claims.when_ema import numbers
 from pipeline.claims.when_ema.design import MODELS, Design, Piece
 from pipeline.claims.when_ema.recording import Experts, points_of
-from pipeline.workspace.opening import open_plan
 from pipeline.store.artifact import hash_file
+from pipeline.workspace.opening import open_plan
 
 
 @dataclass(frozen=True)
