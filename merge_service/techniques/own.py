@@ -12,12 +12,14 @@ import hashlib
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from merge_service.errors import TechniqueError
 from merge_service.techniques import registry
 from merge_service.techniques.definition import LOGIT_SCALE, SCALE, Origin, Technique
+from merge_service.techniques.joint import Own
 from merge_service.techniques.params import Param
 
 Rule = Callable[[Any, dict[str, Any], list[Any]], Any]
@@ -44,8 +46,8 @@ def technique(
     def declare(rule: Rule) -> Technique:
         common = (SCALE, LOGIT_SCALE) if space == "task_vectors" else (LOGIT_SCALE,)
         made = Technique(
-            name, formula, paper, (*params, *common), "own", space,
-            forms=frozenset({"merge", "fold"}), arity=arity, rule=rule, origin=_origin(name, rule),
+            name, formula, paper, (*params, *common), partial(Own, name, rule), space,
+            forms=frozenset({"merge", "fold"}), arity=arity, origin=_origin(name, rule),
         )  # fmt: skip
         register(made)
         return made
@@ -55,7 +57,7 @@ def technique(
 
 def register(made: Technique) -> None:
     """Make a technique known in this process; again is no harm. Raises TechniqueError if its name is another's."""
-    if made.rule is None or made.origin is None:
+    if made.origin is None:
         raise TechniqueError(f"{made.name} has no rule of its own; declare it with @technique(...)")
     registry.add(made, made.origin)
 
