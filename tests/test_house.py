@@ -30,7 +30,11 @@ HEAVY = {
 MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 450, 70, 6
 OPTIONS = {"threads", "block", "measure", "device", "split"}
 """Parameters that are options of the command line and bear on no result: they do not count."""
-MANY_PARAMETERS = ("merge_service/merge.py", "merge_service/blocks/kernels.py")
+MANY_PARAMETERS = (
+    "merge_service/merge.py",
+    "merge_service/techniques/own.py",
+    "merge_service/blocks/kernels.py",
+)
 """The functions that people call, which build values of what they are given, and compiled loops, which cannot take values."""
 ORDER = {
     "merge_service": (
