@@ -58,7 +58,11 @@ FLOORS: dict[str, tuple[set[str], ...]] = {
 """The order of folders (and of modules that stand directly in a room): each imports only from floors below its own."""
 OPTIONS = {"threads", "block", "measure", "device", "split"}
 """Parameters that are options of the command line and bear on no result: they do not count."""
-MANY_PARAMETERS = ("merge_service/merge.py", "merge_service/blocks/kernels.py")
+MANY_PARAMETERS = (
+    "merge_service/merge.py",
+    "merge_service/techniques/own.py",
+    "merge_service/blocks/kernels.py",
+)
 """The functions that people call, which build values of what they are given, and compiled loops, which cannot take values."""
 DIRECTLY = {"workers": {"jobs", "actors", "pretrain"}, "pipeline": {"errors", "identity", "console", "api"}}
 """The modules that may stand directly in a room that has folders."""

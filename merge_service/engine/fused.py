@@ -19,6 +19,16 @@ from merge_service.techniques.thinning import bounds, rescaling
 _KINDS = {"F32": kernels.F32, "F16": kernels.F16, "BF16": kernels.BF16, "F64": kernels.F64}
 
 
+_LOOPS = {
+    "mean": kernels.MEAN,
+    "sum": kernels.SUM,
+    "largest": kernels.LARGEST,
+    "mean of sign": kernels.MEAN_OF_SIGN,
+    "sum of sign": kernels.SUM_OF_SIGN,
+    "max of sign": kernels.MAX_OF_SIGN,
+}
+
+
 @dataclass(frozen=True)
 class Outcome:
     """A span's result. `squares`: partial sums of (result - base)^2; `bad`: orders of inputs that are not finite, 0 the base."""
@@ -111,7 +121,7 @@ class Fused:
     def _table(self, name: str, places: Mapping[int, Place]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         job, terms = np.zeros(1, kernels.JOB), np.zeros(len(self.inputs), kernels.TERM)
         sizes = np.zeros(1 + len(self.inputs), np.int64)
-        job["rule"], job["delta"] = self.combine.kernel, self.task.moves
+        job["rule"], job["delta"] = _LOOPS[self.combine.kernel or ""], self.task.moves
         if self.base is not None:
             job["base"], job["kind"], sizes[0] = _where(self.base, name)
         for row, expert in enumerate(self.inputs):

@@ -8,7 +8,7 @@ from merge_service.blocks.questions import EVERYTHING, Findings
 from merge_service.blocks.spans import Span
 from merge_service.engine.task import Input, MergeTask
 from merge_service.techniques.place import Place
-from merge_service.techniques.rules import share
+from merge_service.techniques.shares import share
 
 
 class Places:
@@ -25,7 +25,7 @@ class Places:
         """The place of a span in one expert."""
         task, params, order, found = self.task, self.task.params, expert.order, self.found
         if span.name in task.statistics:
-            given = task.technique.space == "weights" and task.technique.rule is None
+            given = task.technique.space == "weights" and task.technique.origin is None
             return Place(order, share(params, order) if given else 1 / order)
         if task.technique.space == "weights":
             return Place(order, share(params, order), found.turns.get((span.name, order)))
@@ -47,7 +47,7 @@ class Places:
     def _mask_key(self, expert: Input, name: str) -> int | None:
         """None where nothing is random: scalars are never dropped."""
         task = self.task
-        scalar = task.reference.tensors[name].shape == () and task.technique.combine != "draw"
+        scalar = task.reference.tensors[name].shape == () and not task.rule.masks_scalars
         if scalar or "seed" not in task.params:
             return None
         return tensor_key(task.params["seed"], expert.id, name)

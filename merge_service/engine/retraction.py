@@ -19,18 +19,17 @@ from merge_service.engine.task import Input, MergeTask
 from merge_service.errors import TechniqueError
 from merge_service.techniques.definition import Technique
 from merge_service.techniques.place import Array, Election, Place, State
-from merge_service.techniques.rules import Mean, combination, leaving_share
-from merge_service.techniques.tensorwise import TENSOR_RULES
+from merge_service.techniques.rule import Rule
+from merge_service.techniques.rules import Mean
+from merge_service.techniques.shares import leaving_share
 
 
-class Removing:
+class Removing(Rule):
     """A rule whose `add` takes an expert out, by another's `remove`; `share` is its weight over that of those who stay."""
 
-    kernel: int | None = None
-
     def __init__(self, rule: Any, share: float) -> None:
-        self.floats: tuple[str, ...] = rule.floats
-        self.words: tuple[str, ...] = rule.words
+        super().__init__(rule.params)
+        self.floats, self.words, self.averages = rule.floats, rule.words, rule.averages
         self.rule, self.share = rule, share
 
     def add(self, xp: Any, state: State, x: Array, place: Place) -> None:
@@ -47,7 +46,7 @@ def retraction(
 
     Its parameters are those of who stays. Raises TechniqueError where the state does not allow it.
     """
-    rule: Any = None if technique.combine in TENSOR_RULES else combination(technique, params)
+    rule: Any = technique.combine(params)
     if not hasattr(rule, "remove"):
         raise TechniqueError(
             f"{technique.name}{_consensus(params)}: an expert cannot be taken out of its state, because what others would "
@@ -61,7 +60,7 @@ def retraction(
     share = leaving_share(params, leaving.order, count) if technique.space == "weights" else even
     alone = replace(leaving, order=1)  # the only one of its task; what it weighs is known
     return MergeTask(
-        technique, without(params, leaving.order), base, (alone,), tied, Removing(rule, share), Removing(Mean(), even)
+        technique, without(params, leaving.order), base, (alone,), tied, Removing(rule, share), Removing(Mean(params), even)
     )  # fmt: skip
 
 

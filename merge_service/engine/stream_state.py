@@ -130,6 +130,7 @@ def _identity(
         "technique": technique.name,
         "params": effective(params, experts),
         "base": base.fingerprint(),
+        **({"source": technique.origin.source} if technique.origin is not None else {}),
     }
 
 

@@ -20,8 +20,8 @@ from merge_service.checkpoints.buffers import buffers
 from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.ties import Ties, tie
 from merge_service.techniques.definition import Technique
-from merge_service.techniques.rules import Combine, Mean, combination
-from merge_service.techniques.tensorwise import TENSOR_RULES, TensorRule
+from merge_service.techniques.rule import Combining, Rule
+from merge_service.techniques.rules import Mean
 from merge_service.techniques.thinning import KeepAll
 
 
@@ -46,8 +46,8 @@ class MergeTask:
     base: Checkpoint | None
     inputs: tuple[Input, ...]
     tied: Ties
-    rule: Combine | TensorRule
-    mean: Combine
+    rule: Combining
+    mean: Rule
 
     @classmethod
     def of(
@@ -62,9 +62,8 @@ class MergeTask:
         reference = base or inputs[0].weights
         if tied is None:
             tied = tie(reference, [one.weights for one in inputs if one.weights is not reference])
-        whole: Any = TENSOR_RULES.get(technique.combine)
-        rule = whole() if whole else combination(technique, params)
-        return cls(technique, params, base, tuple(inputs), tied, rule, Mean())
+        rule, mean = technique.combine(params), Mean(params)
+        return cls(technique, params, base, tuple(inputs), tied, rule, mean)
 
     @property
     def reference(self) -> Checkpoint:
@@ -99,7 +98,7 @@ class MergeTask:
     @property
     def whole(self) -> bool:
         """Whether tensors are made whole, not span by span."""
-        return self.technique.combine in TENSOR_RULES
+        return self.rule.whole
 
     @cached_property
     def aliases(self) -> Mapping[str, Sequence[str]]:
@@ -131,7 +130,7 @@ class MergeTask:
 
         A technique that is a mean of weights already, with the base or without, does that by itself.
         """
-        if self.technique.combine == "mean":
+        if self.rule.averages:
             return frozenset()
         return frozenset(name for name, _ in self.merged if is_statistic(name))
 

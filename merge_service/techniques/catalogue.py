@@ -1,4 +1,4 @@
-"""The techniques that work element by element: one literal table, no tensors.
+"""The techniques that work element by element: one literal table of objects.
 
 Where published implementations disagree a parameter chooses, and its text says who does what; a default is its authors'.
 
@@ -22,7 +22,10 @@ from merge_service.techniques.definition import (
     WEIGHT,
     Technique,
 )
+from merge_service.techniques.joint import Agreed, Balance, NearSwap, Selection
 from merge_service.techniques.params import Param
+from merge_service.techniques.rules import Contributors, Draw, Largest, Mean, Sum, elected
+from merge_service.techniques.spherical import Slerp
 from merge_service.techniques.thinning import AtRandom, Band, ByRank, Crumbs, TopMagnitudes
 
 HALF = Param("density", "float", 0.5, "fraction of every task vector that is kept", 0, 1, above_low=True)
@@ -93,7 +96,7 @@ _PLAIN = (
         "θ = Σ w_i θ_i / Σ w_i;  fold: θ = (1 - weight) · running + weight · new",
         "Model soups, arXiv 2203.05482; weights that grow with time as in TIME, arXiv 2412.06712",
         (*AVERAGING[1:], replace(WEIGHT, forms=frozenset({"fold"})), LOGIT_SCALE),
-        combine="mean",
+        combine=Mean,
         space="weights",
     ),
     Technique(
@@ -101,7 +104,7 @@ _PLAIN = (
         "θ = [sin((1-w)Ω) running + sin(wΩ) new] / sin Ω per tensor, cos Ω = <running, new> / (|running| |new|)",
         "Shoemake 1985; as in MergeKit, arXiv 2403.13257, with w on the new model",
         (WEIGHT, LOGIT_SCALE),
-        combine="slerp",
+        combine=Slerp,
         space="weights",
         forms=frozenset({"merge", "fold"}),
         arity=2,
@@ -118,7 +121,7 @@ _PLAIN = (
         "θ = θ0 + scale · Σ_i τ_i",
         "Task arithmetic, arXiv 2212.04089",
         (_SCALE_SUM, LOGIT_SCALE),
-        combine="sum",
+        combine=Sum,
         adds=True,
         exceptions=_SUMS,
     ),
@@ -127,7 +130,7 @@ _PLAIN = (
         "τ̂_i = τ_i where |τ_i| is in the top density, else 0;  " + _ELECT.format(how="mean"),
         _TIES_PAPER,
         (*_TRIM, SCALE, LOGIT_SCALE),
-        combine="disjoint",
+        combine=elected,
         thin=TopMagnitudes,
         exceptions=_NOT_IDENTITY,
     ),
@@ -136,7 +139,7 @@ _PLAIN = (
         "τ̂_i = τ_i / density with probability density, else 0;  " + _ELECT.format(how="mean"),
         _DARE_PAPER,
         (*_DROP, SCALE, LOGIT_SCALE),
-        combine="disjoint",
+        combine=elected,
         thin=AtRandom,
         exceptions=_NOT_IDENTITY | {"P10": "kept values are divided by density"},
     ),
@@ -146,7 +149,7 @@ _PLAIN = (
         + _ELECT.format(how="mean"),
         _CRUMBS_PAPER,
         (*_BAND, SCALE, LOGIT_SCALE),
-        combine="disjoint",
+        combine=elected,
         thin=Band,
         exceptions=_NOT_IDENTITY,
     ),
@@ -155,7 +158,7 @@ _PLAIN = (
         "θ = θ0 + scale · τ_i*, i* = argmax_i |τ_i| per element; of equal magnitudes the later expert wins",
         "MagMax, arXiv 2407.06322",
         (SCALE, LOGIT_SCALE),
-        combine="largest",
+        combine=Largest,
     ),
 )
 
@@ -173,7 +176,7 @@ _FURTHER = (
             replace(SCALE, default=0.2),
             LOGIT_SCALE,
         ),
-        combine="sum",
+        combine=Sum,
         thin=Crumbs,
         adds=True,
         exceptions={"P2": "copies of one expert add up, thinned out", "P10": "a sum leaves the convex hull"},
@@ -184,7 +187,7 @@ _FURTHER = (
         "DARE, arXiv 2311.03099",
         # density, scale: FusionBench's DareTaskArithmetic for CLIP (sparsity .5, scaling .3); papers drop up to .9.
         (HALF, RESCALE, SEED, _SCALE_SUM, LOGIT_SCALE),
-        combine="sum",
+        combine=Sum,
         thin=AtRandom,
         adds=True,
         exceptions={
@@ -201,7 +204,7 @@ _FURTHER = (
         "DELLA-Merging, arXiv 2406.11617",
         # epsilon: MergeKit's default; consensus mean: MergeKit (normalize) and the paper; density .5 leaves room for epsilon.
         (HALF, EPSILON, RESCALE, SEED, CONSENSUS, GRANULARITY, SCALE, LOGIT_SCALE),
-        combine="disjoint",
+        combine=elected,
         thin=ByRank,
         exceptions={**_NOT_IDENTITY, "P10": "kept values are divided by their probability"},
     ),
@@ -211,7 +214,7 @@ _FURTHER = (
         "its row",
         "DELLA-Merging, arXiv 2406.11617; summed as in MergeKit, arXiv 2403.13257",
         (HALF, EPSILON, RESCALE, SEED, _SCALE_SUM, LOGIT_SCALE),
-        combine="sum",
+        combine=Sum,
         thin=ByRank,
         adds=True,
         exceptions={
@@ -244,7 +247,7 @@ _FURTHER = (
             SCALE,
             LOGIT_SCALE,
         ),
-        combine="select",
+        combine=Selection,
         forms=frozenset({"merge", "fold"}),
         exceptions={
             "P5": "the positions selected depend on all experts",
@@ -260,7 +263,7 @@ _FURTHER = (
             SCALE,
             LOGIT_SCALE,
         ),
-        combine="contributors",
+        combine=Contributors,
         exceptions={"P2": "changes up to threshold are dropped", "P7": "threshold is absolute"},
     ),
     Technique(
@@ -268,7 +271,7 @@ _FURTHER = (
         "θ = running + clip(new - running, -threshold, threshold)",
         "NearSwap as in MergeKit, arXiv 2403.13257",
         (THRESHOLD, LOGIT_SCALE),
-        combine="clip",
+        combine=NearSwap,
         space="weights",
         forms=frozenset({"merge", "fold"}),
         arity=2,
@@ -279,7 +282,7 @@ _FURTHER = (
         "θ = θ0 + scale · τ_i, i = argmax_i hash(seed, expert i, element): every expert is as likely",
         "baseline of MagMax, arXiv 2407.06322",
         (SEED, SCALE, LOGIT_SCALE),  # scale 1: the authors' script
-        combine="draw",
+        combine=Draw,
     ),
     Technique(
         "consensus",
@@ -287,7 +290,7 @@ _FURTHER = (
         "Consensus merging with TALL masks, arXiv 2405.07813",
         # scale as task_arithmetic, which this is at min_tasks 0; min_tasks 2: the authors' prun_thre_k. More than N: base.
         (TALL_LAMBDA, MIN_TASKS, _SCALE_SUM, LOGIT_SCALE),
-        combine="agreed",
+        combine=Agreed,
         forms=frozenset({"merge", "fold"}),
         adds=True,
         exceptions={**_SUMS, "P5": "who uses a weight depends on the final sum"},
@@ -322,7 +325,7 @@ _FURTHER = (
             SCALE,  # the authors' lambda: 1.2 fixed, searched from 1.0
             LOGIT_SCALE,
         ),
-        combine="balance",
+        combine=Balance,
         forms=frozenset({"merge", "fold"}),
         exceptions={
             "P2": "copies of one expert give the part of it that scores high",
@@ -339,7 +342,7 @@ _FURTHER = (
             Param("weight", "float", 0.5, "weight of the experts' mean; the base gets 1 - weight", 0, 1),
             LOGIT_SCALE,
         ),
-        combine="mean",
+        combine=Mean,
         space="task_vectors",
         factor="weight",
         forms=frozenset({"merge", "stream"}),  # in a fold `weight` is the new expert's: that is `average`

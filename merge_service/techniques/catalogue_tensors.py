@@ -1,10 +1,12 @@
 """The techniques that look at a tensor as a whole: its angles to the others' (Gram), or its singular vectors.
 
-Invariant: as `techniques.py`, whose table these entries belong to.
+Invariant: as `catalogue.py`.
 """
 
 from merge_service.techniques.definition import AVERAGING, LOGIT_SCALE, SCALE, WEIGHT, Technique
 from merge_service.techniques.params import Param
+from merge_service.techniques.spherical import Karcher, MultiSlerp, NuSlerp
+from merge_service.techniques.tensorwise import FusedMatrices, Isotropic, IsotropicTasks, Orthogonal, Stock
 
 SPACE = Param(
     "space",
@@ -48,7 +50,7 @@ TENSORWISE: tuple[Technique, ...] = (
         "θ = [sin((1-w)Ω) running + sin(wΩ) new] / sin Ω per tensor, of weights or of task vectors; a line where they are parallel",
         "NuSLERP in MergeKit, arXiv 2403.13257",
         (WEIGHT, SPACE, LOGIT_SCALE),
-        combine="spherical",
+        combine=NuSlerp,
         space="weights",
         forms=_MERGE_FOLD,
         arity=2,
@@ -65,7 +67,7 @@ TENSORWISE: tuple[Technique, ...] = (
         "θ = (Σ w_i |θ_i|) · u, u the direction of Σ w_i θ_i / |θ_i|, per tensor, of weights or of task vectors",
         "MultiSLERP in MergeKit, arXiv 2403.13257",
         (*_AVERAGING, SPACE, LOGIT_SCALE),
-        combine="spherical",
+        combine=MultiSlerp,
         space="weights",
         forms=_MERGE_FOLD,
         exceptions={**_NO_STREAM, **_ON_WEIGHTS, **_ARC},
@@ -81,7 +83,7 @@ TENSORWISE: tuple[Technique, ...] = (
             SPACE,
             LOGIT_SCALE,
         ),
-        combine="spherical",
+        combine=Karcher,
         space="weights",
         forms=_MERGE_FOLD,
         exceptions={**_NO_STREAM, **_ON_WEIGHTS, **_ARC},
@@ -100,7 +102,7 @@ TENSORWISE: tuple[Technique, ...] = (
             ),
             LOGIT_SCALE,
         ),
-        combine="stock",
+        combine=Stock,
         exceptions={"P1": "has no factor of the task vector; nothing merged is the base"},
     ),
     Technique(
@@ -108,7 +110,7 @@ TENSORWISE: tuple[Technique, ...] = (
         "θ = θ0 + scale · mean(S) U Vᵀ per matrix, Σ_i τ_i = U S Vᵀ; other tensors: scale · mean_i τ_i",
         "Iso-C in No Task Left Behind, arXiv 2502.04959",
         (SCALE, ATTENTION, TEXT_PROJECTION, LOGIT_SCALE),
-        combine="isotropic",
+        combine=Isotropic,
         exceptions=_SPECTRUM,
     ),
     Technique(
@@ -129,7 +131,7 @@ TENSORWISE: tuple[Technique, ...] = (
             TEXT_PROJECTION,
             LOGIT_SCALE,
         ),
-        combine="isotropic_tasks",
+        combine=IsotropicTasks,
         forms=_MERGE_FOLD,
         exceptions={**_SPECTRUM, "P5": "the directions of every expert depend on the sum of all"},
     ),
@@ -149,7 +151,7 @@ TENSORWISE: tuple[Technique, ...] = (
             ATTENTION,
             LOGIT_SCALE,
         ),
-        combine="orthogonal",
+        combine=Orthogonal,
         forms=_MERGE_STREAM,
         ordered=True,
         exceptions={
@@ -176,7 +178,7 @@ TENSORWISE: tuple[Technique, ...] = (
             ATTENTION,
             LOGIT_SCALE,
         ),
-        combine="fused_matrices",
+        combine=FusedMatrices,
         space="weights",
         forms=_MERGE_FOLD,
         arity=2,

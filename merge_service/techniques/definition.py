@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from merge_service.errors import TechniqueError
 from merge_service.techniques.params import Param, nearest
+from merge_service.techniques.rule import Combining
 from merge_service.techniques.thinning import KeepAll
 
 Form = Literal["merge", "fold", "stream"]
@@ -84,19 +85,20 @@ class Origin:
 
 @dataclass(frozen=True)
 class Technique:
-    """What a technique is; `rules.py` says what the words in `combine` mean, `thin` is how task vectors are thinned out.
+    """What a technique is. `combine` makes the rule by which experts come together, `thin` how task vectors are thinned out, both of
+    its parameters.
 
     `factor` names the parameter that multiplies the combined task vector (LiNeS has `depth` instead); `adds` says that task
     vectors are summed, not averaged.
     `ordered`: every expert is seen against those before it, so all at once is the stream from the first on.
-    `rule` and `origin`: the function of a technique that somebody else wrote, and where it is written.
+    `origin` is where a technique is written that somebody else wrote.
     """
 
     name: str
     formula: str
     paper: str
     params: tuple[Param, ...]
-    combine: str
+    combine: Callable[[Mapping[str, Any]], Combining]
     space: Literal["weights", "task_vectors"] = "task_vectors"
     thin: type[KeepAll] = KeepAll
     depth: bool = False
@@ -106,7 +108,6 @@ class Technique:
     arity: int | None = None
     ordered: bool = False
     exceptions: Mapping[str, str] = field(default_factory=dict, hash=False)
-    rule: Callable[..., Any] | None = field(default=None, compare=False)
     origin: Origin | None = None
 
     @property

@@ -1,52 +1,128 @@
-"""Rules that must see the blocks of all experts at once: one pure function each, over the list of blocks in order.
+"""Rules that must see the blocks of all experts at once: blocks are gathered, and nothing is done before the end.
 
-What such a rule needs of whole tensors (thresholds of a quantity that is made of all experts, norms) it finds in each expert's
-`Place`; `QUANTITIES` says how those quantities are computed, on a block like everything else. Sums run in the order of the
+What such a rule needs of whole tensors (thresholds of a quantity that is made of all experts, norms) it asks for in `prepare` and finds
+in each expert's `Place`; the quantities are measured in `engine/survey.py` by the functions here. Sums run in the order of the
 experts and in float64.
 
 Invariant: elementwise, so that blocks may be cut anywhere.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from merge_service.blocks.questions import (
+    Ask,
+    Count,
+    Findings,
+    Key,
+    Limits,
+    Quantity,
+    Summed,
+    Sums,
+    Window,
+)
+from merge_service.blocks.search import search
 from merge_service.errors import TechniqueError
-from merge_service.techniques.definition import Technique
-from merge_service.techniques.place import Array, Place
+from merge_service.techniques.place import Array, Election, Place, State, View
+from merge_service.techniques.ranks import clamp_ranks, differing_ranks, score_ranks
+from merge_service.techniques.rule import Params, Rule
+from merge_service.techniques.thinning import everywhere, thresholds
 
-Params = Mapping[str, Any]
-Rule = Callable[[Any, Sequence[Array], Sequence[Place]], Array]
-
-
-def joint_rule(technique: Technique, params: Params) -> Rule | None:
-    """The rule of a technique that needs all blocks at once, None for the others."""
-    if technique.rule is not None:
-        return _checked(technique, params)
-    rules: dict[str, Callable[..., Array]] = {
-        "agreed": consensus,
-        "clip": nearswap,
-        "select": sce,
-        "balance": pcb,
-    }
-    rule = rules.get(technique.combine)
-    return (lambda xp, blocks, places: rule(xp, params, blocks, places)) if rule else None
+Blocks = Sequence[Array]
+Places = Sequence[Place]
 
 
-def _checked(technique: Technique, params: Params) -> Rule:
-    """The rule of somebody else's technique, whose answer may be anything."""
+class Together(Rule):
+    """A rule that must see all experts' blocks at once."""
 
-    def rule(xp: Any, blocks: Sequence[Array], places: Sequence[Place]) -> Array:
-        assert technique.rule is not None
+    def add(self, xp: Any, state: State, x: Array, place: Place) -> None:
+        state.setdefault("blocks", []).append(x)
+        state.setdefault("places", []).append(place)
+
+    def result(self, xp: Any, state: State, majority: int) -> tuple[Array, Election]:
+        out = self.combined(xp, state["blocks"], state["places"])
+        return xp.asarray(out, dtype=state["blocks"][0].dtype), Election()
+
+    def combined(self, xp: Any, blocks: Blocks, places: Places) -> Array:
+        """What the experts' blocks come to, in their order."""
+        raise NotImplementedError
+
+
+class Own(Together):
+    """The function of somebody else's technique, whose answer may be anything."""
+
+    def __init__(self, name: str, function: Callable[..., Any], params: Params) -> None:
+        super().__init__(params)
+        self.name, self.function = name, function
+
+    def combined(self, xp: Any, blocks: Blocks, places: Places) -> Array:
         shape = blocks[0].shape
-        made = technique.rule(xp, dict(params), list(blocks))
+        made = self.function(xp, dict(self.params), list(blocks))
         if getattr(made, "shape", None) != shape:
             raise TechniqueError(
-                f"{technique.name} gave {type(made).__name__} of shape {getattr(made, 'shape', None)} for blocks of shape "
+                f"{self.name} gave {type(made).__name__} of shape {getattr(made, 'shape', None)} for blocks of shape "
                 f"{shape}; it must return one array of the blocks' shape"
             )
         return made
 
-    return rule
+
+class Agreed(Together):
+    """Consensus merging."""
+
+    def combined(self, xp: Any, blocks: Blocks, places: Places) -> Array:
+        return consensus(xp, self.params, blocks, places)
+
+
+class NearSwap(Together):
+    """The first model, moved towards the second."""
+
+    def combined(self, xp: Any, blocks: Blocks, places: Places) -> Array:
+        return nearswap(xp, self.params, blocks, places)
+
+
+class Selection(Together):
+    """SCE: the positions where experts differ most, weighted by energy."""
+
+    def prepare(self, ask: Ask, view: View, found: Findings) -> Findings:
+        if not view.orders:
+            return found
+        if self.params["density"] < 1:
+            found = found.with_(thresholds=self._variances(ask, view))
+        sums = ask(Sums((Quantity("energy", wide=True, joint=True, given=found),)))
+        assert isinstance(sums, Summed)
+        keys = [(name, order) for name, _ in view.combined for order in view.orders]
+        return found.with_(gains={key: sums.total("energy", *key) for key in keys})
+
+    def combined(self, xp: Any, blocks: Blocks, places: Places) -> Array:
+        return sce(xp, self.params, blocks, places)
+
+    def _variances(self, ask: Ask, view: View) -> dict[Key, Limits]:
+        """The least variance over experts that is selected, by tensor; how many are not zero must be counted first."""
+        quantity = Quantity("variance", wide=True, joint=True)
+        nothing = {(name, 0): (Window(0, 0, 0),) for name in view.group_sizes}
+        counted: Any = ask(Count(nothing, quantity=quantity))
+        ranks = {
+            key: differing_ranks(self.params["density"], int(zeros.bins[0][0]))
+            for key, zeros in counted.items()
+        }
+        limits = search(ranks, ask, quantity, count_frozen=True)
+        return {
+            (name, order): Limits(least.low) for (name, _), least in limits.items() for order in view.orders
+        }
+
+
+class Balance(Together):
+    """PCB: a mean weighted by how far an expert's score is above its threshold."""
+
+    def prepare(self, ask: Ask, view: View, found: Findings) -> Findings:
+        clamps = thresholds(ask, view, clamp_ranks(self.params["winsorize"]), found)
+        found = found.with_(thresholds=clamps)
+        quantity = Quantity("score", wide=True, signed=True, joint=True, given=found)
+        ranks = everywhere(view, score_ranks(self.params["density"]))
+        return found.with_(scores=search(ranks, ask, quantity, count_frozen=True))
+
+    def combined(self, xp: Any, blocks: Blocks, places: Places) -> Array:
+        return pcb(xp, self.params, blocks, places)
 
 
 def consensus(xp: Any, params: Params, taus: Sequence[Array], places: Sequence[Place]) -> Array:

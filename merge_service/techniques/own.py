@@ -1,7 +1,8 @@
 """Techniques that somebody else wrote: installed by a package, or declared in a program that uses this one.
 
-A technique of one's own is a function over the aligned blocks of all experts, in order: task vectors, or weights. Everything
-else is the engine's: files, memory, threads, dtypes, tied and integer tensors, `scale`, logit_scale, numbers that are not finite.
+A technique of one's own is a function over the aligned blocks of all experts, in order (task vectors, or weights), or a rule as ours
+are: a class that takes one expert at a time, asks for numbers of whole tensors, or sees tensors whole. Everything else is the
+engine's: files, memory, threads, dtypes, tied and integer tensors, `scale`, logit_scale, numbers that are not finite.
 
 Invariant: no file can name code to load. It comes from installed packages (entry points of the group
 `temporal_merge.techniques`) or from a module that the program has imported itself; what determines its result is known by
@@ -11,16 +12,20 @@ the sha256 of the file it is written in (not of what that file imports).
 import hashlib
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from merge_service.errors import TechniqueError
 from merge_service.techniques import registry
 from merge_service.techniques.definition import LOGIT_SCALE, SCALE, Origin, Technique
+from merge_service.techniques.joint import Own, Together
 from merge_service.techniques.params import Param
+from merge_service.techniques.rule import Combining
+from merge_service.techniques.thinning import KeepAll
 
-Rule = Callable[[Any, dict[str, Any], list[Any]], Any]
+Function = Callable[[Any, dict[str, Any], list[Any]], Any]
 
 
 def technique(
@@ -31,21 +36,30 @@ def technique(
     params: Sequence[Param] = (),
     space: Literal["task_vectors", "weights"] = "task_vectors",
     arity: int | None = None,
-) -> Callable[[Rule], Technique]:
-    """Declare a technique: a decorator of `rule(xp, params, blocks)`, which returns the combined block.
+    thin: type[KeepAll] = KeepAll,
+) -> Callable[[Function | type[Combining]], Technique]:
+    """Declare a technique: a decorator of `rule(xp, params, blocks)`, which returns the combined block, or of a class of rules.
 
     `blocks` has one array per expert, oldest first, all of one shape and dtype: their task vectors, or with
     `space="weights"` their weights. `xp` is numpy, or torch where blocks lie on a device; use what both have. A block is any
     part of a tensor, so the rule must be elementwise. `arity` is the number of experts it takes, if it takes no other. The
     technique also has the parameters `scale` (the factor of the combined task vector) and `logit_scale`; its forms are
-    merge and fold. Raises TechniqueError for a name that is taken.
+    merge and fold. A class (a `Rule`, `Together` or `TensorRule`) is made with the parameters; unless it is a `Together` it has
+    the stream form too. `thin` is how task vectors are thinned out (`thinning.py`), whose parameters are then among `params`.
+    Raises TechniqueError for a name that is taken.
     """
 
-    def declare(rule: Rule) -> Technique:
+    def declare(rule: Function | type[Combining]) -> Technique:
         common = (SCALE, LOGIT_SCALE) if space == "task_vectors" else (LOGIT_SCALE,)
+        combine: Callable[[Mapping[str, Any]], Combining]
+        if isinstance(rule, type):
+            combine, streams = rule, arity is None and not issubclass(rule, Together)
+        else:
+            combine, streams = partial(Own, name, rule), False
+        forms = frozenset({"merge", "fold", *(("stream",) if streams else ())})
         made = Technique(
-            name, formula, paper, (*params, *common), "own", space,
-            forms=frozenset({"merge", "fold"}), arity=arity, rule=rule, origin=_origin(name, rule),
+            name, formula, paper, (*params, *common), combine, space, thin,
+            forms=forms, arity=arity, origin=_origin(name, rule),
         )  # fmt: skip
         register(made)
         return made
@@ -55,7 +69,7 @@ def technique(
 
 def register(made: Technique) -> None:
     """Make a technique known in this process; again is no harm. Raises TechniqueError if its name is another's."""
-    if made.rule is None or made.origin is None:
+    if made.origin is None:
         raise TechniqueError(f"{made.name} has no rule of its own; declare it with @technique(...)")
     registry.add(made, made.origin)
 
@@ -88,7 +102,7 @@ def check_importable(used: Technique) -> None:
         )
 
 
-def _origin(name: str, rule: Rule) -> Origin:
+def _origin(name: str, rule: Function | type[Combining]) -> Origin:
     try:
         file = inspect.getsourcefile(rule)
         content = (

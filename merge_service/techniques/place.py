@@ -3,8 +3,9 @@
 Invariant: values only; nothing here computes.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from merge_service.blocks.questions import EVERYTHING, Limits
 
@@ -43,3 +44,20 @@ class Election:
 
     balance: int = 0
     contested: bool = False
+
+
+class View(Protocol):
+    """What is asked of a merge while numbers of whole tensors are looked for.
+
+    `orders` are the numbers of its experts, `combined` its tensors with their sizes, `group_sizes` the elements of every group that
+    shares thresholds; `wide` says whether some tensor is float64.
+    """
+
+    @property
+    def orders(self) -> Sequence[int]: ...
+    @property
+    def combined(self) -> Sequence[tuple[str, int]]: ...
+    @property
+    def group_sizes(self) -> Mapping[str, int]: ...
+    @property
+    def wide(self) -> bool: ...

@@ -13,44 +13,21 @@ Two surprises. Subtracting (m - x) instead of adding (x - m), and adding a task 
 sign of a zero: -0.0 + 0.0 is 0.0, but -0.0 - 0.0 is -0.0, and an untouched weight must come out bit-equal.
 """
 
-import math
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
-from merge_service.blocks import kernels
 from merge_service.blocks.masks import hashes
 from merge_service.blocks.questions import Limits
-from merge_service.errors import TechniqueError
-from merge_service.techniques.definition import Technique
-from merge_service.techniques.joint import Rule, joint_rule
 from merge_service.techniques.place import Array, Election, Place, State
+from merge_service.techniques.rule import Params, Rule
 from merge_service.techniques.thinning import bounds
 
 
-class Combine(Protocol):
-    """How experts come together. `floats` and `words` (uint32) name the state's arrays, which start at zero.
-
-    `kernel` is the number of the fused loop that does the same, None if there is none. A rule from whose state an expert can
-    be taken out again has a method `remove` like `add`; there `share` is its weight over that of those who stay.
-    """
-
-    floats: tuple[str, ...]
-    words: tuple[str, ...]
-    kernel: int | None
-
-    def add(self, xp: Any, state: State, x: Array, place: Place) -> None:
-        """Take one expert's block (weights, or a thinned-out task vector) into the state; `x` stays as it is."""
-
-    def result(self, xp: Any, state: State, majority: int) -> tuple[Array, Election]:
-        """The combined block. `majority` is the sign for elements whose vote is a tie."""
-
-
-class Mean:
+class Mean(Rule):
     """Running mean of weights: m <- m - (m - x) * share. Equal experts give themselves, bit for bit."""
 
-    floats: tuple[str, ...] = ("mean",)
-    words: tuple[str, ...] = ()
-    kernel: int | None = kernels.MEAN
+    floats = ("mean",)
+    kernel = "mean"
+    averages = True
 
     def add(self, xp: Any, state: State, x: Array, place: Place) -> None:
         mean = state["mean"]
@@ -69,12 +46,11 @@ class Mean:
         return state["mean"], Election()
 
 
-class Sum:
+class Sum(Rule):
     """Sum of task vectors."""
 
-    floats: tuple[str, ...] = ("sum",)
-    words: tuple[str, ...] = ()
-    kernel: int | None = kernels.SUM
+    floats = ("sum",)
+    kernel = "sum"
 
     def add(self, xp: Any, state: State, x: Array, place: Place) -> None:
         state["sum"] = state["sum"] + x
@@ -86,12 +62,11 @@ class Sum:
         return state["sum"], Election()
 
 
-class Largest:
+class Largest(Rule):
     """Per element the task vector of largest magnitude; of equal magnitudes the later expert's."""
 
-    floats: tuple[str, ...] = ("largest",)
-    words: tuple[str, ...] = ()
-    kernel: int | None = kernels.LARGEST
+    floats = ("largest",)
+    kernel = "largest"
 
     def add(self, xp: Any, state: State, x: Array, place: Place) -> None:
         held = state["largest"]
@@ -101,7 +76,7 @@ class Largest:
         return state["largest"], Election()
 
 
-class Disjoint:
+class Disjoint(Rule):
     """TIES election: per element the sign of the summed task vectors, then what agrees with it: mean, sum or largest.
 
     The state holds the positive sum P, the negative sum Q, and for the mean how many made up each (pluses in the lower 16
@@ -110,17 +85,13 @@ class Disjoint:
     electing signs; its code takes the negative side there).
     """
 
-    def __init__(self, consensus: str) -> None:
-        self.consensus = consensus
-        self.floats: tuple[str, ...] = (
-            ("plus", "minus", "top", "bottom") if consensus == "max" else ("plus", "minus")
-        )
-        self.words: tuple[str, ...] = ("votes",) if consensus == "mean" else ()
-        self.kernel: int | None = {
-            "mean": kernels.MEAN_OF_SIGN,
-            "sum": kernels.SUM_OF_SIGN,
-            "max": kernels.MAX_OF_SIGN,
-        }[consensus]
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self.consensus = params["consensus"]
+        extremes = ("top", "bottom") if self.consensus == "max" else ()
+        self.floats = ("plus", "minus", *extremes)
+        self.words = ("votes",) if self.consensus == "mean" else ()
+        self.kernel = f"{self.consensus} of sign"
 
     def add(self, xp: Any, state: State, x: Array, place: Place) -> None:
         up, down = x > 0, x < 0
@@ -166,15 +137,15 @@ class DisjointSums(Disjoint):
         state["plus"], state["minus"] = xp.where(some_plus, plus, 0), xp.where(some_minus, minus, 0)
 
 
-class Contributors:
+class Contributors(Rule):
     """RAM: the mean over the experts that moved an element further than `threshold`."""
 
-    floats: tuple[str, ...] = ("sum",)
-    words: tuple[str, ...] = ("count",)
-    kernel: int | None = None
+    floats = ("sum",)
+    words = ("count",)
 
-    def __init__(self, threshold: float) -> None:
-        self.limits = Limits(0, threshold)
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self.limits = Limits(0, params["threshold"])
 
     def add(self, xp: Any, state: State, x: Array, place: Place) -> None:
         moved = xp.abs(x) > bounds(self.limits, x.dtype)[1]
@@ -186,12 +157,12 @@ class Contributors:
         return total / xp.asarray(xp.where(count > 1, count, 1), dtype=total.dtype), Election()
 
 
-class Draw:
+class Draw(Rule):
     """Per element the task vector of the expert that draws the highest hash; of equal ones the larger value."""
 
-    floats: tuple[str, ...] = ("drawn",)
-    words: tuple[str, ...] = ("hash",)
-    kernel: int | None = None
+    floats = ("drawn",)
+    words = ("hash",)
+    masks_scalars = True
 
     def add(self, xp: Any, state: State, x: Array, place: Place) -> None:
         assert place.key is not None
@@ -204,94 +175,6 @@ class Draw:
         return state["drawn"], Election()
 
 
-class Together:
-    """A rule that must see all experts' blocks at once: they are gathered, and nothing is done before the end."""
-
-    floats: tuple[str, ...] = ()
-    words: tuple[str, ...] = ()
-    kernel: int | None = None
-
-    def __init__(self, rule: Rule) -> None:
-        self.rule = rule
-
-    def add(self, xp: Any, state: State, x: Array, place: Place) -> None:
-        state.setdefault("blocks", []).append(x)
-        state.setdefault("places", []).append(place)
-
-    def result(self, xp: Any, state: State, majority: int) -> tuple[Array, Election]:
-        out = self.rule(xp, state["blocks"], state["places"])
-        return xp.asarray(out, dtype=state["blocks"][0].dtype), Election()
-
-
-def combination(technique: Technique, params: Mapping[str, Any]) -> Combine:
-    """The combine part of a technique."""
-    if technique.combine == "disjoint":
-        return (Disjoint if params["consensus"] == "max" else DisjointSums)(params["consensus"])
-    if technique.combine == "contributors":
-        return Contributors(params["threshold"])
-    rule = joint_rule(technique, params)
-    if rule:
-        return Together(rule)
-    plain: dict[str, type[Mean] | type[Sum] | type[Largest] | type[Draw]] = {
-        "mean": Mean,
-        "slerp": Mean,
-        "spherical": Mean,
-        "sum": Sum,
-        "largest": Largest,
-        "draw": Draw,
-    }
-    return plain[technique.combine]()
-
-
-def share(params: Mapping[str, Any], order: int) -> float:
-    """The part of expert number `order` (1-based) in the weighted mean of experts 1..order.
-
-    fold and slerp: the second has `weight`. merge: w_n / (w_1 + ... + w_n), with w from `weights` or growing by `schedule`:
-    linear i, sqrt, quadratic, cubic, exp 2^(i-1), log ln(i + 1) (TIME's non-uniform offline weighting).
-    """
-    if order == 1:
-        return 1.0
-    if "weight" in params:
-        return float(params["weight"])
-    if params.get("weights") is not None:
-        if order > len(params["weights"]):
-            raise TechniqueError(
-                f"weights has {len(params['weights'])} entries but there are at least {order} experts"
-            )
-        total = math.fsum(params["weights"][:order])
-        return float(params["weights"][order - 1] / total) if total else 0.0
-    if params.get("schedule", "uniform") == "uniform":
-        return 1 / order
-    if params["schedule"] == "exp":
-        return 0.5 / (1 - 2.0**-order)  # 2^(n-1) / (2^n - 1) without the powers, which overflow
-    growth = _GROWTH[params["schedule"]]
-    return growth(order) / math.fsum(growth(i) for i in range(1, order + 1))
-
-
-def leaving_share(params: Mapping[str, Any], order: int, count: int) -> float:
-    """w / (W - w): an expert's weight over that of the `count` - 1 experts that stay when number `order` leaves the mean.
-
-    Raises `TechniqueError` where its leaving would change the weights of others, or leave no weight.
-    """
-    if params["weights"] is not None:
-        weights = params["weights"][:count]
-        rest = math.fsum(weights[: order - 1] + weights[order:])
-        if not rest:
-            raise TechniqueError("no expert that stays has a weight above zero; merge those that stay anew")
-        return float(weights[order - 1] / rest)
-    if params["schedule"] != "uniform" and order != count:
-        raise TechniqueError(
-            f"with schedule {params['schedule']} the weights of the experts after number {order} follow from their place, "
-            "which changes when it leaves; only the newest can be taken out. Merge those that stay anew"
-        )
-    part = share(params, order) if order == count else 1 / count
-    return part / (1 - part)
-
-
-_GROWTH = {
-    "linear": lambda i: i,
-    "sqrt": math.sqrt,
-    "quadratic": lambda i: i * i,
-    "cubic": lambda i: i**3,
-    "log": lambda i: math.log(i + 1),
-}
+def elected(params: Params) -> Rule:
+    """The rule of an election by sign; extremes cannot be taken back."""
+    return Disjoint(params) if params["consensus"] == "max" else DisjointSums(params)

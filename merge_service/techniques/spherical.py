@@ -16,41 +16,77 @@ from typing import Any
 
 import numpy as np
 
+from merge_service.blocks.questions import Ask, Findings, Grams, Key, Products
 from merge_service.errors import TechniqueError
-from merge_service.techniques.definition import Technique
-from merge_service.techniques.rules import share
+from merge_service.techniques.place import View
+from merge_service.techniques.rules import Mean
+from merge_service.techniques.shares import share
 
 Array = np.ndarray
 ANGLE = 1e-6
 """Sines up to this are rounding of float32 weights: between parallel ones the arc is the line, between others noise."""
 
 
-def turns_anything(technique: Technique, params: Mapping[str, Any]) -> bool:
-    """Whether a technique needs inner products with these parameters."""
-    if technique.combine == "slerp":
-        return params["weight"] not in (0, 1)
-    return technique.combine == "spherical"
+class _OnArc(Mean):
+    """A mean along arcs: two factors per tensor and expert, made of the inner products of all experts' tensors."""
+
+    averages = False
+
+    def prepare(self, ask: Ask, view: View, found: Findings) -> Findings:
+        if len(view.orders) < 2 or self.params.get("weight") in self.straight:
+            return found
+        grams = ask(Products())
+        assert isinstance(grams, Grams)
+        sizes, turns = dict(view.combined), dict[Key, tuple[float, float]]()
+        for name, gram in grams.by_tensor.items():
+            made = self.turns(name, sizes[name], gram)
+            turns |= {(name, order): turn for order, turn in zip(view.orders, made) if turn is not None}
+        return found.with_(turns=turns)
+
+    straight: tuple[float, ...] = ()
+    """Weights of the new model at which no angle is needed."""
+
+    def turns(self, tensor: str, numel: int, gram: Array) -> list[tuple[float, float] | None]:
+        """`Place.turn` of every expert in a tensor of `numel` elements; None for a straight line."""
+        found = self.coefficients(tensor, gram, weights_of(self.params, len(gram)))
+        if found is None:
+            return [None] * len(gram)
+        return [(float(order != 0), factor) for order, factor in enumerate(found)]
+
+    def coefficients(self, tensor: str, gram: Array, weights: list[float]) -> list[float] | None:
+        """The factor of every expert, None for a straight line."""
+        raise NotImplementedError
 
 
-def turns(
-    technique: Technique, params: Mapping[str, Any], tensor: str, numel: int, gram: Array
-) -> list[tuple[float, float] | None]:
-    """`Place.turn` of every expert in a tensor of `numel` elements; None for a straight line."""
-    count = len(gram)
-    if technique.combine == "slerp":
+class Slerp(_OnArc):
+    """Slerp of the running and the new model."""
+
+    straight = (0, 1)
+
+    def turns(self, tensor: str, numel: int, gram: Array) -> list[tuple[float, float] | None]:
         (first, dot), (_, second) = gram
-        turn = arc(params["weight"], dot, first, second) if numel > 1 else None
-        return [None, turn]
-    weights = _weights(params, count)
-    if technique.name == "nuslerp":
-        found = nuslerp(gram, weights[1])
-    elif technique.name == "multislerp":
-        found = multislerp(gram, weights, tensor)
-    else:
-        found = karcher(gram, weights, tensor, params["iterations"], params["tolerance"])
-    if found is None:
-        return [None] * count
-    return [(float(order != 0), factor) for order, factor in enumerate(found)]
+        return [None, arc(self.params["weight"], dot, first, second) if numel > 1 else None]
+
+
+class NuSlerp(_OnArc):
+    """Slerp of two vectors as they are."""
+
+    def coefficients(self, tensor: str, gram: Array, weights: list[float]) -> list[float] | None:
+        return nuslerp(gram, weights[1])
+
+
+class MultiSlerp(_OnArc):
+    """The direction of the mean of directions."""
+
+    def coefficients(self, tensor: str, gram: Array, weights: list[float]) -> list[float] | None:
+        return multislerp(gram, weights, tensor)
+
+
+class Karcher(_OnArc):
+    """The Riemannian mean of directions."""
+
+    def coefficients(self, tensor: str, gram: Array, weights: list[float]) -> list[float] | None:
+        return karcher(gram, weights, tensor, self.params["iterations"], self.params["tolerance"])
 
 
 def arc(weight: float, dot: float, first: float, second: float) -> tuple[float, float] | None:
@@ -201,7 +237,7 @@ def _length(coefficients: Array, cosines: Array) -> float:
     return math.sqrt(max(float(coefficients @ cosines @ coefficients), 0.0))
 
 
-def _weights(params: Mapping[str, Any], count: int) -> list[float]:
+def weights_of(params: Mapping[str, Any], count: int) -> list[float]:
     """What every expert weighs in the mean of all: its share when it came, less what later ones took."""
     left, weights = 1.0, []
     for order in range(count, 0, -1):

@@ -15,6 +15,7 @@ import numpy as np
 from merge_service.anatomy.packed import Matrix
 from merge_service.techniques.matrices import isotropic, isotropic_task_specific, opcm_project, rapf_fuse
 from merge_service.techniques.place import State
+from merge_service.techniques.rule import Combining
 from merge_service.techniques.spherical import mean_cosine, model_stock
 
 Array = np.ndarray
@@ -55,36 +56,26 @@ class Tensor(Protocol):
         """An array of the tensor's size in such blocks."""
 
 
-class TensorRule(Protocol):
+class TensorRule(Combining):
     """How experts come together in one tensor.
 
     `floats` names arrays of the tensor's size, `tallies` numbers per tensor, `totals` numbers of the whole model, all of
-    which are the streaming state and start at zero. `words` and `kernel` are those of `rules.Combine`: none here.
+    which are the streaming state and start at zero.
     """
 
-    floats: tuple[str, ...]
-    tallies: tuple[str, ...]
-    totals: tuple[str, ...]
-    words: tuple[str, ...]
-    kernel: int | None
-
-    def add(self, tensor: Tensor, state: State, order: int) -> None:
-        """Take one expert into the state of a tensor, in place."""
-
-    def result(self, tensor: Tensor, state: State, count: int) -> Array:
-        """What `count` experts come to: a task vector (weights, if those are merged), flattened."""
-
-
-class _Rule:
+    whole = True
     floats: tuple[str, ...] = ("sum",)
     tallies: tuple[str, ...] = ()
     totals: tuple[str, ...] = ()
-    words: tuple[str, ...] = ()
-    kernel: int | None = None
 
     def add(self, tensor: Tensor, state: State, order: int) -> None:
+        """Take one expert into the state of a tensor, in place: its task vector is added up."""
         for where, tau in tensor.blocks(order):
             state["sum"][where] += tau
+
+    def result(self, tensor: Tensor, state: State, count: int) -> Array:
+        """What `count` experts come to: a task vector (weights, if those are merged), flattened."""
+        raise NotImplementedError
 
     def _by_matrix(
         self, tensor: Tensor, otherwise: Callable[[], Array], solve: Callable[[Matrix], Array]
@@ -97,7 +88,7 @@ class _Rule:
         return out
 
 
-class Isotropic(_Rule):
+class Isotropic(TensorRule):
     """Iso-C: the summed matrix with all singular values made equal; the mean where there is no matrix."""
 
     def result(self, tensor: Tensor, state: State, count: int) -> Array:
@@ -107,7 +98,7 @@ class Isotropic(_Rule):
         return self._by_matrix(tensor, lambda: state["sum"] / tensor.dtype.type(count), solve)
 
 
-class IsotropicTasks(_Rule):
+class IsotropicTasks(TensorRule):
     """Iso-CTS: as Iso-C, with directions of every expert's own; reads the experts a second time."""
 
     def result(self, tensor: Tensor, state: State, count: int) -> Array:
@@ -121,7 +112,7 @@ class IsotropicTasks(_Rule):
         return self._by_matrix(tensor, lambda: state["sum"] / tensor.dtype.type(count), solve)
 
 
-class Orthogonal(_Rule):
+class Orthogonal(TensorRule):
     """OPCM: a sum of task vectors, each without what lies along the sum so far.
 
     The published recursion keeps the merged task vector and a factor; their product is this sum, so only the length needs
@@ -143,14 +134,11 @@ class Orthogonal(_Rule):
         return state["sum"].copy()
 
 
-class Stock:
+class Stock(TensorRule):
     """Model Stock: the mean task vector, as far out as the experts agree on its direction."""
 
-    floats: tuple[str, ...] = ("mean", "unit")
-    tallies: tuple[str, ...] = ("zeros",)
-    totals: tuple[str, ...] = ()
-    words: tuple[str, ...] = ()
-    kernel: int | None = None
+    floats = ("mean", "unit")
+    tallies = ("zeros",)
 
     def add(self, tensor: Tensor, state: State, order: int) -> None:
         norm = math.sqrt(tensor.squared(tau for _, tau in tensor.blocks(order)))
@@ -167,10 +155,10 @@ class Stock:
         return state["mean"] * model_stock(cosine, count, tensor.name, raw=tensor.params["ratio"] == "raw")
 
 
-class FusedMatrices(_Rule):
+class FusedMatrices(TensorRule):
     """RAPF: old and new mixed in the axes of the old; what is no matrix is the new one's."""
 
-    floats: tuple[str, ...] = ()
+    floats = ()
 
     def add(self, tensor: Tensor, state: State, order: int) -> None:
         pass
@@ -183,15 +171,6 @@ class FusedMatrices(_Rule):
             return tensor.solve(rapf_fuse, old, fresh, b=tensor.params["floor"])
 
         return self._by_matrix(tensor, lambda: tensor.whole(new).copy(), solve)
-
-
-TENSOR_RULES: Mapping[str, type[_Rule] | type[Stock]] = {
-    "isotropic": Isotropic,
-    "isotropic_tasks": IsotropicTasks,
-    "orthogonal": Orthogonal,
-    "stock": Stock,
-    "fused_matrices": FusedMatrices,
-}
 
 
 def _held(state: State, piece: Matrix) -> Array:

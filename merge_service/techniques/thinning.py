@@ -9,35 +9,18 @@ treated alike, so nothing depends on how a sort breaks ties.
 Invariant: a value's fate depends on its tensor, its expert and its place, never on how tensors are cut into blocks.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from merge_service.blocks.masks import hashes, kept
 from merge_service.blocks.questions import Ask, Findings, Key, Limits, Quantity, Ranks, Summed, Sums
 from merge_service.blocks.search import search
-from merge_service.techniques.place import Array, Place
+from merge_service.techniques.place import Array, Place, View
 from merge_service.techniques.ranks import band_ranks, crumb_ranks, trim_ranks
 
 Params = Mapping[str, Any]
-
-
-class View(Protocol):
-    """What is asked of a merge while numbers of whole tensors are looked for.
-
-    `orders` are the numbers of its experts, `combined` its tensors with their sizes, `group_sizes` the elements of every group that
-    shares thresholds; `wide` says whether some tensor is float64.
-    """
-
-    @property
-    def orders(self) -> Sequence[int]: ...
-    @property
-    def combined(self) -> Sequence[tuple[str, int]]: ...
-    @property
-    def group_sizes(self) -> Mapping[str, int]: ...
-    @property
-    def wide(self) -> bool: ...
 
 
 class KeepAll:

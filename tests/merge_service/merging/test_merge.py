@@ -80,7 +80,7 @@ def test_average_weights_pick_an_expert_exactly(files: Files) -> None:
 
 
 def test_exponential_schedule_survives_two_thousand_experts() -> None:
-    from merge_service.techniques.rules import share
+    from merge_service.techniques.shares import share
 
     params = techniques.get("average").resolve({"schedule": "exp"}, "merge")
     assert share(params, 2000) == 0.5 and share(params, 3) == pytest.approx(4 / 7)

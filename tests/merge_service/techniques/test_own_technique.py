@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import textwrap
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -12,8 +13,21 @@ import pytest
 
 from merge_service import techniques
 from merge_service.errors import TechniqueError
-from merge_service.merge import fold, merge
-from merge_service.techniques import Origin, Param, get, names, own, registry
+from merge_service.merge import advance, fold, merge
+from merge_service.techniques import (
+    Election,
+    Origin,
+    Param,
+    Rule,
+    TensorRule,
+    TopMagnitudes,
+    get,
+    names,
+    own,
+    registry,
+)
+from merge_service.techniques.definition import COUNT_FROZEN, DENSITY, GRANULARITY
+from merge_service.techniques.rules import Sum
 from tests.merge_service.toys import Files, load, made
 
 
@@ -98,6 +112,88 @@ def test_rule_that_gives_numbers_that_are_not_finite_writes_nothing(tmp_path: Pa
     with pytest.raises(ValueError, match=r"inf|finite"):
         merge("endless", {}, files.start, files.paths, files.out)
     assert not files.out.exists()
+
+
+class Strongest(Rule):
+    """Per element the task vector of largest magnitude, as magmax has it; written as somebody else would."""
+
+    floats = ("held",)
+
+    def add(self, xp: Any, state: dict[str, Any], x: Any, place: Any) -> None:
+        state["held"] = xp.where(xp.abs(x) >= xp.abs(state["held"]), x, state["held"])
+
+    def result(self, xp: Any, state: dict[str, Any], majority: int) -> tuple[Any, Election]:
+        return state["held"], Election()
+
+
+class Halved(TensorRule):
+    """Half the sum of task vectors, tensor by tensor."""
+
+    def result(self, tensor: Any, state: dict[str, Any], count: int) -> Any:
+        return state["sum"] / 2
+
+
+def test_own_rule_streams_to_the_bytes_of_its_merge_and_of_ours(tmp_path: Path) -> None:
+    own.technique("strongest", formula="max")(Strongest)
+    files, state = Files(tmp_path), None
+    ids = [f"t{number}" for number in range(len(files.paths))]
+    for number, (name, path) in enumerate(zip(ids, files.paths)):
+        after = tmp_path / f"state-{number}.safetensors"
+        advance(
+            "strongest", {}, files.start, path, tmp_path / "stream.safetensors", expert_id=name, state_in=state,
+            state_out=after,
+        )  # fmt: skip
+        state = after
+    for device in (None, "cpu"):
+        merge("strongest", {}, files.start, files.paths, files.out, ids=ids, device=device)
+        assert files.out.read_bytes() == (tmp_path / "stream.safetensors").read_bytes()
+    merge("magmax", {}, files.start, files.paths, tmp_path / "ours.safetensors", ids=ids)
+    assert values(files.out) == values(tmp_path / "ours.safetensors")
+
+
+def test_state_of_an_own_rule_is_continued_only_by_the_same_source(tmp_path: Path) -> None:
+    made = own.technique("strongest", formula="max")(Strongest)
+    files, states = Files(tmp_path), [tmp_path / f"state-{number}.safetensors" for number in range(2)]
+
+    def arrive(number: int) -> None:
+        state = states[number - 1] if number else None
+        advance(
+            "strongest", {}, files.start, files.paths[number], None, expert_id=f"t{number}", state_in=state,
+            state_out=states[number],
+        )  # fmt: skip
+
+    arrive(0)
+    registry._declared["strongest"] = dataclasses.replace(made, origin=Origin("elsewhere", "0" * 64))
+    techniques.forget_table()
+    with pytest.raises(TechniqueError, match="was started with another source"):
+        arrive(1)
+
+
+def values(path: Path) -> dict[str, bytes]:
+    return {name: array.tobytes() for name, array in load(path).items()}
+
+
+def test_own_rule_over_thinned_out_task_vectors_keeps_their_thresholds_as_ours_do(tmp_path: Path) -> None:
+    own.technique("summed", formula="sum", params=(DENSITY, GRANULARITY, COUNT_FROZEN), thin=TopMagnitudes)(
+        Sum
+    )
+    files, kept = Files(tmp_path), tmp_path / "kept"
+    ours = tmp_path / "ours.safetensors"
+    for name, out in (("summed", files.out), ("ties", ours)):
+        params = {"density": 0.5, "scale": 0.25}
+        merge(name, params, files.start, files.paths[:1], out, keep_limits=kept)
+    (file,) = kept.iterdir()
+    assert len(json.loads(file.read_text())["entries"]) == 1  # what the first found, the second used
+    assert values(files.out) == values(ours)
+
+
+def test_own_rule_may_see_tensors_whole(tmp_path: Path) -> None:
+    own.technique("halved", formula="sum / 2")(Halved)
+    files = Files(tmp_path)
+    found = files.merge("halved", {"logit_scale": "base"})
+    expected = files.merge("task_arithmetic", {"scale": 0.5, "logit_scale": "base"})
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
 def test_name_of_a_built_in_technique_and_a_second_one_are_refused() -> None:

@@ -18,7 +18,7 @@ from merge_service.techniques.thinning import bounds
 def test_votes_that_cancel_go_to_the_majority_and_stay_at_the_base_without_one(
     consensus: str, majority: int
 ) -> None:
-    rule, zeros = Disjoint(consensus), np.zeros(4, np.float32)
+    rule, zeros = Disjoint({"consensus": consensus}), np.zeros(4, np.float32)
     state = {name: zeros.copy() for name in rule.floats} | {
         name: zeros.astype(np.uint32) for name in rule.words
     }
