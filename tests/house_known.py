@@ -7,12 +7,7 @@ STRAY = {"workers": "pretrain_page pretrain_recipe"}
 CROWDED = ["workers/data"]
 LONG_LISTS = {
     "cluster": [],
-    "pipeline": [
-        "pipeline/api.py:merge",
-        "pipeline/report/page.py:page",
-        "pipeline/tracking/rows/rows.py:Rows.run",
-        "pipeline/tracking/tracker.py:Tracker.__init__",
-    ],
+    "pipeline": ["pipeline/api.py:merge"],
     "workers": ["workers/training/batch_norm.py:OverRanks._function"],
 }
 """Functions with more parameters than a caller can keep apart. `api.merge` is public and keeps its form."""

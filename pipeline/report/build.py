@@ -21,7 +21,7 @@ from pipeline.plan.steps import TEST, VAL, Plan, total_gflops
 from pipeline.report import figures as draw
 from pipeline.report.cost import costs, elapsed
 from pipeline.report.figures import Data, Figure, NoData
-from pipeline.report.page import page, records, spec_of, svg_of
+from pipeline.report.page import Words, page, records, spec_of, svg_of
 from pipeline.results.over_time import OF_GROUPS, ReadOnce, on_split, results, sentence_of, splits_of
 from pipeline.run.trace import read_timeline
 from pipeline.store.artifact import Record
@@ -106,7 +106,7 @@ def write_report(
     written = _write(stage, data, drawn, spent)
     unfinished = "" if answer["complete"] else _unfinished(plan, answer)
     partial = ". ".join(filter(None, [unfinished.removesuffix("."), mixed_text(counted(made))]))
-    text = page(
+    words = Words(
         plan.study,
         f"{len(answer['trajectories'])} trajectories, {len(data.last)} groups that differ in more than the seed"
         + _which(out, split, splits)
@@ -115,12 +115,8 @@ def write_report(
         partial,
         advice,
         f"temporal-merge report {out}",
-        data.last,
-        spent,
-        drawn,
-        missing,
-        frames_of(data, drawn),
     )
+    text = page(words, data.last, spent, drawn, missing, frames_of(data, drawn))
     (stage / "report.html").write_text(text, encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)
     stage.replace(final)

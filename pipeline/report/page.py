@@ -10,6 +10,7 @@ import html
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -49,19 +50,26 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
+@dataclass(frozen=True)
+class Words:
+    """What the page says in text: `partial` is what is not there yet ("" if nothing), `command` the one that wrote it."""
+
+    study: str
+    scope: str
+    partial: str
+    advice: str
+    command: str
+
+
 def page(
-    study: str,
-    scope: str,
-    partial: str,
-    advice: str,
-    command: str,
+    words: Words,
     last: pd.DataFrame,
     spent: pd.DataFrame,
     figures: Sequence[Figure],
     missing: Mapping[str, str],
     data: Mapping[str, pd.DataFrame],
 ) -> str:
-    """The page. `partial` says what is not there yet ("" if nothing), `missing` why a figure (by title) is not drawn."""
+    """The page. `missing` says why a figure (by title) is not drawn."""
     there = last[~last["reference"]]
     axes = {axis: _values(data["points"], axis, set(there["group"])) for axis in AXES}
     payload = {
@@ -83,14 +91,16 @@ def page(
     )
     more = f"The best {STANDING_ROWS} of {len(last)} groups; tables/standing.csv has all." if len(last) > STANDING_ROWS else ""  # fmt: skip
     return Template(_read("page.html")).substitute(
-        study=html.escape(study),
-        scope=html.escape(scope),
-        partial=f'<p class="partial">{html.escape(partial)}</p>' if partial else "",
-        advice=html.escape(advice),
+        study=html.escape(words.study),
+        scope=html.escape(words.scope),
+        partial=f'<p class="partial">{html.escape(words.partial)}</p>' if words.partial else "",
+        advice=html.escape(words.advice),
         more=more,
         standing=standings(last),
         cost=_cost(spent),
-        sections="\n".join([_section(f, command) for f in figures] + [_absent(*m) for m in missing.items()]),
+        sections="\n".join(
+            [_section(f, words.command) for f in figures] + [_absent(*m) for m in missing.items()]
+        ),
         payload=json.dumps(payload, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
         hashes=f"{_digest(bundle)} {_digest(script)}",
         bundle=bundle,

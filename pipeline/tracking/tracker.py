@@ -54,7 +54,7 @@ class Sink(Protocol):
 class Tracker:
     """The flusher of one study. `uri` None keeps MLflow's store inside `out`.
 
-    `remember` makes this the destination that `status`, `sync` and `ui` mean. `on_sent` is called between sending a row
+    `remember` makes this the destination that `status`, `sync` and `ui` mean. `on_sent` may be set; it is called between sending a row
     and marking it (tests place crashes there). Raises ConfigError for a URI that holds a password; whatever goes wrong
     later is in `last_error`.
     """
@@ -68,7 +68,6 @@ class Tracker:
         experiment: str,
         sink: Sink | None = None,
         remember: bool = True,
-        on_sent: Callable[[Entry], None] | None = None,
     ) -> None:
         self.last_error: str | None = None
         self._out, self._outbox = out, outbox
@@ -78,7 +77,7 @@ class Tracker:
             _remember(outbox, uri, experiment)
         self._limit = Limit()
         self._sink: Sink = sink or MlflowSink(out, uri, experiment, self._limit)
-        self._on_sent = on_sent or (lambda entry: None)
+        self.on_sent: Callable[[Entry], None] = lambda entry: None
         self._wake, self._stop = threading.Event(), threading.Event()
         self._failures = 0
         self._holds = True
@@ -187,7 +186,7 @@ class Tracker:
                 self.last_error = redact(str(error))
                 self._failures += 1
                 return min(_FIRST_BACKOFF * 2.0 ** (self._failures - 1), _LAST_BACKOFF)
-            self._on_sent(entry)
+            self.on_sent(entry)
             self._outbox.delivered(self._destination, entry.seq)
             self._failures, self.last_error = 0, self._refusal
             # What a refused row lacked may be there now, e.g. the run it belongs to.

@@ -142,7 +142,8 @@ def _result(plan: Plan, step: Step) -> dict[str, Any]:
 
 def deliver(study: Tracked, outbox: Outbox, on_sent: Callable[[Entry], None] | None = None) -> str | None:
     """Run a flusher until all is delivered."""
-    tracker = Tracker(study.out, outbox, uri=None, experiment=EXPERIMENT, on_sent=on_sent)
+    tracker = Tracker(study.out, outbox, uri=None, experiment=EXPERIMENT)
+    tracker.on_sent = on_sent or tracker.on_sent
     tracker.start()
     assert tracker.close(240) == 0, tracker.last_error
     return tracker.last_error

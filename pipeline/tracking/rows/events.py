@@ -46,7 +46,7 @@ from pipeline.tracking.rows.names import (
     strategy_tags,
     trajectory_note,
 )
-from pipeline.tracking.rows.rows import Metrics, Rows
+from pipeline.tracking.rows.rows import Metrics, Rows, Run
 
 
 @dataclass(frozen=True)
@@ -115,17 +115,9 @@ class Projection:
         if self._facts.earlier:
             note += f"\n\nThe study was changed in its OUT: {', '.join(self._facts.earlier)} came before; those runs and models stay."
         tags = {**self._common, "kind": STUDY, "mlflow.note.content": note}
-        trajectories = self._plan.trajectories
+        trajectories, title = self._plan.trajectories, self._facts.title or self._plan.study
         return [
-            self.rows.run(
-                STUDY,
-                None,
-                self._facts.title or self._plan.study,
-                tags,
-                self.settings(),
-                now_ms,
-                self._datasets(),
-            ),
+            self.rows.run(Run(STUDY, None, title, tags, self.settings(), self._datasets()), now_ms),
             *(
                 self._trajectory_row(trajectory, now_ms - i)
                 for i, trajectory in enumerate(trajectories, start=1)
@@ -198,7 +190,7 @@ class Projection:
             "mlflow.note.content": trajectory_note(trajectory),
         }
         name = self.index.names[trajectory.id]
-        return self.rows.run(trajectory_key(trajectory), STUDY, name, tags, params, now_ms)
+        return self.rows.run(Run(trajectory_key(trajectory), STUDY, name, tags, params), now_ms)
 
     def _score_row(self, trajectory: TrajectoryPlan, point: Point, record: Record) -> Row:
         metrics, model = self._scores(record, point.t), scored_model(trajectory, point)

@@ -12,7 +12,7 @@ from pipeline.store.artifact import Record
 from pipeline.tracking.outbox import Row
 from pipeline.tracking.rows.index import EXPERTS, STUDY, Index, expert_key
 from pipeline.tracking.rows.names import budget_text, flat, on_split
-from pipeline.tracking.rows.rows import Metrics, Rows
+from pipeline.tracking.rows.rows import Metrics, Rows, Run
 
 
 class ExpertRows:
@@ -45,14 +45,14 @@ class ExpertRows:
         }
         params = {**flat(settings), **flat({"data": data}), **searchable}
         name = self._index.expert_names[step.fingerprint]
-        return self._rows.run(expert_key(step.fingerprint), EXPERTS, name, tags, params, start_ms)
+        return self._rows.run(Run(expert_key(step.fingerprint), EXPERTS, name, tags, params), start_ms)
 
     def group(self, start_ms: int) -> Row:
         """The run that experts are filed under, so that they do not bury the trajectories."""
         count = len(self._index.experts)
         note = "Every expert of the study, trained once however many trajectories use it."
         tags = {**self._common, "kind": EXPERTS, "mlflow.note.content": note}
-        return self._rows.run(EXPERTS, STUDY, f"experts ({count})", tags, {}, start_ms)
+        return self._rows.run(Run(EXPERTS, STUDY, f"experts ({count})", tags), start_ms)
 
     def trained(self, step: Step, record: Record, lineage: Mapping[str, str]) -> list[Row]:
         """The run, its training curve (step = optimizer step) and its totals (step = t), and its end."""

@@ -8,7 +8,8 @@ such a version; `status`, `artifact`, `register` and `alias` rows supersede earl
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.tracking.outbox import Row
@@ -45,31 +46,36 @@ class Metrics:
         return {NOT_FINITE_TAG: ", ".join(self._not_finite[:10]) + (f" and {more} more" if more > 0 else "")}
 
 
+@dataclass(frozen=True)
+class Run:
+    """One run of MLflow: its key among those of the plan, that of the run it lies in, and what is filed with it."""
+
+    key: str
+    parent: str | None
+    name: str
+    tags: Mapping[str, str]
+    params: Mapping[str, str] = field(default_factory=dict)
+    datasets: Sequence[Mapping[str, str]] = ()
+
+
 class Rows:
     """Builds the rows of one plan; `plan` is its fingerprint, part of every key."""
 
     def __init__(self, plan: str) -> None:
         self._plan = plan
 
-    def run(
-        self,
-        key: str,
-        parent: str | None,
-        name: str,
-        tags: Mapping[str, str],
-        params: Mapping[str, str],
-        start_ms: int,
-        datasets: list[dict[str, str]] | None = None,
-    ) -> Row:
+    def run(self, run: Run, start_ms: int) -> Row:
         body = {
             "op": "run",
-            "run": key,
-            "parent": parent,
-            "name": name,
-            "tags": dict(tags),
-            "params": dict(params),
+            "run": run.key,
+            "parent": run.parent,
+            "name": run.name,
+            "tags": dict(run.tags),
+            "params": dict(run.params),
         }
-        return self._row(f"run/{key}", {**body, "start_ms": start_ms, "datasets": datasets or []}, start_ms)
+        return self._row(
+            f"run/{run.key}", {**body, "start_ms": start_ms, "datasets": [*run.datasets]}, start_ms
+        )
 
     def log(
         self,

@@ -199,7 +199,7 @@ def test_evaluate_refuses_what_it_cannot_score(world: World, cli, tmp_path: Path
 def test_plan_json_has_the_stated_shape_and_shares_experts(world: World, cli, tmp_path: Path) -> None:
     said = json.loads(cli("plan", world.study(), "--out", tmp_path / "out", "--json").out)
     assert list(said)[:5] == ["study", "trajectories", "steps", "gflops", "disk_bytes"]
-    assert list(said)[5:] == ["gflops_naive", "critical_path", "missing", "notes"]
+    assert list(said)[5:] == ["gflops_naive", "critical_path", "missing", "splits", "notes"]
     assert said["study"] == "tiny" and said["trajectories"] == 3
     assert list(said["steps"]) == ["train", "merge", "evaluate"]
     for counts in said["steps"].values():

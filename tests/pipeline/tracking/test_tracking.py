@@ -172,7 +172,8 @@ def on_sent(entry):
     sent += 1
     if sent == at:
         os.kill(os.getpid(), signal.SIGKILL)
-tracker = Tracker(out, Outbox(out / FILE), uri=None, experiment="tests", on_sent=on_sent)
+tracker = Tracker(out, Outbox(out / FILE), uri=None, experiment="tests")
+tracker.on_sent = on_sent
 tracker.start()
 tracker.close(200)
 """
