@@ -4,7 +4,7 @@ CIRCLES: dict[str, list[list[str]]] = {}
 """Modules that lead back to themselves, by room."""
 STRAY = {"workers": "pretrain_page pretrain_recipe"}
 """Modules that have yet to move into a folder."""
-CROWDED = ["workers/data"]
+CROWDED = ["merge_service/techniques", "workers/data"]
 LONG_LISTS = {
     "cluster": [],
     "pipeline": ["pipeline/api.py:merge"],
