@@ -31,7 +31,7 @@ FLOORS: dict[str, tuple[set[str], ...]] = {
     ),
     "cluster": (),
     "merge_service": (
-        {"errors", "faults"},
+        {"errors", "faults", "moved"},
         {"files", "kinds"},
         {"checkpoints"},
         {"anatomy", "blocks"},

@@ -5,6 +5,7 @@ unclear is said to be unclear.
 """
 
 from merge_service.anatomy.structure import Anatomy, anatomy_of, described, modality
+from merge_service.moved import names_from
 
 __all__ = [
     "Anatomy",
@@ -12,3 +13,5 @@ __all__ = [
     "described",
     "modality",
 ]
+
+__getattr__ = names_from("merge_service.anatomy.structure")

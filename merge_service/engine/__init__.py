@@ -6,6 +6,7 @@ of the result.
 
 from merge_service.engine.split import Part, PartWorker, Split
 from merge_service.engine.thresholds_cache import keep_limits, limits_rule
+from merge_service.moved import names_from
 
 __all__ = [
     "Part",
@@ -14,3 +15,5 @@ __all__ = [
     "keep_limits",
     "limits_rule",
 ]
+
+__getattr__ = names_from("merge_service.blocks.spans")

@@ -3,6 +3,7 @@
 `MergeService` is plain Python over paths; `Merger` is the part of it that a Ray actor carries out for studies.
 """
 
+from merge_service.moved import names_from
 from merge_service.service.actors import Merger
 from merge_service.service.service import Arrival, MergeService, Moment
 
@@ -12,3 +13,5 @@ __all__ = [
     "Merger",
     "Moment",
 ]
+
+__getattr__ = names_from("merge_service.service.service")

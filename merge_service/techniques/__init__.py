@@ -3,6 +3,7 @@
 A technique of somebody's own is declared with `technique` and is then one among the others.
 """
 
+from merge_service.moved import names_from
 from merge_service.techniques.definition import Form, Origin, Technique
 from merge_service.techniques.joint import Together
 from merge_service.techniques.own import check_importable, register, technique
@@ -37,3 +38,5 @@ __all__ = [
     "register",
     "technique",
 ]
+
+__getattr__ = names_from("merge_service.techniques.definition", "merge_service.techniques.registry")

@@ -2,3 +2,7 @@
 
 Used from outside: `app` (`main`, the entry point). `python -m pipeline.cli` is the same command.
 """
+
+from merge_service.moved import names_from
+
+__getattr__ = names_from("pipeline.cli.app")

@@ -3,3 +3,7 @@
 Used from outside: `files` (`merge_files`, `ids_from`), `state_dicts` (`merge_state_dicts`), `split` (`split_over`), `techniques` (what
 can be asked for, as plain values).
 """
+
+from merge_service.moved import names_from
+
+__getattr__ = names_from("pipeline.merging.split", "pipeline.merging.files")

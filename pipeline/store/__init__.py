@@ -3,3 +3,7 @@
 Used from outside: `open` (`store_at`), `local` (`Store`: has, record, staged, commit), `artifact` (`Record`), `lease` (which driver
 carries out which step), `upkeep` (what gc needs), `versions` (libraries that made the artifacts).
 """
+
+from merge_service.moved import names_from
+
+__getattr__ = names_from("pipeline.store.local")

@@ -3,3 +3,9 @@
 Used from outside: `session` (`Tracking`), `tracker` (`sync`, `ui_command`, `ui_url`, `file_with_study`), `outbox` (`glance`),
 `mlflow.ui_server` (`serve`). Only `mlflow/` imports MLflow.
 """
+
+from merge_service.moved import names_from
+
+__getattr__ = names_from(
+    "pipeline.tracking.tracker", "pipeline.tracking.session", "pipeline.tracking.mlflow.ui"
+)
