@@ -41,8 +41,8 @@ FOLDERS = {
     "workers": {
         "models": "base configuration export model network weights",
         "scoring": "evaluate prompts stream_orders",
-        "training": "batch_norm budget objective recipe scratch=checkpoints train=expert",
-        "training.engines": "engine=torch_engine engine_deepspeed=deepspeed_engine",
+        "training": "batch_norm budget engine=engines objective recipe scratch=checkpoints train=expert",
+        "training.engines": "engine_deepspeed=deepspeed_engine",
     },
 }
 """By room and folder the modules that moved there, `old=new` where they have another name now."""

@@ -13,6 +13,7 @@ from tests.world import ROOT
 NAMES = {
     "pipeline.store": "Store", "pipeline.plan": "make_plan", "pipeline.results": "results", "pipeline.workspace": "Workspace",
     "pipeline.tracking": "Tracker sync", "merge_service.techniques": "Technique get", "merge_service.service": "MergeService",
+    "workers.engine": "make_engine join_group leave_group TorchEngine",
 }  # fmt: skip
 
 
