@@ -4,6 +4,7 @@ Invariant: a step's `spec` holds what bears on its result and nothing else, and 
 labels, slugs, costs and `after` are for people and schedulers and never part of the identity.
 """
 
+import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
@@ -201,6 +202,13 @@ class Plan:
     own_groups: bool = False
 
     @property
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plan.json holds it (`pipeline.plan.file.encode`)."""
+        encode = importlib.import_module(
+            "pipeline.plan.file"
+        ).encode  # by name: the file's module imports this one
+        return dict(encode(self))
+
     def splits(self) -> tuple[str, ...]:
         """The splits on which trajectories are scored, test first."""
         scored = {trajectory.split for trajectory in self.trajectories}

@@ -1,6 +1,7 @@
 """Studies with invented scores, large enough to fill every figure of a report."""
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,11 @@ def invented(plan: Plan, **how: Any) -> Any:
     spec = importlib.util.spec_from_file_location("study_report", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(path.parent))  # benchmarks import each other by plain names
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
     return results(plan, module.Invented(plan, **how))
 
 

@@ -17,7 +17,7 @@ from pipeline.study.config import study_from
 from pipeline.study.sections import key_of
 from tests.pipeline.plan_toys import REPLAY, facts, make_plan, raw_study, study
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TECHNIQUES = ["average", "task_arithmetic", "ties", "dare_ties", "breadcrumbs_ties", "magmax"]
 
 
