@@ -201,14 +201,11 @@ class Plan:
     zero_shot_groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
     own_groups: bool = False
 
-    @property
     def to_json(self) -> dict[str, Any]:
-        """The plan as plan.json holds it (`pipeline.plan.file.encode`)."""
-        encode = importlib.import_module(
-            "pipeline.plan.file"
-        ).encode  # by name: the file's module imports this one
-        return dict(encode(self))
+        """The plan as plan.json holds it (`pipeline.plan.file`, which imports this module and so is named here only)."""
+        return dict(importlib.import_module("pipeline.plan.file").encode(self))
 
+    @property
     def splits(self) -> tuple[str, ...]:
         """The splits on which trajectories are scored, test first."""
         scored = {trajectory.split for trajectory in self.trajectories}
