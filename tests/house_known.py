@@ -24,6 +24,7 @@ VAGUE = [
     "pipeline/plan/planner.py:Planner.recipe",
     "pipeline/plan/planner.py:Planner.engine",
     "pipeline/plan/steps.py:Described.splits",
+    "pipeline/plan/steps.py:Plan.to_json",
     "pipeline/plan/steps.py:Plan.summary",
     "pipeline/run/driver.py:carry_out",
     "pipeline/run/evaluation.py:evaluate_checkpoint",
