@@ -4,7 +4,7 @@ Invariant: the actor holds no truth. A merge is a function of its job; the strea
 rebuilt from the experts when they are missing, and give the same bytes either way.
 """
 
-import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,14 @@ class Merger:
         """Merge, commit, and return the record."""
         if job.origin is not None:
             load(job.technique, job.origin)
-        store.open_inputs(step)
-        started = time.monotonic()
-        point("merge.start")
-        with store.staged(step) as stage:
+
+        def work(stage: Path) -> Mapping[str, Any]:
+            point("merge.start")
             result = self.merge(job, stage)
             point("merge.before_commit")
-            record = store.commit(step, stage, result, seconds=time.monotonic() - started)
-        point("merge.after_commit")
-        return record
+            return result
+
+        return store.make(step, work)
 
     def merge(self, job: MergeJob, out: Path) -> dict[str, Any]:
         """Merge into the directory `out`; the result holds "merge_seconds", norms of task vectors and their cosine; "notes"
