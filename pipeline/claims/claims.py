@@ -6,6 +6,7 @@ what is compared with "the best" is compared with what was best on the validatio
 bears on the choice; a part whose study or split of ZS is not there is left out.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
@@ -50,6 +51,17 @@ def claims_of(found: Findings, tuned: Tuned) -> tuple[Claim, ...]:
     )  # fmt: skip
 
 
+def elsewhere(found: Findings, what: str, measured: Callable[..., pd.Series]) -> list[Part]:
+    """A comparison in the other settings that were studied: dataset after dataset, and the longest stream. Decides nothing."""
+    parts = []
+    if found.has(DATASETS):
+        parts.append(Part("datasets", f"{what}, dataset after dataset", measured(DATASETS), beside=True))
+    if found.has(HORIZONS):
+        longest = max(found.final(HORIZONS)["tasks"])
+        parts.append(Part("long", f"{what}, {longest} tasks", measured(HORIZONS, tasks=longest), beside=True))
+    return parts
+
+
 def time_matters(found: Findings, tuned: Tuned) -> Claim:
     """C1: offline merging, even by its best technique, falls behind training on in time."""
     with_replay, without = tuned.offline(True), tuned.offline(False)
@@ -66,25 +78,7 @@ def time_matters(found: Findings, tuned: Tuned) -> Claim:
         Part("base", "offline merging with replay above zero-shot: what it adds to the base",
              difference(found, CELLS, with_replay, ZERO_SHOT), beside=True),
     ]  # fmt: skip
-    if found.has(DATASETS):
-        parts.append(
-            Part(
-                "datasets",
-                "the first comparison by averages, dataset after dataset",
-                behind(DATASETS),
-                beside=True,
-            )
-        )
-    if found.has(HORIZONS):
-        longest = max(found.final(HORIZONS)["tasks"])
-        parts.append(
-            Part(
-                "long",
-                f"the first comparison by averages, {longest} tasks",
-                behind(HORIZONS, tasks=longest),
-                beside=True,
-            )
-        )
+    parts += elsewhere(found, "the first comparison by averages", behind)
     parts += [
         Part("no_replay", "the first comparison by averages, without replay in either", behind(NO_REPLAY), beside=True),
         Part("no_replay_ka", "the same without replay, in KA", behind(NO_REPLAY, "ka"), beside=True),
@@ -226,22 +220,7 @@ def best_in_time(found: Findings, tuned: Tuned) -> Claim:
         Part("offline", f"Best-in-TIME above offline merging by its best technique ({tuned.technique[True]}), with replay",
              difference(found, CELLS, BEST_IN_TIME, tuned.offline(True)), beside=True),
     ]  # fmt: skip
-    if found.has(DATASETS):
-        parts.append(
-            Part(
-                "datasets", f"above {rival} with replay, dataset after dataset", ahead(DATASETS), beside=True
-            )
-        )
-    if found.has(HORIZONS):
-        longest = max(found.final(HORIZONS)["tasks"])
-        parts.append(
-            Part(
-                "long",
-                f"above {rival} with replay, {longest} tasks",
-                ahead(HORIZONS, tasks=longest),
-                beside=True,
-            )
-        )
+    parts += elsewhere(found, f"above {rival} with replay", ahead)
     return Claim(
         "C5",
         "EMA initialization with EMA deployment (Best-in-TIME) gives the best balance",
