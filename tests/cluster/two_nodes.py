@@ -94,23 +94,22 @@ def _attach(nodes: TwoNodes, seat: Path, study: Path, out: Path, suspended: Path
     pid = int(suspended.read_text())
     wait_until(lambda: process_facts(pid)[0] == "T", "the worker is not suspended")
     os.kill(pid, signal.SIGCONT)
-    try:
-        said, errors = client.communicate(timeout=240)
-    except BaseException:
-        client.kill()
-        raise
-    assert client.returncode == 0, f"{argv}: {said}{first}{errors}"
-    return json.loads(said)
+    return _answer(client, f"{argv}: {first}")
 
 
 def _ask(nodes: TwoNodes, seat: Path, *arguments: Any) -> Any:
     client = nodes.client(*arguments, cwd=seat, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return _answer(client, f"{arguments}: ")
+
+
+def _answer(client: subprocess.Popen[str], what: str) -> Any:
+    """What a client prints as JSON once it has ended with 0; `what` says of whom, where it has not."""
     try:
         said, errors = client.communicate(timeout=240)
     except BaseException:
         client.kill()
         raise
-    assert client.returncode == 0, f"{arguments}: {said}{errors}"
+    assert client.returncode == 0, f"{what}{said}{errors}"
     return json.loads(said)
 
 
