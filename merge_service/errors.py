@@ -1,12 +1,12 @@
-"""What a person can get wrong about checkpoints and techniques.
+"""User errors about checkpoints and techniques.
 
-Every mistake that a user can mend derives from `UserError`: its message says what is wrong, where, and what to do, and
-the command line ends with exit code 2. Anything else that is raised is a defect of ours.
+Every mistake that a user can fix derives from `UserError`: its message says what is wrong, where, and what to do, and the command
+line exits with code 2. Any other exception is a defect of this software.
 """
 
 
 class UserError(ValueError):
-    """The user's input is wrong; the message alone must be enough to mend it."""
+    """The user's input is wrong; the message alone must be enough to fix it."""
 
 
 class CheckpointError(UserError):
@@ -22,11 +22,11 @@ class IncompatibleCheckpoint(CheckpointError):
 
 
 class ForeignCheckpoint(CheckpointError):
-    """A file that is no safetensors file but something else that is known: a pickle, a Git-LFS pointer, a study."""
+    """A file of another known kind than safetensors: a pickle, a Git-LFS pointer, a study."""
 
 
 class QuantisedCheckpoint(CheckpointError):
-    """A checkpoint whose stored numbers are codes that only mean something with their scales."""
+    """A checkpoint whose stored numbers are codes that have a meaning only with their scales."""
 
 
 class AdapterCheckpoint(CheckpointError):
@@ -42,7 +42,7 @@ class NonFiniteCheckpoint(CheckpointError):
 
 
 class TechniqueError(UserError):
-    """An unknown technique, a parameter it does not have, a value out of range, or a form that does not exist."""
+    """An unknown technique or parameter, a value out of range, or a form that does not exist."""
 
 
 class ConflictingArrival(CheckpointError):

@@ -1,13 +1,18 @@
-"""Named points where tests place faults, instead of sleeping and hoping.
-
-Invariant: without the environment variable a point costs one dictionary look-up and does nothing. A fault fires once per
-marker file, in whatever process first reaches its point for the n-th time (the file then holds its id), so a rerun under the
-same environment passes.
+"""Named points at which tests inject faults, instead of sleeping.
 
 `TEMPORAL_MERGE_FAULTS` is JSON: {point: fault or list of faults}, a fault being {"at": n, "marker": file, "do": what, ...}:
-`kill` (the default) ends the process by SIGKILL, or the one whose id `pid_file` holds (JSON with "pid", such as a run's
-`driver.json`); `stop` suspends it as SIGSTOP does; `spin` never comes back; `allocate` asks for `bytes` of memory; `full` is
-what a file system says. `count` changes nothing: its marker gets a line at every passing, with the id of the process.
+
+- `kill` (the default) ends the process by SIGKILL, or the process whose id `pid_file` holds (JSON with "pid", such as a run's
+  `driver.json`)
+- `stop` suspends the process by SIGSTOP
+- `spin` loops forever
+- `allocate` allocates `bytes` of memory
+- `full` raises the error of a full file system
+- `count` changes nothing: it appends the process id to its marker at every pass
+
+Invariant: without the environment variable a point costs one dictionary look-up and does nothing. A fault fires once per marker
+file, in the process that first reaches its point for the n-th time (the file then holds its id), so a rerun with the same
+environment passes.
 """
 
 import errno
@@ -25,7 +30,7 @@ _reached: dict[str, int] = {}
 
 
 def point(name: str) -> None:
-    """Pass the point `name`; dies here if a test has placed a fault on it."""
+    """Pass the point `name`; a fault that a test has placed on it takes effect here."""
     placed = _plan.get(name)
     if placed is None:
         return
@@ -53,7 +58,7 @@ def _count(marker: str) -> None:
 
 
 def _kill(fault: dict[str, Any]) -> None:
-    """Kill the process itself, or the one whose id a file holds, and then wait to be ended with it."""
+    """Kill this process, or the one whose id a file holds and then this one."""
     if "pid_file" not in fault:
         os.kill(os.getpid(), signal.SIGKILL)
     os.kill(json.loads(Path(fault["pid_file"]).read_text())["pid"], signal.SIGKILL)

@@ -1,16 +1,23 @@
-"""Import paths of earlier versions: each leads to the module that stands elsewhere now.
+"""Import paths of earlier versions, each of which leads to the present module.
 
-Scripts and packages of other people name modules of the time before there were folders. Invariant: an old path gives the very
-module of the new one, not a second copy of it, and warns; nothing in this project uses an old path.
+Scripts and packages of users import modules by the paths that they had before there were folders. A module that was divided since
+gives the names of all its parts.
+
+Invariant: an old path gives the same module object as the new one, not a copy, and warns; nothing in this project uses an old
+path.
 """
 
+import functools
 import importlib
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 FOLDERS = {
     "merge_service": {
@@ -21,7 +28,9 @@ FOLDERS = {
         "files": "leftovers mapping",
         "merging": "geometry intake jobs",
         "service": "actor=actors",
-        "techniques": "catalogue catalogue_tensors joint matrices own params rules spherical",
+        "techniques": "catalogue=families catalogue_tensors=families own params",
+        "techniques.families": "joint=balance+selections matrices=spectra+projections rules=averages+sums+elections+selections "
+        "spherical=arcs+stock",
         "timelines": "parity timeline=time",
     },
     "pipeline": {
@@ -39,24 +48,40 @@ FOLDERS = {
         "workspace": "gc lock opening registry=registrations",
     },
     "workers": {
+        "data.mini": " ".join(
+            f"data.mini_{name}={name}"
+            for name in [
+                "alike",
+                "drawings",
+                "emoji",
+                "fonts",
+                "packages",
+                "pictures",
+                "scan",
+                "scans",
+                "words",
+            ]
+        ),
+        "pretrain": "pretrain_page=page pretrain_recipe=recipe",
         "models": "base configuration export model network weights",
         "scoring": "evaluate prompts stream_orders",
         "training": "batch_norm budget engine=engines objective recipe scratch=checkpoints train=expert",
         "training.engines": "engine_deepspeed=deepspeed_engine",
     },
 }
-"""By room and folder the modules that moved there, `old=new` where they have another name now."""
+"""By room and folder, the modules that moved there: `old=new` if they were renamed, `old=one+another` if they were divided."""
 
 
-def moves() -> dict[str, str]:
+def moves() -> dict[str, tuple[str, ...]]:
     """Dotted paths: old to new."""
     table = {}
     for room, folders in FOLDERS.items():
         for folder, names in folders.items():
             for pair in names.split():
                 old, _, new = pair.partition("=")
-                table[f"{room}.{old}"] = ".".join(
-                    part for part in (room, folder, new or old.rpartition(".")[2]) if part
+                table[f"{room}.{old}"] = tuple(
+                    ".".join(part for part in (room, folder, name) if part)
+                    for name in (new or old.rpartition(".")[2]).split("+")
                 )
     return table
 
@@ -77,20 +102,21 @@ class _Moved:
 
     def exec_module(self, module: ModuleType) -> None:
         new = self.table[module.__name__]
-        _warn(module.__name__, new)
-        sys.modules[module.__name__] = importlib.import_module(
-            new
-        )  # the import system returns what stands here
+        _warn(module.__name__, " and ".join(new))
+        if len(new) > 1:
+            vars(module)["__getattr__"] = names_from(*new)
+        else:  # the import system returns what stands here
+            sys.modules[module.__name__] = importlib.import_module(*new)
 
 
 def lead() -> None:
-    """Have old import paths work from now on; doing it again changes nothing."""
+    """Enable old import paths; repeating this changes nothing."""
     if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
         sys.meta_path.append(_Moved())
 
 
 def names_from(*modules: str) -> Callable[[str], Any]:
-    """The `__getattr__` of a package that a module has become: a name is looked up in these modules, in order."""
+    """The `__getattr__` of a package that was a module: a name is looked up in these modules, in order."""
 
     def look_up(name: str) -> Any:
         for module in () if name.startswith("__") else modules:
@@ -103,5 +129,21 @@ def names_from(*modules: str) -> Callable[[str], Any]:
     return look_up
 
 
-def _warn(old: str, new: str) -> None:
-    warnings.warn(f"{old} stands in {new} now", DeprecationWarning, stacklevel=3)
+def renamed(**new: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator of a function whose keywords had other names in earlier versions (`old="new"`): it accepts these too."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            for old in new.keys() & kwargs.keys():
+                _warn(f"the argument {old}", new[old], "is called")
+                kwargs[new[old]] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def _warn(old: str, new: str, how: str = "is in") -> None:
+    warnings.warn(f"{old} {how} {new} now", DeprecationWarning, stacklevel=3)

@@ -1,4 +1,4 @@
-"""What a merge says of itself: `merge_service.merging.report`, under its documented name."""
+"""The report of a merge: `merge_service.merging.report`, under its documented name."""
 
 from merge_service.merging.report import MergeReport
 

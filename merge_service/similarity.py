@@ -1,4 +1,4 @@
-"""How alike experts are: `merge_service.merging.similarity`, under its documented name."""
+"""How similar experts are: `merge_service.merging.similarity`, under its documented name."""
 
 from merge_service.merging.similarity import CLASH_CONFLICT, CLASH_COSINE, Clash, Similarity, similarity
 

@@ -1,14 +1,16 @@
-"""What tensor names mean: towers, stacks of blocks and depth, and the matrices that lie packed in one tensor.
+"""The meaning of tensor names: towers, stacks of blocks and depth, and the matrices packed in one tensor.
 
-Names differ from library to library, so nothing here knows a model: a few rules over names and shapes decide, and what they leave
-unclear is said to be unclear.
+A merge depends on the protocol `Anatomy`. Tensor names differ between libraries, so no rule of `ByName` is specific to a model. It
+reports the names that its rules leave unclear.
 """
 
-from merge_service.anatomy.structure import Anatomy, anatomy_of, described, modality
+from merge_service.anatomy.protocol import Anatomy
+from merge_service.anatomy.structure import ByName, anatomy_of, described, modality
 from merge_service.moved import names_from
 
 __all__ = [
     "Anatomy",
+    "ByName",
     "anatomy_of",
     "described",
     "modality",

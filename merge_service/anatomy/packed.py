@@ -1,9 +1,9 @@
-"""Matrices that lie packed in one tensor: q, k and v of attention, gate and up of an MLP, the experts of a mixture.
+"""Matrices packed in one tensor: q, k and v of attention, gate and up of an MLP, the experts of a mixture.
 
-A technique that works on singular values sees another matrix when three are stacked. How they are packed differs from library to
-library, and names and shapes do not always say it: rows or columns one after another, or interleaved per head. So a tensor is only
-split where its name, its shape and the shape of the output projection beside it leave one reading, or where the `config.json` beside
-the checkpoint gives the number of heads. Everything else stays one matrix, and the report says so.
+A technique that works on singular values needs the matrices one by one. Libraries pack them in different ways (rows or columns
+one after another, or interleaved per head), and names and shapes do not always tell which. A tensor is therefore split only where
+its name, its shape and the shape of the output projection beside it leave one reading, or where the `config.json` beside the
+checkpoint gives the number of heads. Every other tensor stays one matrix, and the report names it.
 
 Invariant: the matrices of a tensor hold each of its elements once.
 """
@@ -15,9 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-Array = np.ndarray
+Array = Any
 Shapes = Mapping[str, tuple[int, ...]]
 Config = Mapping[str, int | bool | str]
 
@@ -27,11 +25,11 @@ _GATED = {
     "gate_up_proj": "down_proj", "Wi": "Wo", "dense_h_to_4h": "dense_4h_to_h", "w12": "w3", "weights_in": "weights_out",
     "fc1": "fc2", "input_linear": "output_linear",
 }  # fmt: skip
-"""Layers that may hold a gate beside what it gates, and the layer that takes the product."""
+"""Layers that may pack a gate and an up projection, and the layer that takes their product."""
 _FUSED = ("query_key_value", "c_attn", "wqkv", "kv_b_proj", "att_proj")
 """Further layers that hold several matrices."""
 _MIXED = ("input_linear", "output_linear")
-"""Layers of Granite and JetMoE that are an expert each where they have three axes."""
+"""Layers of Granite and JetMoE; where they have three axes, the first one counts experts."""
 _PER_HEAD = ("gpt_neox", "gpt_neox_japanese", "bloom", "persimmon")
 _KEYS = {
     "model_type": ("model_type",),
@@ -45,7 +43,7 @@ _CONFIG_LIMIT = 1 << 20
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix of `shape` in elements `start..stop` of a flattened tensor: those, seen as `view`, at `index`."""
+    """One matrix of `shape`: elements `start..stop` of a flattened tensor, reshaped to `view`, at `index`."""
 
     start: int
     stop: int
@@ -54,18 +52,18 @@ class Matrix:
     index: tuple[slice | int, ...] = ()
 
     def of(self, part: Array) -> Array:
-        """The matrix out of its elements start..stop."""
+        """The matrix, given elements start..stop of the tensor."""
         return part.reshape(self.view)[self.index].reshape(self.shape)
 
     def put(self, part: Array, matrix: Array) -> None:
-        """Set the matrix in its elements start..stop."""
+        """Write the matrix into elements start..stop of the tensor."""
         place = part.reshape(self.view)
         place[self.index] = matrix.reshape(place[self.index].shape)
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How the tensors of one model are packed. `split` is whether they are taken apart, but for experts, which always are."""
+    """How the tensors of one model are packed. `split`: packed matrices are taken apart; the experts of a mixture always are."""
 
     shapes: Shapes
     config: Config
@@ -73,11 +71,11 @@ class Packing:
 
     @classmethod
     def of(cls, shapes: Shapes, beside: Path, *, split: bool) -> "Packing":
-        """The packing of a model with these tensors, whose weights lie at `beside`."""
+        """The packing of a model with tensors of these shapes; `beside` is the path of its weights."""
         return cls(shapes, _read(beside.parent / "config.json"), split)
 
     def matrices(self, name: str) -> list[Matrix]:
-        """The matrices in a tensor; none in what is no matrix."""
+        """The matrices in a tensor; an empty list for a tensor that is no matrix."""
         shape = self.shapes[name]
         if 0 in shape:
             return []
@@ -90,7 +88,7 @@ class Packing:
 
     @cached_property
     def remarks(self) -> tuple[str, ...]:
-        """What a person should know: which tensors stayed whole although they hold several matrices."""
+        """Notes for the user: tensors that stayed whole although they hold several matrices."""
         doubtful: dict[str, list[str]] = {}
         for name, shape in self.shapes.items() if self.split else ():
             if _layer(name) in (*_IN_ROWS, *_FUSED) and len(shape) == 2 and not self._parts(name, shape):
@@ -102,7 +100,7 @@ class Packing:
         )
 
     def _parts(self, name: str, shape: tuple[int, ...]) -> list[Matrix] | None:
-        """The matrices packed in a matrix; None where there is but one, or no saying which."""
+        """The matrices packed in a matrix; None if there is only one, or if the layout is not known."""
         layer, (rows, columns) = _layer(name), shape
         if layer == "query_key_value":
             return self._query_key_value(rows, columns)
@@ -118,7 +116,7 @@ class Packing:
         return _rows(shape, self._queries(name, rows))
 
     def _queries(self, name: str, rows: int) -> list[int]:
-        """Rows of q, k and v, by the width that the output projection takes in; [] where that does not fit."""
+        """Rows of q, k and v, from the input width of the output projection; [] if that does not fit."""
         widths = {found[1] for output in _OUTPUTS if (found := self._beside(name, output))}
         if len(widths) != 1:
             return []
@@ -127,7 +125,7 @@ class Packing:
         return [width, rest // 2, rest // 2] if 0 < rest <= 2 * width and rest % 2 == 0 else []
 
     def _c_attn(self, name: str, shape: tuple[int, ...]) -> list[Matrix] | None:
-        """GPT-2 keeps its weights [in, out], so that q, k, v (k, v in cross attention) lie in columns; Qwen has them in rows."""
+        """GPT-2 stores weights as [in, out], so q, k, v (k, v in cross attention) lie in columns; Qwen stores them in rows."""
         rows, columns = shape
         if columns in (2 * rows, 3 * rows):
             count = columns // rows
@@ -140,7 +138,7 @@ class Packing:
         return _rows(shape, self._queries(name, rows))
 
     def _query_key_value(self, rows: int, columns: int) -> list[Matrix] | None:
-        """Interleaved per head (GPT-NeoX, BLOOM), per group of heads or in rows (Falcon): the configuration says."""
+        """Interleaved per head (GPT-NeoX, BLOOM), per group of heads or in rows (Falcon), as the configuration says."""
         kind, heads = self.config.get("model_type"), int(self.config.get("heads", 0))
         if kind in _PER_HEAD or (kind == "falcon" and not self._is_grouped):
             return _interleaved(rows, columns, heads, [1, 1, 1])
@@ -156,7 +154,9 @@ class Packing:
         return bool(self.config.get("grouped") or self.config.get("multi_query", True))
 
     def _experts(self, name: str, shape: tuple[int, ...]) -> list[Matrix]:
-        """A matrix per expert; with `split` the gate and what it gates apart, which lie in rows, or in columns [in, out]."""
+        """One matrix per expert; with `split`, gate and up separately: they lie in rows, or in columns where weights are [in,
+        out].
+        """
         count, rows, columns = shape
         size = rows * columns
         output = {"gate_up_proj": "down_proj", "input_linear": "output_linear"}.get(_layer(name))
@@ -181,7 +181,7 @@ class Packing:
         return parts
 
     def _beside(self, name: str, layer: str, rank: int = 2) -> tuple[int, ...] | None:
-        """The shape of the layer of this name beside a tensor."""
+        """The shape of the sibling layer with this name."""
         parent = name.removesuffix(".weight").rpartition(".")[0]
         for sibling in (f"{parent}.{layer}.weight", f"{parent}.{layer}"):
             if len(self.shapes.get(sibling, ())) == rank:
@@ -190,7 +190,7 @@ class Packing:
 
 
 def _layer(name: str) -> str:
-    """The layer that a weight is of, or the parameter itself."""
+    """The layer that a weight belongs to, or the parameter's own name."""
     parts = name.split(".")
     return parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]
 
@@ -208,7 +208,7 @@ def _rows(shape: Sequence[int], sizes: Sequence[int]) -> list[Matrix] | None:
 
 
 def _interleaved(rows: int, columns: int, groups: int, heads: Sequence[int]) -> list[Matrix] | None:
-    """Matrices of which every group of rows has some heads, in this order: [groups, sum(heads), head size, columns]."""
+    """Matrices of which every group of rows holds `heads[k]` heads, in order: [groups, sum(heads), head size, columns]."""
     each = groups * sum(heads)
     if not each or rows % each:
         return None
@@ -223,7 +223,7 @@ def _interleaved(rows: int, columns: int, groups: int, heads: Sequence[int]) -> 
 
 
 def _read(file: Path) -> Config:
-    """The few numbers that are needed of a `config.json`; none of a file that is not there or is none."""
+    """The entries of a `config.json` that packing depends on; empty if the file is missing or invalid."""
     try:
         if file.stat().st_size > _CONFIG_LIMIT:
             return {}

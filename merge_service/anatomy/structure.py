@@ -1,30 +1,34 @@
-"""What tensor names say of a model: its towers, its stacks of blocks, how deep in its stack every tensor lies.
+"""Towers, stacks of blocks and the depth of every tensor, read from tensor names and shapes.
 
-Names differ from library to library, so nothing here knows a model. The rule: the outermost component of a name that is a
-number is the number of a block, and what stands before it names the stack, whose depth is its largest number + 1. Where blocks
-come in stages (`stages.<s>.blocks.<i>`, `layers.<s>.blocks.<i>`, `blocks.<s>.<i>`, `layer<s>.<i>`) they are counted on from stage
-to stage; what a stage holds outside its blocks counts with its first one (with its last one where the first stage holds such a
-thing too: it then stands at the end). A tensor is in the tower that the first word for one in its name says.
+Tensor names differ between libraries, so no rule is specific to a model:
 
-Not every list is a stack: the layers of a projection, a stem or a head are numbered as well. A list in a part of such a name, or of
-bare layers beside a stack of blocks, is a *sequence*, outside blocks.
+- The outermost component of a name that is a number is a block number. The components before it name the stack, whose depth is
+  its largest number + 1.
+- Blocks may come in stages (`stages.<s>.blocks.<i>`, `layers.<s>.blocks.<i>`, `blocks.<s>.<i>`, `layer<s>.<i>`). Their numbers
+  continue from stage to stage. A tensor of a stage outside its blocks counts with the stage's first block, or with its last block
+  if the first stage has such a tensor too (it then stands at the end).
+- The first component of a name that denotes a tower decides the tower.
+- The layers of a projection, a stem or a head are numbered as well. Such a list, and a list of bare layers beside a stack of
+  blocks, is a *sequence* and lies outside blocks.
 
-Invariant: a list that is neither clearly a stack nor clearly a sequence is never given a depth, nor a constant: `factors` refuses
-it by name.
+Invariant: a list that is neither clearly a stack nor clearly a sequence never gets a depth. It is `unclear`, and `require_blocks`
+raises an error that names it.
 """
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+from merge_service.anatomy.linear import Linear, linear_of
+from merge_service.anatomy.packed import Packing, Shapes
 from merge_service.errors import TechniqueError
 
 LN_100 = math.log(100)
 IMAGE, TEXT, AUDIO, ENCODER, DECODER, WHOLE = "image", "text", "audio", "encoder", "decoder", "model"
-Shapes = Mapping[str, tuple[int, ...]]
 
 _PART = "(?:_(?:model|tower|encoder|backbone|trunk|transformer|branch|proj|projection|projector|head|adapter|newline))?"
 _MODALITY = re.compile(
@@ -36,17 +40,16 @@ _SEQUENCE = re.compile(
     r"stem|neck|.*heads?|classifier|pooler|(?:.*_)?embed(?:ding|dings|s|_tokens)?|(?:.*_)?proj(?:ection|ections|ector|s)?"
     r"|.*merger.*|downsampl.*|dropout"
 )
-_SHAPES = {"linear": lambda x: x, "quadratic": lambda x: x * x, "sqrt": math.sqrt}
 
 
 def modality(name: str) -> str:
-    """The side of a CLIP that a tensor or module is of: "image" ("audio" in models of sound), else "text"."""
+    """The side of a CLIP that a tensor or module belongs to: "image" ("audio" in models of sound), else "text"."""
     return next((side for part in name.split(".") if (side := _side(part))), TEXT)
 
 
 @cache
 def _side(word: str) -> str | None:
-    """The side that one component of a name speaks of."""
+    """The side that one component of a name denotes."""
     found = None if word.isdigit() else _MODALITY.fullmatch(word)
     return found.lastgroup if found else None
 
@@ -57,22 +60,13 @@ def _is_blocks(word: str) -> bool:
     return bool(_BLOCKS.fullmatch(word))
 
 
-def is_logit_scale(name: str) -> bool:
-    """CLIP's log temperature, which training keeps at or below ln(100)."""
-    return name.rpartition(".")[2] == "logit_scale"
-
-
-def is_statistic(name: str) -> bool:
-    """Running statistics of a BatchNorm: measured on data, not trained."""
-    return name.rpartition(".")[2] in ("running_mean", "running_var")
-
-
 @dataclass(frozen=True)
-class Anatomy:
-    """The towers and stacks of one model. `tower` is by tensor, `block` (its stack, its number) by tensor in a stack.
+class ByName:
+    """An `Anatomy` by rules over names and shapes: the towers and stacks of one model.
 
-    `stacks` are by tower: the depth of every stack in it. `sequences` and `unclear` are lists outside blocks and lists that
-    could be either, with the number of their entries.
+    `tower` has every tensor, `block` (stack, number) every tensor in a stack. `stacks` gives the depth of every stack by tower.
+    `sequences` and `unclear` give the number of entries of lists outside blocks, and of lists that could be either. `shapes` are
+    those of all tensors.
     """
 
     tower: Mapping[str, str]
@@ -80,45 +74,47 @@ class Anatomy:
     stacks: Mapping[str, Mapping[str, int]]
     sequences: Mapping[str, int]
     unclear: Mapping[str, int]
+    shapes: Shapes
 
     def group(self, name: str, granularity: str) -> str:
-        """The set of tensors that shares thresholds and a majority sign with `name`."""
+        """The set of tensors that share thresholds and a majority sign with `name`."""
         return {WHOLE: WHOLE, "tower": self.tower[name], "tensor": name, "row": name}[granularity]
 
     def layer(self, name: str) -> int | None:
-        """The number of the block a tensor is in, None outside blocks."""
+        """The number of the block that a tensor is in, None outside blocks."""
         return self.block[name][1] if name in self.block else None
 
-    def factors(self, names: Iterable[str], params: Mapping[str, Any]) -> dict[str, float]:
-        """LiNeS: alpha + beta * shape(i / (L - 1)) for block i of a stack of L blocks, alpha outside blocks.
+    def packing(self, beside: Path, *, split: bool) -> Packing:
+        """The matrices in tensors, as far as names, shapes and a `config.json` beside the weights tell."""
+        return Packing.of(self.shapes, beside, split=split)
 
-        A stack of a single block has no depth to grow over: that block gets alpha. Source: LiNeS, arXiv 2410.17146, eq. 4, with
-        the shapes of TIME's code. Raises `TechniqueError` when no tensor is in a block, or some list is unclear.
-        """
-        without = "use the same technique without lines_ and with scale"
+    def linear(self, name: str) -> Linear | None:
+        """By the last words of its name and by its shape."""
+        return linear_of(name, tuple(self.shapes[name]))
+
+    def is_scale(self, name: str) -> bool:
+        """CLIP's log temperature."""
+        return name.rpartition(".")[2] == "logit_scale"
+
+    def is_statistic(self, name: str) -> bool:
+        """Running statistics of a BatchNorm."""
+        return name.rpartition(".")[2] in ("running_mean", "running_var")
+
+    def require_blocks(self, what: str, instead: str) -> None:
+        """As of `Anatomy`."""
         if self.unclear:
             lists = ", ".join(f"{name}.<0..{count - 1}>" for name, count in self.unclear.items())
             raise TechniqueError(
-                f"LiNeS scales by depth, but it is not clear whether {lists} is a stack of blocks beside "
-                f"{described(self.stacks)}; {without}"
+                f"{what}, but it is not clear whether {lists} is a stack of blocks beside {described(self.stacks)}; {instead}"
             )
         if not self.block:
             raise TechniqueError(
-                f"LiNeS scales by depth, but no tensor name holds a block number such as resblocks.<i>.; {without}"
+                f"{what}, but no tensor name holds a block number such as resblocks.<i>.; {instead}"
             )
-        alpha, beta, shape = params["lines_alpha"], params["lines_beta"], _SHAPES[params["lines_shape"]]
-        depths = {stack: depth for stacks in self.stacks.values() for stack, depth in stacks.items()}
-
-        def factor(name: str) -> float:
-            stack, number = self.block.get(name, ("", 0))
-            last = depths.get(stack, 1) - 1
-            return alpha if not last else alpha + beta * shape(number / last)
-
-        return {name: factor(name) for name in names}
 
 
 def described(stacks: Mapping[str, Mapping[str, int]]) -> str:
-    """Stacks by tower for people: `image: visual.transformer.resblocks (12 blocks); text: transformer.resblocks (12 blocks)`."""
+    """Stacks by tower as text: `image: visual.transformer.resblocks (12 blocks); text: transformer.resblocks (12 blocks)`."""
 
     def blocks(depths: Mapping[str, int]) -> str:
         known = (
@@ -130,9 +126,15 @@ def described(stacks: Mapping[str, Mapping[str, int]]) -> str:
     return "; ".join(f"{tower}: {blocks(depths)}" for tower, depths in stacks.items())
 
 
+def some(words: Sequence[str], shown: int = 3) -> str:
+    """The first words of a list and the number of the others, as text."""
+    more = len(words) - shown
+    return ", ".join(words[:shown]) + (f" and {more} more" if more > 0 else "")
+
+
 @dataclass(frozen=True)
 class _Entry:
-    """Where a tensor stands in a list: the stage and the number in it (None: outside the blocks of its stage)."""
+    """The place of a tensor in a list: its stage, and its number there (None: outside the blocks of the stage)."""
 
     list: str
     stage: int
@@ -140,7 +142,7 @@ class _Entry:
     rest: tuple[str, ...]
 
 
-def anatomy_of(shapes: Shapes) -> Anatomy:
+def anatomy_of(shapes: Shapes) -> ByName:
     """The anatomy of the model that has tensors of these names and shapes."""
     entries = _entries(shapes)
     lists: dict[str, _List] = {}
@@ -161,11 +163,11 @@ def anatomy_of(shapes: Shapes) -> Anatomy:
     def of(kind: str) -> dict[str, int]:
         return {found.name: found.depth for found in lists.values() if kinds[found.name] == kind}
 
-    return Anatomy(towers, block, dict(sorted(by_tower.items())), of("sequence"), of("unclear"))
+    return ByName(towers, block, dict(sorted(by_tower.items())), of("sequence"), of("unclear"), shapes)
 
 
 class _List:
-    """A numbered list of modules: all tensors whose names say that they are in it."""
+    """A numbered list of modules, with all tensors in it."""
 
     def __init__(self, name: str) -> None:
         self.name, self.names, self.side = name, list[str](), TEXT
@@ -184,17 +186,17 @@ class _List:
 
     @property
     def is_known(self) -> bool:
-        """Whether its name is a usual one for blocks."""
+        """Whether the name is a usual one for a list of blocks."""
         return _is_blocks(self.name.rpartition(".")[2].removesuffix("<s>"))
 
     @property
     def is_sequence(self) -> bool:
-        """Whether its name says that it is no stack of blocks."""
+        """Whether the name is that of a list that is no stack of blocks."""
         return any(_SEQUENCE.fullmatch(part) for part in self.name.split("."))
 
     @property
     def alike(self) -> bool:
-        """Whether it has at least three entries, of equal tensors."""
+        """Whether the list has at least three entries, all with equal tensors."""
         parts = list(self._parts.values())
         return len(parts) >= 3 and all(part == parts[0] for part in parts)
 
@@ -212,7 +214,7 @@ class _List:
 
 
 def _kinds(lists: list[_List]) -> Iterator[tuple[_List, str]]:
-    """Of every list whether it is a stack, a sequence, or unclear."""
+    """The kind of every list: stack, sequence or unclear."""
     for side in {found.side for found in lists}:
         ours = [found for found in lists if found.side == side]
         named = [found for found in ours if found.is_known and not found.is_sequence]
@@ -225,14 +227,14 @@ def _kinds(lists: list[_List]) -> Iterator[tuple[_List, str]]:
 
 
 def _beside(found: _List, main: list[_List], others: int) -> str:
-    """The same for a list that is not clearly a stack by its name and content, beside those of its side that are."""
+    """The kind of a list that is not clearly a stack by name and content, given the stacks of the same side (`main`)."""
     if found.is_sequence:
         return "sequence"
     if not main:
         return "stack" if others == 1 else "unclear"
     if found.structured and found.depth in [stack.depth for stack in main]:
         return "stack"
-    # one block has no depth to grow over: LiNeS gives it what lies outside blocks gets
+    # a single block has no depth: LiNeS scales it as it scales tensors outside blocks
     return "unclear" if (found.structured and found.depth > 1) or found.alike else "sequence"
 
 
@@ -248,7 +250,7 @@ def _entries(names: Iterable[str]) -> dict[str, _Entry]:
 
 
 def _entry(name: str) -> _Entry | None:
-    """Where a tensor stands by its name alone; a list without stages has stage -1."""
+    """The place of a tensor by its name alone; a list without stages has stage -1."""
     parts = name.split(".")
     numbers = [place for place, part in enumerate(parts) if part.isascii() and part.isdigit()]
     later = [place for place in numbers if place and _is_blocks(parts[place - 1])]
@@ -271,7 +273,7 @@ def _entry(name: str) -> _Entry | None:
 
 
 def _towers(sides: Mapping[str, str], stacks: Iterable[str]) -> dict[str, str]:
-    """The tower of every tensor: its side, or encoder and decoder where the only side that there is has both."""
+    """The tower of every tensor: its side, or encoder and decoder if the only side has both."""
     if set(sides.values()) != {TEXT}:
         return dict(sides)
     if not {ENCODER, DECODER} <= {_coder(stack) for stack in stacks}:
@@ -280,5 +282,5 @@ def _towers(sides: Mapping[str, str], stacks: Iterable[str]) -> dict[str, str]:
 
 
 def _coder(name: str) -> str | None:
-    """ "encoder" or "decoder", whichever word a name has first."""
+    """ "encoder" or "decoder", whichever a name has first."""
     return next((part for part in name.split(".") if part in (ENCODER, DECODER)), None)

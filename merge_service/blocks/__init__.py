@@ -1,5 +1,5 @@
-"""Arithmetic over blocks of a model: cutting tensors into spans, working on them on threads, masks, exact ranks.
+"""Arithmetic on blocks of a model: cutting tensors into spans, threads, masks, exact ranks.
 
-A block lies in memory as a numpy array or on a device as a torch tensor. No result depends on how a model is cut into blocks, on
-threads, or on where the blocks are. `kernels` holds compiled loops; only what runs merges imports it.
+A block is a numpy array in memory or a torch tensor on a device. No result depends on the size of blocks, on threads, or on the
+device. `kernels` holds compiled loops; only modules that run merges import it.
 """

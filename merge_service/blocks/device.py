@@ -1,50 +1,65 @@
-"""Where blocks are while rules work on them: in memory as numpy arrays (`Host`), or on a torch device (`Device`).
+"""Block storage: numpy arrays on the host (`Host`), or tensors on a torch device (`Device`).
 
-On a device the array definitions of `rules.py` run as they are, with torch in the place of numpy.
-Every thread of a merge has a stream and pinned buffers of its own. A block is copied to the device as it is stored (half
-the bytes for half-precision), widened there, and comes back merged; while one thread's copies are under way the others'
-blocks are computed. On the CPU the same code runs without streams, which is how it is tested.
+On a device the array definitions of the rules run with torch in place of numpy. Every thread of a merge has its own stream and a
+few pinned buffers, whatever the number of experts. A block is read into a pinned buffer as stored (half the bytes for half
+precision), widened on the device, merged and copied back, while blocks of other threads are computed. On the CPU the same code runs
+without streams, which is how it is tested.
 
-Invariant: single IEEE operations on float32 or float64 give the same bits on every device, and no rule has another kind
-(no fused multiply-add, no reduction that is stored), so a merge on a device equals the one without.
+Invariant: a merge on a device gives the bits of a merge on the host. Rules use single IEEE operations on float32 or float64,
+which give the same bits on every device; they use no fused multiply-add, and no reduction is stored.
 """
 
 import contextlib
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from merge_service.blocks.spans import Span
-from merge_service.checkpoints.checkpoint import Checkpoint
+from merge_service.blocks.spans import BLOCK, Span
 from merge_service.checkpoints.dtypes import EIGHT_BITS, all_finite
+from merge_service.checkpoints.weights import Weights
 from merge_service.errors import TechniqueError
+
+DEVICE_BLOCK = 1 << 23
+"""Default elements per span on a device: 32 MiB of float32, enough that a copy reaches the speed of the bus."""
+STAGES = 3
+"""Pinned buffers per thread: one is filled while the copies of the others run."""
 
 
 class Host:
-    """Blocks as numpy arrays."""
+    """Blocks as numpy arrays. `block` is the default number of elements per span, `full` what is raised where a block does not fit."""
 
     xp: Any = np
+    block: int = BLOCK
+    full: tuple[type[BaseException], ...] = ()
 
     def turn(self) -> contextlib.AbstractContextManager[None]:
-        """One span's work."""
+        """The context of one span's work."""
         return contextlib.nullcontext()
 
-    def read(self, weights: Checkpoint, span: Span, compute: np.dtype, role: str) -> Any:
-        """A block of stored numbers, as wide as sums are kept. `role` names a buffer, one per block of a span."""
+    def read(self, weights: Weights, span: Span, compute: np.dtype) -> Any:
+        """A block of stored numbers, in the type of sums."""
         return weights.read(span.name, span.start, span.stop).astype(compute, copy=False)
 
     def put(self, array: np.ndarray) -> Any:
-        """An array, such as a streaming state's, where blocks are."""
+        """Move an array, such as a streaming state's, to this storage."""
         return array
 
     def fetch(self, block: Any) -> np.ndarray:
-        """A block in memory, to be used before the span's work ends."""
+        """Copy a block to memory; it is valid until the span's work ends."""
         return block
 
     def finite(self, block: Any) -> Any:
-        """Whether no number is NaN or infinite; a bool, or something that becomes one when it is asked for."""
+        """Whether all numbers are finite, for `settled`."""
         return all_finite(block)
+
+    def settled(self, flags: Sequence[Any]) -> list[bool]:
+        """The values of flags, waited for once."""
+        return [bool(flag) for flag in flags]
+
+    def clear(self) -> None:
+        """Free memory that is held for later blocks."""
 
 
 class Device(Host):
@@ -56,60 +71,81 @@ class Device(Host):
 
             device = torch.device(name)
             torch.empty(0, device=device)
-        except Exception as error:  # torch raises many kinds for a device it does not have
+        except Exception as error:  # torch raises many kinds for a missing device
             reason = str(error).splitlines()[0]
             raise TechniqueError(
                 f"the device {name} cannot be used: {reason}. Leave it out, or name one that this machine has"
             ) from None
-        self.xp = torch
-        self.device = device
+        self.xp, self.device = torch, device
+        self.block, self.full = DEVICE_BLOCK, (torch.OutOfMemoryError,)
         self._own = threading.local()
 
     def turn(self) -> contextlib.AbstractContextManager[None]:
-        """One span's work, on this thread's stream."""
+        """The context of one span's work, on this thread's stream."""
         stream = self._stream()
         return self.xp.cuda.stream(stream) if stream else contextlib.nullcontext()
 
-    def read(self, weights: Checkpoint, span: Span, compute: np.dtype, role: str) -> Any:
-        """As of `Host`; copied as it is stored, widened on the device."""
+    def read(self, weights: Weights, span: Span, compute: np.dtype) -> Any:
+        """As of `Host`; the block is copied as stored and widened on the device."""
         kind = weights.tensors[span.name].kind
         raw = weights.raw(span.name, span.start, span.stop)
         if kind.name in EIGHT_BITS:
             raw = EIGHT_BITS[kind.name][raw]
-        block = self._upload(raw.view(np.int16) if kind.name == "BF16" else raw, role)
+        block = self._upload(raw.view(np.int16) if kind.name == "BF16" else raw)
         if kind.name == "BF16":
             block = block.view(self.xp.bfloat16)
         return block.to(self.xp.float64 if compute.itemsize == 8 else self.xp.float32)
 
     def put(self, array: np.ndarray) -> Any:
-        """As of `Host`; uint32 becomes int64, in which torch can count."""
+        """As of `Host`; uint32 becomes int64, because torch cannot count in uint32."""
         wide = array.astype(np.int64) if array.dtype == np.uint32 else array
         return self.xp.from_numpy(np.require(wide, requirements=["C", "W"])).to(self.device)
 
     def fetch(self, block: Any) -> np.ndarray:
-        """As of `Host`, once everything before it on this thread's stream is done."""
+        """As of `Host`, after all earlier work on this thread's stream."""
         return block.cpu().numpy()
 
     def finite(self, block: Any) -> Any:
-        """As of `Host`, without waiting for the answer."""
+        """As of `Host`, without synchronization."""
         return self.xp.isfinite(block).all()
+
+    def settled(self, flags: Sequence[Any]) -> list[bool]:
+        """As of `Host`, in one copy."""
+        return list(self.xp.stack(tuple(flags)).tolist()) if flags else []
+
+    def clear(self) -> None:
+        """As of `Host`: the device's cache, after the work of this thread's stream."""
+        if self.device.type == "cuda":
+            self._stream().synchronize()
+            self.xp.cuda.empty_cache()
 
     def _stream(self) -> Any:
         if self.device.type == "cuda" and not hasattr(self._own, "stream"):
             self._own.stream = self.xp.cuda.Stream(self.device)
         return getattr(self._own, "stream", None)
 
-    def _upload(self, raw: np.ndarray, role: str) -> Any:
-        block = self.xp.from_numpy(raw.copy())  # the map is read-only, which torch cannot have
+    def _upload(self, raw: np.ndarray) -> Any:
         if self._stream() is None:
-            return block
-        staged = self._pinned(role, block)
-        staged.copy_(block)
-        return staged.to(self.device, non_blocking=True)
+            return self.xp.from_numpy(raw.copy())  # torch takes no read-only memory, and the map is
+        stages = self._own.__dict__.setdefault("stages", [_Stage(self.xp) for _ in range(STAGES)])
+        stages.append(stages.pop(0))
+        return stages[-1].upload(raw, self.device)
 
-    def _pinned(self, role: str, like: Any) -> Any:
-        buffers = self._own.__dict__.setdefault("buffers", {})
-        held = buffers.get((role, like.dtype))
-        if held is None or held.numel() < like.numel():
-            held = buffers[role, like.dtype] = self.xp.empty_like(like, pin_memory=True)
-        return held[: like.numel()]
+
+class _Stage:
+    """A pinned buffer, and the event after which it may be filled again."""
+
+    def __init__(self, torch: Any) -> None:
+        self._torch, self._free = torch, torch.cuda.Event()
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def upload(self, raw: np.ndarray, device: Any) -> Any:
+        """A copy of `raw` on the device, on the current stream."""
+        self._free.synchronize()
+        if self._bytes.numel() < raw.nbytes:
+            self._bytes = self._torch.empty(raw.nbytes, dtype=self._torch.uint8, pin_memory=True)
+        part = self._bytes[: raw.nbytes].numpy().view(raw.dtype)
+        np.copyto(part, raw)
+        block = self._torch.from_numpy(part).to(device, non_blocking=True)
+        self._free.record()
+        return block

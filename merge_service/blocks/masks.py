@@ -1,10 +1,10 @@
-"""Random masks without a generator: whether an element is kept is a hash of who and where it is.
+"""Random masks without a generator: a hash of expert, tensor and position decides whether an element is kept.
 
-A stream of random numbers depends on the order it is drawn in; a hash does not. The mask is the same for any block size,
-thread count, device, order of tensors or order of arrival.
+A stream of random numbers depends on the order of drawing; a hash does not. The mask is the same for any block size, thread
+count, device, order of tensors or order of arrival.
 
-Hash: SplitMix64 (Steele, Lea, Flood 2014) at counter = element index // 2, keyed by (seed, expert id, tensor name). Its
-lower 32 bits speak for the even element, the upper ones for the odd.
+Hash: SplitMix64 (Steele, Lea, Flood 2014) at counter = element index // 2, keyed by (seed, expert id, tensor name). Its lower 32
+bits decide for the even element, the upper ones for the odd.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ def tensor_key(seed: int, expert_id: str, tensor: str) -> int:
 
 
 def ceiling(density: float) -> int:
-    """The number of 32-bit hashes that keep an element: density * 2^32, of the decimal a person wrote."""
+    """The number of 32-bit hashes that keep an element: density * 2^32, computed from the decimal as written."""
     return int(Fraction(repr(density)) * _HALF)
 
 

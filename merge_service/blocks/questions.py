@@ -1,7 +1,7 @@
-"""Questions about whole tensors, as plain values: thresholds, counts, sums, inner products; and what was found.
+"""Questions about whole tensors as plain values (thresholds, counts, sums, inner products), and their answers.
 
-Blocks, threads and machines answer for their own part of a model, and answers add up. `search` asks what must be known for an exact
-rank; `engine.survey` answers from files.
+Blocks, threads and machines answer for their own part of a model, and answers add up. `search` derives exact ranks from such
+answers; `engine.survey` computes answers from files.
 
 Invariant: an answer for a model is the sum of the answers for its parts, however it is cut.
 """
@@ -9,9 +9,10 @@ Invariant: an answer for a model is the sum of the answers for its parts, howeve
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 Ranks = Callable[[int], tuple[int | None, int | None]]
 Key = tuple[str, int]
@@ -19,31 +20,31 @@ Key = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class Limits:
+class Thresholds:
     """Magnitudes from `low` to `high`, both included, are kept."""
 
     low: float = 0.0
     high: float = float("inf")
 
 
-EVERYTHING = Limits()
+EVERYTHING = Thresholds()
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Numbers of whole tensors that blocks depend on, by (group of tensors or tensor, number of the expert).
+    """Statistics of whole tensors that blocks depend on, by (group of tensors or tensor, number of the expert).
 
-    `thresholds` bound the magnitudes that are kept, `scores` those of a second quantity; `gains` are factors, `turns` the two factors
-    of a merge along an arc.
+    `thresholds` bound the magnitudes that are kept, `scores` those of a second quantity. `gains` are factors; `turns` are the two
+    factors of a merge along an arc.
     """
 
-    thresholds: Mapping[Key, Limits] = field(default_factory=dict)
-    scores: Mapping[Key, Limits] = field(default_factory=dict)
+    thresholds: Mapping[Key, Thresholds] = field(default_factory=dict)
+    scores: Mapping[Key, Thresholds] = field(default_factory=dict)
     gains: Mapping[Key, float] = field(default_factory=dict)
     turns: Mapping[Key, tuple[float, float]] = field(default_factory=dict)
 
     def with_(self, **further: Mapping[Key, Any]) -> "Findings":
-        """The same and what was found besides, by field."""
+        """A copy with further findings, by field."""
         return replace(self, **{name: {**getattr(self, name), **found} for name, found in further.items()})
 
 
@@ -71,10 +72,12 @@ class Window:
 
 @dataclass(frozen=True)
 class Quantity:
-    """What is ranked: a name that `Surveyor` knows, and the form of its numbers (`wide`: float64, `signed`: also below zero).
+    """A quantity that is ranked or summed, and the form of its numbers (`wide`: float64, `signed`: also below zero).
 
-    A `joint` one is made of all experts' blocks, so that its groups are best counted all in one pass. `given` is what was found
-    before and it depends on; quantities of one question share it.
+    "magnitude" and "thinned" are those of one expert's task vector, before and after it is thinned out. Other names belong to a
+    technique: `measure` computes the quantity of one expert from the blocks of all experts (`techniques.place.Seen`). `measure`
+    must be a function of a module, because questions are sent to other processes. The groups of a `joint` quantity are best
+    counted in one pass. `given` holds earlier findings that the quantity depends on; quantities of one question share it.
     """
 
     name: str = "magnitude"
@@ -82,14 +85,19 @@ class Quantity:
     signed: bool = False
     joint: bool = False
     given: Findings = NOTHING
+    measure: Callable[[Any, int], Any] | None = None
 
     @property
-    def word(self) -> np.dtype:
-        """The unsigned integers that keep the order of its numbers."""
+    def word(self) -> "np.dtype":
+        """The unsigned integer type that keeps the order of the numbers."""
+        import numpy as np
+
         return np.dtype(np.uint64 if self.wide else np.uint32)
 
-    def words(self, values: np.ndarray) -> np.ndarray:
-        """Numbers as such integers."""
+    def words(self, values: "np.ndarray") -> "np.ndarray":
+        """Numbers as integers of that type."""
+        import numpy as np
+
         values = np.ascontiguousarray(values, np.float64 if self.wide else np.float32)
         bits = values.view(self.word)
         if not self.signed:
@@ -98,7 +106,9 @@ class Quantity:
         return np.where(bits & sign, ~bits, bits | sign)
 
     def number(self, word: int) -> float:
-        """The number of an integer."""
+        """The number that an integer stands for."""
+        import numpy as np
+
         if self.signed:
             sign = 1 << (8 * self.word.itemsize - 1)
             word = word ^ sign if word & sign else ~word & (2 * sign - 1)
@@ -106,7 +116,9 @@ class Quantity:
 
     @property
     def top(self) -> int:
-        """The integer of infinity."""
+        """The integer that stands for infinity."""
+        import numpy as np
+
         return int(self.words(np.array([math.inf]))[0])
 
 
@@ -115,7 +127,7 @@ MAGNITUDE = Quantity()
 
 @dataclass(frozen=True)
 class Survey:
-    """Asks for the size of some groups (without tensors that did not move, unless `count_frozen`) and a sample of each."""
+    """Question: the size of some groups (without tensors that did not move, unless `count_frozen`), and a sample of each."""
 
     keys: tuple[Key, ...]
     count_frozen: bool
@@ -124,20 +136,22 @@ class Survey:
 
 @dataclass(frozen=True)
 class Surveyed:
-    """Number of elements that count, bits of a sample of them, and the tensors that did not move."""
+    """Answer to `Survey`: number of elements that count, bits of a sample of them, and the tensors that did not move."""
 
     total: int
-    sample: np.ndarray
+    sample: "np.ndarray"
     still: frozenset[str] = frozenset()
 
     def __add__(self, other: "Surveyed") -> "Surveyed":
+        import numpy as np
+
         sample = np.concatenate([self.sample, other.sample])
         return Surveyed(self.total + other.total, sample, self.still | other.still)
 
 
 @dataclass(frozen=True)
 class Count:
-    """Asks how the magnitudes (or what else is ranked) of each group fall into windows; tensors in `still` are left out."""
+    """Question: how the magnitudes (or another quantity) of each group fall into windows. Tensors in `still` are left out."""
 
     windows: Mapping[Key, tuple[Window, ...]]
     still: Mapping[Key, frozenset[str]] = field(default_factory=dict)
@@ -146,14 +160,16 @@ class Count:
 
 @dataclass
 class Counted:
-    """Per window: how many lie below it, and how many in each bin."""
+    """Answer to `Count`, per window: how many values lie below it, and how many in each bin."""
 
     below: list[int]
-    bins: list[np.ndarray]
+    bins: "list[np.ndarray]"
 
     @classmethod
     def none(cls, windows: Sequence[Window]) -> "Counted":
         """Nothing counted yet."""
+        import numpy as np
+
         return cls([0] * len(windows), [np.zeros(w.bins, np.int64) for w in windows])
 
     def __add__(self, other: "Counted") -> "Counted":
@@ -164,14 +180,14 @@ class Counted:
 
 @dataclass(frozen=True)
 class Products:
-    """Asks for the inner products of all pairs of inputs, tensor by tensor."""
+    """Question: the inner products of all pairs of inputs, tensor by tensor."""
 
 
 @dataclass(frozen=True)
 class Grams:
-    """Inner products of all pairs of inputs, float64 [inputs, inputs], by the name of the tensor."""
+    """Answer to `Products`: inner products of all pairs of inputs, float64 [inputs, inputs], by tensor name."""
 
-    by_tensor: Mapping[str, np.ndarray]
+    by_tensor: "Mapping[str, np.ndarray]"
 
     def __add__(self, other: "Grams") -> "Grams":
         return Grams({**self.by_tensor, **other.by_tensor})
@@ -179,14 +195,14 @@ class Grams:
 
 @dataclass(frozen=True)
 class Sums:
-    """Asks for the sums of these quantities over every tensor, for every expert."""
+    """Question: the sums of these quantities over every tensor, for every expert."""
 
     quantities: tuple[Quantity, ...]
 
 
 @dataclass(frozen=True)
 class Summed:
-    """Partial sums in float64 by (name of the quantity, tensor, number of the expert), to be added up exactly."""
+    """Answer to `Sums`: partial sums in float64 by (name of the quantity, tensor, number of the expert), to be added exactly."""
 
     parts: Mapping[tuple[str, str, int], list[float]]
 

@@ -1,9 +1,9 @@
 """The exact k-th smallest magnitude of a task vector, without sorting it or holding it in memory.
 
-Magnitudes of floats, read as unsigned integers, keep their order, and with a sign they do after a change of bits, so any
-quantity will do in place of magnitudes. A sample says between which two values the wanted rank
-must lie; one pass counts what is below and how often each value between occurs, which settles it. Where the sample was wrong
-the search goes on in the part that was missed, so the answer is exact whatever was drawn.
+Magnitudes of floats, read as unsigned integers, keep their order. Signed numbers do so after a change of bits, so any quantity
+can be ranked. A sample bounds the wanted rank by two values. One pass counts what lies below them and how often each value
+between them occurs, which gives the answer. If the sample was wrong, the search continues in the part that was missed, so the
+result is exact for any sample.
 
 Invariant: exact, and independent of blocks, threads, machines and the sample.
 """
@@ -11,22 +11,33 @@ Invariant: exact, and independent of blocks, threads, machines and the sample.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from merge_service.blocks.questions import (
+    Ask,
+    Count,
+    Key,
+    Quantity,
+    Ranks,
+    Survey,
+    Surveyed,
+    Thresholds,
+    Window,
+)
 
-from merge_service.blocks.questions import Ask, Count, Key, Limits, Quantity, Ranks, Survey, Surveyed, Window
+if TYPE_CHECKING:
+    import numpy as np
 
 BINS = 1 << 20
-"""Most values told apart in one pass over one window (8 MiB of counts)."""
+"""Most values distinguished in one pass over one window (8 MiB of counts)."""
 COUNTS = 1 << 22
 """Most bins at a time over all windows (32 MiB)."""
 SAMPLE = 1 << 20
 """About how many elements of a group are drawn."""
 SURVEYS = 4
-"""Groups that are surveyed at a time, so that samples do not add up."""
+"""Groups that are surveyed at a time, which limits the memory for samples."""
 GATHER = 1 << 16
-"""Groups up to this many elements are drawn whole, which settles them without a pass."""
+"""Groups up to this many elements are drawn whole; their ranks need no pass."""
 
 
 @dataclass
@@ -38,8 +49,10 @@ class _Quest:
     most: int
     value: int | None = None
 
-    def learn(self, below: int, bins: np.ndarray, top: int) -> None:
-        """Narrow the window by what was counted in it, or look where the rank must be instead."""
+    def learn(self, below: int, bins: "np.ndarray", top: int) -> None:
+        """Narrow the window by what was counted in it, or move it to where the rank must be."""
+        import numpy as np
+
         inside = int(bins.sum())
         if self.rank <= below:
             self.window = Window.of(0, self.window.low - 1, self.most)
@@ -58,8 +71,8 @@ class _Quest:
 
 def search(
     ranks: Mapping[Key, Ranks], ask: Ask, quantity: Quantity, *, count_frozen: bool
-) -> dict[Key, Limits]:
-    """The numbers at these ranks of every group for every expert; `ask` answers a question about all of them at once."""
+) -> dict[Key, Thresholds]:
+    """The numbers at these ranks for every group and expert. `ask` answers one question for all tensors."""
     top, most = quantity.top, _fineness(quantity, len(ranks))
     quests: dict[Key, list[_Quest | None]] = {}
     still: dict[Key, frozenset[str]] = {}
@@ -81,11 +94,11 @@ def search(
             return otherwise
         return quantity.number(quest.value)
 
-    return {key: Limits(number(low, 0.0), number(high, math.inf)) for key, (low, high) in quests.items()}
+    return {key: Thresholds(number(low, 0.0), number(high, math.inf)) for key, (low, high) in quests.items()}
 
 
 def _next_round(quests: Mapping[Key, list[_Quest | None]]) -> dict[Key, list[_Quest]]:
-    """The quests to settle in one pass: as many as `COUNTS` allows, so that memory does not grow with the experts."""
+    """The searches to continue in one pass: as many as `COUNTS` allows, so that memory does not grow with the number of experts."""
     chosen: dict[Key, list[_Quest]] = {}
     held = 0
     for key, found in quests.items():
@@ -99,14 +112,16 @@ def _next_round(quests: Mapping[Key, list[_Quest | None]]) -> dict[Key, list[_Qu
 
 
 def _fineness(quantity: Quantity, groups: int) -> int:
-    """Bins per window. Coarse ones take more passes each, but let every group of a joint quantity share in each pass."""
+    """Bins per window. Coarse windows take more passes each, but every group of a joint quantity takes part in each pass."""
     if not quantity.joint:
         return BINS
     return 1 << max(min(BINS, COUNTS // (2 * max(groups, 1))), 256).bit_length() - 1
 
 
 def _quest(rank: int | None, survey: Surveyed, top: int, most: int) -> _Quest | None:
-    """Where to look first: the sample's own quantile, give or take 6 standard errors."""
+    """The first window of a search: the sample's quantile, plus and minus 6 standard errors."""
+    import numpy as np
+
     if rank is None:
         return None
     size = survey.sample.size

@@ -1,11 +1,10 @@
-"""Running one small function over every block of a model, on threads, with nothing depending on how.
+"""Runs one function on every block of a model, on threads.
 
-Techniques are elementwise once a few numbers per tensor are known, so a model is cut into blocks that fit the cache and
-every block is finished before the next is touched: memory is a few blocks per thread, whatever the size of the model or
-the number of experts.
+Techniques are elementwise once a few numbers per tensor are known. A model is therefore cut into blocks that fit the cache, and a
+block is finished before the next begins: memory is a few blocks per thread, for any size of model and any number of experts.
 
-Invariant: results do not depend on the block size or the thread count, bit for bit. Elementwise work cannot; sums are
-taken over grains of fixed size and added up exactly (`math.fsum`), which is the only way a reduction may be made here.
+Invariant: results do not depend on the block size or the thread count, bit for bit. Elementwise work cannot depend on them. Sums
+are taken over grains of fixed size and added exactly (`math.fsum`); no other reduction is allowed here.
 """
 
 import threading
@@ -19,7 +18,7 @@ import numpy as np
 GRAIN = 1 << 16
 """Elements of one partial sum; a block is a whole number of grains."""
 BLOCK = 1 << 18
-"""Default elements per span: enough for the cost of starting one not to show."""
+"""Default elements per span: enough that starting a span costs little."""
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -40,7 +39,7 @@ class Span:
 
 
 class Scratch(threading.local):
-    """Buffers that a thread uses again for every block, so that blocks cost no allocation."""
+    """Buffers that a thread reuses for every block, so that blocks need no allocation."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, np.dtype], np.ndarray] = {}
@@ -54,18 +53,18 @@ class Scratch(threading.local):
         return held[:size]
 
 
-def spans(sizes: Iterable[tuple[str, int]], block: int) -> Iterator[Span]:
-    """Cut tensors (name, number of elements) into spans of at most `block` elements, a whole number of grains."""
+def spans(sizes: Iterable[tuple[str, int]], block: int, first: int = 0) -> Iterator[Span]:
+    """Cut tensors (name, number of elements) into spans of at most `block` elements, a whole number of grains; from element `first` on."""
     if block < 1:
         raise ValueError(f"block must be at least 1 element, not {block}")
     step = -(-block // GRAIN) * GRAIN
     for name, numel in sizes:
-        for start in range(0, numel, step):
+        for start in range(first, numel, step):
             yield Span(name, start, min(start + step, numel))
 
 
 def run(work: Callable[[U], T], over: Iterable[U], threads: int) -> list[T]:
-    """`work` of every span, results in order. The first failure in order is raised; later spans are dropped."""
+    """Results of `work` for every span, in order. The first failure in order is raised; later spans are dropped."""
     if threads < 1:
         raise ValueError(f"threads must be at least 1, not {threads}")
 

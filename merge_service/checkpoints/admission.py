@@ -1,6 +1,6 @@
-"""Whether a checkpoint may take part in a merge: same tensors as its reference, and every number finite.
+"""Whether a checkpoint may take part in a merge: the same tensors as its reference, and every number finite.
 
-Nothing is ever skipped, truncated or padded to fit. A merge with a tensor left out looks like a success.
+Nothing is skipped, truncated or padded to fit, because a merge that lacks a tensor looks like a success.
 """
 
 import re
@@ -9,9 +9,9 @@ from collections.abc import Collection, Set
 import numpy as np
 
 from merge_service.checkpoints.buffers import buffers
-from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.dtypes import all_finite
 from merge_service.checkpoints.shards import SHARD
+from merge_service.checkpoints.weights import Weights
 from merge_service.errors import IncompatibleCheckpoint, NonFiniteCheckpoint
 
 MAX_DIFFERENCES = 10
@@ -20,20 +20,21 @@ _VOCABULARY = re.compile(r"embed|wte|shared|lm_head|vocab|decoder\.(weight|bias)
 _SCAN = 1 << 20
 
 
-def admit(reference: Checkpoint, candidate: Checkpoint, who: str) -> tuple[str, ...]:
-    """`align` and `check_tensors`: the notes of the first, the errors of the second."""
+def admit(reference: Weights, candidate: Weights, who: str) -> tuple[str, ...]:
+    """`align`, then `check_tensors`: returns the notes of the first and raises the errors of the second."""
     notes = align(reference, candidate, who)
     check_tensors(reference, candidate, who)
     return notes
 
 
-def align(reference: Checkpoint, candidate: Checkpoint, who: str) -> tuple[str, ...]:
-    """Mend what differs in form alone in `candidate` as it is seen here, and say so: a prefix that all names have (`module.`),
-    buffers that one of them saves and the other does not."""
+def align(reference: Weights, candidate: Weights, who: str) -> tuple[str, ...]:
+    """Adapt `candidate` where it differs only in form, and return notes: a prefix that all names have (`module.`), and buffers
+    that only one of the two saves.
+    """
     return (*_mend_prefix(reference, candidate, who), *_mend_buffers(reference, candidate, who))
 
 
-def check_tensors(reference: Checkpoint, candidate: Checkpoint, who: str) -> None:
+def check_tensors(reference: Weights, candidate: Weights, who: str) -> None:
     """Raise `IncompatibleCheckpoint` naming `who` and at most ten differences in tensors, shapes or kinds of number.
 
     Float formats may differ (they are summed in float32 or wider), and one number may be [] or [1]; integers must be of the same
@@ -57,7 +58,7 @@ def check_tensors(reference: Checkpoint, candidate: Checkpoint, who: str) -> Non
         )
 
 
-def check_finite(candidate: Checkpoint, who: str) -> None:
+def check_finite(candidate: Weights, who: str) -> None:
     """Raise `NonFiniteCheckpoint` naming `who`, the tensors (at most ten) and how many NaN or infinite values each has."""
     bad = []
     for name, info in candidate.tensors.items():
@@ -76,8 +77,8 @@ def check_finite(candidate: Checkpoint, who: str) -> None:
         )
 
 
-def _mend_prefix(reference: Checkpoint, candidate: Checkpoint, who: str) -> list[str]:
-    """Read the candidate's names as the reference's where all differ by the same prefix and nothing else."""
+def _mend_prefix(reference: Weights, candidate: Weights, who: str) -> list[str]:
+    """Rename the candidate's tensors if all names differ from the reference's by the same prefix and by nothing else."""
     if reference.tensors.keys() == candidate.tensors.keys():
         return []
     expected, found = (set(one.tensors) - buffers(one) for one in (reference, candidate))
@@ -94,17 +95,17 @@ def _mend_prefix(reference: Checkpoint, candidate: Checkpoint, who: str) -> list
 
 
 def spare_prefix(longer: Set[str], shorter: Set[str]) -> str:
-    """What stands before all names of `longer` and makes the one difference to `shorter`; "" if there is no such prefix."""
+    """The prefix of all names of `longer` that is their only difference from `shorter`; "" if there is none."""
     prefix = _prefix(longer)
-    # a model whose own names share their first component has more of it than the wrapper
+    # the common prefix is longer than the wrapper's if the model's own names share their first component
     for cut in [at + 1 for at, sign in enumerate(prefix) if sign == "."]:
         if {name[cut:] for name in longer} == shorter:
             return prefix[:cut]
     return ""
 
 
-def _mend_buffers(reference: Checkpoint, candidate: Checkpoint, who: str) -> list[str]:
-    """Leave out buffers that only one of the two has, or in another form; the output has them as the reference does."""
+def _mend_buffers(reference: Weights, candidate: Weights, who: str) -> list[str]:
+    """Leave out buffers that only one of the two has, or that differ in form; the output has the reference's."""
     expected, found = reference.tensors, candidate.tensors
     formed = [
         name
@@ -128,14 +129,14 @@ def _mend_buffers(reference: Checkpoint, candidate: Checkpoint, who: str) -> lis
 
 
 def _prefix(names: Collection[str]) -> str:
-    """What all names begin with, whole components only ("module." or "a.b.")."""
+    """The common prefix of all names, whole components only ("module." or "a.b.")."""
     first, last = min(names), max(names)
     size = next((at for at, (a, b) in enumerate(zip(first, last)) if a != b), len(first))
     return first[: first.rfind(".", 0, size) + 1]
 
 
-def _hint(reference: Checkpoint, candidate: Checkpoint) -> str:
-    """What to do about a difference of a known kind."""
+def _hint(reference: Weights, candidate: Weights) -> str:
+    """What to do about a known kind of difference."""
     for one in (reference, candidate):
         if SHARD.search(one.path.name) and reference.path != candidate.path:
             return f"{one.path.name} is one of several shards: give their index or their directory. "
@@ -146,7 +147,7 @@ def _hint(reference: Checkpoint, candidate: Checkpoint) -> str:
     )
 
 
-def _hint_of_wrapper(reference: Checkpoint, candidate: Checkpoint) -> str:
+def _hint_of_wrapper(reference: Weights, candidate: Weights) -> str:
     for one, other in ((candidate, reference), (reference, candidate)):
         for wrapper in _WRAPPERS:
             bare = {name.replace(wrapper, "") for name in one.tensors}
@@ -159,7 +160,7 @@ def _hint_of_wrapper(reference: Checkpoint, candidate: Checkpoint) -> str:
 
 
 def _hint_of_prefix(expected: list[str], found: list[str]) -> str:
-    """What to do where names differ by a prefix but not by that alone."""
+    """What to do if names differ by a prefix and by more than that."""
     old = _prefix(found) or found[0].partition(".")[0] + "." if found else ""
     known = set(expected)
     fitting = sum(name.startswith(old) and name[len(old) :] in known for name in found)
@@ -168,8 +169,8 @@ def _hint_of_prefix(expected: list[str], found: list[str]) -> str:
     return ""
 
 
-def _hint_of_vocabulary(reference: Checkpoint, candidate: Checkpoint) -> str:
-    """What to do where tokens were added: matrices that differ in their rows alone, all by the same number."""
+def _hint_of_vocabulary(reference: Weights, candidate: Weights) -> str:
+    """What to do if tokens were added: matrices differ only in their number of rows, all by the same number."""
     pairs = {
         (reference.tensors[name].shape[:1], info.shape[:1])
         for name, info in candidate.tensors.items()

@@ -1,29 +1,29 @@
-"""Tensors that a library computes when it builds a model, and saves or not by its version: they say nothing of training.
+"""Tensors that a library computes when it builds a model: positions 0, 1, 2, ..., causal masks, rotary frequencies.
 
-Positions 0, 1, 2, ..., causal masks, rotary frequencies and the like stand in the files of one version of transformers or timm and not
-in those of the next. A model fine-tuned from such a file lacks them, and is of the same architecture all the same.
+One version of transformers or timm saves them and the next does not. A model fine-tuned from such a file lacks them and still has
+the same architecture.
 
-Invariant: a tensor is one of them by name and by content, so that nothing trained is ever taken for one.
+Invariant: a tensor is a buffer only by name and content together, so no trained tensor is taken for one.
 """
 
 from collections.abc import Iterable
 
 import numpy as np
 
-from merge_service.checkpoints.checkpoint import Checkpoint
+from merge_service.checkpoints.weights import Weights
 
 LARGEST = 1 << 20
-"""Elements of a buffer other than a mask."""
+"""Most elements of a buffer that is not a mask."""
 _ROWS = 256
 
 
-def buffers(checkpoint: Checkpoint, names: Iterable[str] | None = None) -> frozenset[str]:
-    """The names of such tensors in a checkpoint, of these or of all."""
+def buffers(checkpoint: Weights, names: Iterable[str] | None = None) -> frozenset[str]:
+    """The names of a checkpoint's buffers, among `names` or all."""
     asked = checkpoint.tensors if names is None else names
     return frozenset(name for name in asked if _is_buffer(checkpoint, name))
 
 
-def _is_buffer(checkpoint: Checkpoint, name: str) -> bool:
+def _is_buffer(checkpoint: Weights, name: str) -> bool:
     info, word = checkpoint.tensors[name], name.rpartition(".")[2]
     if word in ("bias", "causal_mask"):
         square = len(info.shape) == 4 and info.shape[:2] == (1, 1) and info.shape[2] == info.shape[3]
@@ -36,8 +36,8 @@ def _is_buffer(checkpoint: Checkpoint, name: str) -> bool:
     return info.kind.is_float == is_float and holds(checkpoint.read(name))
 
 
-def _is_causal(checkpoint: Checkpoint, name: str, side: int) -> bool:
-    """Whether these are ones in the lower triangle (or a band of it) and zeros above."""
+def _is_causal(checkpoint: Weights, name: str, side: int) -> bool:
+    """Whether the values are ones in the lower triangle (or a band of it) and zeros above."""
     for start in range(0, side, _ROWS):
         stop = min(start + _ROWS, side)
         rows = checkpoint.read(name, start * side, stop * side).reshape(stop - start, side)
@@ -53,7 +53,7 @@ def _are_frequencies(values: np.ndarray) -> bool:
 
 
 def _is_mask(values: np.ndarray) -> bool:
-    """Whether numbers are 0 or one that lets nothing through (-inf of CLIP, -100 of Swin)."""
+    """Whether all numbers are 0 or one large negative number (-inf in CLIP, -100 in Swin)."""
     least = values.min()
     return bool(least <= -100 and np.all((values == 0) | (values == least)))
 
@@ -65,4 +65,4 @@ _COMPUTED = {
     "inv_freq": (True, _are_frequencies),
     "attn_mask": (True, _is_mask),
 }
-"""By the last word of a name whether its numbers are floats, and what holds of them."""
+"""By the last component of a name: whether its numbers are floats, and the condition on them."""

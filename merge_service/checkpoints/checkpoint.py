@@ -1,37 +1,38 @@
-"""Checkpoints on disk: a safetensors file, a sharded index, or a directory holding either, read through memory maps.
+"""Checkpoints on disk: a safetensors file, a sharded index, or a directory with either, read through memory maps.
 
-Only what is asked for is paged in, so the size of a model never shows in anonymous memory. This is the one place that
-knows file names and layouts; the rest of the room sees names, shapes and blocks of numbers.
+Only what is read is paged in, so the size of a model never counts as anonymous memory. File names and layouts are known only
+here; other modules see names, shapes and blocks of numbers.
 
-Invariant: an open checkpoint has a fully validated header, and `read` never changes or copies more than it returns.
+Invariant: an open checkpoint has a fully validated header, and `read` changes nothing and copies no more than it returns.
 """
 
 import hashlib
 import zlib
-from collections import Counter
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
 from merge_service.checkpoints.dtypes import decode
+from merge_service.checkpoints.folders.kinds import OPEN_CLIP, OPEN_CLIP_CONFIG, standard_file
 from merge_service.checkpoints.foreign import check_file, explain_directory
 from merge_service.checkpoints.header import HEADER_LIMIT, TensorInfo, corrupt, parse_json, read_header
 from merge_service.checkpoints.shards import SHARD
+from merge_service.checkpoints.weights import Named
 from merge_service.errors import CheckpointError
 from merge_service.files.mapping import mapped
 
-WEIGHTS_FILE = "open_clip_model.safetensors"
-CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = f"{OPEN_CLIP}.safetensors"
+CONFIG_FILE = OPEN_CLIP_CONFIG
 SAMPLE = 1024
-"""Bytes of a tensor that a fingerprint reads in one place."""
+"""Bytes of a tensor that a fingerprint reads at each place."""
 _CHUNK = 1 << 20
 
 
 def locate(path: Path | str) -> Path:
     """The weights file or index behind `path`.
 
-    Raises `CheckpointError` when there is none, or more than one candidate, and `ForeignCheckpoint` when it is something else.
+    Raises `CheckpointError` if there is none or more than one candidate, and `ForeignCheckpoint` for a file of another kind.
     """
     found = _locate(Path(path))
     check_file(found)
@@ -43,8 +44,9 @@ def _locate(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist")
-    if (path / WEIGHTS_FILE).is_file():
-        return path / WEIGHTS_FILE
+    named = standard_file(path)
+    if named is not None:
+        return named
     found = sorted(path.glob("*.safetensors.index.json")) or sorted(
         file for file in path.glob("*.safetensors") if not SHARD.search(file.name)
     )
@@ -60,30 +62,25 @@ def _locate(path: Path) -> Path:
     return found[0]
 
 
-class Checkpoint:
-    """An open checkpoint; use as a context manager.
+class Checkpoint(Named):
+    """An open checkpoint: `Weights` in files; a context manager.
 
-    `tensors` maps names to `TensorInfo` in header order (`ties.py` lets aliases come and go), `metadata` is the file's own (of the
-    first shard if sharded). `renames` are the prefixes under which names are read that the file has otherwise, as (old, new), `lent`
-    the tensors that have a further name here. No file stays open: there may be hundreds of experts.
+    `tensors` are in header order; `metadata` is the file's own (the first shard's if sharded). No file stays open, because there
+    may be hundreds of experts.
     """
 
     def __init__(
         self, path: Path, files: list[Path], tensors: dict[str, TensorInfo], metadata: dict[str, str]
     ) -> None:
-        self.path = path
-        self.tensors = dict(tensors)
-        self.metadata = metadata
+        super().__init__(path, tensors, metadata)
         self.files = files
-        self.renames: list[tuple[str, str]] = []
-        self.lent: dict[str, TensorInfo] = {}
         self._stored = dict(tensors)
         self._bytes = [mapped(file) for file in files]
         self._addresses = [data.ctypes.data for data in self._bytes]
 
     @classmethod
     def open(cls, path: Path | str) -> "Checkpoint":
-        """Open and validate. Raises `CorruptCheckpoint` naming the file, `CheckpointError` when there is nothing to open."""
+        """Open and validate. Raises `CorruptCheckpoint` naming the file, or `CheckpointError` if there is nothing to open."""
         file = locate(path)
         try:
             if file.name.endswith(".json"):
@@ -128,35 +125,16 @@ class Checkpoint:
         return data.view(info.kind.storage) if info.offset % size == 0 else _unaligned(data, info)
 
     def address(self, name: str) -> int | None:
-        """Where the tensor lies in memory while the checkpoint is open; None if it is not aligned to its numbers."""
+        """The memory address of the tensor while the checkpoint is open; None if it is not aligned to the size of its numbers."""
         info = self.tensors[name]
         address = self._addresses[info.shard] + info.offset
         return address if address % info.kind.itemsize == 0 else None
 
-    def rename(self, old: str, new: str) -> int:
-        """Read names that begin with `old` as beginning with `new` instead; how many. Raises `CheckpointError` if two meet."""
-        moved = {name: new + name[len(old) :] if name.startswith(old) else name for name in self.tensors}
-        if len(set(moved.values())) != len(moved):
-            twice = next(name for name, count in Counter(moved.values()).items() if count > 1)
-            raise CheckpointError(f"{self.path} holds {twice!r} with the prefix {old!r} and without it")
-        self.tensors = {moved[name]: info for name, info in self.tensors.items()}
-        self.renames.append((old, new))
-        return sum(name != kept for name, kept in moved.items())
-
-    def renamed(self, name: str) -> str:
-        """How a name of the file is read here."""
-        for old, new in self.renames:
-            name = new + name[len(old) :] if name.startswith(old) else name
-        return name
-
-    def lend(self, name: str, info: TensorInfo) -> None:
-        """Let a tensor of the file be read under this name too."""
-        self.tensors[name] = self.lent[name] = info
-
     def digests(self) -> tuple[str, str]:
-        """What the tensors hold, whatever their names, copies, order and files, and the sha256 of `sha256_of`; in one read.
+        """A digest of the tensors' content, independent of names, copies, order and files, and the sha256 of `sha256_of`; one
+        read.
 
-        The first is made of a checksum (CRC-32) of each tensor: it tells experts apart and proves nothing.
+        The content digest is made of a checksum (CRC-32) of each tensor: it distinguishes experts and proves nothing.
         """
         sums, parts = list[tuple[str, int, int]](), list[str]()
         for number in range(len(self.files)):
@@ -180,9 +158,9 @@ class Checkpoint:
         return content, parts[0]
 
     def fingerprint(self) -> str:
-        """A digest of the headers and of the beginning, middle and end of every tensor, in milliseconds.
+        """A digest of the headers and of the beginning, middle and end of every tensor; takes milliseconds.
 
-        Tells checkpoints apart that training or merging has made; one that was changed on purpose needs the sha256.
+        It distinguishes checkpoints that training or merging made. A file that was changed on purpose needs the sha256.
         """
         digest = hashlib.sha256(
             repr([(n, i.dtype, i.shape, i.shard, i.offset) for n, i in self._stored.items()]).encode()
@@ -195,7 +173,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def close(self) -> None:
-        """Let go of the files; arrays that were read stay valid."""
+        """Release the files; arrays that were read stay valid."""
         self._bytes = []
 
     def __enter__(self) -> "Checkpoint":

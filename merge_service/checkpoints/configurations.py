@@ -1,6 +1,6 @@
-"""The open_clip configurations beside the inputs of a merge: one of them goes with the result, so they must not contradict it.
+"""The open_clip configurations beside the inputs of a merge. One of them goes with the result, so they must agree.
 
-Invariant: only what two configurations both say can contradict; a configuration that cannot be read contradicts nothing here.
+Invariant: only keys that two configurations both have can disagree; a configuration that cannot be read disagrees with none.
 """
 
 import json
@@ -13,7 +13,7 @@ from merge_service.errors import IncompatibleCheckpoint
 
 
 def check_alike(sources: Sequence[Path | str]) -> None:
-    """Raise IncompatibleCheckpoint when two inputs were made for different pixels or activations: no merge is right for both."""
+    """Raise IncompatibleCheckpoint if two inputs expect different pixels or activations: no merge is right for both."""
     read = {Path(source): _read(Path(source) / CONFIG_FILE) for source in sources}
     first = next((place for place, found in read.items() if found), None)
     for place, found in read.items():
@@ -30,7 +30,7 @@ def check_alike(sources: Sequence[Path | str]) -> None:
 
 
 def _read(file: Path) -> Mapping[str, Any]:
-    """What bears on how pixels are seen: the keys of preprocess_cfg, and the activation."""
+    """What affects how pixels are processed: the keys of preprocess_cfg, and the activation."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         model, pixels = found.get("model_cfg") or {}, found.get("preprocess_cfg") or {}

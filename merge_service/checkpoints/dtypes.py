@@ -1,8 +1,8 @@
-"""Stored number formats, and the way between them and the arithmetic types.
+"""Stored number formats, and their conversion from and to the types of arithmetic.
 
-numpy has no bfloat16, so it is handled by its bits: reading shifts the 16 bits into the upper half of a float32, writing
-rounds to nearest, ties to even. The two 8-bit floats have 256 values each, which are looked up.
-Sources: FP8 Formats for Deep Learning, arXiv 2209.05433; E4M3 without infinity, as torch.float8_e4m3fn.
+numpy has no bfloat16, so its bits are converted: reading shifts the 16 bits into the upper half of a float32, writing rounds to
+nearest, ties to even. The two 8-bit floats have 256 values each, which are looked up. Sources: FP8 Formats for Deep Learning,
+arXiv 2209.05433; E4M3 without infinity, as torch.float8_e4m3fn.
 
 Invariant: reading is exact for every format, and `encode` rounds once.
 """
@@ -16,7 +16,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class DType:
-    """A safetensors dtype: its numpy storage type, and the type sums are kept in (None: never used in arithmetic)."""
+    """A safetensors dtype: its numpy storage type, and the type of sums (None: never used in arithmetic)."""
 
     name: str
     storage: np.dtype
@@ -29,7 +29,7 @@ class DType:
 
     @property
     def is_float(self) -> bool:
-        """Whether arithmetic is ever done on it."""
+        """Whether arithmetic is done on it."""
         return self.compute is not None
 
 
@@ -63,7 +63,7 @@ QUANTISED = {
     "F8_E8M0": "scales of the MX formats",
     "C64": "complex numbers",
 }
-"""Dtypes of safetensors whose elements are no numbers of their own, or none that a merge sums."""
+"""Dtypes of safetensors that a merge cannot sum: parts of packed numbers, scales, and complex numbers."""
 
 
 def _eight_bits(exponent_bits: int, *, infinite: bool) -> Array:
@@ -99,7 +99,7 @@ def decode(raw: Array, dtype: DType) -> Array:
 
 
 def encode(values: Array, dtype: DType) -> Array:
-    """Numbers as stored values, rounded once (nearest, ties to even); what does not fit becomes infinite."""
+    """Numbers as stored values, rounded once (nearest, ties to even); values out of range become infinite."""
     if dtype.name == "BF16":
         return _to_bf16(np.ascontiguousarray(values, dtype=_F32))
     if dtype.name in EIGHT_BITS:
@@ -136,9 +136,9 @@ def _to_eight_bits(values: Array, table: Array) -> Array:
 
 
 def all_finite(values: Array) -> bool:
-    """Whether no value is NaN or infinite; one read of the data in the usual case.
+    """Whether no value is NaN or infinite; usually one read of the data.
 
-    A finite sum proves it; a sum that is not may have overflowed, so only then every value is looked at.
+    A finite sum proves it. A sum that is not finite may have overflowed, so only then is every value checked.
     """
     with np.errstate(all="ignore"):
         return bool(np.isfinite(np.add.reduce(values))) or bool(np.isfinite(values).all())

@@ -1,7 +1,7 @@
-"""What a file is that is given as a checkpoint and is none: told from its first bytes and its name, never by loading it.
+"""Recognises files that are given as a checkpoint and are something else, by their first bytes and name.
 
-People have pickles, pointers of Git LFS, adapters' recipes and studies at hand. Each has its own way on, which the message
-gives; "not safetensors" would leave the reader with a damaged file.
+Users often have pickles, pointers of Git LFS, adapters, recipes and studies. The error says what the file is and what to do with
+it; "not safetensors" alone would suggest a damaged file.
 
 Invariant: nothing of the file is executed or unpickled, and at most its first bytes are read.
 """
@@ -13,16 +13,15 @@ from merge_service.errors import ForeignCheckpoint
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".th")
 _FIRST = 512
 _PICKLE = (
-    "a pickle of torch, which is never loaded here because it can run code. Convert it once in Python: load it with "
-    'torch.load and weights_only=True, take the state dict out of it if it is nested (often under "state_dict" or "model"), '
-    "and write that with safetensors.torch.save_file to NAME.safetensors"
+    "a pickle of torch, which is never loaded here because it can run code; `temporal-merge convert IN NAME.safetensors` takes the "
+    "tensors out of it and runs nothing"
 )
 
 
 def check_file(path: Path) -> None:
-    """Raise `ForeignCheckpoint` saying what `path` is if it is known to be something else than safetensors or an index.
+    """Raise `ForeignCheckpoint` naming the kind of file if `path` is known to be neither safetensors nor an index.
 
-    A file that cannot be read is left to whoever opens it next.
+    A file that cannot be read raises nothing here; the code that opens it next does.
     """
     try:
         with path.open("rb") as file:
@@ -36,7 +35,8 @@ def check_file(path: Path) -> None:
 
 def explain_directory(directory: Path) -> None:
     """Raise `ForeignCheckpoint` if a directory without a checkpoint of its own is that of a run or a pipeline, or holds pickled
-    weights, or shards without their index."""
+    weights, or shards without their index.
+    """
     if (directory / "plan.json").is_file():
         raise ForeignCheckpoint(
             f"{directory} is the directory of a run, not a checkpoint; its checkpoints are the directories under "
@@ -52,7 +52,7 @@ def explain_directory(directory: Path) -> None:
     if shards:
         raise ForeignCheckpoint(
             f"{directory} holds shards ({', '.join(shards[:3])}{', ...' if shards[3:] else ''}) but not their index "
-            "(NAME.safetensors.index.json), without which nobody knows whether they are all there; copy it as well"
+            "(NAME.safetensors.index.json), without which it is unknown whether they are complete; copy it as well"
         )
     found = sorted(file.name for file in directory.iterdir() if file.suffix in PICKLES and file.is_file())
     if found:

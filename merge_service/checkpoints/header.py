@@ -1,9 +1,11 @@
-"""The header of a safetensors file, read with suspicion.
+"""The header of a safetensors file, validated before any of it is used.
 
-A checkpoint may come from anywhere: cut by a full disk, flipped by a bad one, or built to harm. Nothing is allocated from
-a length the file merely claims, and every byte of the data must belong to exactly one tensor.
+A checkpoint may come from anywhere: truncated by a full disk, corrupted, or built to do harm. No memory is allocated by a length
+that the file only claims.
 
 Format: 8 bytes little-endian header length, JSON header, data. <https://github.com/huggingface/safetensors>
+
+Invariant: every byte of the data belongs to exactly one tensor.
 """
 
 import json
@@ -19,17 +21,17 @@ from merge_service.errors import CheckpointError, CorruptCheckpoint, QuantisedCh
 HEADER_LIMIT = 100_000_000
 """Bytes of a header or an index: the limit of safetensors itself. A CLIP header has 40 KB, an index of 45,000 tensors 9 MB."""
 MAX_VALUES = 2_000_000
-"""JSON values in a header or an index, ten or fewer per tensor. They cost about 100 bytes each, whatever the text claims."""
+"""Most JSON values in a header or an index; a tensor has ten or fewer. They cost about 100 bytes each, whatever the text claims."""
 MAX_RANK = 64
 MAX_NUMBER = 2**63
 MAX_NAME = 300
 SHOWN = 400
-"""Characters of an explanation: the header it quotes may be long."""
+"""Most characters of an explanation, which may quote a long header."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies in its file. `offset` counts bytes from the start of the file."""
+    """The place of a tensor in its file. `offset` counts bytes from the start of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -78,10 +80,10 @@ def read_header(path: Path, shard: int = 0) -> tuple[dict[str, TensorInfo], dict
 def build_header(
     layout: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]
 ) -> tuple[bytes, dict[str, TensorInfo]]:
-    """The first bytes of a file that holds `layout` (name -> dtype, shape), and where each tensor goes.
+    """The first bytes of a file that holds `layout` (name -> dtype, shape), and the place of each tensor.
 
     The header keeps the order of `layout`; the data puts wide types first, so that every tensor is aligned. Raises
-    `CheckpointError` for one that `read_header` would refuse for its length.
+    `CheckpointError` for a header that is too long for `read_header`.
     """
     begin, cursor = {}, 0
     infos = {name: TensorInfo(dtype, tuple(shape), 0) for name, (dtype, shape) in layout.items()}
@@ -101,7 +103,7 @@ def build_header(
 
 
 def check_readable(text: bytes, what: str) -> None:
-    """Raise `CheckpointError` naming `what` for a header or an index that would be refused when it is read."""
+    """Raise `CheckpointError` naming `what` if a header or an index would be refused by the code that reads it."""
     if len(text) > HEADER_LIMIT or _values(text) > MAX_VALUES:
         raise CheckpointError(
             f"{what} need {len(text)} bytes of JSON with up to {_values(text)} values; at most {HEADER_LIMIT} bytes and "
@@ -112,7 +114,7 @@ def check_readable(text: bytes, what: str) -> None:
 def parse_json(text: bytes, path: Path | os.PathLike[str]) -> dict[str, Any]:
     """A JSON object without repeated keys; raises `CorruptCheckpoint`.
 
-    Parsed JSON can take 30 times the room of its text. Every value follows a comma or a bracket, so these are counted first.
+    Parsed JSON can take 30 times the memory of its text. Every value follows a comma or a bracket, so these are counted first.
     """
     if _values(text) > MAX_VALUES:
         raise corrupt(path, f"its header may hold {_values(text)} values, above the limit of {MAX_VALUES}")
@@ -135,7 +137,7 @@ def parse_json(text: bytes, path: Path | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _values(text: bytes) -> int:
-    """At most so many values are in a JSON text."""
+    """An upper bound on the number of values in a JSON text."""
     return sum(text.count(mark) for mark in (b",", b"[", b"{"))
 
 
@@ -185,6 +187,6 @@ def _check_coverage(tensors: dict[str, TensorInfo], start: int, size: int, path:
 
 
 def corrupt(path: Path | os.PathLike[str], why: str) -> CorruptCheckpoint:
-    """The error for a file that is none of ours to repair; a long explanation is cut."""
+    """The error for an unusable file; a long explanation is cut."""
     shown = why if len(why) <= SHOWN else f"{why[:SHOWN]}..."
     return CorruptCheckpoint(f"{path} is not a usable checkpoint: {shown}")

@@ -1,36 +1,41 @@
-"""Whether an expert can have been trained from a base: how far its matrices lie from the base's.
+"""Whether an expert can have been trained from a base, by the distance of its matrices from the base's.
 
-Fine-tuned experts lie close: |expert - base| / |base| has a median over matrices of .04 to .05 for CLIP models fine-tuned
-on one task. Models that were trained apart, or whose units are permuted (the same function), lie at 1.41, as vectors of
-equal length without relation do. Their merge is noise, whatever the technique.
+Fine-tuned experts are close: |expert - base| / |base| has a median over matrices of .04 to .05 for CLIP models fine-tuned on one
+task. Models that were trained separately, or whose units are permuted (the same function), are at 1.41, like unrelated vectors of
+equal length. Their merge is noise with any technique.
 
-Invariant: what is measured is a sample of fixed places, so it does not depend on threads or blocks, and it costs the reading
-of at most 16 KB per matrix and model.
+Invariant: the sample has fixed places, so the result does not depend on threads or blocks; it reads at most 16 KB per matrix and
+model.
 """
 
 import statistics
 
 import numpy as np
 
-from merge_service.checkpoints.checkpoint import Checkpoint
+from merge_service.checkpoints.weights import Weights
 from merge_service.errors import UnrelatedCheckpoint
 
 FAR = 0.5
-"""The median from which on an expert is refused: ten times that of a fine-tuned one, a third of an unrelated one."""
+"""The median above which an expert is refused: ten times that of a fine-tuned one, a third of an unrelated one."""
 APART = 1.0
-"""The ratio of a matrix that has nothing of the base's any more."""
+"""The ratio above which a matrix has nothing in common with the base's."""
 SHARE = 0.2
-"""Of such matrices, and three or more: permuting only the hidden units of MLPs leaves the median small."""
+"""Fraction of such matrices (and at least three) above which an expert is refused: permuting only the hidden units of MLPs leaves
+the median small.
+"""
 FAINT = 0.01
-"""Of the median size of a number: what lies below was begun next to zero (adapters, zero convolutions), and any step is far."""
+"""Fraction of the median magnitude below which a matrix is left out: it started near zero (adapters, zero convolutions), so any
+step is far.
+"""
 SMALLEST = 64
-"""Elements of a matrix; fewer say nothing of where it comes from."""
+"""Least elements of a matrix that is compared; fewer tell nothing about its origin."""
 RUN, RUNS = 512, 8
 
 
-def ratios(base: Checkpoint, expert: Checkpoint) -> list[float]:
-    """|expert - base| / |base| of every float matrix, from a sample of at most 4096 elements; not of those that are zero in the
-    base, or next to it beside the others."""
+def ratios(base: Weights, expert: Weights) -> list[float]:
+    """|expert - base| / |base| of every float matrix, from a sample of at most 4096 elements. Matrices that are zero in the base,
+    or near zero compared with the others, are left out.
+    """
     found, sizes = [], []
     for name, info in base.tensors.items():
         if (
@@ -55,8 +60,8 @@ def ratios(base: Checkpoint, expert: Checkpoint) -> list[float]:
     return [ratio for ratio, size in zip(found, sizes) if size >= least]
 
 
-def check_related(base: Checkpoint, expert: Checkpoint, who: str, whose: str = "the base") -> None:
-    """Raise `UnrelatedCheckpoint` naming `who` if it cannot have been trained from `base` (called `whose`)."""
+def check_related(base: Weights, expert: Weights, who: str, whose: str = "the base") -> None:
+    """Raise `UnrelatedCheckpoint` naming `who` if it cannot have been trained from `base` (called `whose` in the message)."""
     found = ratios(base, expert)
     if not found:
         return
@@ -66,8 +71,8 @@ def check_related(base: Checkpoint, expert: Checkpoint, who: str, whose: str = "
     raise UnrelatedCheckpoint(
         f"{who} ({expert.path}) was not trained from {whose} ({base.path}): |expert - base| / |base| is {median:.2f} in the "
         f"median (matrices: {len(found)}, above {APART:g}: {apart}); fine-tuned experts have about 0.05, and at most {FAR:g} is "
-        "taken. Models that were trained apart, or whose units are permuted, give noise when they are merged. Check the base; "
-        "if it is meant, --any-base takes it (any_base=True in Python, resources.merging.any_base: true in a study)"
+        "accepted. Models that were trained separately, or whose units are permuted, give noise when they are merged. Check the "
+        "base; to merge them nevertheless, give --any-base (any_base=True in Python, resources.merging.any_base: true in a study)"
     )
 
 

@@ -1,10 +1,10 @@
 """A checkpoint in several files, as Hugging Face lays it out: NAME-00001-of-0000N.safetensors and NAME.safetensors.index.json.
 
-Whole tensors go to shards in header order; `metadata.total_size` counts the bytes of tensors, `weight_map` says which file
-holds each. All shards are complete and on disk before any takes its name. An older index of the same name goes first and
-the new one comes last, so an index that exists points at the shards it was written with. A crash in between leaves none.
+Whole tensors go to shards in header order; `metadata.total_size` counts the bytes of tensors, `weight_map` names the file of
+each. All shards are complete and on disk before any is renamed. An older index of the same name is removed first and the new one
+is written last, so an index that exists points at the shards it was written with. A crash in between leaves no index.
 
-Invariant: the index is there only while every shard it names is whole and of the same merge.
+Invariant: the index exists only while every shard it names is complete and of the same merge.
 """
 
 import json
@@ -22,24 +22,32 @@ from merge_service.checkpoints.header import TensorInfo, check_readable
 from merge_service.checkpoints.writer import CheckpointWriter, Layout
 from merge_service.errors import CheckpointError
 from merge_service.faults import point
+from merge_service.files.digest import Digest
 from merge_service.files.leftovers import temporary
 from merge_service.files.sync import sync_directory
 
 INDEX_SUFFIX = ".index.json"
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 SHARD_BYTES = 5 * 10**9
-"""Bytes of a shard where an index is asked for but no size: the long-standing default of Hugging Face."""
+"""Bytes of a shard if an index is requested without a size: the long-standing default of Hugging Face."""
 MOST = 500
-"""Shards."""
+"""Most shards of a checkpoint."""
 OPEN = 8
-"""Shards that are open files at a time while they are written."""
+"""Most shards that are open files at a time while they are written."""
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 class ShardedWriter:
     """Writes `parts` (the layout of each shard) under the name of `path`, NAME.safetensors; used as a `CheckpointWriter`."""
 
-    def __init__(self, path: Path, parts: list[Layout], metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        parts: list[Layout],
+        metadata: Mapping[str, str],
+        hashed: bool = False,
+        durable: bool = True,
+    ) -> None:
         self.path = path
         self.index = path.with_name(path.name + INDEX_SUFFIX)
         for place in (self.index, self.path):
@@ -60,12 +68,19 @@ class ShardedWriter:
         check_readable(self._text.encode(), f"{len(where)} tensors in an index")
         try:
             for shard, layout in zip(shards, parts):
-                self._writers.append(CheckpointWriter(shard, layout, metadata))
+                self._writers.append(
+                    CheckpointWriter(shard, layout, metadata, Digest() if hashed else None, durable)
+                )
                 self._of |= dict.fromkeys(layout, self._writers[-1])
                 self._rest()
         except BaseException:
             self.abort()
             raise
+
+    @property
+    def files(self) -> list[CheckpointWriter]:
+        """The writers of the shards."""
+        return self._writers
 
     def write_stored(self, name: str, start: int, stored: np.ndarray) -> None:
         """As `CheckpointWriter.write_stored`, into the tensor's shard."""
@@ -81,7 +96,7 @@ class ShardedWriter:
                 self._rest()
 
     def close(self) -> None:
-        """Make shards and then the index appear under their names, and remove what had the name before."""
+        """Publish the shards and then the index under their names, and remove older files of that name."""
         for writer in self._writers:
             writer.settle()
         point("shards.settled")
@@ -95,12 +110,12 @@ class ShardedWriter:
         remove_shards(self.path, keep={writer.path.name for writer in self._writers})
 
     def abort(self) -> None:
-        """Drop what has no name yet."""
+        """Remove temporary files."""
         for writer in self._writers:
             writer.abort()
 
     def _rest(self) -> None:
-        """Close files until few are open, those that nobody writes to at the moment, in their order."""
+        """Close files that no thread writes to at the moment, in order, until at most `OPEN` are open."""
         awake = [writer for writer in self._writers if writer.awake]
         for writer in awake[: max(0, len(awake) - OPEN)]:
             if not self._in_use[writer]:
@@ -133,7 +148,7 @@ class ShardedWriter:
 
 
 class SingleWriter(CheckpointWriter):
-    """Writes NAME.safetensors as one file, which takes the place of shards of that name: their index goes first."""
+    """Writes NAME.safetensors as one file, which replaces shards of that name: their index is removed first."""
 
     def publish(self) -> None:
         """As of `CheckpointWriter`; a crash on the way leaves the new model or none, never the old one as the newest."""
@@ -147,9 +162,9 @@ class SingleWriter(CheckpointWriter):
 
 
 def split(layout: Layout, shard_bytes: int) -> list[Layout]:
-    """The layout cut into shards of at most `shard_bytes` bytes of tensors; a tensor above that is a shard of its own.
+    """The layout cut into shards of at most `shard_bytes` bytes of tensors; a larger tensor is a shard of its own.
 
-    Raises `CheckpointError` when the size makes no sense for this model.
+    Raises `CheckpointError` if the size is not positive, or gives more than `MOST` shards.
     """
     if shard_bytes < 1:
         raise CheckpointError(f"shards of {shard_bytes} bytes can hold nothing; give a size above zero")
@@ -170,7 +185,7 @@ def split(layout: Layout, shard_bytes: int) -> list[Layout]:
 
 
 def remove_shards(path: Path, keep: set[str]) -> None:
-    """Remove shards of the name of `path` that no index names any more."""
+    """Remove shards of the name of `path` that no index names, except those in `keep`."""
     for file in path.parent.iterdir():
         if (
             SHARD.search(file.name)

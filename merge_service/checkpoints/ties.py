@@ -1,16 +1,20 @@
-"""Tensors that are one under several names, as an output layer that shares its weights with the embedding.
+"""Tensors with several names, such as an output layer that shares its weights with the embedding.
 
-Files say so in three ways, and all of them count: our metadata entry `tied`, {"alias": "name"} as JSON; equal bytes under both
-names in every checkpoint of a merge, as `state_dict()` and most libraries write them; and an alias that one file leaves out and
-another holds as a copy, as Hugging Face writes them. Which of the names a file keeps differs as well: `save_pretrained` keeps the
-embedding, `safetensors.torch.save_model` the first by the alphabet, and its metadata says what the others were. Such tensors are merged once, masked once, counted once, written under every
+Files express a tie in three ways, and all of them count:
+
+- our metadata entry `tied`, {"alias": "name"} as JSON
+- equal bytes under both names in every checkpoint of a merge, as `state_dict()` and most libraries write them
+- an alias that one file leaves out and another holds as a copy, as Hugging Face writes them
+
+The name that a file keeps differs as well: `save_pretrained` keeps the embedding; `safetensors.torch.save_model` keeps the first
+by the alphabet and lists the others in its metadata. A tied tensor is merged, masked and counted once, and written under every
 name that the reference holds.
 
-Equal bytes are a tie where dtype and shape are equal too, and where the tensor is not one value throughout in all checkpoints:
-norms of ones and biases of zeros are equal because nobody has moved them. An alias that is left out is found only among names
-that no block of a stack holds.
+Equal bytes are a tie only if dtype and shape are equal, and if the tensor is not constant in all checkpoints: norms of ones and
+biases of zeros are equal because no training has changed them. An alias that is left out is found only among names outside stacks
+of blocks.
 
-Invariant: what is tied depends on the contents of all checkpoints of a merge, never on their order or paths.
+Invariant: ties depend on the contents of all checkpoints of a merge, never on their order or paths.
 """
 
 import json
@@ -19,11 +23,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from merge_service.checkpoints.checkpoint import Checkpoint
+from merge_service.checkpoints.weights import Weights
 from merge_service.errors import IncompatibleCheckpoint, TechniqueError
 
 Ties = Mapping[str, str]
-"""The name that each alias stands for; a name is never an alias itself."""
+"""The name that each alias stands for; such a name is never an alias itself."""
 KEY = "tied"
 
 _OUTPUT = re.compile(r"(?:^|\.)(?:lm_head|embed_out|proj_out|output|decoder|vocab_projector)\.weight$")
@@ -36,14 +40,14 @@ _SOURCE = (
 
 
 class BrokenTie(TechniqueError):
-    """A stream holds two names as one tensor, and the newest expert does not."""
+    """A stream holds two names as one tensor, and the newest expert holds two different tensors."""
 
 
-def tie(reference: Checkpoint, others: Sequence[Checkpoint]) -> Ties:
-    """What is tied in all of these checkpoints; every other one then holds an alias wherever the reference does.
+def tie(reference: Weights, others: Sequence[Weights]) -> Ties:
+    """The ties that hold in all of these checkpoints; afterwards every other checkpoint has each alias that the reference has.
 
-    Raises `IncompatibleCheckpoint` for an entry `tied` of the reference that makes no sense, and where only one checkpoint leaves out an
-    output layer.
+    Raises `IncompatibleCheckpoint` for an invalid entry `tied` of the reference, and if only one checkpoint leaves out an output
+    layer.
     """
     ties = dict(recorded(reference))
     groups = _equal(reference, [list(names) for names in _alike(reference, set(ties)).values()])
@@ -73,8 +77,8 @@ def tie(reference: Checkpoint, others: Sequence[Checkpoint]) -> Ties:
     return {alias: further.get(name, name) for alias, name in (ties | further).items()}
 
 
-def lend(weights: Checkpoint, ties: Ties) -> None:
-    """Let a checkpoint that left out some of these names hold them."""
+def lend(weights: Weights, ties: Ties) -> None:
+    """Make these names readable in a checkpoint that left some of them out."""
     groups: dict[str, list[str]] = {}
     for alias, name in ties.items():
         groups.setdefault(name, [name]).append(alias)
@@ -85,10 +89,10 @@ def lend(weights: Checkpoint, ties: Ties) -> None:
                 weights.lend(name, held[0])
 
 
-def recorded(checkpoint: Checkpoint) -> Ties:
-    """What the metadata entry `tied` says of tensors that the file holds.
+def recorded(checkpoint: Weights) -> Ties:
+    """The ties that the metadata entry `tied` records, for tensors that the file holds.
 
-    A list of groups of names, as it was once written, is read too. Raises `IncompatibleCheckpoint` when the entry makes no sense.
+    The older form, a list of groups of names, is read too. Raises `IncompatibleCheckpoint` for an invalid entry.
     """
     tensors = checkpoint.tensors
     try:
@@ -114,26 +118,26 @@ def recorded(checkpoint: Checkpoint) -> Ties:
 
 
 def entry(ties: Ties) -> dict[str, str]:
-    """The metadata that records these ties; none without any."""
+    """The metadata entry that records these ties; empty without ties."""
     return {KEY: json.dumps(dict(ties))} if ties else {}
 
 
 def of_groups(groups: Iterable[Sequence[str]]) -> Ties:
-    """The ties of groups of names that are one tensor each."""
+    """The ties of groups of names, each of which is one tensor."""
     return {alias: name for group in groups for alias, name in _as_ties(group).items()}
 
 
-def check(checkpoint: Checkpoint, ties: Ties, who: str) -> None:
-    """Raise `IncompatibleCheckpoint` when tensors that must be one differ in this checkpoint."""
+def check(checkpoint: Weights, ties: Ties, who: str) -> None:
+    """Raise `IncompatibleCheckpoint` if tensors that must be equal differ in this checkpoint."""
     for alias, name in ties.items():
         if not _same(checkpoint, alias, name):
             raise IncompatibleCheckpoint(f"{who}: {alias} and {name} are tied in the base but differ here")
 
 
-def keep(reference: Checkpoint, newest: Checkpoint, ties: Ties) -> Ties:
-    """The ties of a stream that goes on with another expert. Raises `BrokenTie` where that one holds two tensors."""
+def keep(reference: Weights, newest: Weights, ties: Ties) -> Ties:
+    """The ties of a stream that continues with another expert. Raises `BrokenTie` if the expert holds two tensors instead of one."""
     lend(newest, ties)
-    tie(reference, [newest])  # what the expert holds besides, or left out
+    tie(reference, [newest])  # adds and drops aliases of the expert
     for alias, name in ties.items():
         if {alias, name} <= newest.tensors.keys() and not _same(newest, alias, name):
             raise BrokenTie(
@@ -143,8 +147,8 @@ def keep(reference: Checkpoint, newest: Checkpoint, ties: Ties) -> Ties:
     return ties
 
 
-def _alike(weights: Checkpoint, known: set[str]) -> dict[tuple[str, tuple[int, ...]], list[str]]:
-    """Names of floats of more than one element, by dtype and shape; those that are known aliases are left out."""
+def _alike(weights: Weights, known: set[str]) -> dict[tuple[str, tuple[int, ...]], list[str]]:
+    """Names of float tensors with more than one element, by dtype and shape, without the `known` aliases."""
     found: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for name, info in weights.tensors.items():
         if info.kind.is_float and info.numel > 1 and name not in known:
@@ -152,8 +156,8 @@ def _alike(weights: Checkpoint, known: set[str]) -> dict[tuple[str, tuple[int, .
     return found
 
 
-def _equal(weights: Checkpoint, groups: Iterable[Sequence[str]]) -> list[list[str]]:
-    """The parts of these groups, of two names at least, that hold equal bytes."""
+def _equal(weights: Weights, groups: Iterable[Sequence[str]]) -> list[list[str]]:
+    """The parts of these groups, of at least two names, that hold equal bytes."""
     found: list[list[str]] = []
     for group in groups:
         parts: dict[bytes, list[list[str]]] = {}
@@ -169,13 +173,13 @@ def _equal(weights: Checkpoint, groups: Iterable[Sequence[str]]) -> list[list[st
     return found
 
 
-def _sample(weights: Checkpoint, name: str) -> bytes:
+def _sample(weights: Weights, name: str) -> bytes:
     size = weights.tensors[name].numel
     starts = (0, size // 3, size // 2, max(size - _SAMPLE, 0))
     return b"".join(weights.raw(name, start, start + _SAMPLE).tobytes() for start in starts)
 
 
-def _same(weights: Checkpoint, one: str, other: str) -> bool:
+def _same(weights: Weights, one: str, other: str) -> bool:
     """Whether two tensors hold the same bytes in the same form."""
     first, second = weights.tensors[one], weights.tensors[other]
     if (first.dtype, first.shape) != (second.dtype, second.shape):
@@ -189,15 +193,15 @@ def _same(weights: Checkpoint, one: str, other: str) -> bool:
     )
 
 
-def _is_constant(weights: Checkpoint, name: str) -> bool:
+def _is_constant(weights: Weights, name: str) -> bool:
     size, first = weights.tensors[name].numel, weights.raw(name, 0, 1)
     return all(
         bool(np.all(weights.raw(name, start, start + _CHUNK) == first)) for start in range(0, size, _CHUNK)
     )
 
 
-def _left_out(weights: Checkpoint, reference: Checkpoint | None = None) -> dict[str, str]:
-    """Names that a file left out for another, as `safetensors.torch.save_model` says it; of `reference` only, if given."""
+def _left_out(weights: Weights, reference: Weights | None = None) -> dict[str, str]:
+    """Names that a file left out for another, as recorded by `safetensors.torch.save_model`; only those of `reference`, if given."""
     said = {weights.renamed(alias): weights.renamed(name) for alias, name in weights.metadata.items()}
     held, known = weights.tensors, reference.tensors if reference is not None else said
     return {
@@ -205,8 +209,8 @@ def _left_out(weights: Checkpoint, reference: Checkpoint | None = None) -> dict[
     }
 
 
-def _name_alike(reference: Checkpoint, other: Checkpoint) -> None:
-    """Give the tensor that is embedding and output layer the name that the reference kept, where each file kept another."""
+def _name_alike(reference: Weights, other: Weights) -> None:
+    """Rename the tensor that is both embedding and output layer to the name that the reference kept, if each file kept another."""
     for mine, theirs in ((_is_source, _OUTPUT.search), (_OUTPUT.search, _is_source)):
         lacking = [name for name in reference.tensors if name not in other.tensors and mine(name)]
         extra = [name for name in other.tensors if name not in reference.tensors and theirs(name)]
@@ -219,16 +223,16 @@ def _name_alike(reference: Checkpoint, other: Checkpoint) -> None:
 
 
 def _is_source(name: str) -> bool:
-    """Whether this is how embeddings are called that output layers share their weights with."""
+    """Whether this is a usual name of an embedding that output layers share their weights with."""
     return any(pattern.search(name) for pattern in _SOURCE)
 
 
 def _is_output_bias(alias: str, name: str) -> bool:
-    """Whether BERT and its kin call one bias by both names, which is zero until it is trained."""
+    """Whether both names are one bias in models like BERT; it is zero until it is trained."""
     return alias == f"{name.removesuffix('bias')}decoder.bias"
 
 
-def _fits(reference: Checkpoint, other: Checkpoint, name: str) -> bool:
+def _fits(reference: Weights, other: Weights, name: str) -> bool:
     return name in other.tensors and other.tensors[name].shape == reference.tensors[name].shape
 
 
@@ -236,8 +240,8 @@ def _is_outside(name: str) -> bool:
     return not any(part.isdigit() for part in name.split("."))
 
 
-def _drop_copies(reference: Checkpoint, other: Checkpoint) -> None:
-    """Forget tensors that the reference left out and that are copies, here, of what it holds."""
+def _drop_copies(reference: Weights, other: Weights) -> None:
+    """Drop tensors that the reference left out and that are copies of tensors it holds."""
     for alias in [name for name in other.tensors if name not in reference.tensors and _is_outside(name)]:
         info = other.tensors[alias]
         sources = [
@@ -253,8 +257,8 @@ def _drop_copies(reference: Checkpoint, other: Checkpoint) -> None:
             del other.tensors[alias]
 
 
-def _refuse_half_tied(one: Checkpoint, other: Checkpoint) -> None:
-    """Raise `IncompatibleCheckpoint` where one leaves out an output layer, to tie it, that the other has trained apart."""
+def _refuse_half_tied(one: Weights, other: Weights) -> None:
+    """Raise `IncompatibleCheckpoint` if one checkpoint leaves out an output layer, as a tie, that the other trained separately."""
     for output in [name for name in other.tensors if name not in one.tensors and _OUTPUT.search(name)]:
         for name, info in one.tensors.items():
             if _is_source(name) and name in other.tensors and info.shape == other.tensors[output].shape:
@@ -265,7 +269,7 @@ def _refuse_half_tied(one: Checkpoint, other: Checkpoint) -> None:
 
 
 def _as_ties(group: Sequence[str]) -> dict[str, str]:
-    """The name of a group is the one that files keep when they leave out others: an embedding, else the first."""
+    """The ties of a group. Its name is the one that files keep when they leave out others: an embedding, else the first."""
     if not group:
         return {}
     rank = [[not pattern.search(name) for pattern in _SOURCE] for name in group]

@@ -1,8 +1,8 @@
-"""Checkpoints that are well-formed but whose tensors are no weights to compute with: quantised ones, and adapters.
+"""Refuses well-formed checkpoints whose tensors are not weights to compute with: quantised models, and adapters.
 
-A merge of codes, of the scales without the codes, or of the two factors of an update apart gives a model, and a wrong one.
+Merging quantised codes, scales without codes, or the two factors of an update separately gives a model, but a wrong one.
 
-Invariant: buffers of integers that only number things (positions, batches seen) are no codes; they are copied as ever.
+Invariant: integer buffers that only count or index (positions, batches seen) are not codes; they are copied.
 """
 
 import json
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.header import TensorInfo
+from merge_service.checkpoints.weights import Weights
 from merge_service.errors import AdapterCheckpoint, QuantisedCheckpoint
 
 _ADAPTER = re.compile(
@@ -25,8 +25,8 @@ _SCALES = ("_scale_inv", "_scale", "_scales", "_zero_point", ".scale", ".scales"
 _SCAN = 1 << 20
 
 
-def check_mergeable(checkpoint: Checkpoint, who: str) -> None:
-    """Raise `AdapterCheckpoint` or `QuantisedCheckpoint` naming `who`, the tensor that shows it, and the way on."""
+def check_mergeable(checkpoint: Weights, who: str) -> None:
+    """Raise `AdapterCheckpoint` or `QuantisedCheckpoint` naming `who`, the tensor that shows it, and what to do."""
     adapter = next((name for name in checkpoint.tensors if _ADAPTER.search(name)), None)
     if adapter is not None or checkpoint.path.name.startswith("adapter_model"):
         raise AdapterCheckpoint(
@@ -39,10 +39,10 @@ def check_mergeable(checkpoint: Checkpoint, who: str) -> None:
         raise _quantised(checkpoint, who, shown)
 
 
-def check_integers(reference: Checkpoint, candidate: Checkpoint, who: str) -> tuple[str, ...]:
-    """What to say of integers that differ from the reference's, which are not merged; the output has the base's.
+def check_integers(reference: Weights, candidate: Weights, who: str) -> tuple[str, ...]:
+    """Notes on integers that differ from the reference's. They are not merged; the output has the base's.
 
-    Raises `QuantisedCheckpoint` for what must be codes: bytes or packed words in a matrix, or integers beside a scale.
+    Raises `QuantisedCheckpoint` for integers that must be codes: bytes or packed words in a matrix, or integers beside a scale.
     """
     notes = []
     for name, info in candidate.tensors.items():
@@ -64,8 +64,8 @@ def _are_codes(info: TensorInfo) -> bool:
     return least is not None and len(info.shape) > 1 and min(info.shape) >= least
 
 
-def _codes(checkpoint: Checkpoint) -> str | None:
-    """The sign of quantised weights in names and types, if there is one."""
+def _codes(checkpoint: Weights) -> str | None:
+    """The evidence of quantised weights in names and types; None without any."""
     tensors = checkpoint.tensors
     for name, info in tensors.items():
         if _TABLES.search(name) or (_CODES.search(name) and not info.kind.is_float):
@@ -78,7 +78,7 @@ def _codes(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def _scale_of(checkpoint: Checkpoint, name: str) -> str | None:
+def _scale_of(checkpoint: Weights, name: str) -> str | None:
     stem = name.removesuffix(".weight")
     candidates = [one + suffix for one in dict.fromkeys((name, stem)) for suffix in _SCALES]
     found = (one for one in candidates if one in checkpoint.tensors and one != name)
@@ -86,7 +86,7 @@ def _scale_of(checkpoint: Checkpoint, name: str) -> str | None:
 
 
 def _configured(directory: Path) -> str | None:
-    """What the config.json beside the weights says of quantisation, if it does."""
+    """The evidence of quantisation in the config.json beside the weights; None without any."""
     found = _json(directory / "config.json").get("quantization_config")
     if not isinstance(found, dict):
         return None
@@ -102,7 +102,7 @@ def _json(path: Path) -> dict[str, object]:
         return {}
 
 
-def _differ(one: Checkpoint, other: Checkpoint, name: str) -> bool:
+def _differ(one: Weights, other: Weights, name: str) -> bool:
     size = min(one.tensors[name].numel, other.tensors[name].numel)
     return any(
         not np.array_equal(one.raw(name, at, at + _SCAN), other.raw(name, at, at + _SCAN))
@@ -110,7 +110,7 @@ def _differ(one: Checkpoint, other: Checkpoint, name: str) -> bool:
     )
 
 
-def _quantised(checkpoint: Checkpoint, who: str, shown: str) -> QuantisedCheckpoint:
+def _quantised(checkpoint: Weights, who: str, shown: str) -> QuantisedCheckpoint:
     return QuantisedCheckpoint(
         f"{who} ({checkpoint.path}) is quantised: {shown}. Codes and scales cannot be merged as numbers; dequantise it "
         "first (in transformers: model.dequantize(), then save_pretrained), or take the weights from before quantisation"

@@ -1,6 +1,6 @@
-"""Writing a checkpoint block by block, so that a file with the final name is always whole.
+"""Writes a checkpoint block by block; a file with the final name is always complete.
 
-Blocks go to a preallocated temporary beside the target (a full disk shows at once), in any order and from any thread;
+Blocks go to a preallocated temporary file beside the target (a full disk fails at once), in any order and from any thread.
 `close` checks that every byte was written, syncs, and renames.
 
 Invariant: the target path either does not change, or holds the complete new file.
@@ -21,16 +21,20 @@ import numpy as np
 from merge_service.checkpoints.dtypes import encode
 from merge_service.checkpoints.header import TensorInfo, build_header
 from merge_service.errors import CheckpointError
+from merge_service.files.digest import Digest
 from merge_service.files.leftovers import sweep, temporary
 from merge_service.files.sync import sync_directory
 
 Layout = Mapping[str, tuple[str, Sequence[int]]]
 Written = Mapping[tuple[str, int], int]
-"""How many elements were written from which element of which tensor on."""
+"""The number of elements written, by tensor and first element."""
 
 
 class Writer(Protocol):
-    """What takes the blocks of a model, in one file or several."""
+    """Takes the blocks of a model, into one file or several (`files`)."""
+
+    @property
+    def files(self) -> "Sequence[CheckpointWriter]": ...
 
     def write_stored(self, name: str, start: int, stored: np.ndarray) -> None:
         """Store values that are already in the tensor's storage type, bit for bit."""
@@ -39,12 +43,25 @@ class Writer(Protocol):
 class CheckpointWriter:
     """Writes one safetensors file at `path`; `layout` maps names to (dtype, shape) in header order.
 
-    As a context manager it closes on success and leaves nothing behind on an exception. Raises `CheckpointError` when
-    the place cannot be written; a full disk stays an OSError (ENOSPC) for the caller to explain.
+    As a context manager it closes on success and removes its temporary file on an exception. With a `digest`, `digest_found` is the
+    file's once it is settled. A writer that is not `durable` syncs nothing: its file is a cache, or its caller syncs it. Raises
+    `CheckpointError` if the path cannot be written; a full disk stays an OSError (ENOSPC) for the caller to explain.
     """
 
-    def __init__(self, path: Path | str, layout: Layout, metadata: Mapping[str, str] | None = None) -> None:
+    digest_found: str | None = None
+    _digest: Digest | None = None
+    _durable = True
+
+    def __init__(
+        self,
+        path: Path | str,
+        layout: Layout,
+        metadata: Mapping[str, str] | None = None,
+        digest: Digest | None = None,
+        durable: bool = True,
+    ) -> None:
         self.path = Path(path)
+        self._digest, self._durable = digest, durable
         head, self.tensors = build_header(
             {n: (d, tuple(s)) for n, (d, s) in layout.items()}, dict(metadata or {})
         )
@@ -55,7 +72,7 @@ class CheckpointWriter:
         self._file = self._create()
         try:
             _preallocate(self._file, self._size)
-            _write_all(self._file, memoryview(head), 0)
+            self._put(memoryview(head), 0)
         except BaseException:
             self.abort()
             raise
@@ -65,7 +82,7 @@ class CheckpointWriter:
         self.write_stored(name, start, encode(array, self.tensors[name].kind))
 
     def storage(self, name: str) -> np.dtype:
-        """The type in which the tensor's elements lie in the file."""
+        """The type of the tensor's elements in the file."""
         return self.tensors[name].kind.storage
 
     def write_stored(self, name: str, start: int, stored: np.ndarray) -> None:
@@ -77,7 +94,7 @@ class CheckpointWriter:
         )
         if stored.size:
             view = memoryview(np.ascontiguousarray(stored).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
-            _write_all(self._file, view, info.offset + start * info.kind.itemsize)
+            self._put(view, info.offset + start * info.kind.itemsize)
         with self._lock:
             self._done[name, start] = stored.size
 
@@ -91,12 +108,17 @@ class CheckpointWriter:
         return out
 
     @property
+    def files(self) -> "list[CheckpointWriter]":
+        """The writer of the one file."""
+        return [self]
+
+    @property
     def awake(self) -> bool:
-        """Whether the file is open: a resting or settled one is not."""
+        """Whether the file is open; it is not while the writer rests or after it has settled."""
         return self._file >= 0
 
     def rest(self) -> None:
-        """Close the file for now, so that few are open at a time; `wake` goes on with it."""
+        """Close the file for now, to limit the number of open files; `wake` opens it again."""
         os.close(self._file)
         self._file = -1
 
@@ -106,24 +128,23 @@ class CheckpointWriter:
             self._file = os.open(self._temporary, os.O_RDWR | os.O_CLOEXEC)
 
     def slot(self) -> "Slot":
-        """For others to write into the same temporary, through `SlotWriter`; from here on this writer must not write.
-
-        A page that is half this process's and half another's could otherwise reach a network file system as one.
+        """The value by which other processes write into the same temporary file, through `SlotWriter`. This writer must not write
+        afterwards: a network file system could otherwise store a page of two processes with the bytes of one only.
         """
         os.fsync(self._file)
         return Slot(self.path, self._temporary.absolute(), self.tensors)
 
     def account(self, written: Written) -> None:
-        """Take note of what a `SlotWriter` wrote."""
+        """Record what a `SlotWriter` wrote."""
         self._done |= written
 
     def close(self) -> None:
-        """Make the file appear under its name, durably. Asserts that every element was written."""
+        """Publish the file under its name. Asserts that every element was written."""
         self.settle()
         self.publish()
 
     def settle(self) -> None:
-        """Make what was written durable; asserts that it is everything."""
+        """Close the file, synced if it is durable; asserts that every element was written."""
         written: Counter[str] = Counter()
         for (name, _), size in self._done.items():
             written[name] += size
@@ -132,21 +153,30 @@ class CheckpointWriter:
             self.abort()
             raise AssertionError(f"{self.path}: not every block of {missing[:3]} was written")
         self.wake()
-        os.fsync(self._file)
+        if self._digest:
+            self.digest_found = self._digest.finish(self._file, self._size)
+        if self._durable:
+            os.fsync(self._file)
         os.close(self._file)
         self._file = -1
 
     def publish(self) -> None:
-        """Give the settled file its name, durably."""
+        """Rename the settled file to its final name."""
         self._temporary.replace(self.path)
-        sync_directory(self.path.parent)
+        if self._durable:
+            sync_directory(self.path.parent)
 
     def abort(self) -> None:
-        """Drop what was written; the target is untouched."""
+        """Remove the temporary file; the target is unchanged."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
         self._temporary.unlink(missing_ok=True)
+
+    def _put(self, data: memoryview, offset: int) -> None:
+        _write_all(self._file, data, offset)
+        if self._digest:
+            self._digest.add(offset, data)
 
     def _create(self) -> int:
         if self.path.is_dir():
@@ -176,7 +206,7 @@ class CheckpointWriter:
 
 @dataclass(frozen=True)
 class Slot:
-    """The temporary behind an open writer, as a plain value: the path it will have, where it is, where tensors go in it."""
+    """The temporary file of an open writer, as a plain value: its final path, its present path, and the place of each tensor."""
 
     path: Path
     temporary: Path
@@ -184,9 +214,9 @@ class Slot:
 
 
 class SlotWriter(CheckpointWriter):
-    """Writes blocks into the temporary of a `CheckpointWriter` in another process, which alone makes the file appear.
+    """Writes blocks into the temporary file of a `CheckpointWriter` in another process, which alone publishes it.
 
-    Raises `CheckpointError` when the temporary cannot be opened here.
+    Raises `CheckpointError` if the temporary file cannot be opened here.
     """
 
     def __init__(self, slot: Slot) -> None:
@@ -209,7 +239,7 @@ class SlotWriter(CheckpointWriter):
         self.abort()
 
     def abort(self) -> None:
-        """Let go of the file, which is its owner's to remove."""
+        """Close the file; its owner removes it."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1

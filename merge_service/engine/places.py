@@ -1,21 +1,25 @@
-"""What a rule may know of each block: the task's parameters and the findings, put together for one expert and one span.
+"""What a rule may know of each block: the task's parameters and the findings, for one expert and one span.
 
-Invariant: a place does not depend on how tensors are cut, but for where its span begins.
+Invariant: a place does not depend on how tensors are cut, except for the start of its span.
 """
+
+import numpy as np
 
 from merge_service.blocks.masks import tensor_key
 from merge_service.blocks.questions import EVERYTHING, Findings
 from merge_service.blocks.spans import Span
 from merge_service.engine.task import Input, MergeTask
+from merge_service.techniques.params import of_expert
 from merge_service.techniques.place import Place
-from merge_service.techniques.shares import share
+from merge_service.techniques.shares import coefficient, is_weighed, share
 
 
 class Places:
-    """The places of one merge, as far as `found` is known."""
+    """The places of one merge, given its findings."""
 
     def __init__(self, task: MergeTask, found: Findings) -> None:
         self.task, self.found = task, found
+        self._is_weighed, self._weights = is_weighed(task.params), dict[tuple[str, int], float]()
 
     def all(self, span: Span) -> dict[int, Place]:
         """The place of a span in every expert, by the expert's number."""
@@ -25,7 +29,8 @@ class Places:
         """The place of a span in one expert."""
         task, params, order, found = self.task, self.task.params, expert.order, self.found
         if span.name in task.statistics:
-            given = task.technique.space == "weights" and task.technique.origin is None
+            weighs = task.technique.space == "weights" or "weight" in params or "schedule" in params
+            given = weighs and task.technique.origin is None
             return Place(order, share(params, order) if given else 1 / order)
         if task.technique.space == "weights":
             return Place(order, share(params, order), found.turns.get((span.name, order)))
@@ -34,18 +39,32 @@ class Places:
         return Place(
             order,
             1 / order,
-            limits=found.thresholds.get(group, EVERYTHING),
+            thresholds=found.thresholds.get(group, EVERYTHING),
             scores=found.scores.get(group, EVERYTHING),
             key=self._mask_key(expert, span.name),
-            density=params.get("density", 1.0),
+            density=of_expert(params.get("density", 1.0), order),
             epsilon=params.get("epsilon", 0.0),
             gain=gain,
             start=span.start,
             columns=task.columns(span.name),
+            weight=self._weight(span.name, order),
+            evidence=self._evidence(expert, span) if task.rule.measured else None,
         )
 
+    def _weight(self, name: str, order: int) -> float:
+        if not self._is_weighed:
+            return 1.0
+        if (name, order) not in self._weights:
+            self._weights[name, order] = coefficient(self.task.params, order, name) or 0.0
+        return self._weights[name, order]
+
+    def _evidence(self, expert: Input, span: Span) -> np.ndarray | None:
+        if expert.evidence is None or span.name not in expert.evidence.checkpoint.tensors:
+            return None
+        return expert.evidence.block(span.name, span.start, span.stop)
+
     def _mask_key(self, expert: Input, name: str) -> int | None:
-        """None where nothing is random: scalars are never dropped."""
+        """The key of the random mask; None without randomness. Scalars are never dropped."""
         task = self.task
         scalar = task.reference.tensors[name].shape == () and not task.rule.masks_scalars
         if scalar or "seed" not in task.params:

@@ -1,10 +1,10 @@
-"""Taking one expert out of a streaming state: the same walk over the blocks, with `remove` in the place of `add`.
+"""Removes one expert from a streaming state: the same pass over the blocks, with `remove` in place of `add`.
 
-Exact in real arithmetic, for rules whose state is a sum or a mean. In floating point the last digits keep a trace of the
-expert (of the order of its magnitude times the rounding of a float), and an election that is all but tied may fall the
-other way; merging those that stay anew has neither.
+Exact in real arithmetic, for rules whose state is a sum or a mean. In floating point the last digits keep a trace of the expert
+(of the order of its magnitude times the rounding of a float), and an almost tied election may change its sign. Merging the
+remaining experts again has neither effect.
 
-Invariant: a state is only ever reduced by the bytes that went into it, as far as it records their sha256.
+Invariant: a state is reduced only by the bytes that were added to it, as far as it records their sha256.
 """
 
 from collections.abc import Mapping
@@ -12,20 +12,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from merge_service.checkpoints.checkpoint import Checkpoint, sha256_of
+from merge_service.checkpoints.checkpoint import sha256_of
 from merge_service.checkpoints.ties import Ties
+from merge_service.checkpoints.weights import Weights
 from merge_service.engine.stream_state import StreamState
 from merge_service.engine.task import Input, MergeTask
 from merge_service.errors import TechniqueError
 from merge_service.techniques.definition import Technique
+from merge_service.techniques.families.averages import Mean
 from merge_service.techniques.place import Array, Election, Place, State
 from merge_service.techniques.rule import Rule
-from merge_service.techniques.rules import Mean
 from merge_service.techniques.shares import leaving_share
 
 
 class Removing(Rule):
-    """A rule whose `add` takes an expert out, by another's `remove`; `share` is its weight over that of those who stay."""
+    """A rule whose `add` removes an expert, by another rule's `remove`; `share` is its weight over that of the remaining ones."""
 
     def __init__(self, rule: Any, share: float) -> None:
         super().__init__(rule.params)
@@ -40,17 +41,21 @@ class Removing(Rule):
 
 
 def retraction(
-    technique: Technique, params: Mapping[str, Any], base: Checkpoint, leaving: Input, count: int, tied: Ties
+    technique: Technique, params: Mapping[str, Any], base: Weights, leaving: Input, count: int, tied: Ties
 ) -> MergeTask:
-    """The task that takes its one input, expert number `leaving.order`, out of a held state of `count` experts.
+    """The task that removes its one input, expert number `leaving.order`, from a held state of `count` experts.
 
-    Its parameters are those of who stays. Raises TechniqueError where the state does not allow it.
+    Its parameters are those of the remaining experts. Raises TechniqueError if the state does not allow it.
     """
-    rule: Any = technique.combine(params)
+    rule: Any = technique.rule(params)
     if not hasattr(rule, "remove"):
         raise TechniqueError(
-            f"{technique.name}{_consensus(params)}: an expert cannot be taken out of its state, because what others would "
-            "have come to without it is not kept. Merge the experts that stay anew"
+            f"{technique.name}{_consensus(params)}: an expert cannot be taken out of its state, because the state does not "
+            "keep what the others give without it. Merge the experts that stay anew"
+        )
+    if isinstance(params.get("density"), list):
+        raise TechniqueError(
+            f"{technique.name}: with a density for each expert none can be taken out of the state; merge those that stay anew"
         )
     if count == 1:
         raise TechniqueError(
@@ -58,20 +63,20 @@ def retraction(
         )
     even = 1 / (count - 1)
     share = leaving_share(params, leaving.order, count) if technique.space == "weights" else even
-    alone = replace(leaving, order=1)  # the only one of its task; what it weighs is known
+    alone = replace(leaving, order=1)  # the only expert of its task; `share` holds its weight
     return MergeTask(
         technique, without(params, leaving.order), base, (alone,), tied, Removing(rule, share), Removing(Mean(params), even)
     )  # fmt: skip
 
 
 def without(params: Mapping[str, Any], order: int) -> dict[str, Any]:
-    """The parameters of those who stay: explicit weights lose the entry of number `order`."""
+    """The parameters of the remaining experts: explicit weights lose the entry of number `order`."""
     weights = params.get("weights")
     return dict(params) if weights is None else {**params, "weights": weights[: order - 1] + weights[order:]}
 
 
 def check_bytes(held: StreamState, order: int, expert: Path | str, sha256: str | None) -> tuple[str, ...]:
-    """Raise `TechniqueError` unless `expert` is what went into the state; a note if the state does not say what did."""
+    """Raise `TechniqueError` unless `expert` is what the state contains; returns a note if the state does not record that."""
     entry = held.inputs[order - 1]
     if "sha256" not in entry:
         return (

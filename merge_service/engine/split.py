@@ -1,17 +1,16 @@
 """One merge in several processes, each of which reads and writes only its own tensors.
 
-A part is a run of tensors that lie together in the output, and parts are of about equal size. The coordinator asks all of
-them what must be known of whole groups before blocks can be made (`Surveyor`'s questions, whose answers add up), then has
-them write into one preallocated file, then settles votes between them. It moves counts and a few numbers per tensor, never
-weights. How parts are called is left open: as objects here, or as actors on other machines.
+A part is a run of tensors that are adjacent in the output; parts have about equal size. The coordinator asks all parts for
+statistics of whole groups (`Surveyor`'s questions, whose answers add up), then has them write into one preallocated file, then
+settles votes between them. It moves counts and a few numbers per tensor, never weights. `Call` leaves open how parts are called:
+as objects in this process, or as actors on other machines.
 
-Invariant: what is written does not depend on the number of parts, bit for bit, and every byte is accounted for before the
-file appears under its name. All parts see the same files: contents are compared, so that a path that means something else on
-another machine is an error and not a wrong model.
+Invariant: the output does not depend on the number of parts, bit for bit, and the file is published only when every byte is
+accounted for. All parts see the same files: contents are compared, so a path that leads to another file on another machine is an
+error and not a wrong model.
 """
 
 import contextlib
-import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,10 +18,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from merge_service.blocks.moments import Geometry, Moments
 from merge_service.blocks.questions import Answer, Findings, Question, together
 from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.header import TensorInfo
 from merge_service.checkpoints.ties import Ties
+from merge_service.checkpoints.weights import Weights
 from merge_service.checkpoints.writer import CheckpointWriter, Slot, SlotWriter, Written
 from merge_service.engine.assembly import Assembly, Balance, Execution, copy
 from merge_service.engine.compute import Compute, site_of
@@ -31,20 +32,22 @@ from merge_service.engine.survey import Surveyor
 from merge_service.engine.task import Input, MergeTask
 from merge_service.errors import CheckpointError
 from merge_service.faults import point
+from merge_service.statistics import Statistics
 from merge_service.techniques.definition import Origin
 from merge_service.techniques.own import load
 from merge_service.techniques.registry import get
 
 Call = Callable[..., list[Any]]
-"""`call(method, *arguments)` of every part's `PartWorker` at the same time; the answers, in the order of the parts."""
+"""`call(method, *arguments)` calls every part's `PartWorker` at the same time; the results are in the order of the parts."""
 Hire = Callable[[Sequence["Part"]], contextlib.AbstractContextManager[Call]]
-"""Makes a `PartWorker` for each of these parts, somewhere, for the length of a `with` block."""
+"""Creates a `PartWorker` for each of these parts for the length of a `with` block."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint by absolute path, the fingerprint that tells whether another machine sees the same one, and how its names are
-    read otherwise (`renames` and `lent` of `Checkpoint`)."""
+    """A checkpoint by absolute path, the fingerprint by which other machines recognise it, and how its names are changed
+    (`renames` and `lent` of `Checkpoint`).
+    """
 
     path: Path
     fingerprint: str
@@ -52,7 +55,12 @@ class Source:
     lent: Mapping[str, TensorInfo] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> "Source":
+    def of(cls, checkpoint: Weights) -> "Source":
+        """Raises `CheckpointError` for weights that no other process can open."""
+        if not isinstance(checkpoint, Checkpoint):
+            raise CheckpointError(
+                f"{checkpoint.path} is not a checkpoint on disk, so workers cannot read it; merge without --workers"
+            )
         renames, lent = tuple(checkpoint.renames), dict(checkpoint.lent)
         return cls(checkpoint.path.absolute(), checkpoint.fingerprint(), renames, lent)
 
@@ -74,7 +82,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Part:
-    """What one process has to know of a merge: `params` are resolved, `tensors` names its share of those that are merged."""
+    """What one process needs to know of a merge: `params` are resolved, `tensors` names its share of the merged tensors."""
 
     technique: str
     params: Mapping[str, Any]
@@ -84,31 +92,33 @@ class Part:
     ties: Ties
     execution: Execution
     origin: Origin | None
+    statistics: tuple[Path | None, ...] = ()
 
 
 @dataclass(frozen=True)
 class Share:
-    """What a part has done: partial sums of (merged - base)^2, and what it wrote."""
+    """What a part has done: the moments of its blocks, and what it wrote."""
 
-    squares: list[float]
+    moments: Moments
     written: Written
 
 
 @dataclass(frozen=True)
 class Split:
-    """That a merge is to be made in (at most) so many parts, and by whom."""
+    """A merge in (at most) `parts` parts, by workers that `hire` creates."""
 
     parts: int
     hire: Hire
 
     @contextlib.contextmanager
     def team(self, task: MergeTask, execution: Execution) -> Iterator["Team"]:
-        """Workers that have opened everything `task` is made of."""
+        """Workers that have opened all inputs of `task`."""
         base = Source.of(task.base) if task.base else None
         experts = tuple((expert.id, Source.of(expert.weights)) for expert in task.inputs)
         name, params, origin = task.technique.name, dict(task.params), task.technique.origin
+        measured = tuple(one.evidence.path.absolute() if one.evidence else None for one in task.inputs)
         parts = [
-            Part(name, params, base, experts, tensors, task.tied, execution, origin)
+            Part(name, params, base, experts, tensors, task.tied, execution, origin, measured)
             for tensors in cut(task, self.parts)
         ]
         with self.hire(parts) as call:
@@ -117,7 +127,7 @@ class Split:
 
 
 class Team:
-    """The workers of all parts of a merge, as its coordinator sees them."""
+    """The workers of all parts of a merge, for its coordinator."""
 
     def __init__(self, call: Call) -> None:
         self.call = call
@@ -128,42 +138,47 @@ class Team:
 
     def assemble(
         self, task: MergeTask, found: Findings, writer: CheckpointWriter, execution: Execution
-    ) -> float | None:
-        """As `assembly.assemble`, by the workers."""
+    ) -> Geometry | None:
+        """As `assembly.assemble`, on the workers."""
         copy(task, writer)
         balances: list[Balance] = self.call("write", found, writer.slot())
         total = {group: sum(votes.get(group, 0) for votes in balances) for group in task.group_sizes}
         shares: list[Share] = self.call("settle", total)
         for share in shares:
             writer.account(share.written)
-        squares = math.fsum(x for share in shares for x in share.squares)
-        return math.sqrt(squares) if execution.measures(task) else None
+        if not execution.measures(task):
+            return None
+        return Geometry.of([row for share in shares for row in share.moments])
 
 
 class PartWorker:
-    """Does one part. A plain class, which is an actor's as well; it opens files on demand, so that errors have a caller."""
+    """Computes one part. A plain class that also serves as an actor; it opens files in a method, so that errors reach a caller."""
 
     def __init__(self, part: Part) -> None:
         self.part = part
 
     def open(self) -> None:
-        """Open all checkpoints. Raises `CheckpointError` naming this machine when they are not (the same) here."""
+        """Open all checkpoints. Raises `CheckpointError` naming this machine if they are missing here or differ."""
         part = self.part
         if part.origin is not None:
             load(part.technique, part.origin)
         base = part.base.open() if part.base else None
-        inputs = [Input(name, order, source.open()) for order, (name, source) in enumerate(part.experts, 1)]
+        measured = part.statistics or (None,) * len(part.experts)
+        inputs = [
+            Input(name, order, source.open(), None if path is None else Statistics(path))
+            for order, ((name, source), path) in enumerate(zip(part.experts, measured), 1)
+        ]
         self.task = MergeTask.of(get(part.technique), part.params, base, inputs, part.ties)
         self.site = site_of(part.execution.device)
         mine = set(part.tensors)
         self.tensors = [(name, numel) for name, numel in self.task.merged if name in mine]
 
     def answer(self, question: Question) -> Answer:
-        """What is known of this part's tensors."""
+        """The answer for this part's tensors."""
         return self._surveyor.answer(question)
 
     def write(self, found: Findings, slot: Slot) -> Balance:
-        """Make and store this part's blocks, with the numbers that were found for all."""
+        """Compute and store this part's blocks, given the findings for all parts."""
         try:
             self.writer = SlotWriter(slot)
         except CheckpointError as error:
@@ -175,10 +190,10 @@ class PartWorker:
         return balance
 
     def settle(self, balance: Balance) -> Share:
-        """Mend what the votes of all groups decide, sync, and say what was done."""
-        squares = self.assembly.settle(balance)
+        """Compute contested blocks again, given the votes of all groups; sync; return what was done."""
+        moments = self.assembly.settle(balance)
         self.writer.close()
-        return Share(squares, self.writer.written)
+        return Share(moments, self.writer.written)
 
     @cached_property
     def _surveyor(self) -> Surveyor:
@@ -190,7 +205,7 @@ class PartWorker:
 def cut(task: MergeTask, parts: int) -> list[tuple[str, ...]]:
     """The names of merged tensors in at most `parts` runs of about equal bytes, in the order of the output's data.
 
-    A tensor is in the part in which its middle falls; parts that get none are left out (but one always remains).
+    A tensor belongs to the part that holds its middle; empty parts are left out (but one always remains).
     """
     if parts < 1:
         raise ValueError(f"a merge has at least 1 part, not {parts}")

@@ -1,10 +1,10 @@
-"""The state of a streaming merge on disk: what a technique remembers of the experts it has seen.
+"""The state of a streaming merge on disk: what a technique keeps of the experts so far.
 
-A safetensors file with the state's arrays of every merged tensor (`<array>:<tensor>`), and in its metadata which
-technique, parameters, base and experts it stands for. It is only a cache: the experts give it again, bit for bit.
+A safetensors file with the state's arrays for every merged tensor (`<array>:<tensor>`); its metadata records technique,
+parameters, base and experts. The state is only a cache: merging the experts again gives the same bits.
 
-Invariant: a state is continued only with the technique, parameters and base it was started with, and never takes the
-same expert id twice.
+Invariant: a state is continued only with the technique, parameters and base it was started with, and never takes the same expert
+id twice.
 """
 
 import json
@@ -18,9 +18,11 @@ import numpy as np
 from merge_service.blocks.spans import Span
 from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.ties import Ties, recorded
+from merge_service.checkpoints.weights import Weights
 from merge_service.checkpoints.writer import CheckpointWriter, Writer
 from merge_service.engine.task import MergeTask
 from merge_service.errors import CorruptCheckpoint, TechniqueError
+from merge_service.files.digest import Checksum, Digest
 from merge_service.techniques.definition import Technique
 from merge_service.techniques.params import nearest
 from merge_service.techniques.place import State
@@ -32,7 +34,7 @@ MAX_EXPERTS = 2**16 - 1
 
 
 class StreamState:
-    """An open state file; use as a context manager."""
+    """An open state file; a context manager."""
 
     def __init__(self, path: Path | str) -> None:
         self.checkpoint = Checkpoint.open(path)
@@ -44,7 +46,7 @@ class StreamState:
         except (KeyError, TypeError, ValueError):
             raise CorruptCheckpoint(f"{path} is not the state of a streaming merge of this version") from None
 
-    def check(self, technique: Technique, params: Mapping[str, Any], base: Checkpoint) -> None:
+    def check(self, technique: Technique, params: Mapping[str, Any], base: Weights) -> None:
         """Raise `TechniqueError` unless the state was made with this technique, these parameters and this base."""
         for what, value in _identity(technique, params, base, len(self.inputs)).items():
             if self.record.get(what) != value:
@@ -53,13 +55,13 @@ class StreamState:
                     "start again without a state"
                 )
 
-    def ties(self, base: Checkpoint) -> Ties:
-        """The tensors that are one in every expert of the state."""
+    def ties(self, base: Weights) -> Ties:
+        """The ties that hold in every expert of the state."""
         ties = self.record.get("ties")
         return recorded(base) if ties is None else dict(ties)
 
     def check_new(self, expert_id: str) -> None:
-        """Raise `TechniqueError` unless there is room for an expert of this id."""
+        """Raise `TechniqueError` if the id is taken or the state is full."""
         if expert_id in [held["id"] for held in self.inputs]:
             raise TechniqueError(
                 f"the expert {expert_id!r} is already in {self.checkpoint.path}; give each expert its own id"
@@ -70,7 +72,7 @@ class StreamState:
             )
 
     def order_of(self, expert_id: str) -> int:
-        """The number, from 1, of an expert that is in the state. Raises `TechniqueError` naming those that are."""
+        """The number, from 1, of an expert in the state. Raises `TechniqueError` naming the experts it holds."""
         ids = [held["id"] for held in self.inputs]
         if expert_id not in ids:
             raise TechniqueError(
@@ -104,15 +106,17 @@ class StreamState:
 
 @dataclass(frozen=True)
 class Ends:
-    """Where a merge begins and ends: the state it goes on from, what takes the result, what takes the state after it."""
+    """The state that a merge continues (`held`), where its result goes (`out`), and where its new state goes (`keep`)."""
 
     out: Writer | None
     held: StreamState | None = None
     keep: CheckpointWriter | None = None
 
 
-def state_writer(path: Path | str, task: MergeTask, inputs: Sequence[Mapping[str, str]]) -> CheckpointWriter:
-    """A writer for the state that `task` leaves after `inputs`."""
+def state_writer(
+    path: Path | str, task: MergeTask, inputs: Sequence[Mapping[str, str]], durable: bool = True
+) -> CheckpointWriter:
+    """A writer for the state that `task` leaves after `inputs`; `durable` as of `CheckpointWriter`."""
     assert task.base is not None
     record = {
         "state": FORMAT,
@@ -120,21 +124,25 @@ def state_writer(path: Path | str, task: MergeTask, inputs: Sequence[Mapping[str
         "inputs": list(inputs),
         **({"ties": dict(task.tied)} if task.tied != recorded(task.base) else {}),
     }
-    return CheckpointWriter(path, task.layout(), {METADATA_KEY: json.dumps(record, sort_keys=True)})
+    said = {METADATA_KEY: json.dumps(record, sort_keys=True)}
+    return CheckpointWriter(path, task.layout(), said, Digest(Checksum), durable)
 
 
-def _identity(
-    technique: Technique, params: Mapping[str, Any], base: Checkpoint, experts: int
-) -> dict[str, Any]:
+def _identity(technique: Technique, params: Mapping[str, Any], base: Weights, experts: int) -> dict[str, Any]:
+    held = effective(params, experts)
+    if technique.resumes and "weight" in held:
+        held["weight"] = None  # of a moving average, which may differ from arrival to arrival
     return {
         "technique": technique.name,
-        "params": effective(params, experts),
+        "params": held,
         "base": base.fingerprint(),
         **({"source": technique.origin.source} if technique.origin is not None else {}),
     }
 
 
 def effective(params: Mapping[str, Any], experts: int) -> dict[str, Any]:
-    """The parameters as they bear on the first `experts` experts: a list of weights is cut to them."""
-    weights = params.get("weights")
-    return dict(params) if weights is None else {**params, "weights": list(weights[:experts])}
+    """The parameters that affect the first `experts` experts: lists with an entry for each are cut to that number."""
+    lists = {
+        name: params[name] for name in ("weights", "density") if isinstance(params.get(name), list | tuple)
+    }
+    return {**params, **{name: list(value[:experts]) for name, value in lists.items()}}

@@ -1,20 +1,21 @@
-"""What a merge must know of whole tensors before it can start: answered from the files, span by span.
+"""Answers questions about whole tensors from the files, span by span, before a merge starts.
 
-`Surveyor` answers the questions of `blocks.search`, and those for sums, for the tensors it was given. Its answers add up with
-those of others that were given other tensors: that is all a merge on several machines has to exchange.
+A `Surveyor` answers the questions of `blocks.search`, and those for sums, for some tensors. Answers for different tensors add up;
+this is all that a merge on several machines exchanges.
 
-Invariant: sums are taken over grains of fixed size and added up exactly, counts are integers: no answer depends on
-blocks, threads or machines.
+Invariant: sums are taken over grains of fixed size and added exactly, counts are integers, so no answer depends on blocks,
+threads or machines.
 """
 
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
+from typing import Any
 
 import numpy as np
 
-from merge_service.blocks import kernels
+from merge_service.blocks import loops
 from merge_service.blocks.questions import (
     Answer,
     Count,
@@ -34,44 +35,55 @@ from merge_service.blocks.questions import (
 from merge_service.blocks.search import RUN, stride_of
 from merge_service.blocks.spans import BLOCK as PRODUCTS_BLOCK
 from merge_service.blocks.spans import GRAIN, Scratch, Span, dots, run, spans, totals
-from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.dtypes import decode
-from merge_service.engine.fused import Fused, Magnitudes, Windows, fits
+from merge_service.checkpoints.weights import Weights
+from merge_service.engine.fused import Fused, Magnitudes, fits
 from merge_service.engine.places import Places
 from merge_service.engine.reader import Reader
 from merge_service.engine.task import Input, MergeTask
-from merge_service.techniques.joint import score, selected, variance
 from merge_service.techniques.place import Place
 
 BLOCK = 1 << 17
-"""Elements per span of a counting pass: the base's stay in a core's cache while every expert is held against them."""
+"""Elements per span of a counting pass: the base's elements stay in a core's cache while every expert is compared with them."""
 
 
 class Blocks:
-    """The task vectors of all experts over the elements that are looked at, each read when it is first asked for."""
+    """The task vectors of all experts over some elements, each read on first use.
 
-    def __init__(self, read: Callable[[int], np.ndarray], places: Mapping[int, Place]) -> None:
-        self.read, self.places, self._held = read, places, dict[int, np.ndarray]()
+    Implements `techniques.place.Seen`, by which a technique measures a quantity of its own.
+    """
+
+    def __init__(
+        self, task: MergeTask, read: Callable[[int], np.ndarray], places: Mapping[int, Place]
+    ) -> None:
+        self.params, self.orders, self.place = task.params, list(places), places
+        self.read, self._held, self._made = read, dict[int, np.ndarray](), dict[Any, Any]()
 
     def one(self, order: int) -> np.ndarray:
-        """That of the expert of this number."""
+        """The task vector of the expert with this number."""
         if order not in self._held:
             self._held[order] = self.read(order)
         return self._held[order]
 
     @property
-    def all(self) -> tuple[list[np.ndarray], list[Place]]:
-        """Those of all experts, in order, and what is known of their places."""
-        return [self.one(order) for order in self.places], list(self.places.values())
+    def blocks(self) -> list[np.ndarray]:
+        """The task vectors of all experts, in order."""
+        return [self.one(order) for order in self.orders]
 
-    @cached_property
-    def selected(self) -> dict[int, np.ndarray]:
-        """Those of all experts where they differ enough."""
-        return dict(zip(self.places, selected(np, *self.all)))
+    @property
+    def places(self) -> list[Place]:
+        """The places of all experts, in order."""
+        return list(self.place.values())
+
+    def once(self, function: Callable[[Any, Sequence[Any], Sequence[Place]], Any]) -> Any:
+        """`function(np, blocks, places)`, computed once for all experts."""
+        if function not in self._made:
+            self._made[function] = function(np, self.blocks, self.places)
+        return self._made[function]
 
 
 class Surveyor:
-    """Answers for `tensors` (name, number of elements) of a task, on `threads`."""
+    """Answers questions for `tensors` (name, number of elements) of a task, with `threads` threads."""
 
     def __init__(self, task: MergeTask, tensors: Iterable[tuple[str, int]], threads: int = 1) -> None:
         self.task, self.reader, self.threads = task, Reader(task), threads
@@ -83,7 +95,7 @@ class Surveyor:
         self._base_runs: dict[str, np.ndarray] = {}
 
     def answer(self, question: Question) -> Answer:
-        """What is known here about what is asked for."""
+        """The answer for these tensors."""
         if isinstance(question, Products):
             return Grams(self._grams())
         if isinstance(question, Sums):
@@ -99,7 +111,7 @@ class Surveyor:
         found, still, total = [np.empty(0, quantity.word)], set(), 0
         for name, numel in self.groups.get(group, []):
             places = Places(self.task, quantity.given).all(Span(name, 0, numel))
-            blocks = Blocks(partial(self._draw, name, numel, stride), places)
+            blocks = Blocks(self.task, partial(self._draw, name, numel, stride), places)
             with np.errstate(all="ignore"):
                 drawn = self._measure(quantity, order, blocks)
             if not question.count_frozen and not drawn.any() and not self._moved(name, numel, order):
@@ -110,7 +122,9 @@ class Surveyor:
         return Surveyed(total, np.concatenate(found), frozenset(still))
 
     def _draw(self, name: str, numel: int, stride: int, order: int) -> np.ndarray:
-        """Runs of a task vector. What depends on where an element lies takes them for the tensor's first: a fair sample still."""
+        """Runs of a task vector. Functions of an element's position take the runs for the tensor's beginning, which is still a
+        fair sample.
+        """
         assert self.task.base is not None
         compute = self.task.compute(name)
         if name not in self._base_runs:
@@ -156,7 +170,7 @@ class Surveyor:
         for below, chosen, owners in magnitudes.sift(windows, self.scratch):
             with self.lock:
                 np.add(table.below, below, out=table.below)
-                kernels.tally(chosen, owners, windows.lows, windows.shifts, windows.starts, table.bins)
+                loops.tally(chosen, owners, windows, table.bins)
         self.reader.refuse([table.experts[row].order if row >= 0 else 0 for row in magnitudes.bad])
 
     def _count_span(
@@ -172,8 +186,8 @@ class Surveyor:
         words = quantity.words(self._measure_span(quantity, span, order, blocks))
         chosen = self.scratch.take("chosen", span.size, quantity.word)
         for number, window in enumerate(windows):
-            low, high = quantity.word.type(window.low), quantity.word.type(window.high)
-            below, found = kernels.sift(words, low, high, chosen)
+            low = quantity.word.type(window.low)
+            below, found = loops.sift(words, window.low, window.high, chosen)
             places = ((chosen[:found] - low) >> quantity.word.type(window.shift)).astype(np.intp)
             with self.lock:
                 total.below[number] += below
@@ -201,22 +215,17 @@ class Surveyor:
         return self._measure(quantity, order, blocks)[span.start - start : span.stop - start]
 
     def _measure(self, quantity: Quantity, order: int, blocks: Blocks) -> np.ndarray:
-        """A quantity of one expert (of all, for a variance), of the type it is ranked or summed in."""
-        params = self.task.params
+        """A quantity of one expert, in the type in which it is ranked or summed."""
+        if quantity.measure is not None:
+            return quantity.measure(blocks, order)
         if quantity.name == "magnitude":
             return np.abs(blocks.one(order))
-        if quantity.name == "thinned":
-            return np.abs(self.task.thin.apply(np, blocks.one(order), blocks.places[order]))
-        if quantity.name == "energy":
-            return np.square(blocks.selected[order], dtype=np.float64)
-        if quantity.name == "variance":
-            return variance(np, blocks.all[0])
-        assert quantity.name == "score", quantity.name
-        return score(np, params, *blocks.all, list(blocks.places).index(order))
+        assert quantity.name == "thinned", quantity.name
+        return np.abs(self.task.thin.apply(np, blocks.one(order), blocks.place[order]))
 
     def _blocks(self, span: Span, given: Findings) -> Blocks:
         rows = self.task.cover(span)
-        return Blocks(partial(self._delta, rows), Places(self.task, given).all(rows))
+        return Blocks(self.task, partial(self._delta, rows), Places(self.task, given).all(rows))
 
     def _delta(self, span: Span, order: int) -> np.ndarray:
         return self.reader.delta(self.inputs[order], span)
@@ -247,7 +256,7 @@ class Surveyor:
 
 
 def _exact_sum(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """The symmetric matrix whose upper triangle is the sum of these, each entry rounded once."""
+    """The symmetric matrix whose upper triangle is the sum of `parts`, each entry rounded once."""
     size = len(parts[0])
     gram = np.empty((size, size))
     for i in range(size):
@@ -264,7 +273,7 @@ class _Table:
         self.experts = [inputs[order] for _, order in keys]
         flat = [(row, window) for row, key in enumerate(keys) for window in question.windows[key]]
         word, sizes = question.quantity.word, [window.bins for _, window in flat]
-        self.windows = Windows(
+        self.windows = loops.Windows(
             lows=np.array([window.low for _, window in flat], word),
             highs=np.array([window.high for _, window in flat], word),
             shifts=np.array([window.shift for _, window in flat], word),
@@ -274,7 +283,7 @@ class _Table:
         self.below, self.bins = np.zeros(len(flat), np.int64), np.zeros(sum(sizes), np.int64)
 
     def add_to(self, totals: Mapping[Key, Counted]) -> None:
-        """Give every group and expert what was counted."""
+        """Add the counts to those of every group and expert."""
         place = 0
         for key in self.keys:
             total = totals[key]
@@ -285,8 +294,8 @@ class _Table:
                 place += 1
 
 
-def _runs(weights: Checkpoint, name: str, numel: int, stride: int) -> np.ndarray:
-    """Of every `stride` elements the first 16, as numbers."""
+def _runs(weights: Weights, name: str, numel: int, stride: int) -> np.ndarray:
+    """The first 16 of every `stride` elements, as numbers."""
     raw, rows = weights.raw(name), numel // stride
     picked = raw[: rows * stride].reshape(rows, stride)[:, :RUN].reshape(-1)
     last = raw[rows * stride :] if stride == RUN else raw[rows * stride :][:RUN]

@@ -1,10 +1,10 @@
-"""Thresholds found once and kept: the limits of an expert's task vector, in a small file beside its weights.
+"""Thresholds of an expert's task vector, computed once and kept in a small file beside its weights.
 
-They are a function of the expert's bytes, the base's bytes and the rule, and cost most of a TIES merge. The file is a
-cache that nobody has to trust: it carries its own digest and says for which expert, base and rule each entry holds; what
-does not fit is found anew. Where it cannot be written the merge goes on without it, and says so.
+They are a function of the expert's bytes, the base's bytes and the rule, and computing them is most of the cost of a TIES merge.
+The file need not be trusted: it carries its own digest, and each entry names expert, base and rule. Entries that do not match are
+computed again. If the file cannot be written, the merge continues without it and its report says so.
 
-Invariant: a merge gives the same bytes whatever such files hold or lack.
+Invariant: a merge gives the same bytes whatever such files contain.
 """
 
 import hashlib
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merge_service.blocks.questions import Findings, Key, Limits
+from merge_service.blocks.questions import Findings, Key, Thresholds
 from merge_service.checkpoints.admission import admit
 from merge_service.checkpoints.checkpoint import Checkpoint
+from merge_service.checkpoints.weights import Weights
 from merge_service.engine.prepare import prepare
 from merge_service.engine.survey import Surveyor
 from merge_service.engine.task import Input, MergeTask
@@ -24,32 +25,32 @@ from merge_service.files.leftovers import sweep, temporary
 from merge_service.techniques.registry import get
 
 FORMAT = 1
-"""Raise it when thresholds are chosen by another convention."""
+"""Increase it when the convention for thresholds changes."""
 SUFFIX = ".limits.json"
 MOST = 64
-"""Entries of one file; the oldest go first."""
-_LIMIT = 32 * 2**20
+"""Most entries of one file; the oldest are dropped."""
+_MOST_BYTES = 32 * 2**20
 
 Keep = bool | Path | str
-"""Whether limits are written: True beside the weights, or a directory where they are kept (and looked for) instead."""
+"""Whether thresholds are written: True for beside the weights, or a directory that holds them instead (also for reading)."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Which weights: the digest of samples of them always, and their sha256, or else the files' sizes and times."""
+    """The identity of weights: a digest of samples, and their sha256 or else the files' sizes and times."""
 
     digest: str
     stat: list[list[int]]
     sha256: str | None
 
     @classmethod
-    def of(cls, weights: Checkpoint, sha256: str | None = None) -> "Identity":
-        """The identity of an open checkpoint; `sha256` if the caller knows it."""
+    def of(cls, weights: Weights, sha256: str | None = None) -> "Identity":
+        """The identity of an open checkpoint; `sha256` if the caller has it."""
         stats = [file.stat() for file in weights.files]
         return cls(weights.fingerprint(), [[s.st_size, s.st_mtime_ns] for s in stats], sha256)
 
     def fits(self, kept: Mapping[str, Any]) -> bool:
-        """Whether these are the weights that were written down."""
+        """Whether `kept` is the identity of these weights."""
         if kept["digest"] != self.digest:
             return False
         if self.sha256 is not None and kept["sha256"] is not None:
@@ -68,21 +69,21 @@ class KeptThresholds:
         self._found: set[int] = set()
 
     def recall(self) -> Findings:
-        """The thresholds that are kept and fit."""
-        found: dict[Key, Limits] = {}
-        for expert in self.task.inputs if self.rule is not None else ():
+        """The kept thresholds that match."""
+        found: dict[Key, Thresholds] = {}
+        for expert in self._kept():
             for entry in reversed(self._read(expert.order)):
-                limits = self._fitting(entry)
-                if limits is not None:
-                    found |= {(group, expert.order): value for group, value in limits.items()}
+                fitting = self._fitting(entry)
+                if fitting is not None:
+                    found |= {(group, expert.order): value for group, value in fitting.items()}
                     self._found.add(expert.order)
                     break
         return Findings(found)
 
     def store(self, found: Findings) -> tuple[str, ...]:
-        """Keep what had to be found, if that is wanted; why it could not be kept, per expert."""
+        """Write the thresholds that had to be computed, if requested; returns per expert why they could not be written."""
         problems = []
-        for expert in self.task.inputs if self.rule is not None and self.keep else ():
+        for expert in self._kept() if self.keep else ():
             if expert.order not in self._found:
                 try:
                     self._write(expert.order, found)
@@ -90,8 +91,14 @@ class KeptThresholds:
                     problems.append(f"{expert.id}: thresholds were not kept: {error}")
         return tuple(problems)
 
+    def _kept(self) -> list[Input]:
+        """The experts whose thresholds may be kept: those in files, if the base is in files too."""
+        if self.rule is None or (self.task.base is not None and not self.task.base.files):
+            return []
+        return [expert for expert in self.task.inputs if expert.weights.files]
+
     def _identity(self, order: int) -> Identity:
-        """Of an expert, or of the base as number 0; worked out when it is first needed."""
+        """The identity of an expert, or of the base as number 0; computed on first use."""
         if order not in self._identities:
             expert = self._inputs.get(order)
             weights = expert.weights if expert else self.task.base
@@ -106,10 +113,10 @@ class KeptThresholds:
         return weights.with_name(weights.name + SUFFIX)
 
     def _read(self, order: int) -> list[dict[str, Any]]:
-        """The entries of an expert's file; none if there is no file that fits."""
+        """The entries of an expert's file; none if no file matches."""
         try:
             path = self._path(order)
-            if not path.is_file() or path.stat().st_size > _LIMIT:
+            if not path.is_file() or path.stat().st_size > _MOST_BYTES:
                 return []
             body = json.loads(path.read_bytes())
             stated = body.pop("content_sha256")
@@ -123,19 +130,19 @@ class KeptThresholds:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return []
 
-    def _fitting(self, entry: dict[str, Any]) -> dict[str, Limits] | None:
+    def _fitting(self, entry: dict[str, Any]) -> dict[str, Thresholds] | None:
         try:
             if entry["rule"] != self.rule or not self._identity(0).fits(entry["base"]):
                 return None
-            kept = {group: Limits(*map(float.fromhex, ends)) for group, ends in entry["limits"].items()}
+            kept = {group: Thresholds(*map(float.fromhex, ends)) for group, ends in entry["limits"].items()}
             return kept if kept.keys() == self.task.group_sizes.keys() else None
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
 
     def _write(self, order: int, found: Findings) -> None:
         ends = {group: found.thresholds[group, order] for group in self.task.group_sizes}
-        limits = {group: [kept.low.hex(), kept.high.hex()] for group, kept in ends.items()}
-        entry = {"rule": self.rule, "base": vars(self._identity(0)), "limits": limits}
+        written = {group: [kept.low.hex(), kept.high.hex()] for group, kept in ends.items()}
+        entry = {"rule": self.rule, "base": vars(self._identity(0)), "limits": written}
         entries = [*self._read(order), entry][-MOST:]
         body: dict[str, Any] = {"format": FORMAT, "expert": vars(self._identity(order)), "entries": entries}
         body["content_sha256"] = _digest(body)
@@ -150,7 +157,7 @@ class KeptThresholds:
             whole.unlink(missing_ok=True)
 
 
-def keep_limits(
+def keep_thresholds(
     technique: str,
     params: Mapping[str, Any],
     base: Path | str,
@@ -160,10 +167,10 @@ def keep_limits(
     sha256: str | None = None,
     threads: int = 1,
 ) -> tuple[str, ...]:
-    """Find and keep the limits that a merge by `technique` will ask of this expert; nothing if it asks for none.
+    """Compute and keep the thresholds that a merge by `technique` needs of this expert; does nothing if it needs none.
 
-    For where an expert is made, while its weights are still in memory. Returns why they could not be kept, if so. Raises
-    what `merge` raises for the base, the expert or the parameters.
+    Call it where an expert is trained, while its weights are still in memory. Returns why thresholds could not be kept, if so.
+    Raises what `merge` raises for the base, the expert or the parameters.
     """
     plugin = get(technique)
     with Checkpoint.open(base) as anchor, Checkpoint.open(expert) as weights:
@@ -176,13 +183,13 @@ def keep_limits(
         return memory.store(prepare(task, ask, memory.recall()))
 
 
-def limits_rule(technique: str, params: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The part of a merge's parameters that its limits depend on; None if the technique asks for no limits."""
+def thresholds_rule(technique: str, params: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The part of a merge's parameters that its thresholds depend on; None for a technique without thresholds."""
     return get(technique).thin(params).identity()
 
 
 def _rule(task: MergeTask) -> dict[str, Any] | None:
-    """The same and the tensors that are ranked together; None if nothing is to be found."""
+    """That part, and a digest of the tensors that are ranked together; None if there is nothing to compute."""
     rule = task.thin.identity()
     if rule is None or not task.inputs:
         return None

@@ -1,4 +1,4 @@
-"""Making tensors whole, for rules that cannot work span by span: a tensor at a time is in memory per thread, never a model.
+"""Computes tensors whole, for rules that cannot work span by span; a thread holds one tensor at a time, never a model.
 
 Invariant: the linear algebra of one tensor runs on one BLAS thread (its bits depend on their number), so results do not depend on
 threads.
@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 
 from merge_service.anatomy.packed import Matrix
+from merge_service.blocks.moments import Moments
 from merge_service.blocks.spans import BLOCK, Span, dots, run, spans
 from merge_service.engine.compute import Compute
 from merge_service.engine.stream_state import Ends, StreamState
 from merge_service.techniques.place import State
 
 Array = np.ndarray
-Store = Callable[[Span, Array], list[float]]
+Store = Callable[[Span, Array], Moments]
 
 
 class WholeTensor:
-    """One tensor of a task, as a rule sees it (`techniques.tensorwise.Tensor`)."""
+    """One tensor of a task, as rules use it (`techniques.rule.Tensor`)."""
 
     def __init__(self, compute: Compute, name: str) -> None:
         task = compute.task
@@ -31,10 +32,29 @@ class WholeTensor:
             task.compute(name),
             task.params,
         )
-        averaged = self.params.get("text_projection") == "mean" and "text_projection" in name
-        self.pieces: Sequence[Matrix] = [] if averaged else task.packing.matrices(name)
+        self.pieces: Sequence[Matrix] = task.packing.matrices(name)
+        self.facts, self.moves = task.facts(name), task.moves
         self._experts = {expert.order: expert for expert in task.inputs}
         self.orders: Sequence[int] = list(self._experts)
+
+    @property
+    def layer(self) -> int | None:
+        return self.task.anatomy.layer(self.name)
+
+    def empty(self) -> Array:
+        return np.empty(self.numel, self.dtype)
+
+    def base(self) -> Array | None:
+        whole = Span(self.name, 0, self.numel)
+        return self.compute.reader.base(whole) if self.task.base is not None else None
+
+    def statistic(self, order: int, suffix: str = "") -> Array | None:
+        evidence = self._experts[order].evidence
+        return None if evidence is None else evidence.get(self.name + suffix)
+
+    def statistics_norm(self, order: int) -> float:
+        evidence = self._experts[order].evidence
+        return 0.0 if evidence is None else evidence.norm
 
     def blocks(self, order: int) -> Iterator[tuple[slice, Array]]:
         for span in spans([(self.name, self.numel)], BLOCK):
@@ -61,7 +81,7 @@ class WholeTensor:
         return [array[at : at + BLOCK] for at in range(0, self.numel, BLOCK)]
 
     def onto_base(self, merged: Array, length: float) -> Array:
-        """The tensor that is stored: base + scale * merged, or merged itself where weights are merged; logit_scale clamped."""
+        """The stored tensor: base + scale * merged, or `merged` itself if weights are merged; logit_scale clamped."""
         span = Span(self.name, 0, self.numel)
         if self.task.moves:
             base = self.compute.reader.base(span)
@@ -77,21 +97,21 @@ class WholeTensor:
 
 def assemble_tensors(
     compute: Compute, tensors: Sequence[tuple[str, int]], ends: Ends, threads: int, store: Store
-) -> list[float]:
-    """Make every one of these tensors and hand it to `store`; what that returns, together."""
+) -> Moments:
+    """Compute each of these tensors and pass it to `store`; returns all that `store` returned, as one list."""
     from threadpoolctl import threadpool_limits
 
     task, held, keep = compute.task, ends.held, ends.keep
     rule: Any = task.rule
     count = len(held.inputs if held else []) + len(task.inputs)
 
-    def make(span: Span) -> list[float]:
+    def make(span: Span) -> Moments:
         tensor = WholeTensor(compute, span.name)
         state = _state(rule, tensor, held)
         for order in tensor.orders:
             rule.add(tensor, state, order)
         if keep:
-            for role in (*rule.floats, *rule.tallies):
+            for role in state:
                 keep.write_stored(f"{role}:{span.name}", 0, state[role])
         if rule.totals:
             return _lengths(tensor, state)
@@ -110,36 +130,34 @@ def assemble_tensors(
 
 
 def _state(rule: Any, tensor: WholeTensor, held: StreamState | None) -> State:
-    arrays = dict.fromkeys(rule.floats, (tensor.numel, tensor.dtype))
-    arrays |= {role: (1, np.dtype(np.uint32)) for role in rule.tallies}
+    arrays = rule.arrays(tensor.facts)
     if held is None:
         return {role: np.zeros(size, dtype) for role, (size, dtype) in arrays.items()}
     return {role: held.checkpoint.raw(f"{role}:{tensor.name}").copy() for role in arrays}
 
 
-def _lengths(tensor: WholeTensor, state: State) -> list[float]:
+def _lengths(tensor: WholeTensor, state: State) -> Moments:
     """Squared norms of the state's sum and of the newest expert's task vector."""
     newest = tensor.orders[-1]
-    return [
-        tensor.squared(tensor.cut(state["sum"])),
-        tensor.squared(tau for _, tau in tensor.blocks(newest)),
-    ]
+    newest_length = tensor.squared(tau for _, tau in tensor.blocks(newest))
+    return [(tensor.squared(tensor.cut(state["sum"])), newest_length)]
 
 
-def _length(squares: Sequence[Sequence[float]], count: int, ends: Ends) -> float:
-    """What the sum of a whole model is multiplied by to have the experts' mean length; their norms so far are kept."""
+def _length(found: Sequence[Moments], count: int, ends: Ends) -> float:
+    """The factor that gives the whole model's sum the experts' mean norm; keeps the sum of their norms so far."""
     assert ends.keep is not None
     before = float(ends.held.checkpoint.raw("norms")[0]) if ends.held else 0.0
+    squares = [pair for (pair,) in found]
     norms = before + math.sqrt(math.fsum(pair[1] for pair in squares))
     ends.keep.write_stored("norms", 0, np.array([norms]))
     norm = math.sqrt(math.fsum(pair[0] for pair in squares))
     return norms / count / norm if norm and count > 1 else 1.0
 
 
-def _again(compute: Compute, ends: Ends, length: float, store: Store) -> Callable[[Span], list[float]]:
-    """The second pass over tensors: the length of the whole model's sum is known now, so every tensor can be scaled."""
+def _again(compute: Compute, ends: Ends, length: float, store: Store) -> Callable[[Span], Moments]:
+    """The second pass over tensors: the norm of the whole model's sum is known now, so every tensor can be scaled."""
 
-    def make(span: Span) -> list[float]:
+    def make(span: Span) -> Moments:
         assert ends.keep is not None
         merged = ends.keep.read_back(f"sum:{span.name}")
         return store(span, WholeTensor(compute, span.name).onto_base(merged, length))

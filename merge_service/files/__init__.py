@@ -1,17 +1,20 @@
-"""Files on their way to a name, and files read where they lie.
+"""Temporary files, renamed when complete, and files read through memory maps.
 
-A file is written under a temporary name beside its place and renamed when it is complete, so that whoever opens a name finds all of
-the file or none. What a dead writer left is removed by the next one; what a live one holds is never touched.
+A reader of a name finds all of the file or none. Temporary files of a dead process are removed by the next writer; those of a
+live process are never touched.
 """
 
 from merge_service.files.leftovers import is_abandoned, owner_mark, sweep, sweep_directory, temporary
-from merge_service.files.sync import sync_directory
+from merge_service.files.made import Made
+from merge_service.files.sync import sync_directory, sync_file
 
 __all__ = [
+    "Made",
     "is_abandoned",
     "owner_mark",
     "sweep",
     "sweep_directory",
     "sync_directory",
+    "sync_file",
     "temporary",
 ]

@@ -1,8 +1,9 @@
-"""Files on their way to a name: written under a temporary one beside it, and cleared away when the writer died.
+"""Temporary files: written beside their final name, renamed when complete, and removed once their writer is dead.
 
-A temporary's name says who writes it: host, process id and when the process began, so that a reused id is not taken for
-the writer. Invariant: what a live process holds is never removed. Owners on other hosts cannot be asked, so theirs is
-left alone until it is old.
+The name of a temporary file identifies its writer: host, process id and start time, so that a reused id is not taken for the
+writer. Processes on other hosts cannot be checked, so their files stay until they are a week old.
+
+Invariant: a file of a live process is never removed.
 """
 
 import contextlib
@@ -22,12 +23,12 @@ _TEMPORARY = re.compile(r"\..+\.([^.]+)\.[^.]+\.tmp")
 
 
 def temporary(path: Path) -> Path:
-    """A new name beside `path` to write under until the file is whole."""
+    """A new name beside `path` for the file until it is complete."""
     return path.with_name(f".{path.name}.{owner_mark()}.{secrets.token_hex(4)}.tmp")
 
 
 def sweep(path: Path) -> None:
-    """Remove what dead writers left beside `path`: of the file itself, of its shards and of its index."""
+    """Remove temporary files of dead writers beside `path`: of the file itself, of its shards and of its index."""
     stem = _FAMILY.sub("", path.name)
     shape = re.compile(
         rf"\.({re.escape(path.name)}|{re.escape(stem)}{_FAMILY.pattern[:-1]})\.([^.]+)\.[^.]+\.tmp"
@@ -40,7 +41,7 @@ def sweep(path: Path) -> None:
 
 
 def sweep_directory(place: Path) -> None:
-    """Remove what dead writers left in a directory, whatever file it was to become."""
+    """Remove temporary files of dead writers in a directory, of any file."""
     with contextlib.suppress(OSError), os.scandir(place) as entries:
         for entry in entries:
             found = _TEMPORARY.fullmatch(entry.name)
@@ -49,13 +50,13 @@ def sweep_directory(place: Path) -> None:
 
 
 def owner_mark() -> str:
-    """Text naming this process for good: host, process id, and when the process began (so that a reused id differs)."""
+    """Text that identifies this process: host, process id and start time (so that a reused id differs)."""
     pid = os.getpid()
     return f"{_host()}-{pid}-{_started(pid) or 0}"
 
 
 def is_abandoned(mark: str, age: float) -> bool:
-    """Whether the owner of a mark `age` seconds old is gone: dead on this host, or elsewhere and silent for a week."""
+    """Whether the owner of a mark `age` seconds old is gone: dead on this host, or on another host with a mark above a week old."""
     host, _, rest = mark.partition("-")
     pid, _, started = rest.partition("-")
     if host != _host() or not pid.isdigit() or not started.isdigit():
@@ -65,7 +66,7 @@ def is_abandoned(mark: str, age: float) -> bool:
 
 @cache
 def _host() -> str:
-    """Name of this host, boot and process-id namespace: two processes with the same text can see each other's ids."""
+    """Text for host, boot and process-id namespace: processes with the same text can check each other's ids."""
     parts = [socket.gethostname()]
     for source in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
         with contextlib.suppress(OSError):
@@ -75,7 +76,7 @@ def _host() -> str:
 
 
 def _started(pid: int) -> int | None:
-    """Start time of a live process in clock ticks since boot, 0 where /proc does not say, None if it is dead."""
+    """Start time of a live process in clock ticks since boot, 0 if /proc does not give it, None if the process is dead."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         return None if fields[0] in "ZX" else int(fields[19])

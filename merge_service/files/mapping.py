@@ -1,9 +1,9 @@
-"""A file mapped for reading without staying open.
+"""A memory map of a file that keeps no descriptor open.
 
-`mmap.mmap` of Python 3.11 keeps a duplicate of the descriptor as long as the map lives, so that a merge of a hundred experts
-needs more than a hundred open files. The system call itself needs none once the map is there.
+`mmap.mmap` of Python 3.11 duplicates the descriptor for the lifetime of the map, so a merge of a hundred experts would need more
+than a hundred open files. The system call itself needs no descriptor once the map exists.
 
-Invariant: the memory is mapped as long as any array that views it lives, and is never writable.
+Invariant: the memory stays mapped as long as an array views it, and is never writable.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
 class _Map:
-    """A mapped file as numpy takes it: an array that views it keeps it alive."""
+    """A mapped file with numpy's array interface; an array that views it keeps it mapped."""
 
     def __init__(self, address: int, size: int) -> None:
         self.address, self.size = address, size

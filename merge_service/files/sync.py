@@ -1,8 +1,8 @@
-"""Names in a directory that survive a power cut.
+"""Makes files, and names in a directory, survive a power failure.
 
-Syncing a file keeps its bytes. The name that leads to them is part of the directory, which must be synced as well.
+Syncing a file makes its bytes durable. Its name is part of the directory, which must be synced as well.
 
-Invariant: what cannot be synced is an error, except where a file system has no way to sync a directory.
+Invariant: a failed sync is an error, except on file systems that cannot sync a directory.
 """
 
 import errno
@@ -10,11 +10,20 @@ import os
 from pathlib import Path
 
 
+def sync_file(path: Path) -> None:
+    """Force the bytes of a file to disk. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def sync_directory(directory: Path) -> None:
     """Force the names in a directory to disk.
 
-    EINVAL says that the file system cannot sync directories (fsync(2)): names are then as safe as it makes them. Every other error
-    is raised, above all EIO, after which a name may be lost.
+    EINVAL means that the file system cannot sync directories (fsync(2)); names are then as durable as it makes them. Every other
+    error is raised, above all EIO, after which a name may be lost.
     """
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -1,16 +1,28 @@
-"""Checkpoints in, a checkpoint out: all experts at once, one into a running model, or as a stream that remembers.
+"""Merging checkpoints: all experts at once, one into a running model, or as a stream with a state.
 
-How a merged model is made is a `Derivation`: operator, base and members. Inputs are opened, recognised, made to fit each other and
-named before a block is computed; a report says what was done. `merge_service.merge` holds the functions that people call.
+A `Derivation` (operator, base and members) says how a merged model is made. Inputs are opened, recognised, adapted to each other
+and named before a block is computed; a report says what was done. `merge_service.merge` holds the public functions.
 """
 
-from merge_service.merging.derivation import Member, Rules
+from merge_service.merging.derivation import Member, Operator, Out, Rules, Way
 from merge_service.merging.jobs import MergeJob
+from merge_service.merging.parts import Group, Seen, combine_groups
 from merge_service.merging.report import MergeReport
+from merge_service.merging.vector import WIDTH, TaskVector, task_vector, unit
 
 __all__ = [
+    "WIDTH",
+    "Group",
     "Member",
     "MergeJob",
     "MergeReport",
+    "Operator",
+    "Out",
     "Rules",
+    "Seen",
+    "TaskVector",
+    "Way",
+    "combine_groups",
+    "task_vector",
+    "unit",
 ]

@@ -1,21 +1,22 @@
-"""Merging all members of a derivation at once: every expert, or a running model and the newest one.
+"""Merges all members of a derivation at once: every expert, or a running model and the newest one.
 
-Everything that can be validated is validated before a block is computed; the output is written once and appears under its name only
-when it is complete. Memory is a few blocks per thread, whatever the number of experts.
+Everything that can be validated is validated before a block is computed. The output is written once and published only when it is
+complete. Memory is a few blocks per thread, for any number of experts.
 """
 
 import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from merge_service.blocks.questions import Ask, Findings
 from merge_service.checkpoints import ties
-from merge_service.checkpoints.checkpoint import Checkpoint
+from merge_service.checkpoints.target import Target
+from merge_service.checkpoints.weights import Weights
 from merge_service.checkpoints.writer import CheckpointWriter
-from merge_service.engine.assembly import assemble
+from merge_service.engine.assembly import assemble, assemble_in_turn
 from merge_service.engine.compute import Compute, site_of
 from merge_service.engine.prepare import prepare
 from merge_service.engine.stream_state import METADATA_KEY, Ends, effective
@@ -24,46 +25,86 @@ from merge_service.engine.task import Input, MergeTask
 from merge_service.engine.thresholds_cache import KeptThresholds
 from merge_service.errors import TechniqueError
 from merge_service.merging.derivation import Derivation, Lineage, Out, Way
+from merge_service.merging.evidence import gather
 from merge_service.merging.intake import by_content, check_count, check_inputs, open_all, shown
-from merge_service.merging.report import MergeReport, report_of
+from merge_service.merging.report import Done, MergeReport, report_of
+from merge_service.statistics import Statistics
 
 
 def combine(derivation: Derivation, out: Out, way: Way = Way()) -> MergeReport:
     """Merge the members into `out`.
 
     Raises `TechniqueError` (technique, parameters, number of experts), or the kind of `CheckpointError` that fits, naming the
-    expert and tensor; `out` is then untouched.
+    expert and tensor; `out` is then unchanged.
     """
     check_count(derivation)
-    began = time.perf_counter()
-    if way.split is not None and out.shard_bytes is not None:
-        raise TechniqueError("workers write one file between them; leave --shard-size or --workers out")
-    operator = derivation.operator
+    if way.split is not None and (out.shard_bytes is not None or out.dtype is not None):
+        option = "--dtype" if out.shard_bytes is None else "--shard-size"
+        raise TechniqueError(f"workers write one file between them; leave {option} or --workers out")
     with contextlib.ExitStack() as stack:
         anchor, opened = open_all(stack, derivation.base, derivation.paths, way.rules)
+        return combine_weights(derivation, anchor, opened, out, way)
+
+
+def combine_weights(
+    derivation: Derivation, anchor: Weights | None, opened: Sequence[Weights], out: Out, way: Way = Way()
+) -> MergeReport:
+    """As `combine`, for weights of any kind: `anchor` is the base, `opened` are the members, in the derivation's order.
+
+    Raises as `combine` does.
+    """
+    began, operator = time.perf_counter(), derivation.operator
+    with contextlib.ExitStack() as stack:
         known, tied = taken_in(derivation, anchor, opened, way)
-        inputs = [
-            Input(entry["id"], order, weights)
-            for order, (entry, weights) in enumerate(zip(known.inputs, opened), 1)
-        ]
-        task = MergeTask.of(operator.technique, operator.params, anchor, inputs, tied)
+        measured = gather(stack, operator, anchor, derivation.members, opened)
         site, target = site_of(way.execution.device), out.target(derivation.sources)
+        task = MergeTask.of(
+            operator.technique, operator.params, *_cast(target, anchor, opened, known, measured), tied
+        )
         team = stack.enter_context(way.split.team(task, way.execution)) if way.split else None
-        found, notes = ready(task, way, known.sha256, team.answer if team else None)
-        writer = stack.enter_context(target.open(task.reference, metadata(task, operator.form, known)))
-        if team is None:
-            norm = assemble(Compute(task, found, site), Ends(writer), way.execution)
+        said, memory = (
+            metadata(task, operator.form, known),
+            KeptThresholds(task, way.keep_thresholds, known.sha256),
+        )
+        if team is None and task.in_turn:
+            with target.open(task.reference, said, way.durable) as writer:
+                lies, found = assemble_in_turn(task, site, memory.recall(), Ends(writer), way.execution)
+            notes = memory.store(found)
         else:
-            assert isinstance(writer, CheckpointWriter)
-            norm = team.assemble(task, found, writer, way.execution)
-        return report_of(task, target, known, began, norm, notes)
+            found, notes = ready(task, way, memory, team.answer if team else None)
+            with target.open(task.reference, said, way.durable) as writer:
+                if team is None:
+                    lies = assemble(Compute(task, found, site), Ends(writer), way.execution)
+                else:
+                    assert isinstance(writer, CheckpointWriter)
+                    lies = team.assemble(task, found, writer, way.execution)
+        return report_of(task, target, known, began, Done(lies, writer, notes))
+
+
+def _cast(
+    target: Target,
+    anchor: Weights | None,
+    opened: Sequence[Weights],
+    known: Lineage,
+    measured: Sequence[Statistics | None],
+) -> tuple[Weights | None, list[Input]]:
+    """Base and inputs of a task; the one whose layout the result has, and the one that is copied from, as the target wants it."""
+    seen = [*opened]
+    if anchor is None and opened:
+        seen = [target.reference(one) if at in (0, len(opened) - 1) else one for at, one in enumerate(opened)]
+    inputs = [
+        Input(entry["id"], order, one, evidence)
+        for order, (entry, one, evidence) in enumerate(zip(known.inputs, seen, measured), 1)
+    ]
+    return (None if anchor is None else target.reference(anchor)), inputs
 
 
 def taken_in(
-    derivation: Derivation, base: Checkpoint | None, opened: list[Checkpoint], way: Way
+    derivation: Derivation, base: Weights | None, opened: Sequence[Weights], way: Way
 ) -> tuple[Lineage, ties.Ties]:
-    """What the output says of inputs that may be merged, and what is tied in all of them; a running model that a merge made is
-    not asked where it comes from."""
+    """The lineage of inputs that may be merged, and the ties that hold in all of them. A running model that a merge wrote need
+    not be related to the base.
+    """
     is_fold = derivation.operator.form == "fold"
     exempt = 0 if is_fold and METADATA_KEY in opened[0].metadata else None
     said, tied = check_inputs(base, opened, shown(opened, derivation.ids), way.rules, exempt)
@@ -75,17 +116,16 @@ def taken_in(
 
 
 def ready(
-    task: MergeTask, way: Way, sha256: Mapping[str, str], ask: Ask | None = None
+    task: MergeTask, way: Way, memory: KeptThresholds, ask: Ask | None = None
 ) -> tuple[Findings, tuple[str, ...]]:
-    """Everything that needs a look at whole tensors, as far as it is not kept; and what could not be kept."""
-    memory = KeptThresholds(task, way.keep_limits, sha256)
+    """Statistics over whole tensors, computed unless kept; and why some could not be kept."""
     ask = ask or Surveyor(task, task.combined, way.execution.threads).answer
     found = prepare(task, ask, memory.recall())
     return found, memory.store(found)
 
 
 def metadata(task: MergeTask, form: str, known: Lineage) -> dict[str, str]:
-    """The reference's own metadata, and how this file was made."""
+    """The reference's own metadata, and a record of how this file was made."""
     record: dict[str, Any] = {
         "technique": task.technique.name,
         "form": form,

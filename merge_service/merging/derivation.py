@@ -1,13 +1,13 @@
-"""How a merged model is made, as values: operator, base and members; and what bears on no byte of it.
+"""How a merged model is made, as values: operator, base and members; and execution options, which affect no byte of it.
 
-The public functions of `merge_service.merge`, the streams of a study and the service all build these, so that what is one merge is
-spelled once.
+The public functions of `merge_service.merge`, the streams of a study and the service build the same values, so equal merges have
+one description.
 
 Invariant: two derivations with equal operators, bytes and ids give equal bytes, whatever the `Way`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,31 +32,52 @@ class Operator:
 
     @classmethod
     def of(cls, technique: str, params: Mapping[str, Any], form: Form) -> "Operator":
-        """Raises `TechniqueError` for an unknown technique or parameter, a value out of range, or a form that it lacks."""
+        """Raises `TechniqueError` for an unknown technique or parameter, a value out of range, or a form that the technique
+        lacks.
+        """
         found = get(technique)
         return cls(found, found.resolve(params, form, strict=True), form)
 
 
 @dataclass(frozen=True)
 class Member:
-    """One input of a merge: its id, where it lies, and the sha256 of its weights file. An id that is None comes from content."""
+    """One input of a merge: its id, its path, the sha256 of its weights file, and the file of its statistics.
+
+    An id of None is derived from content; statistics that a technique needs are looked for beside the weights.
+    """
 
     id: str | None
     path: Path
     sha256: str | None = None
+    statistics: Path | None = None
 
 
 def members_of(
-    paths: Sequence[PathLike], ids: Sequence[str | None] | None, sha256: Mapping[str, str] | None
+    paths: Sequence[PathLike],
+    ids: Sequence[str | None] | None,
+    sha256: Mapping[str, str] | None,
+    statistics: Sequence[PathLike | None] | None = None,
 ) -> tuple[Member, ...]:
-    """Members in this order, with the hashes that are known by id. Raises `TechniqueError` where ids are not one for each."""
+    """Members in this order, with the known hashes by id. Raises `TechniqueError` if there is not one id, and where statistics are
+    given one of these, for each.
+    """
+    measured = [None] * len(paths) if statistics is None else list(statistics)
+    if len(measured) != len(paths):
+        raise TechniqueError(
+            f"{len(measured)} files of statistics for {len(paths)} experts; give one for each, in the order of the experts"
+        )
     names = [None] * len(paths) if ids is None else list(ids)
     if len(names) != len(paths):
         raise TechniqueError(f"{len(names)} ids for {len(paths)} experts")
     known = sha256 or {}
     return tuple(
-        Member(name, Path(path), None if name is None else known.get(name))
-        for name, path in zip(names, paths)
+        Member(
+            name,
+            Path(path),
+            None if name is None else known.get(name),
+            None if found is None else Path(found),
+        )
+        for name, path, found in zip(names, paths, measured)
     )
 
 
@@ -64,7 +85,7 @@ def members_of(
 class Derivation:
     """An operator, the base, and the members in the operator's order: oldest first, a running model before the new one.
 
-    With `look`, or where an id is None, the output names file and sha256 of every input, and what computed.
+    With `look`, or if an id is None, the output names file and sha256 of every input, and the versions of the software.
     """
 
     operator: Operator
@@ -74,13 +95,13 @@ class Derivation:
 
     @property
     def paths(self) -> list[Path]:
-        """Where the members lie."""
+        """The paths of the members."""
         return [member.path for member in self.members]
 
     @property
     def sources(self) -> list[Path]:
-        """Every input, the base first and then the newest member."""
-        return [*([] if self.base is None else [self.base]), *reversed(self.paths)]
+        """Every input, the base first; without a base, the members from the one whose layout the result has."""
+        return [*([] if self.base is None else [self.base]), *self.paths]
 
     @property
     def ids(self) -> list[str | None]:
@@ -89,14 +110,15 @@ class Derivation:
 
     @property
     def is_named(self) -> bool:
-        """Whether the output says of its inputs what the members say."""
+        """Whether the output records ids and hashes as the members give them."""
         return not self.look and None not in self.ids
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """How the output names what it was made of: an entry per input ("id", and if known "file" and "sha256"), and `about`,
-    which is the base and the versions of what computed. `notes` say what is unusual about the inputs."""
+    """How the output names its inputs: an entry per input ("id", and if known "file" and "sha256"), and `about`, the base and the
+    versions of the software. `notes` say what is unusual about the inputs.
+    """
 
     inputs: list[dict[str, str]]
     about: dict[str, Any] = field(default_factory=dict)
@@ -104,12 +126,12 @@ class Lineage:
 
     @property
     def sha256(self) -> dict[str, str]:
-        """The sha256 of inputs by id, as far as they are known."""
+        """The known sha256 of inputs, by id."""
         return {entry["id"]: entry["sha256"] for entry in self.inputs if "sha256" in entry}
 
     @classmethod
     def given(cls, members: Sequence[Member]) -> "Lineage":
-        """By the names and hashes that the members have."""
+        """The lineage by the ids and hashes of the members."""
         return cls([_entry(member) for member in members])
 
 
@@ -120,7 +142,9 @@ def _entry(member: Member) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Rules:
-    """What is taken: `any_base` experts that are not related to the base; `strip_prefix` is taken off all tensor names."""
+    """Which inputs are accepted: `any_base` accepts experts that are not related to the base; `strip_prefix` is removed from all
+    tensor names.
+    """
 
     any_base: bool = False
     strip_prefix: str | None = None
@@ -128,29 +152,42 @@ class Rules:
 
 @dataclass(frozen=True)
 class Way:
-    """How a merge is carried out, which never changes a tensor of what comes out.
+    """Execution options of a merge; they never change a tensor of the result.
 
-    `keep_limits` as of `thresholds_cache`; with `split` the work is done in parts, elsewhere.
+    `keep_thresholds` as of `thresholds_cache`; `split` divides the work over processes. Files that are not `durable` are not synced:
+    they are caches, or the caller syncs them.
     """
 
     execution: Execution = field(default_factory=Execution)
     rules: Rules = field(default_factory=Rules)
-    keep_limits: Keep = False
+    keep_thresholds: Keep = False
     split: Split | None = None
+    durable: bool = True
 
 
 @dataclass(frozen=True)
 class Out:
-    """Where the merged model goes: a file, an index or a directory, in shards of at most so many bytes if that is given."""
+    """Where the merged model is written: a file, an index or a directory, in shards of at most `shard_bytes` bytes if given. `hashed`:
+    the report has the sha256 of the files, computed while they are written. `dtype` (as safetensors names it) is that of the floats
+    that are written, by default the base's. A directory of a Hugging Face library also gets `texts`, files by name, and `changes`
+    in its configuration, by key path."""
 
     path: Path
     shard_bytes: int | None = None
+    hashed: bool = False
+    dtype: str | None = None
+    texts: Mapping[str, str] = field(default_factory=dict)
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
     def target(self, sources: Sequence[Path]) -> Target:
-        """The same as files; a directory takes its configuration from the first source that has one."""
-        return Target.of(self.path, sources, self.shard_bytes)
+        """The files to write; a directory takes what goes with the weights from the first source that has it."""
+        found = Target.of(self.path, sources, self.shard_bytes)
+        folder = found.folder
+        if folder is not None and not folder.is_open_clip:
+            folder = folder.written(texts=self.texts, changes=self.changes)
+        return replace(found, hashed=self.hashed, dtype=self.dtype, folder=folder)
 
 
 def out_of(path: PathLike | None, shard_bytes: int | None = None) -> Out | None:
-    """Where a merged model goes that may not be wanted."""
+    """Where a merged model is written; None if it is not wanted."""
     return None if path is None else Out(Path(path), shard_bytes)

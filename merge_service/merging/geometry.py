@@ -1,14 +1,15 @@
-"""Where a merged model lies: how far from the base, and how far in the direction of the newest expert.
+"""Where a merged model on disk lies: its distance from the base, and its direction relative to the newest expert's.
 
-Invariant: sums are taken over grains of fixed size and added up exactly, so the numbers do not depend on threads.
+A merge computes the same during its pass (`engine.assembly`), without reading anything for it.
+
+Invariant: sums are taken over grains of fixed size and added exactly, so the numbers do not depend on threads.
 """
 
-import math
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-
-from merge_service.blocks.spans import BLOCK, Scratch, Span, dots, run, spans
+from merge_service.blocks.moments import Geometry, moments
+from merge_service.blocks.spans import BLOCK, Scratch, Span, run, spans
 from merge_service.checkpoints.admission import admit
 from merge_service.checkpoints.buffers import buffers
 from merge_service.checkpoints.checkpoint import Checkpoint
@@ -30,14 +31,9 @@ def geometry(base: PathLike, merged: PathLike, expert: PathLike, *, threads: int
         left_out = ties.keys() | buffers(anchor)
         sizes = [(n, i.numel) for n, i in anchor.tensors.items() if i.kind.is_float and n not in left_out]
 
-        def work(span: Span) -> tuple[list[float], list[float], list[float]]:
-            zero = anchor.read(span.name, span.start, span.stop)
-            a = np.subtract(one.read(span.name, span.start, span.stop), zero, dtype=np.float64)
-            b = np.subtract(two.read(span.name, span.start, span.stop), zero, dtype=np.float64)
-            return dots(a, a, scratch), dots(b, b, scratch), dots(a, b, scratch)
+        def work(span: Span) -> list[tuple[float, float, float]]:
+            zero, a, b = (weights.read(span.name, span.start, span.stop) for weights in (anchor, one, two))
+            return moments(zero, a, b, scratch)
 
         parts = run(work, spans(sizes, BLOCK), threads)
-    aa, bb, ab = (math.fsum(x for part in parts for x in part[i]) for i in range(3))
-    norms = math.sqrt(aa), math.sqrt(bb)
-    cosine = ab / (norms[0] * norms[1]) if norms[0] and norms[1] else 0.0
-    return {"merged_norm": norms[0], "expert_norm": norms[1], "cosine": max(-1.0, min(1.0, cosine))}
+    return asdict(Geometry.of([row for part in parts for row in part]))

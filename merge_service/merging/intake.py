@@ -1,7 +1,7 @@
-"""What comes into a merge: opened, recognised, made to fit each other, held to be related, and named.
+"""The inputs of a merge: opened, recognised, adapted to each other, checked for relation to the base, and named.
 
-Invariant: everything that can be wrong with an input is found here, before its bytes are hashed or a block is computed; and a
-name that is not given comes from content, so that no order of files and no path bears on a random mask.
+Invariant: every fault of an input is found here, before its bytes are hashed or a block is computed. An id that is not given is
+derived from content, so neither paths nor the order of files affect a random mask.
 """
 
 import contextlib
@@ -19,16 +19,17 @@ from merge_service.checkpoints.admission import align, check_tensors
 from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.relation import check_related
 from merge_service.checkpoints.unmergeable import check_integers, check_mergeable
+from merge_service.checkpoints.weights import Weights
 from merge_service.engine.stream_state import MAX_EXPERTS
 from merge_service.errors import CheckpointError, TechniqueError
 from merge_service.merging.derivation import Derivation, Lineage, PathLike, Rules
 
 ID_LENGTH = 12
-"""Hexadecimal digits of a name that comes from content."""
+"""Hexadecimal digits of an id that is derived from content."""
 
 
 def check_count(derivation: Derivation) -> None:
-    """Raise `TechniqueError` where a technique cannot merge so many experts, of these ids, with or without a base."""
+    """Raise `TechniqueError` if a technique cannot merge this many experts, with these ids, with or without a base."""
     technique, params = derivation.operator.technique, derivation.operator.params
     base, experts, name = derivation.base, len(derivation.members), derivation.operator.technique.name
     if (technique.moves(params) or "base" in technique.needs) and base is None:
@@ -46,6 +47,14 @@ def check_count(derivation: Derivation) -> None:
     weights = params.get("weights")
     if weights is not None and len(weights) != experts:
         raise TechniqueError(f"{name}: weights has {len(weights)} entries but there are {experts} experts")
+    density = params.get("density")
+    if isinstance(density, list) and len(density) != experts:
+        raise TechniqueError(f"{name}: density has {len(density)} entries but there are {experts} experts")
+    for pattern, factors in (params.get("coefficients") or {}).items():
+        if len(factors) != experts:
+            raise TechniqueError(
+                f"{name}: coefficients of {pattern!r} has {len(factors)} entries but there are {experts} experts"
+            )
     given = [one for one in derivation.ids if one is not None]
     if len(set(given)) != len(given):
         twice = next(one for one in given if given.count(one) > 1)
@@ -55,7 +64,7 @@ def check_count(derivation: Derivation) -> None:
 def open_all(
     stack: contextlib.ExitStack, base: PathLike | None, experts: Sequence[PathLike], rules: Rules
 ) -> tuple[Checkpoint | None, list[Checkpoint]]:
-    """The base and the experts, open until the stack is. Raises `CheckpointError` when no name has the prefix to be stripped."""
+    """The base and the experts, open as long as `stack`. Raises `CheckpointError` if no name has the prefix to strip."""
     anchor = stack.enter_context(Checkpoint.open(base)) if base is not None else None
     opened = [stack.enter_context(Checkpoint.open(path)) for path in experts]
     every = [*([anchor] if anchor else []), *opened]
@@ -68,18 +77,18 @@ def open_all(
 
 
 def check_inputs(
-    base: Checkpoint | None,
-    experts: Sequence[Checkpoint],
+    base: Weights | None,
+    experts: Sequence[Weights],
     names: Sequence[str],
     rules: Rules,
     exempt: int | None = None,
     known: ties.Ties | None = None,
 ) -> tuple[tuple[str, ...], ties.Ties]:
-    """Raise `CheckpointError` of the kind that fits for the first input that cannot be merged with the others; else notes, and
-    which tensors are tied in all of them.
+    """Raise the `CheckpointError` that fits for the first input that cannot be merged with the others; returns notes, and the
+    ties that hold in all of them.
 
-    Without a base experts must fit the first of them. `exempt` is the number of one that need not be related to the base. `known`
-    is what is tied in the experts of a stream that goes on with the one that is here.
+    Without a base, experts must fit the first of them. `exempt` is the index of an input that need not be related to the base.
+    `known` are the ties of a stream that continues with this expert.
     """
     reference = base or experts[0]
     if base is not None:
@@ -99,22 +108,22 @@ def check_inputs(
         notes += check_integers(reference, weights, who)
         if not rules.any_base and number != exempt:
             check_related(
-                reference, weights, who, "the base" if base is not None else "what the first expert was"
+                reference, weights, who, "the base" if base is not None else "the base of the first expert"
             )
     return tuple(notes), tied
 
 
 def by_content(
-    base: Checkpoint | None, experts: Sequence[Checkpoint], ids: Sequence[str | None], threads: int
+    base: Weights | None, experts: Sequence[Weights], ids: Sequence[str | None], threads: int
 ) -> Lineage:
-    """Every input by file and sha256; those without an id are named by their tensors. Reads all bytes once, on threads.
+    """Every input by file and sha256; inputs without an id are named by their tensors. Reads all bytes once, on threads.
 
-    Experts that hold the same are numbered (NAME-2, ...), and the notes say so. Raises `TechniqueError` for an id that is
-    given twice.
+    Experts of equal content are numbered (NAME-2, ...), and the notes say so. Raises `TechniqueError` for an id that is given
+    twice.
     """
     every = [*experts, *([base] if base is not None else [])]
     with ThreadPoolExecutor(threads) as pool:
-        found = list(pool.map(Checkpoint.digests, every))
+        found = list(pool.map(lambda weights: weights.digests(), every))
     seen: Counter[str] = Counter()
     entries, notes, first = [], [], dict[str, Path]()
     for weights, (content, sha256), name in zip(experts, found, ids):
@@ -133,13 +142,13 @@ def by_content(
     return Lineage(entries, about, tuple(notes))
 
 
-def shown(opened: Sequence[Checkpoint], ids: Sequence[str | None]) -> list[str]:
-    """What messages call inputs that may have no id yet: the file's name, with its directory where several have one name."""
+def shown(opened: Sequence[Weights], ids: Sequence[str | None]) -> list[str]:
+    """The names of inputs in messages: the id, or the file's name, with its directory if several files have the same name."""
     names = Counter(weights.path.name for weights in opened)
     files = ("/".join(weights.path.parts[-2 if names[weights.path.name] > 1 else -1 :]) for weights in opened)
     return [file if name is None else name for name, file in zip(ids, files)]
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes a merge."""
+    """Versions of the software that computes a merge."""
     return {"numpy": np.__version__, "temporal-merge": importlib.metadata.version("temporal-merge")}

@@ -1,8 +1,8 @@
-"""What the merge actor is asked to do, as plain values."""
+"""Jobs of the merge actor, as plain values."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from merge_service.merging.derivation import Member
 from merge_service.techniques.definition import Origin
@@ -12,9 +12,10 @@ from merge_service.techniques.definition import Origin
 class MergeJob:
     """One merge of a series: the experts of tasks 1..t at once (`merge`), or the running model and the newest (`fold`).
 
-    `members` come in the technique's order, oldest first; their ids seed random masks, so they are part of the result.
-    `scratch` is for streaming states and `limits` for kept thresholds: caches, rebuilt when they are missing.
-    `origin` is where a technique that is not ours is written. `any_base` takes experts that may lie far from the base.
+    `members` come in the technique's order, oldest first; their ids seed random masks, so they are part of the result. `scratch`
+    is for streaming states and `thresholds` for kept thresholds: caches, rebuilt when they are missing. `held` is "recipe" for a
+    merge that is only scored and then dropped. `origin` is where a technique that is not built in is defined. `any_base` accepts
+    experts that may be far from the base.
     """
 
     label: str
@@ -25,6 +26,7 @@ class MergeJob:
     members: tuple[Member, ...]
     threads: int
     scratch: str
-    limits: str
+    thresholds: str
     origin: Origin | None = None
     any_base: bool = False
+    held: Literal["files", "recipe"] = "files"

@@ -1,14 +1,14 @@
-"""How alike experts are: cosine and sign conflict of their task vectors, over the model, a tower or a transformer block.
+"""How similar experts are: cosine and sign conflict of their task vectors, over the model, a tower or a transformer block.
 
-Experts whose task vectors point apart or disagree in sign lose each other's knowledge when they are averaged (TIES-Merging,
-arXiv 2306.01708, section 3), so a person wants to see who clashes before choosing a technique.
+Experts whose task vectors are opposed or disagree in sign lose what they learned when they are averaged (TIES-Merging, arXiv
+2306.01708, section 3), so users compare them before they choose a technique.
 
-Signs are compared where both experts moved a weight by more than the root mean square of their task vector in its tower:
-weight decay alone moves every weight a little, and those that no task uses all in the same direction, which says nothing about
-tasks. (TIES compares what its trim keeps, for the same reason; a threshold that needs no sorting is enough to look at.)
+Signs are compared where both experts moved a weight by more than the root mean square of their task vector in its tower. Weight
+decay alone moves every weight a little, and moves weights that no task uses all in the same direction, which tells nothing about
+tasks. (TIES compares what its trim keeps, for the same reason; this threshold needs no sorting.)
 
 Invariant: checkpoints are read twice (magnitudes, then the rest), grain by grain through memory maps; memory is one grain per
-expert, whatever the size of the model.
+expert, for any size of model.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,12 +24,13 @@ from merge_service.checkpoints.admission import admit
 from merge_service.checkpoints.buffers import buffers
 from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.ties import Ties, tie
+from merge_service.checkpoints.weights import Weights
 from merge_service.errors import CheckpointError
 
 CLASH_COSINE, CLASH_CONFLICT = -0.1, 0.55
 """Clearly worse than unrelated task vectors, which have cosine 0 and conflict 0.5."""
 Part = tuple[str, int | None]
-"""A tower and the number of a transformer block in it, None for what is in no block."""
+"""A tower and the number of a transformer block in it, None for tensors outside blocks."""
 
 
 @dataclass
@@ -61,7 +62,7 @@ class _Overlap:
 
 @dataclass(frozen=True)
 class Clash:
-    """Two experts whose task vectors work against each other over the whole model."""
+    """Two experts whose task vectors are opposed over the whole model."""
 
     one: str
     other: str
@@ -82,6 +83,10 @@ class Similarity:
         norms = np.sqrt(np.diag(dot))
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.clip(dot / np.outer(norms, norms), -1, 1)
+
+    def norms(self) -> np.ndarray:
+        """[experts] L2 norms of the task vectors over the whole model."""
+        return np.sqrt(np.diag(self._over(None, None).dot))
 
     def conflict(self, tower: str | None = None, layer: int | None = None) -> np.ndarray:
         """[experts, experts] share of the weights that both moved (see above) whose signs differ, in [0, 1]; NaN where there are
@@ -119,7 +124,7 @@ class Similarity:
 def similarity(base: Path | str, experts: Mapping[str, Path | str]) -> Similarity:
     """Compare the task vectors of named expert checkpoints, in float64 over all float tensors.
 
-    Raises CheckpointError for fewer than two experts, and what admission raises for a checkpoint of another architecture.
+    Raises CheckpointError for fewer than two experts, and what `admit` raises for a checkpoint of another architecture.
     """
     if len(experts) < 2:
         raise CheckpointError(f"similarity compares at least two experts, and {len(experts)} were given")
@@ -132,7 +137,7 @@ def similarity(base: Path | str, experts: Mapping[str, Path | str]) -> Similarit
         return Similarity(tuple(experts), _overlaps(origin, opened, ties))
 
 
-def _overlaps(origin: Checkpoint, experts: Sequence[Checkpoint], ties: Ties) -> dict[Part, _Overlap]:
+def _overlaps(origin: Weights, experts: Sequence[Weights], ties: Ties) -> dict[Part, _Overlap]:
     anatomy = anatomy_of({name: info.shape for name, info in origin.tensors.items()})
     tower = anatomy.tower
     squares: dict[str, np.ndarray] = {}
@@ -150,9 +155,7 @@ def _overlaps(origin: Checkpoint, experts: Sequence[Checkpoint], ties: Ties) -> 
     return parts
 
 
-def _deltas(
-    origin: Checkpoint, experts: Sequence[Checkpoint], ties: Ties
-) -> Iterator[tuple[str, np.ndarray]]:
+def _deltas(origin: Weights, experts: Sequence[Weights], ties: Ties) -> Iterator[tuple[str, np.ndarray]]:
     """The task vectors, grain by grain: the tensor's name, and [experts, elements] float64."""
     left_out = ties.keys() | buffers(origin)
     tensors = origin.tensors.items()

@@ -1,13 +1,18 @@
-"""Merging the same growing list of experts again and again, at the cost of the newest one.
+"""Merges a growing list of experts again and again, at the cost of the newest one.
 
-A trajectory asks for the merge of experts 1..t at every t. Read anew each time that is quadratic in the number of tasks;
-continued from the state of the previous merge it is linear, and the result is the same to the last bit.
+A trajectory needs the merge of experts 1..t at every t. Reading all experts each time is quadratic in the number of tasks.
+Continuing from the state of the previous merge is linear, and gives the same bits.
 
-Invariant: what comes out never depends on what was held. A state is only trusted in the process that wrote it; everything
-else is rebuilt from the experts.
+Every state has its checksum beside it, so a process that starts where another ended continues from there and does not read every
+expert again.
+
+Invariant: the result never depends on held states. A state is trusted by the process that wrote it, and by others if its checksum is
+right; every other state is rebuilt from the experts.
 """
 
+import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -18,40 +23,45 @@ from pathlib import Path
 
 from merge_service.checkpoints import ties
 from merge_service.checkpoints.checkpoint import Checkpoint
-from merge_service.engine.assembly import Execution
-from merge_service.engine.thresholds_cache import Keep
+from merge_service.files.digest import checksum_of
+from merge_service.files.leftovers import is_abandoned, owner_mark
 from merge_service.merging.derivation import Derivation, Member, Operator, Out, PathLike, Rules, Way
 from merge_service.merging.report import MergeReport
 from merge_service.merging.streaming import States, advance, merge_all
 
+Members = tuple[tuple[str | None, str | None], ...]
+"""Ids and sha256 of what a state stands for."""
+PREFIX = "states-"
+
 
 @dataclass(frozen=True)
 class _Held:
-    members: tuple[tuple[str | None, str | None], ...]
+    members: Members
     path: Path
 
 
 class StreamCache:
-    """Streaming states in a directory of its own under `scratch`; one per technique, parameters and base.
+    """Streaming states in a directory of their own under `scratch`; one per technique, parameters and base.
 
-    `keep_limits` as in `merge`.
+    What an earlier process left under `scratch` is taken over where it fits. States are not synced, since their checksums tell a
+    torn one.
+
+    `way` is how merges are carried out.
     """
 
-    def __init__(
-        self, scratch: PathLike, execution: Execution = Execution(), keep_limits: Keep = False
-    ) -> None:
+    def __init__(self, scratch: PathLike, way: Way = Way()) -> None:
         Path(scratch).mkdir(parents=True, exist_ok=True)
-        self._directory = Path(tempfile.mkdtemp(prefix="states-", dir=scratch))
-        self._execution, self._keep_limits = execution, keep_limits
+        self._scratch = Path(scratch)
+        self._directory = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{owner_mark()}.", dir=scratch))
+        self._way = way
         self._held: dict[str, _Held] = {}
-        self._written = 0
 
     def merge(
         self, derivation: Derivation, base_sha256: str, out: PathLike, rules: Rules = Rules()
     ) -> MergeReport:
-        """The merge of a derivation, to the byte; cheap when all its members but the last were merged just before."""
-        operator, target = derivation.operator, Out(Path(out))
-        way = Way(self._execution, rules, self._keep_limits)
+        """The merge of a derivation, to the byte; cheap if all its members but the last were merged just before."""
+        operator, target = derivation.operator, Out(Path(out), hashed=True)
+        way = replace(self._way, rules=rules)
         if "stream" not in operator.technique.forms or not derivation.members:
             return merge_all(derivation, target, way)
         steps = partial(self._advance, derivation, target, way, _lineage(operator, base_sha256))
@@ -74,43 +84,76 @@ class StreamCache:
         start: tuple[int, Path | None],
         tied: ties.Ties | None = None,
     ) -> MergeReport:
-        """Take in the members that come after a state (their number, the state), the first of all with what is `tied` in all."""
+        """Add the members after a state. `start` is their number and the state; `tied` are the ties of all members, if known."""
         report, (done, state), members = None, start, derivation.members
         for number in range(done, len(members)):
-            after, last = self._next_path(), out if number == len(members) - 1 else None
+            after = self._directory / _name(lineage, _identities(members[: number + 1]))
+            last = out if number == len(members) - 1 else None
             one = replace(derivation, members=(members[number],))
             report = advance(one, States(state, after), last, way, tied=tied)
+            after.with_suffix(".crc").write_text(report.state or "")
             self._keep(lineage, members[: number + 1], after)
             state = after
         assert report is not None
         return report
 
     def close(self) -> None:
-        """Forget everything and free the disk."""
+        """Drop all states and free the disk."""
         self._held.clear()
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _longest(self, lineage: str, members: Sequence[Member]) -> tuple[int, Path | None]:
         """How many leading members a held state stands for (never all: the last one makes the result), and the state."""
-        held = self._held.get(lineage)
-        if held is None or len(held.members) >= len(members):
-            return 0, None
-        if held.members != tuple((m.id, m.sha256) for m in members[: len(held.members)]):
-            return 0, None
-        return len(held.members), held.path
+        wanted, held = _identities(members), self._held.get(lineage)
+        if held is None or len(held.members) >= len(wanted) or held.members != wanted[: len(held.members)]:
+            held = self._taken_over(lineage, wanted)
+        return (0, None) if held is None else (len(held.members), held.path)
+
+    def _taken_over(self, lineage: str, wanted: Members) -> _Held | None:
+        """The longest state of these members that another process left whole; here it has a name of its own from now on."""
+        for count in range(len(wanted) - 1, 0, -1):
+            name = _name(lineage, wanted[:count])
+            mine = self._directory / name
+            for found in sorted({*self._scratch.glob(f"{PREFIX}*/{name}")} - {mine}):
+                try:
+                    mine.unlink(missing_ok=True)
+                    os.link(found, mine)
+                    stated = found.with_suffix(".crc").read_text()
+                    if stated and checksum_of(mine) == stated:
+                        mine.with_suffix(".crc").write_text(stated)
+                        return _Held(wanted[:count], mine)
+                except OSError:
+                    pass  # gone in the meantime, or no links here: the experts are there
+                mine.unlink(missing_ok=True)
+        return None
 
     def _keep(self, lineage: str, members: Sequence[Member], path: Path) -> None:
         before = self._held.get(lineage)
-        self._held[lineage] = _Held(tuple((m.id, m.sha256) for m in members), path)
-        if before is not None:
-            before.path.unlink(missing_ok=True)
+        self._held[lineage] = _Held(_identities(members), path)
+        if before is not None and before.path != path:
+            _remove(before.path)
+        earlier = _name(lineage, _identities(members[:-1]))
+        for left in self._scratch.glob(f"{PREFIX}*/{earlier}"):
+            mark = left.parent.name.removeprefix(PREFIX).rpartition(".")[0]
+            if left.parent == self._directory or is_abandoned(mark, 0.0):
+                _remove(left)
 
-    def _next_path(self) -> Path:
-        self._written += 1
-        return self._directory / f"{self._written}.safetensors"
+
+def _remove(state: Path) -> None:
+    state.unlink(missing_ok=True)
+    state.with_suffix(".crc").unlink(missing_ok=True)
+
+
+def _identities(members: Sequence[Member]) -> Members:
+    return tuple((member.id, member.sha256) for member in members)
+
+
+def _name(lineage: str, members: Members) -> str:
+    """The file of a state of these members."""
+    return hashlib.sha256(json.dumps([lineage, members]).encode()).hexdigest()[:32] + ".safetensors"
 
 
 def _lineage(operator: Operator, base_sha256: str) -> str:
-    """What states that continue each other have in common."""
+    """The key that states which continue each other have in common."""
     fixed = {name: value for name, value in operator.params.items() if name != "weights"}
     return json.dumps([operator.technique.name, fixed, base_sha256], sort_keys=True)

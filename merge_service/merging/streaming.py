@@ -1,7 +1,7 @@
-"""A merge that remembers: one more expert into a streaming state, one out of it again, one for another.
+"""Streaming merges: add an expert to a state, take one out again, or replace one.
 
-Invariant: the model after an arrival has the bytes of `combine` of all experts so far, and an arrival costs the same however many
-came before.
+Invariant: the model after an arrival has the bytes of `combine` of all experts so far, and the cost of an arrival does not depend
+on their number.
 """
 
 import contextlib
@@ -20,17 +20,19 @@ from merge_service.engine.compute import Compute, site_of
 from merge_service.engine.retraction import check_bytes, retraction
 from merge_service.engine.stream_state import Ends, StreamState, state_writer
 from merge_service.engine.task import Input, MergeTask
+from merge_service.engine.thresholds_cache import KeptThresholds
 from merge_service.errors import TechniqueError
 from merge_service.files.leftovers import temporary
 from merge_service.merging.combine import combine, metadata, ready, taken_in
 from merge_service.merging.derivation import Derivation, Lineage, Member, Operator, Out, Rules, Way
+from merge_service.merging.evidence import gather
 from merge_service.merging.intake import check_count, check_inputs, open_all
-from merge_service.merging.report import MergeReport, report_of
+from merge_service.merging.report import Done, MergeReport, report_of
 
 
 @dataclass(frozen=True)
 class States:
-    """The files of a streaming state: as it was (None to start), and as it will be."""
+    """The files of a streaming state: before (None to start) and after."""
 
     before: Path | None
     after: Path
@@ -46,10 +48,10 @@ def advance(
 ) -> MergeReport:
     """Add the one member of a derivation to a streaming merge; with `out=None` only the state is written.
 
-    `known` is what the outputs say of the expert, by default its id and sha256. A stream whose experts are known beforehand gives what
-    is `tied` in all of them (`ties.tie`) with the first. Besides what `combine` raises: `TechniqueError` when the state belongs to
-    another technique, parameters or base, or holds this id; `BrokenTie` when the experts so far hold two names as one tensor and this
-    one does not.
+    `known` is the lineage entry of the expert, by default its id and sha256. `tied` are the ties that hold in all experts of a
+    stream (`ties.tie`), if they are known at the first one. Besides what `combine` raises: `TechniqueError` when the state
+    belongs to another technique, parameters or base, or holds this id; `BrokenTie` when the experts so far hold two names as one
+    tensor and this one does not.
     """
     began = time.perf_counter()
     operator, (member,) = derivation.operator, derivation.members
@@ -65,7 +67,8 @@ def advance(
             held.check_new(member.id)
         same = held.ties(anchor) if held else tied
         said, same = check_inputs(anchor, [newest], [member.id], way.rules, known=same)
-        arrival = Input(member.id, len(seen) + 1, newest)
+        (measured,) = gather(stack, operator, anchor, derivation.members, [newest])
+        arrival = Input(member.id, len(seen) + 1, newest, measured)
         task = MergeTask.of(operator.technique, operator.params, anchor, [arrival], same)
         site = site_of(way.execution.device)
         if held:
@@ -73,18 +76,18 @@ def advance(
         sha256 = known.sha256
         known = dataclasses.replace(known, inputs=[*seen, *known.inputs], notes=said)
         target = out.target(derivation.sources) if out else None
-        found, notes = ready(task, way, sha256)
-        norm = _carry_on(Compute(task, found, site), Step(held, states.after, target), known, way)
-        return report_of(task, target, known, began, norm, notes)
+        found, notes = ready(task, way, KeptThresholds(task, way.keep_thresholds, sha256))
+        done = _carry_on(Compute(task, found, site), Step(held, states.after, target, notes), known, way)
+        return report_of(task, target, known, began, done)
 
 
 def retract(derivation: Derivation, states: States, out: Out | None, way: Way = Way()) -> MergeReport:
     """Take the one member of a derivation out of a streaming merge.
 
-    The operator is the one the state was made with; the report holds the parameters of the experts that stay (explicit weights lose
-    one entry), to go on with. What is written equals a merge of those that stay up to rounding: see `engine/retraction.py`. Besides
-    what `advance` raises: `TechniqueError` when the id is not in the state, the member is not what went in under it, or the
-    technique cannot: largest values, and schedules that weigh by place (but for the newest expert).
+    The operator is that of the state; the report holds the parameters of the remaining experts (explicit weights lose one entry),
+    for the next call. The result equals a merge of the remaining experts up to rounding: see `engine/retraction.py`. Besides what
+    `advance` raises: `TechniqueError` when the id is not in the state, the member is not the one that was added under it, or the
+    technique does not allow it: largest values, and schedules, except for the newest expert.
     """
     began = time.perf_counter()
     operator, (member,) = derivation.operator, derivation.members
@@ -103,9 +106,10 @@ def retract(derivation: Derivation, states: States, out: Out | None, way: Way = 
         known = Lineage(staying, notes=said + unchecked)
         held.check_layout(task)
         target = out.target(derivation.sources) if out else None
-        found, notes = ready(task, way, Lineage.given(derivation.members).sha256)
-        norm = _carry_on(Compute(task, found, Host()), Step(held, states.after, target), known, way)
-        return report_of(task, target, known, began, norm, notes)
+        sha256 = Lineage.given(derivation.members).sha256
+        found, notes = ready(task, way, KeptThresholds(task, way.keep_thresholds, sha256))
+        done = _carry_on(Compute(task, found, Host()), Step(held, states.after, target, notes), known, way)
+        return report_of(task, target, known, began, done)
 
 
 def replace(
@@ -113,7 +117,7 @@ def replace(
 ) -> MergeReport:
     """`retract` of the one member of a derivation and `advance` of `new` under the same id, which is then the newest.
 
-    An explicit weight goes with it.
+    An explicit weight moves with the id.
     """
     operator, (old,) = derivation.operator, derivation.members
     assert old.id is not None and states.before is not None
@@ -136,7 +140,7 @@ def replace(
 
 
 def replay(derivation: Derivation, out: Out, way: Way = Way()) -> MergeReport:
-    """All members at once for a technique that takes them one after another: the stream from the first on."""
+    """Merge all members by a technique that takes them one after another: the stream from the first on."""
     operator = derivation.operator
     check_count(derivation)
     if way.split is not None:
@@ -164,26 +168,29 @@ def replay(derivation: Derivation, out: Out, way: Way = Way()) -> MergeReport:
 
 
 def merge_all(derivation: Derivation, out: Out, way: Way = Way()) -> MergeReport:
-    """`combine`, or `replay` for a technique that takes experts one after another: what `merge` of a list is."""
+    """`combine`, or `replay` for a technique that takes experts one after another: the merge of a list."""
     one_by_one = derivation.operator.technique.ordered and derivation.members
     return replay(derivation, out, way) if one_by_one else combine(derivation, out, way)
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a streaming merge goes on from, and what it writes."""
+    """What a streaming merge continues, what it writes, and the notes so far."""
 
     held: StreamState | None
     after: Path
     target: Target | None
+    notes: tuple[str, ...]
 
 
-def _carry_on(compute: Compute, step: Step, known: Lineage, way: Way) -> float | None:
-    """Write the state after `known.inputs`, and the merged model if there is a target; its norm."""
-    task = compute.task
+def _carry_on(compute: Compute, step: Step, known: Lineage, way: Way) -> Done:
+    """Write the state after `known.inputs`, and the merged model if there is a target."""
+    task, writer = compute.task, None
     with contextlib.ExitStack() as stack:
-        keep = stack.enter_context(state_writer(step.after, task, known.inputs))
-        writer = None
+        keep = stack.enter_context(state_writer(step.after, task, known.inputs, way.durable))
         if step.target:
-            writer = stack.enter_context(step.target.open(task.reference, metadata(task, "merge", known)))
-        return assemble(compute, Ends(writer, step.held, keep), way.execution)
+            form = "fold" if task.technique.resumes and "weight" in task.params else "merge"
+            made = metadata(task, form, known)
+            writer = stack.enter_context(step.target.open(task.reference, made, way.durable))
+        lies = assemble(compute, Ends(writer, step.held, keep), way.execution)
+    return Done(lies, writer, step.notes, keep.digest_found)

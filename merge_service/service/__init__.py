@@ -1,17 +1,23 @@
-"""Experts that arrive from anywhere, in any order, and the merged models that are served in time-step order.
+"""Experts that arrive in any order and from anywhere, and merged models that are served in time-step order.
 
-`MergeService` is plain Python over paths; `Merger` is the part of it that a Ray actor carries out for studies.
+`MergeService` is plain Python over paths; `Merger` is the part of it that a Ray actor runs for studies. `Folder` makes the merges of a
+live service, whose sequence of experts grows and loses some.
 """
 
 from merge_service.moved import names_from
 from merge_service.service.actors import Merger
+from merge_service.service.sequence import Folder, Origin, Place, merges_at
 from merge_service.service.service import Arrival, MergeService, Moment
 
 __all__ = [
     "Arrival",
+    "Folder",
     "MergeService",
     "Merger",
     "Moment",
+    "Origin",
+    "Place",
+    "merges_at",
 ]
 
 __getattr__ = names_from("merge_service.service.service")

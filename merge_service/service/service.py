@@ -1,10 +1,10 @@
-"""The merge service: experts arrive, merged models are served, in time-step order whatever order they came in.
+"""The merge service: takes experts in any order, and serves merged models in time-step order.
 
-Plain Python over paths; the actor is a thin shell around it. Experts may have been trained anywhere: each is admitted
-against the base and checked for non-finite numbers when it arrives, before anything is built on it.
+Plain Python over paths; an actor only wraps it. Experts may be trained anywhere: on arrival each is checked against the base and
+for non-finite numbers, before any merge uses it.
 
-Invariant: everything held is a cache. The same experts, arriving in any order, any number of times, to a fresh service,
-give the same bytes, which are those of a study. A call that fails leaves the service as it was.
+Invariant: everything held is a cache. The same experts, in any order and any number of times, give a fresh service the same
+bytes, which are those of a study. A call that fails leaves the service unchanged.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from merge_service.checkpoints.admission import check_finite
-from merge_service.checkpoints.checkpoint import CONFIG_FILE, sha256_of
+from merge_service.checkpoints.checkpoint import CONFIG_FILE, locate, sha256_of
 from merge_service.engine.assembly import Execution
 from merge_service.errors import ConflictingArrival
 from merge_service.merging.combine import combine
@@ -29,7 +29,7 @@ from merge_service.timelines.time import Base, Expert, Merged, Strategy, Weights
 
 @dataclass(frozen=True)
 class Arrival:
-    """An expert that was admitted. `id` names it in messages and seeds its random masks."""
+    """An admitted expert. `id` names it in messages and seeds its random masks."""
 
     t: int
     id: str
@@ -39,7 +39,7 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Moment:
-    """What happened at one time step: the expert, and the merges it made possible."""
+    """One complete time step: the expert, and the merges that it made possible."""
 
     t: int
     expert: Arrival
@@ -47,9 +47,9 @@ class Moment:
 
 
 class MergeService:
-    """One strategy over one stream. Use as a context manager, or `close` it, to free its scratch space.
+    """One strategy over one stream. Use it as a context manager, or `close` it, to free its scratch space.
 
-    `any_base` takes experts that cannot have been trained from the base.
+    `any_base` accepts experts that cannot have been trained from the base.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class MergeService:
         self._directory = Path(tempfile.mkdtemp(prefix="merged-", dir=scratch))
         self._rules = Rules(any_base)
         self._execution = Execution(threads)
-        self._states = StreamCache(scratch, self._execution)
+        self._states = StreamCache(scratch, Way(self._execution))
         self._made = 0
         self._arrivals: dict[int, Arrival] = {}
         self._merged: dict[Merged, Member] = {}
@@ -77,11 +77,11 @@ class MergeService:
     def arrive(
         self, t: int, expert: PathLike, *, expert_id: str | None = None, sha256: str | None = None
     ) -> list[Moment]:
-        """Take in the expert of task `t` (1-based) and do what has become possible; the time steps that completed.
+        """Add the expert of task `t` (1-based) and complete the time steps that become possible; returns these.
 
-        Time steps complete in order: an early expert waits for those before it. The same expert again does nothing.
-        Raises `ConflictingArrival` for other bytes at the same `t` or under the same id, a `CheckpointError` for an expert
-        that cannot be merged, and what writing a merge raises; the service is then as it was.
+        Time steps complete in order: an early expert waits for those before it. The same expert again does nothing. Raises
+        `ConflictingArrival` for other bytes at the same `t` or under the same id, a `CheckpointError` for an expert that cannot
+        be merged, and what writing a merge raises; the service is then unchanged.
         """
         if t < 1:
             raise ValueError(f"tasks are numbered from 1, not {t}")
@@ -95,10 +95,11 @@ class MergeService:
     def replace(
         self, t: int, expert: PathLike, *, expert_id: str | None = None, sha256: str | None = None
     ) -> list[Moment]:
-        """Another expert for task `t`, by default under the same id: every merge it is part of is made anew, from the experts.
+        """Replace the expert of task `t`, by default under the same id. Every merge it is part of is made again, from the
+        experts.
 
-        Returns the time steps that completed again. Experts that were trained from a merge that changes are not trained
-        anew; that is the caller's to judge. Raises what `remove` and `arrive` raise; the service is then as it was.
+        Returns the time steps that completed again. Experts that were trained from a changed merge are not trained again; whether
+        they should be is the caller's decision. Raises what `remove` and `arrive` raise; the service is then unchanged.
         """
         if t not in self._arrivals:
             raise LookupError(f"no expert of task {t} has arrived, so there is none to replace")
@@ -114,9 +115,9 @@ class MergeService:
             return self._take(arrival)
 
     def remove(self, t: int) -> None:
-        """Forget the expert of task `t`, as if it had never arrived: later ones wait for another in its place.
+        """Remove the expert of task `t`, as if it had never arrived: later experts wait for another in its place.
 
-        What was served from time step `t` on is deleted. Raises `LookupError` when there is no such expert.
+        Merged models from time step `t` on are deleted. Raises `LookupError` if there is no such expert.
         """
         if t not in self._arrivals:
             raise LookupError(f"no expert of task {t} has arrived, so there is none to remove")
@@ -124,11 +125,11 @@ class MergeService:
             self._forget(t)
 
     def initial(self, t: int) -> Path:
-        """The weights that training on task `t` starts from. Raises `LookupError` until the experts before it arrived."""
+        """The weights that training on task `t` starts from. Raises `LookupError` until the experts before it have arrived."""
         return self._path(timeline.initial(self.strategy, t))
 
     def deployed(self, t: int | None = None) -> Path:
-        """The weights served after task `t`, by default after the newest complete one. Raises `LookupError` as above."""
+        """The weights served after task `t`, by default after the newest complete one. Raises `LookupError` as `initial` does."""
         return self._path(timeline.deployed(self.strategy, len(self._history) if t is None else t))
 
     def history(self) -> tuple[Moment, ...]:
@@ -140,7 +141,7 @@ class MergeService:
         return tuple(self._arrivals[t] for t in sorted(self._arrivals) if t > len(self._history))
 
     def close(self) -> None:
-        """Delete the caches; the experts and the base are not ours and stay."""
+        """Delete the caches; the experts and the base belong to the caller and stay."""
         self._states.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
@@ -152,7 +153,7 @@ class MergeService:
 
     @contextlib.contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """Of what is done inside, keep all or, when it fails, nothing; files of what is kept no longer go last."""
+        """Keep all changes made inside, or none if it fails; then delete files that are no longer in use."""
         before = (dict(self._arrivals), dict(self._merged), list(self._history))
         kept = before[1]
         try:
@@ -167,7 +168,7 @@ class MergeService:
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
     def _take(self, arrival: Arrival) -> list[Moment]:
-        """Book an admitted expert and complete the time steps that have become possible."""
+        """Record an admitted expert and complete the time steps that become possible."""
         self._arrivals[arrival.t] = arrival
         done = []
         while len(self._history) + 1 in self._arrivals:
@@ -199,33 +200,25 @@ class MergeService:
             check_finite(expert, who)
 
     def _complete(self, arrival: Arrival) -> Moment:
-        merges = []
-        after = (timeline.initial(self.strategy, arrival.t + 1), timeline.deployed(self.strategy, arrival.t))
-        for weights in dict.fromkeys(after):
-            if isinstance(weights, Merged):
-                merges.append((weights, self._make(weights)))
-        moment = Moment(arrival.t, arrival, tuple(merges))
+        made = [(merge.result, self._make(merge)) for merge in timeline.derivations(self.strategy, arrival.t)]
+        moment = Moment(arrival.t, arrival, tuple(made))
         self._history.append(moment)
         return moment
 
-    def _make(self, merged: Merged) -> MergeReport:
-        assert self.strategy.technique is not None
-        params = timeline.params_for(self.strategy, merged)
-        operator = Operator.of(self.strategy.technique, params, merged.form)
-        self._made += 1  # a new name: what was made before stays until the call has succeeded
-        out = (
-            self._directory
-            / f"{merged.policy}-{merged.t}-{self._made}{'' if self._as_directory() else '.safetensors'}"
-        )
-        members = tuple(self._member(weights) for weights in timeline.parents(self.strategy, merged))
-        if merged.policy == "all":
-            derivation = Derivation(operator, self.base, members)
+    def _make(self, merge: timeline.Merge) -> MergeReport:
+        merged = merge.result
+        operator = Operator.of(merge.technique, merge.params, merged.form)
+        self._made += 1  # a new name: earlier files stay until the call has succeeded
+        name = f"{merged.policy}-{merged.t}-{self._made}{'' if self._as_directory() else '.safetensors'}"
+        out = self._directory / name
+        ids = merge.ids({t: arrival.id for t, arrival in self._arrivals.items()})
+        members = tuple(replace(self._member(one), id=name) for one, name in zip(merge.members, ids))
+        derivation = Derivation(operator, self.base, members)
+        if merged.form == "merge":
             report = self._states.merge(derivation, self._base_sha256, out, self._rules)
         else:
-            running = replace(members[0], id=f"running-{merged.t - 1}")
-            derivation = Derivation(operator, self.base, (running, members[1]))
-            report = combine(derivation, Out(out), Way(self._execution, self._rules))
-        self._merged[merged] = Member(out.name, out, sha256_of(out))
+            report = combine(derivation, Out(out, hashed=True), Way(self._execution, self._rules))
+        self._merged[merged] = Member(out.name, out, report.sha256[locate(out).name])
         return report
 
     def _as_directory(self) -> bool:

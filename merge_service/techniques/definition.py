@@ -1,14 +1,11 @@
-"""What a merging technique is, as data, and the register of all there are.
+"""A technique as data: a choice of parts and parameters.
 
-A technique is a choice of parts (what the rule sees, how it is thinned out, how experts are combined, how the result is
-scaled) plus parameters. The tables are in `catalogue.py`; `rules.py` turns the parts into arithmetic; nothing here imports
-numpy, so configuration files can be checked at once.
+The parts are objects made of the parameters: how task vectors are thinned out (`thinning.py`), the rule that combines experts
+(`rule.py`, `families/`), and how the result is scaled (`scaling.py`). No module here imports numpy, so studies are checked
+quickly.
 
-Invariant: `resolve` gives every effective parameter of one form and nothing else. Two merges that compute the same
-have the same resolved parameters, whatever was written in the configuration.
-
-Parameter names have one meaning everywhere: `weight` of the NEW expert in a fold (SLERP too), `density` the fraction
-KEPT, `scale` lambda.
+Invariant: `resolve` gives every effective parameter of one form and nothing else. Two merges that compute the same have the same
+resolved parameters, whatever was written in the configuration.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,107 +13,87 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from merge_service.errors import TechniqueError
-from merge_service.techniques.params import Param, nearest
+from merge_service.techniques.params import Param, listed, nearest
 from merge_service.techniques.rule import Combining
+from merge_service.techniques.scaling import BY_SCALE, Factor
 from merge_service.techniques.thinning import KeepAll
 
 Form = Literal["merge", "fold", "stream"]
 
-_MERGE = frozenset({"merge"})
-
-WEIGHT = Param("weight", "float", 0.5, "weight of the new expert; the running model gets 1 - weight", 0, 1)
-SCALE = Param("scale", "float", 1.0, "lambda, the factor of the merged task vector")
-DENSITY = Param("density", "float", 0.2, "fraction of every task vector that is kept", 0, 1, above_low=True)
-GRANULARITY = Param(
-    "granularity",
-    "choice",
-    "tower",
-    "over what a threshold or a majority sign is taken; image and text tower separately by default",
-    choices=("model", "tower", "tensor"),
-)
-CONSENSUS = Param(
-    "consensus",
-    "choice",
-    "mean",
-    "how the kept values that agree with the elected sign are combined",
-    choices=("mean", "sum", "max"),
-)
-COUNT_FROZEN = Param(
-    "count_frozen",
-    "bool",
-    True,
-    "whether tensors that an expert left equal to the base count when the kept fraction is measured",
-)
-LOGIT_SCALE = Param(
-    "logit_scale",
-    "choice",
-    "merge",
-    "merge: as any parameter, then at most ln(100) as CLIP has it; base: keep the base's; unclamped: as any parameter (TIME)",
-    choices=("merge", "base", "unclamped"),
-)
-OUTLIERS = Param("outliers", "float", 0.01, "fraction of largest magnitudes dropped", 0, 1)
-SEED = Param("seed", "int", 0, "seed of the random masks", 0, 2**63 - 1)
-LINES = (
-    Param("lines_alpha", "float", 0.5, "factor of the first block and of everything outside blocks"),
-    Param("lines_beta", "float", 0.5, "what the factor grows by from the first block to the last"),
-    Param(
-        "lines_shape",
-        "choice",
-        "linear",
-        "growth over depth x in [0, 1]: x, x squared, or the square root of x",
-        choices=("linear", "quadratic", "sqrt"),
-    ),
-)
-SCHEDULES = ("uniform", "linear", "sqrt", "quadratic", "cubic", "exp", "log")
-AVERAGING = (
-    WEIGHT,
-    Param("weights", "floats", None, "one weight per expert, normalised; excludes schedule", 0, forms=_MERGE),
-    Param("schedule", "choice", "uniform", "weights that grow with time", choices=SCHEDULES, forms=_MERGE),
-)
-
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a technique that is not ours is written: its module, and the sha256 of the file (`own.py`)."""
+    """Where a technique that is not built in is defined: its module, and the sha256 of the file (`own.py`).
+
+    `file` is the path from which this process loaded the module. It is a place and not part of the identity.
+    """
 
     module: str
     source: str
+    file: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A measurement that a technique needs of every expert (`of` the expert's weights, or of the base on the expert's data; of
+    all experts together, for one merge).
+
+    `when` is a parameter and the value at which it is needed; always without it. `labels`: the data must have them.
+    """
+
+    kind: str
+    of: Literal["expert", "base", "experts"] = "expert"
+    labels: bool = False
+    when: tuple[str, str] | None = None
+
+    def needed(self, params: Mapping[str, Any]) -> bool:
+        """Whether it is needed with these parameters."""
+        return self.when is None or params.get(self.when[0]) == self.when[1]
 
 
 @dataclass(frozen=True)
 class Technique:
-    """What a technique is. `combine` makes the rule by which experts come together, `thin` how task vectors are thinned out, both of
-    its parameters.
+    """One technique. `rule` makes the rule that combines experts, and `thin` the object that thins out task vectors, both from
+    the parameters; `scale` is the factor of the combined task vector.
 
-    `factor` names the parameter that multiplies the combined task vector (LiNeS has `depth` instead); `adds` says that task
-    vectors are summed, not averaged.
-    `ordered`: every expert is seen against those before it, so all at once is the stream from the first on.
-    `origin` is where a technique is written that somebody else wrote.
+    `forms` are the forms it exists in. A technique with an `arity` takes exactly that many checkpoints. `ordered`: every expert
+    is combined with those before it, so a merge of all is the stream from the first on. `breaks` declares which of the laws for
+    all techniques (P1 to P16, tests/merge_service/techniques/test_properties.py) do not hold for this one, and why. `origin` is
+    where a technique that is not built in is defined. `portable`: equal inputs give equal bits on every machine; false where
+    singular vectors come from a linear algebra library. `evidence` is what must be measured first. `resumes`: a fold continues the
+    state of the running model, which its weights alone do not give. `keeps` says what the state holds, where that is more than its arrays.
     """
 
     name: str
     formula: str
     paper: str
     params: tuple[Param, ...]
-    combine: Callable[[Mapping[str, Any]], Combining]
+    rule: Callable[[Mapping[str, Any]], Combining]
     space: Literal["weights", "task_vectors"] = "task_vectors"
     thin: type[KeepAll] = KeepAll
-    depth: bool = False
-    factor: str = "scale"
-    adds: bool = False
+    scale: Factor = BY_SCALE
     forms: frozenset[str] = frozenset({"merge", "fold", "stream"})
     arity: int | None = None
     ordered: bool = False
-    exceptions: Mapping[str, str] = field(default_factory=dict, hash=False)
+    breaks: Mapping[str, str] = field(default_factory=dict, hash=False)
+    aliases: tuple[str, ...] = ()
     origin: Origin | None = None
+    portable: bool = True
+    evidence: tuple[Evidence, ...] = ()
+    resumes: bool = False
+    keeps: str = ""
 
     @property
     def needs(self) -> frozenset[str]:
-        """What it needs besides experts: {"base"} or nothing."""
+        """What the technique needs besides experts: {"base"} or nothing."""
         return frozenset({"base"}) if self.space == "task_vectors" else frozenset()
 
+    def asked(self, params: Mapping[str, Any]) -> Evidence | None:
+        """The measurement that is needed with these parameters."""
+        return next((one for one in self.evidence if one.needed(params)), None)
+
     def moves(self, params: Mapping[str, Any]) -> bool:
-        """Whether task vectors are merged (else weights), which some techniques leave to the parameter `space`."""
+        """Whether task vectors are merged (else weights); some techniques have the parameter `space` for this."""
         return params.get("space", self.space) == "task_vectors"
 
     def param(self, name: str) -> Param:
@@ -130,7 +107,7 @@ class Technique:
         )
 
     def require(self, form: Form) -> None:
-        """Raise `TechniqueError` when the technique does not exist in `form`."""
+        """Raise `TechniqueError` if the technique does not exist in `form`."""
         if form not in self.forms:
             raise TechniqueError(
                 f"{self.name} has no {form} form, only {' and '.join(sorted(self.forms))}; "
@@ -140,32 +117,43 @@ class Technique:
     def resolve(self, params: Mapping[str, Any], form: Form, *, strict: bool = False) -> dict[str, Any]:
         """Every effective parameter of `form` ("merge" also serves "stream"), in the table's order.
 
-        Parameters of the other form are checked and left out, so one configuration can speak to both; with `strict` they
-        are an error. Raises `TechniqueError` on an unknown name, a value out of range, or a contradiction.
+        Parameters of the other form are checked and left out, so that one configuration can serve both; with `strict` they are an
+        error. Raises `TechniqueError` on an unknown name, a value out of range, or a contradiction.
         """
         self.require(form)
         speaks = "merge" if form == "stream" else form
         given = {name: self.param(name).validate(value, self.name) for name, value in params.items()}
         if strict:
             self._refuse_idle(given, speaks)
-        resolved = {p.name: given.get(p.name, p.default) for p in self.params if speaks in p.forms}
-        if resolved.get("density", 0) + resolved.get("outliers", 0) > 1 + 1e-12:
+        resolved = {
+            p.name: given.get(p.name, p.default)
+            for p in self.params
+            if speaks in p.forms and not (p.quiet and given.get(p.name) == p.default)
+        }
+        if max(listed(resolved.get("density", 0))) + resolved.get("outliers", 0) > 1 + 1e-12:
             raise TechniqueError(
                 f"{self.name}: density {resolved['density']} + outliers {resolved['outliers']} is more than everything; "
                 "lower one of them"
             )
-        if resolved.get("weights") is not None and resolved.get("schedule") != "uniform":
+        if resolved.get("weights") is not None and resolved.get("schedule", "uniform") != "uniform":
             raise TechniqueError(f"{self.name}: give weights or a schedule, not both")
+        if resolved.get("weights") is not None and resolved.get("coefficients") is not None:
+            raise TechniqueError(f"{self.name}: give weights or coefficients, not both")
         self._refuse_chances(resolved)
+        if form == "stream" and not self.rule(resolved).streams:
+            raise TechniqueError(
+                f"{self.name} with these parameters needs every expert at the end and has no stream form; merge all at once"
+            )
         return resolved
 
     def _refuse_chances(self, resolved: Mapping[str, Any]) -> None:
-        density, epsilon = resolved.get("density", 1), resolved.get("epsilon", 0)
-        if density < 1 and epsilon and not epsilon < density <= 1 - epsilon + 1e-12:
-            raise TechniqueError(
-                f"{self.name}: chances from density - epsilon = {density - epsilon:g} to density + epsilon = "
-                f"{density + epsilon:g} must lie above 0 and go up to 1 at most; lower epsilon"
-            )
+        epsilon = resolved.get("epsilon", 0)
+        for density in listed(resolved.get("density", 1)):
+            if density < 1 and epsilon and not epsilon < density <= 1 - epsilon + 1e-12:
+                raise TechniqueError(
+                    f"{self.name}: chances from density - epsilon = {density - epsilon:g} to density + epsilon = "
+                    f"{density + epsilon:g} must lie above 0 and go up to 1 at most; lower epsilon"
+                )
 
     def _refuse_idle(self, given: Mapping[str, Any], form: str) -> None:
         idle = [name for name in given if form not in self.param(name).forms]
@@ -176,16 +164,16 @@ class Technique:
             )
 
     def warnings(self, params: Mapping[str, Any], init: str, deploy: str) -> list[str]:
-        """What grows without bound when the technique is used with these axes of TIME.
+        """Warnings about growth without bound when the technique is used with these axes of TIME.
 
-        Under EMA initialization an expert already holds the running model, so a fold that adds task vectors multiplies
-        the past by 2*scale at every task (and one that averages them by scale); with init: all it is 1 + scale.
+        Under EMA initialization an expert already holds the running model, so a fold that adds task vectors multiplies the past
+        by 2*scale at every task (and one that averages them by scale); with init: all it is 1 + scale.
         """
         if self.space != "task_vectors" or "ema" not in (init, deploy, "ema" if init == "all" else ""):
             return []
         resolved = self.resolve(params, "fold" if "ema" in (init, deploy) else "merge")
-        factor, word = self._largest_factor(resolved)
-        adds = self.adds or resolved.get("consensus") == "sum"
+        factor, word = self.scale.largest(resolved)
+        adds = self.rule(resolved).adds
         found = []
         if init == "ema":
             growth = 2 * factor if adds else factor
@@ -197,12 +185,6 @@ class Technique:
         if init != "ema" and deploy == "ema":
             found += _growth(self.name, factor, word, "deploy: ema", 1)
         return found
-
-    def _largest_factor(self, resolved: Mapping[str, Any]) -> tuple[float, str]:
-        if not self.depth:
-            return abs(resolved[self.factor]), self.factor
-        alpha, beta = resolved["lines_alpha"], resolved["lines_beta"]
-        return max(abs(alpha), abs(alpha + beta)), "(lines_alpha + lines_beta)"
 
 
 def _growth(name: str, growth: float, formula: str, where: str, safe: float | None) -> list[str]:

@@ -1,27 +1,31 @@
-"""Every technique there is: ours, those that installed packages bring, and those declared in this process.
+"""All techniques: built-in ones, those of installed packages, and those declared in this process.
 
-Invariant: a name has one meaning. Our names are never another's, and what cannot be used says why when it is asked for.
+Invariant: a name has one meaning. A built-in name cannot be taken, and a technique that cannot be used gives the reason when it
+is requested.
 """
 
+from collections.abc import Iterable
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
 
 from merge_service.errors import TechniqueError
-from merge_service.techniques.catalogue import ELEMENTWISE
-from merge_service.techniques.catalogue_tensors import TENSORWISE
 from merge_service.techniques.definition import Origin, Technique
+from merge_service.techniques.families import TECHNIQUES
 from merge_service.techniques.params import nearest
 
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
 GROUP = "temporal_merge.techniques"
-"""The entry points by which packages bring techniques."""
-BUILT_IN = {technique.name: technique for technique in (*ELEMENTWISE, *TENSORWISE)}
-ALIASES = {"lines": "lines_task_arithmetic", "dare_linear": "dare"}
+"""The entry point group for techniques of packages."""
+BUILT_IN = {technique.name: technique for technique in TECHNIQUES}
+ALIASES = {alias: technique.name for technique in TECHNIQUES for alias in technique.aliases}
 
 _declared: dict[str, Technique] = {}
 
 
 def names() -> tuple[str, ...]:
-    """The canonical names, in the order a person should read about them."""
+    """The canonical names, in the order of the documentation."""
     return tuple(_table())
 
 
@@ -39,7 +43,9 @@ def get(name: str) -> Technique:
 
 
 def add(made: Technique, origin: Origin) -> None:
-    """Make a technique known that is written at `origin`; again is no harm. Raises TechniqueError if its name is another's."""
+    """Register a technique that is defined at `origin`; repeating this changes nothing. Raises TechniqueError if its name is
+    another's.
+    """
     if made.name in BUILT_IN:
         raise TechniqueError(
             f"there is a technique {made.name!r} already; give yours (in {origin.module}) another name"
@@ -54,7 +60,7 @@ def add(made: Technique, origin: Origin) -> None:
 
 
 def others() -> dict[str, Technique]:
-    """All techniques that are not ours: installed ones and those declared in this process."""
+    """All techniques that are not built in: installed ones and those declared in this process."""
     return {
         **{name: found for name, found in _installed().items() if isinstance(found, Technique)},
         **_declared,
@@ -67,7 +73,7 @@ def broken() -> dict[str, str]:
 
 
 def forget_table() -> None:
-    """What techniques there are has changed."""
+    """Drop the cached table after the set of techniques has changed."""
     _table.cache_clear()
 
 
@@ -76,10 +82,17 @@ def _table() -> dict[str, Technique]:
     return {**BUILT_IN, **others()}
 
 
+def entries() -> "Iterable[EntryPoint]":
+    """The entry points of techniques in installed packages."""
+    from importlib.metadata import entry_points
+
+    return entry_points(group=GROUP)
+
+
 @cache
 def _installed() -> dict[str, Technique | str]:
     answer: dict[str, Technique | str] = {}
-    for entry in sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value)):
+    for entry in sorted(entries(), key=lambda entry: (entry.name, entry.value)):
         if entry.name in BUILT_IN:
             answer[entry.name] = (
                 f"{_package(entry)} brings a technique of the name of a built-in one; rename it there"
@@ -91,17 +104,17 @@ def _installed() -> dict[str, Technique | str]:
     return answer
 
 
-def _loaded(entry: EntryPoint) -> Technique | str:
+def _loaded(entry: "EntryPoint") -> Technique | str:
     try:
         found = entry.load()
-    except Exception as error:  # whatever somebody's module does when it is imported
+    except Exception as error:  # a package may raise anything when it is imported
         return f"{_package(entry)}: {entry.value} cannot be loaded ({type(error).__name__}: {error})"
     if not isinstance(found, Technique) or found.name != entry.name:
         return f"{_package(entry)}: {entry.value} is not a technique called {entry.name}"
     return found
 
 
-def _package(entry: EntryPoint) -> str:
+def _package(entry: "EntryPoint") -> str:
     return f"package {entry.dist.name}" if entry.dist else "a package"
 
 

@@ -1,10 +1,11 @@
-"""What every expert weighs in a mean: its share when it comes, and over those that stay when it leaves.
+"""The weight of every expert in a mean: its share when it arrives, and relative to the remaining ones when it leaves.
 
-Shares follow from parameters and the expert's number alone, so that a mean may be continued one expert at a time.
+Invariant: shares follow from parameters and the expert's number alone, so a mean can be continued one expert at a time.
 """
 
 import math
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from merge_service.errors import TechniqueError
@@ -13,8 +14,8 @@ from merge_service.errors import TechniqueError
 def share(params: Mapping[str, Any], order: int) -> float:
     """The part of expert number `order` (1-based) in the weighted mean of experts 1..order.
 
-    fold and slerp: the second has `weight`. merge: w_n / (w_1 + ... + w_n), with w from `weights` or growing by `schedule`:
-    linear i, sqrt, quadratic, cubic, exp 2^(i-1), log ln(i + 1) (TIME's non-uniform offline weighting).
+    fold and slerp: the second expert has `weight`. merge: w_n / (w_1 + ... + w_n), with w from `weights` or growing by
+    `schedule`: linear i, sqrt, quadratic, cubic, exp 2^(i-1), log ln(i + 1) (TIME's non-uniform offline weighting).
     """
     if order == 1:
         return 1.0
@@ -35,10 +36,52 @@ def share(params: Mapping[str, Any], order: int) -> float:
     return growth(order) / math.fsum(growth(i) for i in range(1, order + 1))
 
 
-def leaving_share(params: Mapping[str, Any], order: int, count: int) -> float:
-    """w / (W - w): an expert's weight over that of the `count` - 1 experts that stay when number `order` leaves the mean.
+def factor(params: Mapping[str, Any], order: int) -> float:
+    """The weight of expert number `order`, not normalised: of `weights`, by `schedule`, else 1; it depends on no other expert."""
+    weights = params.get("weights")
+    if weights is not None and order > len(weights):
+        raise TechniqueError(f"weights has {len(weights)} entries but there are at least {order} experts")
+    if weights is not None:
+        return float(weights[order - 1])
+    schedule = params.get("schedule", "uniform")
+    if schedule == "exp":
+        return 2.0 ** (order - 1)
+    return float(_GROWTH[schedule](order)) if schedule != "uniform" else 1.0
 
-    Raises `TechniqueError` where its leaving would change the weights of others, or leave no weight.
+
+def is_weighed(params: Mapping[str, Any]) -> bool:
+    """Whether task vectors have weights, the same in all tensors or by tensor."""
+    return params.get("weights") is not None or params.get("coefficients") is not None
+
+
+def coefficient(params: Mapping[str, Any], order: int, name: str) -> float | None:
+    """The weight of expert number `order` in a tensor: of `coefficients` under the tensor's name, else under the longest pattern that
+    fits (None if none does); of `weights`; else 1.
+    """
+    table = params.get("coefficients")
+    if table is None:
+        return factor(params, order) if params.get("weights") is not None else 1.0
+    fits = [pattern for pattern in table if fnmatchcase(name, pattern)]
+    if name not in table and not fits:
+        return None
+    chosen = name if name in table else max(fits, key=lambda pattern: (len(pattern), pattern))
+    return float(table[chosen][order - 1])
+
+
+def parts(params: Mapping[str, Any], order: int) -> tuple[float, float]:
+    """The factors of a sum so far and of what expert number `order` adds to it.
+
+    A merge adds with the expert's weight. A fold is a moving average, which the first expert starts.
+    """
+    if "weight" not in params:
+        return 1.0, factor(params, order)
+    return (0.0, 1.0) if order == 1 else (1 - params["weight"], params["weight"])
+
+
+def leaving_share(params: Mapping[str, Any], order: int, count: int) -> float:
+    """w / (W - w): an expert's weight over that of the `count` - 1 remaining experts when number `order` leaves the mean.
+
+    Raises `TechniqueError` if that would change the weights of others, or leave no weight.
     """
     if params["weights"] is not None:
         weights = params["weights"][:count]
@@ -53,6 +96,16 @@ def leaving_share(params: Mapping[str, Any], order: int, count: int) -> float:
         )
     part = share(params, order) if order == count else 1 / count
     return part / (1 - part)
+
+
+def weights_of(params: Mapping[str, Any], count: int) -> list[float]:
+    """The weight of every expert in the mean of all: its share when it arrived, less the shares of later ones."""
+    left, weights = 1.0, []
+    for order in range(count, 0, -1):
+        part = share(params, order)
+        weights.append(left * part)
+        left *= 1 - part
+    return weights[::-1]
 
 
 _GROWTH = {

@@ -1,42 +1,42 @@
-"""Thinning out one expert's task vector: what is kept of it, and what makes up for the rest.
+"""Thinning out one expert's task vector: what is kept, how the rest is compensated, and which ranks bound what is kept.
 
-Each way is an object made of a technique's parameters. It says which numbers of whole tensors it needs (thresholds, norms), how it
-changes a block, and under what its thresholds may be kept for the next merge.
+Each way is an object made of a technique's parameters. It determines which statistics of whole tensors it needs (thresholds,
+norms), changes a block, and has the identity under which its thresholds may be kept for the next merge.
 
-Rows are the last dimension of a tensor. Blocks come here cut at rows where a way works by rows; what is equal within a row is
-treated alike, so nothing depends on how a sort breaks ties.
+Rows are the last dimension of a tensor. A way that works by rows gets blocks that are cut at rows. Equal values of a row are
+treated alike, so nothing depends on how a sort breaks ties. A rank counts from 1, the smallest; None is no bound.
 
-Invariant: a value's fate depends on its tensor, its expert and its place, never on how tensors are cut into blocks.
+Invariant: whether a value is kept depends on its tensor, its expert and its position, never on how tensors are cut into blocks.
 """
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
-import numpy as np
-
 from merge_service.blocks.masks import hashes, kept
-from merge_service.blocks.questions import Ask, Findings, Key, Limits, Quantity, Ranks, Summed, Sums
+from merge_service.blocks.questions import Ask, Findings, Key, Quantity, Ranks, Summed, Sums, Thresholds
 from merge_service.blocks.search import search
+from merge_service.techniques.params import of_expert
 from merge_service.techniques.place import Array, Place, View
-from merge_service.techniques.ranks import band_ranks, crumb_ranks, trim_ranks
 
 Params = Mapping[str, Any]
 
 
 class KeepAll:
-    """Nothing is thinned out. Base of the other ways, which say what differs.
+    """Nothing is thinned out. Base of the other ways, which override what differs.
 
-    `rows`: works on whole rows. `fused`: the compiled loops can do it, by thresholds and a mask.
+    `rows`: works on whole rows. `fused`: the compiled loops can do it, by thresholds and a mask. `local`: as of `rule.Combining`.
     """
 
     rows = False
+    local = False
     fused = True
 
     def __init__(self, params: Params) -> None:
         self.params = params
 
     def prepare(self, ask: Ask, view: View, found: Findings) -> Findings:
-        """What is found already, and the numbers of whole tensors that `apply` needs."""
+        """`found`, and the statistics of whole tensors that `apply` needs."""
         return found
 
     def apply(self, xp: Any, delta: Array, place: Place) -> Array:
@@ -44,39 +44,52 @@ class KeepAll:
         return delta
 
     def identity(self) -> dict[str, Any] | None:
-        """What thresholds depend on besides the expert, the base and the tensors; None where there are none to keep."""
+        """What thresholds depend on besides the expert, the base and the tensors; None if there are none to keep."""
         return None
 
 
 class _Ranked(KeepAll):
-    """What lies between two thresholds on magnitudes is kept, thresholds included."""
+    """Keeps magnitudes between two thresholds, thresholds included."""
 
     kind = ""
+    local = True
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self.rows = params.get("granularity") == "row"
         self.fused = not self.rows
-        self.ranks = self.conventional()
 
-    def conventional(self) -> Ranks:
+    def conventional(self, density: float) -> Ranks:
         """The ranks of the thresholds."""
         raise NotImplementedError
 
+    def ranks(self, order: int) -> Ranks:
+        """The ranks of the thresholds of an expert."""
+        return self.conventional(of_expert(self.params["density"], order))
+
     def prepare(self, ask: Ask, view: View, found: Findings) -> Findings:
-        if self.rows or self.ranks(10**9) == (None, None):
+        if self.rows:
             return found
+        ranks = {order: self.ranks(order) for order in view.orders}
+        unknown = {
+            (group, order): ranks[order]
+            for order in view.orders
+            if ranks[order](10**9) != (None, None)
+            for group in view.group_sizes
+            if (group, order) not in found.thresholds
+        }
+        count_frozen = self.params.get("count_frozen", True)
         return found.with_(
-            thresholds=thresholds(ask, view, self.ranks, found, self.params.get("count_frozen", True))
+            thresholds=search(unknown, ask, Quantity(wide=view.wide), count_frozen=count_frozen)
         )
 
     def apply(self, xp: Any, delta: Array, place: Place) -> Array:
         if not self.rows:
             return within(xp, delta, place)
-        return between_ranks(xp, delta, place.columns, self.ranks) if place.columns else delta
+        return between_ranks(xp, delta, place.columns, self.ranks(place.order)) if place.columns else delta
 
     def identity(self) -> dict[str, Any] | None:
-        if self.rows or self.ranks(10**9) == (None, None):
+        if self.rows or isinstance(self.params["density"], list) or self.ranks(1)(10**9) == (None, None):
             return None
         names = ("density", "outliers", "granularity", "count_frozen", "logit_scale")
         rule = {"kind": self.kind, **{name: self.params[name] for name in names if name in self.params}}
@@ -90,8 +103,8 @@ class TopMagnitudes(_Ranked):
 
     kind = "trim"
 
-    def conventional(self) -> Ranks:
-        return trim_ranks(self.params["density"])
+    def conventional(self, density: float) -> Ranks:
+        return trim_ranks(density)
 
 
 class Band(_Ranked):
@@ -99,8 +112,8 @@ class Band(_Ranked):
 
     kind = "band"
 
-    def conventional(self) -> Ranks:
-        return band_ranks(self.params["density"], self.params["outliers"])
+    def conventional(self, density: float) -> Ranks:
+        return band_ranks(density, self.params["outliers"])
 
 
 class Crumbs(_Ranked):
@@ -108,12 +121,14 @@ class Crumbs(_Ranked):
 
     kind = "crumbs"
 
-    def conventional(self) -> Ranks:
-        return crumb_ranks(self.params["density"], self.params["outliers"])
+    def conventional(self, density: float) -> Ranks:
+        return crumb_ranks(density, self.params["outliers"])
 
 
 class AtRandom(KeepAll):
-    """DARE (arXiv 2311.03099): kept with probability density, and made up for; then trimmed by magnitude where `trim` asks for it."""
+    """DARE (arXiv 2311.03099): kept with probability density and rescaled; then trimmed by magnitude if `trim` is below 1."""
+
+    local = True
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
@@ -136,13 +151,14 @@ class AtRandom(KeepAll):
 
 
 class ByRank(KeepAll):
-    """DELLA (arXiv 2406.11617): kept at random, large magnitudes of a row more often, and made up for what is dropped.
+    """DELLA (arXiv 2406.11617): kept at random, large magnitudes of a row more often, and rescaled.
 
     Scalars have no rows and no mask, and are kept.
     """
 
     rows = True
     fused = False
+    local = True
 
     def prepare(self, ask: Ask, view: View, found: Findings) -> Findings:
         return _norms(self.params, ask, view, found)
@@ -156,6 +172,53 @@ class ByRank(KeepAll):
         return xp.where(keep, delta * xp.asarray(gains, dtype=delta.dtype), 0)
 
 
+def trim_ranks(density: float) -> Ranks:
+    """TIES: keep |tau| >= the int((1 - density) * n)-th smallest; with nothing to drop, everything.
+
+    The convention of ties-merging and TIME: one more than density * n is kept, and all that tie with the threshold.
+    """
+
+    def ranks(n: int) -> tuple[int | None, int | None]:
+        return portion(1 - exact(density), n) or None, None
+
+    return ranks
+
+
+def band_ranks(density: float, outliers: float) -> Ranks:
+    """Breadcrumbs in TIME's convention: without ties exactly n - bottom - top are kept, thresholds included."""
+
+    def ranks(n: int) -> tuple[int | None, int | None]:
+        bottom = portion(max(1 - exact(density) - exact(outliers), Fraction(0)), n)
+        top = portion(exact(outliers), n)
+        return (bottom + 1 if bottom else None), (n - top if top else None)
+
+    return ranks
+
+
+def crumb_ranks(density: float, outliers: float) -> Ranks:
+    """Breadcrumbs as released and in MergeKit: without the int(outliers * n) largest, the int(density * n) largest.
+
+    At least one is kept, where the released code keeps nothing and MergeKit loses the whole tensor (outliers * n < 1).
+    """
+
+    def ranks(n: int) -> tuple[int | None, int | None]:
+        top, keep = portion(exact(outliers), n), max(portion(exact(density), n), 1)
+        bottom = n - top - keep
+        return (bottom + 1 if bottom > 0 else None), (n - top if top else None)
+
+    return ranks
+
+
+def exact(number: float) -> Fraction:
+    """The decimal as a person wrote it: 0.9 is nine tenths, not the nearest binary fraction, so that 0.9 of 10 is 9."""
+    return Fraction(repr(float(number)))
+
+
+def portion(fraction: Fraction, n: int) -> int:
+    """`fraction` of `n`, rounded down."""
+    return int(fraction * n)
+
+
 def everywhere(view: View, ranks: Ranks) -> dict[Key, Ranks]:
     """The same ranks in every group of every expert."""
     return {(group, order): ranks for order in view.orders for group in view.group_sizes}
@@ -163,14 +226,14 @@ def everywhere(view: View, ranks: Ranks) -> dict[Key, Ranks]:
 
 def thresholds(
     ask: Ask, view: View, ranks: Ranks, found: Findings, count_frozen: bool = True
-) -> dict[Key, Limits]:
-    """The magnitudes at these ranks in every group of every expert, but those that are found already."""
+) -> dict[Key, Thresholds]:
+    """The magnitudes at these ranks in every group of every expert, except those in `found`."""
     unknown = {key: rank for key, rank in everywhere(view, ranks).items() if key not in found.thresholds}
     return search(unknown, ask, Quantity(wide=view.wide), count_frozen=count_frozen)
 
 
 def _norms(params: Params, ask: Ask, view: View, found: Findings) -> Findings:
-    """Factors that give every tensor its L1 norm back after a random drop, where that is asked for; 1 where nothing is left."""
+    """Factors that restore every tensor's L1 norm after a random drop, if requested; 1 if nothing is left."""
     if params.get("rescale") != "l1" or params["density"] == 1:
         return found
     sums = ask(
@@ -186,27 +249,31 @@ def _norms(params: Params, ask: Ask, view: View, found: Findings) -> Findings:
 
 
 def within(xp: Any, delta: Array, place: Place) -> Array:
-    """What lies within the thresholds, else zero."""
-    size, (low, high) = xp.abs(delta), bounds(place.limits, delta.dtype)
+    """The values within the thresholds, else zero."""
+    size, (low, high) = xp.abs(delta), bounds(place.thresholds, delta.dtype)
     return xp.where((size >= low) & (size <= high), delta, 0)
 
 
 def rescaling(place: Place) -> float:
-    """What a value that was kept at random is multiplied by."""
+    """The factor of a value that was kept at random."""
     return 1 / place.density if place.gain is None else place.gain
 
 
-def bounds(limits: Limits, dtype: Any) -> tuple[float, float]:
-    """The limits as numbers of the block's own type; those that were found in it are, those that a person wrote are rounded."""
+def bounds(thresholds: Thresholds, dtype: Any) -> tuple[float, float]:
+    """The thresholds as numbers of the block's type. Computed thresholds are of that type already; those that a person wrote are
+    rounded.
+    """
     if str(dtype).endswith("64"):
-        return limits.low, limits.high
-    return float(np.float32(limits.low)), float(np.float32(limits.high))
+        return thresholds.low, thresholds.high
+    import numpy as np
+
+    return float(np.float32(thresholds.low)), float(np.float32(thresholds.high))
 
 
 def between_ranks(xp: Any, delta: Array, columns: int, ranks: Ranks) -> Array:
     """Breadcrumbs as released (arXiv 2312.06795): of every row the magnitudes between two ranks, thresholds included.
 
-    delta: [rows * columns]. The released code keeps nothing of rows shorter than 1 / density; here one value at least.
+    delta: [rows * columns]. The released code keeps nothing of rows shorter than 1 / density; here at least one value is kept.
     """
     rows = delta.reshape(-1, columns)
     sizes = xp.abs(rows)

@@ -1,6 +1,6 @@
 """Which weights a task starts from and which are served after it, over time (TIME, arXiv 2412.06712).
 
-Everything here is pure: it says which merges are needed and in which order, never how or where they are made.
+Everything here is pure: it determines which merges are needed and in which order, never how or where they are made.
 """
 
 from merge_service.timelines.parity import translate, translate_merge
@@ -8,13 +8,14 @@ from merge_service.timelines.time import (
     PRESETS,
     Base,
     Expert,
+    Merge,
     Merged,
     Strategy,
     Weights,
     check,
     deployed,
+    derivations,
     initial,
-    needed_merges,
     needs_experts,
     params_for,
     parents,
@@ -26,13 +27,14 @@ __all__ = [
     "PRESETS",
     "Base",
     "Expert",
+    "Merge",
     "Merged",
     "Strategy",
     "Weights",
     "check",
     "deployed",
+    "derivations",
     "initial",
-    "needed_merges",
     "needs_experts",
     "params_for",
     "parents",

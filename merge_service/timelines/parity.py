@@ -1,18 +1,23 @@
-"""The definitions of TIME's authors (FoMo-in-Flux v1.0), put into ours: one switch for whoever compares with their numbers.
+"""The definitions of TIME's authors (FoMo-in-Flux v1.0), translated into ours, for comparison with their numbers.
 
-What differs: which model SLERP's weight counts for, what is taken where nothing is set, where a fold begins, weights that
-some of their protocols reset, `logit_scale` without a ceiling, and a first task that offline merging leaves as it is. Nothing
-else of the package knows of it: a translated strategy is written in our own parameters, so fingerprints, lineage and caches
-are those of an equal strategy written by hand.
+What differs: which model SLERP's weight applies to, defaults, where a fold begins, weights that some of their protocols reset,
+`logit_scale` without a ceiling, and a first task that offline merging leaves as it is. No other module depends on these
+definitions: a translated strategy is written in our own parameters, so fingerprints, lineage and caches are those of an equal
+strategy written by hand.
 
-Not copied: what crashes there (a pruned fraction that rounds to no element, averaging with LiNeS, LiNeS on one block) or
-loses weights (SLERP of a zero tensor, elements whose votes cancel while the tower's do as well); a rank that binary rounding
-moves by one; Model Stock's 1e-8 beside norms; which of two opposite values of equal size MagMax takes. Random masks have the
-same distribution, not the same draws, and scalars are never dropped.
+Not copied:
 
-Invariant: pure, and idempotent: what has no `parity` comes back as it was, and what comes back has none.
+- crashes (a pruned fraction that rounds to no element, averaging with LiNeS, LiNeS on one block)
+- lost weights (SLERP of a zero tensor, elements whose votes cancel while the tower's do as well)
+- a rank that binary rounding moves by one, and Model Stock's 1e-8 beside norms
+- which of two opposite values of equal size MagMax takes
+
+Random masks have the same distribution, not the same draws, and scalars are never dropped.
+
 Source: "How to Merge Your Multimodal Models Over Time?" (arXiv 2412.06712) and the protocols `offline_merge`, `ema_paint`,
 `zs_paint` and `double_merge_*` with the values of their configuration.
+
+Invariant: pure and idempotent: a strategy without `parity` comes back unchanged, and every result has none.
 """
 
 from collections.abc import Mapping
@@ -28,15 +33,15 @@ from merge_service.techniques.thinning import AtRandom, Band, TopMagnitudes
 from merge_service.timelines.time import Strategy, policies
 
 PARITIES = ("fomo_in_flux",)
-"""Whose definitions there are."""
+"""Names of definitions."""
 TECHNIQUES = (
     "average", "slerp", "task_arithmetic", "ties", "dare_ties", "breadcrumbs_ties", "magmax",
     "lines_task_arithmetic", "lines_ties", "lines_dare_ties", "lines_breadcrumbs_ties",
     "model_stock", "consensus", "random_mix",
 )  # fmt: skip
-"""What the authors have: their interpolation, tall_masks and random are our average, consensus and random_mix."""
+"""The authors' techniques: their interpolation, tall_masks and random are our average, consensus and random_mix."""
 PRUNED = {"fold": Fraction(7, 10), "merge": Fraction(2, 10)}
-"""The fraction they drop where none is set: ema_paint's where a strategy only folds, offline_merge's where it merges all."""
+"""The fraction they drop by default: ema_paint's if a strategy only folds, offline_merge's if it merges all."""
 _PAIRS = ("slerp", "model_stock")
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "task_arithmetic": {"scale": 1.0},
@@ -47,9 +52,9 @@ _FIRST_EXPERT = (("latest", "ema"), ("all", "ema"), ("ema", "latest"), ("ema", "
 
 
 def translate(strategy: Strategy, *, seeded: bool = False) -> tuple[Strategy, list[str]]:
-    """The strategy in our own terms, and what was set but has no effect in the authors' code.
+    """The strategy in our own terms, and notes on settings that have no effect in the authors' code.
 
-    `seeded`: `ema_seed` was chosen, so it stays. Raises `TechniqueError` for definitions or a technique that there are not.
+    `seeded`: `ema_seed` was chosen, so it stays. Raises `TechniqueError` for unknown definitions, and for a technique they lack.
     """
     name, strategy = strategy.parity, replace(strategy, parity=None)
     if name is None:
@@ -57,7 +62,7 @@ def translate(strategy: Strategy, *, seeded: bool = False) -> tuple[Strategy, li
     known(name)
     if strategy.technique is None or not policies(strategy):
         return strategy, [
-            f"parity {name} has no effect: init {strategy.init} and deploy {strategy.deploy} merge nothing"
+            f"parity: {name} has no effect: init: {strategy.init} and deploy: {strategy.deploy} merge nothing"
         ]
     technique = _theirs(strategy.technique, name)
     if "all" in policies(strategy) and technique.name in _PAIRS:
@@ -91,7 +96,7 @@ def translate_merge(
 
 
 def known(parity: str) -> str:
-    """The same, if there are such definitions. Raises `TechniqueError` naming the nearest ones."""
+    """`parity`, if there are such definitions. Raises `TechniqueError` naming the nearest ones."""
     if parity not in PARITIES:
         raise TechniqueError(
             f"unknown parity {parity!r}{nearest(str(parity), PARITIES)}; there is {', '.join(PARITIES)}"
@@ -109,7 +114,7 @@ def _theirs(technique: str, parity: str) -> Technique:
 
 
 def _without_reset(strategy: Strategy, technique: Technique, parity: str) -> tuple[dict[str, Any], list[str]]:
-    """What is set, without the weights of averaging that the protocol makes uniform before every merge.
+    """The parameters that are set, without the weights of averaging that the protocol makes uniform before every merge.
 
     offline_merge does so unless a schedule is set, every double_merge_* with `all` always, its folds included.
     """
@@ -129,7 +134,7 @@ def _without_reset(strategy: Strategy, technique: Technique, parity: str) -> tup
 
 
 def _ours(technique: Technique, params: Mapping[str, Any], form: str) -> dict[str, Any]:
-    """The parameters in our terms: what is set, else what they have, where that is not ours."""
+    """The parameters in our terms: those that are set, and the authors' defaults where ours differ."""
     given = {name: technique.param(name).validate(value, technique.name) for name, value in params.items()}
     theirs = {"logit_scale": "unclamped", **_DEFAULTS.get(technique.name, {})}
     if technique.thin in (TopMagnitudes, AtRandom, Band):
@@ -141,5 +146,5 @@ def _ours(technique: Technique, params: Mapping[str, Any], form: str) -> dict[st
 
 
 def _rest(*parts: float | Fraction) -> float:
-    """What is left of 1, of the decimals a person wrote: 0.1 for 0.9."""
+    """1 less the sum of decimals as a person wrote them: 0.1 for 0.9."""
     return float(1 - sum(p if isinstance(p, Fraction) else Fraction(repr(p)) for p in parts))

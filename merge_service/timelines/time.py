@@ -1,25 +1,24 @@
 """TIME's timeline as data: which weights a task starts from, and which are served after it.
 
-Everything here is pure and says *what* is needed, never how or where it is made. A strategy has three axes
-(initialization, deployment, technique); the vocabulary of the first two is shared:
+Everything here is pure and determines *what* is needed, never how or where it is made. A strategy has three axes
+(initialization, deployment, technique). The first two have the same values:
 
     base    the base model
     latest  the expert of the newest finished task
     all     one merge of all finished experts, in time-step order, anchored at the base
     ema     a fold: M_k = technique(M_{k-1}, expert_k), anchored at the base
 
-What is stored is always the trained expert, never the merged model, so the inputs of a merge are experts, the base and
-(for a fold) the fold before it. With no finished task every rule gives the base.
+The stored expert is always the trained one, never the merged model, so the inputs of a merge are experts, the base and
+(for a fold) the fold before it. Before the first finished task every rule gives the base.
 Source: "How to Merge Your Multimodal Models Over Time?" (TIME, arXiv 2412.06712), section on the framework, and the
 authors' FoMo-in-Flux protocols (`ema_paint`: the fold starts at the base; `double_merge_*`: at the first expert).
 
 Invariant: every weights value returned here is Base, an expert with 1 <= t, or a merge whose `parents` are such values
-of an earlier or equal time step, so steps taken in the order of `needed_merges` never wait for a later one.
+of an earlier or equal time step, so merges made in the order of `derivations` never wait for a later one.
 """
 
 import difflib
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -64,14 +63,37 @@ Weights = Base | Expert | Merged
 
 
 @dataclass(frozen=True)
+class Merge:
+    """How one merge is made: a technique with its effective parameters over members, anchored at the base.
+
+    `members` are in the order the technique takes them: oldest first; in a fold the running model, then the new expert.
+    """
+
+    result: Merged
+    technique: str
+    params: Mapping[str, Any] = field(hash=False)
+    members: tuple[Weights, ...]
+
+    def ids(self, names: Mapping[int, str] | None = None) -> tuple[str, ...]:
+        """The ids of the members, which also seed random masks: t3 for the expert of task 3 unless `names` has another id, and
+        running-2 for the result of a fold after task 2, whatever that is.
+        """
+        named = names or {}
+        experts = [named.get(one.t, f"t{one.t}") for one in self.members if isinstance(one, Expert)]
+        if self.result.form == "merge":
+            return tuple(experts)
+        return f"running-{self.result.t - 1}", experts[-1]
+
+
+@dataclass(frozen=True)
 class Strategy:
     """One point of the grid.
 
-    `params` are the technique's, for both of its forms at once (`weight` speaks to the fold, `schedule` to the merge).
-    `mixture` is (pretraining, update, buffer) data weights, None for the study's own. `joint` means one single task
-    that holds the data of all tasks (the multitask upper reference). `alone` is what `all` gives while there is one expert:
-    the technique's merge of one, or the expert as it is. `parity` names other people's definitions that the rest is
-    written in, until `parity.translate` has put it into ours.
+    `params` are the technique's, for both of its forms at once (`weight` applies to the fold, `schedule` to the merge). `mixture`
+    is (pretraining, update, buffer) data weights, None for the study's own. `joint` means one single task that holds the data of
+    all tasks (the multitask upper reference). `alone` is the result of `all` while there is one expert: the technique's merge of
+    one, or the expert as it is. `parity` names the definitions that the other fields are written in, until `parity.translate` has
+    translated them into ours.
     """
 
     init: str = "base"
@@ -115,7 +137,7 @@ def deployed(strategy: Strategy, t: int) -> Weights:
 
 
 def parents(strategy: Strategy, merged: Merged) -> tuple[Weights, ...]:
-    """What `merged` is made of, in the order the technique takes them (a fold: the running model, then the new expert).
+    """The members of `merged`, in the order the technique takes them (a fold: the running model, then the new expert).
 
     The base as the anchor of task vectors is not among them unless the fold itself starts there.
     """
@@ -124,21 +146,23 @@ def parents(strategy: Strategy, merged: Merged) -> tuple[Weights, ...]:
     return _after(strategy, "ema", merged.t - 1), Expert(merged.t)
 
 
-def needed_merges(strategy: Strategy, tasks: int) -> tuple[Merged, ...]:
-    """Every merge of a stream of `tasks` tasks, each after the merges it is made of."""
-    needed: set[Merged] = set()
-    for t in range(1, tasks + 1):
-        for weights in (initial(strategy, t), deployed(strategy, t)):
-            needed.update(
-                itertools.takewhile(lambda merged: merged not in needed, _ancestry(strategy, weights))
-            )
-    return tuple(sorted(needed, key=lambda m: (m.t, m.policy)))
+def derivations(strategy: Strategy, t: int, *, last: bool = False) -> tuple["Merge", ...]:
+    """The merges that the arrival of expert `t` (1-based) makes possible and that are used, in the order to make them.
+
+    Studies and the service both call this, so equal arrivals give equal merges. `last`: no task follows, so nothing is merged to
+    start one from.
+    """
+    if not needs_experts(strategy):
+        return ()
+    used = [deployed(strategy, t), *([] if last else [initial(strategy, t + 1)])]
+    merged = {weights for weights in used if isinstance(weights, Merged)}
+    return tuple(_merge(strategy, one) for one in sorted(merged, key=lambda one: one.policy))
 
 
 def params_for(strategy: Strategy, merged: Merged) -> dict[str, Any]:
-    """The full effective parameters of one merge, so that equal merges of different strategies are equal here.
+    """The full effective parameters of one merge; equal merges of different strategies have equal ones.
 
-    Per-expert `weights` are cut to the experts there are at that time step.
+    Per-expert `weights` are cut to the number of experts at that time step.
     """
     params = dict(strategy.params)
     if params.get("weights") is not None and merged.policy == "all":
@@ -153,18 +177,18 @@ def policies(strategy: Strategy) -> tuple[Policy, ...]:
 
 
 def needs_experts(strategy: Strategy) -> bool:
-    """Whether anything has to be trained at all."""
+    """Whether anything has to be trained."""
     return strategy.deploy != "base"
 
 
 def check(strategy: Strategy, tasks: int | None = None) -> None:
-    """Raise `TechniqueError` on a strategy that cannot run; with `tasks`, also on one too short or long for them."""
+    """Raise `TechniqueError` for a strategy that cannot run; with `tasks`, also for one that does not fit their number."""
     _one_of("init", strategy.init, INITIALIZATIONS)
     _one_of("deploy", strategy.deploy, DEPLOYMENTS)
     _one_of("ema_seed", strategy.ema_seed, EMA_SEEDS)
     if strategy.deploy == "base" and strategy.init != "base":
         raise TechniqueError(
-            f"init: {strategy.init} with deploy: base would train experts that nobody serves; "
+            f"init: {strategy.init} with deploy: base would train experts that are never served; "
             "use deploy: latest, all or ema, or init: base for the zero-shot reference"
         )
     if strategy.mixture is not None:
@@ -176,7 +200,7 @@ def check(strategy: Strategy, tasks: int | None = None) -> None:
 
 
 def warnings(strategy: Strategy) -> list[str]:
-    """What will run but is known to end badly, for instance a fold that doubles its past at every task."""
+    """Warnings about strategies that run but are known to end badly, such as a fold that doubles its past at every task."""
     if strategy.technique is None:
         return []
     return _technique(strategy).warnings(strategy.params, strategy.init, strategy.deploy)
@@ -194,13 +218,9 @@ def _after(strategy: Strategy, rule: str, finished: int) -> Weights:
     return Merged("ema", finished)
 
 
-def _ancestry(strategy: Strategy, weights: Weights) -> Iterator[Merged]:
-    """Merges that `weights` are made of, the newest first: a fold of the fold before it, a merge of all of experts alone."""
-    while isinstance(weights, Merged):
-        yield weights
-        if weights.policy == "all":
-            return
-        weights = parents(strategy, weights)[0]
+def _merge(strategy: Strategy, merged: Merged) -> Merge:
+    params = params_for(strategy, merged)
+    return Merge(merged, str(strategy.technique), params, parents(strategy, merged))
 
 
 def _technique(strategy: Strategy) -> Technique:
@@ -232,6 +252,7 @@ def _check_technique(strategy: Strategy, tasks: int | None) -> None:
             f"{technique.name} merges exactly {technique.arity} checkpoints, so it cannot merge all experts of a stream; "
             "use init/deploy: ema, which folds them one by one"
         )
+    _check_carried(technique, strategy, used)
     forms = {Merged(policy, 1).form for policy in used}
     for form in forms or {"merge"}:
         technique.resolve(strategy.params, form)
@@ -248,6 +269,31 @@ def _check_technique(strategy: Strategy, tasks: int | None) -> None:
         )
     if "all" in used:
         params_for(strategy, Merged("all", 1))
+
+
+def _check_carried(technique: Technique, strategy: Strategy, used: tuple[Policy, ...]) -> None:
+    """Raise `TechniqueError` for what a study does not carry from step to step: statistics, and the state of a fold."""
+    known = {
+        name: value for name, value in strategy.params.items() if name in [p.name for p in technique.params]
+    }
+    asked = technique.asked({**{p.name: p.default for p in technique.params}, **known})
+    if used and asked is not None:
+        raise TechniqueError(
+            f"{technique.name} needs statistics of kind {asked.kind}, which studies do not measure; merge the exported experts "
+            "(temporal-merge measure, then temporal-merge merge --statistics), or choose another technique"
+        )
+    if isinstance(strategy.params.get("density"), list | tuple):
+        raise TechniqueError(
+            f"{technique.name}: density is one number in a study; a list with one per expert is for a merge of files"
+        )
+    if strategy.params.get("coefficients") is not None:
+        raise TechniqueError(
+            f"{technique.name}: coefficients belong to one list of experts, and a study merges a list at every t; use weights"
+        )
+    if "ema" in used and technique.resumes:
+        raise TechniqueError(
+            f"{technique.name} folds with a state beside the running model, which studies do not keep; use init/deploy: all"
+        )
 
 
 def _check_mixture(mixture: tuple[float, float, float]) -> None:

@@ -1,0 +1,183 @@
+"""The file of a statistic: means over rows of data, one tensor per parameter name.
+
+A safetensors file. Its metadata has `statistics` (the kind), `version`, `examples`, `rows` (JSON: rows by name, or one number for
+all), `parameters` (JSON) and `expert_sha256`, the sha256 of the weights that were measured (and `expert_content`, of their tensors). K-FAC has a second tensor per
+parameter, `NAME:out`. Files of parts of the data are combined by means weighted with rows.
+
+Invariant: a statistic is used with the weights that it was measured on and with no others, as far as the file names them.
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from merge_service.checkpoints.checkpoint import Checkpoint
+from merge_service.checkpoints.writer import CheckpointWriter
+from merge_service.errors import CorruptCheckpoint, NonFiniteCheckpoint, TechniqueError
+
+KINDS = ("gram", "fisher", "kfac", "gradient", "layer_gram")
+MEASURED = KINDS[:4]
+"""Those of one checkpoint; `layer_gram` is of all experts of a merge together."""
+VERSION = 1
+OUT = ":out"
+"""What K-FAC appends to a parameter's name for the factor of the output's gradients."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What a statistic is of: its kind, the rows behind every mean by name, the examples, and the sha256 of the weights.
+
+    `expert_content` is the digest of the weights' tensors apart from names, order and file, so that weights that were stored again are
+    recognised. `parameters` are those of the measurement.
+    """
+
+    kind: str
+    rows: Mapping[str, int]
+    examples: int
+    expert_sha256: str | None = None
+    expert_content: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def metadata(self) -> dict[str, str]:
+        """The metadata of the file."""
+        said = {
+            "statistics": self.kind,
+            "version": str(VERSION),
+            "examples": str(self.examples),
+            "rows": json.dumps(dict(self.rows), sort_keys=True),
+            "parameters": json.dumps(dict(self.parameters), sort_keys=True),
+        }
+        of = {"expert_sha256": self.expert_sha256, "expert_content": self.expert_content}
+        return {**said, **{key: value for key, value in of.items() if value is not None}}
+
+
+class Statistics:
+    """An open file of statistics; a context manager. Raises `CorruptCheckpoint` for a file that is none of this version."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.checkpoint = Checkpoint.open(path)
+        said = self.checkpoint.metadata
+        self.path, self.kind = Path(path), said.get("statistics", "")
+        try:
+            rows = json.loads(said.get("rows", "{}"))
+            every = rows if isinstance(rows, dict) else dict.fromkeys(self.checkpoint.tensors, rows)
+            self.about = About(
+                self.kind,
+                {str(name): int(count) for name, count in every.items()},
+                int(said.get("examples", 0)),
+                said.get("expert_sha256"),
+                said.get("expert_content"),
+                dict(json.loads(said.get("parameters", "{}"))),
+            )
+            known = self.kind in KINDS and int(said.get("version", VERSION)) == VERSION
+        except (TypeError, ValueError):
+            known = False
+        if not known:
+            raise CorruptCheckpoint(
+                f"{path} holds no statistics of this version (its metadata must name one of {', '.join(KINDS)}); measure again: "
+                "temporal-merge measure KIND CHECKPOINT --out FILE"
+            )
+
+    def get(self, name: str) -> np.ndarray | None:
+        """The tensor of a name in float64, None where there is none. Raises `NonFiniteCheckpoint` naming the file and the key."""
+        info = self.checkpoint.tensors.get(name)
+        if info is None:
+            return None
+        return self.block(name, 0, info.numel).reshape(info.shape)
+
+    def block(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Elements start..stop of a flattened tensor. Raises `NonFiniteCheckpoint` as `get` does."""
+        values = self.checkpoint.read(name, start, stop).astype(np.float64)
+        if not np.isfinite(values).all():
+            raise NonFiniteCheckpoint(
+                f"{self.path} (statistics of kind {self.kind}): {name} holds NaN or infinity; measure again"
+            )
+        return values
+
+    @cached_property
+    def norm(self) -> float:
+        """The L2 norm of all numbers of the file together."""
+        tensors = (self.get(name) for name in self.checkpoint.tensors)
+        return math.sqrt(math.fsum(float((one * one).sum()) for one in tensors if one is not None))
+
+    def check(self, kind: str, digests: tuple[str, str] | None, who: str) -> None:
+        """Raise `TechniqueError` unless these are statistics of this kind, of the weights with these digests (`Weights.digests`)."""
+        if self.kind != kind:
+            raise TechniqueError(
+                f"{self.path} holds statistics of kind {self.kind}, and {kind} is needed for {who}"
+            )
+        found, content = self.about.expert_sha256, self.about.expert_content
+        if found is None or digests is None:
+            return
+        of_content, sha256 = digests
+        if found != sha256 and content != of_content:
+            raise TechniqueError(
+                f"{self.path} was measured on other weights than {who}: on sha256 {found[:16]}..., which is not {sha256[:16]}...; give the "
+                f"statistics in the order of the experts, or measure again: temporal-merge measure {kind} CHECKPOINT --out FILE"
+            )
+
+    def __enter__(self) -> "Statistics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.checkpoint.close()
+
+
+def beside(weights: Path, kind: str) -> Path:
+    """Where the statistics of a checkpoint are found without being named: EXPERT.KIND.safetensors."""
+    name = weights.name.removesuffix(".index.json").removesuffix(".safetensors")
+    return weights.with_name(f"{name}.{kind}.safetensors")
+
+
+def write(path: Path, tensors: Mapping[str, np.ndarray], about: About) -> None:
+    """Write a statistic in float32. Raises `NonFiniteCheckpoint` for NaN or infinity, naming the tensor."""
+    for name, values in tensors.items():
+        if not np.isfinite(values).all():
+            raise NonFiniteCheckpoint(
+                f"{about.kind} of {name} is NaN or infinite: the weights or the inputs are; check them"
+            )
+    layout = {name: ("F32", tuple(values.shape)) for name, values in tensors.items()}
+    with CheckpointWriter(path, layout, about.metadata()) as writer:
+        for name, values in tensors.items():
+            writer.write(name, 0, np.ascontiguousarray(values).reshape(-1))
+
+
+def pooled(paths: Sequence[Path | str], out: Path) -> About:
+    """Write the statistics of all the data whose parts were measured in `paths`: means weighted with rows.
+
+    Raises `TechniqueError` for files of different kinds, weights or tensors, or without rows.
+    """
+    with contextlib.ExitStack() as stack:
+        parts = [stack.enter_context(Statistics(path)) for path in paths]
+        first = parts[0]
+        names = list(first.checkpoint.tensors)
+        for part in parts:
+            same = part.kind == first.kind and part.about.expert_sha256 == first.about.expert_sha256
+            if not same or set(part.checkpoint.tensors) != set(names) or not part.about.rows:
+                raise TechniqueError(
+                    f"{part.path} and {first.path} are not parts of one measurement: kind, weights, tensors and rows must be there and agree"
+                )
+        rows = {name: sum(part.about.rows[name.removesuffix(OUT)] for part in parts) for name in names}
+        tensors: dict[str, np.ndarray] = {}
+        for name in names:
+            shares = [part.about.rows[name.removesuffix(OUT)] / max(rows[name], 1) for part in parts]
+            tensors[name] = sum(share * part.get(name) for share, part in zip(shares, parts))  # type: ignore[operator,misc,assignment]
+        kept = {name: count for name, count in rows.items() if not name.endswith(OUT)}
+        examples = sum(part.about.examples for part in parts)
+        about = About(
+            first.kind,
+            kept,
+            examples,
+            first.about.expert_sha256,
+            first.about.expert_content,
+            first.about.parameters,
+        )
+        write(out, tensors, about)
+    return about
