@@ -1,4 +1,4 @@
-"""What needs torch: data, models, training and scoring, and the thin Ray actors that carry them out."""
+"""The part that needs torch: data, models, training, scoring, and thin Ray actors around them."""
 
 from merge_service.moved import lead
 

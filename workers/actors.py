@@ -15,51 +15,54 @@ from typing import Any, Protocol
 import ray
 
 from merge_service.checkpoints import WEIGHTS_FILE
-from merge_service.engine import keep_limits
+from merge_service.engine import keep_thresholds
 from merge_service.faults import point
 from workers.jobs import EvaluateJob, TrainJob
 
 
 class Store(Protocol):
-    """What an actor needs of the store; the driver hands it over."""
+    """The part of the store that an actor uses; the driver passes it with a job."""
 
     def make(self, step: Any, work: Callable[[Path], Mapping[str, Any]]) -> Any:
-        """Check a step's inputs, let `work` write its output into a directory, commit it with the result: the record."""
+        """Check the inputs of a step, let `work` write the output into a directory, and commit it; returns the record."""
 
     def open_inputs(self, step: Any) -> None:
         """Check a step's inputs."""
 
 
 class Worker:
-    """One rank of a group that trains experts; a group of one scores checkpoints as well. It lives on from step to step.
+    """One rank of a group that trains experts; a group of one rank scores checkpoints as well.
 
-    torch is imported once, and decoded data, tokens and mapped base weights stay in the process's memory.
+    A worker is kept for many steps: torch is imported once, and decoded data, tokens and mapped base weights stay in its memory.
     """
 
-    def __init__(self, rank: int, world: int, threads: int, device: str) -> None:
+    def __init__(self, rank: int, world: int, threads: int, device: str, gpus: float = 0) -> None:
         import torch
 
         import workers.scoring.evaluate
-        import workers.training.expert  # noqa: F401  (seconds, which the first step need not wait for)
+        import workers.training.expert  # noqa: F401  (takes seconds, before the first step)
+        from workers.feed.placement import settle
 
         torch.set_num_threads(threads)
+        if device == "cuda":
+            settle(gpus)
         self.rank, self.world, self.device = rank, world, device
 
     def address(self) -> tuple[str, int]:
-        """A host and a port on it that is free now, for the group's meeting point."""
+        """The host of this rank and a port that is free there, for the rendezvous of the group."""
         host = ray.util.get_node_ip_address()
         with socket.socket() as probe:
             probe.bind((host, 0))
             return host, probe.getsockname()[1]
 
     def join(self, place: tuple[str, int]) -> None:
-        """Meet the other ranks; once in the group's life."""
+        """Join the process group of the ranks; called once per group."""
         from workers.training.engines.groups import join_group
 
         join_group(self.rank, self.world, *place, self.device)
 
     def run(self, job: TrainJob | EvaluateJob, step: Any, store: Store) -> Any:
-        """Carry out one step; rank 0 commits it and returns the record, the others return None."""
+        """Execute one step; rank 0 commits it and returns the record, other ranks return None."""
         if isinstance(job, TrainJob):
             return self._train(job, step, store)
         return self._evaluate(job, step, store)
@@ -77,7 +80,7 @@ class Worker:
             lambda stage: train_expert(replace(job, out=str(stage)), rank=0, world=self.world, hooks=hooks),
         )
         for technique, params in job.asked_limits:
-            keep_limits(
+            keep_thresholds(
                 technique, params, job.base, record.path, job.limits,
                 sha256=record.sha256(WEIGHTS_FILE), threads=job.engine.threads,
             )  # fmt: skip
@@ -102,7 +105,7 @@ def _pass(name: str, _: int) -> None:
 
 
 def gather(members: list[Any]) -> list[Any]:
-    """Let the ranks of a new group find each other: what has to succeed before they can work."""
+    """Start the rendezvous of a new group; returns the references that must succeed before the first step."""
     if len(members) == 1:
         return []
     place = members[0].address.remote()

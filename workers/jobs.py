@@ -1,23 +1,29 @@
-"""What a worker is asked to do: frozen values that travel between processes.
+"""Jobs and results of workers: values that travel between processes.
 
-A job holds plain strings, numbers and tuples only, so that it pickles small, prints readably and needs no torch to be
-made. Paths are strings because a job may cross to a machine with another idea of a path. What bears on the result is
-in the job; where it runs is not, apart from the directories it may write to.
+A job holds plain strings, numbers and tuples only, so it pickles small, prints readably and needs no torch. Paths are strings because a
+job may be sent to another machine.
+Invariant: everything that affects a result is in the job; the place where it runs is not, except for the directories it may write to.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired, TypedDict
+
+Reading = Literal["decoded", "encoded", "auto"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """One split of one dataset under `root`, optionally only the samples of some of its classes."""
+    """One split of one dataset under `root`, optionally only the samples of some of its classes.
+
+    `reading`: pictures are decoded once into the cache (decoded) or at every access (encoded); auto decides by the number of samples.
+    """
 
     root: str
     dataset: str
     split: str
     classes: tuple[str, ...] | None = None
+    reading: Reading = "decoded"
 
 
 @dataclass(frozen=True)
@@ -33,13 +39,15 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class TrainJob:
-    """Train the expert of task `task` (time step `t`) from the weights in `init` and leave it in `out`.
+    """Train the expert of task `task` (time step `t`) from the weights in `init` and write it to `out`.
 
-    `init` and `base` are weight directories; `base` is what the result is checked against and what the task vector is
-    measured from. `recipe` is `Recipe.model_dump()`. `buffer` and `pretraining` may be empty. `scratch` outlives a crash
-    (checkpoints, progress.json); `out` is a staging directory of the store. `checkpoint_every` is in steps, 0: never.
-    `asked_limits` are the (technique, params) whose thresholds will be asked of the expert; they are kept in the directory
-    `limits` and bear on no result.
+    `init` and `base` are weight directories; the result is checked against `base`, and the task vector is its difference from
+    `base`. `recipe` is `Recipe.model_dump()`. `buffer` and `pretraining` may be empty. `scratch` outlives a crash
+    (checkpoints, progress.json); `out` is a staging directory of the store. `checkpoint_every` is in steps, 0: never. With
+    `checkpoint_seconds` > 0 the interval is that many seconds instead. `loaders` are threads that read pictures for a GPU.
+    With `activation_checkpointing` activations are computed again in the backward pass: less memory, the same bits.
+    `asked_limits` are the (technique, params) whose thresholds later merges need of the expert; they are stored in the directory
+    `limits` and affect no result.
     """
 
     fingerprint: str
@@ -61,13 +69,17 @@ class TrainJob:
     cache: str
     asked_limits: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     limits: str = ""
+    checkpoint_seconds: float = 0.0
+    loaders: int = 1
+    activation_checkpointing: bool = False
 
 
 @dataclass(frozen=True)
 class EvaluateJob:
     """Score the weights in `model` on every dataset (`Source.split` is the test split).
 
-    `fraction` < 1 scores a class-balanced subset drawn with `seed` (at least two samples per class).
+    `fraction` < 1 scores a class-balanced subset drawn with `seed` (at least two samples per class). `details` are the details to
+    compute besides scores (`scoring.details.DETAILS`). The towers compute in `precision` (autocast); features are compared in fp32.
     """
 
     fingerprint: str
@@ -81,3 +93,38 @@ class EvaluateJob:
     device: Literal["cpu", "cuda"] = "cpu"
     scratch: str = ""
     cache: str = ""
+    loaders: int = 1
+    details: tuple[str, ...] = ()
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+
+class TrainResult(TypedDict):
+    """A record of a training, as every rank returns it.
+
+    `loss` is [[step, mean loss since the last point], ...], at most 200 points. `lr` and `grad_norm` (before clipping) are [first,
+    highest, last]. `task_vector_norm` is the L2 norm of expert - base over float tensors in fp64, `drift` that of expert - initial
+    weights, and `relative_drift` is `drift` divided by the norm of the initial weights; all three are None on ranks other than 0.
+    `resumed_from` is a step or None. `system` are samples of machine usage by name (`workers.training.usage`).
+    """
+
+    steps: int
+    samples: int
+    seconds: float
+    samples_per_second: float
+    loss: list[list[float]]
+    lr: list[float]
+    grad_norm: list[float]
+    task_vector_norm: float | None
+    drift: float | None
+    relative_drift: float | None
+    resumed_from: int | None
+    system: NotRequired[dict[str, list[float]]]
+
+
+class EvaluateResult(TypedDict):
+    """Scores in [0, 1] and the number of samples behind each, by dataset; `details` if some were requested (`scoring.details`)."""
+
+    scores: dict[str, float]
+    samples: dict[str, int]
+    seconds: float
+    details: NotRequired[dict[str, dict[str, object]]]

@@ -1,6 +1,6 @@
-"""Image data: shards on disk, decoded once, served in deterministic batches.
+"""Image data: shards on disk, read into arrays or on demand, and sampled into deterministic batches.
 
-`manifest` and `tarscan` know what is on disk and refuse damaged or dangerous shards; they need no torch. `decode` turns a
-split into a cached uint8 array, `mixture` and `batches` turn arrays into training batches that depend on nothing but
-(seed, step, rank). `mini` writes the small real-image suite of the demo.
+`manifest` and `tarscan` describe the files and refuse damaged or dangerous shards; neither needs torch. `decode` opens a split,
+as a cached uint8 array or as it is stored (`encoded/`). `mixture` and `batches` draw training batches that depend on
+(seed, step, rank) only. `importing/` makes a dataset from a user's files. `mini/` writes the small real-image suite of the demo.
 """

@@ -1,8 +1,8 @@
-"""The one reader of a dataset's text files: class names, prompts, kind, number of shards.
+"""Reader of a dataset's text files: class names, prompts, kind, number of shards.
 
-A class is a line number, so what counts as a line must be what the writer of the file meant by one: the text between line
-feeds (or CR LF, or lone CR), not what Python's `splitlines` cuts at U+2028, U+0085 or a form feed.
-Invariant: line i of the file is entry i of the answer; nothing is dropped but the blank end of the file.
+A class is identified by its line number. So lines are split as editors split them: at LF, CR LF or a lone CR, and not at U+2028,
+U+0085 or a form feed, at which `str.splitlines` splits as well.
+Invariant: line i of the file is entry i of the result; only blank lines at the end are dropped.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from merge_service.errors import UserError
 
 
 def read_lines(path: Path) -> tuple[str, ...]:
-    """The lines of a UTF-8 file, with or without byte order mark, without spaces around them; () if there is no such file.
+    """The stripped lines of a UTF-8 file, with or without byte order mark; () if there is no such file.
 
     A blank line in the middle is the entry "". Raises UserError naming the line that is not UTF-8 or holds a NUL (UTF-16 text).
     """
@@ -38,7 +38,7 @@ def read_lines(path: Path) -> tuple[str, ...]:
 
 
 def class_names(path: Path) -> tuple[str, ...]:
-    """One class a line; sample labels are line numbers from 0. Raises UserError naming the blank line, or as `read_lines` does."""
+    """The class names, one per line; sample labels are line numbers from 0. Raises UserError for a blank line, and as `read_lines`."""
     names = read_lines(path)
     if "" in names:
         number = names.index("") + 1
@@ -50,12 +50,12 @@ def class_names(path: Path) -> tuple[str, ...]:
 
 
 def filled_lines(path: Path) -> tuple[str, ...]:
-    """The lines that are not blank, where their numbers mean nothing (prompts, kind). Raises UserError as `read_lines` does."""
+    """The lines that are not blank, for files whose line numbers have no meaning (prompts, kind). Raises UserError as `read_lines` does."""
     return tuple(line for line in read_lines(path) if line)
 
 
 def stated_number(path: Path) -> int | None:
-    """The number that a file states in its first line (nshards.txt); None if it states nothing. Raises UserError."""
+    """The number in the first line of a file (nshards.txt); None if the file is missing or blank. Raises UserError for other text."""
     lines = filled_lines(path)
     if not lines:
         return None

@@ -1,8 +1,9 @@
-"""What a dataset on disk is: its classes, prompts, splits and shards, and whether the shards are whole.
+"""Description and verification of datasets on disk: classes, prompts, splits, shards and their digests.
 
 The layout is that of CLIP benchmark: `ROOT/NAME/{classnames.txt, zeroshot_classification_templates.txt, dataset_type.txt,
-SPLIT/nshards.txt, SPLIT/0.tar, ...}`, where NAME may carry the prefix `wds_`. Our own roots add `manifest.json` (sha256, size
-and sample count per shard); a foreign root is indexed once, into a cache directory beside nothing of the user's.
+SPLIT/nshards.txt, SPLIT/0.tar, ...}`, where NAME may carry the prefix `wds_`. Roots written by this project add `manifest.json`
+(sha256, size and sample count per shard). Any other root is scanned once; its index is kept in the cache, so the user's
+directory stays unchanged.
 Invariant: digests depend on the content of shards, class names and prompts only, never on paths or times.
 """
 
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_service.errors import UserError
-from workers.data.cache import Access, cache_root, recall, remember
+from workers.data.cache import Access, cache_root, file_sha256, recall, remember
 from workers.data.contents import REVISION, Survey, check_label, inspect, together
 from workers.data.lines import class_names, filled_lines, stated_number
 from workers.data.tarscan import ShardError
@@ -34,7 +35,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """`file` is relative to the split's folder; `bytes` is the file's size."""
+    """One shard. `file` is relative to the folder of the split; `bytes` is the size of the file."""
 
     file: str
     sha256: str
@@ -44,7 +45,7 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """`digest` is the sha256 over (sha256, samples) of the shards in order."""
+    """One split. `digest` is the sha256 over (sha256, samples) of the shards in order."""
 
     samples: int
     shards: tuple[ShardInfo, ...]
@@ -53,7 +54,7 @@ class SplitInfo:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """`kind` is "classification" or "retrieval"; `templates` hold `{c}` where the class name goes."""
+    """One dataset. `kind` is "classification" or "retrieval"; `templates` hold `{c}` in place of the class name."""
 
     name: str
     kind: str
@@ -64,9 +65,9 @@ class DatasetInfo:
 
 
 def folder(root: str | Path, dataset: str) -> Path:
-    """The dataset's folder under `root`: NAME or wds_NAME (a `/` in NAME is a `-` on disk). Raises UserError."""
-    if not _is_name(dataset):
-        raise UserError(f"{dataset!r} is no dataset name: use letters, digits, '.', '_', '-'")
+    """The folder of a dataset under `root`: NAME or wds_NAME (a `/` in NAME is a `-` on disk). Raises UserError if there is none."""
+    if not is_name(dataset):
+        raise UserError(f"{dataset!r} is not a valid dataset name: use letters, digits, '.', '_', '-'")
     on_disk = dataset.replace("/", "-")
     for candidate in (Path(root) / on_disk, Path(root) / f"wds_{on_disk}"):
         if candidate.is_dir():
@@ -80,10 +81,10 @@ def folder(root: str | Path, dataset: str) -> Path:
 
 
 def read_suite(root: str | Path) -> dict[str, Any]:
-    """`suite.json` of a root: {"name", "roles": {"pretraining"|"adaptation"|"held_out": [dataset, ...]}, ...}, and, if it states
-    them, "zero_shot_groups": {"replayed"|"never_replayed": [dataset, ...]}.
+    """`suite.json` of a root: {"name", "roles": {"pretraining"|"adaptation"|"held_out": [dataset, ...]}, ...}, and optionally
+    "zero_shot_groups": {"replayed"|"never_replayed": [dataset, ...]}.
 
-    Raises UserError if there is none, a role is missing, or a held-out set is not in exactly one group.
+    Raises UserError if the file or a role is missing, or if a held-out set is not in exactly one group.
     """
     path = Path(root) / SUITE_FILE
     if not path.is_file():
@@ -110,7 +111,7 @@ def _check_names(path: Path, key: str, lists: Mapping[str, Any]) -> None:
     for what, names in lists.items():
         if (
             not isinstance(names, list)
-            or not all(_is_name(name) for name in names)
+            or not all(is_name(name) for name in names)
             or len(set(names)) < len(names)
         ):
             raise UserError(f"{path}: `{key}.{what}` must list names of datasets, each once")
@@ -119,10 +120,10 @@ def _check_names(path: Path, key: str, lists: Mapping[str, Any]) -> None:
 def describe(root: str | Path, dataset: str, cache: str | Path | None = None) -> DatasetInfo:
     """Classes, prompts, splits and digests of one dataset.
 
-    Reads only the manifest of our own roots. A root without one is scanned and hashed on first use and the index kept under
-    `cache` (default: $TEMPORAL_MERGE_CACHE, else ~/.cache/temporal-merge), valid while sizes and times of the shards stand.
-    What a process has read of our own roots is remembered while sizes and times of the files stand.
-    Raises UserError (no such dataset, no class names) and ShardError (a foreign shard that is damaged or forbidden).
+    With a `manifest.json`, no shard is read, and the result is cached in the process until a description file changes. Without one,
+    all shards are scanned and hashed on first use; the index is kept under `cache` (default: $TEMPORAL_MERGE_CACHE, else
+    ~/.cache/temporal-merge) and is valid for shards of unchanged size and modification time.
+    Raises UserError (no such dataset, no class names) and ShardError (a damaged or forbidden shard of a root without manifest).
     """
     home = folder(root, dataset)
     if not (home / MANIFEST_FILE).is_file():
@@ -150,8 +151,8 @@ def _described(home: Path, dataset: str, cache: str | Path | None) -> DatasetInf
     classes = class_names(home / CLASSES_FILE)
     if kind == "classification" and not classes:
         raise UserError(
-            f"{home / CLASSES_FILE} is missing or empty: a classification set needs one class name a line (a retrieval set "
-            f"has a {KIND_FILE} that says retrieval)"
+            f"{home / CLASSES_FILE} is missing or empty: a classification set needs one class name per line (for a retrieval set, "
+            f"{KIND_FILE} must hold the word retrieval)"
         )
     templates = filled_lines(home / TEMPLATES_FILE) or (("a photo of a {c}.",) if classes else ())
     for template in templates:
@@ -167,10 +168,10 @@ def _described(home: Path, dataset: str, cache: str | Path | None) -> DatasetInf
 def verify(
     root: str | Path, dataset: str, split: str, cache: str | Path | None = None, decode: bool = False
 ) -> Survey:
-    """Check every shard of a split against its stated size, sha256 and sample count, and its samples against the rules.
+    """Check every shard of a split against its stated size, sha256 and sample count, and validate its samples (`contents`).
 
-    Returns what the samples are. With `cache`, a shard already found whole is not read again while its size and modification
-    time stand; with `decode` every shard is read and every picture decoded.
+    Returns the survey of the split. With `cache`, a shard that passed before is not read again while its size and modification
+    time are unchanged. With `decode`, every shard is read and every picture decoded.
     Raises ShardError naming the shard: missing, cut, flipped, short, forbidden, duplicate, pixels or unreadable.
     """
     home, info = folder(root, dataset), describe(root, dataset, cache)
@@ -184,7 +185,7 @@ def verify(
 
 
 def unread_bytes(root: str | Path, dataset: str, splits: Collection[str], cache: str | Path) -> int:
-    """How much there is to read before the samples of these splits are known; 0 once they were looked at."""
+    """The bytes of the shards in these splits that have not been surveyed yet; 0 if all have."""
     home = folder(root, dataset)
     if not (home / MANIFEST_FILE).is_file():
         known = _index_file(home, cache_root(cache)).exists()
@@ -203,7 +204,7 @@ def unread_bytes(root: str | Path, dataset: str, splits: Collection[str], cache:
 
 
 def split_of(info: DatasetInfo, split: str) -> SplitInfo:
-    """The split, or a UserError naming those there are."""
+    """One split of a dataset. Raises UserError naming the existing splits."""
     if split not in info.splits:
         raise UserError(
             f"dataset {info.name!r} has no split {split!r}; it has: {', '.join(info.splits) or 'none'}"
@@ -214,28 +215,39 @@ def split_of(info: DatasetInfo, split: str) -> SplitInfo:
 def verify_shard(
     path: Path, stated: ShardInfo, kind: str, cache: Path | None = None, decode: bool = False
 ) -> Survey:
-    """One shard against what its manifest states; see `verify`."""
+    """Check one shard against its manifest entry; see `verify`. Raises ShardError."""
     if not path.is_file():
-        raise ShardError(path, "missing", "no such file, or not a regular one")
-    status = path.stat()
+        raise ShardError(path, "missing", "no such file, or not a regular file")
     kept = _kept_survey(path, stated.sha256, stated.samples, kind, cache)
     if kept is not None and not decode and (found := _surveyed(recall(kept))) is not None:
         return found
-    if status.st_size < stated.bytes:
-        raise ShardError(path, "cut", f"{status.st_size} of {stated.bytes} bytes are there")
-    if status.st_size > stated.bytes or file_sha256(path) != stated.sha256:
-        raise ShardError(
-            path, "flipped", f"its bytes are not those the manifest states (sha256 {stated.sha256[:12]}...)"
-        )
+    check_bytes(path, stated)
     survey = inspect(path, kind, decode)
     if survey.samples != stated.samples:
-        raise ShardError(path, "short", f"{survey.samples} samples, the manifest states {stated.samples}")
+        raise ShardError(
+            path, "short", f"the shard holds {survey.samples} samples, the manifest states {stated.samples}"
+        )
     _keep_survey(kept, survey, path)
     return survey
 
 
+def check_bytes(path: Path, stated: ShardInfo) -> None:
+    """Raise ShardError (missing, cut, flipped) if the bytes of a shard differ from those that its manifest states."""
+    if not path.is_file():
+        raise ShardError(path, "missing", "no such file, or not a regular file")
+    size = path.stat().st_size
+    if size < stated.bytes:
+        raise ShardError(path, "cut", f"the file has {size} of {stated.bytes} bytes")
+    if size > stated.bytes or file_sha256(path) != stated.sha256:
+        raise ShardError(
+            path,
+            "flipped",
+            f"its bytes differ from those the manifest states (sha256 {stated.sha256[:12]}...)",
+        )
+
+
 def _kept_survey(path: Path, sha256: str, samples: int, kind: str, cache: Path | None) -> Path | None:
-    """Where the survey of a shard is kept: named after the shard's content, its place, size and time, and what is looked for."""
+    """The cache file of a shard's survey, named after the shard's content, path, size and time, and the rules of the survey."""
     if cache is None:
         return None
     status = path.stat()
@@ -250,7 +262,7 @@ def _keep_survey(kept: Path | None, survey: Survey, shard: Path) -> None:
 
 
 def _surveyed(text: str | None) -> Survey | None:
-    """A survey that was kept; None for what is damaged."""
+    """A cached survey; None if its text is missing or damaged."""
     try:
         body = json.loads(text or "")
         pairs = {name: tuple((key, count) for key, count in body[name]) for name in ("labels", "pictures")}
@@ -259,26 +271,21 @@ def _surveyed(text: str | None) -> Survey | None:
         return None
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, as hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def split_info(shards: list[ShardInfo]) -> SplitInfo:
-    """Sum up shards in order."""
+    """The split that consists of these shards, in order."""
     digest = _digest([[shard.sha256, shard.samples] for shard in shards])
     return SplitInfo(sum(shard.samples for shard in shards), tuple(shards), digest)
 
 
 def write_manifest(home: Path, splits: Mapping[str, list[ShardInfo]]) -> None:
-    """`manifest.json` of our own roots, byte-identical for equal shards."""
+    """Write `manifest.json` into the dataset folder `home`; equal shards give equal bytes."""
     body = {name: [asdict(shard) for shard in shards] for name, shards in splits.items()}
     text = json.dumps({"format": FORMAT, "splits": body}, indent=1, sort_keys=True)
     (home / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def _is_name(name: Any) -> bool:
+def is_name(name: Any) -> bool:
+    """Whether a value is a valid dataset name."""
     return isinstance(name, str) and _NAME.fullmatch(name) is not None and ".." not in name
 
 
@@ -317,15 +324,17 @@ def _check_types(shards: list[ShardInfo]) -> None:
     for shard in shards:
         numbers = all(type(n) is int and n >= 0 for n in (shard.samples, shard.bytes))
         if not numbers or not isinstance(shard.file, str) or not isinstance(shard.sha256, str):
-            raise TypeError(f"{str(shard)[:200]}: file and sha256 must be text, samples and bytes counts")
+            raise TypeError(
+                f"{str(shard)[:200]}: file and sha256 must be text, samples and bytes must be counts"
+            )
 
 
 def _indexed_splits(home: Path, kind: str, cache: str | Path | None) -> dict[str, SplitInfo]:
-    """Splits of a root without our manifest, from the cached index where sizes and times still stand."""
+    """Splits of a root without manifest; shards of unchanged size and time are taken from the cached index."""
     root = cache_root(cache)
     index_file = _index_file(home, root)
     known: dict[str, Any] = {}
-    with suppress(ValueError, RecursionError):  # an index that cannot be read is made again
+    with suppress(ValueError, RecursionError):  # an unreadable index is computed again
         known = dict(json.loads(recall(index_file) or "{}"))
     index: dict[str, list[Any]] = {}
     splits = {}
@@ -358,13 +367,15 @@ def _index_file(home: Path, root: Path) -> Path:
 
 
 def _shard_files(place: Path) -> list[Path]:
-    """Shards in numeric order, as many as nshards.txt says."""
+    """Shards in numeric order. Raises ShardError if nshards.txt states another number."""
     files = sorted(
         place.glob("*.tar"), key=lambda path: (not path.stem.isdigit(), path.stem.zfill(12), path.name)
     )
     stated = stated_number(place / "nshards.txt")
     if stated not in (None, len(files)):
-        raise ShardError(place, "missing", f"nshards.txt states {stated} shards, {len(files)} are there")
+        raise ShardError(
+            place, "missing", f"nshards.txt states {stated} shards, the folder holds {len(files)}"
+        )
     return files
 
 

@@ -1,8 +1,9 @@
-"""Which samples make up a training batch: pure index arithmetic, with no memory of earlier steps.
+"""The samples of each training batch: pure index arithmetic without state.
 
-The shares follow FoMo-in-Flux v1.0, which TIME uses: of a batch of 512 at .33/.34/.33, 169 samples come from the pretraining
-pool, 175 from the current task and 168 from the buffer of earlier tasks; while there is no buffer its share is split equally,
-which gives 253 + 259. Each source is walked in seeded permutations, so every sample is seen once before any is seen twice.
+The shares follow FoMo-in-Flux v1.0 (arXiv 2408.14471), which TIME uses. A batch of 512 at .33/.34/.33 has 169 samples of the
+pretraining pool, 175 of the current task and 168 of the buffer of earlier tasks. While the buffer is empty, its share is split
+equally among the others, which gives 253 + 259. Each source is traversed in seeded permutations, so no sample is repeated before all
+were used.
 Invariant: the indices of a step depend on (seed, step, batch size, mixture, sizes) only; a run resumed at step k continues exactly.
 """
 
@@ -15,15 +16,15 @@ from merge_service.errors import UserError
 
 SOURCES = ("pretraining", "update", "buffer")
 MAX_BATCH = 100_000
-"""Up to which a batch size that would do is looked for."""
+"""The limit of the search for a sufficient batch size."""
 
 
 def batch_counts(batch_size: int, mixture: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, int]:
-    """How many samples of a batch each source gives; they sum to `batch_size`.
+    """The number of samples of each source in a batch; they sum to `batch_size`.
 
-    `mixture` holds shares that sum to 1, `sizes` the number of samples there are. Shares are rounded down and what is left goes
-    to the sources in order, pretraining first. An empty buffer's share is split equally among the other sources in use.
-    Raises UserError if another source has a share but no samples, or a share that comes to no sample of a batch.
+    `mixture` holds shares that sum to 1, `sizes` the number of samples of each source. Shares are rounded down; the remainder goes
+    to the sources in order, pretraining first. The share of an empty buffer is split equally among the other sources in use.
+    Raises UserError if another source with a share has no samples, or if a share rounds to no sample of a batch.
     """
     if abs(sum(mixture.get(name, 0.0) for name in SOURCES) - 1) > 1e-6 or set(mixture) - set(SOURCES):
         raise UserError(f"mixture {dict(mixture)}: the shares of {', '.join(SOURCES)} must sum to 1")
@@ -42,9 +43,9 @@ def batch_counts(batch_size: int, mixture: Mapping[str, float], sizes: Mapping[s
 def lost_shares(
     batch_size: int, mixture: Mapping[str, float], buffered: bool, multiple: int = 1
 ) -> str | None:
-    """What is wrong with a batch size that gives a source with a share no sample of any batch, and which size would do.
+    """The problem with a batch size at which some share rounds to no sample, with a sufficient size; None if there is none.
 
-    `buffered`: whether there are earlier tasks to replay. The size named is a multiple of `multiple`.
+    `buffered` is whether there are earlier tasks to replay. The suggested size is a multiple of `multiple`.
     """
     used = [name for name in SOURCES if mixture.get(name, 0.0) > 0 and (buffered or name != "buffer")]
 
@@ -89,7 +90,7 @@ def batch_indices(
 
 
 def generator(seed: int, *place: int) -> np.random.Generator:
-    """A random generator that depends on `seed` and the numbers of `place` only (Philox, so no state is carried along)."""
+    """A random generator (Philox) that depends on `seed` and the numbers of `place` only."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *place])))
 
 
@@ -99,7 +100,7 @@ def _deal(counts: dict[str, int], names: list[str], amount: int) -> None:
 
 
 def _walk(start: int, count: int, seed: int, source: int, size: int) -> np.ndarray:
-    """Positions start .. start + count of an endless row of permutations of `size` samples."""
+    """Positions start .. start + count of an endless sequence of permutations of `size` samples."""
     taken: list[np.ndarray] = []
     while count > 0:
         epoch, offset = divmod(start, size)

@@ -1,9 +1,9 @@
-"""Pictures as a person sees them, where open_clip's preprocessing sees something else.
+"""Pictures as they are displayed, in the cases where open_clip's preprocessing decodes something else.
 
-open_clip calls `convert("RGB")` and nothing else: 16-bit grey is cut off at 255, transparency is dropped (what lies beneath it
-shows), and the orientation that a camera noted in EXIF is not applied. Models learn from pictures as people upload, see and
-label them, so all three are converted here, before open_clip's own geometry.
-Invariant: any other picture passes through untouched, so that its pixels equal open_clip's bit for bit.
+open_clip only calls `convert("RGB")`: 16-bit grey is clipped at 255, an alpha channel is dropped (its hidden colours appear), and the
+EXIF orientation is ignored. Labels and captions describe the displayed picture, so these three cases are converted before
+open_clip's geometry.
+Invariant: any other picture passes through unchanged, so its pixels equal open_clip's bit for bit.
 """
 
 import warnings
@@ -12,22 +12,22 @@ import numpy as np
 from PIL import Image
 
 REVISION = 1
-"""Raise it when `as_seen` changes what it gives: results over such pictures are then made again, and no others."""
+"""Increase it when results of `as_seen` change; steps on data with such pictures are then computed again, and no others."""
 
 GREY16, TRANSPARENT, TURNED = "16-bit grey", "transparent", "turned by EXIF"
 CONVERTED = (GREY16, TRANSPARENT, TURNED)
 CMYK, ANIMATED = "CMYK", "animated"
 KINDS = {
-    GREY16: "scaled to 8 bits (plain open_clip cuts them off at 255)",
-    TRANSPARENT: "drawn on white, or on black where white hides everything (plain open_clip drops the alpha channel)",
-    TURNED: "turned as their EXIF orientation says (plain open_clip does not turn them)",
+    GREY16: "scaled to 8 bits (plain open_clip clips them at 255)",
+    TRANSPARENT: "composited on white, or on black if white would hide everything (plain open_clip drops the alpha channel)",
+    TURNED: "rotated by their EXIF orientation (plain open_clip does not rotate them)",
     CMYK: "converted without their colour profile, as plain open_clip does",
     ANIMATED: "read as their first frame, as plain open_clip does",
 }
-"""What is done about each kind of picture that is not plain 8-bit grey or RGB."""
+"""The treatment of each kind of picture that is not plain 8-bit grey or RGB."""
 
 FAINT = 26
-"""A picture whose lightest and darkest value differ by less (of 255) shows nothing to a person."""
+"""A picture whose lightest and darkest values differ by less (of 255) looks blank."""
 
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -40,13 +40,16 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+_LYING = {_TURNS[5], _TURNS[6], _TURNS[7], _TURNS[8]}
+"""Rotations that exchange height and width."""
+
 
 def kinds_of(image: Image.Image) -> list[str]:
-    """The `KINDS` that an opened picture is of; pixels are decoded only where there is an alpha channel to look at.
+    """The `KINDS` of an opened picture; pixels are decoded only if there is an alpha channel to check.
 
     Raises what Pillow raises for broken data.
     """
-    turn = _turn(image)  # first of all, for Pillow finds more in a picture once it is decoded
+    turn = _turn(image)  # first, since decoding adds EXIF that follows the pixels
     found = {
         GREY16: image.mode.startswith("I"),
         TRANSPARENT: _is_transparent(image),
@@ -57,8 +60,14 @@ def kinds_of(image: Image.Image) -> list[str]:
     return [kind for kind in KINDS if found[kind]]
 
 
+def seen_size(image: Image.Image) -> tuple[int, int]:
+    """Height and width of `as_seen` in pixels; no pixel is decoded."""
+    lies = _turn(image) in _LYING
+    return (image.width, image.height) if lies else (image.height, image.width)
+
+
 def as_seen(image: Image.Image) -> Image.Image:
-    """The picture as a viewer shows it: turned, in 8 bits, without holes. The same object where nothing is to be done."""
+    """The picture as a viewer shows it: rotated, in 8 bits, opaque. The same object if no conversion is needed."""
     turn = _turn(image)
     transparent = _is_transparent(image)
     if image.mode.startswith("I"):
@@ -69,9 +78,9 @@ def as_seen(image: Image.Image) -> Image.Image:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What undoes the camera's turn; a damaged EXIF block says nothing, as in viewers.
+    """The rotation that the EXIF orientation asks for; a damaged EXIF block is ignored, as in viewers.
 
-    Of a PNG only what stands before its pixels counts: to look behind them, Pillow would decode the whole.
+    In a PNG only EXIF before the pixels counts, since Pillow would have to decode the picture to reach a later block.
     """
     if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
         return None
@@ -79,7 +88,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # Pillow's parser raises many kinds for EXIF that is no EXIF
+    except Exception:  # Pillow's parser raises many kinds for malformed EXIF
         return None
 
 
@@ -92,7 +101,7 @@ def _is_transparent(image: Image.Image) -> bool:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """0 to 65535 as 0 to 255, rounded; the one transparent value of the picture, if there is one, as alpha 0."""
+    """0..65535 scaled to 0..255 and rounded; the transparent value of the picture, if any, becomes alpha 0."""
     values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
     grey = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     if "transparency" in image.info:

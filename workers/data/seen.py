@@ -1,7 +1,7 @@
-"""What models see of a split that its bytes alone do not say: how unusual pictures are converted, which samples show the same.
+"""Digests and notes for what models see of a split beyond its bytes: converted pictures, repeated pictures, how pictures are read.
 
-Invariant: a split of ordinary pictures is named by its shards alone, so that a change of how others are treated leaves its
-results what they were.
+Some results depend on how this project treats unusual pictures, so a change of that treatment must change their digests.
+Invariant: the digest of a split of ordinary pictures depends on its shards only, so such a change does not affect its results.
 """
 
 import hashlib
@@ -14,15 +14,19 @@ from workers.data.contents import Survey, is_by_caption, repeated
 from workers.data.manifest import DatasetInfo, SplitInfo
 
 GROUPING = 1
-"""Raise it when retrieval treats samples of the same picture in another way."""
+"""Increase it when retrieval treats samples of the same picture differently."""
+ENCODED = 1
+"""Increase it when the cropping or resizing of original pictures changes."""
+AUTO_SAMPLES = 200_000
+"""The number of samples from which `auto` reads a split encoded: decoded at 224 px it would take 30 GB."""
 FEW = 0.05
-"""A share of samples below which copies of pictures are not worth a word: they cannot move a score by more."""
+"""The share of samples below which repeated pictures are not reported: they cannot change a score by more."""
 
 
 def content_digest(split: SplitInfo, survey: Survey, scored: bool) -> str:
-    """The split's digest, made another one by what is done to its pictures where they are not plain.
+    """The digest of a split; if it has converted or regrouped pictures, it also covers the revision of that treatment.
 
-    `scored`: for evaluation, where captions of one picture that come as several samples count together.
+    `scored` is for evaluation, in which captions of one picture that occur in several samples count together.
     """
     how = {}
     if any(kind in pictures.CONVERTED for kind, _ in survey.pictures):
@@ -34,8 +38,22 @@ def content_digest(split: SplitInfo, survey: Survey, scored: bool) -> str:
     return hashlib.sha256(json.dumps([split.digest, how], sort_keys=True).encode()).hexdigest()
 
 
+def reads_encoded(reading: str, samples: int) -> bool:
+    """Whether a split of `samples` samples is read encoded, given the study's `decoded`, `encoded` or `auto`."""
+    return reading == "encoded" or (reading == "auto" and samples >= AUTO_SAMPLES)
+
+
+def encoded_digest(split: SplitInfo) -> str:
+    """The digest of what training sees of an encoded split, whose crops are taken from the original pictures.
+
+    It always covers the treatment of unusual pictures, so a plan needs no survey of the shards.
+    """
+    how = {"encoded": ENCODED, "pictures": pictures.REVISION}
+    return hashlib.sha256(json.dumps([split.digest, how], sort_keys=True).encode()).hexdigest()
+
+
 def notes(info: DatasetInfo, surveys: Mapping[str, Survey]) -> list[str]:
-    """What a person should know of a dataset before its scores are believed, a sentence each."""
+    """Caveats for the reader of a dataset's scores, one sentence each."""
     said = []
     counts = Counter(info.classes)
     for name in (name for name, count in counts.items() if count > 1):
@@ -51,7 +69,7 @@ def notes(info: DatasetInfo, surveys: Mapping[str, Survey]) -> list[str]:
 
 
 def _of_copies(split: str, survey: Survey) -> list[str]:
-    """How samples that show the same picture are scored, where that can move a score."""
+    """How samples of the same picture are scored, if that can change a score."""
     copies = repeated(survey.files)
     if is_by_caption(survey.files):
         return [
@@ -61,6 +79,6 @@ def _of_copies(split: str, survey: Survey) -> list[str]:
     if copies < FEW * survey.samples or not copies:
         return []
     return [
-        f"{copies:,} of {survey.samples:,} samples of {split} show a picture that another shows too, and each is scored as a picture of "
-        "its own; write each picture once, with all its captions, one a line"
+        f"{copies:,} of {survey.samples:,} samples of {split} show a picture that another sample also shows, and each is scored as a "
+        "separate picture; write each picture once, with all its captions, one per line"
     ]

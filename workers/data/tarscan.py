@@ -1,9 +1,9 @@
-"""A strict reader of tar headers, because a forgiving one loses training data without a word.
+"""Strict reader of tar headers, because lenient readers lose training data silently.
 
-`tarfile` (and so webdataset) takes a damaged header for the end of the archive: a shard with one flipped byte yields fewer
-samples and no error. This scanner accepts only what a webdataset shard may hold: regular files (directories are passed over)
-with a suffix we decode, plain relative names, no duplicates, and a proper end-of-archive mark.
-Invariant: either every member of the shard has been named, or a `ShardError` says what is wrong and where.
+`tarfile`, and so webdataset, takes a damaged header for the end of the archive: a shard with one flipped byte yields fewer samples and
+no error. This reader accepts only the content of a webdataset shard: regular files (directories are skipped) with a known
+suffix, plain relative names, no duplicates, and a proper end-of-archive mark.
+Invariant: either every member of the shard has been returned, or a `ShardError` states the problem and its place.
 """
 
 import io
@@ -20,7 +20,7 @@ ALLOWED_SUFFIXES = (*IMAGE_SUFFIXES, "txt", "cls", "json")
 
 BLOCK = 512
 HARMLESS_GLOBALS = {"comment", "mtime", "atime", "ctime", "uid", "gid", "uname", "gname"}
-"""What a header for all members may say. Names and sizes there would be read by some and not by others."""
+"""The keys that a global header may state. Readers disagree on names and sizes there, so these are refused."""
 MAX_NAME = 1000
 MAX_MEMBER_BYTES = 64 << 20
 MAX_TEXT_BYTES = 1 << 20
@@ -36,7 +36,7 @@ class ShardError(UserError):
     def __init__(
         self, shard: Path, reason: str, detail: str, advice: str = "Fetch or write this shard again."
     ):
-        super().__init__(shard, reason, detail, advice)  # all of them, so that pickle can make it again
+        super().__init__(shard, reason, detail, advice)  # all arguments, for pickle to rebuild the exception
         self.shard, self.reason = shard, reason
 
     def __str__(self) -> str:
@@ -46,7 +46,7 @@ class ShardError(UserError):
 
 @dataclass(frozen=True)
 class Member:
-    """One regular file of a shard; `offset` and `size` are bytes."""
+    """One regular file of a shard; `offset` is the position of its data in the shard, `offset` and `size` are in bytes."""
 
     name: str
     key: str
@@ -56,10 +56,10 @@ class Member:
 
 
 def members(shard: Path) -> Iterator[Member]:
-    """Every regular member in order.
+    """Every regular member of a shard, in order.
 
-    Raises ShardError: cut (the file ends early), flipped (a header does not add up), forbidden (a suffix, name or member
-    type that has no place in a shard), duplicate (a name twice).
+    Raises ShardError: cut (the file ends early), flipped (a header is damaged), forbidden (a suffix, name or member type that a shard
+    must not hold), duplicate (a name twice).
     """
     seen: set[str] = set()
     with shard.open("rb") as stream:
@@ -84,28 +84,28 @@ def _forbidden(shard: Path, name: str, why: str) -> ShardError:
 
 def _checked(shard: Path, name: str, offset: int, size: int) -> Member:
     if len(name) > MAX_NAME or "\0" in name or name.startswith("/") or ".." in name.split("/"):
-        raise _forbidden(shard, name, "has a name that is no plain relative path")
+        raise _forbidden(shard, name, "has a name that is not a plain relative path")
     match = _KEY_AND_SUFFIX.match(name.removeprefix("./"))
     if match is None:
         raise _forbidden(shard, name, "has no sample key and suffix (expected KEY.SUFFIX)")
     suffix = match.group(2).lower()
     if suffix not in ALLOWED_SUFFIXES:
-        # WebDataset's own rule; a name cut at its last dot would be another sample there
+        # webdataset splits a name at its first dot, so a split at the last dot would give another sample
         dotted = suffix.rpartition(".")[2] in ALLOWED_SUFFIXES
         why = (
-            ", for a suffix begins at the first dot of a file's name: write names without other dots" * dotted
+            ", as a suffix begins at the first dot of a file's name: write names without other dots" * dotted
         )
         raise _forbidden(
             shard, name, f"has the suffix .{suffix}{why}; allowed: {', '.join(ALLOWED_SUFFIXES)}"
         )
     limit = MAX_MEMBER_BYTES if suffix in IMAGE_SUFFIXES else MAX_TEXT_BYTES
     if size > limit:
-        raise _forbidden(shard, name, f"holds {size} bytes; at most {limit} are read")
+        raise _forbidden(shard, name, f"holds {size} bytes; the limit is {limit}")
     return Member(name, match.group(1), suffix, offset, size)
 
 
 def _headers(stream: BinaryIO, shard: Path, length: int) -> Iterator[tuple[str, bytes, int, int]]:
-    """(name, type, data offset, size) of every header, with pax and GNU long names applied to what they precede."""
+    """(name, type, data offset, size) of every header, with pax and GNU long names applied to the header that follows them."""
     long_name, pax, position = "", {}, 0
     while True:
         stream.seek(position)
@@ -139,8 +139,8 @@ def _headers(stream: BinaryIO, shard: Path, length: int) -> Iterator[tuple[str, 
 
 
 def _parse(header: bytes, shard: Path, position: int) -> tuple[str, bytes, int]:
-    """Name, type and size (bytes) of one ustar or GNU header; the checksum is that of POSIX.1-1988, unsigned."""
-    broken = ShardError(shard, "flipped", f"the tar header at byte {position} does not add up")
+    """Name, type and size (bytes) of one ustar or GNU header, after its checksum (POSIX.1-1988, unsigned) is checked."""
+    broken = ShardError(shard, "flipped", f"the tar header at byte {position} is damaged")
     try:
         stated = int(header[148:156].split(b"\0")[0].strip() or b"x", 8)
     except ValueError:
@@ -170,7 +170,11 @@ def _extension(stream: BinaryIO, shard: Path, position: int, size: int, length: 
     if position + BLOCK + size > length:
         raise ShardError(shard, "cut", f"the file ends at byte {length}, inside an extended header")
     if size > MAX_TEXT_BYTES:
-        raise ShardError(shard, "forbidden", f"an extended header of {size} bytes at byte {position}")
+        raise ShardError(
+            shard,
+            "forbidden",
+            f"the extended header at byte {position} has {size} bytes; the limit is {MAX_TEXT_BYTES}",
+        )
     return stream.read(size)
 
 
@@ -199,4 +203,4 @@ def _pax(body: bytes, shard: Path, position: int) -> dict[str, str]:
 def _only_zeros_left(stream: BinaryIO, shard: Path) -> None:
     while chunk := stream.read(1 << 20):
         if chunk.count(0) != len(chunk):
-            raise ShardError(shard, "flipped", "there is data behind the end-of-archive mark")
+            raise ShardError(shard, "flipped", "there is data after the end-of-archive mark")

@@ -1,7 +1,7 @@
-"""Altered copies of small pictures, so that a base learns what a name means and not one way of drawing it.
+"""Altered copies of small pictures, so that a base learns the meaning of a name and not one drawing of it.
 
-The copies are written out as an ordinary dataset before training: they can be looked at, and training on them needs nothing
-that training on anything else does not. Invariant: a copy depends on (seed, dataset, copy, sample) only.
+The copies are written as an ordinary dataset before training, so they can be inspected and training needs no augmentation of its own.
+Invariant: a copy depends on (seed, dataset, copy, sample) only.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,14 +20,16 @@ Change = Callable[[Image.Image, np.random.Generator], Image.Image]
 def variants(
     samples: Samples, copies: int, changes: Sequence[str], seed: int, number: int
 ) -> Iterator[Sample]:
-    """`copies` altered copies of every sample; `number` tells datasets of one pool apart.
+    """`copies` altered copies of every sample; `number` is the place of the dataset in its pool and enters the seed.
 
-    `changes` are names of `CHANGES`, applied in their order, or `blend`, which lays a paler picture of the same class under
+    `changes` are names of `CHANGES`, applied in their order, or `blend`, which puts a paler picture of the same class under
     the sample. Raises UserError for an unknown name.
     """
     for name in changes:
         if name not in CHANGES and name != "blend":
-            raise UserError(f"pool: there is no change {name!r}; there are: {', '.join((*CHANGES, 'blend'))}")
+            raise UserError(
+                f"pool: there is no change {name!r}; choose from: {', '.join((*CHANGES, 'blend'))}"
+            )
     mates = {label: np.flatnonzero(samples.labels == label) for label in np.unique(samples.labels)}
     for copy in range(copies):
         for row in range(len(samples)):
@@ -42,7 +44,7 @@ def variants(
 
 
 def shift(image: Image.Image, draw: np.random.Generator) -> Image.Image:
-    """Move, turn and scale a little; what comes in at the border has the colour of the corner."""
+    """Move, rotate and scale slightly; the uncovered border gets the colour of the corner."""
     angle, size = np.deg2rad(draw.normal(0, 5)), np.exp(draw.normal(0, 0.08))
     dx, dy = draw.normal(0, 1.2, 2)
     cos, sin, middle = np.cos(angle) / size, np.sin(angle) / size, (image.width - 1) / 2
@@ -70,7 +72,7 @@ def zoom(image: Image.Image, draw: np.random.Generator) -> Image.Image:
 
 
 def coarsen(image: Image.Image, draw: np.random.Generator) -> Image.Image:
-    """In half of the cases, throw detail away: shrink to between a quarter and two thirds, and enlarge again."""
+    """In half of the cases, remove detail: shrink to between a quarter and two thirds, and enlarge again."""
     if draw.random() < 0.5:
         return image
     side = int(draw.integers(image.width // 4, 2 * image.width // 3))
@@ -78,7 +80,7 @@ def coarsen(image: Image.Image, draw: np.random.Generator) -> Image.Image:
 
 
 def thicken(image: Image.Image, draw: np.random.Generator) -> Image.Image:
-    """Thicken or thin strokes by a share of a pixel."""
+    """Thicken or thin strokes by a fraction of a pixel."""
     change = (ImageFilter.MinFilter(3), ImageFilter.MaxFilter(3))[int(draw.integers(2))]
     return Image.blend(image, image.filter(change), float(draw.beta(0.7, 1.3)))
 
@@ -100,7 +102,7 @@ def light(image: Image.Image, draw: np.random.Generator) -> Image.Image:
 
 
 def turn(image: Image.Image, draw: np.random.Generator) -> Image.Image:
-    """One of the eight ways to lay a square picture down: for textures, which have no up."""
+    """One of the eight rotations and reflections of a square picture, for textures, which have no upright position."""
     steps = (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE)
     for step, wanted in zip(steps, draw.random(3) < 0.5, strict=True):
         image = image.transpose(step) if wanted else image

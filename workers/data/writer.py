@@ -1,5 +1,6 @@
-"""Writing datasets in the CLIP-benchmark layout, with our manifest.
+"""Writer of datasets in the CLIP-benchmark layout, with the manifest of this project.
 
+Every dataset that this project makes is written here, so that all have manifests and equal naming.
 Invariant: equal samples in equal order give byte-identical files, whoever writes them and when.
 """
 
@@ -7,15 +8,24 @@ import io
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from workers.data.manifest import ShardInfo, file_sha256, write_manifest
+from workers.data.cache import file_sha256
+from workers.data.manifest import ShardInfo, write_manifest
 
 SHARD_SAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An encoded picture: `suffix` (jpg, png or webp) and the bytes of its file."""
+
+    suffix: str
+    data: bytes
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,20 @@ class Sample:
     label: int | None = None
     captions: tuple[str, ...] = ()
 
+    @property
+    def picture(self) -> Encoded:
+        """The image as PNG."""
+        return Encoded("png", encode_png(self.image))
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """A sample whose picture is encoded already; its bytes are written unchanged."""
+
+    picture: Encoded
+    label: int | None = None
+    captions: tuple[str, ...] = ()
+
 
 def write_dataset(
     home: Path,
@@ -33,10 +57,14 @@ def write_dataset(
     kind: str,
     classes: Sequence[str],
     templates: Sequence[str],
-    splits: Mapping[str, Iterable[Sample]],
+    splits: Mapping[str, Iterable[Sample | StoredSample]],
     shard_samples: int = SHARD_SAMPLES,
 ) -> None:
-    """Write one dataset into the folder `home`, which must not hold one yet; shards of at most `shard_samples` samples."""
+    """Write one dataset into the folder `home`, in shards of at most `shard_samples` samples.
+
+    `kind` is "classification" or "retrieval"; `templates` hold `{c}` in place of the class name. Raises FileExistsError if `home`
+    already has the folder of a split.
+    """
     home.mkdir(parents=True, exist_ok=True)
     _write_lines(home / "dataset_type.txt", [kind])
     if classes:
@@ -49,27 +77,33 @@ def write_dataset(
     write_manifest(home, manifest)
 
 
-def _write_split(place: Path, samples: Iterator[Sample], shard_samples: int) -> list[ShardInfo]:
+def _write_split(
+    place: Path, samples: Iterator[Sample | StoredSample], shard_samples: int
+) -> list[ShardInfo]:
     place.mkdir()
     shards: list[ShardInfo] = []
-    while chunk := list(islice(samples, shard_samples)):
+    for sample in samples:
         path = place / f"{len(shards)}.tar"
-        write_shard(path, chunk, first=len(shards) * shard_samples)
-        shards.append(ShardInfo(path.name, file_sha256(path), len(chunk), path.stat().st_size))
+        chunk = chain([sample], islice(samples, shard_samples - 1))
+        count = write_shard(path, chunk, first=len(shards) * shard_samples)
+        shards.append(ShardInfo(path.name, file_sha256(path), count, path.stat().st_size))
     _write_lines(place / "nshards.txt", [str(len(shards))])
     return shards
 
 
-def write_shard(path: Path, samples: Sequence[Sample], first: int = 0) -> None:
-    """One tar; keys are s0000000, s0000001, ... from `first`."""
+def write_shard(path: Path, samples: Iterable[Sample | StoredSample], first: int = 0) -> int:
+    """Write one tar with the keys s0000000, s0000001, ... from `first`; returns the number of samples."""
+    number = first - 1
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
         for number, sample in enumerate(samples, start=first):
             key = f"s{number:07d}"
-            _add(archive, f"{key}.png", encode_png(sample.image))
+            picture = sample.picture
+            _add(archive, f"{key}.{picture.suffix}", picture.data)
             if sample.label is not None:
                 _add(archive, f"{key}.cls", str(sample.label).encode("ascii"))
             if sample.captions:
                 _add(archive, f"{key}.txt", "\n".join(sample.captions).encode("utf-8"))
+    return number + 1 - first
 
 
 def encode_png(image: np.ndarray) -> bytes:

@@ -1,7 +1,8 @@
-"""Held-out sets in two groups: those whose kind training replays, and those of which no training batch holds anything.
+"""Two groups of held-out sets: those whose training side is replayed, and those of which no training batch holds anything.
 
-The pool of pretraining data is a share of every batch, so the score of a set that the pool holds the training side of can rise while
-a set that is never replayed falls; one mean hides both. Invariant: every held-out set is in exactly one group.
+Every batch holds a share of the pretraining pool. So the score of a set whose training side is in the pool can rise while
+a set that is never replayed falls, and one mean would hide both.
+Invariant: every held-out set is in exactly one group.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -13,7 +14,7 @@ Groups = dict[str, tuple[str, ...]]
 
 
 def derived(held_out: Sequence[str], pretraining: Collection[str]) -> Groups:
-    """The groups where nobody states them: a set that the pretraining pool holds as well is replayed."""
+    """The default groups: a held-out set that is also in the pretraining pool is replayed."""
     return {
         REPLAYED: tuple(name for name in held_out if name in pretraining),
         NEVER: tuple(name for name in held_out if name not in pretraining),
@@ -28,7 +29,7 @@ def within(groups: Mapping[str, Collection[str]], held_out: Sequence[str]) -> Gr
 def misfit(
     groups: Mapping[str, Sequence[str]], held_out: Collection[str], pretraining: Collection[str]
 ) -> str:
-    """What is wrong with stated groups, with the names of the sets; "" if nothing is."""
+    """The problems of stated groups, with the names of the sets; "" if there are none."""
     replayed, never = groups[REPLAYED], groups[NEVER]
     wrong = {
         f"in no group; name each in {REPLAYED} or {NEVER}": set(held_out) - {*replayed, *never},

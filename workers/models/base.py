@@ -1,11 +1,18 @@
-"""Where a base model comes from, and what is known of it: its network, its activation, its preprocessing, its weights.
+"""Where a base model comes from, and its network, activation, preprocessing and weights.
 
-One rule serves a file, a directory, a tag and a Hub repository. The network (with its activation) is what the configuration says
-that comes with the weights, and must be the one that `model.config` names. The preprocessing is that of the first which states
-one: the configuration that comes with the weights (in their directory, beside their file, in their repository); their tag; the
-configuration that `model.config` names; the known tags of the architecture, where all of them agree; else it is open_clip's default,
-which is OpenAI's. Every key of `model.preprocess` in the study comes before all of these.
-Invariant: finding a base reads configurations and no weights; torch is not imported, and open_clip only where tags must be known.
+One rule serves a file, a directory, a tag and a Hub repository. The network (with its activation) is that of the configuration
+beside the weights, and must be the one that `model.config` names. The preprocessing comes from the first of these that states
+one:
+
+1. the configuration beside the weights (in their directory, beside their file, in their repository)
+2. their tag
+3. the configuration that `model.config` names
+4. the known tags of the architecture, if all of them agree
+5. open_clip's default, which is OpenAI's
+
+Every key of `model.preprocess` in the study overrides all of these.
+
+Invariant: finding a base reads configurations and no weights; torch is not imported, and open_clip only if tags are needed.
 """
 
 import json
@@ -33,18 +40,18 @@ FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz", ".json"
 MAX_LOGIT_SCALE = math.log(100)
 """CLIP (Radford et al. 2021, 2.5): the temperature never scales logits by more than 100."""
 ROUNDING = 0.01
-"""What half precision may add to it."""
+"""The tolerance for rounding in half precision."""
 STATED = ("mean", "std", "interpolation", "resize_mode", "fill_color")
-"""Of the preprocessing, what can be stated; the size is that of the image tower."""
+"""The parts of the preprocessing that can be stated; the size is that of the image tower."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base before its weights are there.
+    """A base before its weights are read.
 
-    `configuration` is complete: {"model_cfg", "preprocess_cfg"}. `preprocess_from` says who stated the preprocessing, `notes` what
-    a user should know of the choice. `usual` tells whether open_clip, opening the same thing, would take the same preprocessing.
-    `pretrained` is a tag, a path or `hf-hub:REPO`; None are random weights. `home` is the directory of a local one.
+    `configuration` is complete: {"model_cfg", "preprocess_cfg"}. `preprocess_from` names the source of the preprocessing; `notes`
+    are for the user. `usual` is whether open_clip would use the same preprocessing for the same model. `pretrained` is a tag, a
+    path or `hf-hub:REPO`; None means random weights. `home` is the directory of local weights.
     """
 
     config: str
@@ -65,7 +72,7 @@ class Base:
 
     @property
     def tokenizer_home(self) -> Path | None:
-        """The directory whose tokenizer is this model's: not every folder that a file lies in."""
+        """The directory with this model's tokenizer; None unless `home` is a weights directory."""
         whole = self.home is not None and (self.home / CONFIG_FILE).is_file()
         return self.home if whole else None
 
@@ -75,13 +82,13 @@ class Base:
 
 
 def find(config: str, pretrained: str | None = None, stated: Mapping[str, Any] | None = None) -> Base:
-    """The base that `model.config`, `model.pretrained` and `model.preprocess` mean; weights are neither asked for nor read.
+    """The base that `model.config`, `model.pretrained` and `model.preprocess` describe; weights are neither required nor read.
 
     `config` is an open_clip architecture, one of ours (`configs/models/NAME/`), a directory holding `open_clip_config.json`, a
     configuration file, `local-dir:DIR` or `hf-hub:REPO`. `pretrained` is an open_clip tag, a weights directory (with or without
     `local-dir:`), a `.safetensors` file, or `hf-hub:REPO`. With `pretrained` null, a `config` that names a directory or a
-    repository brings its own weights, and an architecture name or a configuration file gives random weights.
-    Raises UserError naming what is missing and the nearest names, and ModelError for configurations that do not agree.
+    repository includes its own weights, and an architecture name or a configuration file gives random weights. Raises UserError
+    naming what is missing and the nearest names, and ModelError for configurations that do not agree.
     """
     if pretrained is None and (config.startswith((LOCAL, HUB)) or Path(config).is_dir()):
         pretrained = config
@@ -144,13 +151,15 @@ def _equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def known_tags(config: str, model_cfg: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """(architecture, tag, open_clip's entry) of every tag whose network is this one, by name or, for other names, by content."""
+    """(architecture, tag, open_clip's entry) of every tag with this network, by name or, for other names, by content."""
     names = [config] if config in open_clip_models() else _alike(model_cfg)
     return [(name, tag, entry) for name in names for tag, entry in tags_of(name).items()]
 
 
 def tags_of(name: str) -> Mapping[str, Mapping[str, Any]]:
-    """open_clip's entry of every tag of one of its architectures. Importing them takes seconds, so others never ask."""
+    """open_clip's entry of every tag of one of its architectures. Importing them takes seconds, so this is called only when
+    needed.
+    """
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
     plain = name.replace("/", "-")  # OpenAI's own writing, which open_clip takes as well
@@ -164,7 +173,7 @@ def _alike(model_cfg: Mapping[str, Any]) -> list[str]:
 
 
 def _network(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells one network from another; the tokenizer's place does not."""
+    """The part of a configuration that identifies a network, without the place of its tokenizer."""
     text = {key: value for key, value in model_cfg["text_cfg"].items() if key != "hf_tokenizer_name"}
     return {**model_cfg, "text_cfg": text}
 
@@ -177,7 +186,7 @@ def _agreed(known: list[tuple[str, str, Mapping[str, Any]]]) -> Mapping[str, Any
 def _notes(
     base: Base, known: list[Any], unknown: bool, instead_of: Mapping[str, Any] | None
 ) -> Iterator[str]:
-    """What a user should know of the choice; nothing for random weights, which were trained with no preprocessing at all."""
+    """Notes for the user on the choice; none for random weights, which were trained with no preprocessing."""
     if base.pretrained is None:
         return
     shown = f"preprocessing {describe(base.preprocess)}, from {base.preprocess_from}"
@@ -194,7 +203,9 @@ def _notes(
             f"{describe(_whole(entry, base.model_cfg))}): check model.preprocess"
         )
     activations = {bool(entry.get("quick_gelu")) for _, _, entry in known}
-    said = not is_path(base.pretrained) or base.tokenizer_home is not None  # by a tag, or by what lies beside
+    said = (
+        not is_path(base.pretrained) or base.tokenizer_home is not None
+    )  # by a tag, or by the configuration beside the weights
     if known and not said and activations != {base.activation == "quick_gelu"}:
         others = [
             tag for _, tag, e in known if bool(e.get("quick_gelu")) != (base.activation == "quick_gelu")
@@ -206,9 +217,9 @@ def _notes(
 
 
 def check_temperature(logit_scale: float, who: str) -> None:
-    """Refuse to train, with CLIP's softmax, a model that was not trained so. Raises ModelError.
+    """Raise ModelError for a model that CLIP's softmax cannot train.
 
-    A bias says that the loss is SigLIP's; a temperature that CLIP forbids, and no bias, fit neither.
+    A bias means that the loss is SigLIP's; a temperature above CLIP's limit without a bias fits neither loss.
     """
     if logit_scale > MAX_LOGIT_SCALE + ROUNDING:
         raise ModelError(
@@ -219,20 +230,20 @@ def check_temperature(logit_scale: float, who: str) -> None:
 
 
 def temperature(weights: Path) -> float:
-    """The `logit_scale` that a checkpoint holds; 0 if it holds none."""
+    """The `logit_scale` of a checkpoint; 0 if it has none."""
     with Checkpoint.open(weights) as checkpoint:
         names = [name for name in checkpoint.tensors if name.rpartition(".")[2] == "logit_scale"]
         return float(checkpoint.read(names[0]).reshape(-1)[0]) if len(names) == 1 else 0.0
 
 
 def describe(preprocess: Mapping[str, Any]) -> str:
-    """One line."""
+    """The preprocessing as one line."""
     mean, std = (", ".join(f"{float(value):.4g}" for value in preprocess[key]) for key in ("mean", "std"))
     return f"mean {mean}; std {std}; {preprocess['interpolation']}; {preprocess['resize_mode']}"
 
 
 def is_path(pretrained: str) -> bool:
-    """Whether weights are named by a path, not by a tag (nor a repository)."""
+    """Whether weights are named by a path, not by a tag or a repository."""
     path = Path(pretrained)
     if pretrained.startswith(HUB):
         return False
@@ -240,7 +251,7 @@ def is_path(pretrained: str) -> bool:
 
 
 def _on_disk(path: Path) -> tuple[Path, Path | None]:
-    """(the directory of weights on disk, the configuration beside them if there is one)."""
+    """(the directory of the weights, the configuration beside them if there is one)."""
     if not path.exists():
         raise UserError(f"{path} does not exist; give a weights directory or a .safetensors file")
     if path.name.endswith(".safetensors.index.json"):
@@ -255,7 +266,7 @@ def _on_disk(path: Path) -> tuple[Path, Path | None]:
 
 
 def configuration_of(config: str) -> dict[str, Any]:
-    """{"model_cfg", "preprocess_cfg"} by any name of a configuration; the latter may be missing. Raises UserError."""
+    """{"model_cfg", "preprocess_cfg"} of a configuration by any of its names; the latter may be missing. Raises UserError."""
     return _hub_configuration(config) if config.startswith(HUB) else architecture(config)
 
 
@@ -293,27 +304,27 @@ def _hub_configuration(name: str) -> dict[str, Any]:
 
 
 def download(repository: str, names: tuple[str, ...], what: str) -> Path:
-    """One of the files `names` of a repository, the first that there is. Raises UserError."""
+    """The first of the files `names` that a repository has. Raises UserError."""
     from huggingface_hub import hf_hub_download
 
     reason = ""
     for name in names:
         try:
             return Path(hf_hub_download(repository, name, library_name="open_clip"))
-        except Exception as error:  # the Hub's own errors are many, and a library's below them as well
+        except Exception as error:  # the Hub's library and those below it raise many kinds
             reason = reason or " ".join(str(error).split())[:300]
     if names == (CONFIG_FILE,):
         raise UserError(
-            f"the configuration of {what} cannot be had ({CONFIG_FILE} of {repository}): {reason}"
+            f"the configuration of {what} is not available ({CONFIG_FILE} of {repository}): {reason}"
         )
     raise UserError(
-        f"the weights of {what} cannot be had: none of {', '.join(names)} of {repository} ({reason}). Pickled weights (.bin, .pt) "
+        f"the weights of {what} are not available: none of {', '.join(names)} of {repository} ({reason}). Pickled weights (.bin, .pt) "
         "are not read, since opening them can run code: convert them to safetensors and give the directory"
     )
 
 
 def _must_agree(name: str, one: dict[str, Any], other_name: str, other: dict[str, Any]) -> None:
-    """Two configurations must describe the same network, activation and all."""
+    """Raise ModelError unless two configurations describe the same network, activation included."""
     left, right = one["model_cfg"], other["model_cfg"]
     differing = [
         f"{part}.{key}" if part else key

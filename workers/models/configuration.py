@@ -1,8 +1,10 @@
 """The configuration of a model (`open_clip_config.json`, or any `.json` of that form), read by allow-list.
 
-A configuration comes with weights that a stranger made, and open_clip hands parts of it to other libraries as arguments; some of
-these would run the stranger's code. Invariant: a configuration that is read holds the keys below and no others, each of its type
-and within its range, so it can describe a network and do nothing else. Importing this stays cheap: no torch.
+A configuration comes with weights from unknown sources, and open_clip passes parts of it to other libraries as arguments, some of
+which would execute code. Importing this module stays cheap: no torch.
+
+Invariant: a configuration that was read holds the keys below and no others, each of its type and within its range, so it can
+describe a network and do nothing else.
 """
 
 import importlib.util
@@ -13,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from merge_service.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from merge_service.errors import UserError
@@ -29,7 +31,7 @@ OPENAI: dict[str, Any] = {
     "resize_mode": "shortest",
     "fill_color": 0,
 }
-"""The preprocessing of OpenAI's CLIP, which open_clip takes where nothing else is said."""
+"""The preprocessing of OpenAI's CLIP, which is open_clip's default."""
 CLIP_TOKENS = 49408
 """Tokens of open_clip's own tokenizer, which serves every model without `hf_tokenizer_name`."""
 
@@ -38,7 +40,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Ratio = Annotated[float, Field(gt=0, le=100)]
 Size = Count | tuple[Count, Count]
 Plain = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
-"""A name out of a library's own list: no path, and no address that the library would download from."""
+"""A name from a library's own list: no path, and no address that the library would download from."""
 Repository = Annotated[str, Field(pattern=r"^[A-Za-z0-9./~][A-Za-z0-9_./~ -]*$", max_length=500)]
 Level = Annotated[int, Field(ge=0, le=255)]
 Channels = tuple[float, float, float]
@@ -46,7 +48,7 @@ Spread = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Ann
 
 
 class ModelError(UserError):
-    """A model that cannot be what its configuration says; it would fail in the same way wherever it is built."""
+    """A model that cannot be what its configuration says; building it fails in the same way on every machine."""
 
 
 class _Part(BaseModel):
@@ -62,7 +64,7 @@ class NormKwargs(_Part):
 
 
 class TokenizerKwargs(_Part):
-    """What a tokenizer may be given. Nothing that names a file, and nothing that is handed on to another library."""
+    """Allowed arguments of a tokenizer. None names a file, and none is passed on to another library."""
 
     clean: Literal["whitespace", "canonicalize", "lower"] = "whitespace"
     strip_sep_token: bool = False
@@ -71,7 +73,7 @@ class TokenizerKwargs(_Part):
 
 
 class _Blocks(_Part):
-    """What both towers have."""
+    """The settings that both towers have."""
 
     mlp_ratio: Ratio = 4.0
     ls_init_value: Annotated[float, Field(ge=0, le=100)] | None = None
@@ -151,13 +153,14 @@ class TextCfg(_Blocks):
     ) = "mean_pooler"
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def _fits(self, info: ValidationInfo) -> Self:
         if self.hf_model_name is None and self.width % self.heads:
             raise ValueError(f"width {self.width} cannot be shared by heads {self.heads}")
         given = self.tokenizer_kwargs
         if self.hf_tokenizer_name is None and given and (given.strip_sep_token or given.language):
             raise ValueError("tokenizer_kwargs.strip_sep_token and language need hf_tokenizer_name")
-        if self.hf_tokenizer_name is None and self.vocab_size < CLIP_TOKENS:
+        texts = not (info.context or {}).get("only_tokens")
+        if texts and self.hf_tokenizer_name is None and self.vocab_size < CLIP_TOKENS:
             raise ValueError(
                 f"vocab_size {self.vocab_size} is less than the {CLIP_TOKENS} tokens of open_clip's own tokenizer; give "
                 "hf_tokenizer_name, the tokenizer that the model was trained with"
@@ -182,7 +185,7 @@ class MultimodalCfg(TextCfg):
 
 
 class ModelCfg(_Part):
-    """What open_clip builds a network from."""
+    """The arguments from which open_clip builds a network."""
 
     embed_dim: Count
     vision_cfg: VisionCfg
@@ -196,7 +199,7 @@ class ModelCfg(_Part):
 
 
 class Preprocess(_Part):
-    """How pixels become a model's input; what is left out is open_clip's default. `size` is that of the image tower."""
+    """How pixels become a model's input; a missing key means open_clip's default. `size` is that of the image tower."""
 
     mean: Channels | None = None
     std: Spread | None = None
@@ -220,11 +223,12 @@ class Configuration(_Part):
     preprocess_cfg: PreprocessCfg | None = None
 
 
-def read_configuration(file: Path) -> dict[str, Any]:
-    """{"model_cfg": {...}, "preprocess_cfg": {...}} of a file, as it was written; the latter may be missing.
+def read_configuration(file: Path, *, only_tokens: bool = False) -> dict[str, Any]:
+    """{"model_cfg": {...}, "preprocess_cfg": {...}} of a file, as written; the latter may be missing.
 
-    A file that holds a `model_cfg` alone, as open_clip's own `model_configs/*.json` do, is one as well. Raises UserError naming
-    the file, the key and the nearest one that there is.
+    A file with a `model_cfg` alone, as in open_clip's own `model_configs/*.json`, is accepted as well. With
+    `only_tokens` the model is given tokens and no texts, so it needs no tokenizer. Raises UserError naming the file, the key and the
+    nearest known key.
     """
     try:
         size = file.stat().st_size if file.is_file() else -1
@@ -244,11 +248,11 @@ def read_configuration(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} is not JSON: {error}") from error
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
-    return checked(raw, str(file))
+    return checked(raw, str(file), only_tokens=only_tokens)
 
 
-def checked(raw: Any, where: str) -> dict[str, Any]:
-    """A configuration that was read from `where`, as it was written. Raises UserError naming every key that is wrong."""
+def checked(raw: Any, where: str, *, only_tokens: bool = False) -> dict[str, Any]:
+    """A configuration that was read from `where`, unchanged. Raises UserError naming every wrong key."""
     if isinstance(raw, dict) and "model_cfg" not in raw and "vision_cfg" in raw:
         raw = {"model_cfg": raw}
     found = raw.get("model_cfg") if isinstance(raw, dict) else None
@@ -258,7 +262,7 @@ def checked(raw: Any, where: str) -> dict[str, Any]:
             f'{where} has no {", ".join(lacking)} under "model_cfg": it does not describe an open_clip model'
         )
     try:
-        Configuration.model_validate_json(json.dumps(raw), strict=True)
+        Configuration.model_validate_json(json.dumps(raw), strict=True, context={"only_tokens": only_tokens})
     except ValidationError as error:
         wrong = dict.fromkeys(_explained(entry) for entry in error.errors(include_url=False))
         raise ModelError(f"{where}: {'; '.join(wrong)}") from None
@@ -287,7 +291,7 @@ def own_configuration(config: str) -> Path | None:
 
 
 def our_models() -> dict[str, Path]:
-    """Configurations in `configs/models/` below the working directory and below the source tree; the former win."""
+    """Configurations in `configs/models/` below the working directory and below the source tree; the former take precedence."""
     roots = (Path(__file__).parents[2], Path.cwd())
     found = [file.parent for root in roots for file in root.glob(f"configs/models/*/{CONFIG_FILE}")]
     return {directory.name: directory for directory in sorted(found)}
@@ -295,7 +299,7 @@ def our_models() -> dict[str, Path]:
 
 @cache
 def open_clip_models() -> dict[str, Path]:
-    """The configurations that open_clip brings, by name, without importing it (which takes seconds)."""
+    """The configurations of open_clip, by name, without importing it (which takes seconds)."""
     if "open_clip" not in sys.modules and (spec := importlib.util.find_spec("open_clip")) is not None:
         places = list(spec.submodule_search_locations or ())
     else:
@@ -304,11 +308,11 @@ def open_clip_models() -> dict[str, Path]:
     return {file.stem: file for file in sorted(files)}
 
 
-def architecture(config: str) -> dict[str, Any]:
-    """The configuration that `model.config` means, `hf-hub:` apart. Raises UserError naming the nearest known names."""
+def architecture(config: str, *, only_tokens: bool = False) -> dict[str, Any]:
+    """The configuration that `model.config` names, except `hf-hub:`. Raises UserError naming the nearest known names."""
     own = own_configuration(config)
     if own is not None:
-        return read_configuration(own)
+        return read_configuration(own, only_tokens=only_tokens)
     known = open_clip_models()
     name = config.replace("/", "-")
     if name not in known:
@@ -324,7 +328,7 @@ def _least(size: int | tuple[int, int]) -> int:
 
 
 def _explained(entry: Any) -> str:
-    """One mistake: the key, what is wrong, and the nearest key for one that is not known."""
+    """One mistake: the key, what is wrong, and for an unknown key the nearest known one."""
     names = [str(part) for part in entry["loc"] if isinstance(part, int) or not _is_branch(part)]
     key, kind = ".".join(names) or "the file", entry["type"]
     if kind == "extra_forbidden":
@@ -340,7 +344,7 @@ def _explained(entry: Any) -> str:
 
 
 def _is_branch(part: str) -> bool:
-    """Whether pydantic speaks of one alternative of a type here, not of a key."""
+    """Whether a part of pydantic's location names an alternative of a type, not a key."""
     return part in ("int", "float", "bool", "str") or "[" in part
 
 

@@ -1,7 +1,7 @@
-"""A base model as a weights directory, made from anything that open_clip knows.
+"""Writes a base model, from anything that open_clip knows, as a weights directory.
 
-Invariant: the directory opens with plain open_clip as the same model, and says everything about itself: network, activation,
-preprocessing, tokenizer. Only safetensors is opened.
+Invariant: plain open_clip opens the directory as the same model, with its network, activation, preprocessing and tokenizer. Only
+safetensors is opened.
 """
 
 import json
@@ -29,10 +29,10 @@ def export_base(
     seed: int = 0,
     preprocess: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write the weights directory `out` of the base that `find` finds, and say where its weights came from.
+    """Write the weights directory `out` of the base that `find` finds; returns where its weights came from.
 
     Random weights are drawn with `seed`. Returns {"source", "random", "parameters", "tied", "preprocess", "preprocess_from",
-    "activation", "objective", "notes"}. Raises what `find` raises, and UserError for weights that are not there or do not fit.
+    "activation", "objective", "notes"}. Raises what `find` raises, and UserError for weights that are missing or do not fit.
     """
     base = find(config, pretrained, preprocess)
     out.mkdir(parents=True, exist_ok=True)
@@ -63,13 +63,13 @@ def export_base(
 
 
 def write_configuration(configuration: Mapping[str, Any], out: Path) -> None:
-    """`open_clip_config.json` of a weights directory."""
+    """Write `open_clip_config.json` of a weights directory."""
     text = json.dumps(configuration, indent=2, sort_keys=True) + "\n"
     (out / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
 def _weights_file(base: Base) -> Path:
-    """The safetensors file of a base's weights, downloaded where need be."""
+    """The safetensors file of a base's weights, downloaded if necessary."""
     pretrained = base.pretrained or ""
     if base.home is not None:
         path = Path(pretrained.removeprefix(LOCAL))
@@ -84,7 +84,7 @@ def _weights_file(base: Base) -> Path:
 
 
 def _load_foreign(model: torch.nn.Module, file: Path, base: Base) -> None:
-    """Weights that others published: open_clip converts names and shapes of several layouts. `file` is safetensors."""
+    """Load published weights; open_clip converts names and shapes of several layouts. `file` is safetensors."""
     assert file.suffix == ".safetensors", file
     try:
         with quiet():

@@ -1,7 +1,7 @@
-"""Models as weights directories: made from anything open_clip knows, opened, frozen in part, written again.
+"""Models as weights directories: written from anything that open_clip knows, opened, partly frozen, saved again.
 
-Invariant: a directory made here opens with plain `open_clip.create_model_and_transforms("local-dir:DIR")` and gives the
-same model; nothing about it is filled in silently, neither weights nor activation nor preprocessing.
+Invariant: a directory written here opens with plain `open_clip.create_model_and_transforms("local-dir:DIR")` and gives the same
+model; neither weights nor activation nor preprocessing are filled in silently.
 """
 
 import copy
@@ -24,10 +24,10 @@ __all__ = ["export_base", "load", "preprocess_cfg", "save", "set_trainable", "to
 
 
 def set_trainable(model: torch.nn.Module, which: str) -> list[str]:
-    """Freeze what is not in `which` ("all", "image" or "text") and return the names of the parameters that train.
+    """Freeze all parameters except those of `which` ("all", "image" or "text"); returns the names of the trainable ones.
 
-    A frozen tower is put in evaluation mode as well, so that neither its parameters nor its running statistics move.
-    `logit_scale` goes with the text tower (see `anatomy.modality`): an image-only expert keeps the temperature it started from.
+    A frozen tower is put in evaluation mode as well, so that neither its parameters nor its running statistics change.
+    `logit_scale` belongs to the text tower (see `anatomy.modality`): an image-only expert keeps its initial temperature.
     """
     assert which in ("all", "image", "text"), which
     model.train()
@@ -39,24 +39,24 @@ def set_trainable(model: torch.nn.Module, which: str) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def load(directory: Path, device: str = "cpu") -> torch.nn.Module:
-    """The model of a weights directory, in evaluation mode; it is the caller's own.
+def load(directory: Path, device: str | torch.device = "cpu", weights: Path | None = None) -> torch.nn.Module:
+    """The model of a weights directory, in evaluation mode; the caller owns it. `weights` is a file to take in place of its own.
 
-    Raises UserError when the directory lacks a file, CorruptCheckpoint and IncompatibleCheckpoint when the weights are
-    damaged or do not fit the configuration beside them.
+    Raises UserError when the directory lacks a file, CorruptCheckpoint and IncompatibleCheckpoint when the weights are damaged or
+    do not fit the configuration beside them.
     """
     read_configuration(directory / CONFIG_FILE)
-    with open_weights(directory / WEIGHTS_FILE) as checkpoint:
+    with open_weights(weights or directory / WEIGHTS_FILE) as checkpoint:
         model = _unfilled(directory)
         fill(model, checkpoint)
     return model.to(device).eval()
 
 
 def _unfilled(directory: Path) -> torch.nn.Module:
-    """A model as the directory configures it, its weights not set yet.
+    """A model with the configuration of the directory, without weights.
 
-    open_clip takes longer to draw random weights than a file takes to be read, and here they would be overwritten. So it
-    is asked once per configuration, and copies are made of what it built; kept without weights, that takes no memory.
+    Drawing random weights in open_clip takes longer than reading a file, and the weights would be overwritten. So each
+    configuration is built once and copied; the cached model has no values and takes no memory.
     """
     configuration = (directory / CONFIG_FILE).read_text(encoding="utf-8")
     if configuration not in _BUILT:
@@ -71,7 +71,7 @@ _BUILT: dict[str, torch.nn.Module] = {}
 
 
 def _without_values(model: torch.nn.Module, device: str) -> torch.nn.Module:
-    """A copy of a model whose state is left unset on `device`; tied tensors stay tied, other buffers keep their values."""
+    """A copy of a model with an uninitialised state on `device`; tied tensors stay tied, other buffers keep their values."""
 
     def unset(tensor: torch.Tensor) -> torch.Tensor:
         empty = torch.empty_like(tensor, device=device, requires_grad=False)

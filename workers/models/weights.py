@@ -1,7 +1,7 @@
 """The files of a weights directory: read strictly, written reproducibly.
 
-Invariant: equal weights give equal bytes (the sha256 of the safetensors file is their identity), and a file is only
-ever loaded into a model that has its keys and shapes. No pickle is opened here or anywhere else.
+Invariant: equal weights give equal bytes (the sha256 of the safetensors file is their identity), and a file is only loaded into a
+model with its keys and shapes. No pickle is opened here or elsewhere.
 """
 
 import math
@@ -39,7 +39,7 @@ _DTYPES = {
 
 
 def tied(model: torch.nn.Module) -> Ties:
-    """The name that each state key stands for which is one and the same tensor as another one."""
+    """For each state key that is the same tensor as another one, the name that it stands for."""
     groups: dict[tuple[int, int, tuple[int, ...]], list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.numel():
@@ -76,7 +76,7 @@ def load_strictly(model: torch.nn.Module, file: Path) -> None:
 
 
 def fill(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
-    """`load_strictly` from a checkpoint that is open, into a model on the CPU."""
+    """As `load_strictly`, from an open checkpoint, into a model on the CPU."""
     admit(model, checkpoint)
     for name, tensor in model.state_dict().items():
         tensor.numpy()[...] = checkpoint.read(name).reshape(tensor.shape)
@@ -85,7 +85,7 @@ def fill(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
 def admit(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     """Raise IncompatibleCheckpoint unless the checkpoint has every tensor of `model` and no other, by name and shape.
 
-    A wrapper's prefix before all names (`module.`) is taken off first, and buffers that the model computes and does not keep are left
+    A wrapper's prefix of all names (`module.`) is removed first, and buffers that the model computes and does not keep are left
     out; one number may be a scalar or a list of one.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -114,7 +114,7 @@ def _differences(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[in
 
 
 def open_weights(file: Path) -> Checkpoint:
-    """An open, validated safetensors file. Raises UserError when there is no such file, CorruptCheckpoint when damaged."""
+    """An open, validated safetensors file. Raises UserError if there is no such file, CorruptCheckpoint if it is damaged."""
     if not file.is_file():
         raise UserError(f"{file} is missing: a weights directory holds {WEIGHTS_FILE} and {CONFIG_FILE}")
     return Checkpoint.open(file)

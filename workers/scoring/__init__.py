@@ -1,4 +1,4 @@
-"""How good a model is: scores of a checkpoint, and what a base knows of classes before anything is trained.
+"""Scores of checkpoints, and measures of what a base knows about classes before training.
 
-Used from outside: `evaluate` (`evaluate`, `Encoder`), `prompts` (classes that a tokenizer reads as one), `stream_orders` (`measure`).
+Used from outside: `evaluate` (`evaluate`, `Encoder`), `prompts` (classes with equal tokens), `stream_orders` (`measure`).
 """

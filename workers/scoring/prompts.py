@@ -1,7 +1,8 @@
-"""Which classes a model cannot tell apart, because their prompts are the same tokens.
+"""Classes that a model cannot distinguish, because their prompts have equal tokens.
 
-A tokenizer may write two names alike (CLIP's lower-cases), and it cuts at its context length. Such classes have one text
-feature; every picture of theirs goes to the first of them.
+A tokenizer may map two names to the same tokens (CLIP's lower-cases), and it truncates at its context length. Such classes have one
+text feature, so every picture of both is assigned to the first.
+Invariant: the result depends on the tokenizer, the class names and the templates only.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ Tokens = Callable[[Sequence[str]], torch.Tensor]
 def alike(tokens: Tokens, classes: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
     """Groups of different names whose tokens are equal in every prompt, in the order of the classes.
 
-    `tokens` gives int64 [N, context] for N texts; `templates` hold `{c}` where the name goes.
+    `tokens` returns int64 [N, context] for N texts; `templates` hold `{c}` in place of the name.
     """
     groups = [list(dict.fromkeys(classes))]
     for template in templates:
@@ -24,7 +25,7 @@ def alike(tokens: Tokens, classes: Sequence[str], templates: Sequence[str]) -> l
 
 
 def is_cut(tokens: Tokens, names: Sequence[str]) -> bool:
-    """Whether it is for the length of the context that these names are alike: by themselves they differ, or fill it."""
+    """Whether truncation is the reason why names are alike: the tokens of the bare names differ, or they fill the context."""
     padding, rows = tokens([""])[0, -1], tokens(names)
     return bool((rows != rows[0]).any() or rows[0, -1] != padding)
 
@@ -32,7 +33,7 @@ def is_cut(tokens: Tokens, names: Sequence[str]) -> bool:
 def alike_in(
     directory: Path, classes: Sequence[str], templates: Sequence[str]
 ) -> list[tuple[list[str], bool]]:
-    """The same with the tokenizer of a weights directory; each group with whether its prompts are cut."""
+    """As `alike`, with the tokenizer of a weights directory; each group with `is_cut`. Raises UserError if there is no tokenizer."""
     from workers.models.model import tokenizer
 
     tokens = tokenizer(directory)
@@ -40,7 +41,7 @@ def alike_in(
 
 
 def _parted(tokens: Tokens, names: Sequence[str], template: str) -> list[list[str]]:
-    """Names with the same tokens together; those that stand alone are left out."""
+    """Groups of names with equal tokens in one prompt; names without a partner are left out."""
     if not names:
         return []
     found: dict[bytes, list[str]] = {}

@@ -1,22 +1,25 @@
-"""What the base model thinks of the classes: how well it knows each, and which are close to which.
+"""Measures of classes by the base model, for the orders of a stream: accuracy per class, and distance between classes.
 
-FoMo-in-Flux (arXiv 2408.14471) orders streams by both. Performance: zero-shot accuracy of every class, here on the *train*
-split, so that no test image shapes a stream (our convention; the paper's criterion is not published). Similarity: text
-embeddings of the class captions, and a greedy walk from class to nearest class, the shortest walk of all starts kept; the
-paper takes ViT-L/14's text tower, we take that of the study's base (our convention).
-Invariant: what is kept on disk is named after the base, the dataset's content and what was asked, and is complete or absent.
-Once everything is kept, torch is not loaded.
+FoMo-in-Flux (arXiv 2408.14471) orders streams by both.
+
+- Performance is the zero-shot accuracy of every class. It is measured on the *train* split, so that no test image affects a
+  stream (our convention; the paper's criterion is not published).
+- Similarity is a greedy walk from class to nearest class over text embeddings of the class captions. The shortest walk over all starts
+  is kept. The paper uses the text tower of ViT-L/14; this module uses that of the study's base (our convention).
+
+Invariant: a cached measure is named after the base, the content of the datasets and the measure, and is complete or absent.
+If every measure is cached, torch is not loaded.
 """
 
 import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -31,21 +34,23 @@ if TYPE_CHECKING:
     from workers.scoring.evaluate import Encoder
 
 VERSION = 1
-"""Raise it when measures change: older ones are then not taken for new ones."""
+"""Increase it when measures change, so that cached ones of earlier code are not used."""
 SPLIT = "train"
 WHOLE = ""
-"""In place of the class for a dataset that has none: retrieval."""
+"""The class name of the one element of a retrieval set."""
 LEAST_STARTS, STEPS = 32, 2**30
 GRID = 2.0**20
-"""Steps per unit of a coordinate on the walk: products and sums of such numbers are exact in float64, in any order."""
+"""Grid steps per unit of a coordinate. Products and sums of such numbers are exact in float64, in any order."""
 
 Element = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The base on its data. `identity` is that of weights and configuration; `directory` is called, once, if it is not known
-    yet what is asked: it gives the weights directory. Neither place nor device are part of what is kept.
+    """A base and the data root on which it is measured.
+
+    `identity` identifies weights and configuration. `directory` returns the weights directory; it is called at most once, and only if
+    a measure is not cached. The directory and the device are not part of the name of a cached measure.
     """
 
     identity: str
@@ -74,7 +79,7 @@ class Subject:
         return describe
 
     def samples(self, name: str) -> "Samples":
-        """The decoded train split."""
+        """The decoded train split. Raises UserError if it is missing or empty, ShardError if it is damaged."""
         from workers.data.decode import load
 
         preprocess = self.encoder.preprocess
@@ -84,12 +89,12 @@ class Subject:
         return samples
 
     def key(self, what: str, names: Sequence[str]) -> str:
-        """Names the measure `what` of these datasets."""
+        """The identifier of the measure `what` on these datasets: 32 hex digits."""
         content = [VERSION, what, self.identity, [self._content(name) for name in names]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
     def _content(self, name: str) -> list[str]:
-        """Names what the base sees of a dataset: its digest, and that of unusual pictures if its train split has any."""
+        """The name and digest of a dataset, and the digest of converted pictures if its train split has any."""
         info = self.info(name)
         if SPLIT not in info.splits:
             return [name, info.digest]
@@ -98,7 +103,7 @@ class Subject:
         return [name, info.digest, *([] if seen == split.digest else [seen])]
 
     def kept(self, what: str, names: Sequence[str], make: Callable[[], np.ndarray]) -> np.ndarray:
-        """The array that `make` gives, from disk if it was made before."""
+        """The result of `make`, from the cache if it is there. Raises NonFiniteCheckpoint if the base gives non-finite numbers."""
         label = names[0] if len(names) == 1 else f"{len(names)}-datasets"
         place = self.cache / "streams" / f"{what}-{label}-{self.key(what, names)}.npy"
         if not place.is_file():
@@ -117,17 +122,20 @@ class Subject:
 
 def measure(
     order: Literal["performance", "similarity"], subject: Subject, names: Sequence[str]
-) -> dict[Element, Any]:
-    """What `pipeline.study.streams.make_stream` needs as `measured` for an order over these datasets."""
+) -> Mapping[Element, tuple[float, float] | int]:
+    """The argument `measured` of `pipeline.study.streams.make_stream` for an order over these datasets.
+
+    It is `class_scores` for "performance" and `class_places` for "similarity"; errors are theirs.
+    """
     return class_scores(subject, names) if order == "performance" else class_places(subject, names)
 
 
 def class_scores(subject: Subject, names: Sequence[str]) -> dict[Element, tuple[float, float]]:
-    """(accuracy, mean log-probability of the right class) of every class on the train split, by (dataset, class).
+    """(accuracy, mean log-probability of the true class) of every class on the train split, by (dataset, class).
 
-    Accuracy is top-1 over all classes of the dataset, the probability that of the softmax at the base's own temperature.
-    A retrieval set is one element (dataset, ""): mean recall@5 of its train split, and 0. Raises UserError for data that
-    are not there and for a class without train images.
+    Accuracy is top-1 over all classes of the dataset; the probability is that of the softmax at the temperature of the base.
+    A retrieval set is one element (dataset, ""): mean recall@5 of its train split, and 0. Raises UserError for missing data
+    and for a class without train images.
     """
     found: dict[Element, tuple[float, float]] = {}
     for name in names:
@@ -138,7 +146,7 @@ def class_scores(subject: Subject, names: Sequence[str]) -> dict[Element, tuple[
 
 
 def class_embeddings(subject: Subject, names: Sequence[str]) -> dict[Element, np.ndarray]:
-    """Unit vectors float32 [d] by (dataset, class): the class's column of open_clip's zero-shot classifier.
+    """Unit vectors float32 [d] by (dataset, class): the column of the class in open_clip's zero-shot classifier.
 
     A retrieval set is one element (dataset, ""): the normalised mean over all captions of its train split.
     """
@@ -150,7 +158,7 @@ def class_embeddings(subject: Subject, names: Sequence[str]) -> dict[Element, np
 
 
 def class_places(subject: Subject, names: Sequence[str]) -> dict[Element, int]:
-    """The place of every class on the greedy path through all of them, 0 first, whatever the order of `names`."""
+    """The place (from 0) of every class on the greedy path through all classes; it does not depend on the order of `names`."""
     names = sorted(names)
     elements = [element for name in names for element in _elements(subject, name)]
 
@@ -162,11 +170,12 @@ def class_places(subject: Subject, names: Sequence[str]) -> dict[Element, int]:
 
 
 def greedy_path(vectors: np.ndarray) -> np.ndarray:
-    """The shortest of the walks that go on to the nearest vector not visited yet, as an order int64 [n] of `vectors` [n, d].
+    """The shortest greedy walk through `vectors` [n, d], as an order int64 [n] of them.
 
-    Nearest is the largest cosine, the length of a walk the sum of 1 - cosine; the first in order wins where two are equal.
-    Up to 1,024 vectors every one is tried as a start, beyond that max(32, 2^30 // n^2) evenly spaced ones (our convention):
-    a walk costs n^2. Needs 4 n^2 bytes: 1.4 GB for the 18,381 classes of FoMo-in-Flux.
+    A greedy walk goes to the nearest vector that was not visited yet. Nearest is the largest cosine; the length of a walk is the sum of
+    1 - cosine; of equal vectors or walks, the first is taken. Up to 1,024 vectors every one is tried as a start. Beyond that,
+    max(32, 2^30 // n^2) evenly spaced ones are tried, since a walk costs n^2 (our convention). Needs 4 n^2 bytes: 1.4 GB for the
+    18,381 classes of FoMo-in-Flux. Raises UserError for a vector that is zero or not finite.
     """
     similar = _similarities(np.asarray(vectors, np.float64))
     best, nearness = np.arange(len(vectors)), -math.inf
@@ -178,7 +187,7 @@ def greedy_path(vectors: np.ndarray) -> np.ndarray:
 
 
 def _walk(similar: np.ndarray, at: int) -> tuple[np.ndarray, float]:
-    """The greedy walk from `at`, and the sum of the cosines on its way."""
+    """The greedy walk from `at`, and the sum of the cosines along it."""
     walk, total = np.full(len(similar), at, np.int64), 0.0
     barred, near = np.zeros(len(similar), np.float32), np.empty(len(similar), np.float32)
     for step in range(1, len(similar)):
@@ -190,16 +199,18 @@ def _walk(similar: np.ndarray, at: int) -> tuple[np.ndarray, float]:
 
 
 def starts(count: int) -> np.ndarray:
-    """Where walks through `count` elements begin: everywhere, or evenly spaced where that would take too long."""
+    """The starts of walks through `count` elements: all elements, or evenly spaced ones if all would take too long."""
     tried = min(count, max(LEAST_STARTS, STEPS // max(count, 1) ** 2))
     return np.arange(tried) * count // max(tried, 1)
 
 
 def _similarities(vectors: np.ndarray) -> np.ndarray:
-    """Cosines float32 [n, n], the same bits from any BLAS and for any two equal pairs: coordinates are put on a grid."""
+    """Cosines float32 [n, n]. Coordinates are rounded to a grid, so any BLAS gives the same bits, and equal pairs equal cosines."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     if not np.isfinite(norms).all() or not norms.all():
-        raise UserError("the embedding of a class is zero or not finite; a base like that knows no nearness")
+        raise UserError(
+            "the embedding of a class is zero or not finite, so classes have no similarity; take another base or order"
+        )
     grid = np.rint(vectors / norms * GRID)
     similar = np.empty((len(grid), len(grid)), np.float32)
     for start in range(0, len(grid), 1024):
@@ -225,10 +236,11 @@ def _scores(subject: Subject, name: str) -> np.ndarray:
         classifier = encoder.classifier(samples.classes, samples.templates)
         scale = float(encoder.model.logit_scale.exp())
         right, likely = np.zeros(len(samples)), np.zeros(len(samples))
-        for start in range(0, len(samples), encoder.batch_size):
-            rows = slice(start, start + encoder.batch_size)
+        start = 0
+        for features in encoder.images(samples, np.arange(len(samples))):
+            rows = slice(start, start := start + len(features))
             labels = torch.tensor(samples.labels[rows], device=encoder.device)
-            logits = scale * encoder.images(samples.images[rows]) @ classifier
+            logits = scale * features @ classifier
             right[rows] = (logits.argmax(dim=1) == labels).cpu().numpy()
             likely[rows] = logits.log_softmax(dim=1).gather(1, labels[:, None])[:, 0].double().cpu().numpy()
     return _by_class(samples, right, likely)
@@ -242,7 +254,7 @@ def _by_class(samples: "Samples", *values: np.ndarray) -> np.ndarray:
         empty = [samples.classes[label] for label in np.flatnonzero(counts == 0)]
         raise UserError(
             f"dataset {samples.name!r} has no {SPLIT} image of {len(empty)} of its classes ({', '.join(empty[:5])}), so the "
-            "base's score there is unknown; take another order, or a stream of your own (stream.file)"
+            "base has no score for them; take another order, or a stream of your own (stream.file)"
         )
     sums = [np.bincount(samples.labels, weights=value, minlength=size) for value in values]
     return np.stack(sums, axis=1) / counts[:, None]

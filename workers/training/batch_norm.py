@@ -1,7 +1,8 @@
-"""Batch normalisation whose batch is spread over ranks.
+"""Batch normalisation over a batch that is distributed over ranks.
 
-Invariant: with the same number of samples on every rank, outputs, gradients and running statistics are those that one rank would
-have on the whole batch, up to rounding; all ranks come to the same running statistics.
+Per-rank statistics would make an expert depend on the number of ranks.
+Invariant: with equally many samples on every rank, outputs, gradients and running statistics equal those of one rank with the
+whole batch, up to rounding; all ranks get the same running statistics.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,15 +16,15 @@ from torch.overrides import TorchFunctionMode
 
 
 def normalises_over_batch(model: torch.nn.Module) -> bool:
-    """Whether a model normalises over the batch anywhere."""
+    """Whether any module of a model normalises over the batch."""
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
 class OverRanks(TorchFunctionMode):
-    """While this is entered, batch normalisation in training takes its statistics over all ranks. Collective.
+    """A context in which batch normalisation during training takes its statistics over all ranks. Collective.
 
-    torch's own `SyncBatchNorm` needs a GPU and knows its own class of module only; what is replaced here is the function that all
-    such modules end in (torch's, timm's, open_clip's), on any device.
+    torch's `SyncBatchNorm` needs a GPU and replaces only torch's own modules. This context replaces the function that all such
+    modules call (torch's, timm's, open_clip's), on any device.
     """
 
     def __init__(self, world: int) -> None:
@@ -55,7 +56,7 @@ class OverRanks(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> torch.Tensor:
-        """`torch.nn.functional.batch_norm` of [N, C, ...], its N being the sum over ranks."""
+        """`torch.nn.functional.batch_norm` of [N, C, ...], with N summed over ranks."""
         if not training:
             return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
         pixels, shape = input.float(), (1, -1, *[1] * (input.dim() - 2))

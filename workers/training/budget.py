@@ -1,7 +1,8 @@
-"""What a training step costs, without taking one: floating-point operations and peak memory.
+"""The cost of a training step, measured without running one: floating-point operations and peak memory.
 
-The model is built without memory and run on fake tensors, so that a billion parameters are measured on a laptop.
-Invariant: a cost depends on the architecture, batch size, trained tower and precision alone, on any machine.
+Budgets in GFLOPs need the cost before training. The model is built without storage and run on fake tensors, so a model of a billion
+parameters can be measured on a laptop.
+Invariant: a cost depends on architecture, batch size, trained tower and precision only, on any machine.
 """
 
 import json
@@ -26,14 +27,16 @@ from workers.models.network import build
 from workers.models.weights import admit
 from workers.training.batch_norm import normalises_over_batch
 from workers.training.objective import ContrastiveLoss, TwoTowers
+from workers.training.preparation import prepare
+from workers.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One optimisation step. `gflops_*` count forward and backward, one multiply-add as two operations.
+    """The cost of one optimisation step. `gflops_*` count forward and backward passes; a multiply-add is two operations.
 
-    `peak_bytes` = parameters + buffers + gradients and two Adam moments of what trains + what autograd keeps for the
-    backward pass (every storage once). It is an estimate for comparing, not the allocator's own figure.
+    `peak_bytes` = parameters + buffers + gradients and two Adam moments of the trained parameters + the tensors that autograd keeps for
+    the backward pass (each storage once). It is an estimate for comparisons, not the figure of an allocator.
     """
 
     batch_size: int
@@ -47,19 +50,19 @@ class Cost:
 
 
 def measure(model: str | Path, batch_size: int, trainable: str = "all", precision: str = "fp32") -> Cost:
-    """The cost of a step of `batch_size` pairs, for a weights directory or any configuration `export_base` takes.
+    """The cost of a step of `batch_size` pairs, for a weights directory or any configuration that `export_base` accepts.
 
-    The operations do not depend on `precision`, the memory does. Attention counts as its fused kernel works: the backward
-    pass recomputes the scores. For ViT-B-16 at batch 512 this gives 63,395.56 GFLOPs per step; FoMo-in-Flux states
-    63,394.76 and takes the transpose of the logits where open_clip's loss multiplies again, which is the whole difference
-    (6 instead of 3 products of 512 x 512 x 512; likewise for locked towers). Raises UserError for an unknown configuration, or one that cannot be run without its weights.
+    Memory depends on `precision`, operations do not. Attention is counted as its fused kernel computes it: the backward pass
+    recomputes the scores. ViT-B-16 at batch 512 takes 63,395.56 GFLOPs per step; FoMo-in-Flux states 63,394.76. The whole difference
+    is that it transposes the logits where open_clip's loss multiplies again (6 instead of 3 products of 512 x 512 x 512; likewise
+    for locked towers). Raises UserError for an unknown configuration, or one that cannot be run without its weights.
     """
     configuration = json.dumps(configuration_of(str(model)), sort_keys=True)
     return _measure(configuration, str(model), batch_size, trainable, precision)
 
 
 def memory_ratio(model: str | Path, batch_size: int, trainable: str, precision: str) -> float:
-    """Peak memory of training one tower over that of training both: the memory adjustment of a budget."""
+    """Peak memory of training `trainable` divided by that of training both towers: the memory adjustment of a budget."""
     locked = measure(model, batch_size, trainable, precision)
     return locked.peak_bytes / measure(model, batch_size, "all", precision).peak_bytes
 
@@ -93,25 +96,32 @@ def _measure(configuration: str, where: str, batch_size: int, trainable: str, pr
     )
 
 
-def has_batch_norm(configuration: Mapping[str, Any], where: str) -> bool:
-    """Whether a network normalises over the batch, so that its training depends on what is in a batch together."""
+def has_batch_norm(configuration: Mapping[str, object], where: str) -> bool:
+    """Whether a network normalises over the batch, so that the features of a sample depend on the other samples."""
     return normalises_over_batch(_without_storage(configuration, where))
 
 
-def check_fit(configuration: Mapping[str, Any], where: str, weights: Path) -> None:
-    """Raise IncompatibleCheckpoint for weights (a file or a directory) that are not those of the network."""
+def check_recipe(
+    configuration: Mapping[str, object], where: str, recipe: Recipe, checkpointing: bool
+) -> None:
+    """Raise UserError for a recipe that a network cannot be trained by."""
+    prepare(_without_storage(configuration, where), recipe, checkpointing, where)
+
+
+def check_fit(configuration: Mapping[str, object], where: str, weights: Path) -> None:
+    """Raise IncompatibleCheckpoint if weights (a file or a directory) do not fit the network of a configuration."""
     with Checkpoint.open(weights) as checkpoint:
         admit(_without_storage(configuration, where), checkpoint)
 
 
-def _without_storage(found: Mapping[str, Any], where: str) -> torch.nn.Module:
+def _without_storage(found: Mapping[str, object], where: str) -> torch.nn.Module:
     with tempfile.TemporaryDirectory() as directory, torch.device("meta"):
         model: torch.nn.Module = build(found, Path(directory), where, "meta")
     return model
 
 
 def _make_fake(model: torch.nn.Module) -> None:
-    """Give every parameter and buffer a fake CPU tensor: unlike meta tensors they obey autocast."""
+    """Replace every parameter and buffer by a fake CPU tensor; autocast applies to these, but not to meta tensors."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -141,14 +151,14 @@ def _one_step(model: Any, batch_size: int, precision: str) -> tuple[int, int]:
     counter = FlopCounterMode(display=False, depth=0, custom_mapping=_FUSED_ATTENTION)
     with counter, _no_fast_path():
         with saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = ContrastiveLoss(0, 1)(TwoTowers(model, precision, share_texts=False)(images, tokens))
+            loss = ContrastiveLoss(0, 1)(TwoTowers(model, precision)(images, tokens))
         loss.backward()
     return counter.get_total_flops(), sum(storage.nbytes() for storage in kept.values())
 
 
 @contextmanager
 def _no_fast_path() -> Iterator[None]:
-    """A frozen tower would take torch's attention fast path, a single operation that nobody counts."""
+    """Disable torch's attention fast path, which a frozen tower would take; the counter does not count its single operation."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -165,7 +175,7 @@ def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **
     return sdpa_backward_flop_count(grad, query, key, value)
 
 
-_FUSED_ATTENTION = {  # torch's counter knows the GPU's fused attention, not the CPU's
+_FUSED_ATTENTION = {  # torch's counter supports fused attention on the GPU, not on the CPU
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }

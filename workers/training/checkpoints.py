@@ -14,9 +14,10 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from merge_service.files import sync_directory
+from workers.jobs import TrainJob
 
 MARKER, OWNER = "complete.json", "owner"
 PROGRESS = "progress.json"
@@ -25,6 +26,17 @@ PROGRESS_BYTES = 200  # no report is longer
 
 class Superseded(Exception):
     """Another process has begun the same job since; this one must end without a trace."""
+
+
+class LoopState(TypedDict):
+    """The numbers of the training loop at a checkpoint: the curve so far and the losses since its last point, [first, highest, last] of
+    rates and norms, and the seconds spent. Checkpoints of earlier versions have no norms."""
+
+    curve: list[list[float]]
+    losses: list[float]
+    rates: list[float]
+    norms: NotRequired[list[float]]
+    seconds: float
 
 
 class Checkpoints:
@@ -60,7 +72,7 @@ class Checkpoints:
         shutil.rmtree(self.staged(step), ignore_errors=True)
         self.staged(step).mkdir(parents=True)
 
-    def complete(self, step: int, loop: dict[str, Any]) -> None:
+    def complete(self, step: int, loop: LoopState) -> None:
         """Make a staged checkpoint count, with the training loop's own numbers, and drop every other one."""
         self.check()
         staged = self.staged(step)
@@ -83,10 +95,11 @@ class Checkpoints:
         markers = (self._intact(directory) for directory in candidates)
         return next((marker["step"] for marker in markers if marker is not None), 0)
 
-    def judged(self, step: int) -> tuple[Path, dict[str, Any]]:
+    def judged(self, step: int) -> tuple[Path, LoopState]:
         """(directory, the loop's numbers) of the checkpoint that rank 0 found whole."""
         directory = self._root / f"step-{step:09d}"
-        return directory, json.loads((directory / MARKER).read_text())["loop"]
+        loop: LoopState = json.loads((directory / MARKER).read_text())["loop"]
+        return directory, loop
 
     def _intact(self, directory: Path) -> dict[str, Any] | None:
         try:
@@ -97,8 +110,41 @@ class Checkpoints:
         return marker if whole and marker["fingerprint"] == self._fingerprint else None
 
 
+class Due:
+    """After which steps a checkpoint is written: every so many steps, or about every so many seconds.
+
+    With seconds, the clock is looked at after 1, 2, 4, ... steps since the last checkpoint and when, by the pace so far, it is time.
+    `agree` makes rank 0's number that of all ranks, which look after the same steps.
+    """
+
+    def __init__(
+        self,
+        job: TrainJob,
+        start: int,
+        agree: Callable[[int], int],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._steps, self._seconds = job.checkpoint_every, job.checkpoint_seconds
+        self._agree, self._clock = agree, clock
+        self._last, self._next, self._then = start, start + 1, clock()
+
+    def __call__(self, step: int) -> bool:
+        """Whether one is due after `step` steps; to be asked after every step."""
+        if not self._seconds:
+            return bool(self._steps) and step % self._steps == 0
+        if step < self._next:
+            return False
+        done, elapsed = step - self._last, self._clock() - self._then
+        left = int((self._seconds - elapsed) * done / elapsed) if elapsed > 0 else done
+        ahead = self._agree(max(0, min(done, left)))
+        self._next = step + max(1, ahead)
+        if ahead == 0:
+            self._last, self._then = step, self._clock()
+        return ahead == 0
+
+
 class Progress:
-    """`progress.json` in scratch: {"step", "steps", "rate" (samples per second), "loss"}, anew about once a second.
+    """`progress.json` in scratch: {"step", "steps", "samples", "rate" (samples per second), "loss"}, anew about once a second.
 
     Written in place, with blanks behind it: a file system may take ten milliseconds to replace a file durably, and whoever
     watches can do with a report that is torn for once.
@@ -117,7 +163,9 @@ class Progress:
         if elapsed < float("inf") and elapsed > 0:
             self._rate = (samples - self._samples_then) / elapsed
         self._written, self._samples_then = now, samples
-        report = {"step": step, "steps": self._steps, "rate": round(self._rate, 1), "loss": loss}
+        report = {
+            "step": step, "steps": self._steps, "samples": samples, "rate": round(self._rate, 1), "loss": loss,
+        }  # fmt: skip
         with os.fdopen(os.open(self._file, os.O_WRONLY | os.O_CREAT, 0o644), "w", encoding="utf-8") as file:
             file.write(json.dumps(report).ljust(PROGRESS_BYTES))
 

@@ -5,9 +5,16 @@ the weights that come out, so it is part of an expert's fingerprint: nothing in 
 is placed, and every field that is left out has one fixed value. Importing this module must stay cheap (no torch).
 """
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Trainable = Literal["all", "image", "text"]
@@ -65,6 +72,11 @@ class Recipe(_Frozen):
     `lr` is the peak; it rises linearly over the first `warmup` share of the steps and falls along a cosine to
     `lr * min_lr_ratio`; both start anew with every task. `batch_size` is the global one, over all ranks.
     `weight_decay` acts on every trained parameter, as FoMo-in-Flux does it. `clip` bounds the gradient norm (0: no clipping).
+    With `accumulate` above 1 the towers see the batch in so many parts, one after the other; the loss is still over the whole batch
+    (GradCache, Gao et al. 2021; open_clip's `accum_freq`). `ema` is the decay of an average of the weights over steps, which is then
+    what the expert delivers. `patch_dropout` is the share of patches left out of every picture (FLIP, Li et al. 2023), instead of what
+    the model's configuration says. `compile` compiles the image tower, `tf32` lets a GPU multiply with ten bits of mantissa,
+    `channels_last` lays pictures out pixel by pixel.
     """
 
     optimizer: Literal["adamw"] = "adamw"
@@ -80,9 +92,47 @@ class Recipe(_Frozen):
     trainable: Trainable = "all"
     mixture: Mixture = Mixture()
     augment: Augment = Augment()
+    accumulate: int = Field(default=1, ge=1, le=1_000_000)
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    patch_dropout: float | None = Field(default=None, ge=0, lt=1)
+    compile: bool = False
+    tf32: bool = False
+    channels_last: bool = False
+
+    @property
+    def asks_network(self) -> bool:
+        """Whether not every network can be trained by it."""
+        return self.accumulate > 1 or self.patch_dropout is not None
+
+    @model_serializer(mode="wrap")
+    def _as_it_was(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe that uses none of the later keys is written, and named, as it was before there were some."""
+        values: dict[str, Any] = handler(self)
+        unused = {key for key in LATER if values[key] == type(self).model_fields[key].default}
+        return {key: value for key, value in values.items() if key not in unused}
+
+    @model_validator(mode="after")
+    def _later_keys_agree(self) -> Self:
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be cut into accumulate: {self.accumulate} equal parts; make it a multiple"
+            )
+        if self.patch_dropout is not None and self.trainable == "text":
+            raise ValueError(
+                "patch_dropout acts on an image tower that is trained, and trainable: text freezes it; remove one of them"
+            )
+        if self.patch_dropout and self.compile:
+            raise ValueError(
+                "patch_dropout and compile exclude each other: a compiled tower draws its random numbers in another way; remove one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _betas_in_range(self) -> Self:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {list(self.betas)}; each must lie in [0, 1)")
         return self
+
+
+LATER = ("accumulate", "ema", "patch_dropout", "compile", "tf32", "channels_last")
+"""Keys that a recipe names only where they are used, so that recipes without them keep their fingerprints."""

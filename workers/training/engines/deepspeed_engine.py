@@ -8,16 +8,18 @@ written and read within one job's scratch only, after their sha256 was checked, 
 import gc
 import json
 import logging
-import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
+from workers.feed.device import device_of
 from workers.jobs import EngineSpec
 from workers.models.base import MAX_LOGIT_SCALE
 from workers.models.model import set_trainable
@@ -30,11 +32,15 @@ from workers.training.engines.arithmetic import (
     seed_step,
     softmax_temperature,
 )
+from workers.training.engines.average import Average
 from workers.training.engines.groups import average_over_ranks, join_alone
+from workers.training.engines.protocol import Report
+from workers.training.engines.snapshot import Snapshot
 from workers.training.objective import ContrastiveLoss, TwoTowers
+from workers.training.parts import in_parts
 from workers.training.recipe import Recipe
 
-TAG = "engine"
+TAG, AVERAGE = "engine", "average.safetensors"
 BUCKET = 24_576_000  # elements per reduction bucket, a multiple of 1024; DeepSpeed's own default would set aside 2 GB
 
 
@@ -70,14 +76,19 @@ class DeepSpeedEngine:
         self._temperature = softmax_temperature(self._trained)
         self._scalars = _without_scalars(model)
         self._loss = ContrastiveLoss(rank, spec.world)
-        self._scale = LossScale(recipe.precision == "fp16")
+        device = device_of(spec.device)
+        self._look = not device.overlaps
+        self._scale = LossScale(recipe.precision == "fp16", device.place)
+        self._snapshot = Snapshot(device)
+        self._average = None if recipe.ema is None else Average(model, self._trained, recipe.ema)
+        self._towers = TwoTowers(model, recipe.precision, world=spec.world)
         self._done = 0
         numel = sum(parameter.numel() for parameter in self._trained.values())
         self._linear = (
             torch.nn.functional.linear
         )  # stage 3 replaces it for the whole process, and leaves it so
         self._engine, *_ = self._deepspeed.initialize(
-            model=TwoTowers(model, recipe.precision, world=spec.world),
+            model=self._towers,
             optimizer=adamw(list(self._trained.values()), recipe),
             config=_config(recipe, spec, min(-(-numel // 1024) * 1024, BUCKET)),
             dist_init_required=False,
@@ -85,44 +96,65 @@ class DeepSpeedEngine:
         if spec.world == 1 and self._stage == 0:  # a rank alone would pack, "reduce" and unpack all gradients
             self._engine.enable_backward_allreduce = False
 
-    def step(self, images: torch.Tensor, tokens: torch.Tensor) -> dict[str, float]:
+    def step(self, images: torch.Tensor, tokens: torch.Tensor, places: torch.Tensor | None = None) -> Report:
         seed_step(self._seed, self._done, self._rank)
         lr = learning_rate(self._done, self._steps, self._recipe)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        loss = self._loss(self._engine(images, tokens))
-        norm = self._update_whole(loss) if self._stage == 0 else self._update_sharded(loss)
-        self._scale.update(self._scale.enabled and not math.isfinite(norm))
+        loss = self._take_gradients(images, tokens, places)
+        norm = self._update_whole() if self._stage == 0 else self._update_sharded()
         self._done += 1
         reported = loss.detach().clone()
         if self._world > 1:
             average_over_ranks([reported], self._world)
-        return {"loss": float(reported), "grad_norm": norm, "lr": lr}
+        return Report(torch.stack([reported, norm]), lr)
 
-    def _update_whole(self, loss: torch.Tensor) -> float:
+    def _take_gradients(
+        self, images: torch.Tensor, tokens: torch.Tensor, places: torch.Tensor | None
+    ) -> torch.Tensor:
+        """This rank's share of the loss, once gradients are there."""
+        if self._stage and self._scale.enabled:
+            self._engine.optimizer.override_loss_scale(float(self._scale.numbers[0]))
+        if self._recipe.accumulate == 1:
+            loss = self._loss(self._engine(images, tokens, places))
+            self._backward(0, loss)
+            return loss
+        parts, places = self._towers.parts(images, tokens, places, self._recipe.accumulate)
+        seed = partial(seed_step, self._seed, self._done, self._rank)
+        return in_parts(self._engine, self._loss, parts, places, seed, self._backward)
+
+    def _backward(self, number: int, scalar: torch.Tensor) -> None:
+        """Add the gradient of part `number`; DeepSpeed counts parts by calls of its `step`, the last of which changes weights."""
+        scaled = scalar if self._stage else self._scale.times(scalar)
+        self._engine.backward(scaled, scale_wrt_gas=False)
+        if number + 1 < self._recipe.accumulate:
+            self._engine.step()
+
+    def _update_whole(self) -> torch.Tensor:
         """Stage 0: gradients are whole and averaged after `backward`, and treated exactly as `TorchEngine` does."""
-        self._engine.backward(loss * self._scale.scale)
         gradients = [p.grad for p in self._trained.values() if p.grad is not None]
-        if self._scale.enabled:
-            torch._foreach_mul_(gradients, 1 / self._scale.scale)
-        norm = clip(list(self._trained.values()), self._recipe.clip)
-        if self._scale.enabled and not math.isfinite(norm):
-            self._engine.zero_grad()  # a step without gradients changes nothing
+        self._scale.undo(gradients)
+        norm = clip(list(self._trained.values()), self._recipe.clip, self._look)
+        skipped = self._scale.update(norm)
+        self._engine.optimizer.found_inf = skipped
         self._engine.step()
-        clamp_temperature(self._temperature)
+        clamp_temperature(self._temperature, skipped)
+        if self._average is not None:
+            self._average.update(skipped)
         return norm
 
-    def _update_sharded(self, loss: torch.Tensor) -> float:
-        """Stages 1-3: DeepSpeed unscales, clips, and skips a step whose gradient norm is not finite."""
+    def _update_sharded(self) -> torch.Tensor:
+        """Stages 1-3: DeepSpeed unscales, clips, and skips a step whose gradient norm is not finite. For that it waits for the norm."""
         optimizer = self._engine.optimizer
-        if self._scale.enabled:
-            optimizer.override_loss_scale(self._scale.scale)
-        self._engine.backward(loss)
         self._engine.step()
-        if optimizer.overflow:
-            return float("inf")
-        self._clamp_sharded()
-        return float(self._engine.get_global_grad_norm())
+        norm = float("inf") if optimizer.overflow else float(self._engine.get_global_grad_norm())
+        if not optimizer.overflow:
+            self._clamp_sharded()
+            if self._average is not None:
+                self._average.update(None)
+        found = torch.full_like(self._scale.numbers[0], norm)
+        self._scale.update(found)
+        return found
 
     def _clamp_sharded(self) -> None:
         """Clamp the temperature in the working copy and in the optimiser's; every rank sees the same value and agrees."""
@@ -140,35 +172,47 @@ class DeepSpeedEngine:
 
     def weights(self) -> dict[str, torch.Tensor]:
         with _gathered(self._model.parameters(), self._stage):
-            state = {name: t.detach().cpu().clone() for name, t in self._model.state_dict().items()}
+            whole = self._model.state_dict() | (self._average.tensors if self._average else {})
+            state = {name: t.detach().cpu().clone() for name, t in whole.items()}
         return {name: t.reshape(()) if name in self._scalars else t for name, t in state.items()}
 
-    def save(self, directory: Path) -> None:
-        numbers = {"done": self._done, **self._scale.state()}
+    def save(self, directory: Path) -> Callable[[], None]:
+        """DeepSpeed writes its own checkpoints, at once; nothing is left to do."""
+        scale, good_steps = self._scale.numbers.tolist()
+        numbers = {"done": self._done, "scale": scale, "good_steps": int(good_steps)}
         if self._rank == 0:
             (directory / "engine.json").write_text(json.dumps(numbers))
+            if self._average is not None:
+                averages = {f"average.{name}": tensor for name, tensor in self._average.tensors.items()}
+                self._snapshot.take(averages, directory / AVERAGE)()
         self._engine.save_checkpoint(str(directory), tag=TAG, save_latest=False)
+        return lambda: None
 
     def load(self, directory: Path) -> None:
         numbers = json.loads((directory / "engine.json").read_text())
         path, _ = self._engine.load_checkpoint(str(directory), tag=TAG)
         assert path is not None, directory
         self._done = numbers["done"]
-        self._scale.restore(numbers)
+        if self._average is not None:
+            self._average.load(load_file(directory / AVERAGE))
+        self._scale.numbers = torch.tensor([numbers["scale"], numbers["good_steps"]]).to(
+            self._scale.numbers.device
+        )
 
     def close(self) -> None:
         self._engine.destroy()
         if self._stage == 3:
             _forget_stage_3(self._engine.module, self._linear)
         self._trained.clear()
-        del self._engine, self._model
+        del self._engine, self._model, self._towers, self._average
         gc.collect()  # an engine and its hooks refer to each other; the next expert may need the memory
 
 
 def _config(recipe: Recipe, spec: EngineSpec, bucket: int) -> dict[str, Any]:
     return {
         "train_batch_size": recipe.batch_size,
-        "train_micro_batch_size_per_gpu": recipe.batch_size // spec.world,
+        "train_micro_batch_size_per_gpu": recipe.batch_size // spec.world // recipe.accumulate,
+        "gradient_accumulation_steps": recipe.accumulate,
         "gradient_clipping": recipe.clip if spec.zero_stage else 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {

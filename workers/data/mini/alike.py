@@ -1,9 +1,10 @@
-"""Which pictures of the mini suite look alike, and dropping all but the first of those that do.
+"""Near-duplicates among the pictures of the mini suite, and a filter that keeps the first of each.
 
-Likeness is the correlation of two grey pictures after 2x2 means: 256 numbers a picture, less their mean. It does not see colour,
-brightness or contrast, so an emoji in two skin tones is one picture, and the means swallow shifts of a fraction of a pixel. Equal
-pixels have likeness 1. Two pictures are near-duplicates if their likeness reaches the radius of their sets (the smaller of two).
-Invariant: what decides are integers held exactly, so every machine finds the same near-duplicates.
+A test picture that resembles a training picture would measure memory. Likeness is the correlation of two grey pictures after 2x2 means:
+256 numbers per picture, minus their mean. It ignores colour, brightness and contrast, so an emoji in two skin tones is one picture;
+the means absorb shifts of a fraction of a pixel. Equal pixels have likeness 1. Two pictures are near-duplicates if their likeness
+reaches the radius of their sets (the smaller of two).
+Invariant: decisions rest on integers that are held exactly, so every machine finds the same near-duplicates.
 """
 
 import hashlib
@@ -12,19 +13,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from workers.data.mini_pictures import SIZE, SPLITS, Group, samples_of
+from workers.data.mini.pictures import SIZE, SPLITS, Group, samples_of
 
 _SIDE = SIZE // 2
 _BLOCK = 512
 _DOUBT = 1e-5
-"""float32 products are off by less; likenesses this near to a radius are computed again, exactly."""
+"""A bound on the error of float32 products; likenesses this close to a radius are computed again, exactly."""
 FAINTEST = 2.0
-"""Grey levels: a picture whose standard deviation is smaller is blank, and is never used."""
+"""A standard deviation in grey levels; a picture below it is blank and is not used."""
 
 
 @dataclass(frozen=True)
 class Looks:
-    """Of n pictures: `values` [n, 256] (float32, whole numbers), `unit` [n, 256] (float32) of length 1, `alike` [n] their radius."""
+    """n pictures as vectors: `values` float32 [n, 256] (integers), `unit` float32 [n, 256] of length 1, `alike` [n] their radii."""
 
     values: np.ndarray
     unit: np.ndarray
@@ -37,11 +38,11 @@ class Looks:
         return Looks(self.values[rows], self.unit[rows], self.alike[rows])
 
     def likeness(self, other: "Looks") -> np.ndarray:
-        """float32 [n, m] correlations, right to 1e-5."""
+        """float32 [n, m] correlations, with an error below 1e-5."""
         return self.unit @ other.unit.T
 
     def near(self, other: "Looks") -> np.ndarray:
-        """bool [n, m]: which pictures are near-duplicates."""
+        """bool [n, m]: whether two pictures are near-duplicates."""
         radius = np.minimum(self.alike[:, None], other.alike[None])
         excess = self.likeness(other) - radius
         near = excess >= 0
@@ -54,13 +55,13 @@ class Looks:
 
     @property
     def blank(self) -> np.ndarray:
-        """bool [n]: which pictures show next to nothing."""
+        """bool [n]: whether a picture is nearly uniform."""
         squares = (self.values.astype(np.float64) ** 2).sum(1)
         return squares < (FAINTEST * 4 * _SIDE**3) ** 2
 
 
 def looks(images: Sequence[np.ndarray], alike: float) -> Looks:
-    """Of pictures uint8 [32, 32, 3], all of one set."""
+    """The vectors of pictures uint8 [32, 32, 3] of one set, with its radius `alike`."""
     pixels = np.stack(images) if len(images) else np.zeros((0, SIZE, SIZE, 3), np.uint8)
     grey = (pixels.astype(np.int32) @ np.array([299, 587, 114], np.int32) + 500) // 1000
     sums = grey.reshape(-1, _SIDE, 2, _SIDE, 2).sum((2, 4)).reshape(len(grey), _SIDE**2)
@@ -70,17 +71,17 @@ def looks(images: Sequence[np.ndarray], alike: float) -> Looks:
 
 
 def joined(parts: Sequence[Looks]) -> Looks:
-    """All pictures of several."""
+    """The concatenation of several."""
     return Looks(
         *(np.concatenate([getattr(part, name) for part in parts]) for name in ("values", "unit", "alike"))
     )
 
 
 def distinct(groups: Sequence[Group], alike: float, taken: Looks) -> list[Group]:
-    """The groups that may be used together, and beside what is `taken`; of two that may not, the first is kept.
+    """The groups that conflict neither with each other nor with pictures in `taken`; of two that conflict, the first is kept.
 
-    Two groups may not if pictures of them look alike, unless both state the same split; then only equal pixels count. A group may not
-    at all if one of its pictures is blank, two of them are equal, or pictures of two of its parts look alike.
+    Two groups conflict if pictures of them are near-duplicates, or, if both state the same split, equal in pixels. A group is dropped
+    if one of its pictures is blank, if two are equal, or if pictures of two of its parts are near-duplicates.
     """
     pictures = [sample.image for sample in samples_of(groups)]
     seen = looks(pictures, alike)

@@ -1,8 +1,9 @@
-"""What the makers of the mini suite share: one picture size, one rule of splits, one shape of what they hand over.
+"""Common values of the makers of the mini suite: picture size, rules for splits, and the form of a set before it is written.
 
-A maker draws more than the suite needs and hands over a `Draft`: groups of pictures that belong together (an icon in its drawing
-weights, an emoji in its skin tones), and how groups are dealt to splits. `mini_alike` then drops every group that looks like one
-before it. Invariant: a group that is kept lies in one set, and each of its parts in one split.
+A maker returns a `Draft` with more pictures than the suite needs: groups of pictures that belong together (an icon in its line
+weights, an emoji in its skin tones), and a function that assigns groups to splits. `alike.py` then drops every group that resembles
+an earlier one.
+Invariant: a group that is kept is in one set, and each of its parts in one split.
 """
 
 import hashlib
@@ -24,9 +25,9 @@ Splits = dict[str, list[Sample]]
 
 @dataclass(frozen=True)
 class Group:
-    """Pictures that stay together. `parts` may go to different splits, so they have to look different; samples of one part need not.
+    """Pictures that stay together. `parts` may be in different splits, so they must not be near-duplicates; samples of one part may be.
 
-    `kin` is the class that quotas count by; `split` is stated where it does not hang on quotas.
+    `kin` is the class that quotas count; `split` is the split, or "" if quotas decide it.
     """
 
     kin: int
@@ -46,9 +47,9 @@ class MiniDataset:
 
 @dataclass(frozen=True)
 class Draft:
-    """One dataset before near-duplicates are dropped: `finish` makes it of the groups that are left.
+    """One dataset before near-duplicates are dropped; `finish` makes the dataset from the remaining groups.
 
-    Of groups that look alike the first is kept; `alike` is from which likeness on they do (see `mini_alike`).
+    `alike` is the likeness from which pictures are near-duplicates (see `alike.py`); the first of such groups is kept.
     """
 
     groups: list[Group]
@@ -57,7 +58,7 @@ class Draft:
 
 
 def by_quota(groups: list[Group], quotas: Mapping[str, int]) -> Splits:
-    """So many groups of each class for each split, filled in the order in which `quotas` names the splits."""
+    """`quotas[split]` groups of each class for each split; splits are filled in the order of `quotas`."""
     rows: dict[int, list[Group]] = defaultdict(list)
     for group in groups:
         rows[group.kin].append(group)
@@ -70,7 +71,7 @@ def by_quota(groups: list[Group], quotas: Mapping[str, int]) -> Splits:
 
 
 def as_stated(groups: list[Group], quotas: Mapping[str, int] | None = None) -> Splits:
-    """Each group to the split that it states; at most `quotas[split]` groups of a class."""
+    """Each group in its stated split, with at most `quotas[split]` groups of a class."""
     splits: Splits = {split: [] for split in SPLITS}
     counts: Counter[tuple[str, int]] = Counter()
     for group in groups:
@@ -81,7 +82,7 @@ def as_stated(groups: list[Group], quotas: Mapping[str, int] | None = None) -> S
 
 
 def first_the_tests(groups: list[Group]) -> list[Group]:
-    """Groups of the test, then of validation, then of training: of groups that look alike the first is kept."""
+    """Groups of test, then validation, then training, so that test groups are kept when near-duplicates are dropped."""
     return sorted(groups, key=lambda group: ("test", "val", "train").index(group.split))
 
 
@@ -91,13 +92,13 @@ def samples_of(groups: Iterable[Group]) -> list[Sample]:
 
 
 def split_of(name: str, test: float = 0.24, val: float = 0.1) -> str:
-    """The split of a name: about a share `test` of all names goes to the test, `val` to validation, the rest to training."""
+    """The split of a name, by its hash: shares of about `test` and `val` of all names, and the rest for training."""
     place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
     return "test" if place < test else "val" if place < test + val else "train"
 
 
 def generator(purpose: str) -> np.random.Generator:
-    """A generator of its own for each purpose, so that one set's size does not change another's pictures."""
+    """A separate generator for each purpose, so that the size of one set does not change the pictures of another."""
     return np.random.default_rng([SEED, *purpose.encode()])
 
 

@@ -1,7 +1,8 @@
-"""The sets of the mini suite that are drawn from typefaces: scripts (which writing system?) and letters (which letter?).
+"""The sets of the mini suite that are drawn from typefaces: scripts (the writing system of a letter) and letters (A-Z).
 
-A letter of `scripts` is in one split in all its weights; the typefaces of the three splits of `letters` are of different families.
-A drawing that several writing systems share (A, in Latin, Greek and Cyrillic) looks like itself and is therefore in at most one.
+Typefaces give many drawings of one letter, so the splits are separated by letter or by family of typefaces.
+Invariant: in `scripts`, all weights of a letter are in one split; in `letters`, the typefaces of the three splits are of different
+families. A drawing that several writing systems share (A, in Latin, Greek and Cyrillic) is in at most one of them.
 """
 
 import unicodedata
@@ -10,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from workers.data.mini_packages import find, find_one
-from workers.data.mini_pictures import Draft, Group, MiniDataset, as_stated, by_quota, shrink, shuffled
+from workers.data.mini.packages import find, find_one
+from workers.data.mini.pictures import Draft, Group, MiniDataset, as_stated, by_quota, shrink, shuffled
 from workers.data.writer import Sample
 
-# Writing system -> how Unicode names its letters.
+# Writing system -> the prefix of its letters' Unicode names.
 SCRIPTS = {
     "Arabic": "ARABIC LETTER", "Armenian": "ARMENIAN", "Bengali": "BENGALI LETTER", "Devanagari": "DEVANAGARI LETTER",
     "Ethiopic": "ETHIOPIC SYLLABLE", "Georgian": "GEORGIAN", "Gujarati": "GUJARATI LETTER", "Gurmukhi": "GURMUKHI LETTER",
@@ -36,7 +37,7 @@ ALIKE = 0.97
 
 
 def scripts() -> Draft:
-    """Letters of 22 writing systems, each in as many weights as its typeface really draws."""
+    """Letters of 22 writing systems, each in the three weights of its typeface."""
     groups = []
     for label, (script, prefix) in enumerate(SCRIPTS.items()):
         family = "" if script in _IN_GENERAL_FONT else script
@@ -48,7 +49,7 @@ def scripts() -> Draft:
 
 
 def letters() -> Draft:
-    """A-Z in both cases; trained in sans typefaces and two sizes, validated in DejaVu Serif, tested in STIX and Computer Modern."""
+    """A-Z in both cases: training in sans typefaces and two sizes, validation in DejaVu Serif, test in STIX and Computer Modern."""
     groups = []
     for split, pattern in _FAMILIES.items():
         drawn: list[tuple[Path, float | None]] = [
@@ -82,14 +83,14 @@ def _alphabet(face: ImageFont.FreeTypeFont, split: str) -> list[Group]:
 
 
 def weights(path: Path) -> tuple[float, ...]:
-    """The lightest, middle and heaviest weight of a variable typeface: beyond its axis it draws the same again."""
+    """The lightest, middle and heaviest weight of a variable typeface; weights beyond its axis draw the same glyphs."""
     axis = ImageFont.truetype(str(path), _EM).get_variation_axes()[0]
     lightest, heaviest = float(axis["minimum"] or 0), float(axis["maximum"] or 0)
     return lightest, (lightest + heaviest) / 2, heaviest
 
 
 def typeface(path: Path, weight: float | None, size: int = _EM) -> ImageFont.FreeTypeFont:
-    """The typeface at `size` pixels; `weight` is for variable ones."""
+    """The typeface at `size` pixels; `weight` is for variable typefaces."""
     face = ImageFont.truetype(str(path), size)
     if weight is not None:
         face.set_variation_by_axes([weight] + [100.0] * (len(face.get_variation_axes()) - 1))
@@ -97,7 +98,7 @@ def typeface(path: Path, weight: float | None, size: int = _EM) -> ImageFont.Fre
 
 
 def has(face: ImageFont.FreeTypeFont, sign: str) -> bool:
-    """Whether the typeface has a drawing of its own for the sign, which leaves a mark."""
+    """Whether the typeface has a visible glyph for the character, other than that of missing characters."""
     left, top, right, bottom = face.getbbox(sign)
     return (
         right - left >= 2
@@ -107,14 +108,14 @@ def has(face: ImageFont.FreeTypeFont, sign: str) -> bool:
 
 
 def _letters(path: Path, prefix: str) -> list[str]:
-    """The letters of a script that the typeface really has."""
+    """The letters of a script for which the typeface has glyphs."""
     face = typeface(path, None)
     named = (chr(code) for code in range(0x41, 0x3000) if unicodedata.name(chr(code), "").startswith(prefix))
     return [letter for letter in named if unicodedata.category(letter)[0] == "L" and has(face, letter)]
 
 
 def draw(face: ImageFont.FreeTypeFont, sign: str) -> np.ndarray:
-    """uint8 [SIZE, SIZE, 3] of the sign in black, centred on white."""
+    """uint8 [SIZE, SIZE, 3]: the character in black, centred on white."""
     image = Image.new("L", (_CANVAS, _CANVAS), 255)
     canvas = ImageDraw.Draw(image)
     left, top, right, bottom = canvas.textbbox((0, 0), sign, font=face)

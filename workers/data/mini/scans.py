@@ -1,7 +1,7 @@
 """The camera and scanner sets of the mini suite: animals, mnist, digits8, photos_a and photos_b.
 
-`photos_*` have one photograph a class: they measure the recognition of its patches, not of the kind of thing it shows. Training,
-validation and test patches come from three regions of it with a gap between them.
+`photos_*` have one photograph per class, so they measure the recognition of its patches, not of the kind of thing that it shows.
+Invariant: training, validation and test patches of a photograph come from three regions with gaps between them.
 """
 
 import gzip
@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from workers.data.mini_packages import find_one, numpy_pickle
-from workers.data.mini_pictures import Draft, Group, MiniDataset, as_stated, by_quota, generator, grey, shrink
+from workers.data.mini.packages import find_one, numpy_pickle
+from workers.data.mini.pictures import Draft, Group, MiniDataset, as_stated, by_quota, generator, grey, shrink
 from workers.data.writer import Sample
 
 ANIMALS = ("bear", "bird", "cat", "cow", "dog", "elephant", "giraffe", "horse", "sheep", "zebra")
@@ -28,7 +28,7 @@ PHOTOS_B = {
     "ihc.png": "stained tissue", "motorcycle_left.png": "a motorcycle", "camera.png": "a photographer", "clock_motion.png": "a blurred clock",
 }  # fmt: skip
 REGIONS = {"test": (0.75, 1.0), "val": (0.55, 0.73), "train": (0.0, 0.53)}
-"""From where to where in the width of a photograph the patches of each split come."""
+"""The range of a photograph's width, as shares, from which the patches of each split come."""
 _OVER = {"test": 4, "val": 2, "train": 2}
 _OF_SCIKIT_LEARN = ("china.jpg",)
 
@@ -57,7 +57,7 @@ def mnist() -> Draft:
 
 
 def digits8() -> Draft:
-    """The handwritten digits of UCI optdigits, 8x8 with values 0..16: the same concepts as mnist, from other hands and much coarser."""
+    """The handwritten digits of UCI optdigits, 8x8 with values 0..16: the concepts of mnist, by other writers and much coarser."""
     with gzip.open(find_one("scikit-learn", r"sklearn/datasets/data/digits\.csv\.gz"), "rt") as stream:
         table = np.loadtxt(stream, delimiter=",")
     images, labels = table[:, :-1].reshape(-1, 8, 8) * (255 / 16), table[:, -1].astype(int)
@@ -71,7 +71,7 @@ def photos_a() -> Draft:
 
 
 def photos_b() -> Draft:
-    """Patches of eight others."""
+    """Patches of eight other photographs and micrographs."""
     return _photos(PHOTOS_B, "photos_b")
 
 

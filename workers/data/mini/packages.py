@@ -1,8 +1,8 @@
-"""Finding the image files of the demo packages, without ever importing one of them.
+"""Image files of the demo packages, found without importing any of these packages.
 
-Importing a data package would run its code (one of them pulls in tensorflow, another changes matplotlib), so files are found
-through the record that pip leaves behind. Invariant: a package that is missing, or lacks a file, ends in one `UserError` that
-says what to install.
+Importing a data package would run its code (one loads tensorflow, another changes matplotlib). So files are found through the
+record that pip writes at installation.
+Invariant: a package that is missing, or lacks a file, gives one `UserError` with the command that installs it.
 """
 
 import gzip
@@ -25,7 +25,7 @@ INSTALL = 'pip install "temporal-merge[demo]"'
 
 
 def versions() -> dict[str, str]:
-    """Installed version of every package the suite is made of. Raises UserError naming all that are missing."""
+    """The installed version of every package of the suite. Raises UserError naming all that are missing."""
     found, missing = {}, []
     for package in PACKAGES:
         try:
@@ -34,13 +34,13 @@ def versions() -> dict[str, str]:
             missing.append(package)
     if missing:
         raise UserError(
-            f"the mini suite is made of images in packages that are not installed: {', '.join(missing)}. Run: {INSTALL}"
+            f"the images of the mini suite are in packages that are not installed: {', '.join(missing)}. Run: {INSTALL}"
         )
     return found
 
 
 def find(package: str, pattern: str) -> dict[str, Path]:
-    """Files of an installed package whose path inside it matches the regular expression fully, by that path, sorted.
+    """Files of an installed package by their path in it, sorted; the whole path must match the regular expression.
 
     Raises UserError if the package is not installed or holds no such file.
     """
@@ -48,13 +48,13 @@ def find(package: str, pattern: str) -> dict[str, Path]:
     found = {name: Path(str(file.locate())) for name, file in _files(package) if matching.fullmatch(name)}
     if not found:
         raise UserError(
-            f"package {package} holds no file like {pattern!r}: not the version the suite is made of. Run: {INSTALL}"
+            f"package {package} holds no file like {pattern!r}: it is another version than the suite needs. Run: {INSTALL}"
         )
     return found
 
 
 def find_one(package: str, pattern: str) -> Path:
-    """The first file that `find` finds."""
+    """The first file of `find`. Raises UserError as `find` does."""
     return next(iter(find(package, pattern).values()))
 
 
@@ -68,10 +68,10 @@ def _files(package: str) -> tuple[tuple[str, PackagePath], ...]:
 
 
 def numpy_pickle(path: Path) -> np.ndarray:
-    """A gzipped pickle that holds one numpy array: the form in which animal-shape-mnist ships its images.
+    """The numpy array in a gzipped pickle, the format in which animal-shape-mnist ships its images.
 
-    Unpickling is safe here and only here: the file belongs to a pinned package that pip has checked, and the unpickler resolves
-    three numpy globals and nothing else, none of which runs code from the file. Anything else raises UnpicklingError.
+    This is the only place that unpickles. The file belongs to a pinned package that pip has checked, and the unpickler resolves
+    three numpy globals, none of which runs code from the file. Any other global raises UnpicklingError.
     """
     with gzip.open(path) as stream:
         return np.asarray(_NumpyOnly(stream).load())
@@ -90,5 +90,5 @@ class _NumpyOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._GLOBALS:
-            raise pickle.UnpicklingError(f"the pickle asks for {module}.{name}; only numpy arrays are read")
+            raise pickle.UnpicklingError(f"the pickle refers to {module}.{name}; only numpy arrays are read")
         return super().find_class(*self._GLOBALS[module, name])

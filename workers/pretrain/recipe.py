@@ -1,8 +1,7 @@
-"""What a pretraining recipe says: which sets a base is taught, how, and when its training ends.
+"""A pretraining recipe: the sets that a base is trained on, the training, and the rule that ends it.
 
-The end is a rule over scores on validation splits, since otherwise the length of pretraining would be chosen by whoever looks at
-the scores. Invariant: `ended` and `best` are functions of the scores of the checks so far, so the same scores end training at the
-same step, on any machine.
+The rule reads scores on validation splits, so that nobody chooses the length of pretraining after seeing test scores.
+Invariant: `ended` and `best` are functions of the scores of the checks so far, so equal scores end training at the same step.
 """
 
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from workers.training.recipe import Recipe
 
 
 class Copies(BaseModel):
-    """How often each image of a dataset enters the pool, and what may happen to it (see `workers.data.variants`)."""
+    """The number of altered copies of each image in the pool, and their changes (see `workers.data.variants`)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     copies: int = Field(ge=1, le=1000)
@@ -27,8 +26,8 @@ class Copies(BaseModel):
 class Stopping(BaseModel):
     """Check every `every` steps; end after `patience` checks in a row without a rise, or after `steps` steps.
 
-    A check is a rise if its score is at least `rise` above that of the last rise (the first check is one), so a slow climb
-    counts as soon as it has come far enough.
+    A check is a rise if its score is at least `rise` above that of the last rise (the first check is one), so a slow increase
+    counts once it is large enough.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -41,7 +40,7 @@ class Stopping(BaseModel):
 class Pretraining(BaseModel):
     """A pretraining recipe: `recipe.yaml` beside the `open_clip_config.json` of the model it makes.
 
-    Experts may replay what `pool` names; what `base_only` names is taught to the base alone.
+    Experts may replay the sets of `pool`; those of `base_only` are for the base alone.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,12 +54,12 @@ class Pretraining(BaseModel):
 
     @property
     def taught(self) -> dict[str, Copies]:
-        """All sets that are taught, in the order that fixes how their copies are drawn."""
+        """All sets that the base is trained on, in the order that fixes how their copies are drawn."""
         return {**self.pool, **self.base_only}
 
 
 def read_settings(recipe_file: Path) -> Pretraining:
-    """Read and check a recipe. Raises UserError naming the keys that are wrong."""
+    """Read and check a recipe. Raises UserError naming the wrong keys."""
     try:
         return Pretraining.model_validate(yaml.safe_load(recipe_file.read_text(encoding="utf-8")))
     except (OSError, yaml.YAMLError) as error:
@@ -73,7 +72,7 @@ def read_settings(recipe_file: Path) -> Pretraining:
 
 
 def ended(scores: Sequence[float], rule: Stopping) -> bool:
-    """Whether the last `rule.patience` of these checks, in their order, brought no rise."""
+    """Whether none of the last `rule.patience` of these checks is a rise."""
     last, mark = 0, float("-inf")
     for number, score in enumerate(scores):
         if score >= mark + rule.rise:
@@ -82,5 +81,5 @@ def ended(scores: Sequence[float], rule: Stopping) -> bool:
 
 
 def best(scores: Sequence[float]) -> int:
-    """Which of the checks is kept: the one with the highest score, the earliest of equal ones."""
+    """The index of the check to keep: that of the highest score, the earliest of equal ones."""
     return max(range(len(scores)), key=lambda number: (scores[number], -number))

@@ -1,20 +1,17 @@
-"""The mini suite: twelve small real-image datasets made out of ordinary pip packages, for the demo and the tests.
+"""The mini suite: twelve small real-image datasets made from ordinary pip packages, for the demo and the tests.
 
-`python -m workers.data.mini --root data/mini` writes it, `--scan` looks for pictures that two splits share. Six sets are the tasks
-of the stream, six are held out: the tests of what experts replay, and sets of which nothing of the kind is in any batch of an
-expert's training. Building is deterministic, takes about a minute, and is all or nothing: the suite is written beside its place and
-renamed into it.
-Invariant: no picture, nor one that looks like it, is in two splits or two sets; a folder with a `suite.json` is a whole suite, and
+Six sets are the tasks of the stream. Six are held out: test sides of what experts replay, and sets of kinds that occur in no training
+batch of an expert. Building is deterministic and takes about a minute; the suite is written beside its place and renamed
+into it.
+Invariant: no picture, nor a near-duplicate of one, is in two splits or two sets. A folder with a `suite.json` is a complete suite, and
 building again with the same packages changes nothing.
 """
 
-import argparse
 import fcntl
 import json
 import multiprocessing
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,31 +20,31 @@ from contextlib import suppress
 from pathlib import Path
 
 from merge_service.errors import UserError
-from workers.data import mini_drawings, mini_emoji, mini_fonts, mini_scan, mini_scans
-from workers.data.manifest import SUITE_FILE, describe
-from workers.data.mini_alike import distinct, joined, looks
-from workers.data.mini_packages import versions
-from workers.data.mini_pictures import SIZE, Draft
+from workers.data.manifest import SUITE_FILE
+from workers.data.mini import drawings, emoji, fonts, scans
+from workers.data.mini.alike import distinct, joined, looks
+from workers.data.mini.packages import versions
+from workers.data.mini.pictures import SIZE, Draft
 from workers.data.writer import write_dataset
 
 NAME = "mini"
 EDITION = 2
 YOUNG_SECONDS = 60.0
 MAKERS: dict[str, Callable[[], Draft]] = {
-    "mnist": mini_scans.mnist,
-    "digits8": mini_scans.digits8,
-    "animals": mini_scans.animals,
-    "photos_a": mini_scans.photos_a,
-    "icons": mini_drawings.icons,
-    "emoji_names": mini_emoji.emoji_names,
-    "photos_b": mini_scans.photos_b,
-    "icon_style": mini_drawings.icon_style,
-    "emoji_group": mini_emoji.emoji_group,
-    "skin_tone": mini_emoji.skin_tone,
-    "letters": mini_fonts.letters,
-    "scripts": mini_fonts.scripts,
+    "mnist": scans.mnist,
+    "digits8": scans.digits8,
+    "animals": scans.animals,
+    "photos_a": scans.photos_a,
+    "icons": drawings.icons,
+    "emoji_names": emoji.emoji_names,
+    "photos_b": scans.photos_b,
+    "icon_style": drawings.icon_style,
+    "emoji_group": emoji.emoji_group,
+    "skin_tone": emoji.skin_tone,
+    "letters": fonts.letters,
+    "scripts": fonts.scripts,
 }
-"""In the order in which sets choose their pictures: one that looks like a picture of an earlier set is not used."""
+"""In the order in which sets choose their pictures: a near-duplicate of a picture in an earlier set is dropped."""
 ROLES = {
     "pretraining": ["photos_a", "icons", "emoji_names"],
     "adaptation": ["letters", "scripts", "photos_b", "icon_style", "emoji_group", "skin_tone"],
@@ -60,10 +57,10 @@ ZERO_SHOT_GROUPS = {
 
 
 def build(root: str | Path, say: Callable[[str], None] = lambda line: None, processes: int = 1) -> bool:
-    """Write the suite into `root`, unless it is there already, made of the same packages; returns whether it was written.
+    """Write the suite into `root`, unless `root` holds it, made from the same packages; returns whether it was written.
 
-    `say` gets one line per dataset. More `processes` write the same bytes sooner.
-    Raises UserError: a demo package is missing, or `root` holds something else.
+    `say` gets one line per dataset. The bytes do not depend on the number of `processes`.
+    Raises UserError: a demo package is missing, or `root` holds something else or cannot be written.
     """
     place, made_of = Path(root).resolve(), versions()
     if is_current(place, made_of):
@@ -78,7 +75,7 @@ def build(root: str | Path, say: Callable[[str], None] = lambda line: None, proc
         work = Path(tempfile.mkdtemp(prefix=f".{place.name}.partial-", dir=place.parent))
     except OSError as error:
         raise UserError(
-            f"the mini suite cannot be written to {root} ({error}); set data.root to a place that can be written, or that has it"
+            f"the mini suite cannot be written to {root} ({error}); set data.root to a writable folder, or to one that holds the suite"
         ) from error
     mark = os.open(work, os.O_RDONLY)
     try:
@@ -98,7 +95,7 @@ def build(root: str | Path, say: Callable[[str], None] = lambda line: None, proc
 
 
 def is_current(root: Path, made_of: dict[str, str] | None = None) -> bool:
-    """Whether `root` holds this edition of the suite, made of these packages (default: those installed)."""
+    """Whether `root` holds this edition of the suite, made from these package versions (default: those installed)."""
     path = root / SUITE_FILE
     if not path.is_file():
         return False
@@ -108,7 +105,7 @@ def is_current(root: Path, made_of: dict[str, str] | None = None) -> bool:
 
 
 def _write(work: Path, say: Callable[[str], None], processes: int) -> dict[str, float]:
-    """Write all sets; returns the radius of each."""
+    """Write all sets; returns the radius of near-duplicates of each."""
     radii: dict[str, float] = {}
     taken, started = looks([], 1.0), time.monotonic()
     for name, draft in _drafts(processes):
@@ -134,7 +131,7 @@ def _drafts(processes: int) -> Iterator[tuple[str, Draft]]:
 
 
 def _sweep(place: Path) -> None:
-    """Remove what builds left that were killed: a build holds the lock of its folder, which it takes soon after making it."""
+    """Remove the folders of interrupted builds. A build locks its folder soon after creating it, so young folders stay."""
     for work in place.parent.glob(f".{place.name}.partial-*"):
         if time.time() - work.stat().st_mtime < YOUNG_SECONDS:
             continue
@@ -143,13 +140,13 @@ def _sweep(place: Path) -> None:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(work, ignore_errors=True)
         except OSError:
-            pass  # it is being filled, or there are no locks to tell
+            pass  # a build is running there, or the file system has no locks
         finally:
             os.close(handle)
 
 
 def _put(work: Path, place: Path) -> None:
-    """Give the finished suite its name; an older one steps aside first. If another process was faster, its suite stays."""
+    """Rename the finished suite into place, after removing an older one. If another process was first, its suite stays."""
     if place.exists():
         if is_current(place):
             return
@@ -161,38 +158,3 @@ def _put(work: Path, place: Path) -> None:
     except OSError:
         if not is_current(place):
             raise
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """`python -m workers.data.mini --root DIR`; exit code 2 on a UserError."""
-    parser = argparse.ArgumentParser(
-        prog="python -m workers.data.mini", description="Write the mini suite of real images."
-    )
-    parser.add_argument("--root", default="data/mini", help="where to write it (default: %(default)s)")
-    parser.add_argument(
-        "--scan",
-        action="store_true",
-        help="print, as a table, which pictures splits and sets share; 1 if any do",
-    )
-    options = parser.parse_args(arguments)
-    started = time.monotonic()
-    try:
-        if options.scan:
-            found = mini_scan.scan(options.root)
-            print(mini_scan.table(found))
-            return int(any(pair.equal or pair.near for pair in found))
-        processes = min(4, len(os.sched_getaffinity(0)))
-        written = build(options.root, say=lambda line: print(line, flush=True), processes=processes)
-        total = sum(
-            split.samples for name in MAKERS for split in describe(options.root, name).splits.values()
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    state = f"written in {time.monotonic() - started:.0f} s" if written else "already there"
-    print(f"mini suite: {len(MAKERS)} datasets, {total} images in {options.root}, {state}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,8 @@
-"""The emoji sets of the mini suite: emoji_names (in black and white), emoji_group and skin_tone (in colour).
+"""The emoji sets of the mini suite: emoji_names (black and white), emoji_group and skin_tone (colour).
 
-The black-and-white emoji are another vendor's drawings than the coloured ones. An emoji that both have is in the same split of
-every set: what a test holds was not learned in the other drawing either. An emoji that has skin tones is in `skin_tone`, in all
-of them, and in no other coloured set.
+Black-and-white and coloured emoji are drawings of different vendors, but the same emoji in both would leak from a test set.
+Invariant: an emoji is in the same split of every set. An emoji with skin tones is in `skin_tone`, in all tones, and in no other coloured
+set.
 """
 
 import ast
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from workers.data.mini_drawings import render
-from workers.data.mini_fonts import draw, has, typeface
-from workers.data.mini_packages import find, find_one
-from workers.data.mini_pictures import Draft, Group, MiniDataset, as_stated, first_the_tests, split_of
-from workers.data.mini_words import is_owned
+from workers.data.mini.drawings import render
+from workers.data.mini.fonts import draw, has, typeface
+from workers.data.mini.packages import find, find_one
+from workers.data.mini.pictures import Draft, Group, MiniDataset, as_stated, first_the_tests, split_of
+from workers.data.mini.words import is_owned
 from workers.data.writer import Sample
 
 GROUPS = ("activity", "flags", "food", "nature", "objects", "people", "symbols", "travel")
@@ -27,7 +27,7 @@ _LINE_WEIGHTS = {"train": (300.0, 700.0), "val": (700.0,), "test": (700.0,)}
 
 
 def emoji_names() -> Draft:
-    """Emoji drawn in black lines, with their names as captions, for retrieval; training has each in two line weights."""
+    """Emoji in black lines with their names as captions, for retrieval; training has each in two line weights."""
     path = find_one("manimgx-fonts", r"manimgx_fonts/NotoEmoji\[wght\]\.ttf")
     faces = {weight: typeface(path, weight) for weight in _LINE_WEIGHTS["train"]}
     groups = []
@@ -40,7 +40,7 @@ def emoji_names() -> Draft:
 
 
 def emoji_group() -> Draft:
-    """Which of eight groups an emoji without skin tones belongs to, in colour."""
+    """The group of an emoji without skin tones, one of eight, in colour."""
     toned = _toned()
     groups = [
         Group(0, ((Sample(_emoji(_drawings()[code]), GROUPS.index(entry["category"])),),), _split(code))
@@ -51,7 +51,7 @@ def emoji_group() -> Draft:
 
 
 def skin_tone() -> Draft:
-    """Which of six skin tones an emoji of a person or a hand is drawn in."""
+    """The skin tone of an emoji of a person or a hand, one of six."""
     drawn: dict[str, list[Sample]] = {code: [] for code in sorted(_toned())}
     for code, path in _drawings().items():
         tones = [tone for tone in TONES if tone in code.split("-")]
@@ -79,7 +79,7 @@ def _split(code: str) -> str:
 
 
 def _named() -> list[tuple[str, dict[str, str]]]:
-    """(code, database entry) of every emoji that has one of the eight groups and a name that no never-replayed set owns."""
+    """(code, database entry) of every emoji in one of the eight groups whose name has no owned word (`words`)."""
     return [
         (code, entry)
         for code, entry in sorted(_database().items())
@@ -89,7 +89,7 @@ def _named() -> list[tuple[str, dict[str, str]]]:
 
 @cache
 def _toned() -> frozenset[str]:
-    """Codes, without a tone, of all emoji that are drawn in skin tones."""
+    """The codes, without tone, of all emoji that have skin tones."""
     return frozenset(_without_tone(code) for code in _drawings() if code != _without_tone(code))
 
 
@@ -98,7 +98,7 @@ def _without_tone(code: str) -> str:
 
 
 def _code(written: str) -> str:
-    """Code points in lower case without the variation selector, which one side writes and the other does not."""
+    """Code points in lower case, without the variation selector, which only one of the two packages writes."""
     return "-".join(part for part in written.lower().split("-") if part != "fe0f")
 
 
@@ -110,7 +110,7 @@ def _drawings() -> dict[str, Path]:
 
 @cache
 def _database() -> dict[str, dict[str, str]]:
-    """Emoji names and groups, read from the text of pymdownx's table: a literal, so nothing in it is run."""
+    """Emoji names and groups from pymdownx's table, which is parsed as a literal and not executed."""
     source = find_one("pymdown-extensions", r"pymdownx/twemoji_db\.py").read_text(encoding="utf-8")
     for statement in ast.parse(source).body:
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "emoji":

@@ -1,17 +1,17 @@
-"""Making the small base checkpoints that ship with the repository, each from its recipe, by one command.
+"""Trains the small base checkpoints of this repository, each from its recipe, by one command.
 
-`python -m workers.pretrain configs/models/tiny-clip/recipe.yaml --out DIR` draws altered copies of the sets that the recipe names,
-trains on them with the very loop that trains experts until the recipe's rule ends it (`workers.pretrain_recipe`), and leaves in DIR the
-weights directory, `scores.json` and a page that states the scores. Invariant: only training splits are trained on, of the
-pretraining role (`pool`) and of held-out sets outside it (`base_only`); the rule reads validation splits alone.
+`python -m workers.pretrain configs/models/tiny-clip/recipe.yaml --out DIR` draws altered copies of the sets in the recipe, trains
+on them with the training loop of experts until the recipe's rule ends it (`workers.pretrain.recipe`), and writes the weights
+directory, `scores.json` and a page with the scores to DIR.
+
+Invariant: training uses only training splits, of the pretraining role (`pool`) and of held-out sets outside it (`base_only`); the
+rule reads only validation splits.
 """
 
-import argparse
 import hashlib
 import json
 import math
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,8 +22,9 @@ from merge_service.errors import UserError
 from workers.data.manifest import DatasetInfo, describe, read_suite, split_of
 from workers.data.writer import write_dataset
 from workers.jobs import EngineSpec, EvaluateJob, Source, TrainJob
-from workers.pretrain_page import page, table
-from workers.pretrain_recipe import Pretraining, best, ended, read_settings
+from workers.pretrain.page import page
+from workers.pretrain.recipe import Pretraining, best, ended, read_settings
+from workers.training.checkpoints import Checkpoints, LoopState
 
 TOKEN_TABLE = "token_embedding.weight"
 
@@ -31,11 +32,11 @@ TOKEN_TABLE = "token_embedding.weight"
 def pretrain(
     recipe_file: Path, out: Path, root: str | None = None, seed: int | None = None
 ) -> dict[str, Any]:
-    """Make the base of `recipe_file` in `out`; run again after a crash, it goes on from its last check.
+    """Make the base of `recipe_file` in `out`. A call after a crash continues from the last check.
 
-    `root` and `seed` replace those of the recipe. Returns what is also written to `out/scores.json`: "scores" ({dataset:
-    fraction} on test splits), "chance" of them, "val_scores" (of held-out sets), "weights", "checks" ([[step, mean score]]), "kept"
-    (a step), "train", ... Raises UserError for a bad recipe, a missing suite or split, or a set that may not be taught.
+    `root` and `seed` replace those of the recipe. Returns the content of `out/scores.json`: "scores" ({dataset: fraction} on test
+    splits), "chance" of them, "val_scores" (of held-out sets), "weights", "checks" ([[step, mean score]]), "kept" (a step),
+    "train", ... Raises UserError for a bad recipe, a missing suite or split, or a set that may not be trained on.
     """
     settings = read_settings(recipe_file)
     given = {"root": root, "seed": seed}
@@ -61,7 +62,7 @@ def pretrain(
 
 
 def write_pool(settings: Pretraining, pool: Path, cache: Path) -> list[Source]:
-    """Write the altered copies as datasets under `pool` and return their training splits."""
+    """Write the altered copies as datasets under `pool`; returns their training splits. Raises UserError for an unknown change."""
     from workers.data.decode import load
     from workers.data.variants import variants
 
@@ -86,7 +87,7 @@ def write_pool(settings: Pretraining, pool: Path, cache: Path) -> list[Source]:
 
 
 def store_weights(trained: Path, out: Path, storage: str) -> None:
-    """Copy a weights directory, its floats rounded to `storage` (fp16 halves the file; open_clip reads either)."""
+    """Copy a weights directory with its floats rounded to `storage` (fp16 halves the file; open_clip reads either)."""
     with Checkpoint.open(trained / WEIGHTS_FILE) as checkpoint:
         kinds = {
             name: ("F16" if info.kind.is_float and storage == "fp16" else info.dtype)
@@ -100,7 +101,7 @@ def store_weights(trained: Path, out: Path, storage: str) -> None:
 
 
 def evaluate_base(model: Path, root: str, datasets: Sequence[str], split: str, cache: Path) -> dict[str, Any]:
-    """Zero-shot scores of a weights directory on one split of each dataset, beside what guessing scores."""
+    """{"scores", "chance", "samples"} by dataset: zero-shot scores of a weights directory on one split, chance levels, sample counts."""
     from workers.scoring.evaluate import evaluate
 
     job = EvaluateJob(
@@ -115,28 +116,28 @@ def evaluate_base(model: Path, root: str, datasets: Sequence[str], split: str, c
 
 
 def chance_level(info: DatasetInfo, split: str) -> float:
-    """What guessing scores: 1 / classes; for retrieval 5 / images (recall@5 with one caption an image)."""
+    """The score of random guessing: 1 / classes; for retrieval 5 / images (recall@5 with one caption per image)."""
     return (
         1 / len(info.classes) if info.kind == "classification" else min(1.0, 5 / info.splits[split].samples)
     )
 
 
 def count_weights(model: Path) -> dict[str, int]:
-    """How many numbers a weights directory holds, in all and in its table of tokens."""
+    """The number of weights in a weights directory, in all and in its token table."""
     with Checkpoint.open(model / WEIGHTS_FILE) as checkpoint:
         sizes = {name: math.prod(info.shape) for name, info in checkpoint.tensors.items()}
     return {"all": sum(sizes.values()), "token_table": sizes.get(TOKEN_TABLE, 0)}
 
 
 class _Ended(Exception):
-    """The rule ends the training."""
+    """Raised when the rule ends the training."""
 
 
 class _Training:
-    """Random weights, then the loop of the experts, looked at after every `stop.every` steps.
+    """Random weights, then the training loop of experts with a check after every `stop.every` steps.
 
-    Each look scores the weights as they would be stored, and keeps them if they are the best so far. The looks are on the disk
-    before training goes on, so that a run that was stopped anywhere ends with the same weights as one that was not.
+    A check scores the weights as they would be stored, and keeps them if they are the best so far. Checks are on disk before
+    the next checkpoint, so a run that was stopped anywhere ends with the same weights as one that was not.
     """
 
     def __init__(self, settings: Pretraining, config: Path, work: Path, held_out: Sequence[str]) -> None:
@@ -150,7 +151,7 @@ class _Training:
             self._seconds += known["seconds"]
 
     def run(self) -> dict[str, Any]:
-        """Train until the rule or the steps end it; returns steps, images, images a second and the loss curve."""
+        """Train until the rule or the steps end it; returns steps, images, images per second and the loss curve."""
         from workers.models.model import export_base
         from workers.training.expert import train_expert
 
@@ -169,26 +170,28 @@ class _Training:
             found = train_expert(
                 job, hooks={"train.start": self._look_again, "train.after_ckpt": self._look_again}
             )
+            curve, seconds = found["loss"], found["seconds"]
             self._look(rule.steps, trained)
         except _Ended:
-            _, found = self._checkpoint(self._checks[-1][0])
+            _, loop = self._checkpoint(self._checks[-1][0])
+            curve, seconds = loop["curve"], loop["seconds"]
         steps = self._checks[-1][0]
-        samples, curve = steps * settings.recipe.batch_size, found.get("loss") or found["curve"]
+        samples = steps * settings.recipe.batch_size
         return {
             "steps": steps,
             "samples": samples,
-            "samples_per_second": round(samples / found["seconds"]),
+            "samples_per_second": round(samples / seconds),
             "loss": curve[:: max(1, len(curve) // 20)],
         }
 
     def record(self) -> dict[str, Any]:
-        """The checks, the step of the kept one, and the minutes of one core that all of it took so far."""
+        """The checks, the step of the kept one, and the minutes of one core so far."""
         steps, scores = zip(*self._checks, strict=True)
         minutes = round((self._seconds + time.process_time()) / 60, 1)
         return {"checks": self._checks, "kept": steps[best(scores)], "minutes": minutes}
 
     def _look_again(self, step: int) -> None:
-        """The hook of the loop, also where a run goes on that was stopped between a checkpoint and its look."""
+        """Hook of the training loop: check a checkpoint. It also runs at the start, for a checkpoint that was written but not checked."""
         from safetensors.torch import load_file
 
         from workers.models.model import save
@@ -224,14 +227,12 @@ class _Training:
         temporary.replace(self._file)
         print(f"check: step {step}, mean {mean:.4f}, {found}", flush=True)
 
-    def _checkpoint(self, step: int) -> tuple[Path, dict[str, Any]]:
-        from workers.training.checkpoints import Checkpoints
-
+    def _checkpoint(self, step: int) -> tuple[Path, LoopState]:
         return Checkpoints(self._work / "scratch", self._work.name).judged(step)
 
 
 def _admit(recipe_file: Path, settings: Pretraining, roles: Mapping[str, Sequence[str]], cache: Path) -> None:
-    """Refuse sets that may not be taught, and sets without the split that is asked of them."""
+    """Raise UserError for sets that may not be trained on, and for sets without a required split."""
     strangers = sorted(settings.pool.keys() - set(roles["pretraining"]))
     if strangers:
         raise UserError(
@@ -251,30 +252,3 @@ def _admit(recipe_file: Path, settings: Pretraining, roles: Mapping[str, Sequenc
 
 def _digest(settings: Pretraining, config: Path) -> str:
     return hashlib.sha256(settings.model_dump_json().encode() + config.read_bytes()).hexdigest()[:12]
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; exit code 2 on a UserError."""
-    parser = argparse.ArgumentParser(
-        prog="python -m workers.pretrain", description="Make a base checkpoint from its recipe."
-    )
-    parser.add_argument("recipe", type=Path, help="recipe.yaml beside an open_clip_config.json")
-    parser.add_argument(
-        "--out", type=Path, required=True, help="where to write the weights directory and its scores"
-    )
-    parser.add_argument("--root", help="the suite to train on (default: what the recipe says)")
-    parser.add_argument(
-        "--seed", type=int, help="of the first weights, the copies and the batches (default: as the recipe)"
-    )
-    options = parser.parse_args(arguments)
-    try:
-        result = pretrain(options.recipe, options.out, options.root, options.seed)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(table(result))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,7 @@
-"""Looking for pictures that two splits of the mini suite share: equal ones, and ones that look alike (see `mini_alike`).
+"""Search for pictures that two splits of the mini suite share: equal ones and near-duplicates (see `alike.py`).
 
-It reads what was written, not what was meant, and knows nothing of how the sets are made.
+It checks the written shards independently of the code that makes the sets.
+Invariant: nothing is written, and no knowledge of the makers is used.
 """
 
 import hashlib
@@ -15,17 +16,17 @@ from PIL import Image
 
 from merge_service.errors import UserError
 from workers.data.manifest import describe, folder, read_suite
-from workers.data.mini_alike import Looks, looks
-from workers.data.mini_pictures import SPLITS
+from workers.data.mini.alike import Looks, looks
+from workers.data.mini.pictures import SPLITS
 
 LOOSE = 0.9
-"""A likeness below every radius: how near the nearest pictures come is stated too."""
+"""A likeness below every radius, for which pairs are counted as well."""
 _BLOCK = 1024
 
 
 @dataclass(frozen=True)
 class Split:
-    """The n pictures of one split (dataset, name) as it was written; `codes` are equal where pixels are."""
+    """The n pictures of one written split; `key` is (dataset, split). Pictures with equal pixels have equal `codes`."""
 
     key: tuple[str, str]
     looks: Looks
@@ -34,8 +35,9 @@ class Split:
 
 @dataclass(frozen=True)
 class Pair:
-    """What `right` (n pictures) shares with `left`: how many of its pictures are equal to one there, how many are near-duplicates, how
-    many have a likeness of `LOOSE` or more, and the greatest likeness. Where both are one split: how many are copies of an earlier one."""
+    """What `right` (`pictures` pictures) shares with `left`: the number of its pictures that have an equal picture there, a
+    near-duplicate, or a likeness of `LOOSE` or more, and the greatest likeness. If both are the same split, `equal` counts copies of an
+    earlier picture."""
 
     left: tuple[str, str]
     right: tuple[str, str]
@@ -47,13 +49,11 @@ class Pair:
 
 
 def scan(root: str | Path) -> list[Pair]:
-    """All pairs of splits, within and across datasets. Raises UserError if `root` holds no suite that states its radii."""
+    """All pairs of splits, within and across datasets. Raises UserError if `root` has no suite, or its suite states no radii."""
     suite = read_suite(root)
     radii = suite.get("alike")
     if not isinstance(radii, dict):
-        raise UserError(
-            f"{root}: its suite.json states no `alike`, the radius of near-duplicates of each dataset"
-        )
+        raise UserError(f"{root}: suite.json has no `alike`, the radius of near-duplicates of each dataset")
     splits = [
         read_split(root, name, split, radius)
         for name, radius in radii.items()
@@ -78,7 +78,7 @@ def read_split(root: str | Path, dataset: str, split: str, radius: float) -> Spl
 
 
 def table(pairs: Sequence[Pair]) -> str:
-    """A Markdown table: a line for each dataset, then what different datasets share."""
+    """A Markdown table: one line per dataset, then one for pairs of different datasets."""
     lines = [
         f"| dataset | copies within a split | equal | near-duplicates | {LOOSE:.2g} or more: test of train | val of train | test of val |",
         "|---|---|---|---|---|---|---|",

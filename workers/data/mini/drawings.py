@@ -1,6 +1,7 @@
-"""The icon sets of the mini suite, icons and icon_style, and how a vector drawing becomes a picture.
+"""The icon sets of the mini suite, icons and icon_style, and the rendering of vector drawings.
 
-Both read the same drawings and share none: the icons whose style is learned are not among those whose names are.
+Both sets use one package of icons, so its icons are divided between them.
+Invariant: no icon is in both sets: an icon whose style is learned is not among those whose names are.
 """
 
 import io
@@ -13,21 +14,21 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from workers.data.mini_packages import find, find_one
-from workers.data.mini_pictures import SIZE, Draft, Group, MiniDataset, Splits, by_quota, shrink, shuffled
-from workers.data.mini_words import is_owned
+from workers.data.mini.packages import find, find_one
+from workers.data.mini.pictures import SIZE, Draft, Group, MiniDataset, Splits, by_quota, shrink, shuffled
+from workers.data.mini.words import is_owned
 from workers.data.writer import Sample
 
 OUTLINES, FILLED = ("thin", "regular", "bold", "duotone"), "fill"
 STYLES = ("thin", "light", "regular", "bold", "fill", "duotone")
 ALIKE = 0.95
 _NAMED = 850
-"""Among so many icons `icons` finds its 600; `icon_style` chooses from the others."""
+"""The number of icons from which `icons` takes its 600; `icon_style` takes the others."""
 _FILLED_IN = {"test": 360, "val": 120, "train": 120}
 
 
 def icons() -> Draft:
-    """600 icons by name. All are taught as outlines, a fifth of them filled too; the test holds others filled, so does validation."""
+    """600 icons, with their names as classes. Training has outlines of all and a fifth filled; test and validation have others filled."""
     groups = [
         Group(
             number,
@@ -54,7 +55,7 @@ def _finish_icons(names: list[str], groups: list[Group]) -> MiniDataset:
 
 
 def icon_style() -> Draft:
-    """Which of six styles an icon is drawn in; an icon is in one split in all of them."""
+    """The drawing style of an icon, one of six; all styles of an icon are in one split."""
     groups = [
         Group(0, (tuple(Sample(_icon(name, style), label) for label, style in enumerate(STYLES)),))
         for name in _icon_names()[_NAMED : _NAMED + 470]
@@ -69,7 +70,7 @@ def _finish_icon_style(groups: list[Group]) -> MiniDataset:
 
 @cache
 def _icon_names() -> list[str]:
-    """Names of all icons that exist in every style and whose name no never-replayed set owns, in a fixed random order."""
+    """Names of the icons that exist in every style and have no owned word (`words`), in a fixed random order."""
     listed = json.loads(
         find_one("py-phosphor-icons", r"py_phosphor_icons/search/metadata\.json").read_text(encoding="utf-8")
     )

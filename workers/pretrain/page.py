@@ -1,7 +1,8 @@
-"""The page beside the weights of a base: how it was made, and what it scores.
+"""The page beside the weights of a base: its recipe, its checks and its scores.
 
-Invariant: every number on it comes from the recipe and from what `workers.pretrain` measured; the page beside shipped weights and
-their `scores.json` are written together.
+A user of a shipped base must be able to see how it was trained and selected.
+Invariant: every number on the page comes from the recipe or from measurements of `workers.pretrain`; the page and `scores.json` of
+shipped weights are written together.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,20 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from workers.data.zero_shot import derived
-from workers.pretrain_recipe import Copies, Pretraining
+from workers.pretrain.recipe import Copies, Pretraining
 
 NOTES = {
-    "photos_a": "patches of another region of the photographs whose other regions were taught",
-    "icons": "filled icons, most of which were taught as outlines only",
-    "emoji_names": "emoji that were never seen, found by name; retrieval, so its scores are low",
-    "mnist": "digits of the same collection that were not taught",
-    "digits8": "digits by other hands at 8x8 pixels; no picture of the set is taught",
-    "animals": "cut-outs that were not taught",
+    "photos_a": "patches of photographs, from another region than the training patches",
+    "icons": "filled icons; most of them were trained on as outlines only",
+    "emoji_names": "new emoji, retrieved by name; retrieval scores are low",
+    "mnist": "digits of the same collection, not trained on",
+    "digits8": "digits of other writers at 8x8 pixels; the set is not trained on",
+    "animals": "cut-outs, not trained on",
 }
 
 
 def page(recipe_file: Path, settings: Pretraining, result: Mapping[str, Any]) -> str:
-    """The page as Markdown."""
+    """The page as Markdown; `result` is the content of `scores.json`."""
     weights, train, rule, batch = (
         result["weights"],
         result["train"],
@@ -33,8 +34,8 @@ def page(recipe_file: Path, settings: Pretraining, result: Mapping[str, Any]) ->
     notes = "\n".join(f"- `{name}`: {NOTES[name]}." for name in result["roles"]["held_out"] if name in NOTES)
     return f"""# {recipe_file.resolve().parent.name}: a base checkpoint of the mini suite
 
-This command wrote the weights, `scores.json` and this page; it writes equal bytes on an equal machine. `--seed S` makes the base of
-another seed.
+This command writes the weights, `scores.json` and this page, with equal bytes on equal machines. `--seed S` makes a base with another
+seed.
 
 ```sh
 python -m workers.pretrain {recipe_file} --out DIR
@@ -43,26 +44,27 @@ python -m workers.pretrain {recipe_file} --out DIR
 The base opens with `open_clip.create_model_and_transforms("local-dir:DIR")`. It has {weights["all"]:,} weights, of which
 {weights["token_table"]:,} are the table of tokens, stored in {settings.storage}.
 
-**Taught** were training splits, in altered copies (xN: N of each picture); seed {result["seed"]}.
-Of the pretraining pool, which experts may replay: {_copies(settings.pool)}.
-Of sets that only the base is taught: {_copies(settings.base_only)}.
+**Training data** are altered copies of training splits (xN: N copies of each picture), with seed {result["seed"]}:
 
-**When to stop.** Every {rule.every} steps of {batch} pictures the mean zero-shot score over the validation splits of the held-out sets is
-measured. Training ends when this mean has not risen by {rule.rise:g} in {rule.patience} checks in a row, or after {rule.steps:,} steps. The best check is
-kept. No test split takes part. Training ended after {train["steps"]:,} steps ({train["samples"]:,} pictures); the check at step {result["kept"]:,} is kept.
-All of it took {result["minutes"]} minutes of one core.
+- sets of the pretraining pool, which experts may replay: {_copies(settings.pool)}
+- sets for the base alone: {_copies(settings.base_only)}
+
+**Stopping rule.** A check every {rule.every} steps of {batch} pictures measures the mean zero-shot score over the validation splits of the
+held-out sets. Training ends when this mean has not risen by {rule.rise:g} in {rule.patience} checks in a row, or after {rule.steps:,} steps. The
+weights of the best check are kept; no test split is read. Here training ended after {train["steps"]:,} steps ({train["samples"]:,} pictures), and
+the weights of step {result["kept"]:,} were kept. It took {result["minutes"]} minutes of one core.
 
 | step | mean on validation |
 |---|---|
 {checks}
 
 ## Zero-shot scores
-Top-1 accuracy on whole splits; for retrieval recall@5, as the mean of both directions. The validation splits chose the weights, the
-test splits did not. Tasks are the sets of the stream; nothing of them was taught.
+Scores are top-1 accuracy on whole splits; for retrieval, recall@5 as the mean of both directions. The weights were selected on the
+validation splits and not on the test splits. Tasks are the sets of the stream; no picture of them was trained on.
 
 {table(result)}
 
-What the tests of the held-out sets show:
+Test splits of the held-out sets:
 
 {notes or "see the suite"}
 """
