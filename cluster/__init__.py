@@ -1,7 +1,6 @@
-"""Where work runs: the Ray session, and pools of actors.
+"""Execution on Ray: sessions, jobs on remote clusters, and pools of actors.
 
-Ray's core reads its authentication mode once, when it is imported, so the mode is settled here, before any module of
-this room imports it.
+Ray reads its authentication mode once, at import. So this package sets the mode before any of its modules imports Ray.
 """
 
 import os

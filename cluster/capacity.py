@@ -1,7 +1,7 @@
-"""What the nodes of a cluster hold and who has it: pure arithmetic, so that nobody ever asks for what cannot be given.
+"""CPUs and GPUs of the nodes and the shares taken of them: pure arithmetic, so that no request exceeds what can be given.
 
-Invariant: a share that was taken fits its nodes as Ray fits it: every member of a group lies on one node, whole GPUs are
-whole devices, a fraction of a GPU lies on one device. What is given back is exactly what was taken.
+Invariant: a share fits its nodes as Ray would place it. Each member of a group is on one node, whole GPUs are whole
+devices, and a fraction of a GPU is on one device. Giving a share back frees exactly what was taken.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class Node:
-    """One machine as Ray sees it: what it has in all."""
+    """One machine as Ray reports it, with its total resources."""
 
     id: str
     address: str
@@ -25,7 +25,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a group asks for: `world` members with so many CPUs and GPUs each, and so many threads."""
+    """The resources of a group: `world` members, each with this many CPUs, GPUs and threads."""
 
     world: int = 1
     cpus: float = 1.0
@@ -34,7 +34,7 @@ class Shape:
 
     @property
     def is_free(self) -> bool:
-        """Whether it takes nothing that could run out."""
+        """Whether the group takes no resource that could run out."""
         return not self.cpus and not self.gpus
 
     def __str__(self) -> str:
@@ -43,7 +43,7 @@ class Shape:
 
 @dataclass
 class _Left:
-    """What is left of a node; a GPU each in `devices`."""
+    """The unused resources of a node; `devices` holds the unused fraction of each GPU."""
 
     cpus: float
     devices: list[float]
@@ -53,7 +53,7 @@ class _Left:
         return self.cpus + 1000 * sum(self.devices)
 
     def pick(self, shape: Shape) -> list[int] | None:
-        """The devices one member would get, the fullest that suffices first; None if it does not fit."""
+        """The devices for one member, those with the least left that suffices first; None if the member does not fit."""
         if self.cpus + _ROUNDING < shape.cpus:
             return None
         share, count = min(shape.gpus, 1.0), int(max(shape.gpus, 1.0)) if shape.gpus else 0
@@ -69,19 +69,19 @@ class _Left:
 
 @dataclass(eq=False)
 class Share:
-    """What a group has: for each member its node and devices there."""
+    """The resources that a group holds: the node of each member and its devices there."""
 
     shape: Shape
     places: list[tuple[str, list[int]]] = field(default_factory=list)
 
     @property
     def nodes(self) -> list[str]:
-        """Every member's node, in rank order."""
+        """The node of each member, in rank order."""
         return [node for node, _ in self.places]
 
 
 class Capacity:
-    """The nodes and what is left of each."""
+    """The nodes and the unused resources of each."""
 
     def __init__(self, nodes: Iterable[Node]) -> None:
         self.nodes: dict[str, Node] = {}
@@ -89,7 +89,7 @@ class Capacity:
         self.update(nodes)
 
     def update(self, nodes: Iterable[Node]) -> None:
-        """Nodes that have come are added, those that have gone are forgotten with all that was taken there."""
+        """Add nodes that have joined. Forget nodes that have left, with all shares on them."""
         present = {node.id: node for node in nodes}
         for gone in self.nodes.keys() - present.keys():
             del self._left[gone]
@@ -98,7 +98,7 @@ class Capacity:
         self.nodes = present
 
     def take(self, shape: Shape, avoid: Collection[str] = ()) -> Share | None:
-        """A share for a whole group, on as few nodes as may be, none of them in `avoid`; None, and nothing taken, if it does not fit."""
+        """A share for a whole group on as few nodes as possible outside `avoid`; None, with nothing taken, if it does not fit."""
         left = {name: node for name, node in self._left.items() if name not in avoid}
         share = _fill(shape, left)
         if len(share.places) == shape.world:
@@ -107,14 +107,14 @@ class Capacity:
         return None
 
     def give(self, share: Share) -> None:
-        """Take a share back."""
+        """Free a share."""
         for name, devices in share.places:
             if name in self._left:
                 self._left[name].change(share.shape, devices, +1)
         share.places.clear()
 
     def move(self, share: Share, nodes: Sequence[str]) -> None:
-        """Book a share on the nodes where its members are in fact."""
+        """Change a share to the nodes on which its members really are."""
         self.give(share)
         for name in nodes:
             if name in self._left:
@@ -123,7 +123,7 @@ class Capacity:
                 share.places.append((name, devices))
 
     def fits_beside(self, shape: Shape, shares: Iterable[Share], avoid: Collection[str] = ()) -> bool:
-        """Whether a group would fit outside `avoid` if these shares were given back."""
+        """Whether a group would fit outside `avoid` if `shares` were freed."""
         free = {name: node for name, node in self._left.items() if name not in avoid}
         left = {name: _Left(node.cpus, list(node.devices)) for name, node in free.items()}
         for share in shares:
@@ -133,11 +133,11 @@ class Capacity:
         return len(_fill(shape, left).places) == shape.world
 
     def could_hold(self, shape: Shape) -> bool:
-        """Whether a group would fit if it were alone."""
+        """Whether a group would fit if all nodes were empty."""
         return not self.lacking(shape)
 
     def lacking(self, shape: Shape) -> str:
-        """Why a group can never have a place on these nodes; empty if it can."""
+        """Why a group can never be placed on these nodes; empty if it can."""
         alone = _fill(shape, {name: _whole(node) for name, node in self.nodes.items()})
         if len(alone.places) == shape.world:
             return ""
@@ -149,7 +149,7 @@ class Capacity:
         return f"only {len(alone.places)} of the {shape.world} fit"
 
     def reserved_for(self, shape: Shape) -> set[str]:
-        """The nodes to keep clear for a group that has no place yet: those with the most left that can hold it in the end."""
+        """The nodes to keep free for a waiting group: of the nodes that can hold it when empty, those with the most left."""
         names = sorted(self.nodes, key=lambda name: -self._left[name].total)
         empty = {name: _whole(self.nodes[name]) for name in names}
         return set(_fill(shape, empty, packed=False).nodes)
@@ -167,7 +167,7 @@ def _whole(node: Node) -> _Left:
 
 
 def _fill(shape: Shape, left: Mapping[str, _Left], packed: bool = True) -> Share:
-    """Place as many members as fit. Packed: first where most of them fit, then where least is left over."""
+    """Place as many members as fit. Packed: nodes that hold the most members first, then those with the least left."""
     share = Share(shape)
     order = sorted(left, key=lambda name: _packing(shape, left[name])) if packed else list(left)
     for name in order:

@@ -1,6 +1,6 @@
-"""Which code a process runs, so that no step is ever carried out by other code than its driver's.
+"""The digest of this project's sources, so that every step runs the same code as its driver.
 
-Invariant: equal digests mean equal sources of this project; what is installed beside it is told by the records' versions.
+Invariant: equal digests mean equal sources of this project. Versions of installed libraries are in the records.
 """
 
 import hashlib
@@ -18,16 +18,16 @@ class CodeMismatch(ValueError):
 
     @classmethod
     def found(cls, what: str) -> "CodeMismatch":
-        """The error that says what was seen, and what to do."""
+        """The error for the observation `what`, with the remedy."""
         return cls(
-            f"{what}; install the same version on every node, or let `temporal-merge submit` send it along. If it was edited "
+            f"{what}; install the same version on every node, or use `temporal-merge submit`, which sends it. If it was edited "
             "while the study ran, give the same command again: finished steps are kept"
         )
 
 
 @cache
 def code_digest() -> str:
-    """sha256 over the Python sources of this project, wherever this process has them from."""
+    """sha256 over the Python sources of this project, in the directory that this process imports them from."""
     root = Path(__file__).parent.parent
     digest = hashlib.sha256()
     for package in PACKAGES:
@@ -38,7 +38,7 @@ def code_digest() -> str:
 
 
 def check_code(expected: str, where: str) -> None:
-    """Raise CodeMismatch unless this process, which runs on `where`, has the sources of that digest."""
+    """Raise CodeMismatch unless this process, which runs on node `where`, has the sources with the digest `expected`."""
     found = code_digest()
     if found != expected:
         root = Path(__file__).parent.parent
@@ -48,13 +48,13 @@ def check_code(expected: str, where: str) -> None:
 
 
 def own_code_first(root: str | None, *, keep_path: bool = False) -> Callable[[], None]:
-    """What makes a process import this project's own packages, whatever files of their names lie where it looks first.
+    """A function that makes a process import this project's packages from one place, whatever its import path holds.
 
-    After the returned function has run, names of ours are looked up only in `root`, or, without one, where this process has all
-    of them together; with `keep_path` every other name is looked up where it was up to then before anywhere else. Workers want
-    both: Ray puts its driver's current directory before everything else on their import path, and a `workers.py` or a `torch.py`
-    there would take the place of what is installed. The function holds all that it needs, since a worker calls it before it can
-    import anything of ours.
+    After that function has run, these packages are looked up only in `root`. Without a root, they are looked up in the
+    first directory of the import path that holds all of them. With `keep_path`, every other name is first looked up on
+    the import path as it was before. Workers need both: Ray puts the current directory of the driver first on their
+    import path, where a `workers.py` or a `torch.py` would shadow the installed package. The function is
+    self-contained, because a worker calls it before it can import this project.
     """
     packages = (*PACKAGES, "temporal_merge")
 

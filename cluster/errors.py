@@ -1,11 +1,11 @@
-"""What can be wrong with a cluster, for everybody who starts, joins or asks one."""
+"""Errors of starting, joining and querying a cluster."""
 
 
 class ClusterError(ValueError):
-    """The cluster cannot be reached or must not be used as it is."""
+    """The cluster cannot be started or reached, or cannot be used as configured."""
 
     exit_code = 2
 
 
 class ClusterLost(Exception):
-    """The cluster under a running study is gone, or no longer tells what becomes of a job."""
+    """The cluster of a running study is gone, or no longer reports the state of a job."""

@@ -1,4 +1,4 @@
-"""Wait until a cluster is whole: a study fills the nodes that are there when it starts.
+"""Wait until the nodes of a cluster have joined, because a study uses the nodes that are present when it starts.
 
 python -m cluster.joined HOST:PORT NODES SECONDS
 """
@@ -12,7 +12,7 @@ from cluster.session import connect
 
 
 def wait(address: str, nodes: int, seconds: float) -> int:
-    """How many nodes there are: `nodes`, or fewer after `seconds`. Raises ClusterError if nobody answers at the address."""
+    """The number of live nodes: at least `nodes`, or fewer after `seconds`. Raises ClusterError if no cluster answers."""
     deadline = time.monotonic() + seconds
     with connect(address):
         while True:
@@ -27,5 +27,5 @@ if __name__ == "__main__":
     found = wait(sys.argv[1], wanted, float(sys.argv[3]))
     if found < wanted:
         sys.exit(
-            f"error: {found} of {wanted} nodes have joined {sys.argv[1]} after {sys.argv[3]} s; look into their logs"
+            f"error: {found} of {wanted} nodes have joined {sys.argv[1]} after {sys.argv[3]} s; see their logs"
         )

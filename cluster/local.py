@@ -1,6 +1,6 @@
-"""A Ray cluster on this machine alone, for as long as a study needs it.
+"""A Ray cluster on this machine only, for the duration of a study.
 
-Invariant: every port of it is bound to loopback, every connection needs a token, and it needs no writable home directory.
+Invariant: every port is bound to loopback, every connection needs a token, and no writable home directory is needed.
 """
 
 import os
@@ -20,23 +20,23 @@ from cluster.errors import ClusterError
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 OBJECT_STORE_BYTES = 256 * 2**20
-"""Small records only travel through Ray; weights go by path."""
+"""Small, because only records travel through Ray; weights are passed by path."""
 
 SOCKET_PATH_BYTES = 107
-"""What Linux allows for the path of a Unix socket."""
+"""Maximum length of the path of a Unix socket on Linux."""
 
 SOCKET_OF_A_SESSION = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
-"""The longest path of a socket below Ray's temporary directory."""
+"""The longest socket path below Ray's temporary directory."""
 
 SHORT_PLACES = ("/tmp", "/var/tmp", "/dev/shm")
-"""Where Ray's sockets and logs go when the place that the environment names is too long or not writable."""
+"""Fallbacks for Ray's sockets and logs if the configured directory has too long a path or is not writable."""
 
 
 def start_local(cpus: int, options: dict[str, Any], tries: int = 3) -> None:
-    """Start the cluster and connect to it; on a machine that is busy for a while its parts may need a second try to meet.
+    """Start the cluster and connect to it. On a busy machine Ray may time out at startup, so it gets several tries.
 
     Raises:
-        ClusterError: Ray does not start, has no place for its sockets, or does not keep to loopback.
+        ClusterError: Ray does not start, has no directory for its sockets, or listens on more than loopback.
     """
     place = temporary_directory(
         os.environ, say=lambda text: print(f"note: {text}", file=sys.stderr, flush=True)
@@ -44,7 +44,7 @@ def start_local(cpus: int, options: dict[str, Any], tries: int = 3) -> None:
     _ensure_token(os.environ)
     for left in reversed(range(tries)):
         try:
-            with _this_machine_is_loopback():
+            with _bound_to_loopback():
                 ray.init(
                     address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES,
                     _temp_dir=str(place), **options,
@@ -59,25 +59,25 @@ def start_local(cpus: int, options: dict[str, Any], tries: int = 3) -> None:
         ray.shutdown()
         raise ClusterError(
             f"Ray {ray.__version__} listens at {address} instead of on loopback alone; use a version with which "
-            "temporal-merge was tried (2.60)"
+            "temporal-merge is tested (2.60)"
         )
 
 
 def temporary_directory(environment: Mapping[str, str], say: Callable[[str], None]) -> Path:
-    """Ray's directory for sockets and logs: where RAY_TMPDIR or TMPDIR says, or another place, and a word, if that cannot be used.
+    """Ray's directory for sockets and logs: below RAY_TMPDIR or TMPDIR, or a fallback, which `say` reports.
 
-    Raises ClusterError, which names the variable, if there is none.
+    Raises ClusterError, which names the variable to set, if no directory can be used.
     """
     variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if environment.get(name)), None)
-    wished = environment[variable] if variable else tempfile.gettempdir()
+    configured = environment[variable] if variable else tempfile.gettempdir()
     reasons = []
-    for parent in dict.fromkeys((wished, *SHORT_PLACES)):
+    for parent in dict.fromkeys((configured, *SHORT_PLACES)):
         for name in ("ray", f"ray-{os.getuid()}"):
             place = Path(parent).absolute() / name
             if reason := _unfit(place):
                 reasons.append(f"{place}: {reason}")
             else:
-                if variable and parent != wished:
+                if variable and parent != configured:
                     say(f"Ray's sockets and logs go to {place} instead of {variable} ({reasons[0]})")
                 return place
     raise ClusterError(
@@ -87,7 +87,7 @@ def temporary_directory(environment: Mapping[str, str], say: Callable[[str], Non
 
 
 def _unfit(place: Path) -> str:
-    """Why Ray cannot have its sockets below `place`; empty if it can."""
+    """Why Ray cannot place its sockets below `place`; empty if it can."""
     length = len(os.fsencode(place.parent)) + len(place.name) - len("ray") + len(SOCKET_OF_A_SESSION)
     if length > SOCKET_PATH_BYTES:
         return f"a socket there has a path of {length} bytes, {SOCKET_PATH_BYTES} are allowed"
@@ -98,7 +98,7 @@ def _unfit(place: Path) -> str:
 
 
 def _ensure_token(environment: MutableMapping[str, str]) -> None:
-    """Make a token for this process and its cluster if Ray would otherwise write one into the home directory."""
+    """Create a token for this process and its cluster if Ray would otherwise write one into the home directory."""
     if environment.get("RAY_AUTH_TOKEN") or environment.get("RAY_AUTH_TOKEN_PATH"):
         return
     if not (Path(os.path.expanduser("~")) / ".ray" / "auth_token").is_file():  # noqa: PTH111 - Path's own raises without a home
@@ -106,11 +106,11 @@ def _ensure_token(environment: MutableMapping[str, str]) -> None:
 
 
 @contextmanager
-def _this_machine_is_loopback() -> Iterator[None]:
-    """Ray starts every server on the address of its node, and would otherwise replace 127.0.0.1 by the machine's own.
+def _bound_to_loopback() -> Iterator[None]:
+    """Make Ray bind its servers to 127.0.0.1, which it would otherwise replace by the address of the machine.
 
-    The switch is the one with which Ray keeps to loopback on other systems. Processes that Ray starts read the variable,
-    this one has read it already.
+    Ray uses this switch on other systems. Processes that Ray starts read the variable; this process has read it
+    already.
     """
     name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
     kept = os.environ.get(name)

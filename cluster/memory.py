@@ -1,7 +1,7 @@
-"""How much memory a step needed at most, as the operating system counts it, and how much it may have.
+"""Peak memory of a step as counted by the operating system, and its memory limit.
 
-Invariant: measuring never fails a step; what the machine does not tell is 0. A worker over its budget gets an error that
-says so instead of taking the machine, and everybody else's work, down with it.
+A worker that exceeds its budget gets a clear error before the machine, and other work on it, runs out of memory.
+Invariant: measuring never fails a step; a value that the system does not report is 0.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ _OWN, _KERNEL = Path("/proc/self"), Path("/proc/vmstat")
 _WORDS = re.compile(
     r"can't allocate memory|not enough memory|out of memory|cannot allocate memory", re.IGNORECASE
 )
-"""What torch, CUDA and the C library say when memory is short."""
+"""Out-of-memory messages of torch, CUDA and the C library."""
 
 
 MORE_MEMORY = (
@@ -27,14 +27,14 @@ MORE_MEMORY = (
 
 
 class OutOfMemory(Exception):
-    """A worker needed more memory than its budget, its GPU or its machine has."""
+    """A worker exceeded the memory of its budget, its GPU or its machine."""
 
 
 def limit_memory(budget: int) -> None:
-    """Let this process have `budget` bytes of memory of its own from now on; mapped files do not count.
+    """Limit the private memory of this process to `budget` bytes; mapped files do not count.
 
-    The kernel limits address space, not what is resident: what the process has reserved so far without using it is allowed
-    on top.
+    The kernel limits address space, not resident memory. So memory that is reserved but not used yet is added to the
+    limit.
     """
     reserved, used = _status("VmData"), _status("RssAnon")
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
@@ -42,7 +42,7 @@ def limit_memory(budget: int) -> None:
 
 
 def out_of_memory(error: BaseException, budget: int | None) -> OutOfMemory | None:
-    """The error to raise instead, if `error` means that memory ran out."""
+    """The OutOfMemory to raise in place of `error` if `error` means that memory ran out, else None."""
     if not (
         isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _WORDS.search(str(error)))
     ):
@@ -56,12 +56,14 @@ def out_of_memory(error: BaseException, budget: int | None) -> OutOfMemory | Non
 
 
 def is_about_memory(text: str) -> bool:
-    """Whether a message of Ray's says that its memory monitor has ended a process."""
+    """Whether a message from Ray says that its memory monitor ended a process."""
     return "running low on memory" in text or "memory monitor" in text.lower()
 
 
 def kernel_kills() -> int:
-    """How many processes of this machine the kernel has killed for want of memory since it started; 0 where it does not say."""
+    """How many processes the kernel has killed on this machine since boot because memory ran out; 0 if it does not
+    report that.
+    """
     with contextlib.suppress(OSError):
         if found := re.search(r"^oom_kill (\d+)$", _KERNEL.read_text(), re.MULTILINE):
             return int(found[1])
@@ -69,13 +71,13 @@ def kernel_kills() -> int:
 
 
 def _status(name: str) -> int:
-    """What the kernel says of this process's memory under a name, in bytes; 0 where it does not say. Raises OSError."""
+    """A memory value of this process in /proc/self/status, in bytes; 0 if it is absent. Raises OSError."""
     found = re.search(rf"^{name}:\s+(\d+) kB", (_OWN / "status").read_text(), re.MULTILINE)
     return int(found[1]) * 1024 if found else 0
 
 
 def reset_peaks() -> None:
-    """Begin to measure anew. Where the kernel does not allow that, peaks are those of the process's life so far."""
+    """Reset the peaks. Where the kernel does not allow that, they are those of the whole life of the process."""
     with contextlib.suppress(OSError):
         (_OWN / "clear_refs").write_text("5")
     with contextlib.suppress(Exception):
@@ -83,7 +85,7 @@ def reset_peaks() -> None:
 
 
 def peak_resident() -> int:
-    """Largest resident memory since the last reset in bytes, mapped files included."""
+    """Peak resident memory since the last reset in bytes, mapped files included."""
     with contextlib.suppress(OSError):
         if peak := _status("VmHWM"):
             return peak
@@ -91,14 +93,14 @@ def peak_resident() -> int:
 
 
 def peak_on_gpu() -> int:
-    """Largest memory that torch held on its current GPU since the last reset in bytes; 0 without one."""
+    """Peak memory that torch held on its current GPU since the last reset in bytes; 0 without a GPU."""
     with contextlib.suppress(Exception):
         return int(_on_gpu().max_memory_allocated())
     return 0
 
 
 def _on_gpu() -> Any:
-    """torch.cuda, if this process has used it. Raises LookupError otherwise."""
+    """torch.cuda if this process has initialized it. Raises LookupError otherwise."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         raise LookupError

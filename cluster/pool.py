@@ -1,9 +1,9 @@
-"""Pools of long-lived actor groups: where the driver gets work done.
+"""Pools of long-lived actor groups, in which the driver runs its steps.
 
-A group is W actors that work on one call together (W = 1 for most). Groups are made when they are first needed, stay
-alive from call to call, and are thrown away whole as soon as one member fails: half a group is of no use. Pools of
-several shapes share one capacity; an idle group gives way to another shape, a busy one never does.
-Invariant: a pool never waits without a deadline for a place that the cluster cannot give.
+A group is W actors that work on one call together (W = 1 for most). A group is created when it is first needed, stays
+alive between calls, and is dropped whole when one member fails, since the others cannot work without it. Pools of
+several shapes share one capacity: an idle group may be dropped for another shape, a busy group never is.
+Invariant: a pool never waits without a deadline for resources that the cluster cannot provide.
 """
 
 import itertools
@@ -38,28 +38,29 @@ from cluster.portable import portable
 
 
 class WorkerLost(Exception):
-    """An actor died, or could not be reached, before it answered; what it was doing may run again."""
+    """An actor died or became unreachable before it answered; its work may run again."""
 
 
 class PlaceLost(WorkerLost):
-    """The node chosen for a worker had gone before it began: nothing was tried."""
+    """The node chosen for a worker left before the worker started, so nothing was tried."""
 
 
 PLACEMENT_SECONDS = 60.0
-"""How long a group of several members may wait for its place before the study says so."""
+"""Timeout for placing a group of several members, in seconds."""
 
 
 _FOREIGN_CODE = re.compile(r"ModuleNotFoundError|ImportError|AttributeError: (Can't get|module) ")
-"""What an actor dies of whose node has another version of this project, or something else of its name."""
+"""Import errors that mean the node runs other code: another version of this project, or another package of its name."""
 
 _numbers: dict[str, Iterator[int]] = defaultdict(itertools.count)
-"""So that no two groups of this process bear the same name."""
+"""A counter per pool name, so that group names are unique in this process."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a call took of its member's process: CPU seconds over all threads, when (Unix seconds) and where it ran, and the
-    most memory it had (bytes): resident, mapped files included, and on its GPU."""
+    """What a call used in the process of one member: CPU seconds over all threads, start and end (Unix seconds), the
+    node, and peak memory (bytes): resident, mapped files included, and on its GPU.
+    """
 
     cpu_seconds: float
     start: float
@@ -70,19 +71,19 @@ class Usage:
 
 
 class Metered:
-    """What every actor of a pool can do beside its own work."""
+    """The methods of every actor of a pool beside its own work."""
 
     _budget: int | None = None
 
     def begin(self, code: str, memory: int | None) -> None:
-        """First of all: be of the driver's code, and know how much memory (bytes) there is. Raises CodeMismatch."""
+        """The first call: check that the code is the driver's, and limit the memory (bytes). Raises CodeMismatch."""
         check_code(code, _where())
         self._budget = memory
         if memory is not None:
             limit_memory(memory)
 
     def metered(self, method: str, *arguments: Any) -> tuple[Any, Usage]:
-        """The answer of a method, and what it took."""
+        """The answer of a method and its usage."""
         reset_peaks()
         start, cpu = time.time(), time.process_time()
         try:
@@ -103,9 +104,9 @@ def _where() -> str:
 
 @dataclass(eq=False)
 class Group:
-    """W actors, their share of the capacity and, for W > 1, the placement that keeps them together.
+    """W actors, their share of the capacity and, for W > 1, their placement group.
 
-    `starting` are what must have gone well before the members can answer anything, empty once it has.
+    `starting` are the references that must succeed before the members can answer; it is empty once they have.
     """
 
     name: str
@@ -115,19 +116,19 @@ class Group:
     starting: list[Any] = field(default_factory=list)
     idle: bool = True
     since: float = field(default_factory=time.monotonic)
-    """When it was made, was first seen to have a place, or last became idle."""
+    """When the group was created, first seen placed, or last became idle."""
     _placed: bool = False
 
     @property
     def up(self) -> bool:
-        """Whether all members have answered for the first time: their processes run, and know each other."""
+        """Whether all members have answered once: their processes run and have found each other."""
         if self.starting and not ray.wait(self.starting, num_returns=len(self.starting), timeout=0)[1]:
             self.starting = []
         return not self.starting
 
     @property
     def placed(self) -> bool:
-        """Whether every member has a process on some node. Which of the processes are up yet, only `up` tells."""
+        """Whether every member has a process on some node. The process need not be up yet; see `up`."""
         if not self._placed:
             tables = [state.actors(member._actor_id.hex()) for member in self.members]
             self._placed = all(table.get("Address", {}).get("IPAddress") for table in tables)
@@ -143,27 +144,30 @@ class Group:
 
 @dataclass(eq=False)
 class Call:
-    """One piece of work under way on one group."""
+    """One call in progress on one group."""
 
     group: Group
     refs: list[Any]
     pool: "Pool" = field(repr=False)
     usages: list[Usage] = field(default_factory=list)
-    """Every member's, once `results` has returned."""
+    """The usage of every member, once `results` has returned."""
 
     def __post_init__(self) -> None:
         self.pending, self._kernel_kills = list(self.refs), kernel_kills()
 
     def abandon(self) -> None:
-        """Give it up: end its group, whatever that is doing. A process that does not listen is killed by its node."""
+        """Cancel the call by ending its group. A process that does not react is killed by its node."""
         self.pool.drop(self.group)
 
     def result(self) -> Any:
-        """Rank 0's answer; else as `results`."""
+        """The answer of rank 0; otherwise like `results`."""
         return self.results()[0]
 
     def results(self) -> list[Any]:
-        """Everybody's answer; frees the group. Raises what the actor raised, or WorkerLost; the group is then gone."""
+        """The answers of all members; the group becomes idle.
+
+        Raises the actor's error, or CodeMismatch, OutOfMemory or WorkerLost; the group is then dropped.
+        """
         try:
             answers = ray.get(self.refs)[-len(self.group.members) :]
         except BaseException as error:
@@ -172,7 +176,7 @@ class Call:
                 raise error.cause from None
             if isinstance(error, RayError) and _FOREIGN_CODE.search(str(error)):
                 raise CodeMismatch.found(
-                    f"a worker has other code than this driver ({_reason(error)})"
+                    f"a worker runs other code than this driver ({_reason(error)})"
                 ) from error
             if isinstance(error, RayError):
                 raise self._lost(error) from error
@@ -182,7 +186,7 @@ class Call:
         return [answer for answer, _ in answers]
 
     def _lost(self, error: RayError) -> Exception:
-        """What it means that a worker is gone."""
+        """The error for a lost worker."""
         reason = _reason(error)
         if isinstance(error, ActorUnschedulableError):
             return PlaceLost(reason)
@@ -192,7 +196,7 @@ class Call:
             )
         if kernel_kills() > self._kernel_kills:
             return OutOfMemory(
-                f"out of memory (OOM): the kernel of this machine has killed a process for want of memory, and a worker is gone; "
+                f"out of memory (OOM): the kernel of this machine has killed a process because memory ran out, and a worker is gone; "
                 f"{MORE_MEMORY} ({reason})"
             )
         return WorkerLost(reason)
@@ -200,12 +204,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Terms:
-    """How the groups of a pool are made.
+    """How the groups of a pool are created.
 
-    `gather` is called once on a new group's members, e.g. to let them find each other; it answers refs that the first call waits for.
-    `strategy` is Ray's placement of a group's members: PACK keeps them together, SPREAD takes as many nodes as there are. A `patient`
-    pool waits for its place without limit, since nodes may still join. `memory` is how many bytes each actor may have, mapped files
-    aside; None is what the machine has.
+    `gather` is called once with the members of a new group, for example so that they find each other. It returns
+    references that the first call waits for. `strategy` is Ray's placement strategy: PACK keeps members together,
+    SPREAD uses as many nodes as there are. A `patient` pool waits for its placement without limit, since nodes may
+    still join. `memory` is the limit of each actor in bytes, without mapped files; None is the memory of the machine.
     """
 
     gather: Callable[[list[Any]], list[Any]] | None = None
@@ -237,20 +241,20 @@ class Pool:
 
     @property
     def idle(self) -> Group | None:
-        """The group that last became idle: what it holds in memory is the freshest."""
+        """The group that became idle last; what it holds in memory is the most recent."""
         return max(
             (group for group in self.groups if group.idle), key=lambda group: group.since, default=None
         )
 
     def call(self, method: str, *arguments: Any, group: Group | None = None) -> Call:
-        """Start `method` on every member of `group`, or of an idle one, making it if need be."""
+        """Start `method` on every member of `group`, or of an idle group, which is created if there is none."""
         group = group or self.idle or self.open()
         group.idle = False
         refs = [member.metered.remote(method, *arguments) for member in group.members]
         return Call(group, [*group.starting, *refs], self)
 
     def open(self, share: Share | None = None) -> Group:
-        """A new group, on the nodes of its share if it has one."""
+        """A new group, on the nodes of `share` if one is given."""
         shape = self.shape
         options: dict[str, Any] = {"num_cpus": shape.cpus, "num_gpus": shape.gpus, "max_restarts": 0}
         placement = self._place() if shape.world > 1 else None
@@ -294,11 +298,11 @@ class Pool:
 
 
 LINGER_SECONDS = 5.0
-"""How long an idle group is spared by other shapes while anything runs: starting one again costs more than that."""
+"""How long an idle group is kept from other shapes while anything runs, because restarting it takes longer."""
 
 
 class Pools:
-    """Pools of several shapes that share one capacity. Without a capacity (`None`) Ray alone decides what fits, and when."""
+    """Pools of several shapes that share one capacity. Without a capacity (`None`), Ray alone decides what fits and when."""
 
     def __init__(self, pools: dict[str, Pool], capacity: Capacity | None) -> None:
         self.by_name, self.capacity = pools, capacity
@@ -306,9 +310,9 @@ class Pools:
             pool.on_drop = self._give_back
 
     def group(self, name: str, avoid: Collection[str] = ()) -> Group | None:
-        """An idle group, or a new one if the capacity allows it, perhaps after dropping idle groups of other pools.
+        """An idle group, or a new one if the capacity allows it, if necessary after dropping idle groups of other pools.
 
-        None if it has to wait. `avoid` are nodes kept clear for somebody else.
+        None if the caller has to wait. `avoid` are nodes that are reserved for another group.
         """
         pool = self.by_name[name]
         for group in sorted(pool.groups, key=lambda group: -group.since):
@@ -320,19 +324,19 @@ class Pools:
         if share is None:
             return None
         try:
-            return self._settled(pool.open(share))
+            return self._on_actual_nodes(pool.open(share))
         except BaseException:
             self.capacity.give(share)
             raise
 
     def drop_idle(self, seconds: float) -> None:
-        """Let go of groups that have been idle for so long."""
+        """Drop groups that have been idle for longer than `seconds`."""
         for pool, group in self._idle():
             if time.monotonic() - group.since > seconds:
                 pool.drop(group)
 
     def not_up(self, seconds: float) -> list[Group]:
-        """Groups that have not answered yet, so long after they were made. Where there is a capacity, each has a place in it."""
+        """Groups that have not answered within `seconds` of their creation. With a capacity, each of them has a place in it."""
         groups = (group for pool in self.by_name.values() for group in pool.groups)
         return [group for group in groups if time.monotonic() - group.since > seconds and not group.up]
 
@@ -342,7 +346,7 @@ class Pools:
 
     @property
     def busy(self) -> bool:
-        """Whether any group that holds a part of the capacity is at work."""
+        """Whether any group that holds a part of the capacity is working."""
         return any(
             not group.idle
             for pool in self.by_name.values()
@@ -351,7 +355,7 @@ class Pools:
         )
 
     def _make_room(self, pool: Pool, avoid: Collection[str]) -> Share | None:
-        """Drop idle groups, the longest idle first, until the shape fits; none if it would not fit even so."""
+        """Drop idle groups, longest idle first, until the shape fits; None, with nothing dropped, if it cannot fit."""
         assert self.capacity is not None
         now, busy = time.monotonic(), self.busy
         idle = [
@@ -372,12 +376,12 @@ class Pools:
         return share
 
     def _idle(self) -> list[tuple[Pool, Group]]:
-        """Idle groups that hold a part of the capacity, the longest idle first."""
+        """Idle groups that hold a part of the capacity, longest idle first."""
         found = [(pool, group) for pool in self.by_name.values() for group in pool.groups if group.idle]
         return sorted((pair for pair in found if not pair[0].shape.is_free), key=lambda pair: pair[1].since)
 
-    def _settled(self, group: Group) -> Group:
-        """Correct the share of a group that Ray has placed: it may have found other nodes just as good."""
+    def _on_actual_nodes(self, group: Group) -> Group:
+        """Correct the share of a group that Ray has placed, since Ray may have chosen other nodes that fit as well."""
         if group.placement is not None and group.share is not None and self.capacity is not None:
             table = ray.util.placement_group_table(group.placement)
             where = [node for _, node in sorted(table["bundles_to_node_id"].items())]
@@ -390,7 +394,7 @@ class Pools:
 
 
 def wait(calls: Sequence[Call], timeout: float) -> list[Call]:
-    """The calls that have ended, well or badly, after at most `timeout` seconds."""
+    """The calls that have ended, with a result or an error, after at most `timeout` seconds."""
     refs = [ref for call in calls for ref in call.pending]
     if not refs:
         time.sleep(timeout)
@@ -401,7 +405,7 @@ def wait(calls: Sequence[Call], timeout: float) -> list[Call]:
 
 
 def _ended(call: Call, ready: set[Any]) -> bool:
-    """All members answered, or one failed (its group mates may hang in a collective for ever)."""
+    """Whether all members have answered, or one has failed (the others may then hang in a collective forever)."""
     answered = [ref for ref in call.pending if ref in ready]
     call.pending = [ref for ref in call.pending if ref not in ready]
     return not call.pending or any(map(_failed, answered))

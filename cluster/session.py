@@ -1,7 +1,7 @@
-"""One Ray session for the length of a study: started here, or joined.
+"""One Ray session for the duration of a study: a local cluster that is started, or an existing one that is joined.
 
-Invariant: no session goes without Ray's token authentication, one that is started here listens on loopback only, and a
-session never ends processes that it did not start.
+Invariant: every session uses Ray's token authentication, a local cluster listens on loopback only, and a session never
+ends processes that it did not start.
 """
 
 import os
@@ -27,15 +27,15 @@ from cluster.errors import ClusterError, ClusterLost
 from cluster.local import LOOPBACK, start_local
 
 ANSWER_SECONDS = 10.0
-"""How long a cluster's head may take to accept a connection; Ray itself would go on trying for minutes."""
+"""Timeout for connecting to the head of a cluster; Ray itself would retry for minutes."""
 
-KNOCK_SECONDS, LOST_SECONDS, HANG_SECONDS = 2.0, 15.0, 15.0
-"""How often a running study knocks at its cluster's head, how long that may fail, and then how long a call of Ray may hang."""
+PROBE_SECONDS, LOST_SECONDS, HANG_SECONDS = 2.0, 15.0, 15.0
+"""The interval between probes of a cluster's head, how long probes may fail, and how long a call of Ray may then hang."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """A connected Ray session and the nodes it had at first."""
+    """A connected Ray session and the nodes it had at its start."""
 
     address: str
     nodes: tuple[Node, ...]
@@ -50,10 +50,10 @@ class Session:
 
 
 class Head:
-    """Watches the head of the cluster this process is connected to, for the length of a `with` block.
+    """Watches the head of the connected cluster for the duration of a `with` block.
 
-    Ray's own calls wait for a lost head, some without an end, until Ray ends the process without a word of ours. So a
-    thread knocks at its door; whoever still runs learns of the loss by `check`, and a process that hangs in Ray is ended.
+    Ray's own calls wait for a lost head, some without a timeout, until Ray ends the process without an error message.
+    So a thread probes the head. Running code learns of the loss from `check`; a process that hangs in Ray is ended.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class Head:
         self._over.set()
 
     def check(self) -> bool:
-        """Whether the head answers now. Raises ClusterLost once it has not for LOST_SECONDS."""
+        """Whether the head answers now. Raises ClusterLost once it has not answered for LOST_SECONDS."""
         if self._lost:
             raise ClusterLost(self._lost)
         return self.answers
@@ -76,9 +76,9 @@ class Head:
     def _watch(self) -> None:
         host, _, port = self.address.rpartition(":")
         since = time.monotonic()
-        while not self._over.wait(KNOCK_SECONDS):
+        while not self._over.wait(PROBE_SECONDS):
             try:
-                socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
+                socket.create_connection((host, int(port)), timeout=PROBE_SECONDS).close()
             except OSError as error:
                 self.answers, silent = False, time.monotonic() - since
                 if silent > LOST_SECONDS:
@@ -94,7 +94,7 @@ class Head:
 
 
 def nodes_now() -> tuple[Node, ...]:
-    """The nodes that are alive, each with all its CPUs and GPUs, by id."""
+    """The live nodes with their total CPUs and GPUs, sorted by id."""
     alive = (node for node in ray.nodes() if node["Alive"])
     found = (
         Node(node["NodeID"], node["NodeManagerAddress"], has.get("CPU", 0.0), has.get("GPU", 0.0))
@@ -108,7 +108,7 @@ def check_address(address: str) -> None:
     """Refuse a cluster without token authentication.
 
     Raises:
-        ClusterError: what is no address, or RAY_AUTH_MODE is not `token`.
+        ClusterError: `address` is not an address, or RAY_AUTH_MODE is not `token`.
     """
     host = LOOPBACK[0]
     if address not in ("local", "auto"):
@@ -119,7 +119,7 @@ def check_address(address: str) -> None:
 
 
 def require_token(address: str, host: str) -> None:
-    """Raise ClusterError if RAY_AUTH_MODE is not `token`; on this machine it may be unset, since Ray then uses a token."""
+    """Raise ClusterError if RAY_AUTH_MODE is not `token`. On this machine it may be unset, since Ray then uses a token."""
     mode = os.environ.get("RAY_AUTH_MODE")
     if mode is not None and mode.lower() == "token":
         return
@@ -135,20 +135,20 @@ def require_token(address: str, host: str) -> None:
         )
 
 
-def _knock(address: str) -> None:
-    """Raise ClusterError at once if nobody listens at HOST:PORT."""
+def _check_listening(address: str) -> None:
+    """Raise ClusterError at once if nothing listens at HOST:PORT."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise ClusterError(
-            f"--address {address}: no Ray cluster answers there ({error}); start its head, mend the address, or leave "
+            f"--address {address}: no Ray cluster answers there ({error}); start its head, correct the address, or leave "
             "--address out to use this machine"
         ) from error
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """Environment of every worker process: explicit thread counts, nothing phoned home, no code out of shards."""
+    """The environment of every worker process: explicit thread counts, no telemetry, no code from shards."""
     count = str(threads)
     ours = {name: value for name, value in os.environ.items() if name.startswith("TEMPORAL_MERGE_")}
     return ours | {
@@ -163,18 +163,18 @@ def _environment(threads: int) -> dict[str, str]:
 
 @contextmanager
 def connect(address: str = "local", *, threads: int = 1, cpus: int | None = None) -> Iterator[Session]:
-    """Start (`local`) or join (`auto`, `HOST:PORT`) a Ray cluster, and leave it at the end.
+    """Start (`local`) or join (`auto`, `HOST:PORT`) a Ray cluster, and disconnect at the end.
 
     Args:
         address: `local` starts one on this machine, without dashboard and on loopback only.
-        threads: threads per worker process; part of what makes results bit-identical.
-        cpus: how many CPUs a local cluster offers; default: those of this machine.
+        threads: threads per worker process; bit-identical results need the same number.
+        cpus: number of CPUs that a local cluster offers; default: those of this machine.
 
     Raises:
-        ClusterError: the address is unsafe or nobody answers there.
+        ClusterError: the address is unsafe or no cluster answers there.
     """
     check_address(address)
-    _heed_token_mode()
+    _reload_token_mode()
     root = str(Path(__file__).parent.parent)
     runtime = {
         "env_vars": _environment(threads),
@@ -182,41 +182,41 @@ def connect(address: str = "local", *, threads: int = 1, cpus: int | None = None
     }
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "runtime_env": runtime}
     try:
-        with _signals_as_they_are():
+        with _signal_handlers_kept():
             if address == "local":
                 os.environ.update(_environment(threads))
                 start_local(cpus or os.cpu_count() or 1, quiet)
             else:
                 if address != "auto":
-                    _knock(address)
+                    _check_listening(address)
                 ray.init(address=address, **quiet)
     except (ConnectionError, TimeoutError) as error:
         raise ClusterError(f"--address {address}: no Ray cluster answers there ({error})") from error
     except AuthenticationError as error:
         raise ClusterError(
-            f"--address {address}: the cluster wants its token, and this machine has none or another one; put the token that its "
+            f"--address {address}: the cluster requires its token, and this machine has none or another one; put the token that its "
             "head was started with into the file that RAY_AUTH_TOKEN_PATH names (or ~/.ray/auth_token)"
         ) from error
     try:
         yield Session(address, nodes_now())
     finally:
-        with _undisturbed():
+        with _signals_deferred():
             ray.shutdown()
 
 
-def _heed_token_mode() -> None:
-    """Let Ray's core read RAY_AUTH_MODE again: it does so when it is imported, perhaps by a program that did not import us first."""
+def _reload_token_mode() -> None:
+    """Make Ray's core read RAY_AUTH_MODE again: it is read at import, perhaps before this package was imported."""
     core: Any = _raylet
     if os.environ.get("RAY_AUTH_MODE") and core.get_authentication_mode() != core.AuthenticationMode.TOKEN:
         core.Config.initialize("")
 
 
 @contextmanager
-def _signals_as_they_are() -> Iterator[None]:
-    """Keep the handlers of this process's signals.
+def _signal_handlers_kept() -> Iterator[None]:
+    """Keep the signal handlers of this process.
 
-    Ray gives the main thread a Python handler of its own for SIGTERM, and its core puts another one below Python, which aborts
-    the process; setting ours again takes the latter away.
+    Ray installs a Python handler for SIGTERM in the main thread. Its core installs another one below Python, which
+    aborts the process; setting our handler again removes the latter.
     """
     theirs = ray_utils.set_sigterm_handler
     ray_utils.set_sigterm_handler = lambda _: None
@@ -230,17 +230,19 @@ def _signals_as_they_are() -> Iterator[None]:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Put off SIGINT, SIGTERM and SIGHUP until the block is over: Ray ends a process that leaves it halfway, with another exit code."""
-    put_off: list[int] = []
+def _signals_deferred() -> Iterator[None]:
+    """Defer SIGINT, SIGTERM and SIGHUP to the end of the block, because Ray ends an interrupted process with another
+    exit code.
+    """
+    deferred: list[int] = []
     kept = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            kept[number] = signal.signal(number, lambda sent, _: put_off.append(sent))
+            kept[number] = signal.signal(number, lambda sent, _: deferred.append(sent))
     try:
         yield
     finally:
         for number, handler in kept.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-    for sent in put_off[:1]:
+    for sent in deferred[:1]:
         signal.raise_signal(sent)

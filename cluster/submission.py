@@ -1,7 +1,7 @@
-"""Studies as jobs of a cluster that this machine is no part of, over the HTTP interface of Ray's dashboard.
+"""Studies as jobs of a remote cluster, over the HTTP interface of Ray's dashboard.
 
-Invariant: of one key there is at most one job that has not ended, whoever submits it and however many do so at once; a
-client that goes away changes nothing. The token travels in a header only: it is never shown and never written.
+Invariant: each key has at most one unfinished job, however many clients submit it at once; a client that disconnects
+changes nothing. The token is sent in a header only: it is never printed and never written.
 """
 
 import asyncio
@@ -28,20 +28,20 @@ from cluster.errors import ClusterError, ClusterLost
 from cluster.session import ANSWER_SECONDS, require_token
 
 OLDEST_RAY = (2, 59)
-"""Of the cluster; older ones know no token authentication."""
+"""The oldest supported Ray of a cluster; older ones have no token authentication."""
 
 LOST_SECONDS = 300.0
-"""How long a client goes on looking for a dashboard that has stopped to answer."""
+"""How long a client keeps trying a dashboard that has stopped answering."""
 
 _OVERRIDES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
-"""Ray prefers these to the address it is given; the address of the command line is what was meant."""
+"""Variables that Ray prefers to the address it is given. They are hidden from Ray, so that the command line decides."""
 
 _TROUBLE = (requests.exceptions.RequestException, aiohttp.ClientError, ConnectionError, TimeoutError)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job as the cluster tells it. `exit_code` is its command's, None before the end or when it never began."""
+    """One job as the cluster reports it. `exit_code` is that of its command; None before the end or if it never began."""
 
     id: str
     state: str
@@ -60,10 +60,10 @@ class Job:
 
 
 def check_dashboard(url: str) -> None:
-    """Refuse what is no dashboard's address, and a remote one without token authentication.
+    """Refuse a URL that is not a dashboard's, and a remote one without token authentication.
 
     Raises:
-        ClusterError: not http(s)://HOST[:PORT], or beyond loopback while RAY_AUTH_MODE is not `token`.
+        ClusterError: the URL is not http(s)://HOST[:PORT], or is beyond loopback while RAY_AUTH_MODE is not `token`.
     """
     parts = urlsplit(url)
     try:
@@ -80,21 +80,24 @@ def check_dashboard(url: str) -> None:
 
 
 class Cluster:
-    """The jobs of the cluster whose dashboard answers at `url`. Raises ClusterError if none does, or it must not be used."""
+    """The jobs of the cluster whose dashboard is at `url`.
+
+    Raises ClusterError if no dashboard answers there, or the cluster cannot be used.
+    """
 
     def __init__(self, url: str) -> None:
         check_dashboard(url)
         self.url = url.rstrip("/")
-        _knock(self.url)
+        _check_listening(self.url)
         for kind in JobSubmissionClient.__mro__:
             logging.getLogger(kind.__module__).setLevel(logging.ERROR)
-        with self._told(), _without(_OVERRIDES):
+        with self._explained(), _without(_OVERRIDES):
             self.client = JobSubmissionClient(self.url)
         self._check_version(getattr(self.client, "_server_ray_version", None) or ray.__version__)
 
     def jobs(self) -> list[Job]:
-        """All that this cluster remembers, oldest first."""
-        with self._told():
+        """All jobs that the cluster remembers, oldest first."""
+        with self._explained():
             found = sorted(self.client.list_jobs(), key=lambda details: details.start_time or 0)
         return [Job.of(details) for details in found if details.submission_id]
 
@@ -111,11 +114,12 @@ class Cluster:
     def submit_or_attach(
         self, key: str, command: str, room: Path, metadata: dict[str, str]
     ) -> tuple[Job, bool]:
-        """The one job of `key` that is under way, and whether it was there already.
+        """The unfinished job of `key`, and whether it existed before.
 
         Args:
-            command: run by a shell in a copy of `room` on the head; `room` comes first on the workers' import path too.
-            metadata: kept with the job; visible to all who may see the dashboard.
+            command: run by a shell in a copy of `room` on the head; `room` also comes first on the workers' import
+                path.
+            metadata: stored with the job; visible to everyone who can see the dashboard.
         """
         while True:
             attempt, job = self.latest(key)
@@ -129,7 +133,7 @@ class Cluster:
             return self.job(name), False
 
     def submit(self, name: str, command: str, room: Path, metadata: dict[str, str]) -> None:
-        with self._told():
+        with self._explained():
             try:
                 self.client.submit_job(
                     entrypoint=command, submission_id=name, runtime_env={"working_dir": str(room)}, metadata=metadata
@@ -140,26 +144,26 @@ class Cluster:
                 raise
 
     def job(self, name: str) -> Job:
-        with self._told():
+        with self._explained():
             return Job.of(self.client.get_job_info(name))
 
     def stop(self, name: str) -> None:
-        with self._told():
+        with self._explained():
             self.client.stop_job(name)
 
     def answer(self, name: str, command: str, room: Path) -> tuple[Job, str]:
-        """Run a short command to its end, and forget it: the job and what it printed."""
+        """Run a short command to its end and delete its job. Returns the job and what it printed."""
         self.submit(name, command, room, {})
         said: list[str] = []
         job = self.follow(name, said.append)
-        with self._told():
+        with self._explained():
             self.client.delete_job(name)
         return job, "".join(said)
 
     def follow(self, name: str, write: Callable[[str], Any]) -> Job:
-        """Pass on what a job prints, from its beginning, until it has ended. Raises ClusterLost.
+        """Pass the output of a job to `write`, from its beginning, until the job has ended. Raises ClusterLost.
 
-        A connection that breaks is made again and goes on where it broke.
+        A connection that breaks is opened again, and the output continues where it stopped.
         """
         seen, trouble = _Seen(write), 0.0
         while True:
@@ -173,7 +177,7 @@ class Cluster:
             except (*_TROUBLE, RuntimeError) as error:
                 if "does not exist" in str(error):
                     raise ClusterLost(
-                        f"{self.url} no longer knows job {name}: its head was started anew"
+                        f"{self.url} no longer knows job {name}: its head was restarted"
                     ) from error
                 trouble = trouble or time.monotonic()
                 if time.monotonic() - trouble > LOST_SECONDS:
@@ -196,8 +200,8 @@ class Cluster:
             )
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Ray's and the network's errors in words that say what to do."""
+    def _explained(self) -> Iterator[None]:
+        """Turn errors of Ray and of the network into a ClusterError that says what to do."""
         try:
             yield
         except AuthenticationError:
@@ -214,35 +218,35 @@ class Cluster:
 
 
 class _Taken(Exception):
-    """Somebody else has just submitted a job of this name."""
+    """Another client has just submitted a job of this name."""
 
 
 class _Seen:
-    """What was passed on of a log that is always told from its beginning."""
+    """Passes on the new part of a log that the dashboard always sends from its beginning."""
 
     def __init__(self, write: Callable[[str], Any]) -> None:
-        self.write, self.passed, self.told = write, 0, 0
+        self.write, self.passed, self.received = write, 0, 0
 
     def rewind(self) -> None:
-        self.told = 0
+        self.received = 0
 
     def take(self, text: str) -> None:
-        new = text[max(0, self.passed - self.told) :]
-        self.told += len(text)
-        self.passed = max(self.passed, self.told)
+        new = text[max(0, self.passed - self.received) :]
+        self.received += len(text)
+        self.passed = max(self.passed, self.received)
         if new:
             self.write(new)
 
 
-def _knock(url: str) -> None:
-    """Raise ClusterError at once if nobody listens; a request would wait for minutes."""
+def _check_listening(url: str) -> None:
+    """Raise ClusterError at once if nothing listens at `url`; a request would wait for minutes."""
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
         socket.create_connection((parts.hostname or "", port), timeout=ANSWER_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise ClusterError(
-            f"--address {url}: nobody answers there ({error}); it must be the dashboard of a running head (`ray start --head` "
+            f"--address {url}: nothing answers there ({error}); it must be the dashboard of a running head (`ray start --head` "
             "with --dashboard-host, port 8265), reachable from here"
         ) from error
 
@@ -257,7 +261,7 @@ def _without(names: tuple[str, ...]) -> Iterator[None]:
 
 
 def _gist(error: Exception) -> str:
-    """The last telling line of an answer that may hold a traceback of the server."""
+    """The last informative line of an answer that may hold a traceback of the server."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if any("404" in line for line in lines[:1]):
         return "what answers there is no Ray dashboard; give http://HEAD:8265"
@@ -266,7 +270,7 @@ def _gist(error: Exception) -> str:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C ends what runs within. asyncio would cancel its task instead, and an error of a closing connection hide that."""
+    """Let Ctrl-C end the block. asyncio would cancel its task instead, and an error of a closing connection would hide that."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
