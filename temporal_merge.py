@@ -10,7 +10,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from merge_service.errors import UserError
     from merge_service.techniques import Param, Technique, register, technique
-    from pipeline.api import Run, Study, evaluate, load_study, merge, open_run, plan, run, techniques
+    from pipeline.api import (
+        Run,
+        Study,
+        evaluate,
+        import_data,
+        init,
+        load_study,
+        measure,
+        merge,
+        merge_recipe,
+        open_run,
+        plan,
+        run,
+        techniques,
+    )
 
 __all__ = [
     "Param",
@@ -19,8 +33,12 @@ __all__ = [
     "Technique",
     "UserError",
     "evaluate",
+    "import_data",
+    "init",
     "load_study",
+    "measure",
     "merge",
+    "merge_recipe",
     "open_run",
     "plan",
     "register",

@@ -4,8 +4,9 @@ Invariant: importing this loads neither torch nor ray, mlflow or pandas, and a m
 would have shown. `import temporal_merge` gives these names.
 """
 
+import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge_service.errors import UserError
 from merge_service.techniques import Param, Technique, nearest, register, technique
+from pipeline.errors import speaks_python
 from pipeline.study.config import Study
 from pipeline.study.config import load_study as read_study
 
@@ -21,9 +23,13 @@ if TYPE_CHECKING:
 
     from merge_service.merge import MergeReport
     from pipeline.plan.steps import Plan
+    from pipeline.run.progress import Moment
+    from pipeline.workspace.export import Exported
+    from workers.data.importing import Imported
+    from workers.evidence import Measured
 
 __all__ = [
-    "Param", "Run", "Study", "Technique", "UserError", "evaluate", "load_study", "merge", "merge_files", "open_run", "plan",
+    "Param", "Run", "Study", "Technique", "UserError", "evaluate", "import_data", "init", "load_study", "measure", "merge", "merge_files", "merge_recipe", "open_run", "plan",
     "register", "run", "technique", "techniques",
 ]  # fmt: skip
 
@@ -34,31 +40,69 @@ METRICS = ("ka", "zs", "gm", "bwt", "zs_replayed", "zs_never_replayed")
 """Metrics of a point of which more is better."""
 
 
+@speaks_python
 def load_study(path: PathLike, overrides: Sequence[str] = ()) -> Study:
     """The study in a YAML file, with `key.path=value` overrides. Raises ConfigError with every mistake found."""
     return read_study(path, overrides)
 
 
+@speaks_python
+def import_data(source: PathLike, out: PathLike, **options: Any) -> "Imported":
+    """Make a dataset of the data root `out` out of pictures: class folders, a table of paths, a Hugging Face dataset on disk.
+
+    `options` are those of `temporal-merge import-data` (name, role, template, classnames, val, test, seed, equal, unreadable,
+    image_column, ...). Raises UserError, which names every picture that cannot be read.
+    """
+    from workers.data.importing import import_data as write
+    from workers.data.importing import order_of
+
+    return write(order_of(Path(source), **options), Path(out))
+
+
+@speaks_python
+def init(
+    study: PathLike, data: PathLike, model: str, pretrained: str | None = None, force: bool = False
+) -> Study:
+    """Write a first study, with comments, for a data root and a model, and load it. Raises UserError."""
+    from pipeline.plan.starter import write_starter
+
+    write_starter(Path(study), Path(data), (model, pretrained), force)
+    return read_study(study)
+
+
+@speaks_python
 def plan(study: Study, out: PathLike | None = None) -> dict[str, Any]:
     """What would run, as `temporal-merge plan --json` says it; nothing is written to `out`. Raises UserError."""
+    from pipeline.run.timing.outlook import estimate, pace_known
     from pipeline.workspace.workspace import Workspace
 
-    return Workspace.of(study, _path(out), provisional=True).summary()
+    workspace = Workspace.of(study, _path(out), provisional=True)
+    return {**workspace.summary(), "seconds": estimate(workspace, pace_known(workspace))}
 
 
+@speaks_python
 def run(
-    study: Study, out: PathLike | None = None, address: str = "local", *, strict_versions: bool = False
+    study: Study,
+    out: PathLike | None = None,
+    address: str = "local",
+    *,
+    strict_versions: bool = False,
+    progress: "Callable[[Moment], None] | None" = None,
 ) -> "Run":
     """Run a study to its end, or go on where it stopped; `out` is runs/<study name> by default.
 
-    Progress goes to stderr. `address` is local, auto or HOST:PORT of a Ray cluster. With `strict_versions` artifacts in the
+    Progress goes to stderr, in a notebook to a bar below the cell. `progress` is called instead, with a `Moment` (steps done, time left, what is
+    running, where trajectories stand), up to four times a second. `address` is local, auto or HOST:PORT of a Ray cluster. With `strict_versions` artifacts in the
     store that other library versions made are refused. Raises UserError, or StepFailed when a step failed too often.
     """
+    from pipeline.report.notebook import bar_of_notebook
     from pipeline.run.driver import carry_out
 
-    return Run(carry_out(study, _path(out), address, strict_versions=strict_versions)[0])
+    tell = progress or bar_of_notebook()
+    return Run(carry_out(study, _path(out), address, strict_versions=strict_versions, tell=tell)[0])
 
 
+@speaks_python
 def open_run(out: PathLike) -> "Run":
     """A run that was made earlier, or is under way. Raises UserError if `out` holds none."""
     found = Run(Path(out))
@@ -88,14 +132,15 @@ class Run:
 
         try:
             found = json.loads((self.out / RESULTS_FILE).read_text(encoding="utf-8"))
-            if found["complete"] and found["plan"] == self.plan.fingerprint:
+            whole = all("settings" in one for one in found["trajectories"])  # older results lack columns
+            if found["complete"] and found["plan"] == self.plan.fingerprint and whole:
                 return dict(found)
         except (OSError, ValueError, KeyError, TypeError):
             pass  # not there yet, or damaged: the store is the truth it is made from
         return results(self.plan, open_store(self.out))
 
     def frame(self) -> "pd.DataFrame":
-        """One row per trajectory and t: axes, technique, KA, ZS, GM, forgetting, transfer (`report.frames.points`)."""
+        """One row per trajectory and t: axes, technique, KA, ZS, GM, forgetting, transfer, and every setting (`report.frames.points`)."""
         from pipeline.report.frames import points
 
         return points(self.results)
@@ -112,19 +157,10 @@ class Run:
         Raises UserError when there is no such trajectory or t, or the weights are not there yet, and CorruptArtifact when
         they are damaged.
         """
-        from pipeline.plan.steps import BASE
+        from pipeline.workspace.export import step_served
         from pipeline.workspace.opening import open_store
 
-        known = {one.id: one for one in self.plan.trajectories}
-        if trajectory not in known:
-            raise UserError(
-                f"{self.out} has no trajectory {trajectory!r}{nearest(trajectory, known)}; run.frame() lists them"
-            )
-        points = {point.t: point for point in known[trajectory].points}
-        if t not in points:
-            raise UserError(f"{trajectory} has no t = {t}; it has {', '.join(map(str, points))}")
-        deployed = points[t].deployed
-        step = self.plan.weights_step(known[trajectory].base if deployed == BASE else deployed)
+        step, _ = step_served(self.out, self.plan, trajectory, t)
         store = open_store(self.out)
         record = store.record(step.kind, step.fingerprint)
         if record is None:
@@ -132,6 +168,15 @@ class Run:
                 f"{trajectory} at t = {t} is not in {store.where} yet; run the study again to make it"
             )
         return store.open_verified(record)
+
+    def export(self, trajectory: str, out: PathLike, t: int | None = None) -> "Exported":
+        """The weights that a trajectory serves after t (by default at its end) as a new directory `out` that open_clip opens.
+
+        Weights that the study keeps as a recipe are made there. Raises what `pipeline.workspace.export.export` does.
+        """
+        from pipeline.workspace.export import export
+
+        return export(self.out, trajectory, t, Path(out))
 
     def best(self, by: str = "gm", split: str | None = None) -> dict[str, Any]:
         """The trajectory with the highest `by` (one of `METRICS`) at its last t; of equal ones the first in the study.
@@ -159,7 +204,59 @@ class Run:
             )
         return max(ended, key=lambda one: one[by])
 
+    def status(self) -> dict[str, Any]:
+        """How far the run is now, as `temporal-merge status --json` says it."""
+        from pipeline.run.status import status_of
 
+        return {**status_of(self.out)}
+
+    def verify(self) -> list[str]:
+        """Read every artifact again and check its bytes and its lineage: what is wrong, a sentence each."""
+        from pipeline.workspace.opening import open_store
+
+        return list(open_store(self.out).verify())
+
+    def sync(self) -> dict[str, Any]:
+        """Deliver to the tracker what it has not received: {"tracker_pending", "reason"}."""
+        from pipeline.tracking.tracker import sync
+
+        left, why = sync(self.out)
+        return {"tracker_pending": left, "reason": why}
+
+    @speaks_python
+    def report(self, split: str | None = None) -> Path:
+        """Write OUT/report (`temporal-merge report`): the page. Raises UserError when nothing was scored yet."""
+        from pipeline.report.build import build_report
+
+        return Path(build_report(self.out, split)["html"])
+
+    def plot_plane(self, split: str | None = None) -> Any:
+        """KA against ZS, a path per strategy: the report's figure as an altair chart. Raises UserError when nothing was scored yet."""
+        from pipeline.report.plots import plot
+
+        return plot(self.results, "plane", split)
+
+    def plot_over_time(self, split: str | None = None) -> Any:
+        """GM over t: the report's figure as an altair chart. Raises UserError when nothing was scored yet."""
+        from pipeline.report.plots import plot
+
+        return plot(self.results, "over_time", split)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: where the run is, whether it is complete, and the last scores of every strategy."""
+        from pipeline.report.notebook import table
+        from pipeline.results.over_time import summary
+
+        def text(value: Any) -> str:
+            return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+        columns = ("group", "split", "seeds", "t", "ka", "zs", "gm")
+        rows = [[text(row[name]) for name in columns] for row in summary(self.results)]
+        state = "complete" if self.results["complete"] else "not complete"
+        return f"<div><b>{html.escape(self.plan.study)}</b> in {html.escape(str(self.out))}: {state}</div>{table(list(columns), rows)}"
+
+
+@speaks_python
 def merge(
     technique: str,
     experts: Sequence[PathLike] | Sequence[StateDict],
@@ -170,6 +267,8 @@ def merge(
     ids: Sequence[str | None] | None = None,
     strip_prefix: str | None = None,
     any_base: bool = False,
+    statistics: Sequence[PathLike | None] | None = None,
+    inputs: Sequence[Mapping[str, Any]] | None = None,
     **params: Any,
 ) -> "MergeReport | dict[str, Any]":
     """Merge experts, oldest first: files into `out`, or state dicts into a new one of the same kind.
@@ -177,13 +276,21 @@ def merge(
     `params` are the technique's (see `techniques`), in the terms of `parity` if that is given (`merge_service.timelines.parity`). State dicts go through temporary files, so that their result is bit
     for bit that of files; it has the names, dtypes and devices of the base (of the first expert without one). `ids` name the
     experts, whose names (and random masks) otherwise come from their content; `strip_prefix` is taken off tensor names that
-    begin with it; with `any_base` experts that cannot have been trained from the base are merged all the same. Raises
-    UserError, of which `merge_service.merge` says more.
+    begin with it; with `any_base` experts that cannot have been trained from the base are merged all the same. `statistics` are the
+    files of what was measured of each expert (see `measure`), for techniques that need it; of files EXPERT.KIND.safetensors beside the
+    expert by default. `inputs` has arrays of every expert's task, for techniques that measure all experts together (regmean_plus).
+    Raises UserError, of which `merge_service.merge` says more.
     """
     if isinstance(experts, str | Path | Mapping):
         raise UserError("experts is a list of checkpoints, even of one: merge(technique, [expert], ...)")
     given = [*experts, *([] if base is None else [base])]
     files = [isinstance(one, str | Path) for one in given]
+    options: dict[str, Any] = {
+        "parity": parity,
+        "ids": ids,
+        "strip_prefix": strip_prefix,
+        "any_base": any_base,
+    }
     if not any(files) and given:
         if out is not None:
             raise UserError(
@@ -191,8 +298,7 @@ def merge(
             )
         from pipeline.merging.state_dicts import merge_state_dicts
 
-        options = {"parity": parity, "ids": ids, "strip_prefix": strip_prefix, "any_base": any_base}
-        return merge_state_dicts(technique, params, base, experts, **options)  # type: ignore[arg-type]
+        return merge_state_dicts(technique, params, base, experts, **options, statistics=statistics)  # type: ignore[arg-type]
     if not all(files):
         raise UserError(
             "experts and base are all files, or all state dicts; load or save the ones that differ"
@@ -200,11 +306,50 @@ def merge(
     if out is None:
         raise UserError("merging files needs out, the file or directory to write")
     paths = [Path(one) for one in given if isinstance(one, str | Path)]
-    options = {"parity": parity, "ids": ids, "strip_prefix": strip_prefix, "any_base": any_base}
+    if inputs is not None:
+        from pipeline.merging.together import merge_together
+
+        what = (technique, params, None if base is None else paths[-1], paths[: len(experts)], Path(out))
+        return merge_together(what, inputs, options)
     start = None if base is None else paths[-1]
-    return merge_files(technique, params, start, paths[: len(experts)], Path(out), **options)
+    return merge_files(
+        technique, params, start, paths[: len(experts)], Path(out), **options, statistics=statistics
+    )
 
 
+@speaks_python
+def measure(
+    kind: str,
+    checkpoint: PathLike,
+    inputs: Mapping[str, Any],
+    *,
+    out: PathLike | None = None,
+    **params: Any,
+) -> "Measured":
+    """Measure a statistic of a checkpoint on arrays: `gram`, `fisher`, `kfac` or `gradient` (`temporal-merge measure`).
+
+    `inputs` has what the kind needs of: images, floats [N, 3, H, W] as the model takes them or uint8 [N, H, W, 3]; tokens
+    [M, context] (captions for gram, one prompt per class otherwise); labels [N]; head, frozen class embeddings [C, d], with which the
+    image tower alone is measured, at the temperature of `base` (the checkpoint's own without one). Arrays are numpy or torch.
+    `params` are examples, seed, labels (sample, expectation, given), towers (image, both), precision (fp32, bf16), device, scope (all, blocks; of gram); `base`, a
+    checkpoint; and `model`, the architecture of a file without a configuration beside it. Returns the tensors by name, with `rows`, and
+    writes them to `out`. Raises UserError.
+    """
+    from workers.evidence import Asked, Inputs, Where
+    from workers.evidence import measure as measured
+
+    base, model = params.pop("base", None), params.pop("model", None)
+    known = [one.name for one in fields(Asked) if one.name != "kind"]
+    unknown = [name for name in params if name not in known]
+    if unknown:
+        raise UserError(
+            f"measure has no parameter {unknown[0]!r}{nearest(unknown[0], known)}; it has {', '.join(known)}"
+        )
+    where = Where(Path(checkpoint), _path(base), _path(out), model)
+    return measured(Asked(kind, **params), where, Inputs.of(inputs))
+
+
+@speaks_python
 def merge_files(
     technique: str,
     params: Mapping[str, Any],
@@ -224,16 +369,39 @@ def merge_files(
     return files.merge_files(files.FileMerge(technique, params, base, experts, out, **options), how)
 
 
+@speaks_python
+def merge_recipe(
+    recipe: PathLike, out: PathLike, *, dtype: str | None = None, replace: bool = False, **options: Any
+) -> "MergeReport":
+    """`temporal-merge merge RECIPE.yaml`: carry out a recipe of ours or of mergekit. `options` are those of `Execution`.
+
+    Raises UserError with every mistake in the recipe, or naming the model that cannot be merged.
+    """
+    from pipeline.merging.files import Execution
+    from pipeline.recipes.carry_out import Output
+    from pipeline.recipes.carry_out import merge_recipe as carry_out
+    from pipeline.recipes.read import read_recipe
+
+    return carry_out(
+        read_recipe(Path(recipe)).recipe, Output(Path(out), replace, dtype), Execution(**options)
+    )
+
+
+@speaks_python
 def evaluate(
-    checkpoint: PathLike, study: Study, datasets: Sequence[str] | None = None, split: str | None = None
+    checkpoint: PathLike,
+    study: Study,
+    datasets: Sequence[str] | None = None,
+    split: str | None = None,
+    details: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Score one checkpoint exactly as a run of the study would; what `temporal-merge evaluate --json` says.
 
-    `split` is test or val, by default the study's.
+    `split` is test or val, by default the study's. `details` are of top5, mean_per_class, per_class, confusion.
     """
     from pipeline.run.evaluation import score
 
-    return score(Path(checkpoint), study, datasets, split)
+    return {**score(Path(checkpoint), study, datasets, split, details)}
 
 
 def techniques() -> list[dict[str, Any]]:

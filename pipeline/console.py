@@ -1,7 +1,7 @@
-"""Where the command line writes, and in which colours.
+"""Consoles of the command line, with their colours and encoding.
 
-Invariant: colours are for terminals only (NO_COLOR is respected), what is piped is never folded, and no character ends a
-command: where the encoding lacks it, its name or nearest letter is written.
+Invariant: colours appear on terminals only (NO_COLOR is respected), piped output is never folded, and no character
+makes a command fail: one that the encoding lacks is written as its name or its nearest letter.
 """
 
 import codecs
@@ -17,12 +17,12 @@ ERROR, WARNING, GOOD, BUSY = "bold red", "yellow", "bold green", "bold cyan"
 
 _WORDS = {
     "θ": "theta", "τ": "tau", "λ": "lambda", "Δ": "Delta", "Σ": "sum", "Ω": "Omega", "·": "*", "±": "+-", "²": "^2", "ᵀ": "^T",
-    "→": "->", "∘": "o", "∝": "~", "…": "...", "\u0302": "^", "\u0304": "_", "–": "-", "—": "-", "×": "x", "≤": "<=", "≥": ">=",
+    "γ": "gamma", "→": "->", "∘": "o", "∝": "~", "…": "...", "\u0302": "^", "\u0304": "_", "–": "-", "—": "-", "×": "x", "≤": "<=", "≥": ">=",
 }  # fmt: skip
 
 
 def spell_out() -> None:
-    """Make stdout and stderr write what their encoding lacks in other characters, instead of failing."""
+    """Make stdout and stderr replace characters that their encoding lacks, instead of failing."""
     codecs.register_error("spelled-out", _spelled)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # tests and notebooks put other streams there
@@ -32,7 +32,7 @@ def spell_out() -> None:
 def _spelled(error: UnicodeError) -> tuple[str | bytes, int]:
     assert isinstance(error, UnicodeEncodeError)
     sign = error.object[error.start]
-    if "\udc80" <= sign <= "\udcff":  # a byte of a file's name that is no text: as it is
+    if "\udc80" <= sign <= "\udcff":  # a byte of a file name that is not text: unchanged
         return os.fsencode(sign), error.start + 1
     near = unicodedata.normalize("NFKD", sign).encode("ascii", "ignore").decode()
     return _WORDS.get(sign) or near or "?", error.start + 1
@@ -46,7 +46,7 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def complain(word: str, text: str, style: str = ERROR) -> None:
-    """One message on stderr, `word: text`, the word in colour; lines are as long as they are."""
+    """Print one message on stderr, `word: text`, with the word in colour; lines are not wrapped."""
     console(stderr=True).print(
         Text.assemble((f"{word}:", style), f" {text}"), soft_wrap=True, highlight=False
     )

@@ -1,12 +1,31 @@
-"""What goes wrong in the pipeline, as one small family.
+"""The errors of the pipeline.
 
-Invariant: an error that its reader can mend (`ConfigError`, `PlanError`, `StoreUnwritable`) derives from `UserError`, so the
-command line ends with exit code 2 and its one message; every error survives pickling between processes with its message.
+Invariant: an error that the user can correct (`ConfigError`, `PlanError`, `StoreUnwritable`) derives from `UserError`,
+so the command line prints its one message and exits with code 2. Every error keeps its message when pickled.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 from merge_service.errors import UserError
+
+Given = ParamSpec("Given")
+Answer = TypeVar("Answer")
+ARGUMENTS = {
+    "set": "overrides", "id": "ids",
+    **{
+        name: name.replace("-", "_")
+        for name in (
+            "address", "any-base", "base", "datasets", "device", "dtype", "keep-thresholds", "out", "parity", "shard-size", "split",
+            "strict-versions", "strip-prefix", "threads", "workers",
+            "name", "role", "template", "classnames", "val", "test", "seed", "equal", "unreadable", "image-column", "label-column",
+            "caption-column", "split-column", "pretrained", "force", "details",
+        )
+    },
+}  # fmt: skip
+"""Options of the command line, and the arguments of the Python API that mean the same."""
 
 
 class ConfigError(UserError):
@@ -26,19 +45,19 @@ class ConfigError(UserError):
 
 
 class PlanError(UserError):
-    """A valid study that cannot be planned on these data: a dataset, split or budget that does not fit."""
+    """A valid study that cannot be planned with these data: a dataset, split or budget does not fit."""
 
 
 class StoreError(Exception):
-    """The store cannot do what was asked; the message names the path."""
+    """An operation of the store failed; the message names the path."""
 
 
 class StoreUnwritable(StoreError, UserError):
-    """The store's directory cannot be created or written; give another OUT or mend its permissions."""
+    """The store's directory cannot be created or written; choose another OUT or correct its permissions."""
 
 
 class CorruptArtifact(StoreError):
-    """A committed artifact no longer holds the bytes its record states. It has been moved aside: run the step again."""
+    """A committed artifact no longer holds the bytes that its record states. It was moved aside: run the step again."""
 
 
 class NondeterminismError(StoreError):
@@ -53,7 +72,7 @@ class NondeterminismError(StoreError):
 
 
 class StorageFull(StoreError):
-    """Not enough room for a step's output: `needed` bytes wanted (0 when unknown), `free` bytes left."""
+    """Not enough space for the output of a step: `needed` bytes (0 if unknown), `free` bytes left."""
 
     def __init__(self, message: str, needed: int = 0, free: int = 0) -> None:
         super().__init__(message, needed, free)
@@ -68,8 +87,40 @@ class StepFailed(Exception):
 
 
 class StepTimeout(StepFailed):
-    """A step showed no sign of life for longer than its `timeout`, again and again."""
+    """A step made no progress for longer than its `timeout`, repeatedly."""
 
 
 class TrackingError(Exception):
-    """The tracking server refused or garbled what was sent; the rows stay in the outbox."""
+    """The tracking server refused or garbled a request; the rows stay in the outbox."""
+
+
+def speaks_python(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
+    """Let a function's errors name arguments where the command line's name options."""
+
+    @wraps(function)
+    def call(*given: Given.args, **named: Given.kwargs) -> Answer:
+        try:
+            return function(*given, **named)
+        except Exception as error:
+            if isinstance(error, ConfigError):
+                error.problems = [in_python(problem) for problem in error.problems]
+                error.args = (error.problems,)
+            elif _is_of_the_user(error) and type(error).__str__ is Exception.__str__:
+                error.args = tuple(in_python(one) if isinstance(one, str) else one for one in error.args)
+            raise
+
+    return call
+
+
+def _is_of_the_user(error: Exception) -> bool:
+    return isinstance(error, UserError) or getattr(error, "exit_code", None) == 2
+
+
+def in_python(text: str) -> str:
+    """A message with arguments in the place of options; commands, which stand in backticks, stay as they are."""
+    parts = text.split("`")
+    parts[::2] = [
+        re.sub(r"--([a-z][a-z-]*)", lambda found: ARGUMENTS.get(found[1], found[0]), part)
+        for part in parts[::2]
+    ]
+    return "`".join(parts)

@@ -1,9 +1,9 @@
-"""Identity of values: equal meaning gives equal sha256, on any machine, in any process, whatever the order of keys.
+"""Fingerprints of values: equal meaning gives equal sha256, on any machine, in any process, for any order of keys.
 
 Invariant: a value has a fingerprint only if its text can never change by itself. Everything else (NaN, sets, objects,
-paths, numpy scalars, keys that are not text) raises `TypeError` naming where in the value it stands.
+paths, numpy scalars, keys that are not text) raises `TypeError`, which names the place in the value.
 
-The text is JSON in the manner of RFC 8785: keys sorted, no spaces, and one spelling per number, so 1 and 1.0 agree.
+The text is JSON in the manner of RFC 8785: sorted keys, no spaces, and one spelling per number, so 1 and 1.0 agree.
 """
 
 import hashlib
@@ -21,35 +21,37 @@ Where = tuple[str | int, Any]
 
 
 class Texts:
-    """Canonical texts of values that stand in many others, each made once. They are kept here and must not change."""
+    """Canonical texts of values that are part of many others, each computed once. These values are kept here and must
+    not change.
+    """
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[Any, str]] = {}
 
     def keep(self, value: Kept) -> Kept:
-        """The value itself, whose text is known from now on."""
+        """Cache the text of a value and return the value."""
         if id(value) not in self._kept:
             self._kept[id(value)] = value, canonical(value, self)
         return value
 
     def of(self, value: Any) -> str | None:
-        """The text of this very object, if it is kept."""
+        """The cached text of this object, if any."""
         found = self._kept.get(id(value))
         return None if found is None else found[1]
 
 
 def fingerprint(value: Any, texts: Texts | None = None) -> str:
-    """sha256, as 64 hex digits, of the canonical text of `value`. Raises `TypeError` on values with no stable form."""
+    """sha256, as 64 hex digits, of the canonical text of `value`. Raises `TypeError` for a value without a stable form."""
     return hashlib.sha256(_bytes(value, texts)).hexdigest()
 
 
 def step_fingerprint(kind: str, spec: dict[str, Any], texts: Texts | None = None) -> str:
-    """Fingerprint of a step: its kind and the spec of all that bears on its result, nothing else."""
+    """Fingerprint of a step: its kind and its spec, which holds everything that determines the result and nothing else."""
     return fingerprint({"kind": kind, "spec": spec}, texts)
 
 
 def canonical(value: Any, texts: Texts | None = None) -> str:
-    """The canonical text itself. Raises `TypeError` on values with no stable form."""
+    """The canonical text of a value. Raises `TypeError` for a value without a stable form."""
     return _bytes(value, texts).decode("utf-8")
 
 
@@ -64,7 +66,7 @@ def _bytes(value: Any, texts: Texts | None) -> bytes:
 
 @dataclass(frozen=True)
 class _Writer:
-    """Writes one value; `where` is the way to it, the last part first."""
+    """Writes one value; `where` is the path to it, last part first."""
 
     emit: Callable[[str], None]
     texts: Texts
@@ -115,7 +117,7 @@ class _Writer:
 
 
 def _place(where: Where) -> str:
-    """$.key[3], for people."""
+    """The path as text: $.key[3]."""
     part, before = where
     if before is None:
         return str(part)

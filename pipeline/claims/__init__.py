@@ -1,1 +1,1 @@
-"""TIME's claims held against the studies of configs/studies/time_claims: `python -m pipeline.claims`, or `make reproduce`."""
+"""Tests of TIME's claims with the studies of configs/studies/time_claims: `python -m pipeline.claims`, or `make reproduce`."""

@@ -1,8 +1,13 @@
-"""`python -m pipeline.claims`: run the studies of a reproduction, keep their rows, judge the claims, write page, figures and tables.
+"""`python -m pipeline.claims`: run the studies of a reproduction, keep their rows, judge the claims, write the page.
 
-Three stages, each of which can be a session of its own: the tuning studies give the parameters of all others (`tuned.yaml`); every study
-gives its rows (a CSV file each); rows and parameters alone give verdicts and page. Invariant: studies run through the command line as
-anybody would run them, so each goes on where it stopped; a quick reproduction replaces nothing that is committed.
+There are three stages, each of which can run separately:
+
+- the tuning studies give the parameters of all others (`tuned.yaml`)
+- every study gives its rows (a CSV file each)
+- rows and parameters alone give verdicts, page, figures and tables
+
+Invariant: studies run through the public command line, so each resumes where it stopped; a quick reproduction replaces no
+committed file.
 """
 
 import argparse
@@ -37,7 +42,7 @@ NAMES = (*TUNING, *STUDY_NAMES)
 
 @dataclass(frozen=True)
 class Places:
-    """Where studies run (`out`), what is written (`page`, with a folder beside it), and where the parameters are kept."""
+    """Where studies run (`out`), the page to write (`page`, with a folder beside it), and the file of parameters."""
 
     out: Path
     page: Path
@@ -53,7 +58,7 @@ class Places:
 
 
 def run_studies(names: Sequence[str], places: Places, quick: bool) -> None:
-    """Stages 1 and 2: run each study and keep its rows; parameters are written as soon as all tuning is there. Raises UserError."""
+    """Stages 1 and 2: run each study and keep its rows; write the parameters as soon as all tuning rows exist. Raises UserError."""
     plan = read_plan()
     for name in names:
         run(
@@ -73,7 +78,7 @@ def read_plan() -> dict[str, Any]:
 
 
 def overrides(name: str, tuned: Path, more: Sequence[str] = ()) -> list[str]:
-    """What `--set` gets for a study: its strategies with the tuned parameters, and `more`."""
+    """The values of `--set` for a study: its strategies with the tuned parameters, and `more`."""
     if name in TUNING:
         return list(more)
     study = yaml.safe_load((STUDIES / f"{name}.yaml").read_text(encoding="utf-8"))
@@ -81,7 +86,7 @@ def overrides(name: str, tuned: Path, more: Sequence[str] = ()) -> list[str]:
 
 
 def words(name: str, out: Path, settings: Sequence[str], command: str = "run") -> list[str]:
-    """A study as words of a command line."""
+    """A study as arguments of a command line."""
     place = ["--out", str(out)]
     return [
         command,
@@ -92,7 +97,7 @@ def words(name: str, out: Path, settings: Sequence[str], command: str = "run") -
 
 
 def run(name: str, out: Path, settings: Sequence[str]) -> None:
-    """One study by the command line, its progress passed on. Raises UserError when it does not finish."""
+    """Run one study by the command line; its progress is shown. Raises UserError if it does not finish."""
     began = time.monotonic()
     print(f"study {name}: {out}", file=sys.stderr, flush=True)
     line = [sys.executable, "-m", "pipeline.cli", *words(name, out, settings)]
@@ -105,7 +110,9 @@ def run(name: str, out: Path, settings: Sequence[str]) -> None:
 
 
 def judge_rows(places: Places) -> tuple[tuple[Judged, ...], Findings, Tuned]:
-    """Stage 3 but for the writing. Raises UserError where rows are missing, do not belong together, or have parameters that were not chosen."""
+    """Stage 3 without writing. Raises UserError if rows are missing, do not belong together, or have parameters that were not
+    chosen.
+    """
     found, tuned = read_rows(places.rows, NAMES), read_tuned(places.tuned)
     if strange := found.strange_bases():
         raise UserError(
@@ -125,7 +132,7 @@ def write(places: Places, judged: Sequence[Judged], found: Findings, tuned: Tune
     about = About(
         plan["setting"], plan["covers"], f"{platform.machine()}, {os.cpu_count()} cores", commits, plan["remarks"] or {}, DATA
     )  # fmt: skip
-    text = page(judged, found, tuned, about)  # before files change: a remark may be wrong
+    text = page(judged, found, tuned, about)  # before files change, because a remark may raise
     places.data.mkdir(parents=True, exist_ok=True)
     for name, picture in draw_all(found).items():
         (places.data / f"{name}.svg").write_text(picture, encoding="utf-8")
@@ -143,7 +150,7 @@ def told(judged: Sequence[Judged]) -> list[str]:
 
 
 def compared(quick: Sequence[Judged], found: Findings, committed: Path) -> list[str]:
-    """What one replicate can say: how many of its scores, and of the effects that decide, are the committed ones of that replicate."""
+    """Comparison of one replicate with the committed numbers: how many of its scores, and of the deciding effects, are equal."""
     try:
         before = read_rows(committed / ROWS, NAMES)
         kept = json.loads((committed / "claims.json").read_text(encoding="utf-8"))
@@ -176,7 +183,9 @@ def _close(one: float, other: float, within: float = 2e-6) -> bool:
 
 
 def commit() -> str:
-    """The commit of the code that runs, marked where code or studies were changed since (rows and parameters are what it writes)."""
+    """The commit of the code, with a suffix if code or studies have changed since (rows and parameters are outputs and do not
+    count).
+    """
     head = _git("rev-parse", "--short=12", "HEAD")
     changed = _git(
         "status",
@@ -195,7 +204,7 @@ def _git(*line: str) -> str:
 
 
 def reproduce(options: argparse.Namespace) -> list[str]:
-    """What the command line asks for; returns what to tell a person. Raises UserError."""
+    """Carry out the options; returns the lines to print. Raises UserError."""
     out = options.out or Path("runs/time_claims_quick" if options.quick else "runs/time_claims")
     places = Places(out, options.page or (out / "reproduction.md" if options.quick else PAGE))
     names = tuple(options.only or (STUDY_NAMES if options.quick else NAMES))

@@ -1,9 +1,10 @@
 """The claims of TIME (arXiv 2412.06712), each as comparisons of scores that could come out either way.
 
-The claims are cited from public summaries of the paper, not from its tables. Effects are in GM (the geometric mean of KA and ZS) at the
-last task unless a part says otherwise, and all strategies beside one another share stream, base, recipe, budget and evaluation. Invariant:
-what is compared with "the best" is compared with what was best on the validation split of the tuning order (`Tuned`), so no judged number
-bears on the choice; a part whose study or split of ZS is not there is left out.
+The claims are cited from public summaries of the paper, not from its tables. Effects are in GM (the geometric mean of KA and ZS)
+at the last task unless a part says otherwise. All strategies in a comparison share stream, base, recipe, budget and evaluation.
+
+Invariant: "the best" means the best on the validation split of the tuning order (`Tuned`), so no judged number affects the
+choice; a part whose study or split of ZS is missing is left out.
 """
 
 from collections.abc import Callable
@@ -52,7 +53,7 @@ def claims_of(found: Findings, tuned: Tuned) -> tuple[Claim, ...]:
 
 
 def elsewhere(found: Findings, what: str, measured: Callable[..., pd.Series]) -> list[Part]:
-    """A comparison in the other settings that were studied: dataset after dataset, and the longest stream. Decides nothing."""
+    """A comparison in the other settings that were studied: dataset after dataset, and the longest stream. It decides nothing."""
     parts = []
     if found.has(DATASETS):
         parts.append(Part("datasets", f"{what}, dataset after dataset", measured(DATASETS), beside=True))
@@ -63,7 +64,7 @@ def elsewhere(found: Findings, what: str, measured: Callable[..., pd.Series]) ->
 
 
 def time_matters(found: Findings, tuned: Tuned) -> Claim:
-    """C1: offline merging, even by its best technique, falls behind training on in time."""
+    """C1: offline merging, even by its best technique, is worse than continual fine-tuning over time."""
     with_replay, without = tuned.offline(True), tuned.offline(False)
 
     def behind(study: str, metric: str = "gm", **more: Any) -> pd.Series:
@@ -107,7 +108,7 @@ def time_matters(found: Findings, tuned: Tuned) -> Claim:
 
 
 def techniques_alike(found: Findings, tuned: Tuned) -> Claim:
-    """C2: among offline techniques, none gets far above averaging; the yardstick is what averaging lacks to the baseline."""
+    """C2: no offline technique is far better than averaging, measured by the gap between averaging and the baseline."""
     offline = found.final(OFFLINE, **OFFLINE_CELL, replay=False)
     plain = found.metric(OFFLINE, **OFFLINE_AVERAGE, replay=False, params="{}")
     chosen: dict[str, Any] = {**tuned.offline(False), "replay": False}
@@ -168,7 +169,7 @@ def replay_and_recency(found: Findings) -> Claim:
 
 
 def strategy_over_technique(found: Findings) -> Claim:
-    """C4: where experts start and what is deployed explains more of the scores than how weights are combined."""
+    """C4: initialization and deployment explain more of the scores than the technique."""
     everywhere, in_time = explained_variance(found), explained_variance(found, offline=False)
     over, later = (
         {
@@ -272,7 +273,7 @@ def multitask(found: Findings) -> Claim:
     def zero(metric: str = "gm") -> pd.Series:
         return found.metric(
             BUDGETS, metric, **ZERO_SHOT, multiplier=low
-        )  # one trajectory: no budget bears on it
+        )  # one trajectory, which is independent of the budget
 
     def joint(multiplier: float, metric: str = "gm") -> pd.Series:
         return found.metric(MULTITASK, metric, init="joint", multiplier=multiplier)
@@ -300,7 +301,7 @@ def multitask(found: Findings) -> Claim:
 
 
 def horizons(found: Findings, tuned: Tuned) -> Claim:
-    """C8: the order of like strategies survives a longer stream of the same total budget."""
+    """C8: the order of similar strategies is the same in a longer stream of the same total budget."""
     rows = found.final(HORIZONS, **AVERAGED)
     rows = rows[rows["deploy"] != "base"]
     short, long = int(rows["tasks"].min()), int(rows["tasks"].max())

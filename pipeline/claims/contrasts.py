@@ -1,6 +1,6 @@
-"""What claims are made of: the studies by name, strategies as rows are picked by, and differences between them.
+"""The parts of claims: the studies by name, strategies as selections of rows, and differences between them.
 
-Invariant: every function gives a number per replicate, or the constant of all, and knows no claim.
+Invariant: every function gives a number per replicate, or one constant for all, and depends on no claim.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,8 +25,9 @@ GROUPS = (
     ("latest/all", "ema/all"),
     ("base/all", "base/ema"),
 )
-"""Strategies (init/deploy) of a kind: those that go on from what they serve, those that serve the average of a chain, those that
-start every expert at the base. C8 looks at the order within them."""
+"""Groups of similar strategies (init/deploy): those that continue from what they serve, those that serve the average of a chain,
+those that start every expert at the base. C8 compares the order within them.
+"""
 APART = {
     "ka": "KA", "zs": "ZS", "zs_replayed": "ZS on sets of which the replay pool holds the training side",
     "zs_never_replayed": "ZS on sets of which nothing is ever replayed",
@@ -40,7 +41,7 @@ def ends(found: Findings) -> tuple[float, float]:
 
 
 def merged_cells(found: Findings, offline: bool = True) -> pd.DataFrame:
-    """The cells in which a technique has a say, with `cell` = init/deploy; without `init: base` unless `offline`."""
+    """The cells with a technique, with `cell` = init/deploy; without `init: base` unless `offline`."""
     rows = found.final(CELLS)
     rows = rows[(rows["technique"] != "-") & (offline | (rows["init"] != "base"))]
     return rows.assign(cell=rows["init"] + "/" + rows["deploy"])
@@ -69,7 +70,7 @@ def explained_variance(found: Findings, offline: bool = True) -> pd.DataFrame:
 def difference(
     found: Findings, study: str, one: dict[str, Any], other: dict[str, Any], metric: str = "gm", **more: Any
 ) -> pd.Series:
-    """One strategy less another, replicate by replicate."""
+    """One strategy less another, per replicate."""
     return found.metric(study, metric, **one, **more) - found.metric(study, metric, **other, **more)
 
 
@@ -81,7 +82,7 @@ def across(one: pd.Series, other: pd.Series) -> pd.Series:
 def apart(
     says: str, values: Any, metrics: tuple[str, ...] = tuple(APART), prefix: str = ""
 ) -> Iterator[Part]:
-    """A comparison in KA, in ZS, and in the two groups of held-out sets apart; those that were not scored are left out."""
+    """A comparison in KA, in ZS, and in each of the two groups of held-out sets; groups that were not scored are left out."""
     for metric in metrics:
         found = values(metric)
         if not found.isna().any():
@@ -89,13 +90,13 @@ def apart(
 
 
 def tuned_only(found: Findings, where: dict[str, Any]) -> str:
-    """The parameters of an offline technique's trajectory that are no schedule."""
+    """The parameters of an offline technique's trajectory without a schedule."""
     rows = found.final(OFFLINE, **{**where, "replay": False})
     return str(next(params for params in rows["params"] if "schedule" not in params))
 
 
 def step_of(groups: Sequence[Sequence[str]]) -> float:
-    """What one pair more or less in order changes in Kendall's tau."""
+    """The change of Kendall's tau when one pair changes its order."""
     return 2 / sum(len(group) * (len(group) - 1) // 2 for group in groups)
 
 

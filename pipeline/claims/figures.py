@@ -1,6 +1,6 @@
-"""The figures of a reproduction: the studies' final scores, and one over time. SVG, drawn offline.
+"""The figures of a reproduction: the final scores of the studies, and GM over time. SVG, drawn offline.
 
-Invariant: a figure shows means over replicates with every replicate beside them; nothing is left out that its claim names.
+Invariant: a figure shows means over replicates and every replicate beside them; it includes everything that its claim names.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import pandas as pd
 from pipeline.claims import contrasts
 from pipeline.claims.results import Findings, readable
 from pipeline.claims.tuning import TUNING
-from pipeline.report import figures as report
+from pipeline.report import style as report
 from pipeline.report.page import svg_of
 
 COLOURS = [*report.COLOURS, report.BLACK, "#888888", "#8C564B"]
@@ -146,7 +146,7 @@ def variance(found: Findings) -> Any:
 
 
 def grown(rows: pd.DataFrame, column: str, title: str, log: bool = False) -> Any:
-    """Final GM of each averaged strategy against one axis of a study, whose `rows` these are."""
+    """Final GM of each averaged strategy against one axis of a study, given the study's `rows`."""
     rows = named(rows[rows["technique"].isin(contrasts.AVERAGED["technique"])])
     mean = rows.groupby(["strategy", column], as_index=False, sort=False)["gm"].mean()
     order = list(dict.fromkeys(rows[column]))
@@ -160,7 +160,7 @@ def grown(rows: pd.DataFrame, column: str, title: str, log: bool = False) -> Any
 
 
 def weights(found: Findings) -> Any:
-    """KA, ZS and GM of Best-in-TIME against the weight of the new expert, as the tuning saw it."""
+    """KA, ZS and GM of Best-in-TIME against the weight of the new expert, in the tuning study."""
     rows = found.final(TUNING[0], **contrasts.BEST_IN_TIME)
     rows = rows.assign(weight=rows["params"].str.extract(r'"weight": ([0-9.]+)')[0].astype(float))
     rows = rows.melt(["weight", "replicate"], ["ka", "zs", "gm"], var_name="metric", value_name="score")
@@ -173,13 +173,13 @@ def weights(found: Findings) -> Any:
 
 
 def named(rows: pd.DataFrame) -> pd.DataFrame:
-    """With `cell` (init/deploy) and `strategy`, its name for people."""
+    """`rows` with `cell` (init/deploy) and `strategy`, the name that the page uses."""
     cell = rows["init"] + "/" + rows["deploy"]
     return rows.assign(cell=cell, strategy=cell.map(NAMES))
 
 
 def _colour(rows: pd.DataFrame) -> alt.Color:
-    """One colour per strategy, the same in every figure; the legend has those that `rows` show."""
+    """One colour per strategy, the same in every figure; the legend has those in `rows`."""
     shown = [cell for cell in HUES if cell in set(rows["cell"])]
     scale = alt.Scale(domain=[NAMES[cell] for cell in shown], range=[HUES[cell] for cell in shown])
     return alt.Color("strategy:N", title=None, scale=scale, legend=LEGEND)

@@ -1,16 +1,21 @@
-"""How a claim is judged: an interval per comparison, one of four verdicts, one correction for how many are asked.
+"""How a claim is judged: an interval per comparison, one of four verdicts, and a correction for the number of comparisons.
 
-A comparison asks whether an effect lies above its `bar` (0, unless it says otherwise). By the interval of the mean over replicates it is
-*equivalent* if the whole interval lies within `margin` of the bar (a difference too small to count, whatever its sign), else *holds* if the
-interval lies above the bar, *refuted* if it lies below, and *undecided* if the bar is inside. The bar of an ordering is 0 and not the
-margin, because the paper claims orderings; the size is shown beside. A claim needs all of its comparisons, in any order: it has the worst
-verdict among them, from refuted over equivalent and undecided to holds (an intersection-union test).
+A comparison asks whether an effect lies above its `bar` (0 by default). By the interval of the mean over replicates it is
 
-Multiplicity: Holm over all comparisons that decide some claim. The most certain of m is judged by its interval at 1 - .05/m, the next at
-1 - .05/(m-1), and so on until the first that stays undecided; those after it stay undecided too. Every wrong verdict needs an interval
-that misses its effect, so the chance of any wrong one on a page is about .05 at most.
+- *equivalent* if the whole interval lies within `margin` of the bar (a difference too small to count, whatever its sign)
+- else *holds* if the interval lies above the bar, and *refuted* if it lies below
+- else *undecided*: the bar is inside
 
-Invariant: pure functions; the rule knows neither claim nor strategy. A replicate alone, or replicates without any spread, decide nothing.
+The bar of an ordering is 0 and not the margin, because the paper claims orderings; the size is shown beside. A claim needs all of
+its comparisons, in any order: it has the worst verdict among them, from refuted over equivalent and undecided to holds (an
+intersection-union test).
+
+Multiplicity: Holm over all comparisons that decide some claim. The most certain of m is judged by its interval at 1 - .05/m, the
+next at 1 - .05/(m-1), and so on until the first that stays undecided; those after it stay undecided too. Every wrong verdict
+needs an interval that misses its effect, so the chance of any wrong one on a page is about .05 at most.
+
+Invariant: pure functions; the rule depends on neither claim nor strategy. One replicate, or replicates without any spread, decide
+nothing.
 """
 
 import math
@@ -32,11 +37,11 @@ POINT = 0.01
 
 @dataclass(frozen=True)
 class Part:
-    """One comparison: `values` (one per replicate) above `bar` speak for the claim; within `margin` of it they are no difference.
+    """One comparison: `values` (one per replicate) above `bar` support the claim; within `margin` of it they are no difference.
 
-    `margin` 0 means that no difference is too small (shares, ranks). `step` is the distance between two values that the effect can take,
-    if it cannot take all (ranks): then no spread is taken to be less than that of rounding to it. Parts that only stand `beside` bear on
-    no verdict. `key` names the part within its claim.
+    `margin` 0 means that no difference is too small (shares, ranks). `step` is the distance between two possible values of the
+    effect, if it is discrete (ranks): the spread is then at least that of rounding to it. Parts that are `beside` affect no
+    verdict. `key` names the part within its claim.
     """
 
     key: str
@@ -53,25 +58,25 @@ class Part:
 
     @property
     def error(self) -> float:
-        """The standard error of the mean; NaN for one replicate and where all are the same, which says nothing of the spread."""
+        """The standard error of the mean; NaN for one replicate, and if all are equal, because the spread is then unknown."""
         if len(self.values) < 2:
             return math.nan
         spread = max(float(self.values.std(ddof=1)), self.step / math.sqrt(12))
         return spread / math.sqrt(len(self.values)) if spread > 1e-12 else math.nan
 
     def half_width(self, alpha: float = ALPHA) -> float:
-        """Half of the interval of the mean at 1 - alpha (Student's t); NaN where there is none."""
+        """Half of the interval of the mean at 1 - alpha (Student's t); NaN without one."""
         return float(stats.t.ppf(1 - alpha / 2, len(self.values) - 1)) * self.error
 
     @property
     def alone(self) -> str:
-        """The verdict by the plain 95 % interval, as if nothing else had been asked."""
+        """The verdict by the plain 95 % interval, without correction for other comparisons."""
         return verdicts([self])[0][0]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim, what the paper says (`paper`), its comparisons, and sentences of numbers that belong to it."""
+    """A claim, the paper's words (`paper`), its comparisons, and sentences with numbers that belong to it."""
 
     number: str
     claim: str
@@ -94,19 +99,19 @@ class Judged:
 
     @property
     def verdict(self) -> str:
-        """The worst of its parts'."""
+        """The worst verdict of its parts."""
         return min(self.verdicts, key=VERDICTS.index)
 
     @property
     def settled_by(self) -> Part:
-        """The part that has the verdict of the claim: of several that fail the most certain one, else the least certain one."""
+        """The part with the verdict of the claim: the most certain of those that fail, else the least certain one."""
         same = [place for place, verdict in enumerate(self.verdicts) if verdict == self.verdict]
         pick = min if self.verdict in (REFUTED, EQUIVALENT) else max
         return self.claim.deciding[pick(same, key=lambda place: self.p[place])]
 
 
 def judge(claims: Sequence[Claim]) -> tuple[Judged, ...]:
-    """All claims of a page; their deciding parts are one family."""
+    """Judge all claims of a page; their deciding parts are one family."""
     family = [part for claim in claims for part in claim.deciding]
     found, p = verdicts(family)
     answer, at = [], 0
@@ -118,7 +123,7 @@ def judge(claims: Sequence[Claim]) -> tuple[Judged, ...]:
 
 
 def verdicts(family: Sequence[Part]) -> tuple[list[str], list[float]]:
-    """The verdict of each part and its p after Holm, the parts being one family."""
+    """The verdict of each part and its p after Holm; the parts are one family."""
     codes, p = decide(
         [part.mean for part in family], [part.error for part in family], [len(part.values) - 1 for part in family],
         [part.bar for part in family], [part.margin for part in family],
@@ -168,7 +173,7 @@ def _tail(
 
 
 def plain(one: Judged) -> dict[str, Any]:
-    """As JSON, all digits; numbers that are not there are null."""
+    """As JSON, all digits; missing numbers are null."""
     decided = dict(
         zip((part.key for part in one.claim.deciding), zip(one.verdicts, one.p, strict=True), strict=True)
     )
@@ -192,10 +197,10 @@ def plain(one: Judged) -> dict[str, Any]:
 
 
 def shares(cells: pd.DataFrame, value: str, rows: str, columns: str) -> dict[str, float]:
-    """How the variance of a full two-way table is shared out: {rows, columns, interplay}, of a sum of 1.
+    """The shares of the variance of a full two-way table: {rows, columns, interplay}, with sum 1.
 
-    Sums of squares of the main effects and of what is left, over the total (a balanced two-way analysis of variance with
-    one observation a cell). Raises ValueError on a table with a gap or with no variance.
+    Sums of squares of the main effects and of the rest, over the total (a balanced two-way analysis of variance with one
+    observation a cell). Raises ValueError on a table with a gap or without variance.
     """
     table = cells.pivot(index=rows, columns=columns, values=value)
     if table.isna().to_numpy().any():
@@ -212,7 +217,7 @@ def shares(cells: pd.DataFrame, value: str, rows: str, columns: str) -> dict[str
 def kept_order(short: pd.Series, long: pd.Series, groups: Sequence[Sequence[str]]) -> float:
     """Kendall's tau over the pairs within `groups`: pairs in the same order in both minus pairs in another, over all pairs.
 
-    Equal values count as neither. Raises ValueError where no group has a pair.
+    Equal values count as neither. Raises ValueError if no group has a pair.
     """
     signs = [
         math.copysign(1, (short[one] - short[other]) * (long[one] - long[other]))

@@ -1,7 +1,7 @@
-"""docs/reproduction.md from what was found: written by a program from first to last line.
+"""Writes docs/reproduction.md, from first to last line, from the rows and verdicts.
 
-Invariant: every number is of this reproduction; a remark (a person's explanation) is shown only beside the verdict that it was
-written for, its numbers are looked up (`remarks.py`), and what was not judged is said.
+Invariant: every number is of this reproduction. A remark (a person's explanation) is shown only beside the verdict that it was
+written for, and its numbers are looked up (`remarks.py`). What was not judged is stated.
 """
 
 import math
@@ -28,7 +28,7 @@ FIGURES_OF = {
     "C7": {"budgets": "Final GM by budget"},
     "C8": {"horizons": "Final GM by number of tasks, the total budget being the same"},
 }  # fmt: skip
-"""Name and caption; the figure over time opens the page."""
+"""Name and caption; the figure over time is at the top of the page."""
 WORDS = {
     HOLDS: "the effect is there: its whole interval lies above the bar",
     REFUTED: "the opposite is there: the whole interval lies below the bar",
@@ -36,12 +36,12 @@ WORDS = {
     UNDECIDED: "the interval has the bar inside and is too wide to say",
 }
 BESIDE = {HOLDS: "above", REFUTED: "below", EQUIVALENT: "no difference", UNDECIDED: "open"}
-"""The same in words for comparisons that decide nothing."""
+"""The same as words for comparisons that decide nothing."""
 
 
 @dataclass(frozen=True)
 class About:
-    """How a page came about: `setting` and `remarks` are a person's, `folder` is where figures and tables lie beside it."""
+    """The context of a page: `setting` and `remarks` are written by a person, `folder` is where figures and tables are beside it."""
 
     setting: str
     covers: str
@@ -52,7 +52,7 @@ class About:
 
 
 def page(judged: Sequence[Judged], found: Findings, tuned: Tuned, about: About) -> str:
-    """The whole page in Markdown. Raises UserError for a remark with a number that is not to be had."""
+    """The whole page in Markdown. Raises UserError for a remark with a number that cannot be looked up."""
     return "\n".join(
         [
             *_opening(judged, about),
@@ -143,7 +143,7 @@ def _row(part: Part, decided: tuple[str, float] | None) -> str:
 
 
 def _aside(part: Part) -> str:
-    """What a part says that decides nothing."""
+    """The words for a part that decides nothing."""
     fixed = math.isnan(part.error) and len(part.values) > 1
     return "the same in all" if fixed else BESIDE[part.alone]
 
@@ -231,7 +231,7 @@ def _made(found: Findings, about: About) -> list[str]:
 
 
 def effect(part: Part) -> str:
-    """`+.137 ± .050`, the 95 % interval of the mean; without it where there is none."""
+    """`+.137 ± .050`, the 95 % interval of the mean, if there is one."""
     half = part.half_width()
     width = "" if math.isnan(half) else f" ± {number(half).lstrip('+')}"
     return f"{number(part.mean)}{width}"

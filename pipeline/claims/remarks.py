@@ -1,9 +1,14 @@
-"""Remarks: a person's sentences whose numbers are looked up, so that no number on the page was typed.
+"""Remarks: sentences of a person whose numbers are looked up, so that no number on the page was typed.
 
-In a remark, braces hold either a comparison, `{C1.gm}`, with `.low`, `.high` for the ends of its 95 % interval, or scores of a study,
-`{cells latest/latest zs}`: study, strategy (init/deploy), metric, and where needed `column=value` words that pick rows further; the mean
-over replicates, with `min` or `max` as the last word the least or largest replicate. A format may follow a colon: `{...:.0%}`. Invariant:
-a name that finds nothing, or several trajectories of one replicate, is an error.
+In a remark, braces hold one of
+
+- a comparison, `{C1.gm}`, with `.low`, `.high` for the ends of its 95 % interval
+- scores of a study, `{cells latest/latest zs}`: study, strategy (init/deploy), metric, and where needed `column=value` words that
+  select rows; the value is the mean over replicates, or with `min` or `max` as the last word the least or largest replicate
+
+A format may follow a colon: `{...:.0%}`.
+
+Invariant: a name that finds nothing, or several trajectories of one replicate, is an error.
 """
 
 import re
@@ -21,11 +26,11 @@ _SCORES = re.compile(
     r"(?P<study>\w+) (?P<init>\w+)/(?P<deploy>\w+) (?P<metric>\w+)(?P<pairs>( \w+=\S+)*)( (?P<pick>min|max))?"
 )
 TYPED = re.compile(r"\d*\.\d+|\d+ ?%")
-"""What a person must not type: a fraction or a percentage."""
+"""Numbers that must not be typed: a fraction or a percentage."""
 
 
 def filled(text: str, found: Findings, judged: Sequence[Judged]) -> str:
-    """The remark with its numbers. Raises UserError for a name that is not to be had, and for a number that was typed."""
+    """The remark with its numbers. Raises UserError for a name that cannot be looked up, and for a number that was typed."""
     if typed := TYPED.search(_NUMBER.sub("", text)):
         raise UserError(
             f"a remark has the number {typed.group()} typed in; name where it comes from: {text.strip()[:80]}"

@@ -1,8 +1,9 @@
-"""What the studies of a reproduction found, as one frame: a row per trajectory, kept as a CSV file per study.
+"""The results of the studies of a reproduction as one frame: a row per trajectory, kept as a CSV file per study.
 
-Verdicts, figures and page are made of these files alone, so a study can be run in a session of its own and its store be thrown away.
-Invariant: every number is one of a study's results.json, rounded to six digits, and what a row is (replicate, replay, parameters) is
-read from the study that lies beside it, never from names.
+Verdicts, figures and page are made from these files alone, so studies can be run separately and their stores deleted.
+
+Invariant: every number is one of a study's results.json, rounded to six digits. The replicate, replay and parameters of a row are
+read from the study file beside it, never from names.
 """
 
 import json
@@ -21,7 +22,7 @@ from pipeline.study.grid import Cell
 
 METRICS = ("ka", "zs", "zs_replayed", "zs_never_replayed", "gm")
 STREAM = tuple(f"stream_{metric}" for metric in METRICS)
-"""The same, as means over the points t >= 1."""
+"""The same metrics, as means over the points t >= 1."""
 CELL = ("study", "init", "deploy", "technique", "params", "replay", "model", "multiplier", "lr", "tasks")
 COLUMNS = (*CELL, "replicate", "trajectory", "split", *METRICS, *STREAM, "over_time", "plan", "commit")
 TEXT = ("study", "init", "deploy", "technique", "params", "model", "replicate", "trajectory", "split", "over_time", "plan", "commit")  # fmt: skip
@@ -32,7 +33,7 @@ DIGITS = 6
 class Findings:
     """Rows (`COLUMNS`) of several studies. Scores are fractions in [0, 1], at the last t or (`STREAM`) over all t >= 1.
 
-    `over_time` is GM at t = 0, 1, ..., separated by blanks; `replicate` is what a repetition is called; what was not scored is NaN.
+    `over_time` is GM at t = 0, 1, ..., separated by blanks; `replicate` is the name of a repetition; what was not scored is NaN.
     """
 
     rows: pd.DataFrame
@@ -41,7 +42,7 @@ class Findings:
         return bool((self.rows["study"] == study).any())
 
     def final(self, study: str, **where: Any) -> pd.DataFrame:
-        """The rows of a study that are as `where` says. Raises UserError if there are none."""
+        """The rows of a study that match `where`. Raises UserError if there are none."""
         rows = self.rows[self.rows["study"] == study]
         for column, value in where.items():
             rows = rows[rows[column].isin(value) if isinstance(value, list) else rows[column] == value]
@@ -50,7 +51,7 @@ class Findings:
         return rows
 
     def metric(self, study: str, name: str = "gm", **where: Any) -> pd.Series:
-        """One number per replicate. Raises UserError if `where` leaves none, or several to a replicate."""
+        """One number per replicate. Raises UserError if `where` selects none, or several of a replicate."""
         rows = self.final(study, **where)
         if rows["replicate"].duplicated().any():
             several = sorted(set(rows["trajectory"]))[:4]
@@ -58,13 +59,15 @@ class Findings:
         return rows.set_index("replicate")[name].sort_index()
 
     def strange_bases(self) -> list[str]:
-        """Studies whose zero-shot score is not that of the first study with the same model and split: of another base or other sets."""
+        """Studies whose zero-shot score differs from that of the first study with the same model and split: another base or other
+        sets.
+        """
         zero = self.rows[(self.rows["init"] == "base") & (self.rows["deploy"] == "base")]
         first = zero.groupby(["model", "split"], sort=False)["gm"].transform("first")
         return sorted(set(zero[(zero["gm"] - first).abs() > 10**-DIGITS]["study"]))
 
     def of_one_replicate(self) -> "Findings":
-        """Of each study its first replicate alone: what a quick reproduction has."""
+        """The first replicate of each study: the rows of a quick reproduction."""
         first = self.rows.groupby("study")["replicate"].transform("first")
         return Findings(self.rows[self.rows["replicate"] == first])
 
@@ -83,7 +86,7 @@ def write_rows(folder: Path, rows: pd.DataFrame) -> Path:
 
 
 def read_rows(folder: Path, studies: Sequence[str]) -> Findings:
-    """What `write_rows` wrote, of those `studies` that are there. Raises UserError if none is."""
+    """The rows that `write_rows` wrote for those `studies` that exist. Raises UserError if none does."""
     frames = [_read(folder / f"{name}.csv") for name in studies if (folder / f"{name}.csv").is_file()]
     if not frames:
         raise UserError(f"{folder} holds no rows of any study; run python -m pipeline.claims first")
@@ -143,7 +146,7 @@ def _described(trajectory: Mapping[str, Any], cell: Cell) -> dict[str, Any]:
 
 
 def _replicate(cell: Cell) -> str:
-    """The order of tasks, by its seed or its first tasks; of a joint training, which has no order, the seed of the training."""
+    """The order of tasks, by its seed or its first tasks; the seed of the training for joint training, which has no order."""
     stream = cell.stream
     if cell.strategy.joint:
         return f"order {cell.seed}"
@@ -152,5 +155,5 @@ def _replicate(cell: Cell) -> str:
 
 
 def readable(params: str) -> str:
-    """The parameters of a row for people: `scale: 0.3`; nothing where they are the defaults."""
+    """The parameters of a row as text: `scale: 0.3`; empty for the defaults."""
     return params.strip("{}").replace('"', "")

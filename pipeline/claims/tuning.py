@@ -1,9 +1,11 @@
-"""What is chosen before anything is judged: parameters and rivals, on the validation split of an order that no claim is judged on.
+"""Parameters and rivals, chosen before anything is judged, on the validation split of an order that no claim is judged on.
 
-Each cell (init, deploy, technique, with or without replay) has the grid point with the best final GM; of equal ones the first in the
-study wins. The rivals (the best offline technique, the best strategy that is not Best-in-TIME, with replay and without) are the best
-there with the chosen parameters. What was chosen is written to a file (`Tuned`) that the other studies take their parameters from.
-Invariant: what is not tuned (another cell, another technique) is never judged here, and no judged number bears on a choice.
+Each cell (init, deploy, technique, with or without replay) gets the grid point with the best final GM; of equal ones the first in
+the study wins. The rivals (the best offline technique, the best strategy that is not Best-in-TIME, with replay and without) are
+the best there with the chosen parameters. The choices are written to a file (`Tuned`), from which the other studies take their
+parameters.
+
+Invariant: a cell or technique that is not tuned is never judged, and no judged number affects a choice.
 """
 
 import itertools
@@ -33,17 +35,18 @@ class Tuned:
     strategy: Mapping[bool, tuple[str, str]]
 
     def offline(self, replay: bool) -> dict[str, str]:
-        """The best offline technique, as `where` of `Findings`."""
+        """The best offline technique, as a `where` of `Findings`."""
         return {"init": "base", "deploy": "all", "technique": self.technique[replay]}
 
     def rival(self, replay: bool) -> dict[str, Any]:
-        """The best strategy beside Best-in-TIME, likewise."""
+        """The best strategy other than Best-in-TIME, as a `where` of `Findings`."""
         init, deploy = self.strategy[replay]
         return {"init": init, "deploy": deploy, "technique": ["average", "-"]}
 
 
 def swept(found: Findings) -> pd.DataFrame:
-    """Every point of the grids: `CELL`, params, ka, zs, gm, whether it is the `chosen` one of its cell, and whether at an `edge`.
+    """Every point of the grids: `CELL`, params, ka, zs, gm, whether it is the `chosen` one of its cell, and whether it is at an
+    `edge`.
 
     An edge is the least or the largest value of a grid of several.
     """
@@ -61,7 +64,7 @@ def swept(found: Findings) -> pd.DataFrame:
 
 
 def tune(found: Findings) -> Tuned:
-    """What the grids choose."""
+    """The parameters and rivals that the grids choose."""
     rows = swept(found)
     rows = rows[rows["chosen"]]
     offline = rows[(rows["init"] == "base") & (rows["deploy"] == "all")]
@@ -85,7 +88,7 @@ def _best_strategy(rows: pd.DataFrame) -> tuple[str, str]:
 
 
 def write_tuned(path: Path, tuned: Tuned) -> None:
-    """As YAML, a line per cell."""
+    """Write as YAML, a line per cell."""
     lines = [HEAD + "parameters:"]
     lines += [
         f"  - {_flow({**dict(zip(CELL, cell, strict=True)), 'params': dict(params)})}"
@@ -105,7 +108,7 @@ def _flow(value: Mapping[str, Any]) -> str:
 
 
 def read_tuned(path: Path) -> Tuned:
-    """What `write_tuned` wrote. Raises UserError if there is no such file."""
+    """Read the file that `write_tuned` wrote. Raises UserError if there is no such file."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -120,9 +123,10 @@ def read_tuned(path: Path) -> Tuned:
 
 
 def with_parameters(study: Mapping[str, Any], tuned: Tuned) -> list[dict[str, Any] | str]:
-    """`grid.strategies` of a raw study with the tuned parameters in every entry that has a technique and no parameters of its own.
+    """`grid.strategies` of a raw study with the tuned parameters in every entry that has a technique and no parameters of its
+    own.
 
-    Entries with lists stand for every combination of them, as in any study. Raises UserError for a cell that was not tuned.
+    Entries with lists stand for every combination, as in any study. Raises UserError for a cell that was not tuned.
     """
     return [
         strategy
@@ -159,7 +163,7 @@ def _combinations(
 
 
 def strangers(found: Findings, tuned: Tuned) -> list[str]:
-    """Trajectories outside the tuning whose parameters are not the chosen ones, each with what it should have."""
+    """Trajectories outside the tuning whose parameters are not the chosen ones, each with the expected parameters."""
     told = []
     for row in found.rows[~found.rows["study"].isin(TUNING)].to_dict("records"):
         wanted, given = tuned.params.get(tuple(row[key] for key in CELL)), json.loads(row["params"])

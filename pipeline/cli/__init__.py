@@ -1,4 +1,4 @@
-"""The `temporal-merge` command: which commands there are, their options, and what they show; each calls one function of another folder.
+"""The `temporal-merge` command: its subcommands, their options, and their output; each calls one function of another folder.
 
 Used from outside: `app` (`main`, the entry point). `python -m pipeline.cli` is the same command.
 """

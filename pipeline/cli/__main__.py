@@ -1,4 +1,4 @@
-"""`python -m pipeline.cli`: the command where its console script is not on the PATH."""
+"""`python -m pipeline.cli`: the command if its console script is not on the PATH."""
 
 from pipeline.cli.app import main
 

@@ -1,28 +1,42 @@
-"""The `temporal-merge` command: what commands there are, and how a command ends.
+"""The `temporal-merge` command: its subcommands, and its exit codes.
 
-Invariant: importing this module stays cheap (no torch, ray or mlflow), and a person's mistake ends with exit code 2 and
-one clear message; 0 is done, 1 is a failure that is not the user's, 130, 141 (nobody reads the answer) and 143 are signals.
+Invariant: importing this module stays cheap (no torch, ray or mlflow). A user's mistake ends with exit code 2 and one clear
+message. 0 is success, 1 is a failure that is not the user's, 130, 141 (the reader of the output is gone) and 143 are signals.
 """
 
 import os
+import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 from cluster.code import own_code_first
 from pipeline.cli import files as cli_files
+from pipeline.cli import merging as cli_merging
+from pipeline.cli import own as cli_own
+from pipeline.cli import service as cli_service
 from pipeline.cli import signals
 from pipeline.cli import studies as cli_studies
 from pipeline.cli import upkeep as cli_upkeep
 
 PANELS = {
+    "Get started": (cli_own.import_data, cli_own.init),
     "Plan and run": (cli_studies.plan, cli_studies.run, cli_studies.submit, cli_studies.stop),
     "Look": (cli_studies.status, cli_studies.report, cli_upkeep.ui),
-    "Files": (cli_files.merge, cli_files.evaluate, cli_files.techniques, cli_files.check),
-    "Upkeep": (cli_upkeep.verify, cli_upkeep.sync, cli_upkeep.gc),
+    "Files": (
+        cli_merging.merge,
+        cli_merging.recipe,
+        cli_merging.convert,
+        cli_files.evaluate,
+        cli_files.measure,
+        cli_files.techniques,
+        cli_files.check,
+    ),
+    "Upkeep": (cli_upkeep.export, cli_upkeep.verify, cli_upkeep.sync, cli_upkeep.gc, cli_upkeep.pack),
 }
 
 app = typer.Typer(
@@ -37,9 +51,48 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+LIBRARIES = ("torch", "ray", "open_clip_torch", "mlflow")
+"""Libraries whose versions `--version` shows too, for reports of faults."""
+
+
+class PlainHelp(TyperCommand):
+    """A command whose help is plain text, with each option above or beside its explanation; columns in a frame would cut names."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Called by the command line library for --help."""
+        self.rich_markup_mode = None
+        super().format_help(ctx, formatter)
+
+
 for panel, commands in PANELS.items():
     for one in commands:
-        app.command(rich_help_panel=panel)(one)
+        app.command(cls=PlainHelp, rich_help_panel=panel, context_settings={"max_content_width": 110})(one)
+for act in cli_service.COMMANDS:
+    cli_service.app.command(cls=PlainHelp, context_settings={"max_content_width": 110})(act)
+app.add_typer(cli_service.app, rich_help_panel="Serve")
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        others = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+        print(f"temporal-merge {version('temporal-merge')} (Python {platform.python_version()}, {others})")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_say_version,
+            is_eager=True,
+            help="Say which version this is, and of which libraries.",
+        ),
+    ] = False,
+) -> None: ...
 
 
 def main() -> NoReturn:
@@ -60,12 +113,12 @@ def _main() -> int:
     except (typer.Abort, KeyboardInterrupt):
         code = 128 + signals.SIGINT
     except Exception as error:
-        code = 1 if signals.received() else _tell(error)  # whatever breaks on the way out is no news
+        code = 1 if signals.received() else _tell(error)  # errors while ending on a signal are not reported
     return signals.tell(code)
 
 
 def _tell(error: Exception) -> int:
-    """Say what went wrong: the exit code."""
+    """Print what went wrong; returns the exit code."""
     from merge_service.errors import UserError
     from pipeline.console import complain
     from pipeline.files.disk import explain
@@ -73,7 +126,7 @@ def _tell(error: Exception) -> int:
 
     if isinstance(error, ReaderGone):
         return 141
-    if hasattr(error, "show"):  # wrong usage, as the command line library tells it
+    if hasattr(error, "show"):  # wrong usage, reported by the command line library
         error.show()
         return 2
     known = isinstance(error, UserError) or getattr(error, "exit_code", None) == 2
@@ -89,9 +142,11 @@ def _tell(error: Exception) -> int:
 
 
 def _written_out(arguments: Sequence[str]) -> list[str]:
-    """Arguments with `~` and variables replaced that the shell has left; a value of --set is a study's matter. Raises UserError."""
+    """Arguments with `~` and variables replaced that the shell has left; the study replaces those in values of --set. Raises
+    UserError.
+    """
     from merge_service.errors import UserError
-    from pipeline.study.places import expanded
+    from pipeline.files.paths import expanded
 
     answer: list[str] = []
     for argument in arguments:

@@ -1,6 +1,6 @@
-"""The commands about files: checkpoints, techniques, data roots.
+"""The commands for files: checkpoints, techniques, data roots.
 
-Invariant: importing this stays cheap; what a command needs is imported when it is called.
+Invariant: importing this module stays cheap; a command imports what it needs when it is called.
 """
 
 import sys
@@ -9,85 +9,9 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import (
-    AnyBase,
-    AsJson,
-    Base,
-    DeviceName,
-    KeepThresholds,
-    MergedOut,
-    Named,
-    Overrides,
-    Parameters,
-    Parity,
-    ShardSize,
-    StripPrefix,
-    Threads,
-    Workers,
-    WorkersAddress,
-    print_json,
-)
-
-
-def technique_names(begun: str) -> list[str]:
-    """Techniques whose names begin so, for the shell's completion."""
-    from merge_service.techniques import names
-
-    return [name for name in names() if name.startswith(begun)]
-
-
-def merge(
-    experts: Annotated[list[Path], typer.Argument(metavar="EXPERT...", help="Checkpoints, oldest first.")],
-    technique: Annotated[
-        str,
-        typer.Option("--technique", metavar="NAME", help="See `techniques`.", autocompletion=technique_names),
-    ],
-    out: MergedOut,
-    base: Base = None,
-    overrides: Parameters = None,
-    parity: Parity = None,
-    named: Named = None,
-    strip_prefix: StripPrefix = None,
-    any_base: AnyBase = False,
-    threads: Threads = None,
-    workers: Workers = 1,
-    address: WorkersAddress = None,
-    device: DeviceName = None,
-    shard_size: ShardSize = None,
-    keep_thresholds: KeepThresholds = False,
-    as_json: AsJson = False,
-) -> None:
-    """Merge checkpoints on disk; no study, and no cluster unless asked for. Memory does not grow with their number.
-
-    With --workers or --address Ray workers merge, each its part of the tensors: all files must be on storage they share.
-    A checkpoint is a .safetensors file, a sharded *.safetensors.index.json, or a directory holding either.
-
-    Example: temporal-merge merge --technique ties --base base.safetensors --set density=0.2 --out m.safetensors a.safetensors b.safetensors
-    """
-    from merge_service.anatomy import described
-    from pipeline.cli.show import parameters_from
-    from pipeline.merging.files import Execution, FileMerge, ids_from, merge_files
-
-    what = FileMerge(
-        technique, parameters_from(overrides or []), base, experts, out,
-        parity, ids_from(named or [], experts), strip_prefix, any_base,
-    )  # fmt: skip
-    report = merge_files(what, Execution(threads, workers, address, device, shard_size, keep_thresholds))
-    for note in report.notes:
-        print(f"note: {note}", file=sys.stderr)
-    if any(report.stacks.values()) and not as_json:
-        print(f"towers: {described(report.stacks)}")
-    answer = {
-        "out": str(report.out),
-        "technique": technique,
-        "experts": len(experts),
-        "inputs": report.inputs,
-        "seconds": round(report.seconds, 3),
-        **({"towers": report.stacks} if report.stacks else {}),
-    }
-    print_json(answer) if as_json else print(
-        f"{report.out}: {technique} of {len(experts)} checkpoints in {report.seconds:.2f} s"
-    )
+from merge_service.errors import UserError
+from pipeline.cli.merging import technique_names
+from pipeline.cli.options import AsJson, Force, Modules, Overrides, print_json, use_modules
 
 
 def evaluate(
@@ -95,8 +19,27 @@ def evaluate(
         Path, typer.Argument(metavar="CHECKPOINT", help="A weights directory or a .safetensors file.")
     ],
     study: Annotated[
-        Path, typer.Option("--study", metavar="STUDY.yaml", help="Says which data and which model.")
-    ],
+        Path | None,
+        typer.Option(
+            "--study", metavar="STUDY.yaml", help="Says which data and which model; or give --root."
+        ),
+    ] = None,
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            "--root",
+            metavar="DIR",
+            help="A data root, without a study: every dataset of it that has the split.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="NAME",
+            help="With --root: what a file is that has no open_clip_config.json beside it.",
+        ),
+    ] = None,
     datasets: Annotated[
         str | None, typer.Option("--datasets", metavar="a,b", help="Default: all that the study scores.")
     ] = None,
@@ -104,21 +47,107 @@ def evaluate(
         str | None,
         typer.Option("--split", metavar="test|val", help="Default: the study's evaluation.split."),
     ] = None,
+    details: Annotated[
+        str | None,
+        typer.Option(
+            "--details",
+            metavar="all|top5,...",
+            help="Also top5, mean_per_class (the usual one of pets, flowers, aircraft), per_class, confusion.",
+        ),
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Score one checkpoint exactly as a run would: zero-shot top-1, retrieval recall@5, KA, ZS and GM.
 
-    Example: temporal-merge evaluate merged.safetensors --study configs/demo.yaml
+    With --root no study is needed: the datasets of any data root are scored.
+
+    Example: temporal-merge evaluate merged.safetensors --study configs/demo.yaml --details top5,mean_per_class
     """
     from pipeline.cli.show import show_scores
-    from pipeline.run.evaluation import evaluate_checkpoint
+    from pipeline.run.evaluation import score, study_of_root, with_split
+    from pipeline.study.config import load_study
+    from workers.scoring.details import DETAILS
 
-    names = [name.strip() for name in datasets.split(",") if name.strip()] if datasets else None
-    answer = evaluate_checkpoint(checkpoint, study, overrides or [], names, split)
+    if study is not None and root is None and model is None:
+        chosen, names = load_study(study, overrides or []), _listed(datasets)
+    elif root is not None and study is None:
+        chosen = study_of_root(root, checkpoint, model, overrides or [])
+        names = _listed(datasets) or with_split(chosen, split)
+    else:
+        raise UserError("give --study STUDY.yaml, or --root DIR (with --model where the checkpoint needs it)")
+    asked = list(DETAILS) if details == "all" else _listed(details)
+    answer = score(checkpoint, chosen, names, split, asked)
     for note in answer["notes"]:
         print(f"note: {note}", file=sys.stderr)
     print_json(answer) if as_json else show_scores(answer)
+
+
+def measure(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="gram, fisher, kfac or gradient.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A weights directory or a .safetensors file.")
+    ],
+    study: Annotated[
+        Path, typer.Option("--study", metavar="STUDY.yaml", help="Says which data and which model.")
+    ],
+    task: Annotated[
+        str, typer.Option("--task", metavar="NAME", help="The task whose training split is used.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The file of the statistic.")],
+    examples: Annotated[
+        int | None,
+        typer.Option("--examples", metavar="N", help="How many are drawn; default 256 (gradient: 128)."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the draw, and of sampled labels.")] = 0,
+    labels: Annotated[
+        str,
+        typer.Option(
+            "--labels", metavar="sample|expectation|given", help="Of which classes gradients are taken."
+        ),
+    ] = "sample",
+    towers: Annotated[
+        str | None,
+        typer.Option(
+            "--towers",
+            metavar="both|image",
+            help="both: class scores through both towers of the checkpoint; image: with class embeddings and temperature of the "
+            "study's base. Default both.",
+        ),
+    ] = None,
+    precision: Annotated[str, typer.Option("--precision", metavar="fp32|bf16")] = "fp32",
+    device: Annotated[
+        str, typer.Option("--device", metavar="NAME", help="A torch device such as cuda.")
+    ] = "cpu",
+    overrides: Overrides = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what a technique needs to know of an expert on data: once, for every merge of it.
+
+    gram: regmean, lot, mats. fisher: fisher, mats. kfac: mats. gradient, of the base: tatr. Never reads a test split.
+
+    Example: temporal-merge measure gram expert.safetensors --study configs/demo.yaml --task digits --out expert.gram.safetensors
+    """
+    from pipeline.merging.measuring import OfTask, measure_task
+    from pipeline.study.config import load_study
+    from workers.evidence import Asked
+
+    if out.exists() and not force:
+        raise UserError(f"--out {out} is there already; give another --out, or replace it with --force")
+    asked = Asked(kind, examples, seed, labels, towers, precision, device)  # type: ignore[arg-type]
+    found = measure_task(asked, OfTask(checkpoint, load_study(study, overrides or []), task, out))
+    size = out.stat().st_size
+    answer = {"out": str(out), "kind": kind, "examples": found.about.examples, "tensors": len(found), "bytes": size,
+              "expert_sha256": found.about.expert_sha256}  # fmt: skip
+    if as_json:
+        print_json(answer)
+        return
+    print(f"{out}: {kind} of {len(found)} tensors over {found.about.examples} examples, {size / 1e6:.1f} MB")
+
+
+def _listed(text: str | None) -> list[str] | None:
+    return [name.strip() for name in text.split(",") if name.strip()] if text else None
 
 
 def techniques(
@@ -126,15 +155,17 @@ def techniques(
         str | None,
         typer.Argument(metavar="[NAME]", help="One technique in full.", autocompletion=technique_names),
     ] = None,
+    modules: Modules = None,
     as_json: AsJson = False,
 ) -> None:
     """List the merging techniques, or explain one: formula, parameters, needs, forms, paper.
 
     Example: temporal-merge techniques ties
     """
-    from pipeline.cli.show import show_techniques
+    from pipeline.cli.show_files import show_techniques
     from pipeline.merging.techniques import techniques_as_json
 
+    use_modules(modules)
     print_json(techniques_as_json(name)) if as_json else show_techniques(name)
 
 

@@ -1,6 +1,6 @@
 """The arguments and options that several commands share, each with its help.
 
-Invariant: like `pipeline.cli`, importing this stays cheap.
+Invariant: as for `pipeline.cli`, importing this module stays cheap.
 """
 
 import json
@@ -19,7 +19,9 @@ Overrides = Annotated[
 ]
 OutOption = Annotated[
     Path | None,
-    typer.Option("--out", metavar="DIR", help="Where everything goes; default runs/<study name>."),
+    typer.Option(
+        "--out", metavar="DIR", help="Where everything goes; default runs/NAME, by the study's name."
+    ),
 ]
 ShardSize = Annotated[
     str | None,
@@ -45,7 +47,34 @@ MergedOut = Annotated[
         "--out",
         metavar="FILE",
         help="The merged checkpoint: NAME.safetensors, NAME.safetensors.index.json for shards, or a directory when the "
-        "inputs are open_clip directories.",
+        "inputs are directories of open_clip, transformers or diffusers: it then holds all that they open it with.",
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="float32|bfloat16|float16",
+        help="The type of the floats in the output; by default the base's. They are rounded to it once.",
+        show_default=False,
+    ),
+]
+AsStudy = Annotated[
+    bool,
+    typer.Option(
+        "--as-study",
+        help="Name the experts t1, t2, ... and record no file names: the file that a study or a live service makes of them, "
+        "to the byte.",
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is at --out.")]
+Compare = Annotated[
+    bool | None,
+    typer.Option(
+        "--compare/--no-compare",
+        help="Say how the task vectors lie: norms, cosines, sign conflicts. It reads every checkpoint twice more, so by default "
+        "only up to 4 GB of them.",
+        show_default=False,
     ),
 ]
 Base = Annotated[
@@ -77,13 +106,31 @@ StripPrefix = Annotated[
     typer.Option(
         "--strip-prefix",
         metavar="PREFIX",
-        help="Take this off every tensor name that begins with it, e.g. module. ; a prefix that all names of a file have "
-        "and nobody else is taken off by itself.",
+        help="Remove this from every tensor name that begins with it, e.g. module. ; a prefix that all names of one "
+        "file have, and no other file's, is removed automatically.",
     ),
 ]
 AnyBase = Annotated[
     bool,
     typer.Option("--any-base", help="Also merge experts that cannot have been trained from the base."),
+]
+Measurements = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--statistics",
+        metavar="FILE",
+        help="What was measured of an expert (see `measure`), once per expert, in the order of the experts. By default "
+        "EXPERT.KIND.safetensors beside each, for a technique that needs it.",
+    ),
+]
+Coefficients = Annotated[
+    Path | None,
+    typer.Option(
+        "--coefficients",
+        metavar="FILE",
+        help="Factors of task vectors by tensor name or pattern, one per expert: a .safetensors file with tensors [N], or YAML or "
+        "JSON with lists. For techniques that have the parameter.",
+    ),
 ]
 Threads = Annotated[
     int | None,
@@ -112,6 +159,14 @@ DeviceName = Annotated[
         help="A torch device such as cuda or cuda:1 that merges the blocks; by default compiled loops on the CPU do.",
     ),
 ]
+Modules = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--module",
+        metavar="FILE.py",
+        help="A Python file that declares techniques of your own; it is run. May be repeated.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON and nothing else.")]
 
 Dashboard = Annotated[
@@ -125,6 +180,15 @@ Dashboard = Annotated[
 ]
 
 
+def use_modules(files: list[Path] | None) -> None:
+    """Register the techniques of the files given with --module. Raises TechniqueError."""
+    if files:
+        from merge_service.techniques import use_file
+
+        for file in files:
+            use_file(file)
+
+
 def print_json(answer: Any) -> None:
-    """The answer of a command for programs: one JSON value on stdout."""
+    """Print the answer of a command as one JSON value on stdout."""
     print(json.dumps(answer, indent=2))

@@ -1,6 +1,6 @@
-"""Answers for people: plans, progress, results and techniques as tables on a terminal.
+"""Answers as tables on a terminal: plans, progress, results and techniques.
 
-Invariant: showing reads; nothing here decides or changes anything.
+Invariant: only output; nothing here decides or changes anything.
 """
 
 import time
@@ -9,47 +9,23 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from merge_service.errors import UserError
-from merge_service.techniques import broken, get
-from pipeline.console import BUSY, ERROR, GOOD, WARNING, complain
+from pipeline.cli.show_files import new_table
+from pipeline.console import BUSY, ERROR, GOOD, WARNING
 from pipeline.console import console as made_console
-from pipeline.merging.techniques import techniques_as_json
 from pipeline.plan.steps import TEST, Plan, TrajectoryPlan
 from pipeline.results.over_time import grouped, on_split, splits_of, winner
 from pipeline.results.over_time import summary as standings
-from pipeline.run.progress import running_table, standings_table
+from pipeline.run.progress import Moment, bar, running_table, standings_table, troubles_of
+from pipeline.run.timing.pace import duration
 from pipeline.store.versions import mixed_text
 
 STATES = {"running": BUSY, "starting": BUSY, "done": GOOD, "failed": ERROR, "partial": WARNING}
 UNDER_WAY = frozenset({"running", "starting"})
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    return table
-
-
-def parameters_from(overrides: Sequence[str]) -> dict[str, Any]:
-    """`p=v` pairs as a mapping; values are read as YAML. Raises UserError."""
-    answer = {}
-    for text in overrides:
-        key, found, value = text.partition("=")
-        if not found or not key.strip():
-            raise UserError(f"--set {text!r}: write parameter=value, e.g. --set density=0.2")
-        try:
-            answer[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            why = getattr(error, "problem", None) or str(error).splitlines()[0]
-            raise UserError(f"--set {text!r}: the value is not YAML ({why})") from None
-    return answer
 
 
 SHOWN_EVENTS = 8
@@ -61,7 +37,7 @@ LISTED = 60
 def show_plan(workspace: Any, summary: Mapping[str, Any]) -> None:
     """Counts per kind, cost, and the trajectories."""
     console = made_console()
-    steps = _table(
+    steps = new_table(
         f"{summary['study']}: {summary['trajectories']} trajectories",
         "steps",
         "unique",
@@ -75,7 +51,12 @@ def show_plan(workspace: Any, summary: Mapping[str, Any]) -> None:
     cost = "compute not measured" if gflops is None else f"{gflops:,.0f} GFLOPs"
     if naive:
         cost += f" (one by one {naive:,.0f})"
-    console.print(f"still to do: {cost}, {summary['disk_bytes'] / 2**20:,.0f} MiB in {workspace.out}")
+    console.print(f"still to do: {cost}, {_room(summary)} in {workspace.out}")
+    if summary["seconds"]:
+        work, longest = (duration(summary["seconds"][key]) for key in ("work", "longest_chain"))
+        console.print(
+            f"that takes about {work} one step after the other, at least {longest} on any number of workers"
+        )
     path = summary["critical_path"]
     chain = ", ".join(f"{path[kind]} {kind}" for kind in summary["steps"])
     console.print(f"longest chain of steps that must follow one another: {path['steps']} ({chain})\n")
@@ -94,14 +75,26 @@ def show_plan(workspace: Any, summary: Mapping[str, Any]) -> None:
         )  # fmt: skip
 
 
+def _room(summary: Mapping[str, Any]) -> str:
+    """The disk space of a study; if some merges are recipes, also the most at a time and the size of all."""
+    stays, peak, everything = (
+        f"{summary[key] / 2**20:,.0f} MiB" for key in ("disk_bytes", "disk_peak_bytes", "disk_all_bytes")
+    )
+    return (
+        stays
+        if stays == everything
+        else f"{stays} (at most {peak} at a time; storage.keep: all would take {everything})"
+    )
+
+
 def _trajectories(plan: Plan) -> Table:
-    """One line for those that differ in the seed alone; what all have in common is left out."""
+    """One line for trajectories that differ in the seed alone; columns are left out if all have the same value."""
     groups: dict[str, list[TrajectoryPlan]] = {}
     for trajectory in plan.trajectories:
         groups.setdefault(trajectory.group, []).append(trajectory)
     several = len(plan.bases) > 1
     columns = ["trajectory", *(["model"] if several else []), "init", "deploy", "technique", "seeds", "tasks"]
-    table = _table("trajectories", *columns, "steps per task", "per chain")
+    table = new_table("trajectories", *columns, "steps per task", "per chain")
     for group, members in list(groups.items())[:LISTED]:
         one = members[0]
         steps = one.budget["steps_per_task"] if plan.trains(one) else 0
@@ -116,18 +109,26 @@ def _trajectories(plan: Plan) -> Table:
 
 
 def status_view(out: Path, answer: Mapping[str, Any]) -> Group:
-    """State and counts, what is running, where trajectories stand, what failed, what the tracker waits for.
+    """State and counts, running steps, standings of trajectories, failures, rows that wait for the tracker.
 
-    `answer` is that of `status.Look`, or of a cluster (then with its "job", and as far as the job has come).
+    `answer` is that of `status.Look`, or of a cluster (then with its "job", and only the parts that exist so far).
     """
     done = answer.get("steps", {}).get("done")
     total = sum(answer["steps"].values()) if done is not None else 0
-    head = f"{out}: {answer['state']}" + (f", {done} of {total} steps done" if total else "")
-    parts: list[Any] = [Text(head, style=STATES.get(answer["state"], ""))]
+    parts: list[Any] = [Text(f"{out}: {answer['state']}", style=STATES.get(answer["state"], ""))]
+    if total:
+        elapsed, left = answer.get("elapsed"), answer.get("remaining")
+        parts.append(
+            bar(
+                Moment(done, total, elapsed or 0.0, left, answer.get("share") or done / total),
+                elapsed is not None,
+            )
+        )
+    parts += troubles_of(answer.get("troubles", {}))
     if answer.get("job"):
         parts.append(Text(f"job {answer['job']['id']}: {answer['job']['state']}"))
     if answer.get("kinds") and answer["state"] != "done":
-        table = _table("", "steps", "done", "running", "of")
+        table = new_table("", "steps", "done", "running", "of")
         for kind, counts in answer["kinds"].items():
             table.add_row(kind, str(counts["done"]), str(counts["running"]), str(counts["total"]))
         parts.append(table)
@@ -162,7 +163,7 @@ def status_view(out: Path, answer: Mapping[str, Any]) -> Group:
 
 def _events(events: Sequence[Mapping[str, Any]]) -> Table:
     """The last events of a run, oldest first."""
-    table = _table("", "events", "")
+    table = new_table("", "events", "")
     table.columns[1].justify = "left"
     for event in events[-SHOWN_EVENTS:]:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
@@ -171,16 +172,16 @@ def _events(events: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def show_status(out: Path, answer: Mapping[str, Any]) -> None:
-    """How a run stands, once."""
+    """Print the state of a run, once."""
     made_console().print(status_view(out, answer))
 
 
 def watch_status(
     out: Path, look: Callable[[], Mapping[str, Any]], seconds: float, console: Console | None = None
 ) -> None:
-    """How a run stands, look after look, until it is no longer under way; on no terminal a line per change.
+    """Show the state of a run repeatedly until it ends; without a terminal, print a line per change.
 
-    Watching may end at any time: the run goes on.
+    Watching may be interrupted at any time; the run continues.
     """
     console = console or made_console()
     live = Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext()
@@ -204,7 +205,7 @@ def watch_status(
 
 
 def print_results(out: Path, answer: Mapping[str, Any], tracking: Any) -> None:
-    """The tables of KA, ZS (and of its groups where both hold sets) and GM over t, a split at a time, and where to go next."""
+    """The tables of KA, ZS (and of its groups if both hold sets) and GM over t, one split at a time, and the next commands."""
     console = made_console()
     titles = {"ka": "KA, knowledge accumulation", "zs": "ZS, zero-shot retention"}
     if grouped(answer):
@@ -228,7 +229,7 @@ def print_results(out: Path, answer: Mapping[str, Any], tracking: Any) -> None:
 
 
 def run_summary(out: Path, answer: Mapping[str, Any], tracking: Any) -> dict[str, Any]:
-    """How a run ended, for programs: where the results are, standings per group, the trajectory to deploy."""
+    """The result of a run for programs: where the results are, standings per group, the trajectory to deploy."""
     return {
         "out": str(out),
         "results": str(out / "results.json"),
@@ -240,10 +241,10 @@ def run_summary(out: Path, answer: Mapping[str, Any], tracking: Any) -> dict[str
 
 
 def results_table(answer: Mapping[str, Any], key: str, title: str) -> Table:
-    """One score per trajectory and t; the best last value of all is bold."""
+    """One score per trajectory and t; the best final value is bold."""
     trajectories = answer["trajectories"]
     times = sorted({step["t"] for trajectory in trajectories for step in trajectory["steps"]})
-    table = _table(title, "trajectory", *(f"t={t}" for t in times))
+    table = new_table(title, "trajectory", *(f"t={t}" for t in times))
     last = {trajectory["id"]: trajectory["steps"][-1][key] for trajectory in trajectories}
     best = max((value for value in last.values() if value is not None), default=None)
     for trajectory in trajectories:
@@ -255,11 +256,16 @@ def results_table(answer: Mapping[str, Any], key: str, title: str) -> Table:
 
 
 def show_scores(answer: Mapping[str, Any]) -> None:
-    """Scores of one checkpoint."""
+    """Scores of one checkpoint, with the requested details."""
     on = "" if answer["split"] == TEST else f" on {answer['split']}"
-    table = _table(f"{answer['checkpoint']}{on}", "dataset", "score", "samples")
+    details = answer.get("details", {})
+    extra = [name for name in MEANS if any(name in one for one in details.values())]
+    table = new_table(
+        f"{answer['checkpoint']}{on}", "dataset", "score", *(MEANS[name] for name in extra), "samples"
+    )
     for name, score in answer["scores"].items():
-        table.add_row(name, f"{score:.4f}", str(answer["samples"][name]))
+        more = [_share(details.get(name, {}).get(one)) for one in extra]
+        table.add_row(name, f"{score:.4f}", *more, str(answer["samples"][name]))
     console = made_console()
     console.print(table)
     if "gm" in answer:
@@ -272,32 +278,31 @@ def show_scores(answer: Mapping[str, Any]) -> None:
         }
         known = {name: answer[key] for key, name in names.items() if answer[key] is not None}
         console.print("  ".join(f"{name} {value:.4f}" for name, value in known.items()) + on)
+    for name, one in details.items():
+        if "per_class" in one:
+            console.print(f"\n{name}: classes, the worst first", markup=False)
+            classes = new_table("", "class", "score", "samples")
+            for which, found in sorted(one["per_class"].items(), key=lambda entry: entry[1]["score"]):
+                classes.add_row(Text(which), f"{found['score']:.4f}", str(found["samples"]))
+            console.print(classes)
+        if one.get("confusion"):
+            console.print(f"\n{name}: what was taken for what", markup=False)
+            pairs = new_table("", "class", "taken for", "samples")
+            for true, taken, count in one["confusion"][:LISTED]:
+                pairs.add_row(Text(true), Text(taken), str(count))
+            console.print(pairs)
+            if len(one["confusion"]) > LISTED:
+                console.print(f"and {len(one['confusion']) - LISTED} more pairs (--json)")
 
 
-def show_techniques(name: str | None) -> None:
-    """The catalogue, or one technique in full."""
-    console = made_console()
-    if name is None:
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for column in ("technique", "forms", "needs", "parameters", "paper"):
-            table.add_column(column)
-        for one in techniques_as_json(None):
-            parameters = ", ".join(f"{key}={entry['default']}" for key, entry in one["params"].items())
-            table.add_row(
-                one["name"], " ".join(one["forms"]), " ".join(one["needs"]) or "-", parameters, one["paper"]
-            )
-        console.print(table)
-        for which, why in broken().items():
-            complain("warning", f"technique {which} cannot be used: {why}", WARNING)
-        return
-    one = techniques_as_json(name)
-    console.print(f"{one['name']}\n  {one['formula']}\n  paper: {one['paper'] or '-'}", markup=False)
-    origin = get(name).origin
-    if origin is not None:
-        console.print(f"  written in: {origin.module} (sha256 {origin.source})", markup=False, soft_wrap=True)
-    console.print(
-        f"  forms: {', '.join(one['forms'])}\n  needs: {', '.join(one['needs']) or 'nothing but the checkpoints'}"
-    )
-    for key, entry in one["params"].items():
-        allowed = f" [{' | '.join(entry['choices'])}]" if entry["choices"] else ""
-        console.print(f"  {key} = {entry['default']}{allowed}: {entry['doc']}", markup=False)
+MEANS = {
+    "top5": "top-5",
+    "mean_per_class": "mean per class",
+    "image_to_text": "image to text",
+    "text_to_image": "text to image",
+}
+"""Details with one number per dataset."""
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

@@ -1,6 +1,6 @@
-"""How a command ends that is asked to end: in order, with 128 and the number of the signal as its exit code, and a word why.
+"""How a command ends on a signal: in order, with exit code 128 + the number of the signal, and a message.
 
-Invariant: every signal becomes a KeyboardInterrupt in the main thread, the one exception that all libraries pass on as it is
+Invariant: every signal becomes a KeyboardInterrupt in the main thread, the one exception that all libraries pass on unchanged
 (Ray turns a SystemExit into another one). The first signal decides the exit code.
 """
 
@@ -15,7 +15,7 @@ _received: list[signal.Signals] = []
 
 
 def watch() -> None:
-    """Heed the signals from now on, except those that whoever started this process has set to be ignored (as nohup does)."""
+    """Handle the signals from now on, except those that the parent process has set to be ignored (as nohup does)."""
     for number in ENDING:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _interrupt)
@@ -27,18 +27,18 @@ def _interrupt(number: int, _: Any) -> None:
 
 
 def received() -> signal.Signals | None:
-    """The first signal that asked this process to end."""
+    """The first signal that was received, else None."""
     return _received[0] if _received else None
 
 
 def tell(code: int) -> int:
-    """Say which signal ended the command, if one did and if anybody still reads that: the exit code then; else `code`."""
+    """Report the signal that ended the command, if there was one; returns its exit code, else `code`."""
     number = received()
     if number is None or code == 0:
         return code
     from pipeline.console import complain
 
-    with contextlib.suppress(OSError):  # the terminal may be what has gone
+    with contextlib.suppress(OSError):  # the terminal may be gone
         complain(
             "ended", f"by {number.name}; what was finished is kept, give the same command again to go on"
         )

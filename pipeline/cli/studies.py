@@ -1,9 +1,10 @@
-"""The commands that plan, run and look at studies: each reads its arguments, calls one function, shows the answer.
+"""The commands that plan, run and inspect studies: each reads its arguments, calls one function, shows the answer.
 
-Invariant: importing this stays cheap; what a command needs is imported when it is called.
+Invariant: importing this module stays cheap; a command imports what it needs when it is called.
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,17 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli.options import AsJson, Dashboard, OutDir, OutOption, Overrides, StudyFile, print_json
+from pipeline.cli.options import (
+    AsJson,
+    Dashboard,
+    Modules,
+    OutDir,
+    OutOption,
+    Overrides,
+    StudyFile,
+    print_json,
+    use_modules,
+)
 
 
 def run(
@@ -28,6 +39,7 @@ def run(
             "--strict-versions", help="Refuse artifacts in the store that other library versions have made."
         ),
     ] = False,
+    modules: Modules = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a study, or go on where it stopped; what is in OUT already is not done again.
@@ -41,8 +53,9 @@ def run(
     from pipeline.study.config import load_study
 
     check_address(address)
+    use_modules(modules)
     answer = carry_out(load_study(study, overrides or []), out, address, strict_versions=strict_versions)
-    with suppress(ReaderGone):  # the study is done, whether anybody reads of it or not
+    with suppress(ReaderGone):  # the study is done, even if its output is not read
         print_json(run_summary(*answer)) if as_json else print_results(*answer)
 
 
@@ -56,6 +69,13 @@ def plan(
             "--save-streams", metavar="DIR", help="Also write every stream there as a file to share."
         ),
     ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate", help="Train a few steps of each model here, to estimate how long the study takes."
+        ),
+    ] = False,
+    modules: Modules = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what would run: steps shared between trajectories, compute, disk. Needs no cluster.
@@ -63,12 +83,18 @@ def plan(
     Example: temporal-merge plan configs/demo.yaml --json
     """
     from pipeline.cli.show import show_plan
+    from pipeline.run.timing.outlook import calibrate as measure
+    from pipeline.run.timing.outlook import estimate, pace_known
     from pipeline.workspace.workspace import Workspace
 
+    use_modules(modules)
     workspace = Workspace.open(study, overrides or [], out, provisional=True)
     if save_streams is not None:
         workspace.save_streams(save_streams)
-    summary = workspace.summary()
+    pace = pace_known(workspace)
+    if calibrate:
+        measure(workspace, pace, lambda text: print(text, file=sys.stderr, flush=True))
+    summary = {**workspace.summary(), "seconds": estimate(workspace, pace)}
     if as_json:
         print_json(summary)
     else:
@@ -89,18 +115,21 @@ def submit(
         bool,
         typer.Option("--wait/--no-wait", help="Show its progress to the end, or print its id and leave."),
     ] = True,
+    modules: Modules = None,
     as_json: AsJson = False,
 ) -> None:
-    """Have a Ray cluster run a study as a job; submitted again, it attaches to the job under way instead of doubling it.
+    """Run a study as a job on a Ray cluster; submitted again, it attaches to the running job.
 
-    The code, the study and the files it names by relative path go along; data and OUT are on storage that all nodes share.
+    The code, the study, the files it names by relative path and modules are sent; data and OUT are on storage that all nodes share.
     The job outlives this command. The exit code is the run's.
 
     Example: temporal-merge submit configs/demo.yaml --address http://head:8265 --out /shared/runs/demo --set data.root=/shared/data/mini
     """
     from pipeline.run.submit import submit_study
 
-    answer = submit_study(study, overrides or [], out, address, wait=wait, quiet=as_json)
+    use_modules(modules)
+    show = (sys.stderr if as_json else sys.stdout) if wait else None
+    answer = submit_study(study, overrides or [], out, address, modules=modules or [], show=show)
     if as_json:
         print_json(answer)
     elif not wait:
@@ -143,7 +172,7 @@ def status(
     from merge_service.errors import UserError
     from pipeline.cli.show import show_status, watch_status
 
-    look: Callable[[], dict[str, Any]]
+    look: Callable[[], Mapping[str, Any]]
     if watch and as_json:
         raise UserError("--watch is for people and --json for programs; leave one out (a program asks again)")
     if address:
@@ -162,7 +191,13 @@ def status(
 
 
 def report(
-    out: OutDir,
+    outs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="OUT...",
+            help="The directory of a run, e.g. runs/demo; several make one report that compares them.",
+        ),
+    ],
     track: Annotated[
         bool, typer.Option("--track/--no-track", help="File page and figures with the study's run in MLflow.")
     ] = True,
@@ -174,16 +209,29 @@ def report(
             help="Report scores on this split, in OUT/report-val for val where both are scored; default test, else val.",
         ),
     ] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "--to",
+            metavar="DIR",
+            help="Where the report is written, a directory that it replaces; default OUT/report, and for several runs report-NAME-NAME "
+            "beside the first.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write OUT/report: one HTML page that opens offline, figures (PNG, SVG) and tables (CSV); also of a study under way.
+
+    A report of several runs, or one written elsewhere, is not filed in MLflow.
 
     Example: temporal-merge report runs/demo
     """
     from pipeline.report.build import build_report, file_report
 
-    answer = build_report(out, split)
-    answer["tracker_pending"], reason = file_report(out, answer) if track else (0, None)
+    out, *more = outs
+    answer = build_report(out, split, more=more, to=to)
+    filed = track and not more and to is None
+    answer["tracker_pending"], reason = file_report(out, answer) if filed else (0, None)
     if as_json:
         print_json(answer)
         return

@@ -1,10 +1,11 @@
-"""The commands that keep a run in order: verify, gc, sync, ui.
+"""The commands that maintain a run: export, verify, gc, pack, sync, ui.
 
-Invariant: importing this stays cheap; what a command needs is imported when it is called.
+Invariant: importing this module stays cheap; a command imports what it needs when it is called.
 """
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,7 +13,43 @@ import typer
 from pipeline.cli.options import AsJson, OutDir, print_json
 
 
-def verify(out: OutDir, as_json: AsJson = False) -> None:
+def export(
+    out: OutDir,
+    trajectory: Annotated[
+        str,
+        typer.Option("--trajectory", metavar="NAME", help="Which strategy; `report` and `plan` list them."),
+    ],
+    target: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="The directory to write; it must be new.")
+    ],
+    t: Annotated[
+        int | None,
+        typer.Option("--t", min=0, help="After which task; by default after the last one, 0 is the base."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the model that a trajectory serves after a task, as a directory that open_clip opens.
+
+    Weights that the store keeps as a recipe are made again, with the sha256 of their record.
+
+    Example: temporal-merge export runs/demo --trajectory best_in_time --t 5 --out model
+    """
+    from pipeline.workspace.export import export as write
+
+    answer = write(out, trajectory, t, target)
+    made = "made from its recipe" if answer["made"] else "copied"
+    print_json(answer) if as_json else print(
+        f"{answer['out']}: {answer['trajectory']} at t = {answer['t']}, {made}, sha256 {answer['sha256']}"
+    )
+
+
+def verify(
+    out: OutDir,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also make every merge again that is kept as a recipe.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Read every artifact of a run again and check its bytes and its lineage.
 
     Ends with code 1 when something is wrong. Example: temporal-merge verify runs/demo
@@ -21,6 +58,7 @@ def verify(out: OutDir, as_json: AsJson = False) -> None:
 
     store = open_store(out)
     problems = store.verify()
+    problems += store.recipes.problems() if deep and not problems else []
     if as_json:
         print_json({"problems": problems})
     else:
@@ -46,6 +84,14 @@ def gc(
         bool,
         typer.Option("--set-aside", help="Also remove damaged artifacts and second results that were kept."),
     ] = False,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            "--keep",
+            metavar="all|final|best|none",
+            help="Which merges of this study stay as files (storage.keep); the others become recipes.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Remove from the store what no study refers to, and from OUT what finished steps left behind.
@@ -54,7 +100,23 @@ def gc(
     """
     from pipeline.workspace.gc import collect, describe
 
-    answer = collect(out, dry_run, forget or [], set_aside)
+    answer = collect(out, dry_run, forget or [], set_aside, keep)
+    print_json(answer) if as_json else print("\n".join(describe(answer)))
+
+
+def pack(
+    out: OutDir,
+    undo: Annotated[bool, typer.Option("--undo", help="Make files of packed experts again.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Store the experts of a run as their differences from the base, without loss: about .6 of the disk.
+
+    They are unpacked where something reads them. Example: temporal-merge pack runs/demo
+    """
+    from pipeline.workspace.packing import describe
+    from pipeline.workspace.packing import pack as carry_out
+
+    answer = carry_out(out, undo)
     print_json(answer) if as_json else print("\n".join(describe(answer)))
 
 
@@ -103,4 +165,8 @@ def ui(
         print_json({"url": url}) if as_json else print(f"MLflow UI (Ctrl-C ends it): {url}")
         sys.stdout.flush()
 
-    raise typer.Exit(serve(command, url, ready))
+    try:
+        code = serve(command, url, ready)
+    except KeyboardInterrupt:  # the normal way to end the server
+        code = 0
+    raise typer.Exit(code)

@@ -15,7 +15,7 @@ from merge_service.files import is_abandoned, owner_mark
 from pipeline.errors import StoreError
 from pipeline.files.disk import NO_LOCKS
 
-__all__ = ["is_abandoned", "locked", "owner_mark"]
+__all__ = ["file_lock", "is_abandoned", "locked", "owner_mark"]
 
 
 @contextlib.contextmanager
@@ -30,6 +30,34 @@ def locked(path: Path, deadline: float = 60.0) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def file_lock(path: Path, *, shared: bool, until: float) -> Iterator[int | None]:
+    """Hold an advisory lock on an existing file, which may be read-only: its descriptor, or None.
+
+    None means that the lock could not be had before the time `until` (of `time.monotonic`), or that the file system has no locks.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield handle if _try_until(handle, shared, until) else None
+    finally:
+        os.close(handle)
+
+
+def _try_until(handle: int, shared: bool, until: float) -> bool:
+    while True:
+        try:
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.01)
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                return False
+            raise
 
 
 def _acquire(handle: int, path: Path, until: float) -> None:

@@ -1,29 +1,20 @@
-"""What a step's record says of its result, one type per kind of step: plain JSON values."""
+"""The results in the records of steps, one type per kind of step: plain JSON values."""
 
 from typing import NotRequired, TypedDict
 
+from workers.jobs import EvaluateResult, TrainResult
+
+__all__ = ["BaseResult", "EvaluateResult", "MergeResult", "TrainResult"]
+
 
 class BaseResult(TypedDict):
-    """Where the base model came from."""
+    """The origin of the base model."""
 
     origin: str
 
 
-class TrainResult(TypedDict):
-    """How an expert was trained; `loss` is a curve of [step, value]."""
-
-    steps: int
-    samples: int
-    seconds: float
-    samples_per_second: float
-    loss: list[list[float]]
-    lr: list[float]
-    task_vector_norm: float
-    resumed_from: int | None
-
-
 class MergeResult(TypedDict):
-    """How a merge came out: norms of task vectors, the cosine of the merged one with that of the newest expert."""
+    """A merge: norms of task vectors, and the cosine of the merged one with that of the newest expert."""
 
     merge_seconds: float
     merged_norm: NotRequired[float | None]
@@ -32,9 +23,10 @@ class MergeResult(TypedDict):
     notes: NotRequired[list[str]]
 
 
-class EvaluateResult(TypedDict):
-    """Scores in [0, 1] and the number of samples behind each, by dataset."""
+class ExpertResult(TypedDict):
+    """Norms of the task vector by name (whole model, towers, largest tensor), the share of elements that did not move, and a sketch of
+    its direction (base64 of float32)."""
 
-    scores: dict[str, float]
-    samples: dict[str, int]
-    seconds: float
+    norms: dict[str, float]
+    unchanged: float
+    sketch: str

@@ -1,20 +1,30 @@
-"""The kinds of steps, one row each: what plan, store and schedule must know of them. How each is carried out stands in `run.carriers`.
+"""The kinds of steps, one row each: what plan, store and schedule must know of them. `run.carriers` says how each is carried out.
 
-Invariant: the order of rows is that of work at one time step; the name of a kind is a folder of the store and part of every fingerprint.
+Invariant: the order of the rows is the order of work at one time step. The name of a kind is a folder of the store and
+part of every fingerprint.
 """
 
 from dataclasses import dataclass
 
-from pipeline.kinds.results import BaseResult, EvaluateResult, MergeResult, TrainResult
-from pipeline.kinds.specs import BaseSpec, EvaluateSpec, MergeSpec, Spec, TrainSpec
+from pipeline.kinds.results import BaseResult, EvaluateResult, ExpertResult, MergeResult, TrainResult
+from pipeline.kinds.specs import (
+    BaseSpec,
+    EvaluateSpec,
+    ExpertSpec,
+    MergeSpec,
+    SequenceSpec,
+    Spec,
+    TrainSpec,
+)
 
 
 @dataclass(frozen=True)
 class StepKind:
     """One kind of step.
 
-    `revision` is raised when the kind's code changes results: older artifacts are then no longer taken for it. `weight` is a rough cost,
-    only to rank what is ready. `trains`: its cost is in GFLOPs. `scores`: its result has the scores of a model.
+    `revision` is raised when the kind's code changes results, so that older artifacts are no longer used. `weight` is a
+    rough cost, used only to rank steps that are ready. `trains`: the cost is in GFLOPs. `scores`: the result has the
+    scores of a model. `planned`: studies have such steps; the others are a live service's.
     """
 
     name: str
@@ -24,6 +34,7 @@ class StepKind:
     weight: float
     trains: bool = False
     scores: bool = False
+    planned: bool = True
 
 
 KINDS = {
@@ -33,11 +44,14 @@ KINDS = {
         StepKind(TrainSpec.kind, 1, TrainSpec, TrainResult, weight=100.0, trains=True),
         StepKind(MergeSpec.kind, 1, MergeSpec, MergeResult, weight=1.0),
         StepKind(EvaluateSpec.kind, 1, EvaluateSpec, EvaluateResult, weight=3.0, scores=True),
+        StepKind(ExpertSpec.kind, 1, ExpertSpec, ExpertResult, weight=0.0, planned=False),
+        StepKind(SequenceSpec.kind, 1, SequenceSpec, MergeResult, weight=1.0, planned=False),
     )
 }
 """Every kind by its name.
 
-Merges of a base without `ModelFacts.resblocks` are one revision ahead: depth, statistics and packed matrices were once misread there.
+Merges of a base without `ModelFacts.resblocks` are one revision ahead, because depth, statistics and packed matrices
+were once misread there.
 """
-STEPS = tuple(name for name in KINDS if name != BaseSpec.kind)
-"""The kinds that a plan carries out; the base is there before it."""
+STEPS = tuple(name for name, row in KINDS.items() if row.planned and name != BaseSpec.kind)
+"""The kinds that a plan carries out; the base exists before it."""

@@ -1,11 +1,11 @@
-"""Merging files on disk, as `temporal-merge merge` does, with what makes the result apart from how it is carried out.
+"""Merging files on disk, as `temporal-merge merge` does, with what determines the result apart from execution options.
 
 Invariant: an input is never overwritten, and nothing in `Execution` changes a byte of the result.
 """
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 class FileMerge:
     """What is merged: a technique with its parameters, a base (or none), and experts, oldest first, into `out`.
 
-    `parity` names whose terms `params` are in (`merge_service.parity`). `ids` name the experts, whose names otherwise come from their
-    content. `strip_prefix` is taken off tensor names that begin with it; with `any_base` experts that cannot have been trained from the
-    base are merged all the same.
+    `parity` names the definitions in which `params` are given (`merge_service.parity`). `ids` name the experts; otherwise ids are
+    derived from content. `strip_prefix` is removed from tensor names that begin with it. `any_base` also merges experts that
+    cannot have been trained from the base. `statistics` are the files of what was measured of each expert. Without `replace`, an existing
+    `out` is an error. `dtype` is that of the floats in the output, by default the base's. `texts` are files by name that a Hugging Face
+    folder gets beside the weights. `as_study` names experts t1, t2, ... and records their sha256 alone: the file is then that of a
+    study, or of a live service, to the byte.
     """
 
     technique: str
@@ -33,12 +36,18 @@ class FileMerge:
     ids: Sequence[str | None] | None = None
     strip_prefix: str | None = None
     any_base: bool = False
+    statistics: Sequence[Path | str | None] | None = None
+    replace: bool = True
+    dtype: str | None = None
+    texts: Mapping[str, str] = field(default_factory=dict)
+    as_study: bool = False
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How a merge is carried out: by `threads` here (all cores by default), by `workers` of the Ray cluster at `address`, or on a torch
-    `device`; in shards of `shard_size` at most, and whether thresholds are kept beside the experts."""
+    """Execution options; they never affect the result: `threads` here (all cores by default), `workers` of the Ray cluster at
+    `address`, or a torch `device`; shards of at most `shard_size`, and whether thresholds are kept beside the experts.
+    """
 
     threads: int | None = None
     workers: int = 1
@@ -49,39 +58,64 @@ class Execution:
 
 
 def merge_files(what: FileMerge, how: Execution = Execution()) -> "MergeReport":
-    """Merge files. Raises UserError, also if `out` is an input."""
-    from merge_service.checkpoints import bytes_of, overwrites
+    """Merge files. Raises UserError, also if `out` is an input, or exists and may not be replaced."""
+    from merge_service.checkpoints import bytes_of, overwrites, sha256_of
     from merge_service.merge import merge as combine
     from merge_service.merging import Rules
     from merge_service.timelines import translate_merge
+    from pipeline.merging.coefficients import read_coefficients
 
     for path in (*what.experts, *([what.base] if what.base else [])):
         if overwrites(what.out, path):
             raise UserError(f"--out {what.out} is one of the inputs and would be lost; give another --out")
+    if not what.replace:
+        refuse_to_replace(what.out)
+    params = dict(what.params)
+    if isinstance(params.get("coefficients"), str | Path):
+        params["coefficients"] = read_coefficients(Path(params["coefficients"]))
     split = None
     if how.workers > 1 or how.address:
         from pipeline.merging.split import split_over
 
         split = split_over(how.address or "local", how.workers, how.threads or 1)
+    ids: Sequence[str | None] | None = what.ids
+    sha256: dict[str, str] | None = None
+    if what.as_study:
+        if any(what.ids or ()):
+            raise UserError("--as-study names the experts t1, t2, ...; leave --id out")
+        names = [f"t{t}" for t in range(1, len(what.experts) + 1)]
+        ids, sha256 = names, dict(zip(names, map(sha256_of, what.experts)))
     return combine(
         what.technique,
-        translate_merge(what.technique, what.params, what.parity, len(what.experts)),
+        translate_merge(what.technique, params, what.parity, len(what.experts)),
         what.base,
         what.experts,
         what.out,
-        ids=what.ids,
-        lineage=True,
+        ids=ids,
+        sha256=sha256,
+        statistics=what.statistics,
+        lineage=not what.as_study,
         rules=Rules(what.any_base, what.strip_prefix),
         threads=how.threads or (len(os.sched_getaffinity(0)) if split is None else 1),
         split=split,
         device=how.device,
-        keep_limits=how.keep_thresholds,
+        keep_thresholds=how.keep_thresholds,
         shard_bytes=bytes_of(how.shard_size) if how.shard_size else None,
+        dtype=what.dtype,
+        texts=what.texts,
     )
 
 
+def refuse_to_replace(out: Path) -> None:
+    """Raise UserError if something exists at `out`: a file, a directory that is not empty, shards with their index."""
+    index = out.with_name(f"{out.name}.index.json")
+    there = next((path for path in (out, index) if path.exists()), None)
+    if there is not None and not (there.is_dir() and not any(there.iterdir())):
+        raise UserError(f"--out {there} is there already; give another --out, or replace it with --force")
+
+
 def ids_from(named: Sequence[str], experts: Sequence[Path]) -> list[str | None]:
-    """The ids that NAME=FILE pairs give these experts, None for the others. Raises UserError for a file that is none of them."""
+    """The ids that NAME=FILE pairs give these experts, None for the others. Raises UserError for a file that is not among them."""
     ids: list[str | None] = [None] * len(experts)
     for pair in named:
         name, _, file = pair.partition("=")

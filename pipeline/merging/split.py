@@ -1,7 +1,7 @@
-"""One merge by workers of a Ray cluster, each with its own tensors; they are spread over the nodes that there are.
+"""One merge on workers of a Ray cluster, each with its own tensors; the workers are spread over the nodes.
 
-Invariant: weights never travel through Ray. Workers read and write files on storage that all nodes see; what they are told
-and answer is small.
+Invariant: weights never travel through Ray. Workers read and write files on storage that all nodes share; arguments and results
+are small.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +17,8 @@ from merge_service.engine import Part, PartWorker, Split
 def split_over(address: str, workers: int, threads: int) -> Split:
     """A merge in `workers` parts on the Ray cluster at `address` (`local` starts one here), each with `threads` CPUs.
 
-    The cluster is only joined when the merge has checked its inputs. Raises `ClusterError` when the address is unsafe or,
-    then, when the cluster does not answer or is too small; `WorkerLost` when a worker dies, with the output untouched.
+    The cluster is joined only after the merge has checked its inputs. Raises `ClusterError` when the address is unsafe or, then,
+    when the cluster does not answer or is too small; `WorkerLost` when a worker dies; the output is then unchanged.
     """
     check_address(address)
 
@@ -35,7 +35,7 @@ def split_over(address: str, workers: int, threads: int) -> Split:
 
 @contextmanager
 def hired(session: Session, parts: Sequence[Part], threads: int) -> Iterator[Callable[..., list[Any]]]:
-    """Workers for these parts in a session that is connected."""
+    """Workers for these parts, in a connected session."""
     if session.cpus < len(parts) * threads:
         raise ClusterError(
             f"{len(parts)} merge workers of {threads} threads do not fit into the {session.cpus:g} CPUs of the cluster; "

@@ -1,6 +1,6 @@
-"""Merging models that are in memory, through temporary files: one arithmetic, whatever a model comes in.
+"""Merging models in memory, through temporary files, so that all forms of a model use the same arithmetic.
 
-Invariant: a tensor goes to its file and comes back bit for bit, bfloat16 included; what is given is never changed.
+Invariant: a tensor is written to its file and read back bit for bit, bfloat16 included; the inputs are never changed.
 """
 
 import tempfile
@@ -27,7 +27,7 @@ _BITS = {
     "torch.float8_e4m3fn": ("uint8", np.uint8),
     "torch.float8_e5m2": ("uint8", np.uint8),
 }
-"""Formats that numpy lacks: the integers under which their bits go there, in torch and in a file."""
+"""Formats that numpy lacks: the integer types for their bits, in torch and in a file."""
 
 
 def merge_state_dicts(
@@ -39,9 +39,9 @@ def merge_state_dicts(
 ) -> dict[str, Any]:
     """The merged state dict, with the names, kind, dtypes and devices of the base (of the first expert without one).
 
-    `options` are those of `pipeline.api.merge`. Names that share memory there share it in the result. Needs room for all of them
-    among the temporary files. Raises UserError as a merge of files does, and CheckpointError for
-    what is no tensor, or of a dtype that checkpoints do not have.
+    `options` are those of `pipeline.api.merge`. Names that share memory in the base share it in the result. Needs space for all
+    models among the temporary files. Raises UserError as a merge of files does, and CheckpointError for a value that is no
+    tensor, or has a dtype that checkpoints lack.
     """
     reference = experts[0] if base is None else base
     with tempfile.TemporaryDirectory(prefix="temporal-merge-") as name:
@@ -116,7 +116,7 @@ def _dtype(value: Any, key: str, owner: str) -> str:
 
 
 def _unusual(value: Any) -> str | None:
-    """What a value is that has no numbers to merge, and the way on; None for a plain tensor, or for what nobody knows."""
+    """What a value without numbers to merge is, and what to do; None for a plain tensor or an unknown value."""
     if isinstance(value, Mapping):
         return "a dict itself: give the state dict that lies in it (for instance checkpoint['state_dict'])"
     if not _is_torch(value):
@@ -135,7 +135,7 @@ def _is_torch(value: Any) -> bool:
 
 
 def _stored(value: Any) -> np.ndarray:
-    """All elements in a row, as they lie in a file."""
+    """All elements in a row, as stored in a file."""
     if isinstance(value, np.ndarray | np.generic):  # arithmetic turns arrays without axes into the latter
         return np.ascontiguousarray(value).reshape(-1)
     flat = value.detach().cpu().contiguous().reshape(-1)
@@ -148,7 +148,7 @@ def _stored(value: Any) -> np.ndarray:
 
 
 def _like(reference: Any, stored: np.ndarray) -> Any:
-    """Elements of a file as what the reference is, in memory of their own."""
+    """Elements of a file in the form of the reference, in their own memory."""
     own = stored.copy().reshape(tuple(reference.shape))
     if isinstance(reference, np.ndarray | np.generic):
         return own

@@ -1,11 +1,12 @@
-"""One cell of the grid on its way into the plan: which steps it needs, in TIME's order.
+"""The steps of one cell of the grid, in the order of TIME.
 
-Invariant: what goes into a spec here is all that bears on the step's result. The seed of an expert follows from the
-trajectory's seed and the task's name, not from its place in the stream, so that equal experts of different streams are one.
+Invariant: a spec made here holds everything that determines the result of its step. The seed of an expert depends on
+the seed of the trajectory and the name of the task, not on its position in the stream, so that equal experts of
+different streams are one.
 """
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ JOINT_TASK = "multitask"
 
 @dataclass(frozen=True)
 class World:
-    """What the trajectories of one model and one stream have in common."""
+    """What the trajectories of one model and one stream share."""
 
     model: str
     facts: ModelFacts
@@ -35,7 +36,7 @@ class World:
 
 
 class Steps(Protocol):
-    """The plan as it grows: a step that is added again is the same step."""
+    """The plan under construction: a step that is added again is the same step."""
 
     study: Study
     roles: Roles
@@ -46,12 +47,12 @@ class Steps(Protocol):
     def evaluate(self, weights: str, step: Step, split: str) -> str: ...
     def own_task(self, expert: str, task: StreamTask) -> None: ...
     def sources(self, key: Hashable, parts: Callable[[], Iterable[Part]], split: str) -> list[SourceSpec]: ...
-    def recipe(self, recipe: Recipe) -> tuple[dict[str, Any], str]: ...
-    def engine(self, model: str) -> dict[str, Any]: ...
+    def recipe(self, recipe: Recipe) -> tuple[Mapping[str, object], str]: ...
+    def engine(self, model: str) -> Mapping[str, object]: ...
 
 
 class Draft:
-    """One cell on its way into the plan."""
+    """Adds the steps of one cell to the plan."""
 
     def __init__(self, planner: Steps, cell: Cell, world: World, steps: int) -> None:
         self.planner, self.cell, self.world, self.steps = planner, cell, world, steps
@@ -64,21 +65,18 @@ class Draft:
         self.recipe, self.recipe_text = planner.recipe(cell.recipe)
 
     def points(self) -> list[Point]:
-        """t = 0 to the end of the stream; adds every step on the way."""
+        """The points from t = 0 to the end of the stream; adds all of their steps."""
         planner, strategy = self.planner, self.strategy
         base, split = self.world.base, self.cell.split
         points = [Point(0, BASE, evaluate=planner.evaluate(base.fingerprint, base, split))]
         trains = timeline.needs_experts(strategy)
-        needed: dict[int, list[Merged]] = {}
-        for merged in timeline.needed_merges(strategy, len(self.tasks)) if trains else ():
-            needed.setdefault(merged.t, []).append(merged)
         for t, task in enumerate(self.tasks, start=1):
             init = train = None
             if trains:
                 init = self._ref(timeline.initial(strategy, t))
                 train = self._expert(t, task)
-                for merged in needed.get(t, ()):
-                    self._merge(merged, task)
+                for made in timeline.derivations(strategy, t, last=t == len(self.tasks)):
+                    self._merge(made, task)
             deployed = timeline.deployed(strategy, t)
             fp, step = self._fingerprint(deployed), self._step(deployed)
             merge = fp if isinstance(deployed, Merged) else None
@@ -100,7 +98,7 @@ class Draft:
         )
 
     def _expert(self, t: int, task: StreamTask) -> str:
-        """The expert of one task; built from scratch only if no other cell has it already."""
+        """The expert of one task; its spec is built only if no other cell has the same expert."""
         planner = self.planner
         start = timeline.initial(self.strategy, t)
         replays = self.cell.recipe.mixture.buffer > 0
@@ -154,26 +152,23 @@ class Draft:
         )
         return planner.add(spec, about)
 
-    def _merge(self, merged: Merged, task: StreamTask) -> None:
-        planner, strategy = self.planner, self.strategy
-        parents = timeline.parents(strategy, merged)
-        members = {self._id(parent, merged): self._fingerprint(parent) for parent in parents}
-        base, technique = self.world.base.fingerprint, str(strategy.technique)
+    def _merge(self, merge: timeline.Merge, task: StreamTask) -> None:
+        merged, technique, init = merge.result, merge.technique, self.strategy.init
+        base = self.world.base.fingerprint
         origin = technique_called(technique).origin
         spec = MergeSpec(
             version=KINDS["merge"].revision + (not self.world.facts.resblocks),
             technique=technique,
-            params=timeline.params_for(strategy, merged),
+            params=dict(merge.params),
             form=merged.form,
             base=base,
-            members=[*members.items()],
-            source=None if origin is None else origin.source,  # one's own technique does what its file says
+            members=[*zip(merge.ids(), map(self._fingerprint, merge.members))],
+            source=None if origin is None else origin.source,  # a user's technique is defined by its file
         )
         earlier = self.merges.get(Merged(merged.policy, merged.t - 1))
-        what = f"{merged.policy}-{strategy.technique}"
         about = About(
-            f"t{merged.t}-merge_{what}-init_{strategy.init}",
-            f"t{merged.t} {task.name}: {strategy.technique} ({merged.policy}) of experts from {strategy.init}",
+            f"t{merged.t}-merge_{merged.policy}-{technique}-init_{init}",
+            f"t{merged.t} {task.name}: {technique} ({merged.policy}) of experts from {init}",
             merged.t,
             task.name,
             after=() if earlier is None else (earlier,),
@@ -181,16 +176,9 @@ class Draft:
             base=base,
             model=self.world.model,
         )
-        fp = planner.add(spec, about)
+        fp = self.planner.add(spec, about)
         self.merges[merged] = fp
         self.merges_used.add(fp)
-
-    def _id(self, parent: Weights, merged: Merged) -> str:
-        """t3 for the expert of task 3; running-2 for what a fold has after task 2, whatever that is."""
-        if merged.policy == "ema" and not (isinstance(parent, Expert) and parent.t == merged.t):
-            return f"running-{merged.t - 1}"
-        assert isinstance(parent, Expert)
-        return f"t{parent.t}"
 
     def _how(self, start: Weights) -> str:
         if isinstance(start, Base):
@@ -198,7 +186,7 @@ class Draft:
         return "latest" if isinstance(start, Expert) else f"{start.policy}-{self.strategy.technique}"
 
     def gflops(self, steps: int) -> float | None:
-        """What training an expert for so many steps costs, forward and backward."""
+        """The cost of training an expert for `steps` steps, forward and backward."""
         recipe = self.cell.recipe
         cost = self.world.facts.gflops_per_sample.get(recipe.trainable)
         return None if cost is None else cost * recipe.batch_size * steps
@@ -210,7 +198,7 @@ def joint_task(stream: Stream) -> tuple[StreamTask, ...]:
 
 
 def together(tasks: Sequence[StreamTask]) -> tuple[Part, ...]:
-    """What several tasks bring, each dataset once: its classes of all tasks, in the order of arrival."""
+    """The parts of several tasks, each dataset once with its classes of all tasks, in the order of arrival."""
     whole: dict[str, bool] = {}
     classes: dict[str, list[str]] = {}
     for part in (part for task in tasks for part in task.parts):
@@ -222,11 +210,11 @@ def together(tasks: Sequence[StreamTask]) -> tuple[Part, ...]:
     )
 
 
-def effective_params(cell: Cell) -> dict[str, Any]:
-    """The technique's effective parameters, of all forms that a cell uses."""
+def effective_params(cell: Cell) -> dict[str, object]:
+    """The resolved parameters of the technique, over all forms that a cell uses."""
     if not timeline.policies(cell.strategy):
         return {}
-    params: dict[str, Any] = {}
+    params: dict[str, object] = {}
     for policy in timeline.policies(cell.strategy):
         resolved = timeline.params_for(cell.strategy, Merged(policy, 1))
         params |= resolved
@@ -236,5 +224,5 @@ def effective_params(cell: Cell) -> dict[str, Any]:
 
 
 def _task_seed(seed: int, task: str) -> int:
-    """A seed of its own for every task, so that no two tasks see the same draws, wherever they stand in the stream."""
+    """A separate seed for every task, so that no two tasks get the same draws, whatever their position in the stream."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{task}".encode()).digest()[:4], "big") >> 1

@@ -1,7 +1,7 @@
-"""What a plan must know of the world: which base, which data, what a training sample costs.
+"""Gathers the inputs of a plan: the bases, the data, and the cost of a training sample.
 
-Invariant: facts describe content, never place: the same base and the same shards give the same facts on any machine.
-Gathering them trains nothing and needs no cluster; torch is loaded only when a budget in GFLOPs asks for a measurement.
+Invariant: facts describe content, never paths: the same base and shards give the same facts on any machine. Gathering
+them trains nothing and needs no cluster. torch is loaded only if a budget in GFLOPs requires a measurement.
 """
 
 import json
@@ -18,7 +18,7 @@ from merge_service.checkpoints import CONFIG_FILE, Checkpoint
 from merge_service.errors import IncompatibleCheckpoint, UserError
 from merge_service.timelines import needs_experts
 from pipeline.errors import PlanError
-from pipeline.identity import fingerprint
+from pipeline.identity import canonical, fingerprint
 from pipeline.plan.steps import TRAIN, DatasetFacts, Described, Facts, ModelFacts
 from pipeline.store.artifact import hash_file
 from pipeline.study.config import Study
@@ -28,18 +28,18 @@ from pipeline.study.streams import Element, Stream, datasets_of, make_stream
 from workers.data.cache import Access, cache_root, is_writable, recall, remember
 from workers.data.contents import Survey
 from workers.data.manifest import SUITE_FILE, DatasetInfo, describe, folder, read_suite, unread_bytes, verify
-from workers.data.seen import content_digest, notes
+from workers.data.seen import content_digest, encoded_digest, notes, reads_encoded
 from workers.models.base import STATED, Base, check_temperature, configuration_of, find, is_path, temperature
 from workers.models.configuration import HUB, LOCAL, ModelError, own_configuration, read_configuration
 
 LARGE_BYTES = 10**9
-"""So much data takes long enough to read that it is said beforehand."""
+"""Reading this much data takes so long that it is announced."""
 
 
 def ensure_data(study: Study) -> None:
-    """Write the mini suite on first use; any other data must be there already.
+    """Write the mini suite on first use; all other data must exist.
 
-    Raises UserError for another edition of the suite than the one that this version's bases were made for.
+    Raises UserError if another edition of the suite exists than the one that the bases of this version were made for.
     """
     if study.data.suite != "mini":
         return
@@ -60,9 +60,9 @@ def ensure_data(study: Study) -> None:
 
 
 def cache_of(study: Study) -> Path:
-    """Where decoded splits, indices of foreign roots and measured costs are kept between runs.
+    """Directory for decoded splits, indices of foreign roots, and measured costs, kept between runs.
 
-    Beside the data root, where all who use the root find it; in the user's own cache if nothing can be written there.
+    It is beside the data root, where all users of the root find it, or in the user's own cache if that is not writable.
     """
     if study.data.cache:
         return Path(study.data.cache)
@@ -72,16 +72,16 @@ def cache_of(study: Study) -> Path:
 
 
 def access_of(study: Study) -> Access:
-    """Who may use what is kept of the study's data: who may use its root."""
+    """The access rights for cached data of a study: those of its data root."""
     root = Path(study.data_root).absolute()
     return Access.of(next(path for path in (root, *root.parents) if path.is_dir()))
 
 
 def gather(study: Study, provisional: bool = False) -> Facts:
-    """The facts of a resolved study. Raises UserError for a base or data that are not there.
+    """The facts of a resolved study. Raises UserError if a base or data are missing.
 
-    `provisional` takes the description of a suite for datasets, and the name for weights, that are not there; the facts name
-    what is missing.
+    With `provisional`, missing datasets are taken from the description of the suite, and missing weights by their name;
+    the facts list what is missing.
     """
     roles, cache = study.roles, cache_of(study)
     names = dict.fromkeys((*study.learnt, *roles.pretraining, *roles.adaptation, *roles.held_out))
@@ -102,7 +102,7 @@ def gather(study: Study, provisional: bool = False) -> Facts:
     streams = {key_of(section): stream_of(study, section, datasets) for section in study.streams}
     _check_tasks(streams.values(), datasets, surveys)
     return Facts(
-        datasets={name: _facts_of(info, surveys.get(name, {})) for name, info in datasets.items()},
+        datasets={name: _facts_of(study, info, surveys.get(name, {})) for name, info in datasets.items()},
         models={key_of(model): model_facts(study, model, *bases[key_of(model)]) for model in models},
         streams=streams,
         missing=missing + absent,
@@ -111,38 +111,55 @@ def gather(study: Study, provisional: bool = False) -> Facts:
 
 
 def _surveys(study: Study, datasets: Iterable[str], cache: Path) -> dict[str, dict[str, Survey]]:
-    """What the samples of each dataset are, by split: of the splits that some step may read. Raises ShardError."""
+    """The survey of each dataset by split, for the splits that a step may read. Raises ShardError.
+
+    A train split that is read as it is stored has none: its manifest says enough, and its samples are checked as it is indexed.
+    """
     learnt, roles = {*study.learnt, *study.roles.adaptation}, study.roles
     replayed = roles.pretraining if any(cell.recipe.mixture.pretraining > 0 for cell in study.cells) else ()
     found: dict[str, dict[str, Survey]] = {}
     for name in datasets:
         wanted = {TRAIN: name in learnt or name in replayed}
         wanted |= dict.fromkeys(study.splits, name in learnt or name in roles.held_out)
-        splits = [split for split, read in wanted.items() if read]
-        unread = unread_bytes(study.data_root, name, splits, cache)
-        if unread >= LARGE_BYTES:
-            text = f"{name}: reading its {unread / 1e9:,.1f} GB once, to check shards, labels and pictures"
-            print(text, file=sys.stderr, flush=True)
+        _announce(
+            name, unread_bytes(study.data_root, name, (), cache)
+        )  # without a manifest, describing it reads it
         info = describe(study.data_root, name, cache)
+        splits = [split for split, read in wanted.items() if read and split not in _stored(study, info)]
+        _announce(name, unread_bytes(study.data_root, name, splits, cache))
         found[name] = {
             split: verify(study.data_root, name, split, cache) for split in splits if split in info.splits
         }
     return found
 
 
-def _facts_of(info: Described, surveys: Mapping[str, Survey]) -> DatasetFacts:
-    facts = DatasetFacts.of(info)
+def _announce(name: str, unread: int) -> None:
+    """Say on stderr that a dataset is about to be read, if that takes long."""
+    if unread >= LARGE_BYTES:
+        text = f"{name}: reading its {unread / 1e9:,.1f} GB once, to check shards, labels and pictures"
+        print(text, file=sys.stderr, flush=True)
+
+
+def _stored(study: Study, info: DatasetInfo) -> tuple[str, ...]:
+    """The splits whose pictures training cuts out of the originals. Evaluation sees the same pictures either way."""
+    train = info.splits.get(TRAIN)
+    return (TRAIN,) if train is not None and reads_encoded(study.data.reading, train.samples) else ()
+
+
+def _facts_of(study: Study, info: DatasetInfo, surveys: Mapping[str, Survey]) -> DatasetFacts:
+    facts = replace(DatasetFacts.of(info), stored=_stored(study, info))
     digests = {
         split: content_digest(info.splits[split], survey, scored=split != TRAIN)
         for split, survey in surveys.items()
     }
+    digests |= {split: encoded_digest(info.splits[split]) for split in facts.stored}
     return replace(facts, digests={**facts.digests, **digests})
 
 
 def _check_tasks(
     streams: Iterable[Stream], datasets: Mapping[str, Described], surveys: Mapping[str, Mapping[str, Survey]]
 ) -> None:
-    """Raise PlanError for a task that trains on classes of which there is no sample."""
+    """Raise PlanError for a task whose classes have no training sample."""
     for task in (task for stream in streams for task in stream.tasks):
         for part in (part for part in task.parts if part.classes is not None):
             names = datasets[part.dataset].classes
@@ -155,9 +172,9 @@ def _check_tasks(
 
 
 def stream_of(study: Study, section: StreamSection, datasets: Mapping[str, Described]) -> Stream:
-    """The tasks that a stream section means. What it asks of a model is measured with the study's own `model`.
+    """The stream of a stream section. Measurements use the study's own `model`.
 
-    Raises UserError when an order needs a base or data that are not there.
+    Raises UserError if an order needs a base or data that are missing.
     """
     section = study.filled(section)
     named = datasets_of(section)
@@ -170,7 +187,7 @@ def _classes(info: Described) -> tuple[str, ...]:
 
 
 def _measured(study: Study, section: StreamSection, names: Sequence[str]) -> Mapping[Element, Any]:
-    """What the study's own base says of every class; kept in the cache, so that only the first plan takes time."""
+    """Measurements of every class with the study's own base; cached, so that only the first plan takes the time."""
     from workers.models.export import export_base
     from workers.scoring.stream_orders import Subject, measure
 
@@ -191,7 +208,7 @@ def _measured(study: Study, section: StreamSection, names: Sequence[str]) -> Map
 
 
 def _missing(study: Study, names: Iterable[str]) -> tuple[str, ...]:
-    """Datasets that a described suite names and its root does not hold."""
+    """Datasets of a described suite that its root does not hold."""
     if study.suite is None:
         return ()
     missing = []
@@ -211,8 +228,8 @@ def _missing_text(study: Study, missing: Sequence[str]) -> str:
     )
 
 
-def stated(model: ModelSection) -> dict[str, Any]:
-    """What `model.preprocess` states, key by key."""
+def stated(model: ModelSection) -> dict[str, object]:
+    """The keys that `model.preprocess` states."""
     return {} if model.preprocess is None else model.preprocess.model_dump(mode="json", exclude_none=True)
 
 
@@ -223,7 +240,7 @@ def base_of(model: ModelSection) -> Base:
 
 
 def base_for_now(model: ModelSection) -> tuple[Base | None, tuple[str, ...]]:
-    """The same where it can be had now, and its notes; None, and why, for weights that are to come and a Hub out of reach."""
+    """Like `base_of`, with its notes. None and the reason if weights are missing or the Hub cannot be reached."""
     try:
         base = base_of(model)
         return base, base.notes
@@ -238,9 +255,9 @@ def base_for_now(model: ModelSection) -> tuple[Base | None, tuple[str, ...]]:
 
 
 def local_base(model: ModelSection) -> Path | None:
-    """The directory or file that a base comes from, None for a tag, a hub model or a random base.
+    """The directory or file of a base, None for a tag, a hub model or a random base.
 
-    A `model.config` that is a directory brings its own weights. Raises UserError for a path that leads nowhere.
+    A `model.config` that is a directory contains its weights. Raises UserError for a path that does not exist.
     """
     pretrained = model.pretrained
     if pretrained is None and (model.config.startswith(LOCAL) or Path(model.config).is_dir()):
@@ -275,9 +292,9 @@ def _base(model: ModelSection, provisional: bool) -> tuple[Base | None, tuple[st
 
 
 def model_facts(study: Study, model: ModelSection, base: Base | None, notes: tuple[str, ...]) -> ModelFacts:
-    """What a base is, how it is trained, and what that costs where it can be measured.
+    """The facts of a base, with its costs if they can be measured.
 
-    A model that cannot be measured is an error only where the budget is in GFLOPs.
+    A model that cannot be measured is an error only if the budget is in GFLOPs.
     """
     weights, config, size = base_identity(model, base)
     costs: dict[str, float] = {}
@@ -293,12 +310,13 @@ def model_facts(study: Study, model: ModelSection, base: Base | None, notes: tup
             continue
         costs[trainable], ratios[trainable] = cost["gflops_per_sample"], cost["memory_ratio"]
         size = int(cost["weights_bytes"])
+    _check_recipes(study, model, base)
     training = _training(study, model, base)
     return ModelFacts(weights, config, costs, ratios, size, has_resblocks(base), training, notes)
 
 
 def has_resblocks(base: Base | None) -> bool:
-    """Whether both towers are open_clip's own transformers, by the configuration; False where that is not at hand."""
+    """Whether both towers are open_clip's own transformers according to the configuration; False if it is not available."""
     if base is None:
         return False
     vision, text = base.model_cfg["vision_cfg"], base.model_cfg["text_cfg"]
@@ -307,7 +325,7 @@ def has_resblocks(base: Base | None) -> bool:
 
 
 def _training(study: Study, model: ModelSection, base: Base | None) -> dict[str, str]:
-    """What the network itself decides of its training, where that is not what it is for a CLIP of vision transformers."""
+    """What the network determines of its training, if this differs from a CLIP of vision transformers."""
     if base is None or not any(needs_experts(cell.strategy) for cell in study.cells):
         return {}
     found = {} if base.model_cfg.get("init_logit_bias") is None else {"objective": "sigmoid"}
@@ -322,11 +340,28 @@ def _training(study: Study, model: ModelSection, base: Base | None) -> dict[str,
     return found
 
 
+def _check_recipes(study: Study, model: ModelSection, base: Base | None) -> None:
+    """Raise UserError for a recipe that asks of the network what it cannot do; without its configuration, training finds out."""
+    key, asked = key_of(model), study.resources.of(model.config).experts.activation_checkpointing
+    recipes = {
+        canonical(cell.recipe.model_dump(mode="json")): cell.recipe
+        for cell in study.cells
+        if needs_experts(cell.strategy) and key_of(cell.model) == key
+    }
+    unusual = [recipe for recipe in recipes.values() if asked or recipe.asks_network]
+    if base is None or not unusual:
+        return
+    from workers.training.budget import check_recipe
+
+    for recipe in unusual:
+        check_recipe(base.configuration, f"model.config {model.config}", recipe, asked)
+
+
 def base_identity(model: ModelSection, base: Base | None) -> tuple[str, str, int]:
     """(identity of the weights, of the configuration, bytes of the weights or 0 if unknown before loading).
 
-    A configuration that a file holds counts by its content, others by name. The preprocessing counts where it is not the one that
-    open_clip would take.
+    A configuration in a file is identified by its content, others by name. The preprocessing is included if it differs
+    from the one that open_clip would use.
     """
     path = local_base(model) if _is_there(model) else None
     own = own_configuration(model.config)
@@ -348,14 +383,14 @@ def base_identity(model: ModelSection, base: Base | None) -> tuple[str, str, int
 
 
 def _cost(study: Study, section: ModelSection, trainable: str, weights: str) -> dict[str, float]:
-    """Measured once per model and kept: GFLOPs per sample, memory against full fine-tuning, bytes of the weights.
+    """Costs, measured once per model and cached: GFLOPs per sample, memory relative to full fine-tuning, bytes of the weights.
 
     Raises ModelError for weights that do not fit the network.
     """
     recipe = study.recipe
     key = [weights, section.config, trainable, recipe.precision, recipe.batch_size]
     kept = cache_of(study) / "costs" / f"{fingerprint(key)[:32]}.json"
-    with suppress(ValueError):  # what a crash of the machine left of it is measured again
+    with suppress(ValueError):  # a file cut by a crash of the machine is measured again
         known: dict[str, float] = json.loads(recall(kept) or "")
         return known
     from workers.training.budget import check_fit, measure, memory_ratio

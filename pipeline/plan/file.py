@@ -1,9 +1,9 @@
-"""A plan as JSON, and as the file plan.json: as long as the plan has steps, however long the lists are that the steps name.
+"""A plan as JSON, and as the file plan.json, whose size grows with the number of steps and not with the lists that steps name.
 
-What many steps name stands once, in "values", and a list that goes on where another ends (the replay of a stream, the
-experts of a merge) says only what it adds. Trajectories name steps by their number in "steps". The file has one step per line,
-so it is written and read as it comes: `read` looks into a step when somebody asks for it.
-Invariant: `decode(encode(plan)) == plan`; a file is replaced as a whole.
+A value that many steps name is written once, in "values". A list that extends another (the replay of a stream, the
+experts of a merge) is written as the items it adds. Trajectories name steps by their number in "steps". The file has
+one step per line, so it is written and read line by line; `read` parses a step when it is first used.
+Invariant: `decode(encode(plan)) == plan`; the file is replaced as a whole.
 """
 
 import contextlib
@@ -12,12 +12,15 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from pipeline.errors import PlanError
 from pipeline.files.disk import write_whole
 from pipeline.kinds.table import KINDS
 from pipeline.plan.steps import Plan, Point, Step, TrajectoryPlan
+
+Item = TypeVar("Item")
+Name = TypeVar("Name")
 
 FORMAT = 3
 _REFERENCES = ("train", "init", "deployed", "merge", "evaluate", "own")
@@ -26,15 +29,19 @@ _LINE = re.compile(r'\{"kind": "([a-z]+)", "fingerprint": "([0-9a-f]+)"')
 _STEPS, _VALUES, _NEXT, _END = '"steps": [\n', '"values": [\n', "],\n", "]}\n"
 
 
-def encode(plan: Plan) -> dict[str, Any]:
+def encode(plan: Plan) -> dict[str, object]:
     """The plan as plain JSON values; `decode` gives an equal plan."""
     values = Values()
     steps = [_step_body(step, values) for step in plan.steps.values()]
     return {**_head(plan), "steps": steps, "values": values.bodies}
 
 
-def decode(body: Mapping[str, Any]) -> Plan:
-    """A plan from its JSON. Raises PlanError if it is not one."""
+def decode(body: Mapping[str, object]) -> Plan:
+    """The plan in its JSON. Raises PlanError if it is malformed."""
+    return _decoded(body)
+
+
+def _decoded(body: Mapping[str, Any]) -> Plan:
     with _malformed_refused():
         _check_format(body)
         values = _Known(body["values"])
@@ -48,7 +55,7 @@ def write(plan: Plan, path: Path) -> None:
 
 
 def read(path: Path) -> Plan:
-    """The plan in a plan.json; its steps are taken apart when they are asked for. Raises PlanError, OSError."""
+    """The plan in a plan.json; its steps are parsed when they are first used. Raises PlanError, OSError."""
     with _malformed_refused(), path.open(encoding="utf-8") as stream:
         head = []
         for line in stream:
@@ -66,7 +73,7 @@ def read(path: Path) -> Plan:
 
 
 def study_of(path: Path) -> str | None:
-    """The name of the study that a plan.json of any format is of; None where there is none. Reads no more than it must."""
+    """The name of the study in a plan.json of any format, None if there is none. Reads no more of the file than needed."""
     found = None
     try:
         with path.open(encoding="utf-8") as stream:
@@ -78,18 +85,18 @@ def study_of(path: Path) -> str | None:
         return None
 
 
-class Prefixes:
-    """Names of lists, each told by the longest known list that it begins with: exact, and linear in what is new."""
+class Prefixes(Generic[Item, Name]):
+    """Finds for each list the longest known list that it begins with: exact, and linear in the number of new items."""
 
     def __init__(self) -> None:
         self._next: dict[tuple[int, Any], int] = {}
-        self._named: dict[int, Any] = {}
+        self._named: dict[int, Name] = {}
         self._texts: dict[int, tuple[Any, str]] = {}
 
-    def add(self, items: Sequence[Any], name: Any) -> tuple[Any, Sequence[Any]]:
+    def add(self, items: Sequence[Item], name: Name) -> tuple[Name | None, Sequence[Item]]:
         """(the name of the longest known beginning or None, the items after it); `items` bears `name` from now on.
 
-        A list that is known already keeps its name, and nothing comes after it.
+        A list that is known already keeps its name, and no items remain.
         """
         node, known, length = 0, self._named.get(0), 0
         for place, item in enumerate(items, start=1):
@@ -106,38 +113,38 @@ class Prefixes:
         if type(item) is list and all(type(one) is str for one in item):
             return tuple(item)
         text = self._texts.get(id(item))
-        if text is None:  # the item is kept, so that its id stays its own
+        if text is None:  # the item is kept, so that its id is not reused
             text = self._texts[id(item)] = item, json.dumps(item)
         return text[1].encode()
 
 
 class Values:
-    """Lists and mappings that stand in specs, each once; a list may go on where another ends.
+    """The lists and mappings in specs, each once; a list may extend another.
 
-    `of` answers the number of a value in `bodies`, whose entries are {"value": V} or {"extends": number, "by": [...]}.
+    `of` returns the number of a value in `bodies`, whose entries are {"value": V} or {"extends": number, "by": [...]}.
     """
 
     def __init__(self) -> None:
-        self.bodies: list[dict[str, Any]] = []
-        self._lists, self._others = Prefixes(), dict[str, int]()
-        self._seen: dict[int, tuple[Any, int]] = {}
+        self.bodies: list[dict[str, object]] = []
+        self._lists, self._others = Prefixes[object, int](), dict[str, int]()
+        self._seen: dict[int, tuple[object, int]] = {}
 
-    def of(self, value: Any) -> int:
+    def of(self, value: object) -> int:
         known = self._seen.get(id(value))
         if known is None:
             number = self._of_list(value) if isinstance(value, list) else self._of_other(value)
             known = self._seen[id(value)] = value, number
         return known[1]
 
-    def _of_list(self, items: list[Any]) -> int:
+    def _of_list(self, items: list[object]) -> int:
         number = len(self.bodies)
         known, rest = self._lists.add(items, number)
         if known is not None and not rest:
-            return int(known)
+            return known
         self.bodies.append({"value": items} if known is None else {"extends": known, "by": rest})
         return number
 
-    def _of_other(self, value: Any) -> int:
+    def _of_other(self, value: object) -> int:
         number = self._others.setdefault(json.dumps(value), len(self.bodies))
         if number == len(self.bodies):
             self.bodies.append({"value": value})
@@ -145,7 +152,7 @@ class Values:
 
 
 class LazySteps(Mapping[str, Step]):
-    """Steps by fingerprint, each taken apart when it is asked for. `kinds` is known without."""
+    """Steps by fingerprint, each parsed when it is first used. `kinds` is known without parsing."""
 
     def __init__(self, lines: Sequence[str], values: "_Known") -> None:
         self._lines: dict[str, str] = {}
@@ -177,7 +184,7 @@ class LazySteps(Mapping[str, Step]):
 
 
 class _Known:
-    """Values by number; what is put together is kept."""
+    """Values by number; decoded values are cached."""
 
     def __init__(self, bodies: Sequence[Any]) -> None:
         self._bodies, self._made = list(bodies), dict[int, Any]()
@@ -197,13 +204,13 @@ class _Known:
         return self._made[chain[0][0] if chain else number]
 
 
-def inputs_of(kind: str, spec: Mapping[str, Any]) -> dict[str, str]:
-    """What a step reads, by role, as its spec names it. Raises KeyError or TypeError for what is no such spec."""
+def inputs_of(kind: str, spec: Mapping[str, object]) -> dict[str, str]:
+    """The inputs of a step by role, from its spec. Raises KeyError or TypeError for an invalid spec."""
     return KINDS[kind].spec.of(spec).inputs()
 
 
 def _head(plan: Plan) -> dict[str, Any]:
-    """All of the plan but its steps."""
+    """Everything in the plan except its steps."""
     numbers = {fingerprint: number for number, fingerprint in enumerate(plan.steps)}
     return {
         "format": FORMAT,
@@ -216,6 +223,8 @@ def _head(plan: Plan) -> dict[str, Any]:
         "missing": list(plan.missing),
         "zero_shot_groups": plan.zero_shot_groups,
         "own_groups": plan.own_groups,
+        "settings": plan.settings,
+        "retrieval": list(plan.retrieval),
         "streams": plan.streams,
         "classes": _class_lists(plan.classes),
         "bases": [_step_body(base, Values()) for base in plan.bases.values()],
@@ -237,7 +246,7 @@ def _lines(plan: Plan) -> Iterator[str]:
 
 
 def _rows(texts: Iterable[str]) -> Iterator[str]:
-    """One line each, commas between them."""
+    """One line each, separated by commas."""
     before = ""
     for text in texts:
         yield before + text
@@ -246,7 +255,7 @@ def _rows(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _until(stream: Iterator[str], end: str) -> Iterator[str]:
-    """The rows up to the line `end`. Raises ValueError if it never comes."""
+    """The rows before the line `end`. Raises ValueError if that line is missing."""
     for line in stream:
         if line == end:
             return
@@ -302,12 +311,14 @@ def _plan(body: Mapping[str, Any], steps: Mapping[str, Step]) -> Plan:
         missing=tuple(body["missing"]),
         zero_shot_groups={key: tuple(sets) for key, sets in body.get("zero_shot_groups", {}).items()},
         own_groups=body.get("own_groups", False),
+        settings=dict(body.get("settings", {})),
+        retrieval=tuple(body.get("retrieval", ())),
     )
 
 
-def _class_lists(classes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """The class names by digest; a list that goes on where another ends is {"extends": digest, "by": [...]}."""
-    lists, found = Prefixes(), {}
+def _class_lists(classes: Mapping[str, Sequence[str]]) -> dict[str, object]:
+    """The class names by digest; a list that extends another is {"extends": digest, "by": [...]}."""
+    lists, found = Prefixes[str, str](), dict[str, object]()
     for digest, names in classes.items():
         known, rest = lists.add(names, digest)
         found[digest] = list(names) if known is None else {"extends": known, "by": list(rest)}
@@ -315,7 +326,7 @@ def _class_lists(classes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
 
 
 def _classes(body: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """The lists again; each comes after the one that it extends."""
+    """The decoded lists; each comes after the one that it extends."""
     found: dict[str, tuple[str, ...]] = {}
     for digest, names in body.items():
         found[digest] = (*found[names["extends"]], *names["by"]) if isinstance(names, dict) else tuple(names)
@@ -334,4 +345,4 @@ def _malformed_refused() -> Iterator[None]:
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         if isinstance(error, PlanError | json.JSONDecodeError):
             raise
-        raise PlanError(f"the plan is malformed ({error!r}); run the study again to write it anew") from None
+        raise PlanError(f"the plan is malformed ({error!r}); run the study again to rewrite it") from None

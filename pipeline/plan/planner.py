@@ -1,10 +1,11 @@
-"""From a study to the graph of its steps: pure, and nothing twice.
+"""Turns a study into the graph of its steps: a pure function, and no step occurs twice.
 
-What TIME implies about sharing (an expert depends on where it starts, its data, recipe, length and seed, not on how it is
-deployed) needs no rules here: each step is named by what bears on its result, and equal names are one step. So experts
-of init base serve every deployment and technique, a chain of init latest likewise, and init all or ema give one chain per
-technique and its parameters. Invariant: the plan is a function of study and facts alone, and knows no place, no name of
-a study, no degree of parallelism.
+Sharing in TIME needs no rules here. An expert depends on its start, data, recipe, length and seed, not on its
+deployment. Each step is named by what determines its result, and equal names are one step. So experts of init base
+serve every deployment and technique, as does a chain of init latest; init all or ema gives one chain per technique and
+parameters.
+Invariant: the plan depends only on study and facts. Steps contain no path, no name of a study and no degree of
+parallelism.
 """
 
 import heapq
@@ -18,6 +19,7 @@ from pipeline.identity import Texts, canonical, fingerprint, step_fingerprint
 from pipeline.kinds.specs import BaseSpec, EvaluateSpec, SourceSpec, Spec
 from pipeline.kinds.table import KINDS, STEPS
 from pipeline.plan.draft import Draft, World, effective_params, joint_task, together
+from pipeline.plan.settings import scored_on, settings_of
 from pipeline.plan.steps import (
     BASE,
     RECORD_BYTES,
@@ -40,7 +42,7 @@ from workers.training.recipe import Recipe
 
 
 def make_plan(study: Study, facts: Facts) -> Plan:
-    """The plan of a resolved study. Raises PlanError when the data or the budget do not allow it."""
+    """The plan of a resolved study. Raises PlanError if the data or the budget do not allow it."""
     if not study.is_resolved:
         raise PlanError(f"study {study.name} does not say which datasets play which role; resolve it first")
     planner = Planner(study, facts)
@@ -71,11 +73,13 @@ def make_plan(study: Study, facts: Facts) -> Plan:
         missing=facts.missing,
         zero_shot_groups=study.zero_shot_groups,
         own_groups=study.zero_shot_groups != derived(roles.held_out, roles.pretraining),
+        settings=planner.settings,
+        retrieval=tuple(sorted(name for name, found in facts.datasets.items() if found.kind == "retrieval")),
     )
 
 
 def base_step(weights_sha256: str, config_sha256: str = "", model: str = "", disk_bytes: int = 0) -> Step:
-    """The step whose artifact is the base model; its identity is its bytes. `model` is its name in the study."""
+    """The step whose artifact is the base model, identified by its bytes. `model` is the name of the base in the study."""
     spec = BaseSpec(KINDS[BASE].revision, weights_sha256, config_sha256)
     body = spec.to_json()
     fp = step_fingerprint(spec.kind, body)
@@ -85,9 +89,10 @@ def base_step(weights_sha256: str, config_sha256: str = "", model: str = "", dis
 def steps_per_task(
     budget: BudgetSection, tasks: int, batch_size: int, gflops_per_sample: float | None, memory_ratio: float
 ) -> int:
-    """Optimizer steps of one task. A total of GFLOPs is memory-adjusted as FoMo-in-Flux does it:
+    """Optimizer steps of one task. A total of GFLOPs is memory-adjusted as in FoMo-in-Flux:
 
-    round(total * multiplier / (tasks * gflops_per_sample * batch_size * memory_ratio)). Raises PlanError below one step.
+    round(total * multiplier / (tasks * gflops_per_sample * batch_size * memory_ratio)). Raises PlanError below one
+    step.
     """
     if budget.steps_per_task is not None:
         steps = budget.steps_per_task * budget.multiplier
@@ -110,7 +115,7 @@ def steps_per_task(
 
 
 class Planner:
-    """Collects the steps of one study; adding a step that is there already changes nothing."""
+    """Collects the steps of one study; adding a step twice has no effect."""
 
     def __init__(self, study: Study, facts: Facts) -> None:
         self.study, self.facts = study, facts
@@ -127,13 +132,15 @@ class Planner:
         self.texts = Texts()
         self._sources: dict[tuple[Part, str], SourceSpec] = {}
         self._lists: dict[Hashable, list[SourceSpec]] = {}
-        self._recipes: dict[str, dict[str, Any]] = {}
-        self._engines: dict[str, dict[str, Any]] = {}
+        self._recipes: dict[str, dict[str, object]] = {}
+        self._engines: dict[str, dict[str, object]] = {}
         self._judged = sorted({*self.roles.adaptation, *self.roles.held_out})
+        self.settings: dict[str, dict[str, object]] = {}
+        self._scored_as: dict[str, dict[str, object]] = {}
         self._check_data()
 
     def trajectory(self, cell: Cell) -> TrajectoryPlan:
-        """Add what one cell needs, and tell which step serves it when."""
+        """Add the steps of one cell. Returns its trajectory."""
         world = self._world(cell)
         steps = self._length(cell, world)
         draft = Draft(self, cell, world, steps)
@@ -164,10 +171,11 @@ class Planner:
             stream_id=world.stream_id,
             axes=dict(cell.axes),
             split=cell.split,
+            settings_id=self._settings(cell, world),
         )
 
     def naive_counts(self) -> dict[str, int]:
-        """Steps per kind if every trajectory were run alone, its own experts' own-task scores included."""
+        """Steps per kind if every trajectory were run alone, including the own-task scores of its experts."""
         counts: dict[str, int] = dict.fromkeys(STEPS, 0)
         for experts, merges, deployed in self._used:
             counts["train"] += len(experts)
@@ -176,7 +184,7 @@ class Planner:
         return counts
 
     def score_undeployed_experts(self) -> dict[tuple[str, str], str]:
-        """Add an evaluation on its own task for every expert that nobody serves; for each expert and split, where its score is."""
+        """Add an own-task evaluation for every expert that is never deployed. Returns the evaluation of each expert and split."""
         own = {}
         for fp, (step, datasets) in self._own_tasks.items():
             for split in self._scored_on[fp]:
@@ -185,7 +193,7 @@ class Planner:
         return own
 
     def add(self, spec: Spec, about: About) -> str:
-        """The fingerprint of a step, which is in the plan from now on."""
+        """Add a step to the plan. Returns its fingerprint."""
         body = spec.to_json()
         fp = step_fingerprint(spec.kind, body, self.texts)
         if fp not in self.steps:
@@ -196,35 +204,35 @@ class Planner:
         return fp
 
     def evaluate(self, weights: str, step: Step, split: str) -> str:
-        """The step that scores deployed weights on one split of everything."""
+        """The step that scores deployed weights on one split of all datasets."""
         key = weights, split
         if key not in self._scored:
             self._scored[key] = self._evaluate(weights, step, self._judged, split, "scores")
         return self._scored[key]
 
     def own_task(self, expert: str, task: StreamTask) -> None:
-        """Remember which data an expert is to be scored on at least, if its task brings whole datasets."""
+        """Record the datasets on which an expert must be scored at least, if its task consists of whole datasets."""
         datasets = _datasets(task)
         if datasets:
             self._own_tasks.setdefault(expert, (self.steps[expert], datasets))
 
     def sources(self, key: Hashable, parts: Callable[[], Iterable[Part]], split: str) -> list[SourceSpec]:
-        """What a step reads, as a spec has it: content, not place. A list of classes is named by its digest.
+        """The data that a step reads, in the form of a spec: content, not paths. A list of classes is named by its digest.
 
-        Steps that read the same hold one list; `key` tells it from all others, and `parts` says what it is made of.
+        Steps that read the same data share one list. `key` identifies the list, and `parts` returns its parts.
         """
         if (key, split) not in self._lists:
             self._lists[key, split] = [self._source(part, split) for part in parts()]
         return self._lists[key, split]
 
-    def recipe(self, recipe: Recipe) -> tuple[dict[str, Any], str]:
-        """A recipe as specs have it, and its canonical text."""
+    def recipe(self, recipe: Recipe) -> tuple[Mapping[str, object], str]:
+        """A recipe in the form of a spec, and its canonical text."""
         values = recipe.model_dump(mode="json")
         text = canonical(values)
         return self._recipes.setdefault(text, values), text
 
-    def engine(self, model: str) -> dict[str, Any]:
-        """What trains experts of a model, as specs have it."""
+    def engine(self, model: str) -> Mapping[str, object]:
+        """The engine for experts of a model, in the form of a spec."""
         if model not in self._engines:
             self._engines[model] = asdict(self.study.engine_of(model))
         return self._engines[model]
@@ -244,18 +252,23 @@ class Planner:
                 prompts=facts.prompts,
                 classes=digest,
             )
+            if split in facts.stored:
+                found["reading"] = "encoded"
             self._sources[part, split] = self.texts.keep(found)
         return found
 
     def _evaluate(self, weights: str, step: Step, datasets: Sequence[str], split: str, what: str) -> str:
         options = self.study.evaluation
+        device = self.study.evaluation_device_of(step.model)
         spec = EvaluateSpec(
             version=KINDS["evaluate"].revision,
             model=weights,
             datasets=self.texts.keep(self.sources((*datasets,), lambda: map(Part, datasets), split)),
             fraction=options.fraction,
             seed=options.seed if options.fraction < 1 else 0,
-            device=self.study.evaluation_device_of(step.model),
+            device=device,
+            details=sorted(set(options.details)),
+            precision=options.precision_on(device),
         )
         label = f"{what} of {step.label}" if what == "scores" else f"own task of {step.label}"
         if split != TEST:
@@ -265,6 +278,19 @@ class Planner:
             disk_bytes=RECORD_BYTES, base=step.base, model=step.model,
         )  # fmt: skip
         return self.add(spec, about)
+
+    def _settings(self, cell: Cell, world: World) -> str:
+        """The key of a cell's settings, which trajectories share."""
+        if cell.split not in self._scored_as:
+            sources = self.sources((*self._judged,), lambda: map(Part, self._judged), cell.split)
+            roles, options = [[*self.roles.adaptation], [*self.roles.held_out]], self.study.evaluation
+            found = scored_on(sources, roles, options.fraction, options.seed)
+            found |= {} if options.precision == "fp32" else {"precision": options.precision}
+            self._scored_as[cell.split] = found
+        found = settings_of(cell, world, self._scored_as[cell.split])
+        key = fingerprint(found)[:16]
+        self.settings.setdefault(key, found)
+        return key
 
     def _world(self, cell: Cell) -> World:
         key = key_of(cell.model), key_of(cell.stream)
@@ -289,7 +315,7 @@ class Planner:
             raise PlanError(f"{cell.id}: {error}") from None
 
     def _check_data(self) -> None:
-        """Every split that any step may read must be there."""
+        """Raise PlanError unless every split that a step may read exists."""
         streams = {part.dataset for stream in self.facts.streams.values() for part in together(stream.tasks)}
         trained = sorted(streams)
         if any(cell.recipe.mixture.pretraining > 0 for cell in self.study.cells):
@@ -317,7 +343,7 @@ class Planner:
 
 
 def _datasets(task: StreamTask) -> tuple[str, ...]:
-    """The datasets of a task that brings whole ones, else none."""
+    """The datasets of a task that consists of whole datasets, else none."""
     whole = all(part.classes is None for part in task.parts)
     return tuple(part.dataset for part in task.parts) if whole else ()
 
@@ -327,7 +353,7 @@ def _whole(stream: Stream) -> dict[str, tuple[str, ...]]:
 
 
 def _in_order(steps: Mapping[str, Step]) -> dict[str, Step]:
-    """Every step after those it needs; among the free ones the earliest time step first, then train, merge, evaluate."""
+    """Topological order; among steps without open needs, the earliest time step first, then train, merge, evaluate."""
     rank = {fp: (step.t, STEPS.index(step.kind), index) for index, (fp, step) in enumerate(steps.items())}
     users: dict[str, list[str]] = {fp: [] for fp in steps}
     missing: dict[str, int] = {}

@@ -1,6 +1,6 @@
-"""Which classes of a study's datasets a model reads as one, asked once per tokenizer and list of names.
+"""Notes on classes of a study's datasets that a model cannot distinguish, computed once per tokenizer and list of names.
 
-Invariant: an answer that is in the cache needs no torch, so that only the first plan of a study takes the time.
+Invariant: a cached answer needs no torch, so that only the first plan of a study takes the time.
 """
 
 import json
@@ -18,18 +18,21 @@ SHOWN = 3
 
 
 def prompt_notes(directory: Path, root: str, datasets: Iterable[str], cache: Path) -> list[str]:
-    """A sentence for every dataset whose classes a model's tokenizer does not all tell apart.
+    """A note for every dataset with classes that a model's tokenizer does not distinguish.
 
-    `directory` is the model's weights directory, of which only the configuration and tokenizer are read. Raises UserError.
+    `directory` is the weights directory of the model, of which only configuration and tokenizer are read. Raises
+    UserError.
     """
     tokenizer = _text_configuration(directory)
-    said = []
+    found = []
     for name in dict.fromkeys(datasets):
         info = describe(root, name, cache)
         if info.kind != "classification":
             continue
         if len(info.classes) == 1:
-            said.append(f"dataset {name!r} has one class, so every model scores 1 on it: it measures nothing")
+            found.append(
+                f"dataset {name!r} has one class, so every model scores 1 on it: it measures nothing"
+            )
             continue
         kept = (
             cache
@@ -37,26 +40,26 @@ def prompt_notes(directory: Path, root: str, datasets: Iterable[str], cache: Pat
             / f"{fingerprint([REVISION, tokenizer, info.classes, info.templates])[:32]}.json"
         )
         groups = None
-        with suppress(ValueError):  # what a crash of the machine left of it is found out again
+        with suppress(ValueError):  # a file cut by a crash of the machine is computed again
             groups = json.loads(recall(kept) or "")
         if groups is None:
             from workers.scoring.prompts import alike_in
 
             try:
                 groups = alike_in(directory, info.classes, info.templates)
-            except (OSError, ValueError, ImportError) as error:  # what needs the tokenizer will say more
+            except (OSError, ValueError, ImportError) as error:  # its later use raises the full error
                 why = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 return [
                     f"class names were not compared: the tokenizer of {directory} cannot be loaded ({why})"
                 ]
             remember(kept, json.dumps(groups), Access.of(Path(root)))
         if groups:
-            said.append(_note(name, groups))
-    return said
+            found.append(_note(name, groups))
+    return found
 
 
 def _text_configuration(directory: Path) -> list[str]:
-    """What the tokenizer of a weights directory depends on: its configuration, and the files beside the weights."""
+    """Digests of what the tokenizer of a weights directory depends on: its configuration, and the files beside the weights."""
     config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
     files = [path for path in sorted(directory.iterdir()) if "token" in path.name or "vocab" in path.name]
     return [
@@ -78,6 +81,6 @@ def _note(dataset: str, groups: list[tuple[list[str], bool]]) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    """The names, each shortened in its middle, for the end is where long ones differ."""
+    """The names, each shortened in its middle, because long names differ at the end."""
     short = [repr(name if len(name) <= 50 else f"{name[:20]} ... {name[-20:]}") for name in names]
     return ", ".join(short[:SHOWN]) + (f" and {len(names) - SHOWN} others" if len(names) > SHOWN else "")

@@ -1,13 +1,13 @@
-"""What a plan is made of: facts in, steps and trajectories out, as frozen values that survive JSON.
+"""The values of a plan: facts as its input, steps and trajectories as its output, all frozen and serialisable as JSON.
 
-Invariant: a step's `spec` holds what bears on its result and nothing else, and its fingerprint is that of kind and spec;
-labels, slugs, costs and `after` are for people and schedulers and never part of the identity.
+Invariant: the `spec` of a step holds what determines its result and nothing else, and its fingerprint is that of kind
+and spec. Labels, slugs, costs and `after` serve display and scheduling and are never part of the identity.
 """
 
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 from pipeline.identity import fingerprint
 from pipeline.kinds.specs import BASE
@@ -16,13 +16,22 @@ from pipeline.study.streams import Stream
 
 TRAIN, TEST, VAL = "train", "test", "val"
 SPLITS = (TEST, VAL)
-"""What can be scored."""
+"""The splits on which models can be scored."""
 RECORD_BYTES = 16 * 1024
-"""A generous guess at the size of a record, for estimates."""
+"""A generous estimate of the size of a record."""
+
+
+class DescribedSplit(Protocol):
+    """A split of a dataset: the digest of its content, and its number of samples."""
+
+    @property
+    def digest(self) -> str: ...
+    @property
+    def samples(self) -> int: ...
 
 
 class Described(Protocol):
-    """A dataset as the data room describes it."""
+    """A dataset as `workers.data` describes it."""
 
     @property
     def kind(self) -> str: ...
@@ -31,35 +40,41 @@ class Described(Protocol):
     @property
     def templates(self) -> tuple[str, ...]: ...
     @property
-    def splits(self) -> Mapping[str, Any]: ...
+    def splits(self) -> Mapping[str, DescribedSplit]: ...
 
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """A dataset's content: the digest and number of samples of each split, and of its kind, class names and prompts."""
+    """A dataset's content: its kind, the digest and number of samples of each split, and the digest of kind, class names and prompts.
+
+    `stored` names the splits whose pictures training cuts out of the originals; their digest says so.
+    """
 
     digests: Mapping[str, str]
     prompts: str = ""
     samples: Mapping[str, int] = field(default_factory=dict)
+    kind: str = "classification"
+    stored: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, info: Described) -> "DatasetFacts":
-        """The facts of a dataset as `workers.data.manifest.describe` gives it."""
+        """The facts of a dataset from the output of `workers.data.manifest.describe`."""
         return cls(
             digests={name: split.digest for name, split in info.splits.items()},
             prompts=fingerprint([info.kind, list(info.classes), list(info.templates)]),
             samples={name: split.samples for name, split in info.splits.items()},
+            kind=info.kind,
         )
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A base model: what it is, and what it costs.
+    """The identity and the training cost of a base model.
 
-    `gflops_per_sample` (forward + backward) and `memory_ratio` (peak memory against training everything) go by what is
-    trained (all, image, text); they may be empty unless the budget is in GFLOPs. `weights_bytes` is a checkpoint's size.
-    `resblocks`: whether both towers are open_clip's own transformers. `training` is what the network decides of its training and
-    other networks do not have; `notes` are for people.
+    `gflops_per_sample` (forward + backward) and `memory_ratio` (peak memory relative to training everything) are by
+    what is trained (all, image, text); they may be empty unless the budget is in GFLOPs. `weights_bytes` is the size of
+    a checkpoint. `resblocks`: whether both towers are open_clip's own transformers. `training` holds what the network
+    determines of its training; other networks do not have it. `notes` are for display.
     """
 
     weights: str
@@ -74,10 +89,10 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Facts:
-    """All that a plan must know of the world. None of it says where anything is.
+    """All inputs of a plan beside the study. They contain no paths.
 
-    `models` and `streams` are keyed by the fingerprint of the section that asks for them (`key_of`). `missing` are datasets
-    of which only the description is known: enough to plan with, not to run. `notes` is what to know of the data.
+    `models` and `streams` are keyed by the fingerprint of the section that names them (`key_of`). `missing` are
+    datasets of which only the description is known: enough to plan with, not to run. `notes` are remarks on the data.
     """
 
     datasets: Mapping[str, DatasetFacts]
@@ -89,9 +104,9 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One unit of work. `inputs` maps roles to fingerprints; `after` are steps to wait for without using their results.
+    """One unit of work. `inputs` maps roles to fingerprints; `after` are steps to wait for whose results are not used.
 
-    `base` is the fingerprint of the base that it goes back to, `model` that base's name in the study.
+    `base` is the fingerprint of the base that the step descends from, `model` the name of that base in the study.
     """
 
     kind: str
@@ -111,7 +126,7 @@ class Step:
 
 @dataclass(frozen=True)
 class About:
-    """What people and schedulers know of a step, and what is no part of its identity; the fields are those of `Step`."""
+    """The fields of `Step` for display and scheduling, which are not part of its identity."""
 
     slug: str
     label: str
@@ -126,10 +141,11 @@ class About:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One trajectory at one time step, as fingerprints; the base is "base", what does not exist None.
+    """One trajectory at one time step, as fingerprints; the base is "base", and None means that there is no such step.
 
-    `init` are the weights training starts from, `train` the expert, `deployed` the weights served, `merge` the step that
-    made them if one did, `evaluate` their scores, `own` the step that scores the expert (at least) on its own task.
+    `init` are the weights at the start of training, `train` the expert, `deployed` the served weights, `merge` the step
+    that made them if it was a merge, `evaluate` their scores, and `own` the step that scores the expert on (at least)
+    its own task.
     """
 
     t: int
@@ -144,10 +160,11 @@ class Point:
 
 @dataclass(frozen=True)
 class TrajectoryPlan:
-    """One strategy over one stream, budget and seed. `group` is shared by those that differ in the seed alone.
+    """One strategy over one stream, budget and seed. Trajectories that differ only in the seed share `group`.
 
-    `split` is that of the scores. `base` is the fingerprint of the base and `model` its name; `stream` are the names of the tasks and `stream_id` the
-    fingerprint of the stream.
+    `split` is the split of the scores. `base` is the fingerprint of the base and `model` its name; `stream` are the
+    names of the tasks and `stream_id` is the fingerprint of the stream. `settings_id` is the
+    key of its settings in `Plan.settings`.
     """
 
     id: str
@@ -167,24 +184,49 @@ class TrajectoryPlan:
     stream_id: str
     axes: dict[str, Any] = field(default_factory=dict)
     split: str = TEST
+    settings_id: str = ""
+
+
+class StepCounts(TypedDict):
+    """Steps of one kind: of the plan, of the trajectories one by one, and in the store already."""
+
+    unique: int
+    naive: int
+    cached: int
+
+
+class Summary(TypedDict):
+    """What a plan would run (`Plan.summary`)."""
+
+    study: str
+    trajectories: int
+    steps: dict[str, StepCounts]
+    gflops: float | None
+    disk_bytes: int
+    gflops_naive: float | None
+    critical_path: dict[str, int]
+    missing: list[str]
+    splits: list[str]
 
 
 class Lookup(Protocol):
-    """What a summary asks of a store."""
+    """The part of a store that a summary needs."""
 
     def has(self, kind: str, fingerprint: str) -> bool: ...
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All steps of a study, each once, in an order in which every step follows what it needs.
+    """All steps of a study, each once, in an order in which every step follows its inputs.
 
-    `bases` holds the base of every model by fingerprint. `streams` maps the fingerprint of each stream to its tasks and the
-    datasets that each brings whole (a task made of parts of datasets has no score of its own). `classes` resolves the digests
-    that stand for lists of classes in specs. `naive` counts the steps that the trajectories would take one by one, and
-    `naive_gflops` what their training would cost. `missing` are datasets that must come before the plan can run.
-    `zero_shot_groups` are the held-out sets by group, empty in plans older than groups; `own_groups` says that they are stated
-    and differ from what the pretraining pool means.
+    `bases` holds the base of every model by fingerprint. `streams` maps the fingerprint of each stream to its tasks,
+    and these to the datasets that they contain as a whole (a task of parts of datasets has no score of its own).
+    `classes` resolves the digests that stand for lists of classes in specs. `naive` counts the steps of all
+    trajectories run separately, and `naive_gflops` is the cost of their training. `missing` are datasets that must be
+    there before the plan can run. `zero_shot_groups` are the held-out sets by group, empty in plans older than groups;
+    `own_groups` says that they are stated and differ from those derived from the pretraining pool. `settings` are
+    those of trajectories (`pipeline.plan.settings`) by key, and `retrieval` the datasets whose score is recall@5 (of others it is
+    accuracy); both are empty in plans older than they are.
     """
 
     study: str
@@ -200,9 +242,11 @@ class Plan:
     missing: tuple[str, ...] = ()
     zero_shot_groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
     own_groups: bool = False
+    settings: dict[str, dict[str, object]] = field(default_factory=dict)
+    retrieval: tuple[str, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
-        """The plan as plan.json holds it (`pipeline.plan.file`, which imports this module and so is named here only)."""
+    def to_json(self) -> dict[str, object]:
+        """The plan as in plan.json. `pipeline.plan.file` imports this module, so it is imported here only when needed."""
         return dict(importlib.import_module("pipeline.plan.file").encode(self))
 
     @property
@@ -221,11 +265,11 @@ class Plan:
         return next((one for one in alike if served(one) == served(trajectory)), None)
 
     def tasks(self, trajectory: TrajectoryPlan) -> dict[str, tuple[str, ...]]:
-        """Each task of a trajectory with the datasets it brings whole."""
+        """Each task of a trajectory with the datasets that it contains as a whole."""
         return self.streams[trajectory.stream_id]
 
     def trains(self, trajectory: TrajectoryPlan) -> bool:
-        """Whether a trajectory has experts at all."""
+        """Whether a trajectory has experts."""
         return any(point.train for point in trajectory.points)
 
     def weights_step(self, fingerprint: str) -> Step:
@@ -234,7 +278,7 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the whole: study name, trajectories, every step they take, and groups that are the study's own."""
+        """Identity of the plan: study name, trajectories, all of their steps, and groups that the study states itself."""
         names = [one.name for one in fields(Point)]
         points = {
             trajectory.id: [[getattr(point, name) for name in names] for point in trajectory.points]
@@ -243,15 +287,15 @@ class Plan:
         own = {"zero_shot_groups": self.zero_shot_groups} if self.own_groups else {}
         return fingerprint({"study": self.study, "base": "+".join(self.bases), "trajectories": points, **own})
 
-    def summary(self, store: Lookup | None = None) -> dict[str, Any]:
+    def summary(self, store: Lookup | None = None) -> Summary:
         """What would run: counts per kind, and compute, disk and critical path of the steps that are not in the store yet.
 
-        "gflops" is null when the cost of a sample was not measured. "critical_path" is the longest chain of steps that must
-        follow one another, by kind: no number of machines makes a study shorter than that.
+        "gflops" is null if the cost of a sample was not measured. "critical_path" is the longest chain of dependent
+        steps, by kind: no number of machines makes the study shorter.
         """
         cached = {fp for fp, step in self.steps.items() if store is not None and store.has(step.kind, fp)}
         ahead = {fp: step for fp, step in self.steps.items() if fp not in cached}
-        counts = {
+        counts: dict[str, StepCounts] = {
             kind: {
                 "unique": sum(step.kind == kind for step in self.steps.values()),
                 "naive": self.naive[kind],
@@ -279,9 +323,9 @@ class Plan:
 
 
 def critical_path(steps: Mapping[str, Step]) -> dict[str, int]:
-    """Steps of each kind on the longest chain through `steps`, which come in topological order; "steps" is its length.
+    """Steps of each kind on the longest chain through `steps`, which are in topological order; "steps" is its length.
 
-    The longest is the one with most training, then most steps: training is what takes time.
+    The longest chain is the one with most training, then with most steps, because training takes most of the time.
     """
     best: dict[str, tuple[int, int]] = {}
     before: dict[str, str | None] = {}
@@ -300,7 +344,7 @@ def critical_path(steps: Mapping[str, Step]) -> dict[str, int]:
 
 
 def without_val(datasets: Sequence[str], root: str) -> str:
-    """What to say of datasets that are to be scored on val and have none."""
+    """The message for datasets that are to be scored on val and have no such split."""
     place = f"{root}/{datasets[0]}/{VAL}"
     return (
         f"evaluation.split is {VAL}, but there is no {VAL} split of {', '.join(datasets)}; write {place} and the like (shards "
@@ -309,7 +353,7 @@ def without_val(datasets: Sequence[str], root: str) -> str:
 
 
 def total_gflops(costs: Iterable[float | None]) -> float | None:
-    """Their sum; None as soon as the cost of one is not known."""
+    """The sum of the costs; None if one of them is not known."""
     total = 0.0
     for cost in costs:
         if cost is None:

@@ -1,1 +1,1 @@
-"""What a finished study says: tables, figures and the page; the only place of the pipeline that imports pandas and altair."""
+"""Tables, figures and the page of a finished study. Only this folder and `claims` import pandas and altair."""

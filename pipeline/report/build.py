@@ -1,11 +1,10 @@
-"""`temporal-merge report OUT`: from what lies in OUT to OUT/report.
+"""`temporal-merge report OUT ...`: writes OUT/report from the results in OUT.
 
-Invariant: a report is built beside the old one and replaces it whole; looking changes nothing else in OUT; what a study has
-not scored yet is said, and a figure that cannot be drawn is named with the reason.
+Invariant: a report is built beside the old one and replaces it as a whole; nothing else in OUT changes. The page states what is
+not scored yet, and names every figure that cannot be drawn with the reason.
 """
 
 import shutil
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,64 +13,45 @@ from typing import Any
 import pandas as pd
 import vl_convert
 
-from merge_service.checkpoints import WEIGHTS_FILE
 from merge_service.errors import UserError
-from merge_service.similarity import similarity
-from pipeline.plan.steps import TEST, VAL, Plan, total_gflops
+from pipeline.plan.steps import TEST, VAL, Plan, critical_path, total_gflops
 from pipeline.report import figures as draw
-from pipeline.report.cost import costs, elapsed
+from pipeline.report.cost import costs, elapsed, own_costs
+from pipeline.report.data import chosen
 from pipeline.report.figures import Data, Figure, NoData
-from pipeline.report.page import Words, page, records, spec_of, svg_of
-from pipeline.results.over_time import OF_GROUPS, ReadOnce, on_split, results, sentence_of, splits_of
-from pipeline.run.trace import read_timeline
-from pipeline.store.artifact import Record
-from pipeline.store.local import Store
+from pipeline.report.page import Page, frames_of, page, records, spec_of, still, svg_of
+from pipeline.report.sources import Studied, compare, curves, notes_of
+from pipeline.report.style import OTHER
+from pipeline.report.summary import summary_of
+from pipeline.report.winner import command_of, winner_of
+from pipeline.results.over_time import on_split, splits_of
 from pipeline.store.versions import counted, mixed_text
-from pipeline.workspace.opening import open_plan, open_store
+from pipeline.study.mistakes import short
 
-EXPERTS = 12
-"""More experts than this make a heat map nobody reads; the first are compared."""
-UNSCORED = ("sharing", "similarity")
-"""Figures that show no scores, and so are the same on every split."""
-POINTS = (
-    "group",
-    "t",
-    "shown",
-    "reference",
-    "model",
-    "init",
-    "deploy",
-    "technique",
-    "budget",
-    "seed",
-    "ka",
-    "zs",
-    "gm",
-    *OF_GROUPS,
-)
-LAST = (
-    "group", "t", "shown", "reference", "front", "model", "init", "deploy", "technique", "budget", "strategy", "ka", "zs",
-    "gm", "forgetting", "bwt", *OF_GROUPS,
-)  # fmt: skip
-SCORES = ("trajectory", "t", "dataset", "role", "zero_shot", "score")
+REPORT, PAGE = "report", "report.html"
+UNSCORED = ("sharing", "similarity", "training")
+"""Figures that show no scores, and are therefore the same on every split."""
 
 
-def build_report(out: Path, split: str | None = None) -> dict[str, Any]:
-    """Write OUT/report, of the scores on one split. Raises UserError if OUT holds no run or nothing was scored yet.
+def build_report(
+    out: Path, split: str | None = None, *, more: Sequence[Path] = (), to: Path | None = None
+) -> dict[str, Any]:
+    """Write OUT/report, with the scores on one split. Raises UserError if OUT holds no run or nothing was scored yet.
 
-    {"html", "split", "figures", "tables": paths, "missing": {title: why it was not drawn}, "complete", "advice"}.
+    With `more` runs the report covers all of them, in `to` or else in a directory beside the first that is named after them.
+    Returns {"html", "split", "figures", "tables": paths, "missing": {title: why it was not drawn}, "complete", "advice"}.
     """
-    plan, store = open_plan(out), open_store(out)
-    read = ReadOnce(store)
-    found = (read.record(step.kind, step.fingerprint) for step in plan.steps.values())
-    made = [record for record in found if record is not None]
-    answer = results(plan, read)
-    return write_report(out, plan, answer, lambda best: compare(plan, store, best), made, split)
+    places = [*dict.fromkeys(path.absolute() for path in (out, *more))]
+    if len(places) < 1 + len(more):
+        raise UserError(f"{short([str(out), *map(str, more)])}: a run is named twice; name each once")
+    studies = _named_apart([Studied.read(path) for path in (out, *more)])
+    return write_report(studies, split, to)
 
 
 def file_report(out: Path, answer: Mapping[str, Any]) -> tuple[int, str | None]:
-    """File a report's page and pictures with the study's run in MLflow: (rows still pending, why)."""
+    """Attach a report's page and pictures to the study's run in MLflow: (rows still pending, why)."""
     from pipeline.tracking.tracker import file_with_study
+    from pipeline.workspace.opening import open_plan
 
     pictures = [path for path in answer["figures"] if path.endswith(".png")]
     names = [str(Path(path).relative_to(out)) for path in (answer["html"], *pictures)]
@@ -79,86 +59,104 @@ def file_report(out: Path, answer: Mapping[str, Any]) -> tuple[int, str | None]:
 
 
 def write_report(
-    out: Path,
-    plan: Plan,
-    answer: Mapping[str, Any],
-    compared: Callable[[str], pd.DataFrame | None] = lambda best: None,
-    made: Sequence[Record] = (),
-    split: str | None = None,
+    studies: Sequence[Studied], split: str | None = None, to: Path | None = None
 ) -> dict[str, Any]:
-    """As `build_report`, of results that are at hand; `compared` gives the pairs of experts of a trajectory, `made` are the
-    records of the steps that are done.
+    """As `build_report`, for runs that have been read.
 
-    A report is of one split, `split` or else the first that is scored, for scores on two of them are not comparable. One on val
-    lies in OUT/report-val where there are scores on test as well.
+    A report is of one split, `split` or else the first that is scored, because scores on two splits are not comparable. A report
+    on val goes to OUT/report-val if there are scores on test as well.
     """
-    splits, split = splits_of(answer), _split_to_show(answer, split)
-    data, answer = _prepared(out, plan, answer, split), on_split(answer, split)
-    drawn, missing = draw_all(data, plan, compared)
+    splits = tuple(s for s in (TEST, VAL) if any(s in splits_of(one.answer) for one in studies))
+    split = _split_to_show(studies, splits, split)
+    final = _free(to or _place(studies, REPORT if split == splits[0] else f"{REPORT}-{split}"))
+    data = _prepared(studies, split)
+    drawn, missing = draw_all(data, studies)
     if split == VAL:
         drawn = [f if f.name in UNSCORED else replace(f, title=f"{f.title} (on {VAL})") for f in drawn]
-    timeline = _timeline(out)
-    spent = costs(plan, made, timeline)
-    advice = f"{data.advice.sentence} {cost(plan, data.best, timeline)}"
-    final = out / ("report" if split == splits[0] else f"report-{split}")
-    stage = out / ".report.partial"
+    said = _page(studies, data, split, splits)
+    stage = final.with_name(f".{final.name}.partial")
     shutil.rmtree(stage, ignore_errors=True)
-    written = _write(stage, data, drawn, spent)
-    unfinished = "" if answer["complete"] else _unfinished(plan, answer)
-    partial = ". ".join(filter(None, [unfinished.removesuffix("."), mixed_text(counted(made))]))
-    words = Words(
-        plan.study,
-        f"{len(answer['trajectories'])} trajectories, {len(data.last)} groups that differ in more than the seed"
-        + _which(out, split, splits)
-        + "".join(f". {text}" for base in answer.get("bases", ()) if (text := sentence_of(base)))
-        + "".join(f". {note}" for note in notes_of(made)),
-        partial,
-        advice,
-        f"temporal-merge report {out}",
-    )
-    text = page(words, data.last, spent, drawn, missing, frames_of(data, drawn))
-    (stage / "report.html").write_text(text, encoding="utf-8")
+    written = _write(stage, data, drawn, pd.concat([table.assign(study=name) for name, table in said.spent]))
+    said = replace(said, figures=drawn, missing=missing, here=final)
+    (stage / PAGE).write_text(page(said, data), encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)
     stage.replace(final)
     return {
-        "html": str(final / "report.html"),
+        "html": str(final / PAGE),
         "split": split,
         **{kind: [str(final / kind / name) for name in names] for kind, names in written.items()},
         "missing": missing,
-        "complete": answer["complete"],
-        "advice": advice,
+        "complete": all(one.answer["complete"] for one in studies),
+        "advice": said.advice,
     }
 
 
-def _split_to_show(answer: Mapping[str, Any], asked: str | None) -> str:
-    """The split that was asked for, else the first on which something is scored. Raises UserError."""
-    splits = splits_of(answer)
+def _named_apart(studies: Sequence[Studied]) -> list[Studied]:
+    """Add the directory to the names of studies that have the same name."""
+    names = [one.plan.study for one in studies]
+    return [
+        one
+        if names.count(one.plan.study) == 1
+        else replace(one, answer={**one.answer, "study": f"{one.plan.study} in {one.out}"})
+        for one in studies
+    ]
+
+
+def _free(place: Path) -> Path:
+    """The directory of a report. Raises UserError if it holds something else, because a report replaces its directory."""
+    if place.exists() and not (
+        place.is_dir() and ((place / PAGE).is_file() or not any(place.iterdir()) or place.name == REPORT)
+    ):
+        raise UserError(
+            f"{place} is there and is no report, and a report would replace it; give --to another directory"
+        )
+    return place if place.name else place.absolute()
+
+
+def _place(studies: Sequence[Studied], name: str) -> Path:
+    first = studies[0].out
+    if len(studies) == 1:
+        return first / name
+    return first.parent / "-".join([name, *(one.out.name for one in studies)])[:120]
+
+
+def _split_to_show(studies: Sequence[Studied], splits: Sequence[str], asked: str | None) -> str:
+    """The requested split, else the first on which something is scored. Raises UserError."""
     if asked not in (None, *splits):
         raise UserError(f"--split {asked}: the study is scored on {' and '.join(splits)}, so choose that")
-    begun = (s for s in splits if any(one["steps"] for one in on_split(answer, s)["trajectories"]))
+    begun = (
+        split
+        for split in splits
+        if any(t["steps"] for one in studies for t in on_split(one.answer, split)["trajectories"])
+    )
     return asked or next(begun, splits[0])
 
 
-def _prepared(out: Path, plan: Plan, answer: Mapping[str, Any], split: str) -> Data:
-    """What the figures of one split draw; the advice on test is chosen on val where that is scored too."""
+def _prepared(studies: Sequence[Studied], split: str) -> Data:
+    """The data of the figures on one split; the advice on test is chosen on val if that is scored too."""
+    priced = [own_costs(one.plan, one.records) for one in studies]
+    if len(studies) > 1:
+        priced = [p.assign(trajectory=f"{one.answer['study']}: " + p["trajectory"]) for one, p in zip(studies, priced)]  # fmt: skip
     try:
-        data = draw.prepare(on_split(answer, split))
+        data = draw.prepare([on_split(one.answer, split) for one in studies], pd.concat(priced))
     except NoData as why:
+        places = " and ".join(str(one.out) for one in studies)
         raise UserError(
-            f"{out} has nothing to report: {why}; run the study further (`temporal-merge run`), "
-            f"`temporal-merge status {out}` says how far it is"
+            f"{places} has nothing to report: {why}; run the study further (`temporal-merge run`), "
+            f"`temporal-merge status {studies[0].out}` says how far it is"
         ) from None
-    chosen = None if split == VAL else choose(plan, answer, data)
-    if chosen is None:
-        return data
-    return replace(data, advice=replace(data.advice, sentence=chosen[1]), best=chosen[0])
+    on_val = None if split == VAL or len(studies) > 1 else choose(studies[0].plan, studies[0].answer, data)
+    return data if on_val is None else chosen(data, on_val[1], on_val[0])
 
 
 def choose(plan: Plan, answer: Mapping[str, Any], data: Data) -> tuple[str, str] | None:
-    """Chosen on val, judged on test: the trajectory on test (`data` are its scores) that serves what is best on val, and the
-    advice. None where nothing is scored on val, or what serves the same is not scored on test yet."""
+    """The trajectory on test (`data` are its scores) whose served models are the best on val, and the advice: chosen on val,
+    judged on test. None if nothing is scored on val, or if the same models are not scored on test yet.
+    """
+    if VAL not in splits_of(answer):
+        return None
     try:
-        on_val = draw.prepare(on_split(answer, VAL))
+        on_val = draw.prepare([on_split(answer, VAL)])
     except NoData:
         return None
     named = {trajectory.id: trajectory for trajectory in plan.trajectories}
@@ -174,38 +172,38 @@ def choose(plan: Plan, answer: Mapping[str, Any], data: Data) -> tuple[str, str]
     return twin.id, f"{sentence}."
 
 
-def _which(out: Path, split: str, splits: Sequence[str]) -> str:
-    """Which split the scores are on, where it goes without saying for nobody."""
-    others = [one for one in splits if one != split]
-    if not others and split == TEST:
-        return ""
-    see = "".join(f"; for those on {one}: temporal-merge report {out} --split {one}" for one in others)
-    return f". Scores are on the {split} split{see}"
+def owner(studies: Sequence[Studied], trajectory: str) -> tuple[Studied, str]:
+    """The study of a trajectory of the report, and the trajectory's own name there."""
+    if len(studies) == 1:
+        return studies[0], trajectory
+    for one in studies:
+        prefix = f"{one.answer['study']}: "
+        if trajectory.startswith(prefix):
+            return one, trajectory.removeprefix(prefix)
+    raise KeyError(trajectory)
 
 
-def notes_of(made: Sequence[Record]) -> list[str]:
-    """What merges said of their results, each thing once, with how many said it."""
-    said = Counter(
-        note for record in made if record.kind == "merge" for note in record.result.get("notes", ())
-    )
-    return [f"{note} ({count} merge{'s' * (count != 1)})" for note, count in said.items()]
-
-
-def draw_all(
-    data: Data, plan: Plan, compared: Callable[[str], pd.DataFrame | None]
-) -> tuple[list[Figure], dict[str, str]]:
-    """The figures that have data, in the order of the page, and why the others (by title) have none."""
+def draw_all(data: Data, studies: Sequence[Studied]) -> tuple[list[Figure], dict[str, str]]:
+    """The figures that have data, in the order of the page, and by title why the others have none."""
+    home, best = owner(studies, data.best)
     wanted: list[tuple[str, Callable[[], Figure]]] = [
         ("Knowledge accumulation against zero-shot retention", lambda: draw.plane(data)),
         ("GM over time", lambda: draw.over_time(data)),
+        ("KA over time", lambda: draw.over_time(data, "ka")),
+        ("ZS over time", lambda: draw.over_time(data, "zs")),
+        ("Score per dataset over time", lambda: draw.matrix(data)),
+        ("Difference of two trajectories", lambda: draw.difference(data)),
+        ("Forgetting per task", lambda: draw.forgetting(data)),
+        ("Forgetting and backward transfer", lambda: draw.transfer(data)),
         ("Technique by strategy", lambda: draw.techniques(data)),
         ("What matters: the strategy or the technique", lambda: draw.spread(data)),
-        ("Accuracy per dataset over time", lambda: draw.matrix(data)),
-        ("Forgetting and backward transfer", lambda: draw.transfer(data)),
         ("Scaling with the budget", lambda: draw.scaling(data, "steps_per_task", "budget", "steps per task")),
         ("Scaling with the horizon", lambda: draw.scaling(data, "tasks", "horizon", "tasks")),
-        ("What it cost, and what was shared", lambda: draw.sharing(plan.summary())),
-        ("How alike the experts are", lambda: draw.similarity(compared(data.best))),
+        ("GM against cost in GFLOPs", lambda: draw.price(data, "gflops")),
+        ("GM against cost in seconds", lambda: draw.price(data, "seconds")),
+        ("What it cost, and what was shared", lambda: draw.sharing(_shared(studies))),
+        ("Training curves", lambda: draw.training(_curves(data, studies), data)),
+        ("How alike the experts are", lambda: draw.similarity(compare(home, best))),
     ]
     drawn, missing = [], {}
     for title, make in wanted:
@@ -216,52 +214,39 @@ def draw_all(
     return drawn, missing
 
 
-def frames_of(data: Data, drawn: list[Figure]) -> dict[str, pd.DataFrame]:
-    """Every frame that the figures name, with the columns they use."""
-    own = {figure.data[0]: figure.table for figure in drawn if len(figure.data) == 1}
-    shared = {
-        "points": data.points[list(POINTS)],
-        "last": data.last[list(LAST)],
-        "scores": data.scores[list(SCORES)],
+def _curves(data: Data, studies: Sequence[Studied]) -> pd.DataFrame:
+    """Training curves of the coloured groups, of their first seed each."""
+    known = data.points[data.points["shown"] != OTHER].drop_duplicates("group")["trajectory"]
+    parts = []
+    for name in known:
+        home, own = owner(studies, name)
+        parts.append(curves(home, [own]).assign(trajectory=name))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _shared(studies: Sequence[Studied]) -> dict[str, Any]:
+    """The summary of a plan, or of several together; a step that two of them need counts once."""
+    plans = [one.plan for one in studies]
+    steps = {name: step for plan in plans for name, step in plan.steps.items()}
+    naive = [plan.naive_gflops for plan in plans]
+    return {
+        "steps": {
+            kind: {
+                "unique": sum(step.kind == kind for step in steps.values()),
+                "naive": sum(plan.naive[kind] for plan in plans),
+            }
+            for kind in plans[0].naive
+        },
+        "gflops": total_gflops(step.gflops for step in steps.values()),
+        "gflops_naive": total_gflops(naive),
+        "critical_path": critical_path(steps),
     }
-    return {**own, **shared}
 
 
-def compare(plan: Plan, store: Store, trajectory: str) -> pd.DataFrame | None:
-    """Pairs of a trajectory's experts: part (the model, a tower, a block), one, other, cosine, conflict; None if fewer than
-    two have weights in the store."""
-    (chosen,) = (one for one in plan.trajectories if one.id == trajectory)
-    base = store.record("base", chosen.base)
-    experts = {}
-    for point in chosen.points:
-        record = store.record("train", point.train) if point.train else None
-        if record is not None:
-            experts[f"t{point.t} {point.task}"] = record.path / WEIGHTS_FILE
-    if base is None or len(experts) < 2:
-        return None
-    found = similarity(base.path / WEIGHTS_FILE, dict(list(experts.items())[:EXPERTS]))
-    towers = sorted({tower for tower, _ in found.parts})
-    parts: list[tuple[str, str | None, int | None]] = [("whole model", None, None)]
-    parts += [(f"{tower} tower", tower, None) for tower in towers]
-    parts += [
-        (f"{tower} block {block}", tower, block)
-        for tower, block in sorted((t, b) for t, b in found.parts if b is not None)
-    ]
-    rows = []
-    for name, tower, block in parts:
-        cosine, conflict = found.cosine(tower, block), found.conflict(tower, block)
-        rows += [
-            {"part": name, "one": one, "other": other, "cosine": float(cosine[i, j]), "conflict": float(conflict[i, j])}
-            for i, one in enumerate(found.names)
-            for j, other in enumerate(found.names)
-        ]  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-def cost(plan: Plan, trajectory: str, timeline: list[dict[str, Any]]) -> str:
-    """What the advised trajectory and the whole study took, in a sentence; what was not measured is left out."""
-    (chosen,) = (one for one in plan.trajectories if one.id == trajectory)
-    experts = dict.fromkeys(point.train for point in chosen.points if point.train)
+def cost_of(studied: Studied, trajectory: str) -> str:
+    """The cost of the advised trajectory and of the whole study, in a sentence; costs that were not measured are left out."""
+    plan, one = studied.plan, studied.trajectory(trajectory)
+    experts = dict.fromkeys(point.train for point in one.points if point.train)
     own = total_gflops(plan.steps[fp].gflops for fp in experts)
     parts = [f"It trains {len(experts)} experts"]
     if experts and own is not None:
@@ -271,20 +256,60 @@ def cost(plan: Plan, trajectory: str, timeline: list[dict[str, Any]]) -> str:
         parts.append(
             f"the whole study {sum(s.kind == 'train' for s in plan.steps.values())} ({total:,.0f} GFLOPs)"
         )
-    seconds = elapsed(timeline)
+    seconds = elapsed(studied.timeline)
     if seconds:
         parts.append(f"in {seconds / 60:,.1f} minutes")
     return ", ".join(parts) + "."
 
 
-def _timeline(out: Path) -> list[dict[str, Any]]:
-    try:
-        return read_timeline(out)
-    except OSError:
+def _page(studies: Sequence[Studied], data: Data, split: str, splits: Sequence[str]) -> Page:
+    """The text of the page; figures are added later."""
+    home, best = owner(studies, data.best)
+    partial = [
+        text for one in studies for text in (_unfinished(one, split), mixed_text(counted(one.made))) if text
+    ]
+    names = [str(one.answer["study"]) for one in studies]
+    total = sum(len(on_split(one.answer, split)["trajectories"]) for one in studies)
+    scope = [f"{total} trajectories, {len(data.last)} groups that differ in more than the seed"]
+    scope += _which(studies, split, splits)
+    scope += [note for one in studies for note in notes_of(one.made)]
+    return Page(
+        title=" and ".join(names),
+        scope=". ".join(scope).rstrip(".") + ".",
+        partial=" ".join(partial),
+        advice=f"{data.advice.sentence} {cost_of(home, best)}",
+        winner=winner_of(home, best),
+        command=f"temporal-merge report {' '.join(str(one.out) for one in studies)}",
+        made_by=tuple(command_of(one.out) for one in studies),
+        summaries=tuple(
+            (
+                name,
+                summary_of(
+                    replace(one, answer=on_split(one.answer, split)),
+                    data.axes,
+                    data.last[data.last["study"] == name],
+                ),
+            )
+            for name, one in zip(names, studies)
+        ),
+        spent=tuple((name, costs(one.plan, one.made, one.timeline)) for name, one in zip(names, studies)),
+    )
+
+
+def _which(studies: Sequence[Studied], split: str, splits: Sequence[str]) -> list[str]:
+    """Which split the scores are on; nothing if it is the only one, test."""
+    others = [one for one in splits if one != split]
+    if not others and split == TEST:
         return []
+    outs = " ".join(str(one.out) for one in studies)
+    see = "".join(f"; for those on {one}: temporal-merge report {outs} --split {one}" for one in others)
+    return [f"Scores are on the {split} split{see}"]
 
 
-def _unfinished(plan: Plan, answer: Mapping[str, Any]) -> str:
+def _unfinished(studied: Studied, split: str) -> str:
+    plan, answer = studied.plan, on_split(studied.answer, split)
+    if answer["complete"]:
+        return ""
     there = sum(len(trajectory["steps"]) for trajectory in answer["trajectories"])
     shown = {trajectory["id"] for trajectory in answer["trajectories"]}
     total = sum(len(trajectory.points) for trajectory in plan.trajectories if trajectory.id in shown)
@@ -295,22 +320,24 @@ def _unfinished(plan: Plan, answer: Mapping[str, Any]) -> str:
 
 
 def _write(stage: Path, data: Data, drawn: list[Figure], spent: pd.DataFrame) -> dict[str, list[str]]:
-    """Figures and tables; their file names by folder."""
+    """Write figures and tables; returns their file names by folder."""
     tables = {figure.name: figure.table for figure in drawn}
     tables |= {"points": data.points, "standing": data.last, "cost": spent}
     for folder in ("figures", "tables"):
         (stage / folder).mkdir(parents=True)
     for name, table in tables.items():
         table.to_csv(stage / "tables" / f"{name}.csv", index=False)
-    rows = {name: records(frame) for name, frame in frames_of(data, drawn).items()}
-    rows["scores"] = [
-        row for row in rows["scores"] if row["trajectory"] == data.best
-    ]  # a picture has no drop-down
+    frames = frames_of(data, drawn)
+    frames["scores"] = frames["scores"][
+        frames["scores"]["trajectory"].isin([data.best, data.second])
+    ]  # a picture has no drop-down to choose others
+    rows = {name: records(frame) for name, frame in frames.items()}
     for figure in drawn:
-        spec = {**spec_of(figure), "datasets": {name: rows[name] for name in figure.data}}
+        spec = {**still(spec_of(figure)), "datasets": {name: rows[name] for name in figure.data}}
         spec["title"] = {"text": figure.title, "anchor": "start"}
-        (stage / "figures" / f"{figure.name}.svg").write_text(svg_of(spec), encoding="utf-8")
-        (stage / "figures" / f"{figure.name}.png").write_bytes(vl_convert.vegalite_to_png(spec, scale=2))
+        svg = svg_of(spec)
+        (stage / "figures" / f"{figure.name}.svg").write_text(svg, encoding="utf-8")
+        (stage / "figures" / f"{figure.name}.png").write_bytes(vl_convert.svg_to_png(svg, scale=2))
     return {
         "figures": [f"{figure.name}.{kind}" for figure in drawn for kind in ("png", "svg")],
         "tables": [f"{name}.csv" for name in tables],

@@ -1,6 +1,6 @@
-"""What a study took: steps, compute, time, memory and bytes by kind of step, from plan, records and timeline.
+"""The cost of a study by kind of step and by trajectory: steps, compute, time, memory and bytes, from plan, records and timeline.
 
-Invariant: only what was measured is shown; what is missing (no timeline, a step without a cost) is missing, never zero.
+Invariant: only measured values are shown; what was not measured (no timeline, a step without a cost) is missing, never zero.
 """
 
 import math
@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.plan.steps import Plan, total_gflops
+from pipeline.plan.steps import Plan, Step, TrajectoryPlan, total_gflops
 from pipeline.store.artifact import Record
 
 COLUMNS = (
@@ -21,9 +21,9 @@ COLUMNS = (
 def costs(plan: Plan, records: Iterable[Record], timeline: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """One row per kind of step: train, merge, evaluate (`COLUMNS`).
 
-    `records` are those of finished steps, `timeline` the lines of timeline.jsonl. Seconds are summed over the plan's steps
-    (of a step tried twice, the last counts), memory is the most that one process had; what a study shares with another was
-    measured there and is not in its timeline.
+    `records` are those of finished steps, `timeline` the lines of timeline.jsonl. Seconds are summed over the plan's steps (the
+    last try of each); memory is the most that one process had. A step that another study computed was measured there and is not
+    in this timeline.
     """
     took = {line["fingerprint"]: line for line in timeline if line.get("fingerprint") in plan.steps}
     written = {
@@ -51,8 +51,40 @@ def costs(plan: Plan, records: Iterable[Record], timeline: Iterable[Mapping[str,
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
+def own_costs(plan: Plan, records: Mapping[str, Record]) -> pd.DataFrame:
+    """The cost of each trajectory if it were run alone: `trajectory`, `gflops` of training, `seconds` of training and merging.
+
+    Missing if the cost of a sample was not measured, or a step is not done yet. Seconds come from the records, so they hold for
+    the machine that computed the steps.
+    """
+    rows = []
+    for trajectory in plan.trajectories:
+        steps = [step for step in made_by(plan, trajectory).values() if step.kind != "evaluate"]
+        done = [records.get(step.fingerprint) for step in steps]
+        gflops = total_gflops(step.gflops for step in steps)
+        whole = all(record is not None for record in done)
+        seconds = math.fsum(record.seconds for record in done if record is not None) if whole else math.nan
+        rows.append((trajectory.id, math.nan if gflops is None else gflops, seconds))
+    return pd.DataFrame(rows, columns=["trajectory", "gflops", "seconds"])
+
+
+def made_by(plan: Plan, trajectory: TrajectoryPlan) -> dict[str, Step]:
+    """The steps that a trajectory needs for the models it serves, by fingerprint: experts and merges, and their inputs."""
+    found: dict[str, Step] = {}
+    ahead = [
+        name for point in trajectory.points for name in (point.train, point.deployed, point.init) if name
+    ]
+    while ahead:
+        fingerprint = ahead.pop()
+        if fingerprint in found or fingerprint not in plan.steps:
+            continue
+        found[fingerprint] = plan.steps[fingerprint]
+        ahead += found[fingerprint].inputs.values()
+    return found
+
+
 def elapsed(timeline: Iterable[Mapping[str, Any]]) -> float | None:
-    """Seconds that the runs of a study took, from start to last step, without the time between them."""
+    """Seconds that the runs of a study took, from start to last step, without the time between runs."""
     runs: list[tuple[float, float]] = []
     for line in timeline:
         if line.get("event") == "start":

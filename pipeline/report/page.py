@@ -1,7 +1,7 @@
-"""A report as one HTML file that opens offline: figures as specifications, data once, one script bundle inside.
+"""A report as one HTML file that opens offline: specifications of figures, each row of data once, one script bundle.
 
-Invariant: nothing is loaded from anywhere; the page's own policy admits only the two scripts it carries (by digest) and no
-evaluated code; text from a study is escaped.
+Invariant: nothing is loaded from elsewhere. The page's content security policy admits only its two scripts (by digest) and no
+evaluated code; text from a study is escaped; a section without content is left out.
 """
 
 import base64
@@ -9,8 +9,9 @@ import hashlib
 import html
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -18,153 +19,159 @@ from typing import Any
 import pandas as pd
 import vl_convert
 
-from pipeline.report.figures import AXES, Figure
+from pipeline.report import sections
+from pipeline.report.data import Data
+from pipeline.report.style import WIDTH, Figure
+from pipeline.report.winner import Winner
 from pipeline.results.over_time import OF_GROUPS
 
 DIGITS = 4
-STANDING_ROWS = 12
-STANDING = {
-    "ka": "KA", "zs": "ZS", "zs_replayed": "ZS replayed", "zs_never_replayed": "ZS never replayed", "gm": "GM",
-    "forgetting": "Forgetting", "bwt": "Backward transfer",
-}  # fmt: skip
-"""Columns of the table of standings; those of the groups are shown where both groups hold sets."""
+POINTS = (
+    "group",
+    "t",
+    "shown",
+    "reference",
+    "joint",
+    "seed",
+    "ka",
+    "zs",
+    "gm",
+    "forgetting",
+    "bwt",
+    *OF_GROUPS,
+)
+LAST = (
+    "group", "t", "shown", "reference", "joint", "front", "ka", "zs", "gm", "forgetting", "bwt", *OF_GROUPS, "gflops", "seconds",
+    "front_gflops", "front_seconds", "strategy", "choice", "settings", "slice", "budget_line", "budget_shown", "horizon_line", "horizon_shown",
+    "steps_per_task", "tasks",
+)  # fmt: skip
+SCORES = ("trajectory", "t", "row", "role", "score", "arrival")
+
+
+@dataclass(frozen=True)
+class Page:
+    """The text of the page. `partial` is what is not there yet ("" if nothing), `command` the one that wrote it, `made_by` those
+    that made the studies, `missing` why a figure (by title) is not drawn, `here` the directory of the page.
+    """
+
+    title: str
+    scope: str
+    partial: str
+    advice: str
+    winner: Winner | None
+    command: str
+    made_by: tuple[str, ...]
+    summaries: tuple[tuple[str, list[tuple[str, str]]], ...]
+    spent: tuple[tuple[str, pd.DataFrame], ...]
+    figures: Sequence[Figure] = ()
+    missing: Mapping[str, str] = field(default_factory=dict)
+    here: Path = Path()
+
+
+def page(said: Page, data: Data) -> str:
+    """The page."""
+    bundle, script = (_inside(text) for text in (_bundle(), _read("page.js")))
+    parts = [
+        sections.navigation(said.figures, said.missing),
+        sections.filters(),
+        sections.standing(data),
+        *(sections.figure(one) for one in said.figures),
+        sections.costs(said.spent),
+        sections.studies(said.summaries),
+        sections.missing(said.missing),
+    ]
+    return Template(_read("page.html")).substitute(
+        title=html.escape(said.title),
+        scope=html.escape(said.scope),
+        partial=f'<p class="partial">{html.escape(said.partial)}</p>' if said.partial else "",
+        advice=html.escape(said.advice),
+        terms=sections.terms(data),
+        winner=sections.winner(said.winner, said.here),
+        sections="\n".join(filter(None, parts)),
+        command=html.escape(said.command),
+        style=_read("page.css"),
+        payload=json.dumps(payload(said.figures, data), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
+        hashes=f"{_digest(bundle)} {_digest(script)}",
+        bundle=bundle,
+        script=script,
+    )  # fmt: skip
+
+
+def payload(figures: Sequence[Figure], data: Data) -> dict[str, Any]:
+    """The data of the page's script: frames by column, the axes of the groups, the figures."""
+    values = data.axes.values[list(data.axes.shown)]
+    told = data.last[~data.last["reference"]].set_index("group").index
+    seeds = sorted(int(seed) for seed in data.points["seed"].unique())
+    axes = {axis: list(dict.fromkeys(values.loc[told, axis])) for axis in values}
+    axes |= {"seed": [str(seed) for seed in seeds]} if len(seeds) > 1 else {}
+    of_trajectories = data.points.drop_duplicates("trajectory")[["trajectory", "group", "seed"]]
+    return {
+        "data": {name: _columns(frame) for name, frame in frames_of(data, figures).items()},
+        "groups": _columns(values.rename_axis("group").reset_index()),
+        "trajectories": _columns(of_trajectories),
+        "axes": axes,
+        "figures": [
+            {
+                "name": figure.name,
+                "data": figure.data,
+                "spec": spec_of(figure),
+                "choices": [vars(choice) for choice in figure.choices],
+            }
+            for figure in figures
+        ],
+    }
+
+
+def frames_of(data: Data, drawn: Sequence[Figure]) -> dict[str, pd.DataFrame]:
+    """Every frame that the figures refer to, with the columns they use."""
+    shared = {"points": data.points[list(POINTS)], "last": data.last[list(LAST)], "scores": _roles(data)}
+    own = {name: figure.table for figure in drawn for name in figure.data if name not in shared}
+    return {**own, **shared}
 
 
 def spec_of(figure: Figure) -> dict[str, Any]:
-    """The Vega-Lite specification without data; every filter is a signal of it, at first "all"."""
-    spec = figure.chart.to_dict()
-    signals = [{"name": f"only_{axis}", "value": "all"} for axis in AXES]
-    return {**spec, "params": [*spec.get("params", []), *signals], "background": "white"}
+    """The Vega-Lite specification without data, as wide as its container; every choice is one of its signals."""
+    spec = figure.chart.to_dict(validate=False)  # tests validate; here validation would take most of the time
+    signals = [{"name": choice.signal, "value": choice.value} for choice in figure.choices]
+    return {
+        **spec,
+        "params": [*spec.get("params", []), *signals],
+        "background": "white",
+        "autosize": {"type": "fit-x", "contains": "padding"},
+        "description": f"{figure.title}. {figure.reading}",
+    }
+
+
+def still(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A specification for a picture of fixed width."""
+    return {**{key: value for key, value in spec.items() if key != "autosize"}, "width": WIDTH}
 
 
 def svg_of(spec: Mapping[str, Any]) -> str:
-    """A Vega-Lite specification as a picture. Wide letters are reckoned with: a reader who has neither font sees narrower ones, not cut ones."""
+    """A Vega-Lite specification as a picture. It is laid out for wide letters, so a viewer without these fonts shows narrower
+    text, not cut text.
+    """
     return vl_convert.vegalite_to_svg(
         {**spec, "config": {**spec.get("config", {}), "font": "DejaVu Sans, Verdana, sans-serif"}}
     )
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows of a frame as JSON has them: rounded, null for what is missing."""
+    """The rows of a frame as JSON values: rounded, null for missing ones."""
     columns = {name: [_plain(value) for value in frame[name]] for name in frame.columns}
     return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
-@dataclass(frozen=True)
-class Words:
-    """What the page says in text: `partial` is what is not there yet ("" if nothing), `command` the one that wrote it."""
-
-    study: str
-    scope: str
-    partial: str
-    advice: str
-    command: str
-
-
-def page(
-    words: Words,
-    last: pd.DataFrame,
-    spent: pd.DataFrame,
-    figures: Sequence[Figure],
-    missing: Mapping[str, str],
-    data: Mapping[str, pd.DataFrame],
-) -> str:
-    """The page. `missing` says why a figure (by title) is not drawn."""
-    there = last[~last["reference"]]
-    axes = {axis: _values(data["points"], axis, set(there["group"])) for axis in AXES}
-    payload = {
-        "data": {name: _columns(frame) for name, frame in data.items()},
-        "axes": {axis: values for axis, values in axes.items() if len(values) > 1},
-        "figures": [
-            {
-                "name": figure.name,
-                "data": figure.data,
-                "spec": spec_of(figure),
-                "filtered": bool({"points", "last"} & set(figure.data)),
-            }
-            for figure in figures
-        ],
-    }
-    bundle, script = (
-        _inside(text)
-        for text in (vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"), _read("page.js"))
-    )
-    more = f"The best {STANDING_ROWS} of {len(last)} groups; tables/standing.csv has all." if len(last) > STANDING_ROWS else ""  # fmt: skip
-    return Template(_read("page.html")).substitute(
-        study=html.escape(words.study),
-        scope=html.escape(words.scope),
-        partial=f'<p class="partial">{html.escape(words.partial)}</p>' if words.partial else "",
-        advice=html.escape(words.advice),
-        more=more,
-        standing=standings(last),
-        cost=_cost(spent),
-        sections="\n".join(
-            [_section(f, words.command) for f in figures] + [_absent(*m) for m in missing.items()]
-        ),
-        payload=json.dumps(payload, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
-        hashes=f"{_digest(bundle)} {_digest(script)}",
-        bundle=bundle,
-        script=script,
-    )
-
-
-def _section(figure: Figure, command: str) -> str:
-    return (
-        f'<section id="{figure.name}"><h2>{html.escape(figure.title)}</h2>'
-        f'<p class="reading">{html.escape(figure.reading)}</p><div class="chart"></div>'
-        f"<code>{html.escape(command)} &rarr; figures/{figure.name}.png, .svg, tables/{figure.name}.csv</code></section>"
-    )
-
-
-def _absent(title: str, why: str) -> str:
-    return f'<section><h2>{html.escape(title)}</h2><p class="missing">Not drawn: {html.escape(why)}.</p></section>'
-
-
-def standings(last: pd.DataFrame) -> str:
-    """The table of the best groups; ZS of each group of held-out sets has a column where both have a score."""
-    shown = STANDING if last[list(OF_GROUPS)].notna().any().all() else {m: n for m, n in STANDING.items() if m not in OF_GROUPS}  # fmt: skip
-    head = "".join(f"<th>{name}</th>" for name in ("Group", "t", "Seeds", *shown.values()))
-    lines = []
-    for row in last.nlargest(STANDING_ROWS, "gm").to_dict("records"):
-        cells = [html.escape(row["group"]) + (" (reference)" if row["reference"] else ""), str(row["t"]), str(row["seeds"])]  # fmt: skip
-        cells += [_score(row[metric], row[f"{metric}_ci"]) for metric in shown]
-        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
-
-
-def _cost(spent: pd.DataFrame) -> str:
-    """The table of costs, without columns that nobody measured."""
-    units: dict[str, tuple[str, Callable[[float], str]]] = {
-        "steps": ("Steps", lambda v: f"{v:,.0f}"),
-        "steps_one_by_one": ("One by one", lambda v: f"{v:,.0f}"),
-        "gflops": ("GFLOPs", lambda v: f"{v:,.0f}" if v else "-"),
-        "worker_seconds": ("Worker time (s)", lambda v: f"{v:,.1f}"),
-        "cpu_seconds": ("CPU time (s)", lambda v: f"{v:,.1f}"),
-        "peak_memory_bytes": ("Peak memory (MiB)", lambda v: f"{v / 2**20:,.0f}"),
-        "peak_gpu_memory_bytes": ("Peak GPU memory (MiB)", lambda v: f"{v / 2**20:,.0f}"),
-        "bytes_written": ("Written (MiB)", lambda v: f"{v / 2**20:,.1f}"),
-    }
-    shown = [column for column in units if spent[column].notna().any()]
-    head = "".join(f"<th>{html.escape(units[column][0])}</th>" for column in shown)
-    lines = []
-    for row in spent.to_dict("records"):
-        cells = ["-" if math.isnan(row[column]) else units[column][1](row[column]) for column in shown]
-        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in [row["kind"], *cells]) + "</tr>")
-    return f"<table><tr><th>Kind of step</th>{head}</tr>{''.join(lines)}</table>"
-
-
-def _score(mean: float, half: float) -> str:
-    if math.isnan(mean):
-        return "-"
-    return f"{mean:.3f}" if math.isnan(half) else f"{mean:.3f} ± {half:.3f}"
-
-
-def _values(points: pd.DataFrame, axis: str, groups: set[str]) -> list[str]:
-    return [str(value) for value in dict.fromkeys(points.loc[points["group"].isin(groups), axis])]
+def _roles(data: Data) -> pd.DataFrame:
+    """The scores, with a short text for the role of a dataset."""
+    scores = data.scores
+    replayed = scores["zero_shot"].fillna("").astype(str).str.replace("_", " ")
+    role = scores["role"].str.replace("_", " ")
+    return scores.assign(role=role.where(replayed == "", role + ", " + replayed))[list(SCORES)]
 
 
 def _columns(frame: pd.DataFrame) -> dict[str, Any]:
-    """A frame by column; text is a code per row into its levels, for the names of trajectories are long and repeat."""
+    """A frame by column; text is a code per row into its levels, because the names of trajectories are long and repeat."""
     found: dict[str, Any] = {}
     for name in frame.columns:
         if pd.api.types.is_numeric_dtype(frame[name]):
@@ -182,8 +189,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
+@cache
+def _bundle() -> str:
+    """The script that draws the figures in a browser; building it takes most of the time of a page."""
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
+
+
 def _inside(script: str) -> str:
-    """A script that may stand inside its element and means the same there."""
+    """The script with escapes that allow it inside its element; its meaning is unchanged."""
     return script.replace("</script", "<\\/script")
 
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from merge_service.checkpoints import WEIGHTS_FILE
 from pipeline.files.disk import write_whole
 from pipeline.plan.draft import JOINT_TASK
+from pipeline.plan.settings import flat_settings
 from pipeline.plan.steps import BASE, SPLITS, TEST, VAL, Plan, Point, TrajectoryPlan
 from pipeline.store.artifact import Record
 from workers.data.zero_shot import GROUPS, NEVER, REPLAYED
@@ -145,6 +146,7 @@ def results(plan: Plan, store: Records) -> dict[str, Any]:
         "adaptation": list(plan.adaptation),
         "held_out": list(plan.held_out),
         "zero_shot_groups": {group: list(sets) for group, sets in plan.zero_shot_groups.items()},
+        "retrieval": [name for name in (*plan.adaptation, *plan.held_out) if name in plan.retrieval],
         "bases": [
             found
             for step in plan.bases.values()
@@ -284,6 +286,7 @@ def _trajectory(plan: Plan, trajectory: TrajectoryPlan, store: Records) -> dict[
         steps.append(
             {
                 **_step(plan, trajectory, point, scores, store),
+                **({"details": evaluation.result["details"]} if "details" in evaluation.result else {}),
                 "forgetting": forgotten,
                 "bwt": backward,
             }
@@ -303,8 +306,26 @@ def _trajectory(plan: Plan, trajectory: TrajectoryPlan, store: Records) -> dict[
         "model": trajectory.model,
         "axes": trajectory.axes,
         "split": trajectory.split,
+        "settings": settings(plan, trajectory),
+        "arrivals": arrivals(plan, trajectory),
+        "base": trajectory.base,
         "steps": steps,
     }
+
+
+def settings(plan: Plan, trajectory: TrajectoryPlan) -> dict[str, Any]:
+    """What a trajectory runs under, by dotted key; of a plan older than its settings the recipe, which its steps hold."""
+    known = plan.settings.get(trajectory.settings_id)
+    trained = next((point.train for point in trajectory.points if point.train), None)
+    if known is None and trained is not None:
+        return flat_settings({"recipe": plan.steps[trained].spec["recipe"]})
+    return dict(known or {})
+
+
+def arrivals(plan: Plan, trajectory: TrajectoryPlan) -> dict[str, int]:
+    """At which t each dataset is learnt that a task brings whole; a reference that learns nothing has the stream's."""
+    tasks = plan.tasks(trajectory)
+    return {name: point.t for point in trajectory.points if point.t > 0 for name in tasks.get(point.task, ())}
 
 
 def _step(

@@ -1,7 +1,9 @@
-"""How steps of each kind are carried out, one row per kind of `kinds.table`: by which workers, with which job, for how long.
+"""How steps of each kind are carried out, one row per kind of `kinds.table`: the workers, the job, and the timeout.
 
-A lane is a queue of steps that the same workers can carry out; lanes of equal shape share a pool, so that a worker which
-has trained an expert scores a checkpoint next. Invariant: whatever a row says, no result depends on it.
+A lane is a queue of steps that the same workers can carry out. Lanes of equal shape share a pool, so a worker that has trained an
+expert can score a checkpoint next.
+
+Invariant: no result depends on a row.
 """
 
 from collections.abc import Callable
@@ -15,18 +17,18 @@ from pipeline.kinds.results import EvaluateResult, MergeResult, TrainResult
 from pipeline.kinds.specs import MergeSpec
 from pipeline.plan.steps import Step
 from pipeline.run.jobs import Job, Jobs
-from pipeline.study.sections import ResourcesSection as Resources
+from pipeline.study.sections_resources import ResourcesSection as Resources
 from workers.actors import Worker, gather
 
 Series = dict[str, int]
-"""Series of merges by what names them, numbered in the order in which they turned up."""
+"""Series of merges by name, numbered in the order of their first appearance."""
 
 
 @dataclass(frozen=True)
 class Lane:
     """Steps of one kind, and of one model or one merge actor. `cap` is how many may run at a time, None any number.
 
-    `memory` is what each of their workers may have in bytes, None what its machine has.
+    `memory` is the limit of each worker in bytes; None is that of its machine.
     """
 
     name: str
@@ -41,8 +43,8 @@ class Lane:
 class Carrier:
     """How steps of one kind are carried out.
 
-    `what` is one of them in messages, `section` the part of `resources` that rules them. `timeout` is how many seconds a step may be
-    silent for. `headline` is the one thing a person wants to know of a result.
+    `what` names such a step in messages, `section` the part of `resources` that applies to it. `timeout` is how many
+    seconds a step may run without progress. `headline` is the main result of a step as text.
     """
 
     what: str
@@ -80,7 +82,7 @@ def _worker_lane(step: Step, shape: Shape, cap: int | Literal["auto"], memory: i
 
 
 def _merge_lane(step: Step, resources: Resources, series: Series) -> Lane:
-    """Merges of a growing list of experts go where the state of the list is kept."""
+    """Merges of a growing list of experts go to the actor that holds the state of the list."""
     spec = MergeSpec.of(step.spec)
     named = step.fingerprint if spec.form == "fold" or not spec.members else spec.members[0][1]
     number = series.setdefault(named, len(series))
@@ -91,7 +93,7 @@ def _merge_lane(step: Step, resources: Resources, series: Series) -> Lane:
 def _workers(lane: Lane, patient: bool) -> Pool:
     shape, device = lane.shape, "cuda" if lane.shape.gpus else "cpu"
     return Pool(
-        "worker", Worker, lambda actor, rank: actor.remote(rank, shape.world, shape.threads, device),
+        "worker", Worker, lambda actor, rank: actor.remote(rank, shape.world, shape.threads, device, shape.gpus),
         shape, Terms(gather, patient=patient, memory=lane.memory),
     )  # fmt: skip
 
@@ -129,4 +131,4 @@ CARRIERS = {
         lambda step, resources: resources.of(step.model).evaluation.timeout, _scored,
     ),
 }  # fmt: skip
-"""Every kind of step that a plan carries out, by its name."""
+"""The row of every kind of step that a plan carries out."""

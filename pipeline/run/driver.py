@@ -1,7 +1,7 @@
-"""The one loop that carries out a plan: what is ready goes to a free actor, what comes back is recorded.
+"""The loop that carries out a plan: ready steps go to free actors, and their results are recorded.
 
-Invariant: the driver holds no truth. Which steps are done is read from the store when it starts; an actor's answer only
-means that the store has the artifact. So the same command, run again after any crash, goes on where things stood.
+Invariant: the store alone says which steps are done; the driver reads it at the start, and an actor's answer only means
+that the store has the artifact. So the same command, run again after any crash, continues from there.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from cluster.capacity import Capacity
 from cluster.code import CodeMismatch
@@ -27,46 +26,49 @@ from pipeline.errors import CorruptArtifact, NondeterminismError, StepFailed, St
 from pipeline.files.disk import room_for
 from pipeline.plan.steps import Step
 from pipeline.run.carriers import CARRIERS, Lane
-from pipeline.run.deadlines import Deadlines
+from pipeline.run.deadlines import Deadlines, why_waiting
 from pipeline.run.events import Events
 from pipeline.run.jobs import Jobs
+from pipeline.run.keeping import Keeping, check_room, finish_keeping
 from pipeline.run.lanes import Lanes
 from pipeline.run.others import Others, other_versions
 from pipeline.run.output import steady
-from pipeline.run.progress import Progress, Standings, outlook
+from pipeline.run.progress import Progress, Standings, Tell, outlook
 from pipeline.run.schedule import Schedule, ranks
+from pipeline.run.timing.pace import pace_of
 from pipeline.run.trace import Timeline
+from pipeline.store.artifact import Record
 from pipeline.store.lease import Holder
 from pipeline.study.config import Study
 from pipeline.tracking.session import Tracking
-from pipeline.workspace.lock import driver_lock, write_driver, write_last
+from pipeline.workspace.lock import Running, Waited, driver_lock, write_driver, write_last
 from pipeline.workspace.registrations import retire
 from pipeline.workspace.workspace import Workspace
 
 TICK_SECONDS = 0.5
 LOOK_SECONDS = 5.0
 WAITING_SECONDS = 15.0
-"""How long a new group may be without an answer before that is said; importing torch takes a part of it."""
+"""How long a new group may take to answer before this is reported; importing torch takes part of it."""
 GRACE_SECONDS = 30.0
-"""How long nodes that have gone may take to come back when nothing that is left to do has a place without them."""
+"""How long the driver waits for lost nodes to come back when no remaining step can be placed without them."""
 IDLE_SECONDS = 60.0
-"""How long an idle group is kept where nodes come and go by themselves."""
+"""How long an idle group is kept on a cluster with autoscaling."""
 WAITED_SECONDS = 2.0
-"""How long an idle group is kept while a step of another driver is waited for."""
+"""How long an idle group is kept while another driver carries out a step that this one needs."""
 FATAL = (UserError, NondeterminismError, StorageFull, CodeMismatch)
-"""Errors that another try cannot mend."""
+"""Errors that another try cannot fix."""
 MEMORY_RETRIES = 2
-"""Other work on the machine may have been what took the memory, but not thrice."""
+"""Retries after a lack of memory: other work on the machine may have caused it, but hardly three times."""
 
 
 @steady()
 def carry_out(
-    study: Study, out: Path | None, address: str, *, strict_versions: bool = False
-) -> tuple[Path, dict[str, Any], Tracking]:
-    """Run a study to its end, or from where it stopped: OUT, what results.json says, and the tracking.
+    study: Study, out: Path | None, address: str, *, strict_versions: bool = False, tell: Tell | None = None
+) -> tuple[Path, dict[str, object], Tracking]:
+    """Run a study to its end, or from where it stopped. Returns OUT, the content of results.json, and the tracking.
 
-    Not a word on stdout. With `strict_versions` no artifact is used that other library versions made.
-    Raises UserError (exit 2), StorageFull or StepFailed.
+    Writes nothing to stdout. `tell`, if given, is called on every change, instead of lines and a live view on stderr. With
+    `strict_versions` artifacts of other library versions are refused. Raises UserError (exit 2), StorageFull or StepFailed.
     """
     check_address(address)
     workspace = Workspace.of(study, out)
@@ -79,7 +81,7 @@ def carry_out(
     events = Events(workspace.out)
     with (
         driver_lock(workspace.out),
-        _last_words(workspace, events),
+        _end_recorded(workspace, events),
         room_for(_name(workspace), workspace.out),
     ):
         events.add("start", f"{_name(workspace)} on {address}", pid=os.getpid())
@@ -90,7 +92,7 @@ def carry_out(
             complain("note", note, WARNING)
             events.add("note", note)
         summary = workspace.summary()
-        workspace.store.check_room(_name(workspace), summary["disk_bytes"])
+        check_room(workspace, summary)
         done = workspace.done()
         if other := other_versions(workspace, done, strict_versions):
             complain("warning", other, WARNING)
@@ -105,19 +107,22 @@ def carry_out(
                 if len(done) < len(workspace.plan.steps):
                     Timeline(workspace.out).event("start", address=address)
                     with connect(address, threads=workspace.study.resources.experts.threads) as session:
-                        _Drive(workspace, session, tracking, done, strict_versions).run()
+                        _Drive(workspace, session, tracking, done, strict_versions, tell).run()
                 results = workspace.write_results()
+                for note in finish_keeping(workspace, results):
+                    complain("note", note, WARNING)
+                    events.add("note", note)
                 tracking.finished(results)
         finally:
             workspace.tidy()
-            retire(workspace.store, workspace.plan, workspace.out)
+            retire(workspace.store, workspace.plan, workspace.out, workspace.kept)
         events.add("end", _ended(tracking))
     return workspace.out, results, tracking
 
 
 @contextlib.contextmanager
-def _last_words(workspace: Workspace, events: Events) -> Iterator[None]:
-    """Keep, for `status`, how a run ended."""
+def _end_recorded(workspace: Workspace, events: Events) -> Iterator[None]:
+    """Record how a run ended, for `status`."""
     try:
         yield
     except BaseException as error:
@@ -131,7 +136,7 @@ def _last_words(workspace: Workspace, events: Events) -> Iterator[None]:
 
 
 class _Drive:
-    """One run over one session."""
+    """One run of a plan in one session."""
 
     def __init__(
         self,
@@ -140,6 +145,7 @@ class _Drive:
         tracking: Tracking,
         done: set[str],
         strict_versions: bool = False,
+        tell: Tell | None = None,
     ) -> None:
         self.workspace, self.tracking = workspace, tracking
         self.events = Events(workspace.out)
@@ -154,43 +160,46 @@ class _Drive:
             self.steps, done, self.lanes.of, ranks(workspace.plan, self.study.schedule.priority)
         )
         self.pools = Pools(self.lanes.pools(patient=self.capacity is None), self.capacity)
-        self.jobs, self.timeline = Jobs(workspace), Timeline(workspace.out)
+        self.keeping = Keeping(workspace, self.schedule.done)
+        self.jobs, self.timeline = Jobs(workspace, self.keeping.held), Timeline(workspace.out)
         self.deadlines, self.head = Deadlines(self.study, workspace.scratch), Head()
         self.others = Others(workspace, strict_versions)
         self.running: dict[Call, Step] = {}
         self.counts: Counter[str] = Counter()
         self.tries: dict[str, int] = {}
-        self.untold: list[tuple[Step, Any]] = []
+        self.untold: list[tuple[Step, Record, float | None]] = []
         standings = Standings(workspace.plan)
         for record in filter(None, map(workspace.known, done)):
             standings.finished(record)
-        self.progress = Progress(len(self.steps), len(self.schedule.done), workspace.scratch, standings)
-        self._looked, self._waiting = 0.0, dict[str, str]()
-        self._homeless: float | None = None
+        pace = pace_of(self.steps, workspace.out)
+        self.progress = Progress(pace, self.schedule.done, workspace.scratch, standings, tell=tell)
+        self._checked, self._waiting = 0.0, dict[str, str]()
+        self._unplaced_since: float | None = None
         self._began: dict[str, float] = {}
-        self._said: tuple[list[dict[str, Any]], list[dict[str, str]]] = ([], [])
+        self._written: tuple[list[Running], list[Waited]] = ([], [])
         self.timeline.event("ready", cores=session.cpus, gpus=session.gpus, nodes=len(session.nodes))
 
     def run(self) -> None:
-        """Until every step is done. Raises what cannot be mended by trying again."""
-        with self.others, self.progress, self.head, contextlib.ExitStack() as stack:
+        """Run until every step is done. Raises errors that another try cannot fix."""
+        with self.others, self.progress, self.head, self.keeping, contextlib.ExitStack() as stack:
             stack.callback(self.pools.close)
-            stack.callback(self._tell)
+            stack.callback(self._report)
+            stack.callback(self._report_kept)
             while not self.schedule.finished:
                 self._start_ready()
-                self._say()
-                self._tell()
+                self._write_state()
+                self._report()
                 if self.schedule.finished:  # other drivers have done the rest
                     break
                 for call in wait(list(self.running), TICK_SECONDS):
-                    self._take(call)
-                self._ask_others()
-                self._look_after()
+                    self._complete(call)
+                self._check_others()
+                self._check_cluster()
 
     def _start_ready(self) -> None:
-        """Start what is most important and has a place, until nothing is both.
+        """Start the most important steps that can be placed, until none is left.
 
-        Nodes on which something more important will have its place are kept clear for it.
+        Nodes that will hold a more important step are kept free for it.
         """
         barred: set[str] = set()
         kept_clear: set[str] = set()
@@ -202,28 +211,30 @@ class _Drive:
                 if self.capacity is not None:
                     kept_clear |= self.capacity.reserved_for(lane.shape)
                 continue
-            if self._is_mine(self.steps[fingerprint]):
+            if self._claim(self.steps[fingerprint]):
                 self._start(self.steps[fingerprint], lane, group)
 
     def _best(self, barred: set[str]) -> tuple[str, Lane] | None:
-        """The most important step of the lanes that are neither barred nor at their cap."""
-        most = self.study.schedule.max_running
-        found = []
+        """The most important step of the lanes that are neither in `barred` nor at their cap; scores first while nothing ends later for it."""
+        found, spare = [], self.schedule.has_spare_time(self.progress.pace.width[False])
+        full = self.keeping.is_full(self.running.values())
         for name in self.schedule.lanes - barred:
             lane = self.lanes.by_name[name]
-            of_kind = getattr(most, lane.kind)
+            first = self.schedule.first(name)
+            if full and first is not None and self.keeping.passes(first[1]):
+                continue
+            of_kind = self.lanes.most_of(lane.kind)
             if (lane.cap is None or self.counts[name] < lane.cap) and (
                 of_kind is None or self.counts[lane.kind] < of_kind
             ):
-                first = self.schedule.first(name)
                 found += [] if first is None else [(*first, lane)]
         if not found:
             return None
-        _, fingerprint, lane = min(found, key=lambda entry: entry[:2])
-        return fingerprint, lane
+        early = {lane.name for *_, lane in found if spare and self.lanes.scores_beside_experts(lane)}
+        return min(found, key=lambda entry: (entry[2].name not in early, *entry[:2]))[1:]
 
-    def _is_mine(self, step: Step) -> bool:
-        """Whether to carry out a step here: not if another driver does it now, or has done it meanwhile."""
+    def _claim(self, step: Step) -> bool:
+        """Take a step to carry it out here. False if another driver carries it out or has done it."""
         found = self.others.take(step)
         if isinstance(found, Holder):
             text = f"{step.label}: waiting for {found}, which carries it out"
@@ -234,19 +245,19 @@ class _Drive:
             self._found(step, found)
         return found is None
 
-    def _found(self, step: Step, record: Any) -> None:
-        """Another driver has carried out a step."""
+    def _found(self, step: Step, record: Record) -> None:
+        """Record a step that another driver has done."""
         text = self.others.other_versions(record)
         if text:
             self._note("versions", text)
         self.progress.started(step.fingerprint, f"{step.label} (by another driver)")
         self.schedule.finish(step.fingerprint)
-        self.untold.append((step, record))
+        self.untold.append((step, record, None))
 
-    def _ask_others(self) -> None:
-        """What has become of the steps that other drivers carry out: done, or free to be done here.
+    def _check_others(self) -> None:
+        """Check the steps that other drivers carry out: each is done, or free to be carried out here.
 
-        Idle workers are let go meanwhile: on a cluster that both share they may hold the very place that the other waits for.
+        Idle workers are dropped: on a shared cluster they may hold resources that another driver waits for.
         """
         if self.others.waits:
             self.pools.drop_idle(WAITED_SECONDS)
@@ -264,10 +275,11 @@ class _Drive:
         self.deadlines.start(step)
         self._began[step.fingerprint] = time.time()
         self.counts.update((lane.name, lane.kind))
+        self.progress.pace.at_once(step.kind for step in self.running.values())
         self.schedule.start(step.fingerprint)
         self.progress.started(step.fingerprint, step.label)
 
-    def _take(self, call: Call) -> None:
+    def _complete(self, call: Call) -> None:
         step = self._off(call)
         try:
             record = call.result()
@@ -278,33 +290,39 @@ class _Drive:
         else:
             self.schedule.finish(step.fingerprint)
             self.workspace.keep(record)
-            self.timeline.step(step, call.usages, call.group.name)
-            self.untold.append((step, record))
+            took = self.timeline.step(step, call.usages, call.group.name)
+            self.untold.append((step, record, took))
 
     def _off(self, call: Call) -> Step:
-        """A call runs no longer: the step it was for."""
+        """End the bookkeeping of a call that no longer runs. Returns its step."""
         step = self.running.pop(call)
         self.others.give_back(step)
         self.counts.subtract((self.lanes.of(step), step.kind))
         return step
 
-    def _tell(self) -> None:
-        """Tell tracker and terminal what has been finished: after its workers have got their next steps."""
+    def _report(self) -> None:
+        """Report finished steps to tracker and terminal, after their workers have got their next steps."""
         while self.untold:
-            step, record = self.untold.pop(0)
+            step, record, took = self.untold.pop(0)
             self.tracking.committed(step, record)
             self.progress.standings.finished(record)
-            self.progress.finished(step.fingerprint, CARRIERS[step.kind].headline(record.result))
+            self.keeping.finished(step)
+            self.progress.finished(step.fingerprint, CARRIERS[step.kind].headline(record.result), took)
             for note in record.result.get("notes", ()):
                 self.events.add("note", f"{step.label}: {note}", step=step.fingerprint)
             point("driver.after_commit")
 
-    def _look_after(self) -> None:
-        """What has to be seen to now and then: nodes that come and go, groups that wait for one, the screen."""
+    def _report_kept(self) -> None:
+        """Report merges that stay as files against `storage.keep`; a line per reason."""
+        for why, label in self.keeping.notes.items():
+            self._note("note", f"{label} (and others like it) stays as a file: {why}", about=why)
+
+    def _check_cluster(self) -> None:
+        """Periodic work: nodes that come and go, groups that wait for one, overdue steps, the screen."""
         self.progress.tick()
-        if time.monotonic() - self._looked < LOOK_SECONDS:
+        if time.monotonic() - self._checked < LOOK_SECONDS:
             return
-        self._looked = time.monotonic()
+        self._checked = time.monotonic()
         self._watch_tracker()
         if not self.head.check():
             return
@@ -317,73 +335,59 @@ class _Drive:
         self._note_waiting()
 
     def _note_waiting(self) -> None:
-        """Say which new groups have not answered yet, and why as far as that is known, for as long as it is true."""
-        waiting = {group.name: self._why_waiting(group) for group in self.pools.not_up(WAITING_SECONDS)}
+        """Report new groups that have not answered yet, with the reason if it is known, for as long as this lasts."""
+        waiting = {
+            group.name: why_waiting(group, self.capacity is None)
+            for group in self.pools.not_up(WAITING_SECONDS)
+        }
         for name in self._waiting.keys() - waiting.keys():
             self.progress.settled(name)
         for name, why in sorted(waiting.items() - self._waiting.items()):
             self._note("waiting", f"{name} {why}", about=name)
         self._waiting = waiting
 
-    def _why_waiting(self, group: Group) -> str:
-        if group.placed:
-            return "is still starting: importing its libraries takes long on its node"
-        if self.capacity is not None:
-            return "has no process yet: its node is slow to start one, or another job of the cluster has the place"
-        return "waits for a place: it is taken, or a node has yet to come (or is slow to start a process)"
-
     def _check_places(self, capacity: Capacity) -> None:
-        """Raise ClusterError if what is left has had no place on any node for GRACE_SECONDS."""
+        """Raise ClusterError if the remaining steps have fitted on no node for GRACE_SECONDS."""
         try:
             if not self.running:
                 self.lanes.check(capacity)
-            self._homeless = None
+            self._unplaced_since = None
             self.progress.settled("nodes")
         except ClusterError as error:
-            if self._homeless is None:
-                self._homeless = time.monotonic()
+            if self._unplaced_since is None:
+                self._unplaced_since = time.monotonic()
                 text = f"waiting {GRACE_SECONDS:g} s for nodes to come back: {error}"
                 self._note("lost", text, about="nodes")
-            if time.monotonic() - self._homeless >= GRACE_SECONDS:
+            if time.monotonic() - self._unplaced_since >= GRACE_SECONDS:
                 raise
 
     def _end_overdue(self) -> None:
-        """Give up what has been silent for too long: a step from when its workers were up, and before that their start-up.
-
-        Waiting for nodes that have yet to join has no limit.
-        """
+        """Give up steps without progress for too long."""
         for call, step in list(self.running.items()):
-            up = call.group.up
-            if not up:
-                self.deadlines.start(step)
-            if why := self._overdue(step) if up else self._stillborn(call.group):
+            if why := self.deadlines.why(step, call.group, elastic=self.capacity is None):
                 call.abandon()
                 self._retry_or_fail(self._off(call), StepTimeout(f"{why}; it was ended"))
 
-    def _overdue(self, step: Step) -> str:
-        if not self.deadlines.overdue(step):
-            return ""
-        return (
-            f"its worker showed no sign of progress for {self.deadlines.limit(step):g} s (resources: timeout)"
-        )
-
-    def _stillborn(self, group: Group) -> str:
-        limit, placed = self.study.resources.start_timeout, group.placed
-        if time.monotonic() - group.since <= limit or (self.capacity is None and not placed):
-            return ""
-        return f"its worker had not started after {limit:g} s (resources: start_timeout)"
-
     def _put_back_lost(self, step: Step, why: str) -> None:
-        """An input was damaged and has been moved aside: make it again, then this step."""
-        for need in self.schedule.needs(step.fingerprint):
-            if not self.workspace.store.has(self.steps[need].kind, need):
-                self.workspace.forget(need)
-                self.schedule.put_back(need)
+        """Put back the inputs that were damaged and moved aside, then the step."""
+        for need in self._gone(step.fingerprint):
+            self.workspace.forget(need)
+            self.schedule.put_back(need)
+            self.progress.undone(need)
         self._retry_or_fail(step, CorruptArtifact(why))
+
+    def _gone(self, fingerprint: str) -> list[str]:
+        """Steps to repeat before this one: those whose artifacts are gone, and recipes with such an input."""
+        found = []
+        for need in self.schedule.needs(fingerprint):
+            is_there = self.workspace.store.has(self.steps[need].kind, need)
+            before = self._gone(need) if is_there and self.keeping.is_recipe(need) else []
+            found += before + ([] if is_there and not before else [need])
+        return found
 
     def _retry_or_fail(self, step: Step, error: Exception) -> None:
         if isinstance(error, WorkerLost):
-            self._looked = 0.0  # its node may have gone: look before anything else is placed there
+            self._checked = 0.0  # its node may be lost: check before another step is placed there
         tries = self.tries.get(step.fingerprint, 0) + (not isinstance(error, PlaceLost))
         self.tries[step.fingerprint] = tries
         limit = self.study.resources.experts.max_retries
@@ -402,37 +406,32 @@ class _Drive:
         time.sleep(0.1)
 
     def _note(self, kind: str, text: str, about: str = "") -> None:
-        """Something a person should know now, for as long as it is true, and may look up later."""
+        """Show a message for as long as it holds, and log it."""
         self.events.add(kind, text)
         self.progress.note(text, about)
 
     def _put_back(self, kind: str, fingerprint: str, why: str) -> None:
-        """A step did not end and will run again."""
+        """Log and show that a step did not complete and will run again."""
         self.events.add(kind, f"{self.steps[fingerprint].label}: {why}", step=fingerprint)
-        self.progress.put_back(fingerprint, why)
+        self.progress.put_back(fingerprint, why, kind)
 
     def _watch_tracker(self) -> None:
-        """Log when the tracker stops taking rows, and when it takes them again."""
+        """Log when the tracker stops accepting rows, and when it accepts them again."""
         trouble = self.tracking.trouble
         if trouble != self._trouble:
             self.events.add("tracker", f"rows wait: {trouble}" if trouble else "rows are delivered again")
             self._trouble = trouble
 
-    def _say(self) -> None:
-        """What is running and what is waited for, for `status`; written when it has changed."""
-        running = [
-            {
-                "fingerprint": step.fingerprint,
-                "kind": step.kind,
-                "label": step.label,
-                "began": self._began[step.fingerprint],
-            }
+    def _write_state(self) -> None:
+        """Write the running steps and those waited for, for `status`, if they have changed."""
+        running: list[Running] = [
+            {"fingerprint": step.fingerprint, "kind": step.kind, "label": step.label, "began": self._began[step.fingerprint]}
             for step in self.running.values()
-        ]
+        ]  # fmt: skip
         waiting = self.others.waited_for()
-        if (running, waiting) != self._said:
+        if (running, waiting) != self._written:
             write_driver(self.workspace.out, {"running": running, "waiting": waiting})
-            self._said = running, waiting
+            self._written = running, waiting
 
 
 def _name(workspace: Workspace) -> str:

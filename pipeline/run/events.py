@@ -1,7 +1,7 @@
-"""What went otherwise than planned, run after run: retries, losses, waits, warnings, as one JSON line each in OUT/events.jsonl.
+"""The log of unplanned events: retries, losses, waits and warnings of all runs, as one JSON line each in OUT/events.jsonl.
 
-Invariant: lines are only ever added, each in one write that is forced to disk, so a crash costs at most the line under way; the log is
-only information, nothing reads it to decide anything, and a line that cannot be written is left out.
+Invariant: lines are only appended, each in one write that is synced to disk, so a crash loses at most the current line.
+The log is information only: no decision depends on it, and a line that cannot be written is left out.
 """
 
 import contextlib
@@ -9,10 +9,20 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict, cast
 
 FILE = "events.jsonl"
 _TAIL_BYTES = 64 * 1024
+
+
+class Event(TypedDict):
+    """One line of the log; `time` is Unix time in seconds, `step` a fingerprint, `pid` the driver's."""
+
+    time: float
+    kind: str
+    text: str
+    step: NotRequired[str]
+    pid: NotRequired[int]
 
 
 class Events:
@@ -21,8 +31,8 @@ class Events:
     def __init__(self, out: Path) -> None:
         self._path = out / FILE
 
-    def add(self, kind: str, text: str, **facts: Any) -> None:
-        """Something that happened now; `facts` are for programs."""
+    def add(self, kind: str, text: str, **facts: object) -> None:
+        """Record an event at the current time; `facts` are for programs."""
         line = json.dumps({"time": time.time(), "kind": kind, "text": text, **facts}) + "\n"
         with contextlib.suppress(OSError):
             handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
@@ -33,8 +43,8 @@ class Events:
                 os.close(handle)
 
 
-def read_events(out: Path, last: int = 20) -> list[dict[str, Any]]:
-    """The last events of a study directory, oldest first; none where there are none. A line that was cut is left out."""
+def read_events(out: Path, last: int = 20) -> list[Event]:
+    """The last events of a study directory, oldest first, without lines that were cut; empty if there is no log."""
     try:
         with (out / FILE).open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
@@ -42,12 +52,12 @@ def read_events(out: Path, last: int = 20) -> list[dict[str, Any]]:
             lines = stream.read().splitlines()
     except OSError:
         return []
-    found = []
+    found: list[Event] = []
     for line in lines:
         with contextlib.suppress(ValueError):
             event = json.loads(line)
             if isinstance(event, dict) and {"time", "kind", "text"} <= event.keys():
-                found.append(event)
+                found.append(cast(Event, event))
     return found[-last:]
 
 

@@ -1,14 +1,14 @@
-"""From a step of the plan to the job of an actor: the only place where content becomes place.
+"""Turns a step of the plan into the job of an actor: the only place where content is resolved to paths.
 
-Invariant: a job adds paths and pace to its step's spec and changes nothing that bears on the result.
+Invariant: a job adds paths and execution options to the spec of its step, and nothing that affects the result.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from merge_service.checkpoints import WEIGHTS_FILE
-from merge_service.engine import limits_rule
+from merge_service.engine import thresholds_rule
 from merge_service.merging import Member, MergeJob
 from merge_service.techniques import get
 from pipeline.errors import StoreError
@@ -16,18 +16,19 @@ from pipeline.identity import fingerprint
 from pipeline.kinds.specs import EvaluateSpec, MergeSpec, SourceSpec, TrainSpec
 from pipeline.plan.facts import cache_of
 from pipeline.plan.steps import Step
-from pipeline.study.sections import ModelResources
+from pipeline.store.artifact import AtCommit
+from pipeline.study.sections_resources import ModelResources
 from pipeline.workspace.workspace import Workspace
-from workers.jobs import EngineSpec, EvaluateJob, Source, TrainJob
+from workers.jobs import EngineSpec, EvaluateJob, Reading, Source, TrainJob
 
 Job = TrainJob | MergeJob | EvaluateJob
 
 
 class Jobs:
-    """Makes the jobs of one plan; what all of them need is looked up once."""
+    """Creates the jobs of one plan; common values are looked up once. `held` says how a merge is committed."""
 
-    def __init__(self, workspace: Workspace) -> None:
-        self.workspace = workspace
+    def __init__(self, workspace: Workspace, held: Callable[[Step], AtCommit] = lambda _: "files") -> None:
+        self.workspace, self._held = workspace, held
         self._cache = str(cache_of(workspace.study).absolute())
         self._asked: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {}
         for step in workspace.plan.steps.values():
@@ -37,6 +38,8 @@ class Jobs:
     def train(self, step: Step) -> TrainJob:
         """The job of a step that trains an expert."""
         spec, workspace = TrainSpec.of(step.spec), self.workspace
+        experts = self._resources(step).experts
+        steps, seconds = experts.checkpoint_pace
         return TrainJob(
             fingerprint=step.fingerprint,
             label=step.label,
@@ -44,15 +47,18 @@ class Jobs:
             task=step.task,
             init=str(workspace.weights(spec.init)),
             base=str(workspace.weights(step.base)),
-            update=self._sources(spec.update),
-            buffer=self._sources(spec.buffer),
-            pretraining=self._sources(spec.pretraining),
+            update=self._sources(spec.update, "decoded"),
+            buffer=self._sources(spec.buffer, "decoded"),
+            pretraining=self._sources(spec.pretraining, "decoded"),
             recipe=spec.recipe,
             steps=spec.steps,
             seed=spec.seed,
             engine=EngineSpec(**spec.engine),
             scratch=str(workspace.scratch / step.fingerprint),
-            checkpoint_every=self._resources(step).experts.checkpoint_every,
+            checkpoint_every=steps,
+            checkpoint_seconds=seconds,
+            loaders=self._loaders(step, spec.engine["device"]),
+            activation_checkpointing=experts.activation_checkpointing,
             out="",
             cache=self._cache,
             asked_limits=tuple(self._asked.get(step.fingerprint, {}).values()),
@@ -72,9 +78,10 @@ class Jobs:
             members=tuple(self._member(name, fingerprint) for name, fingerprint in spec.members),
             threads=merging.threads,
             scratch=str(workspace.scratch),
-            limits=str(workspace.limits),
+            thresholds=str(workspace.limits),
             origin=get(spec.technique).origin,
-            any_base=merging.any_base or self._wanders(spec),
+            any_base=merging.any_base or self._drifts(spec),
+            held=self._held(step),
         )
 
     def evaluate(self, step: Step) -> EvaluateJob:
@@ -84,7 +91,7 @@ class Jobs:
             fingerprint=step.fingerprint,
             label=step.label,
             model=str(workspace.weights(spec.model)),
-            datasets=self._sources(spec.datasets),
+            datasets=self._sources(spec.datasets, workspace.study.data.reading),
             fraction=spec.fraction,
             seed=spec.seed,
             batch_size=workspace.study.evaluation.batch_size,
@@ -92,18 +99,25 @@ class Jobs:
             device=spec.device,
             scratch=str(workspace.scratch / step.fingerprint),
             cache=self._cache,
+            loaders=self._loaders(step, spec.device),
+            details=tuple(spec.details),
+            precision=spec.precision,
         )
 
+    def _loaders(self, step: Step, device: str) -> int:
+        """Threads that read pictures; beside a model on a CPU they would only take its cores."""
+        return self._resources(step).experts.loaders if device == "cuda" else 1
+
     def _ask(self, merge: MergeSpec) -> None:
-        """A merge will ask the thresholds of its technique of all its experts; each rule once."""
-        rule = limits_rule(merge.technique, merge.params)
+        """Record, for all experts of a merge, the thresholds that its technique will need; each rule once."""
+        rule = thresholds_rule(merge.technique, merge.params)
         if rule is not None:
             for expert in merge.inputs().values():
                 asked = self._asked.setdefault(expert, {})
                 asked.setdefault(fingerprint(rule), (merge.technique, merge.params))
 
-    def _wanders(self, merge: MergeSpec) -> bool:
-        """Whether an expert of a merge began elsewhere than at the base: it lies farther from it with every task, as it should."""
+    def _drifts(self, merge: MergeSpec) -> bool:
+        """Whether an expert of a merge did not start from the base: its distance from the base then grows with every task."""
         experts = [self.workspace.plan.weights_step(expert) for _, expert in merge.members]
         trained = [TrainSpec.of(one.spec) for one in experts if one.kind == TrainSpec.kind]
         return any(one.init != merge.base for one in trained)
@@ -117,7 +131,8 @@ class Jobs:
     def _resources(self, step: Step) -> ModelResources:
         return self.workspace.study.resources.of(step.model)
 
-    def _sources(self, entries: Sequence[SourceSpec]) -> tuple[Source, ...]:
+    def _sources(self, entries: Sequence[SourceSpec], reading: Reading) -> tuple[Source, ...]:
+        """The splits of a spec, read in this way unless the spec itself says how."""
         root = str(Path(self.workspace.study.data_root).absolute())
         classes = self.workspace.plan.classes
         return tuple(
@@ -126,6 +141,7 @@ class Jobs:
                 entry["dataset"],
                 entry["split"],
                 classes[entry["classes"]] if entry["classes"] else None,
+                entry.get("reading", reading),
             )
             for entry in entries
         )

@@ -1,8 +1,10 @@
 """Standard output and standard error that can neither end nor delay a study.
 
-Their reader may go away (`| head -1`, a pager, a session that hangs up) or stop reading (a terminal held with Ctrl-S); the disk
-of a log may be full. Invariant: while a study runs, no write to either stream raises or waits; what its reader does not take is
-kept up to a limit, then left out, and that is said as soon as the reader goes on.
+Their reader may disappear (`| head -1`, a pager, a closed session) or stop reading (a terminal held with Ctrl-S); the disk of a
+log may be full.
+
+Invariant: while a study runs, no write to either stream raises or waits. Unread output is kept up to a limit and then left out,
+and a line says so as soon as the reader continues.
 """
 
 import contextlib
@@ -13,21 +15,24 @@ import select
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 BACKLOG_BYTES = 2**20
 FLUSH_SECONDS, LAST_SECONDS = 0.2, 2.0
-"""How long a flush waits for a reader that has been taking what it gets; and how long the end of the program does."""
+"""How long a flush waits for a reader that has not stalled; and how long the end of the program waits."""
 _PIECE_BYTES = 4096
 _GONE = frozenset({errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET, errno.ENXIO})
 
 
 class ReaderGone(Exception):
-    """Nobody reads standard output any more, and nothing but its text is left to be done."""
+    """Standard output has no reader any more, and only its text is left to write."""
 
 
 class OutputLost(OSError):
-    """An answer cannot be written where standard output leads, such as a full disk."""
+    """Standard output cannot be written, for instance to a full disk."""
 
     exit_code = 2
 
@@ -36,10 +41,10 @@ class OutputLost(OSError):
 
 
 class Steady(io.RawIOBase):
-    """A file descriptor that a thread of its own writes to.
+    """A file descriptor that is written to by its own thread.
 
-    With `exacting`, as standard output is until a study begins, a write waits for its reader, raises ReaderGone when there is
-    none, and OutputLost when its place takes no more.
+    With `exacting`, as for standard output until a study begins, a write waits for its reader, raises ReaderGone if there is
+    none, and OutputLost if the text cannot be written.
     """
 
     def __init__(self, fd: int, exacting: bool = False) -> None:
@@ -60,7 +65,7 @@ class Steady(io.RawIOBase):
     def isatty(self) -> bool:
         return os.isatty(self._fd)
 
-    def write(self, data: Any, /) -> int:
+    def write(self, data: "ReadableBuffer", /) -> int:
         text = bytes(data)
         if self.exacting:
             self._write_now(text)
@@ -81,7 +86,7 @@ class Steady(io.RawIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Wait for the reader a moment; one that has stopped is not waited for again until it goes on."""
+        """Wait briefly for the reader; one that has stalled is not waited for again until it continues."""
         self.drain(FLUSH_SECONDS)
 
     def drain(self, seconds: float) -> None:
@@ -102,12 +107,12 @@ class Steady(io.RawIOBase):
                 self._stalled = False
                 del self._backlog[:written]
                 if not self._backlog and self._left_out:
-                    self._backlog += f"\n[{self._left_out} bytes that nobody read were left out]\n".encode()
+                    self._backlog += f"\n[{self._left_out} bytes that were not read are left out]\n".encode()
                     self._left_out = 0
                 self._changed.notify_all()
 
     def _write_some(self, piece: bytes) -> int:
-        """How much of a piece is done with; all of it, if it cannot be written."""
+        """The number of bytes of a piece that are done; all of them, if they cannot be written."""
         try:
             return os.write(self._fd, piece)
         except BlockingIOError:
@@ -131,7 +136,7 @@ class Steady(io.RawIOBase):
                 raise OutputLost(error.errno, error.strerror) from None
 
     def _silence(self) -> None:
-        """Let the descriptor lead nowhere from now on, for this process's libraries and for what it starts as well."""
+        """Redirect the descriptor to /dev/null, for this process's libraries and its child processes as well."""
         with contextlib.suppress(OSError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._fd)
@@ -140,9 +145,9 @@ class Steady(io.RawIOBase):
 
 @contextlib.contextmanager
 def steady(exacting: bool = False) -> Iterator[None]:
-    """Standard error, and unless `exacting` standard output, neither end nor delay what happens within.
+    """Within the context, standard error, and unless `exacting` standard output, can neither end nor delay the work.
 
-    Streams that somebody else has replaced (a notebook, a test) stay as they are.
+    Streams that other code has replaced (a notebook, a test) stay as they are.
     """
     mine = []
     for name in ("stdout", "stderr"):

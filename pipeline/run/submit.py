@@ -1,8 +1,8 @@
-"""A study sent to a cluster that this machine is no part of: what goes along, and what is asked of it later.
+"""A study as a job on a remote cluster: what is sent, and how its state is read later.
 
-Invariant: what is shipped is this package's source, the study file and the files that it names by relative path, all of
-them below the current directory: no link leads out of it, or out of a folder that the study names. Nothing that a cluster's
-node cannot open under the same name is let through without a word. What was shipped is decided here once, so the job reads
+Invariant: a shipment is this package's source, the study file, the files that it names by relative path, and the modules
+that the user names. What a study names is below the current directory: no link leads out of it, or out of a folder that
+the study names. A path that the nodes cannot open is refused. The study is fixed when it is sent, so the job reads
 exactly the study that was checked here.
 """
 
@@ -16,52 +16,93 @@ import sys
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, TypedDict
 
 from cluster.code import PACKAGES
 from cluster.memory import MORE_MEMORY, is_about_memory
 from merge_service.errors import UserError
 from pipeline.errors import ConfigError
+from pipeline.run.status import Status
 from pipeline.study.config import Study, load_study
 
 CODE = Path(__file__).resolve().parents[2]
 MAX_BYTES = 200 * 10**6
 MAX_FILES = 2000
-"""Of one shipment; Ray keeps it in the head's memory."""
+"""The limits of one shipment, because Ray keeps it in the memory of the head."""
 
 PLACES = ("data.root", "data.cache", "storage.store")
-"""Keys whose paths are never shipped: every node must see them."""
+"""Keys whose paths are never sent: they must exist on every node."""
 
 KILLED = (-9, 137)
-"""Exit codes of a process that SIGKILL has ended, as Python and as a shell gives them."""
+"""Exit codes of a process ended by SIGKILL, as Python and as a shell report them."""
+
+FACE = "temporal_merge.py"
+"""The module that a technique of one's own imports; it is sent with the packages."""
 
 PYTHON = "python -m pipeline.cli"
 _NOT_INSTALLED = ("No module named", "cannot import name", "SyntaxError")
 
 
-def submit_study(
-    path: Path, overrides: Sequence[str], out: Path | None, url: str, *, wait: bool, quiet: bool
-) -> dict[str, Any]:
-    """Have a cluster run a study, or watch it where it already does: {"job", "state", "attached", "out", "exit_code"}.
+class Submitted(TypedDict):
+    """A study as a job; `exit_code` is that of the run, None while it has not ended."""
 
-    `exit_code` is that of the run; without `wait` it is None. With `quiet` the job's output goes to stderr.
-    Raises UserError, ClusterError.
+    job: str
+    state: str
+    attached: bool
+    out: str
+    exit_code: int | None
+
+
+class JobState(TypedDict):
+    """A job in the answer of `status`."""
+
+    id: str
+    state: str
+    exit_code: int | None
+
+
+class RemoteStatus(Status):
+    """The status on a cluster, and the last job of OUT there, None if the cluster has none."""
+
+    job: JobState | None
+
+
+class Starting(TypedDict):
+    """A run whose job has not begun yet: `state` is starting."""
+
+    state: str
+    job: JobState
+
+
+def submit_study(
+    path: Path,
+    overrides: Sequence[str],
+    out: Path | None,
+    url: str,
+    *,
+    modules: Sequence[Path] = (),
+    show: TextIO | None = None,
+) -> Submitted:
+    """Run a study on a cluster, or attach to its job if there is one.
+
+    `modules` are Python files with techniques of the user's own: the job gets a copy of each, and runs it as `--module` does.
+    `show` gets the job's output to its end; without it the function returns at once. Raises UserError, ClusterError.
     """
     study = load_study(path, overrides)
     where = _shared_out(study, out)
     files = list(dict.fromkeys(relative_files(study)))
-    sent = [file for path in files for file in _contents(path)]
+    sent = [*modules, *(file for path in files for file in _contents(path))]
     from cluster.submission import Cluster, check_dashboard
 
     check_dashboard(url)
     cluster = Cluster(url)
-    metadata = {"study": study.name, "out": str(where), "study_sha256": _digest(study)}
+    metadata = {"study": study.name, "out": str(where), "study_sha256": _digest(study, modules)}
     text = _written_out(study, path, overrides)
     sets = [part for one in overrides for part in ("--set", one)] if text is None else []
+    sets += [part for module in modules for part in ("--module", module.name)]
     command = f"{PYTHON} {shlex.join(['run', path.name, *sets, '--address', 'auto', '--out', str(where)])}"
-    with shipment(path, files, text) as room:
+    with shipment(path, files, text, modules) as room:
         job, attached = cluster.submit_or_attach(key_of(study.name, where), command, room, metadata)
     if attached and job.metadata.get("study_sha256") != metadata["study_sha256"]:
         raise UserError(
@@ -73,18 +114,18 @@ def submit_study(
         file=sys.stderr,
         flush=True,
     )
-    if wait:
-        job = _watch(cluster, job.id, where, sys.stderr if quiet else sys.stdout)
+    if show is not None:
+        job = _watch(cluster, job.id, where, show)
     return {
         "job": job.id, "state": job.state, "attached": attached, "out": str(where),
         "exit_code": _exit_code(job) if job.ended else None,
     }  # fmt: skip
 
 
-def remote_status(out: Path, url: str) -> dict[str, Any]:
-    """What `status OUT` says on the cluster, and "job": the last job of OUT, None if this cluster had none.
+def remote_status(out: Path, url: str) -> RemoteStatus | Starting:
+    """The answer of `status OUT` on the cluster.
 
-    Raises UserError if OUT holds no run there and no job is about to make one.
+    Raises UserError if OUT holds no run there and no job is about to create one.
     """
     from cluster.submission import Cluster
 
@@ -94,18 +135,18 @@ def remote_status(out: Path, url: str) -> dict[str, Any]:
     command = f"{PYTHON} {shlex.join(['status', str(out), '--json'])}"
     with shipment() as room:
         asked, said = cluster.answer(name, command, room)
-    told = None if job is None else {key: asdict(job)[key] for key in ("id", "state", "exit_code")}
+    told = None if job is None else JobState(id=job.id, state=job.state, exit_code=job.exit_code)
     if asked.exit_code == 0:
-        answer: dict[str, Any] = json.JSONDecoder().raw_decode(said[said.index("\n{") + 1 :])[0]
-        return answer | {"job": told}
-    if job is not None and not job.ended:
+        answer: Status = json.JSONDecoder().raw_decode(said[said.index("\n{") + 1 :])[0]
+        return {**answer, "job": told}
+    if job is not None and told is not None and not job.ended:
         return {"state": "starting", "job": told}
     errors = [line.removeprefix("error: ") for line in said.splitlines() if line.startswith("error: ")]
     raise UserError(f"on {url}: {errors[-1] if errors else asked.message or said[-500:]}")
 
 
 def stop_study(out: Path, url: str) -> str:
-    """End the job that works on OUT: its id. Raises UserError if there is none."""
+    """End the job that works on OUT. Returns its id. Raises UserError if there is none."""
     from cluster.submission import Cluster
 
     cluster = Cluster(url)
@@ -119,22 +160,31 @@ def stop_study(out: Path, url: str) -> str:
 
 
 def key_of(name: str, out: Path) -> str:
-    """What the ids of all jobs of one study in one OUT begin with."""
+    """The common prefix of the ids of all jobs of one study in one OUT."""
     return f"{name}-{_short(str(out))}"
 
 
 @contextmanager
 def shipment(
-    study: Path | None = None, files: Sequence[Path] = (), text: str | None = None
+    study: Path | None = None,
+    files: Sequence[Path] = (),
+    text: str | None = None,
+    modules: Sequence[Path] = (),
 ) -> Iterator[Path]:
-    """A directory with this package's source, the study file (as it is, or with `text` in it), and `files` under their relative
-    paths, hidden ones left out."""
+    """A directory with this package's source, the study file (or `text` in its place), `files` under their relative paths, and
+    `modules` beside the study, where every process of the job imports them from.
+
+    Hidden files are left out.
+    """
     with tempfile.TemporaryDirectory(prefix="temporal-merge-") as home:
         room = Path(home)
         for name in PACKAGES:
             shutil.copytree(
                 CODE / name, room / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
             )
+        shutil.copyfile(CODE / FACE, room / FACE)
+        for module in modules:
+            shutil.copyfile(module, room / module.name)
         for path in (file for named in files for file in _contents(named)):
             (room / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, room / path)
@@ -146,15 +196,15 @@ def shipment(
 
 
 def _written_out(study: Study, path: Path, overrides: Sequence[str]) -> str | None:
-    """The study with its paths and overrides written out, where a variable or a home would mean another place on the cluster."""
-    said = (path.read_text(encoding="utf-8"), *overrides)
-    return study.resolved_yaml() if any("$" in text or "~" in text for text in said) else None
+    """The study with paths and overrides written out, if a variable or `~` could mean another path on the cluster; else None."""
+    given = (path.read_text(encoding="utf-8"), *overrides)
+    return study.resolved_yaml() if any("$" in text or "~" in text for text in given) else None
 
 
 def relative_files(study: Study) -> Iterator[Path]:
-    """The files and directories that a study names by relative path and that are here. Raises ConfigError.
+    """The existing files and directories that a study names by relative path. Raises ConfigError.
 
-    Paths of data and storage are never shipped: they must be absolute, on storage that all nodes share, or URLs.
+    Paths of data and storage are never sent: they must be absolute, on storage that all nodes share, or URLs.
     """
     problems: list[str] = []
     sent: set[Path] = set()
@@ -181,7 +231,7 @@ def relative_files(study: Study) -> Iterator[Path]:
 
 
 def _unfit(path: Path) -> Iterator[str]:
-    """Why what a study names cannot be sent as it is: it lies elsewhere, or a part of it does."""
+    """Why a path of the study cannot be sent."""
     if ".." in path.parts:
         yield f"{path} lies outside this directory; give a path below it, or {_SHARED}"
     elif not (home := path.resolve()).is_relative_to(Path.cwd().resolve()):
@@ -193,19 +243,21 @@ def _unfit(path: Path) -> Iterator[str]:
 
 
 def _unfit_part(part: Path, home: Path) -> str:
-    target = Path(os.path.realpath(part))  # Path.resolve raises where links go round in a circle
+    target = Path(os.path.realpath(part))  # Path.resolve raises if links form a circle
     if part.is_symlink() and not target.is_relative_to(home):
         return f"a link to {target}, outside of what the study names; put the file itself there, or give {_SHARED}"
     if part.is_dir():
         return f"a link to a directory, which is not sent; put the files themselves there, or give {_SHARED}"
     if not part.is_file():
-        return "neither a file nor a directory; take it away"
-    return "" if os.access(part, os.R_OK) else "cannot be read; mend its permissions"
+        return "neither a file nor a directory; remove it"
+    return "" if os.access(part, os.R_OK) else "cannot be read; correct its permissions"
 
 
 def _contents(path: Path) -> list[Path]:
-    """The files below a path that are sent, links to directories as they are. Hidden ones stay here: some would tell Ray to leave
-    out others, and none is of a model."""
+    """The files below a path that are sent; links to directories are listed as they are.
+
+    Hidden files are not sent: some would make Ray leave out other files, and none belongs to a model.
+    """
     if not path.is_dir():
         return [path]
     found = []
@@ -218,7 +270,7 @@ def _contents(path: Path) -> list[Path]:
 
 def _unreadable(error: OSError) -> None:
     raise ConfigError(
-        f"{error.filename} cannot be read ({error.strerror}), so it cannot be sent; mend its permissions"
+        f"{error.filename} cannot be read ({error.strerror}), so it cannot be sent; correct its permissions"
     )
 
 
@@ -243,7 +295,7 @@ def _shared_out(study: Study, out: Path | None) -> Path:
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """All texts of a tree with their key paths."""
+    """All strings of a tree with their key paths."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, dict):
@@ -254,8 +306,12 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _texts(item, f"{key}[{index}]")
 
 
-def _digest(study: Study) -> str:
-    return hashlib.sha256(study.model_dump_json().encode()).hexdigest()
+def _digest(study: Study, modules: Sequence[Path]) -> str:
+    """That of a study and of the modules that it runs with: a job with another one is another study's."""
+    digest = hashlib.sha256(study.model_dump_json().encode())
+    for module in modules:
+        digest.update(module.read_bytes())
+    return digest.hexdigest()
 
 
 def _short(text: str) -> str:
@@ -263,12 +319,12 @@ def _short(text: str) -> str:
 
 
 def _job_of(cluster: Any, out: Path) -> Any:
-    """The last job that worked, or works, on OUT."""
+    """The last job of OUT."""
     return next((job for job in reversed(cluster.jobs()) if job.metadata.get("out") == str(out)), None)
 
 
 def _watch(cluster: Any, name: str, out: Path, stream: Any) -> Any:
-    """Pass on what the job prints until it ends; whoever leaves earlier is told how to come back."""
+    """Print the output of a job until it ends. If the client leaves earlier, print how to attach again."""
 
     def write(text: str) -> None:
         stream.write(text)
@@ -289,7 +345,7 @@ def _watch(cluster: Any, name: str, out: Path, stream: Any) -> Any:
 
 
 def _exit_code(job: Any) -> int:
-    """The run's own exit code; 1 for a job that was stopped, killed, or never began."""
+    """The exit code of the run; 1 for a job that was stopped, killed, or never began."""
     if job.state == "succeeded":
         return 0
     return job.exit_code if job.exit_code and job.exit_code > 0 else 1
@@ -297,7 +353,7 @@ def _exit_code(job: Any) -> int:
 
 def _why(job: Any) -> str:
     if job.state == "stopped":
-        return "somebody ended it; submit again to go on"
+        return "it was stopped; submit again to go on"
     if job.exit_code in KILLED or is_about_memory(job.message):
         return f"its driver was killed on the head, as happens where memory runs out: {MORE_MEMORY}; submit again to go on"
     if job.exit_code == 127 or any(sign in job.message for sign in _NOT_INSTALLED):
@@ -307,4 +363,4 @@ def _why(job: Any) -> str:
         )
     if job.exit_code is None:
         return " ".join(job.message.split())[-500:]
-    return f"exit code {job.exit_code}; what it said is above, its paths are the cluster's"
+    return f"exit code {job.exit_code}; its output is above, with paths of the cluster"

@@ -1,13 +1,19 @@
-"""What ran where and when, as a file to draw: one JSON line per finished step.
+"""A trace of the run: what ran where and when, as a file with one JSON line per finished step.
 
-Invariant: it is only information. A line that cannot be written is left out, and nothing ever reads it to decide anything.
+Invariant: the trace is information only. A line that cannot be written is left out, and no decision depends on it.
 """
 
 import contextlib
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from pipeline.plan.steps import Step
+
+if TYPE_CHECKING:  # imports Ray, which reading a timeline does not need
+    from cluster.pool import Usage
 
 FILE = "timeline.jsonl"
 
@@ -18,32 +24,36 @@ class Timeline:
     def __init__(self, out: Path) -> None:
         self._path = out / FILE
 
-    def event(self, name: str, **facts: Any) -> None:
-        """Something that is no step, now."""
+    def event(self, name: str, **facts: object) -> None:
+        """Record an event that is not a step, at the current time."""
         self._append({"event": name, "time": time.time(), **facts})
 
-    def step(self, step: Any, usages: Any, worker: str) -> None:
-        """A finished step: CPU seconds summed over its ranks, from the first rank's start to the last one's end; memory is the most that one
-        rank had, in bytes: resident with mapped files, and on its GPU (0 without one).
+    def step(self, step: Step, usages: Sequence["Usage"], worker: str) -> float:
+        """Record a finished step; returns the seconds that its workers took, from the first rank's start to the last one's end.
+
+        CPU seconds are summed over ranks. Memory is the most that one rank had, in bytes: resident with mapped files, and on its
+        GPU (0 without one).
         """
+        start, end = min(usage.start for usage in usages), max(usage.end for usage in usages)
         self._append(
             {
                 "fingerprint": step.fingerprint, "kind": step.kind, "label": step.label, "t": step.t,
-                "start": min(usage.start for usage in usages), "end": max(usage.end for usage in usages),
+                "start": start, "end": end,
                 "cpu_seconds": round(sum(usage.cpu_seconds for usage in usages), 6),
                 "memory_bytes": max(usage.memory for usage in usages),
                 "gpu_memory_bytes": max(usage.gpu_memory for usage in usages),
                 "worker": worker, "node": " ".join(dict.fromkeys(usage.node for usage in usages)),
             }
         )  # fmt: skip
+        return float(end - start)
 
-    def _append(self, line: dict[str, Any]) -> None:
+    def _append(self, line: Mapping[str, object]) -> None:
         with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
 
 
-def read_timeline(out: Path) -> list[dict[str, Any]]:
-    """The lines of a timeline, oldest first; one that was cut by a crash is left out. Raises OSError if there is none."""
+def read_timeline(out: Path) -> list[dict[str, object]]:
+    """The lines of a timeline, oldest first, without lines that a crash has cut. Raises OSError if there is no file."""
     lines = []
     for text in (out / FILE).read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(ValueError):

@@ -1,7 +1,7 @@
-"""An artifact: a directory whose `record.json`, written last, says what every other file in it must be.
+"""An artifact: a directory with a `record.json`, written last, that states what every other file in it must be.
 
-Invariant: a record is believed only if it carries the digest of its own content, and a file only if it has the sha256 its
-record states. Reading never changes anything.
+Invariant: a record is trusted only if it carries the digest of its own content, and a file only if it has the sha256
+that its record states. Reading never changes anything.
 """
 
 import hashlib
@@ -11,23 +11,37 @@ import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal, TypedDict, get_args
 
-from pipeline.errors import CorruptArtifact
+from pipeline.errors import CorruptArtifact, NondeterminismError
 from pipeline.identity import fingerprint
 
 RECORD_FILE = "record.json"
+WEIGHTS_SUFFIX = ".safetensors"
 FORMAT = 1
+AtCommit = Literal["files", "recipe"]
+Held = Literal["files", "recipe", "packed"]
+PACKED = "packed-"
+"""How the name of the file begins that holds packed weights, beside the others; the fingerprint of their base follows."""
 _MAX_RECORD_BYTES = 64 * 2**20
+
+
+class FileEntry(TypedDict):
+    """What a record states of one file."""
+
+    sha256: str
+    bytes: int
 
 
 @dataclass(frozen=True)
 class Record:
-    """What one committed artifact is.
+    """The description of one committed artifact.
 
-    `files` maps each file, relative to the directory, to {"sha256", "bytes"}. `inputs` maps each role to the fingerprint of
+    `files` has an entry for each file, by its path relative to the directory. `inputs` maps each role to the fingerprint of
     the step it came from, and `input_digests` to the digest of the bytes that were there. `created_ms` is Unix time in
-    milliseconds, `seconds` the time the step took. `path` is the directory it was read from.
+    milliseconds, `seconds` the time the step took. `path` is the directory it was read from. `held` says whether the files are
+    kept ("files"), made again from the inputs whenever they are wanted ("recipe"), or kept as their difference from the base ("packed");
+    small files are kept either way.
     """
 
     kind: str
@@ -36,16 +50,27 @@ class Record:
     spec: dict[str, Any]
     inputs: dict[str, str]
     input_digests: dict[str, str]
-    files: dict[str, dict[str, Any]]
+    files: dict[str, FileEntry]
     result: dict[str, Any]
     created_ms: int
     seconds: float
     versions: dict[str, str]
     path: Path
+    held: Held = "files"
+
+    @property
+    def is_recipe(self) -> bool:
+        """Whether the weights are made again from the inputs when they are not there."""
+        return self.held == "recipe"
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the weights are made when they are wanted, be it from a recipe or from a packed file."""
+        return self.held != "files"
 
     @property
     def digest(self) -> str:
-        """sha256 over all files: the identity of the bytes, whatever made them."""
+        """sha256 over all files: the identity of the bytes, independent of what made them."""
         return fingerprint({name: entry["sha256"] for name, entry in self.files.items()})
 
     @property
@@ -53,23 +78,34 @@ class Record:
         """Size of all files together."""
         return sum(int(entry["bytes"]) for entry in self.files.values())
 
+    @property
+    def droppable(self) -> tuple[str, ...]:
+        """The files that are made when they are wanted: the weights."""
+        return tuple(name for name in self.files if name.endswith(WEIGHTS_SUFFIX))
+
     def sha256(self, name: str) -> str | None:
-        """sha256 of one file, None if the artifact has no such file."""
+        """sha256 of one file; None if the artifact has no such file."""
         entry = self.files.get(name)
         return None if entry is None else str(entry["sha256"])
 
 
-def write_record(record: Record, directory: Path) -> None:
-    """Write `record.json` with the digest of its own content, and force it to disk."""
-    body = {**asdict(record), "format": FORMAT}
-    del body["path"]
-    body = json.loads(json.dumps(body, allow_nan=False))
-    body["record_sha256"] = _self_digest(body)
-    with (directory / RECORD_FILE).open("x", encoding="utf-8") as stream:
-        json.dump(body, stream, indent=1, sort_keys=True, allow_nan=False)
-        stream.write("\n")
+def write_record(record: Record, directory: Path, name: str = RECORD_FILE) -> None:
+    """Write a record with the digest of its own content, and force it to disk. Raises FileExistsError if the file is there."""
+    with (directory / name).open("x", encoding="utf-8") as stream:
+        stream.write(record_text(record))
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def record_text(record: Record) -> str:
+    """What `record.json` holds; `held` only where it says more than it always did."""
+    body = {**asdict(record), "format": FORMAT}
+    del body["path"]
+    if not record.is_made:
+        del body["held"]
+    body = json.loads(json.dumps(body, allow_nan=False))
+    body["record_sha256"] = _self_digest(body)
+    return json.dumps(body, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
 def read_record(directory: Path) -> Record:
@@ -105,8 +141,24 @@ def parse_record(text: bytes, path: str, directory: Path) -> Record:
     return record
 
 
+def differences(one: Record, two: Record) -> list[str]:
+    """What differs between two results of one step: names of files, and "scores"."""
+    differing = sorted(name for name in {*one.files, *two.files} if one.sha256(name) != two.sha256(name))
+    return [*differing, "scores"] if one.result.get("scores") != two.result.get("scores") else differing
+
+
+def conflict(label: str, differing: list[str], first: str, second: str) -> NondeterminismError:
+    """The error for two results of one step, kept at `first` and `second`."""
+    return NondeterminismError(
+        f"{label}: computed twice with different results ({', '.join(differing)}). The first is {first}, the "
+        f"second was kept at {second}. Compare them; likely causes: another thread or world size, device, or library version",
+        first,
+        second,
+    )
+
+
 def list_files(directory: Path) -> Iterator[str]:
-    """Names of all files of an artifact but its record, relative, sorted. Raises CorruptArtifact on links and devices."""
+    """Relative names of all files of an artifact except its record, sorted. Raises CorruptArtifact on links and devices."""
     found = []
     for path in directory.rglob("*"):
         mode = path.lstat().st_mode
@@ -124,8 +176,8 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def difference(directory: Path, name: str, entry: dict[str, Any]) -> str | None:
-    """How a file on disk differs from its entry in the record, None if it does not. Reads the file only if its size is right."""
+def difference(directory: Path, name: str, entry: FileEntry) -> str | None:
+    """How a file differs from its entry in the record, None if it does not. The file is read only if its size is right."""
     path = directory / name
     try:
         found = path.lstat()
@@ -145,12 +197,14 @@ def _self_digest(body: dict[str, Any]) -> str:
 
 
 def _check_types(record: Record) -> None:
-    """Raise TypeError where a field holds what no record has: whoever wrote it knew the digest, but not the format."""
+    """Raise TypeError for a field of the wrong type: a writer may compute the digest without knowing the format."""
     texts = (record.kind, record.fingerprint, record.slug)
     maps = (record.inputs, record.input_digests, record.versions)
     numbers = (record.created_ms, record.seconds)
     if not all(isinstance(text, str) for text in texts) or not all(type(n) in (int, float) for n in numbers):
         raise TypeError("kind, fingerprint and slug must be text, created_ms and seconds numbers")
+    if record.held not in get_args(Held):
+        raise TypeError("held must be files or recipe")
     if not isinstance(record.spec, dict) or not isinstance(record.result, dict):
         raise TypeError("spec and result must be mappings")
     if not all(isinstance(one, dict) and all(isinstance(v, str) for v in one.values()) for one in maps):

@@ -1,6 +1,6 @@
-"""Proof that a store is what it says: every byte, every record, every lineage edge.
+"""Verification of a whole store: every byte, every record, every lineage edge.
 
-Invariant: auditing changes nothing and may run while others write; what they move or add meanwhile is not a problem.
+Invariant: an audit changes nothing and may run while others write; what they move or add meanwhile is not a problem.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -9,11 +9,11 @@ from typing import Protocol
 
 from pipeline.errors import CorruptArtifact
 from pipeline.identity import step_fingerprint
-from pipeline.store.artifact import Record, difference, list_files, read_record
+from pipeline.store.artifact import PACKED, Record, difference, list_files, read_record
 
 
 class Readable(Protocol):
-    """What an audit needs of a store."""
+    """The part of a store that an audit needs."""
 
     @property
     def root(self) -> Path: ...
@@ -23,7 +23,7 @@ class Readable(Protocol):
 def problems(
     store: Readable, kinds: Sequence[str], progress: Callable[[Path], None] | None = None
 ) -> list[str]:
-    """All problems of a store, each naming a path; an empty list if it is sound. `progress` is told each artifact."""
+    """All problems of a store, each naming a path; empty if it is sound. `progress` is called with each artifact."""
     found: list[str] = []
     if not store.root.is_dir():
         return [f"{store.root} does not exist: there is no store"]
@@ -49,10 +49,15 @@ def _artifact(store: Readable, kind: str, directory: Path) -> Iterator[str]:
         return
     yield from _identity(record, kind, directory)
     for name, entry in record.files.items():
+        if record.is_made and name in record.droppable and name not in present:
+            continue  # it can be made again as long as its inputs are whole, which their own checks and `lineage` say
         problem = difference(directory, name, entry)
         if problem is not None:
             yield problem
-    for name in sorted(present - set(record.files)):
+    packed = {name for name in present if name.startswith(PACKED)} if record.held == "packed" else set[str]()
+    if record.held == "packed" and not packed:
+        yield f"{directory}: its weights are packed, and the packed file is gone"
+    for name in sorted(present - set(record.files) - packed):
         yield f"{directory / name} is not in the artifact's record"
     yield from lineage(store, record)
 
@@ -67,7 +72,7 @@ def _identity(record: Record, kind: str, directory: Path) -> Iterator[str]:
 
 
 def lineage(store: Readable, record: Record) -> Iterator[str]:
-    """What is wrong with the inputs that a record names."""
+    """The problems of the inputs that a record names."""
     for role, fingerprint in record.inputs.items():
         source = store.find(fingerprint)
         if source is None:

@@ -1,11 +1,11 @@
-"""Which driver carries out which step of a store just now: so that drivers that share a store do no step twice.
+"""Leases: which driver carries out which step of a store now, so that drivers that share a store repeat no work.
 
-A lease is a small file (or object) named by the step; it names its owner, who renews a second file, its heartbeat. A lease is
-free when it is not there, when its owner was a process of this host that is gone, or when its heartbeat has not changed for
-`SILENT_SECONDS` by the watch of whoever looks: no two clocks are ever compared.
-Invariant: a lease saves work and decides no result. An owner that was suspended and comes back commits the same bytes or
-gets the store's NondeterminismError, as if there were no leases. A driver holds leases only on steps that it is carrying out, so
-two drivers never wait for each other.
+A lease is a small file (or object) named after the step. It names its owner, which renews a second file, its heartbeat.
+A lease is free if it does not exist, if its owner was a process of this host that has ended, or if its heartbeat has
+not changed for `SILENT_SECONDS` on the clock of the reader: clocks of two hosts are never compared.
+Invariant: a lease saves work and never decides a result. An owner that was suspended and resumes commits the same bytes
+or gets the store's NondeterminismError, as it would without leases. A driver holds leases only on steps that it is
+carrying out, so two drivers never wait for each other.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ from pipeline.files.ownership import is_abandoned, locked, owner_mark
 BEAT_SECONDS, SILENT_SECONDS = 5.0, 30.0
 ROOM, OWNERS = ".leases", ".leases/owners"
 _FOREVER = 0.0
-"""The age by which an owner on another host is judged: never gone by that alone, its heartbeat tells."""
+"""The age passed for an owner on another host: age alone never ends its lease, its heartbeat decides."""
 
 
 class Shelf(Protocol):
-    """Where leases lie: the store's directory, or its URL."""
+    """Where leases are stored: the directory of the store, or its URL."""
 
     def read(self, key: str) -> bytes | None: ...
     def write(self, key: str, data: bytes) -> None: ...
@@ -44,7 +44,7 @@ class Shelf(Protocol):
 
 
 class Leasable(Protocol):
-    """What leases need of a store."""
+    """The part of a store that leases need."""
 
     @property
     def root(self) -> Path: ...
@@ -54,7 +54,7 @@ class Leasable(Protocol):
 
 @dataclass(frozen=True)
 class Files:
-    """Small files below a directory, as `store_objects.Objects` has small objects below a URL."""
+    """Small files below a directory, as `objects.Objects` has small objects below a URL."""
 
     root: Path
 
@@ -95,7 +95,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Holder:
-    """The owner of a lease. `key` tells it from all others; `mark` is that of its process (`owner_mark`)."""
+    """The owner of a lease. `key` is unique to it; `mark` identifies its process (`owner_mark`)."""
 
     key: str
     mark: str
@@ -111,7 +111,7 @@ class Holder:
 class Leases:
     """The leases of one driver on the steps of a store; leaving the context gives all of them back.
 
-    `now` is a clock that only goes forward. Raises StoreError, StorageFull.
+    `now` is a monotonic clock. Raises StoreError, StorageFull.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Leases:
         self._held: set[str] = set()
         self._heard: dict[str, tuple[bytes | None, float]] = {}
         self._stop, self._beats = threading.Event(), 0
-        self._thread = threading.Thread(target=self._beat_on, name="leases", daemon=True)
+        self._thread = threading.Thread(target=self._keep_beating, name="leases", daemon=True)
 
     def __enter__(self) -> Self:
         self._sweep()
@@ -142,12 +142,12 @@ class Leases:
             self._shelf.remove(f"{OWNERS}/{self.holder.key}")
 
     def take(self, fingerprint: str) -> Holder | None:
-        """Lease a step: None when it is this driver's now, else who carries it out."""
+        """Lease a step. None if this driver now holds the lease, else the driver that carries the step out."""
         key = f"{ROOM}/{fingerprint}"
         with self._guarded():
             if not self._beats:
                 self._beat()
-            for _ in range(3):  # it may be given back between two looks
+            for _ in range(3):  # it may be given back between create and read
                 if self._shelf.create(key, self._text):
                     break
                 text = self._shelf.read(key)
@@ -168,18 +168,18 @@ class Leases:
                 yield
         except OSError as error:
             raise StoreUnwritable(
-                f"{self._lock.parent / ROOM} cannot be written ({error.strerror or error}); whoever shares a store must be "
-                "allowed to write all of it: mend its permissions or choose another storage.store"
+                f"{self._lock.parent / ROOM} cannot be written ({error.strerror or error}); all who share a store must be "
+                "allowed to write all of it: correct its permissions or choose another storage.store"
             ) from error
 
     def give_back(self, fingerprint: str) -> None:
-        """The step is no longer being carried out here, however it ended."""
+        """End the lease of a step that is no longer carried out here, whether it was completed or not."""
         self._held.discard(fingerprint)
         if self._shelf.read(f"{ROOM}/{fingerprint}") == self._text:
             self._shelf.remove(f"{ROOM}/{fingerprint}")
 
     def holder_of(self, fingerprint: str) -> Holder | None:
-        """Who carries out a step that another driver had; None when it may be taken."""
+        """The driver that carries out a step that was leased before; None if the step is free."""
         text = self._shelf.read(f"{ROOM}/{fingerprint}")
         if text is None:
             return None
@@ -187,7 +187,7 @@ class Leases:
         return holder if self._is_alive(holder, text) else None
 
     def _take_over(self, key: str, text: bytes) -> bool:
-        """Replace the lease of an owner that is gone, unless another driver has just done so."""
+        """Replace the lease of an owner that has ended, unless another driver has just done so."""
         with locked(self._lock):
             if self._shelf.read(key) != text:
                 return False
@@ -208,16 +208,15 @@ class Leases:
         self._beats += 1
         self._shelf.write(f"{OWNERS}/{self.holder.key}", str(self._beats).encode())
 
-    def _beat_on(self) -> None:
+    def _keep_beating(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
             if self._beats:
-                with contextlib.suppress(
-                    StoreError, OSError
-                ):  # whoever waits takes over, and nothing is lost
+                # A driver that waits takes over after missed heartbeats; no result is lost.
+                with contextlib.suppress(StoreError, OSError):
                     self._beat()
 
     def _sweep(self) -> None:
-        """Remove leases and heartbeats of processes of this host that are gone."""
+        """Remove leases and heartbeats of processes of this host that have ended."""
         with contextlib.suppress(StoreError, OSError):
             for key in self._shelf.sizes(ROOM):
                 text = self._shelf.read(key) or b""
@@ -231,7 +230,7 @@ class Leases:
 
 
 def _holder(text: bytes, fingerprint: str) -> Holder:
-    """The owner that a lease names; of one that was cut while it was written, an owner without a name or heartbeat."""
+    """The owner that a lease names. A lease that was cut during writing gets an owner without a name or heartbeat."""
     with contextlib.suppress(ValueError, TypeError):
         body: dict[str, Any] = json.loads(text)
         return Holder(**body)

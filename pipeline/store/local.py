@@ -1,35 +1,40 @@
-"""The memory of a study: artifacts named by what made them, committed whole or not at all, checked on every read.
+"""The store of a study: artifacts named by the fingerprint of their step, committed whole or not at all, checked on every read.
 
-Layout: `ROOT/<kind>/<slug>-<first 16 digits of the fingerprint>/`, each with its `record.json`. A step writes into a staging
-directory on the same file system; commit forces files to disk, hashes them, writes the record last inside the stage, and
-renames the stage into place. `.names/` leads from a fingerprint to its directory, so nothing costs more when there are many
-artifacts. Invariant: a directory under a kind is complete from the moment it has its name, whatever
-process dies when; two results of one step are one artifact or an error, never a choice.
+Layout: `ROOT/<kind>/<slug>-<first 16 digits of the fingerprint>/`, each with its `record.json`. A step writes into a
+staging directory on the same file system. Commit syncs the files to disk, hashes them, writes the record last, and
+renames the stage to its final name. `.names/` maps a fingerprint to its directory, so access does not slow down with
+the number of artifacts.
+Invariant: a directory under a kind is complete from the moment it has its name, whichever process ends when. Two
+results of one step are one artifact or an error, never a choice.
 """
 
 import contextlib
 import errno
 import json
-import os
 import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from merge_service.faults import point
-from merge_service.files import sync_directory
-from pipeline.errors import CorruptArtifact, NondeterminismError, StorageFull, StoreError, StoreUnwritable
+from merge_service.files import Made, sync_directory, sync_file
+from pipeline.errors import CorruptArtifact, StorageFull, StoreError, StoreUnwritable
 from pipeline.files.disk import free_bytes, full_text, is_full
 from pipeline.files.ownership import is_abandoned, locked, owner_mark
 from pipeline.kinds.table import KINDS
 from pipeline.store import audit
 from pipeline.store.artifact import (
     RECORD_FILE,
+    WEIGHTS_SUFFIX,
+    AtCommit,
+    FileEntry,
     Record,
+    conflict,
     difference,
+    differences,
     hash_file,
     list_files,
     read_record,
@@ -37,6 +42,7 @@ from pipeline.store.artifact import (
 )
 from pipeline.store.lease import Files, Shelf
 from pipeline.store.names import DIGITS, Names, is_there
+from pipeline.store.recipes import Described, Recipes
 from pipeline.store.versions import here
 
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
@@ -45,48 +51,52 @@ _sound: set[tuple[str, int, int, int]] = set()
 _verified: dict[tuple[str, int, int, int, int], str] = {}
 
 
-class StepLike(Protocol):
-    """What the store needs to know of a step."""
+class StepLike(Described, Protocol):
+    """The part of a step that the store needs."""
 
-    @property
-    def kind(self) -> str: ...
-    @property
-    def fingerprint(self) -> str: ...
     @property
     def slug(self) -> str: ...
     @property
     def label(self) -> str: ...
-    @property
-    def spec(self) -> dict[str, Any]: ...
     @property
     def inputs(self) -> dict[str, str]: ...
     @property
     def disk_bytes(self) -> int: ...
 
 
+CACHE_BYTES = 20 * 10**9
+
+
 @dataclass(frozen=True)
 class Store:
-    """A store at `root`. It holds nothing but the path, so it travels between processes."""
+    """A store at `root`. It holds no more than the path, so it travels between processes."""
 
     root: Path
+    cache_bytes: int = field(default=CACHE_BYTES, kw_only=True)
+    """How much of the weights that were made again from recipes is kept for the next time."""
     poll_seconds: ClassVar[float] = 1.0
-    """How often it may be asked what has become of a step that another driver carries out."""
+    """The least interval between queries for a step that another driver carries out."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", Path(self.root).absolute())
 
     @property
     def where(self) -> str:
-        """The place of the store, for people."""
+        """The location of the store, for messages."""
         return str(self.root)
 
     @property
+    def recipes(self) -> Recipes:
+        """Merges that are kept as recipes."""
+        return Recipes(self)
+
+    @property
     def shelf(self) -> Shelf:
-        """Where its small files lie beside the artifacts: leases."""
+        """Where small files beside the artifacts are stored: leases."""
         return Files(self.root)
 
     def prepare(self) -> None:
-        """Create the store, make sure it can be written, and remove what dead writers left. Raises StoreUnwritable."""
+        """Create the store, check that it is writable, and remove what dead writers left. Raises StoreUnwritable."""
         with self._guarded("prepare", 0):
             for name in (*KINDS, ".stage"):
                 (self.root / name).mkdir(parents=True, exist_ok=True)
@@ -98,7 +108,7 @@ class Store:
         self.sweep()
 
     def sweep(self) -> list[Path]:
-        """Remove staging directories whose writers are gone; returns them."""
+        """Remove staging directories whose writers have ended; returns them."""
         removed = []
         for stage in (self.root / ".stage").glob("*"):
             with contextlib.suppress(OSError):
@@ -109,14 +119,14 @@ class Store:
         return removed
 
     def path(self, kind: str, fingerprint: str, slug: str) -> Path:
-        """Where the artifact of a step is, or will be if it is not there yet.
+        """The directory of the artifact of a step, whether it exists yet or not.
 
-        Another study may have named the same step otherwise, so the fingerprint decides, not the slug.
+        Another study may have given the same step another slug, so the fingerprint decides, not the slug.
         """
         return self._locate(fingerprint, kind) or self._own_path(kind, fingerprint, slug)
 
     def has(self, kind: str, fingerprint: str) -> bool:
-        """Whether there is a record of the step; cheap to ask again."""
+        """Whether there is a record of the step; repeated calls are cheap."""
         found = self._locate(fingerprint, kind)
         try:
             stat = (found / RECORD_FILE).stat() if found is not None else None
@@ -141,22 +151,22 @@ class Store:
         return record if (record.kind, record.fingerprint) == (kind, fingerprint) else None
 
     def find(self, fingerprint: str) -> Record | None:
-        """The record with this fingerprint, of whatever kind."""
+        """The record with this fingerprint, of any kind."""
         found = self._locate(fingerprint)
         return None if found is None else self.record(found.parent.name, fingerprint)
 
     def records(self, kind: str) -> Iterator[Record]:
-        """All readable records of a kind, by directory name."""
+        """All readable records of a kind, sorted by directory name."""
         for directory in sorted((self.root / kind).glob("[!.]*")):
             with contextlib.suppress(CorruptArtifact):
                 yield read_record(directory)
 
     @contextlib.contextmanager
     def staged(self, step: StepLike | None = None) -> Iterator[Path]:
-        """A new directory for a step's output; whatever has not been committed at the end of the block is removed.
+        """A new directory for the output of a step; it is removed at the end of the block unless it was committed.
 
-        Raises StorageFull if the step's `disk_bytes` do not fit or the disk runs full within the block, StoreUnwritable if
-        the store cannot be written.
+        Raises StorageFull if the step's `disk_bytes` do not fit or the disk fills up within the block, StoreUnwritable
+        if the store cannot be written.
         """
         name = "stage" if step is None else f"{step.kind}-{step.fingerprint[:16]}"
         needed = 0 if step is None else int(getattr(step, "disk_bytes", 0) or 0)
@@ -171,16 +181,27 @@ class Store:
         finally:
             shutil.rmtree(stage, ignore_errors=True)
 
-    def make(self, step: StepLike, work: Callable[[Path], Mapping[str, Any]]) -> Record:
+    def make(
+        self, step: StepLike, work: Callable[[Path], Mapping[str, object] | Made], *, held: AtCommit = "files"
+    ) -> Record:
         """Carry out a step: check its inputs, let `work` write its output into a new directory, and commit that with the result.
 
-        Raises what `open_inputs`, `staged`, `work` and `commit` raise; nothing is left of a step that fails.
+        A merge may be committed as a "recipe": its weights are cached from the start, and nothing syncs them.
+        Raises the errors of `open_inputs`, `staged`, `work` and `commit`; a step that fails leaves nothing behind.
         """
-        self.open_inputs(step)
+        with contextlib.ExitStack() as inputs:
+            self.open_inputs(step, inputs)
+            return self._made(step, work, held)
+
+    def _made(
+        self, step: StepLike, work: Callable[[Path], Mapping[str, Any] | Made], held: AtCommit
+    ) -> Record:
         started = time.monotonic()
         with self.staged(step) as stage:
             result = work(stage)
-            record = self.commit(step, stage, result, seconds=time.monotonic() - started)
+            record = self.commit(step, stage, result, seconds=time.monotonic() - started, held=held)
+        if record.is_recipe:
+            self.recipes.touch(record)
         point(f"{step.kind}.after_commit")
         return record
 
@@ -188,34 +209,39 @@ class Store:
         self,
         step: StepLike,
         stage: Path,
-        result: Mapping[str, Any],
+        result: Mapping[str, object] | Made,
         *,
         seconds: float,
         versions: Mapping[str, str] | None = None,
+        held: AtCommit = "files",
     ) -> Record:
         """Make the content of `stage` the artifact of `step` and return its record.
 
-        `result` is plain JSON without NaN. If the artifact is there already with the same bytes, nothing happens and its
-        record is returned; with other bytes, both are kept and NondeterminismError is raised. Raises StorageFull, StoreError.
+        `result` is plain JSON without NaN; what was hashed while it was written (`Made`) is not read again. `held` as in `make`.
+        If the artifact exists with the same bytes, its record is returned and
+        nothing changes. If it exists with other bytes, both are kept and NondeterminismError is raised. Raises
+        StorageFull, StoreError.
         """
         point("store.after_stage")
         with self._guarded(step.label, step.disk_bytes):
-            files = _settle(stage)
+            made = result if isinstance(result, Made) else Made(result)
+            files = _sync_and_hash(stage, held, made.sha256)
             point("store.after_fsync")
             home = self._home(step)
             record = Record(
                 kind=step.kind,
                 fingerprint=step.fingerprint,
                 slug=home.name.rpartition("-")[0] or step.slug,
-                spec=step.spec,
+                spec=dict(step.spec),
                 inputs=dict(step.inputs),
                 input_digests=self._input_digests(step),
                 files=files,
-                result=_plain(result, step),
+                result=_plain(made.result, step),
                 created_ms=time.time_ns() // 1_000_000,
                 seconds=round(float(seconds), 6),
                 versions=dict(versions or here()),
                 path=home,
+                held=held,
             )
             point("store.before_record")
             write_record(record, stage)
@@ -224,9 +250,9 @@ class Store:
             return self._place(record, stage, step)
 
     def open_verified(self, record: Record) -> Path:
-        """The artifact's directory, every file checked against its sha256 (once per process while its stat stands).
+        """The artifact's directory, with every file checked against its sha256 (once per process while its stat is unchanged).
 
-        A damaged artifact is moved aside and CorruptArtifact raised: the step can then be run again.
+        A damaged artifact is moved aside and CorruptArtifact is raised, so that the step can run again.
         """
         directory = record.path
         try:
@@ -236,11 +262,31 @@ class Store:
         for name, entry in record.files.items():
             problem = _changed(directory, name, entry)
             if problem is not None:
-                raise CorruptArtifact(f"{problem}; {self._set_aside(directory, inode)}")
+                recipe = self._recipe_of(record, name)
+                if recipe is None:
+                    raise CorruptArtifact(f"{problem}; {self._set_aside(directory, inode)}")
+                (directory / name).unlink(missing_ok=True)
+                try:
+                    self.recipes.make(recipe)
+                except CorruptArtifact as error:
+                    if recipe.is_recipe:
+                        raise
+                    raise CorruptArtifact(f"{error}; {self._set_aside(directory, inode)}") from error
         return directory
 
-    def open_inputs(self, step: StepLike) -> dict[str, Path]:
-        """Directories of all inputs of a step by role, verified. Raises CorruptArtifact if one is damaged or gone."""
+    def _recipe_of(self, record: Record, name: str) -> Record | None:
+        """What stands in the store for a merge whose file is wrong or gone, if that file can be made again."""
+        try:
+            current = read_record(record.path)
+        except CorruptArtifact:
+            return None
+        return current if current.is_made and name in current.droppable else None
+
+    def open_inputs(self, step: StepLike, held: contextlib.ExitStack | None = None) -> dict[str, Path]:
+        """Directories of all inputs of a step by role, verified. Raises CorruptArtifact if one is damaged or gone.
+
+        Weights that are kept as recipes are made, and stay until `held` is closed.
+        """
         opened = {}
         for role, fingerprint in step.inputs.items():
             record = self.find(fingerprint)
@@ -248,11 +294,11 @@ class Store:
                 raise CorruptArtifact(
                     f"{step.label}: its input {role} ({fingerprint[:16]}) is not in {self.where}; run again"
                 )
-            opened[role] = self.open_verified(record)
+            opened[role] = self.open_verified(record) if held is None else self.recipes.opened(record, held)
         return opened
 
     def check_room(self, what: str, needed: int) -> None:
-        """Raise StorageFull unless `needed` bytes are free; `what` is told in the message."""
+        """Raise StorageFull unless `needed` bytes are free; the message names `what`."""
         self._check_free(what, needed)
 
     def _check_free(self, what: str, needed: int) -> None:
@@ -262,11 +308,11 @@ class Store:
             raise StorageFull(full_text(what, self.root, needed, free), needed, free)
 
     def verify(self, progress: Callable[[Path], None] | None = None) -> list[str]:
-        """Re-hash every artifact and follow every lineage edge; the problems found, each with its path. Changes nothing."""
+        """Re-hash every artifact and follow every lineage edge. Returns the problems, each with its path. Changes nothing."""
         return audit.problems(self, tuple(KINDS), progress)
 
     def _place(self, record: Record, stage: Path, step: StepLike) -> Record:
-        """Give a finished stage its name, unless the artifact is there already."""
+        """Rename a finished stage to its final name, unless the artifact exists already."""
         with locked(self.root / ".lock"):
             record.path.parent.mkdir(parents=True, exist_ok=True)
             if is_there(record.path):
@@ -278,7 +324,7 @@ class Store:
                     return self._same_or_refuse(existing, record, stage, step)
             try:
                 stage.rename(record.path)
-            except OSError as error:  # where there are no locks another may have been first
+            except OSError as error:  # without file locks, another writer may have been first
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
                 return self._same_or_refuse(read_record(record.path), record, stage, step)
@@ -293,16 +339,23 @@ class Store:
             )
         differing = differences(existing, record)
         if not differing:
+            self._fill(existing, stage)
             return existing
         kept = self._move(stage, ".conflicts", record.path.name)
         raise conflict(step.label, differing, str(existing.path), str(kept))
 
+    def _fill(self, existing: Record, stage: Path) -> None:
+        """Weights made anew of an artifact that is kept as a recipe: its inputs were gone, so take what has come."""
+        for name in self.recipes.missing(existing) if existing.is_made else ():
+            (stage / name).replace(existing.path / name)
+            self.recipes.touch(existing)
+
     def _set_aside(self, directory: Path, inode: int) -> str:
-        """Quarantine an artifact if it is still the one that was found damaged; says what became of it."""
+        """Quarantine an artifact if it is still the one that was found damaged; returns what was done, for the message."""
         try:
             with self._guarded(directory.name, 0), locked(self.root / ".lock"):
                 if directory.stat().st_ino == inode:
-                    return f"it was moved to {self._move(directory, '.corrupt')}; run again to make it anew"
+                    return f"it was moved to {self._move(directory, '.corrupt')}; run again to recompute it"
         except StoreError as error:
             if not isinstance(error.__cause__, FileNotFoundError):
                 return f"it could not be moved aside ({error}); remove it and run again"
@@ -320,7 +373,7 @@ class Store:
         return {role: record.digest for role, record in found.items() if record is not None}
 
     def _home(self, step: StepLike) -> Path:
-        """Where the artifact of a step is to be, whoever else makes it at the same time."""
+        """The directory for the artifact of a step, the same for all processes that make it at the same time."""
         self._own_path(step.kind, step.fingerprint, step.slug)
         return Names(self.root).claim(step.kind, step.fingerprint[:DIGITS], step.slug)
 
@@ -335,7 +388,7 @@ class Store:
 
     @contextlib.contextmanager
     def _guarded(self, what: str, needed: int, foreign: bool = False) -> Iterator[None]:
-        """Turn errors of the disk into ours. In `foreign` code other errors than a full disk pass as they are."""
+        """Convert disk errors to errors of the store. Within `foreign` code, only that of a full disk is converted."""
         try:
             yield
         except Exception as error:
@@ -347,44 +400,25 @@ class Store:
             if error.errno in _UNWRITABLE:
                 reason = error.strerror or str(error)
                 raise StoreUnwritable(
-                    f"{self.root} cannot be written ({reason}); choose another --out or mend it"
+                    f"{self.root} cannot be written ({reason}); choose another --out or make it writable"
                 ) from error
             raise StoreError(f"{what}: {self.root} failed: {error}") from error
 
 
-def differences(one: Record, two: Record) -> list[str]:
-    """What two results of one step do not have in common: names of files, and "scores"."""
-    differing = sorted(name for name in {*one.files, *two.files} if one.sha256(name) != two.sha256(name))
-    return [*differing, "scores"] if one.result.get("scores") != two.result.get("scores") else differing
-
-
-def conflict(label: str, differing: list[str], first: str, second: str) -> NondeterminismError:
-    """The error for two results of one step, which are kept at `first` and `second`."""
-    return NondeterminismError(
-        f"{label}: computed twice with different results ({', '.join(differing)}). The first is {first}, the "
-        f"second was kept at {second}. Compare them; likely causes: another thread or world size, device, or library version",
-        first,
-        second,
-    )
-
-
-def _settle(stage: Path) -> dict[str, dict[str, Any]]:
-    """Force every file of a stage to disk and hash it."""
-    files: dict[str, dict[str, Any]] = {}
+def _sync_and_hash(stage: Path, held: AtCommit, known: Mapping[str, str]) -> dict[str, FileEntry]:
+    """Hash every file of a stage whose sha256 is not known, and force to disk what cannot be made again."""
+    files: dict[str, FileEntry] = {}
     (stage / RECORD_FILE).unlink(missing_ok=True)
     for name in list_files(stage):
         path = stage / name
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        files[name] = {"sha256": hash_file(path), "bytes": path.stat().st_size}
+        if held == "files" or not name.endswith(WEIGHTS_SUFFIX):
+            sync_file(path)
+        files[name] = {"sha256": known.get(name) or hash_file(path), "bytes": path.stat().st_size}
     return files
 
 
-def _changed(directory: Path, name: str, entry: dict[str, Any]) -> str | None:
-    """As `difference`, but a file found right is not read again by this process while its stat stands."""
+def _changed(directory: Path, name: str, entry: FileEntry) -> str | None:
+    """Like `difference`, but a file found right is not read again by this process while its stat is unchanged."""
     try:
         found = (directory / name).lstat()
     except OSError as error:
@@ -403,6 +437,6 @@ def _plain(result: Mapping[str, Any], step: StepLike) -> dict[str, Any]:
         plain: dict[str, Any] = json.loads(json.dumps(dict(result), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise StoreError(
-            f"{step.label}: its result is not plain JSON ({error}); use null where there is no number"
+            f"{step.label}: its result is not plain JSON ({error}); use null for a missing number"
         ) from error
     return plain

@@ -1,9 +1,9 @@
-"""Where the artifact of a fingerprint lies, found without looking at the others.
+"""The index from fingerprints to directories, so that finding one artifact does not list the others.
 
-`ROOT/.names/<first 16 digits>` holds `<kind>/<directory>`. It is written before the artifact gets its name, never changes while
-it can be read, and counts only if that directory exists. Invariant: two writers of one step agree on one directory even
-without locks, because the name is created exclusively; and a store without names (an older version made it) reads the
-same, only slower, until somebody writes to it.
+`ROOT/.names/<first 16 digits>` holds `<kind>/<directory>`. It is written before the artifact gets its name, never
+changes while it can be read, and counts only if that directory exists.
+Invariant: two writers of one step agree on one directory even without locks, because the file is created exclusively. A
+store without an index (from an older version) reads the same, only slower, until its first write.
 """
 
 import errno
@@ -26,7 +26,7 @@ _older: dict[Path, dict[str, str]] = {}
 
 @dataclass(frozen=True)
 class Names:
-    """The names of the store at `root`."""
+    """The index of the store at `root`."""
 
     root: Path
 
@@ -35,12 +35,12 @@ class Names:
         return self.root / ".names"
 
     def find(self, digits: str) -> Path | None:
-        """The directory of an artifact that is there now. Raises StoreError if the disk does not answer."""
+        """The directory of an artifact, None if it does not exist now. Raises StoreError if the disk does not answer."""
         name = self._name(digits)
         return self.root / name if name is not None and is_there(self.root / name) else None
 
     def claim(self, kind: str, digits: str, slug: str) -> Path:
-        """The directory in which this step's artifact is to be: the first to ask chooses its slug, for all."""
+        """The directory for the artifact of this step: the first caller sets its slug, for all."""
         if not self.room.is_dir():
             self.complete()
         wanted = f"{kind}/{slug}-{digits}"
@@ -49,14 +49,14 @@ class Names:
         if self._name(digits) is None:
             try:
                 _write(temporary, wanted)
-                self._give(temporary, digits)
+                self._publish(temporary, digits)
             finally:
                 temporary.unlink(missing_ok=True)
             sync_directory(self.room)
         return self.root / (self._name(digits) or wanted)
 
-    def _give(self, temporary: Path, digits: str) -> None:
-        """Make a written file the name, unless another was first; a damaged name is replaced."""
+    def _publish(self, temporary: Path, digits: str) -> None:
+        """Publish a written file as the entry, unless another writer was first; a damaged entry is replaced."""
         try:
             os.link(temporary, self.room / digits)
         except OSError as error:
@@ -67,7 +67,7 @@ class Names:
                 raise
 
     def complete(self) -> None:
-        """Give a name to every artifact that has none: of an older version's store, or copied in by hand."""
+        """Add an entry for every artifact that has none: in a store of an older version, or copied in by hand."""
         room = (
             self.room
             if self.room.is_dir()
@@ -89,9 +89,9 @@ class Names:
                     raise
 
     def _name(self, digits: str) -> str | None:
-        """`kind/directory` as the name file says, or as a look at all directories does where that is no answer."""
+        """`kind/directory` as the entry says, or from a scan of all directories if there is no index or the entry is damaged."""
         try:
-            # Opening makes a network file system ask its server; a bare look-up may answer from an old cache.
+            # Opening makes a network file system ask its server; a plain lookup may use an old cache.
             room = os.open(self.room, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             _raise_unless_absent(error, self.room)
@@ -112,7 +112,7 @@ class Names:
         return name if _is_name(name, digits) else self._scan().get(digits)
 
     def _scan(self) -> dict[str, str]:
-        """Names of all artifacts by their digits, read from the directories themselves."""
+        """Entries of all artifacts by their digits, read from the directories themselves."""
         found: dict[str, str] = {}
         for kind in reversed(KINDS):
             try:
@@ -125,7 +125,7 @@ class Names:
 
 
 def is_there(path: Path) -> bool:
-    """Whether a directory exists now, as the server of a network file system knows it."""
+    """Whether a directory exists now, according to the server of a network file system."""
     try:
         parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:

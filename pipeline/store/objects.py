@@ -1,7 +1,7 @@
-"""Objects under a URL, by key: all that the store asks of a bucket, through fsspec.
+"""Objects under a URL by key: all operations of the store on a bucket, through fsspec.
 
-Invariant: whatever goes wrong on the way is tried again here and nowhere else in our code, and ends as an error of ours that
-names the URL. The value holds the URL alone; credentials and endpoints come from the environment, as fsspec reads them.
+Invariant: failures are retried here and nowhere else in this project, and end as an error of ours that names the URL.
+The value holds only the URL; credentials and endpoints come from the environment, as fsspec reads them.
 """
 
 import contextlib
@@ -35,22 +35,23 @@ class Objects:
     url: str
 
     def read(self, key: str) -> bytes | None:
-        """The content of an object, None if there is none."""
+        """The content of an object; None if it does not exist."""
         try:
-            return bytes(self._patiently(lambda system, root: system.cat_file(f"{root}/{key}"), key))
+            return bytes(self._retried(lambda system, root: system.cat_file(f"{root}/{key}"), key))
         except FileNotFoundError:
             return None
 
     def write(self, key: str, data: bytes) -> None:
-        """Write an object, or replace it."""
-        self._patiently(lambda system, root: _pipe(system, f"{root}/{key}", data), key)
+        """Write or replace an object."""
+        self._retried(lambda system, root: _pipe(system, f"{root}/{key}", data), key)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write an object that is not there yet; whether it holds `data` afterwards.
+        """Write an object unless it exists. Returns whether it holds `data` afterwards.
 
-        Exclusive where the backend can (S3, GCS, memory); elsewhere the object is looked for before and read again after.
+        Exclusive where the backend supports it (S3, GCS, memory). Elsewhere the object is looked up before writing and
+        read back after.
         """
-        self._patiently(lambda system, root: self._create(system, f"{root}/{key}", data), key)
+        self._retried(lambda system, root: self._create(system, f"{root}/{key}", data), key)
         return self.read(key) == data
 
     def upload(self, source: Path, key: str) -> None:
@@ -60,18 +61,18 @@ class Objects:
             _make_parent(system, f"{root}/{key}")
             system.put_file(str(source), f"{root}/{key}")
 
-        self._patiently(put, key)
+        self._retried(put, key)
 
     def download(self, key: str, target: Path) -> bool:
-        """Write an object to a file; False if there is no such object."""
+        """Write an object to a file. Returns False if the object does not exist."""
         try:
-            self._patiently(lambda system, root: system.get_file(f"{root}/{key}", str(target)), key)
+            self._retried(lambda system, root: system.get_file(f"{root}/{key}", str(target)), key)
         except FileNotFoundError:
             return False
         return True
 
     def digest(self, key: str) -> tuple[str, int] | None:
-        """(sha256, bytes) of an object, read in pieces; None if there is none."""
+        """(sha256, bytes) of an object, read in pieces; None if it does not exist."""
 
         def hashed(system: Any, root: str) -> tuple[str, int]:
             state, size = hashlib.sha256(), 0
@@ -82,7 +83,7 @@ class Objects:
             return state.hexdigest(), size
 
         try:
-            return self._patiently(hashed, key)
+            return self._retried(hashed, key)
         except FileNotFoundError:
             return None
 
@@ -98,14 +99,14 @@ class Objects:
             }
 
         try:
-            return self._patiently(listed, prefix)
+            return self._retried(listed, prefix)
         except FileNotFoundError:
             return {}
 
     def remove(self, key: str) -> None:
-        """Remove an object, if it is there."""
+        """Remove an object if it exists."""
         with contextlib.suppress(FileNotFoundError):
-            self._patiently(lambda system, root: system.rm_file(f"{root}/{key}"), key)
+            self._retried(lambda system, root: system.rm_file(f"{root}/{key}"), key)
 
     def _create(self, system: Any, path: str, data: bytes) -> None:
         _make_parent(system, path)
@@ -123,8 +124,11 @@ class Objects:
             if not system.exists(path):
                 system.pipe_file(path, data)
 
-    def _patiently(self, call: Callable[[Any, str], Answer], key: str) -> Answer:
-        """Do `call`, again after a pause while its failure may pass. Raises FileNotFoundError, StoreUnwritable, StoreError."""
+    def _retried(self, call: Callable[[Any, str], Answer], key: str) -> Answer:
+        """Run `call`, and retry after a pause while the failure may be temporary.
+
+        Raises FileNotFoundError, StoreUnwritable, StoreError, ConfigError.
+        """
         for attempt in _attempts():
             try:
                 return call(*_system(self.url, os.getpid()))
@@ -144,7 +148,7 @@ class Objects:
                     ) from error
                 if last or attempt == TRIES:
                     raise StoreError(
-                        f"{self.url}/{key}: {type(error).__name__}: {error} (tried {attempt} times); see that the "
+                        f"{self.url}/{key}: {type(error).__name__}: {error} (tried {attempt} times); check that the "
                         "service can be reached from this node and run again; finished steps are kept"
                     ) from error
         raise AssertionError("unreachable")
@@ -159,7 +163,7 @@ def _attempts() -> Iterator[int]:
 
 @cache
 def _system(url: str, process: int) -> tuple[Any, str]:
-    """The file system of a URL, made anew in every process: clients do not survive a fork."""
+    """The file system of a URL, created again in every process: clients do not survive a fork."""
     try:
         from fsspec.core import url_to_fs
 
@@ -176,6 +180,6 @@ def _pipe(system: Any, path: str, data: bytes) -> None:
 
 
 def _make_parent(system: Any, path: str) -> None:
-    """Directories exist only on file systems that have them; buckets are never created."""
+    """Create the parent directory on file systems that have directories. Buckets are never created."""
     if "s3" not in system.protocol and "gs" not in system.protocol and "abfs" not in system.protocol:
         system.makedirs(path.rpartition("/")[0], exist_ok=True)

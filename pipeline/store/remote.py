@@ -1,9 +1,11 @@
-"""The store on object storage: the same promises without a rename.
+"""The store on object storage, with the same guarantees as on a file system but without renames.
 
-Layout: `URL/<kind>/<fingerprint>/record.json`, and the files in `URL/<kind>/<fingerprint>/<digest of all files>/`: equal results land
-on equal keys, different ones never on each other's. Files go first, the record last and created exclusively; it is the
-commit; a copy under `results/`, written just before, lets a rival result be seen where creation is not exclusive. Invariant: an artifact is what the record at its one key says, and every byte read is checked against it; the local
-mirror at `root` (the same path on every node) holds copies only, which are made again whenever they are missing or wrong.
+Layout: `URL/<kind>/<fingerprint>/record.json`, with the files in `URL/<kind>/<fingerprint>/<digest of all files>/`, so
+that equal results share keys and different results never do. Files are uploaded first. The record is created last and
+exclusively; it is the commit. A copy under `results/`, written just before it, reveals a rival result where creation is
+not exclusive.
+Invariant: an artifact is what the record at its one key says, and every byte read is checked against it. The local
+mirror at `root` (the same path on every node) holds only copies, which are made again when missing or wrong.
 """
 
 import contextlib
@@ -24,9 +26,18 @@ from pipeline.files.ownership import locked, owner_mark
 from pipeline.identity import fingerprint as digest_of
 from pipeline.kinds.table import KINDS
 from pipeline.store import audit
-from pipeline.store.artifact import RECORD_FILE, Record, difference, parse_record, read_record, write_record
+from pipeline.store.artifact import (
+    RECORD_FILE,
+    Record,
+    conflict,
+    difference,
+    differences,
+    parse_record,
+    read_record,
+    write_record,
+)
 from pipeline.store.lease import Shelf
-from pipeline.store.local import StepLike, Store, conflict, differences
+from pipeline.store.local import StepLike, Store
 from pipeline.store.names import DIGITS
 from pipeline.store.objects import Objects
 
@@ -38,7 +49,7 @@ _FETCH_SECONDS = 6 * 3600.0
 class ObjectStore(Store):
     """A store at `url`, mirrored at `root`. `always` are fingerprints that every step reads besides its inputs (the base).
 
-    It holds two places and no secret, so it travels between processes.
+    It holds two locations and no secret, so it can be pickled.
     """
 
     url: str
@@ -65,7 +76,7 @@ class ObjectStore(Store):
         return self.url
 
     def prepare(self) -> None:
-        """Make sure that the URL and the mirror can be written, and clear the mirror of dead writers' stages."""
+        """Check that the URL and the mirror are writable, and remove stages of dead writers from the mirror."""
         self._open_mirror()
         key = f".stage/probe.{owner_mark()}.{uuid.uuid4().hex[:8]}"
         try:
@@ -103,7 +114,7 @@ class ObjectStore(Store):
                     yield record
 
     def open_verified(self, record: Record) -> Path:
-        """The artifact's directory in this node's mirror, every file checked against the record; fetched if need be."""
+        """The artifact's directory in this node's mirror, fetched if needed, with every file checked against the record."""
         home = self._own_path(record.kind, record.fingerprint, "-")
         local = replace(record, path=home)
         self._open_mirror()
@@ -112,7 +123,7 @@ class ObjectStore(Store):
                 self._fetch(local)
         return home
 
-    def open_inputs(self, step: StepLike) -> dict[str, Path]:
+    def open_inputs(self, step: StepLike, held: contextlib.ExitStack | None = None) -> dict[str, Path]:
         for fingerprint in self.always if step.fingerprint not in self.always else ():  # a base needs no base
             record = self.find(fingerprint)
             if record is None:
@@ -120,13 +131,13 @@ class ObjectStore(Store):
                     f"{step.label}: the base ({fingerprint[:16]}) is not in {self.url}; run again"
                 )
             self.open_verified(record)
-        return super().open_inputs(step)
+        return super().open_inputs(step, held)
 
     def check_room(self, what: str, needed: int) -> None:
-        """A bucket has no end. The mirror is checked for what a step writes or reads, when it does."""
+        """Do nothing: a bucket has no limit. The free space of the mirror is checked when a step writes or reads."""
 
     def verify(self, progress: Callable[[Path], None] | None = None) -> list[str]:
-        """As for a local store; reads every byte at the URL and nothing of the mirror."""
+        """Like that of a local store; reads every byte at the URL and nothing of the mirror."""
         found: list[str] = []
         for kind in KINDS:
             for key in sorted(self.objects.sizes(kind)):
@@ -158,14 +169,14 @@ class ObjectStore(Store):
         return self._own_path(step.kind, step.fingerprint, "-")
 
     def _own_path(self, kind: str, fingerprint: str, slug: str) -> Path:
-        """One path whatever a study calls the step, so that the driver can name it for every node."""
+        """One path for all slugs of a step, so that the driver can name it for every node."""
         return self.root / kind / super()._own_path(kind, fingerprint, slug).name[-DIGITS:]
 
     def _locate(self, fingerprint: str, kind: str | None = None) -> Path | None:
         return None
 
     def _place(self, record: Record, stage: Path, step: StepLike) -> Record:
-        """Upload a finished stage, unless the artifact is there already; then let the mirror have it."""
+        """Upload a finished stage, unless the artifact exists already; then add it to the mirror."""
         self._open_mirror()
         existing = self._existing(record)
         if existing is None:
@@ -201,7 +212,8 @@ class ObjectStore(Store):
     def _refuse_rivals(self, record: Record, step: StepLike) -> None:
         """Raise NondeterminismError if another result of this step was ready as well.
 
-        Both claim before they commit and look after it, so one of two sees the other even where a backend lets both create.
+        Both writers claim before they commit and check after it. So at least one sees the other, even where a backend
+        lets both create.
         """
         rivals = sorted(set(self._claims(record.kind, record.fingerprint)) - {_claim(record)})
         if rivals:
@@ -213,7 +225,7 @@ class ObjectStore(Store):
         return list(self.objects.sizes(f"{kind}/{fingerprint}/results"))
 
     def _existing(self, record: Record) -> Record | None:
-        """The artifact that is there already; what stands at its key and is no record of it is moved aside."""
+        """The artifact that exists already. Anything else at the key of its record is moved aside."""
         key = _key(record.kind, record.fingerprint)
         there = self.record(record.kind, record.fingerprint)
         if there is None and self.objects.read(key) is not None:
@@ -221,7 +233,7 @@ class ObjectStore(Store):
         return there
 
     def _set_record_aside(self, kind: str, fingerprint: str) -> str:
-        """Keep a copy of a record below `.corrupt` and take the artifact away by it; its files stay for whoever asks."""
+        """Move a record below `.corrupt`, which removes the artifact; its files stay for inspection."""
         text = self.objects.read(_key(kind, fingerprint))
         target = f".corrupt/{kind}-{fingerprint[:DIGITS]}.{uuid.uuid4().hex[:8]}/{RECORD_FILE}"
         if text is not None:
@@ -232,12 +244,12 @@ class ObjectStore(Store):
         return f"{self.url}/{target}"
 
     def _fetch(self, record: Record) -> None:
-        """Copy an artifact into the mirror. Raises CorruptArtifact, and takes the artifact away, if its bytes are wrong."""
+        """Copy an artifact into the mirror. If its bytes are wrong, remove the artifact and raise CorruptArtifact."""
         self._check_free(f"mirror of {record.kind} {record.fingerprint[:DIGITS]}", record.bytes)
         with self.staged() as stage:
             for name, entry in record.files.items():
                 (stage / name).parent.mkdir(parents=True, exist_ok=True)
-                for _ in range(2):  # a transfer may fail where the object is sound
+                for _ in range(2):  # a transfer may fail although the object is sound
                     if self.objects.download(_file(record, name), stage / name):
                         problem = difference(stage, name, entry)
                         if problem is None:
@@ -249,13 +261,13 @@ class ObjectStore(Store):
                     moved = self._set_record_aside(record.kind, record.fingerprint)
                     raise CorruptArtifact(
                         f"{place} is gone or does not have the sha256 its record states; the record was moved to {moved}; "
-                        "run again to make it anew"
+                        "run again to recompute it"
                     )
             write_record(record, stage)
             self._keep(record, stage)
 
     def _keep(self, record: Record, stage: Path) -> None:
-        """Make a stage the mirror's copy of an artifact, unless it has one of the same bytes."""
+        """Make a stage the mirror's copy of an artifact, unless the mirror has one of the same bytes."""
         with locked(self.root / ".lock"):
             record.path.parent.mkdir(parents=True, exist_ok=True)
             if record.path.exists():
@@ -265,7 +277,7 @@ class ObjectStore(Store):
             stage.rename(record.path)
 
     def _is_whole(self, record: Record) -> bool:
-        """Whether the mirror has every file of a record as the record says."""
+        """Whether the mirror has every file of a record as the record states it."""
         try:
             same = read_record(record.path).files == record.files
             super().open_verified(record) if same else None
@@ -278,7 +290,7 @@ class ObjectStore(Store):
         return "the copy was dropped"
 
     def _open_mirror(self) -> None:
-        """Make the mirror, for this user alone, and clear it of stages whose writers are gone."""
+        """Create the mirror for this user only, and remove stages whose writers have ended."""
         with self._guarded("mirror", 0):
             self.root.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             for name in (".stage", ".fetch"):
@@ -296,7 +308,7 @@ def _key(kind: str, fingerprint: str) -> str:
 
 
 def _claim(record: Record) -> str:
-    """The key that says that this very result was ready to be committed."""
+    """The key of the note that this result was ready to be committed."""
     result = digest_of({"files": record.digest, "scores": record.result.get("scores")})
     return f"{record.kind}/{record.fingerprint}/results/{result[:32]}.json"
 

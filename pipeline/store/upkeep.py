@@ -1,7 +1,8 @@
-"""The housekeeping side of a store: who refers to it, what lies in it, and how something is taken out.
+"""Housekeeping of a store: which studies refer to it, what it contains, and how artifacts are removed.
 
-Invariant: what is taken out stops being an artifact in one act (a rename, or the removal of its record) before its bytes go,
-so a crash leaves artifacts whole or absent. Registrations are written and artifacts taken out under one lock.
+Invariant: a removed artifact stops being one in a single act (a rename, or the removal of its record) before its bytes
+are deleted, so a crash leaves artifacts whole or absent. Registrations are written and artifacts removed under one
+lock.
 """
 
 import contextlib
@@ -27,9 +28,10 @@ _WAIT_SECONDS, _LEASE_SECONDS = 120.0, 900.0
 
 @dataclass(frozen=True)
 class Entry:
-    """Something under a kind: an artifact, whole or damaged, or (`made_ms` None) files that no record speaks of.
+    """An item under a kind: an artifact, whole or damaged, or (`made_ms` None) files without a record.
 
-    `bytes` become free when it goes; `linked` do not, because other names (hard links, as MLflow's artifacts have) hold them.
+    `bytes` become free when the item is deleted. `linked` bytes do not, because hard links hold them, as those of
+    MLflow's artifacts do.
     """
 
     kind: str
@@ -47,12 +49,12 @@ class Upkeep:
         self.store, self.root = store, store.root
 
     def exclusively(self) -> contextlib.AbstractContextManager[None]:
-        """The lock under which studies register and artifacts are taken out. Raises StoreError when it stays held."""
+        """The lock under which studies register and artifacts are removed. Raises StoreError if it stays held."""
         self.root.mkdir(parents=True, exist_ok=True)
         return locked(self.root / ".lock", _WAIT_SECONDS)
 
     def notes(self) -> dict[str, bytes]:
-        """Registrations by name."""
+        """The registrations by name."""
         return {path.stem: path.read_bytes() for path in sorted((self.root / ".studies").glob("*.json"))}
 
     def write_note(self, name: str, text: bytes) -> None:
@@ -75,20 +77,20 @@ class Upkeep:
                     yield Entry(kind, path.name[-DIGITS:], str(path), freed, stamp, linked)
 
     def take_out(self, entry: Entry, files_too: bool) -> None:
-        """Make it no artifact any more; its bytes go with the next `clear`."""
+        """Remove the item from the store; its bytes are deleted by the next `clear`."""
         target = self.root / ".stage" / f"gc.{owner_mark()}.{uuid.uuid4().hex[:8]}"
         target.parent.mkdir(exist_ok=True)
         Path(entry.place).rename(target)
         (self.root / ".names" / entry.digits).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove the bytes of what this process took out, and what dead writers left."""
+        """Delete the bytes of what this process took out, and what dead writers left."""
         for path in (self.root / ".stage").glob(f"gc.{owner_mark()}.*"):
             shutil.rmtree(path, ignore_errors=True)
         self.store.sweep()
 
     def aside(self) -> dict[str, int]:
-        """Bytes by name of what was set aside: damaged artifacts and second results."""
+        """Bytes by name of what was moved aside: damaged artifacts and second results."""
         return {
             f"{room}/{path.name}": sizes_of(path)[0]
             for room in ASIDE
@@ -162,7 +164,7 @@ class ObjectUpkeep(Upkeep):
                 self.objects.remove(key)
 
     def clear(self) -> None:
-        """Remove this node's copies of artifacts that are no more, and what dead writers left in the mirror."""
+        """Delete this node's copies of artifacts that no longer exist, and what dead writers left in the mirror."""
         alive = {entry.digits for entry in self.entries() if entry.made_ms is not None}
         for kind in KINDS:
             for path in (self.root / kind).glob("*"):
@@ -190,12 +192,12 @@ class ObjectUpkeep(Upkeep):
 
 
 def upkeep(store: Store) -> Upkeep:
-    """The housekeeping that fits a store."""
+    """The housekeeping for the type of a store."""
     return Upkeep(store) if type(store) is Store else ObjectUpkeep(store)
 
 
 def sizes_of(path: Path) -> tuple[int, int]:
-    """Bytes that become free when a file or directory is removed, and bytes that other names hold."""
+    """Bytes that become free when a file or directory is deleted, and bytes that other hard links hold."""
     places = (
         [path]
         if not path.is_dir() or path.is_symlink()
@@ -216,3 +218,12 @@ def sizes_of(path: Path) -> tuple[int, int]:
         else:
             freed += size
     return freed, linked
+
+
+def held_elsewhere(linked: int, what: str) -> list[str]:
+    """The line that says of `linked` bytes, if any, that other names hold them; `what` says which bytes they are."""
+    line = (
+        f"{linked:,} bytes {what} stay on the disk: other names hold them (hard links, such as the files of MLflow's "
+        "artifacts); they go when those are deleted too"
+    )
+    return [line] if linked else []

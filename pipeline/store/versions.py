@@ -1,7 +1,8 @@
-"""Which library versions made the artifacts of a study, and whether they are all the same.
+"""The library versions that made the artifacts of a study, and whether they agree.
 
-Other versions may give other bits for the same step, and a fingerprint does not hold them: it names what is to be computed, not by
-whom. Invariant: an artifact of other versions is used only with a word about it, or refused (`--strict-versions`).
+Other versions may give other bits for the same step. A fingerprint does not include them, because it names what is
+computed, not what computes it.
+Invariant: an artifact of other versions is used only with a warning, or refused (`--strict-versions`).
 """
 
 import contextlib
@@ -16,23 +17,23 @@ from merge_service.errors import UserError
 
 PACKAGES = ("temporal-merge", "torch", "open_clip_torch", "deepspeed", "numpy", "safetensors")
 Found = dict[str, dict[str, int]]
-"""How many artifacts each version of a package has made."""
+"""The number of artifacts by package and version."""
 
 
 class Made(Protocol):
-    """What is asked of a record."""
+    """The part of a record that is read here."""
 
     @property
     def versions(self) -> dict[str, str]: ...
 
 
 class OtherVersions(UserError):
-    """`--strict-versions`: an artifact that the study would use was made by other library versions."""
+    """`--strict-versions`: other library versions made an artifact that the study would use."""
 
 
 @cache
 def here() -> Mapping[str, str]:
-    """Versions of Python and of the libraries that bear on results, in this process."""
+    """Versions of Python and of the libraries that affect results, in this process."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -41,7 +42,7 @@ def here() -> Mapping[str, str]:
 
 
 def counted(records: Iterable[Made]) -> Found:
-    """How many records name which version of each package."""
+    """How many records name each version of each package."""
     answer: dict[str, Counter[str]] = {}
     for record in records:
         for package, found in record.versions.items():
@@ -50,12 +51,12 @@ def counted(records: Iterable[Made]) -> Found:
 
 
 def mixed(found: Found) -> Found:
-    """Those packages of which several versions made artifacts."""
+    """The packages of which several versions made artifacts."""
     return {package: versions for package, versions in found.items() if len(versions) > 1}
 
 
 def foreign(found: Found, own: Mapping[str, str]) -> Found:
-    """Artifacts that other versions than one's own made; a package that is not installed here cannot differ."""
+    """Artifacts made by other versions than `own`; a package that is not installed here cannot differ."""
     others = {
         package: {one: count for one, count in versions.items() if one != own[package]}
         for package, versions in found.items()
@@ -64,8 +65,8 @@ def foreign(found: Found, own: Mapping[str, str]) -> Found:
     return {package: versions for package, versions in others.items() if versions}
 
 
-def told(found: Found) -> str:
-    """torch 2.5.0 (3 artifacts) and 2.6.0 (20); numpy ..., for people."""
+def as_text(found: Found) -> str:
+    """The counts as text: torch 2.5.0 (3 artifacts) and 2.6.0 (20); numpy ..."""
     parts = []
     for package, versions in found.items():
         counts = [
@@ -76,13 +77,13 @@ def told(found: Found) -> str:
 
 
 def mixed_text(found: Found) -> str:
-    """What is said of artifacts that several versions made; empty if there are none."""
+    """The warning about artifacts that several versions made; empty if there are none."""
     several = mixed(found)
-    return f"these artifacts were made by several library versions: {told(several)}" if several else ""
+    return f"these artifacts were made by several library versions: {as_text(several)}" if several else ""
 
 
 def check(records: Iterable[Made], strict: bool, place: str) -> str:
-    """What is to be said of artifacts found in `place` that other versions made; empty if none were.
+    """The warning about artifacts in `place` that other versions made; empty if there are none.
 
     Raises OtherVersions instead if `strict`.
     """
@@ -90,10 +91,10 @@ def check(records: Iterable[Made], strict: bool, place: str) -> str:
     if not others:
         return ""
     installed = ", ".join(f"{package} {here()[package]}" for package in others)
-    text = f"artifacts in {place} were made by other library versions than those here ({installed}): {told(others)}"
+    text = f"artifacts in {place} were made by other library versions than those here ({installed}): {as_text(others)}"
     if strict:
         raise OtherVersions(
-            f"{text}. Install those versions, choose another --out (and storage.store) to make the artifacts anew, or leave out "
+            f"{text}. Install those versions, choose another --out (and storage.store) to recompute the artifacts, or leave out "
             "--strict-versions"
         )
     return f"{text}. They are used as they are; --strict-versions refuses them"

@@ -1,5 +1,5 @@
-"""A study file, checked: what each key may be, which cells its grid has, in which order its tasks arrive, which data it names.
+"""The study file, checked: the sections and their keys, the cells of the grid, the streams of tasks, and the datasets.
 
-Used from outside: `config` (`load_study`, `study_from`, `Study`), `sections` (`key_of` and the sections), `grid` (`Cell`), `streams`
-(`Stream`, `make_stream`), `suites` (`check`), `addresses` (`redact`), `places` (`expanded`).
+Used from outside: `config` (`load_study`, `study_from`, `Study`), `sections` (`key_of` and the sections), `grid`
+(`Cell`), `streams` (`Stream`, `make_stream`), `suites` (`check`), `addresses` (`redact`), `places` (`expanded`).
 """

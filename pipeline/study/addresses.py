@@ -1,7 +1,7 @@
-"""What an address may hold, and what may be shown of one.
+"""The rules for addresses of trackers and stores: what one may contain, and what may be shown of it.
 
-An address of a tracker or of a store is written into files (the resolved study, the outbox, MLflow's parameters), so it holds no
-secret. Invariant: one rule for all addresses, read percent-decoded; no message repeats an address that breaks it.
+An address is written into files (the resolved study, the outbox, MLflow's parameters), so it must hold no secret.
+Invariant: one rule for all addresses, applied after percent-decoding; no message repeats an address that breaks it.
 """
 
 import os
@@ -11,7 +11,9 @@ from urllib.parse import unquote, unquote_plus, urlsplit
 
 _HOLDS = ("password", "passwd", "passphrase", "secret", "token", "apikey", "accesskey", "accountkey", "sharedkey", "privatekey",
           "credential", "signature")  # fmt: skip
-"""A parameter whose name holds one of these is a secret, whatever else the name says (`sslpassword`, `X-Amz-Security-Token`)."""
+"""A parameter is a secret if its name contains one of these, whatever else it contains (`sslpassword`,
+`X-Amz-Security-Token`).
+"""
 _IS = frozenset(
     {
         "pass",
@@ -34,22 +36,22 @@ _USERINFO = re.compile(r"//([^/?#\s@]*(?:@[^/?#\s@]*)*)@")
 _DATABASES = frozenset(
     {"postgresql", "postgres", "mysql", "mariadb", "mssql", "oracle", "cockroachdb", "sqlite"}
 )
-"""Their addresses name a user, which is no secret; of any other scheme what stands before an @ often is a token."""
+"""Their addresses name a user, which is not a secret; for other schemes, the part before an @ is often a token."""
 _TRACKERS = frozenset({"http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks"})
 _NAMED_KEYS = frozenset({"databricks"})
-"""Schemes whose `name:name` stands for two names, neither of them a port."""
+"""Schemes in which `name:name` stands for two names, and neither is a port."""
 CREDENTIALS = (
     "give it in the environment instead: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN "
     "(PGPASSWORD for PostgreSQL), and the plain address here"
 )
-"""Where the secrets of a tracker belong."""
+"""Advice on where to put the secrets of a tracker."""
 _SECRET_VARIABLES = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 
 def secret_in(address: str) -> str | None:
-    """What in an address is or may be a secret, in words that do not repeat it; None if nothing is.
+    """A description of the part of an address that is or may be a secret, without repeating it; None if there is none.
 
-    Raises ValueError, without the address, if it cannot be read as one.
+    Raises ValueError, without the address, if it cannot be parsed.
     """
     text = _decoded(address)
     scheme = address.partition("://")[0].strip().lower()
@@ -62,12 +64,12 @@ def secret_in(address: str) -> str | None:
         if _is_secret(key):
             return f"the parameter {key[:40]!r}"
     if "://" in address and _has_odd_port(address, scheme):
-        return "a port that is no number (a password with / or # in it looks so)"
+        return "a port that is not a number (a password with / or # looks like one)"
     return None
 
 
 def refuse_secret(key: str, address: str, instead: str, *, queries: bool = True) -> None:
-    """Raise ValueError if the address under a key may hold a secret, or a query where `queries` is false; `instead` is what to do."""
+    """Raise ValueError if the address under a key may hold a secret, or a query unless `queries`; `instead` is the advice."""
     try:
         found = secret_in(address) or ("a query" if not queries and urlsplit(address).query else None)
     except ValueError as error:
@@ -77,8 +79,11 @@ def refuse_secret(key: str, address: str, instead: str, *, queries: bool = True)
 
 
 def refuse_unusable_tracker(address: str) -> None:
-    """Raise ValueError if MLflow has no tracking store for an address: its folders (`./mlruns`) take no more runs, and a
-    scheme that neither MLflow nor an installed plugin has is a slip."""
+    """Raise ValueError if MLflow has no tracking store for an address.
+
+    MLflow no longer records runs in folders (`./mlruns`). A scheme that neither MLflow nor an installed plugin supports
+    is a typing error.
+    """
     scheme, colon, _ = address.partition(":")
     scheme = scheme.strip().lower().partition("+")[0]
     if not colon or scheme == "file" or "/" in scheme:
@@ -98,7 +103,7 @@ def refuse_unusable_tracker(address: str) -> None:
 
 
 def redact(text: str) -> str:
-    """`text` without what may be secret in its addresses, and without the values of MLflow's credential variables."""
+    """`text` without anything that may be secret in its addresses, and without the values of MLflow's credential variables."""
     for variable in _SECRET_VARIABLES:
         secret = os.environ.get(variable)
         if secret:
@@ -113,7 +118,7 @@ def _is_secret(key: str) -> bool:
 
 
 def _decoded(address: str) -> str:
-    """Percent-decoded as often as it takes: what is hidden once more is found as well."""
+    """The address percent-decoded repeatedly, so that a secret that is encoded twice is found, too."""
     for _ in range(4):
         plain = unquote_plus(address)
         if plain == address:
@@ -127,7 +132,7 @@ def _has_odd_port(address: str, scheme: str) -> bool:
         parts = urlsplit(address)
     except ValueError:
         raise ValueError(
-            "it is no address (a bracket is not closed, or a character has no place there)"
+            "it is no address (a bracket is not closed, or a character is not allowed)"
         ) from None
     host = parts.netloc.rpartition("]")[2]
     return scheme not in _NAMED_KEYS and any(

@@ -1,7 +1,8 @@
-"""A study file, read strictly: every mistake found before anything runs, and every one of them told at once.
+"""A study file, read strictly: all mistakes are found before anything runs, and reported together.
 
-Invariant: a `Study` from `load_study` is valid in itself; `resolved()` makes it valid for the data it names. Nothing a user
-wrote is ignored: an unknown key, a name that is no plain path segment, a number that is none is an error with its key path.
+Invariant: a `Study` from `load_study` is valid by itself; `resolved()` makes it valid for the data that it names.
+Nothing in the file is ignored: an unknown key, a name that is not a plain path segment, or an invalid number is an
+error with its key path.
 """
 
 import copy
@@ -27,12 +28,12 @@ from pipeline.study.sections import (
     GroupsSection,
     ModelSection,
     Name,
-    ResourcesSection,
     ScheduleSection,
     Section,
     StorageSection,
     key_of,
 )
+from pipeline.study.sections_resources import ResourcesSection
 from pipeline.study.sections_stream import StreamSection
 from pipeline.study.sections_tracking import TrackingSection
 from pipeline.study.streams import datasets_of, length_of
@@ -72,7 +73,7 @@ class Study(Section):
 
     @cached_property
     def expansion(self) -> Expansion:
-        """The grid multiplied out, with its problems and warnings."""
+        """The cells of the grid, with its problems and warnings."""
         return expand(self.grid, Settings(self.model, self.stream, self.recipe, self.budget, self.evaluation))
 
     @property
@@ -83,7 +84,7 @@ class Study(Section):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What will run but is known to end badly."""
+        """Warnings about settings that run but are known to end badly."""
         return self.expansion.warnings
 
     @property
@@ -92,11 +93,11 @@ class Study(Section):
         return self.engine_of(self.model.config)
 
     def engine_of(self, model: str) -> EngineSpec:
-        """The numerics of expert training for a model of the grid, as they are fingerprinted."""
+        """The numerics of expert training for a model of the grid, as they enter fingerprints."""
         return self.resources.of(model).experts.numerics
 
     def evaluation_device_of(self, model: str) -> Literal["cpu", "cuda"]:
-        """Where scores of a model are computed, as it is fingerprinted."""
+        """The device for the scores of a model, as it enters fingerprints."""
         return self.resources.of(model).evaluation_device
 
     @property
@@ -106,7 +107,7 @@ class Study(Section):
 
     @cached_property
     def suite(self) -> Suite | None:
-        """The suite's description, where a file describes it. Raises ConfigError."""
+        """The suite, if a file describes it. Raises ConfigError."""
         return read_suite_file(Path(self.data.suite or "")) if self.data.described else None
 
     @property
@@ -123,7 +124,7 @@ class Study(Section):
 
     @property
     def zero_shot_groups(self) -> Groups:
-        """The held-out sets by group, of a resolved study: as stated, else by what the pretraining pool holds."""
+        """The held-out sets of a resolved study by group: as stated, else derived from the pretraining pool."""
         roles, stated = self.roles, self.data.zero_shot_groups
         if stated is None:
             return derived(roles.held_out, roles.pretraining)
@@ -131,21 +132,21 @@ class Study(Section):
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits on which some trajectory is scored."""
+        """The splits on which any trajectory is scored."""
         return tuple(dict.fromkeys(cell.split for cell in self.cells))
 
     @property
     def models(self) -> tuple[ModelSection, ...]:
-        """Every model of the grid once; without such an axis, the study's own."""
+        """Every model of the grid once; without a model axis, the study's own."""
         return tuple({key_of(cell.model): cell.model for cell in self.cells}.values())
 
     @property
     def streams(self) -> tuple[StreamSection, ...]:
-        """Every stream of the grid once, as it was written; `filled` says what it means."""
+        """Every stream of the grid once, as written; `filled` completes one."""
         return tuple({key_of(cell.stream): cell.stream for cell in self.cells}.values())
 
     def filled(self, stream: StreamSection) -> StreamSection:
-        """A stream of a resolved study with what it leaves to the study: its datasets, and their dates."""
+        """A stream of a resolved study, completed from the study: its datasets and their dates."""
         if stream.file is not None:
             return stream
         more: dict[str, Any] = {} if stream.tasks else {"tasks": self.roles.adaptation}
@@ -155,14 +156,14 @@ class Study(Section):
 
     @cached_property
     def learnt(self) -> tuple[str, ...]:
-        """All datasets that some stream of the grid brings."""
+        """All datasets that are part of any stream of the grid."""
         names: dict[str, None] = {}
         for section in self.streams:
             names |= dict.fromkeys(datasets_of(section) or self.data.adaptation or ())
         return tuple(names)
 
     def resolved(self) -> "Study":
-        """The study with its roles filled in from the suite, and checked against them.
+        """The study with its roles completed from the suite and checked against them.
 
         Reads the description of the suite if a role is not given. Raises ConfigError.
         """
@@ -193,7 +194,7 @@ class Study(Section):
         return study
 
     def settled(self) -> "Study":
-        """The study with its store's directory made absolute: OUT/study.yaml is read from anywhere."""
+        """The study with an absolute path of its store, because OUT/study.yaml may be read from any directory."""
         where = self.storage.store
         if where is None or "://" in where:
             return self
@@ -205,12 +206,13 @@ class Study(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
     def _of_suite(self) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
-        """Roles and zero-shot groups (None: not stated) as the suite has them; nothing where the study says all itself."""
+        """Roles and zero-shot groups (None: not stated) from the suite; empty if the study states all of them."""
         if self.suite is not None:
             groups = self.suite.zero_shot_groups
             return self.suite.roles, groups.model_dump() if groups else None
         data, file = self.data, Path(self.data_root) / "suite.json"
-        if data.suite is None or (self.is_resolved and (data.zero_shot_groups or not file.is_file())):
+        complete = self.is_resolved and (data.suite is None or data.zero_shot_groups is not None)
+        if complete or (not file.is_file() and (data.suite is None or self.is_resolved)):
             return {}, None
         from workers.data.manifest import read_suite
 
@@ -221,7 +223,7 @@ class Study(Section):
         return suite["roles"], suite.get("zero_shot_groups")
 
     def _misfits(self) -> list[Problem]:
-        """What is wrong between the grid and the tasks and roles."""
+        """Problems between the grid and the tasks and roles."""
         roles = self.roles
         problems = self._unknown_datasets(roles) + self._unknown_models() + self._misgrouped(roles)
         if any(timeline.needs_experts(cell.strategy) for cell in self.cells):
@@ -235,9 +237,9 @@ class Study(Section):
         checked = set()
         for cell in self.cells:
             if cell.group not in checked:
-                said = {problem.text for problem in problems}
+                known = {problem.text for problem in problems}
                 found = self._misfits_of(cell, roles)
-                problems += [p for p in found if not said & {p.text, p.text.removeprefix(f"{cell.name}: ")}]
+                problems += [p for p in found if not known & {p.text, p.text.removeprefix(f"{cell.name}: ")}]
             checked.add(cell.group)
         return problems
 
@@ -246,20 +248,23 @@ class Study(Section):
         if share > 0 and not roles.pretraining and timeline.needs_experts(cell.strategy):
             text = f"{cell.name} takes a share of {share:g} from it, but it is empty; name datasets or set the share to 0"
             yield Problem("data.pretraining", text)
-        workers = self.engine_of(cell.model.config).world
-        if cell.recipe.batch_size % workers:
-            text = f"{cell.recipe.batch_size} samples cannot be shared equally by resources.experts.workers {workers}"
+        engine = self.engine_of(cell.model.config)
+        workers, parts = engine.world, engine.world * cell.recipe.accumulate
+        if cell.recipe.batch_size % parts:
+            text = f"{cell.recipe.batch_size} samples cannot be shared equally by resources.experts.workers: {workers}"
+            text += f" in recipe.accumulate: {cell.recipe.accumulate} parts each" if parts > workers else ""
             yield Problem("recipe.batch_size", f"{text}; make it a multiple")
         elif timeline.needs_experts(cell.strategy):
             tasks = 1 if cell.strategy.joint else length_of(self.filled(cell.stream))
             yield from _lost_shares(cell.recipe, tasks, workers, cell.name)
+            yield from _impossible(cell.recipe, engine)
         try:
             timeline.check(cell.strategy, 1 if cell.strategy.joint else length_of(self.filled(cell.stream)))
         except TechniqueError as error:
             yield Problem(f"grid.strategies ({cell.name})", str(error))
 
     def _unknown_datasets(self, roles: Roles) -> list[Problem]:
-        """Names for which the data root holds no folder; nothing is asked of a root that does not exist (yet)."""
+        """Names without a folder in the data root; empty while the root does not exist."""
         from workers.data.manifest import folder
 
         root = Path(self.data_root)
@@ -277,7 +282,7 @@ class Study(Section):
         return problems
 
     def _unknown_models(self) -> list[Problem]:
-        """Resources for a model that the study does not have."""
+        """Resources for models that the study does not have."""
         models = sorted({model.config for model in self.models})
         return [
             Problem(
@@ -302,7 +307,7 @@ class Study(Section):
         ]
 
     def _named(self, roles: Roles) -> dict[str, str]:
-        """Every dataset the study names, and the first key that does."""
+        """Every dataset that the study names, with the first key that names it."""
         listed = {"stream.tasks": self.learnt, **{f"data.{role}": getattr(roles, role) for role in ROLES}}
         found: dict[str, str] = {}
         for key, names in listed.items():
@@ -316,13 +321,23 @@ class Study(Section):
 
 
 def _lost_shares(recipe: Recipe, tasks: int, workers: int, name: str = "") -> Iterator[Problem]:
-    """Shares of the mixture that come to no sample of a batch, at the first task or at any later one."""
+    """Shares of the mixture that give no sample in a batch, at the first task or at any later one."""
     from workers.data.mixture import lost_shares
 
     for buffered in (True, False) if tasks > 1 else (False,):
         if problem := lost_shares(recipe.batch_size, recipe.mixture.model_dump(), buffered, workers):
             yield Problem("recipe.batch_size", f"{name + ': ' if name else ''}recipe.mixture {problem}")
             return
+
+
+def _impossible(recipe: Recipe, engine: EngineSpec) -> Iterator[Problem]:
+    """Keys of a recipe that its engine cannot carry out."""
+    if recipe.tf32 and engine.device == "cpu":
+        yield Problem("recipe.tf32", "is a format of GPUs, and resources.experts.gpus is 0; remove one")
+    if engine.zero_stage == 3 and (recipe.ema is not None or recipe.compile):
+        key = "ema" if recipe.ema is not None else "compile"
+        text = "needs parameters that are whole on every worker, and resources.experts.zero_stage: 3 spreads them"
+        yield Problem(f"recipe.{key}", f"{text}; use zero_stage: 2 or less, or remove it")
 
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
@@ -348,7 +363,7 @@ def study_from(raw: Mapping[str, Any], where: str = "study", overrides: Sequence
             override(tree, key, value)
             if key == "grid":
                 grid, problems = flatten(value)
-    _lend(tree, grid)
+    _fill_from_grid(tree, grid)
     study, wrong = validate(Study, {**tree, "grid": grid})
     problems += [_axis_meant(problem, tree) for problem in wrong]
     if all(problem.key != "grid" for problem in problems):
@@ -359,9 +374,11 @@ def study_from(raw: Mapping[str, Any], where: str = "study", overrides: Sequence
 
 
 def _axis_meant(problem: Problem, tree: Mapping[str, Any]) -> Problem:
-    """A list where one value belongs was meant as an axis, if each of its values would do: say where axes stand."""
-    if problem.key in ("seed", "strategies"):
-        return Problem(problem.key, f"is an axis: write grid.{problem.key}")
+    """If a list stands where one value belongs and each of its values would be valid, say how to write an axis."""
+    if problem.key in ("seed", "seeds", "strategies"):
+        return Problem(
+            problem.key, f"is an axis: write grid.{'seed' if problem.key == 'seeds' else problem.key}"
+        )
     for axis in sorted(AXES, key=len, reverse=True):
         if problem.key != axis and not problem.key.startswith((f"{axis}[", f"{axis}.")):
             continue
@@ -372,15 +389,15 @@ def _axis_meant(problem: Problem, tree: Mapping[str, Any]) -> Problem:
         if (
             isinstance(values, list)
             and values
-            and all(_would_do(section, path, tree, value) for value in values)
+            and all(_is_valid_with(section, path, tree, value) for value in values)
         ):
             text = f"{short(values)} is a list, and one value belongs here; to run every one of them write grid.{axis}"
             return Problem(axis, text)
     return problem
 
 
-def _would_do(section: str, path: str, tree: Mapping[str, Any], value: Any) -> bool:
-    """Whether a section of the study is valid with one key of it (dotted; "" is all of it) set anew."""
+def _is_valid_with(section: str, path: str, tree: Mapping[str, Any], value: Any) -> bool:
+    """Whether a section of the study is valid with one key of it (dotted; "" is the whole section) replaced."""
     raw: Any = value
     if path:
         raw = copy.deepcopy(tree.get(section))
@@ -388,8 +405,8 @@ def _would_do(section: str, path: str, tree: Mapping[str, Any], value: Any) -> b
     return isinstance(raw, dict) and validate(SECTIONS[section], raw, section)[0] is not None
 
 
-def _lend(tree: dict[str, Any], grid: Mapping[str, Sequence[Any]]) -> None:
-    """A model or budget that stands only on the grid makes its first value the study's own."""
+def _fill_from_grid(tree: dict[str, Any], grid: Mapping[str, Sequence[Any]]) -> None:
+    """Use the first value on the grid for a model or budget that the study itself does not give."""
     if "model" not in tree and grid.get("model"):
         tree["model"] = grid["model"][0]
     budget = tree.get("budget", {})
@@ -399,7 +416,7 @@ def _lend(tree: dict[str, Any], grid: Mapping[str, Sequence[Any]]) -> None:
 
 
 def _grid_problems(tree: dict[str, Any], grid: Mapping[str, Sequence[Any]]) -> Sequence[Problem]:
-    """Mistakes in the grid of a study that has others too; axes of a broken section are left for the next time."""
+    """Mistakes in the grid of a study that has other mistakes, too; axes of an invalid section are not checked."""
     stand_ins: dict[str, Any] = {
         "model": ModelSection(config="any"),
         "stream": StreamSection(),
@@ -417,7 +434,7 @@ def _grid_problems(tree: dict[str, Any], grid: Mapping[str, Sequence[Any]]) -> S
 
 
 def _located(problem: Problem, where: str, overridden: set[str]) -> str:
-    """The message of a problem, saying whether the file or an override is to be mended."""
+    """The message of a problem, which names the file or the override to correct."""
     for key in overridden:
         if f"{problem.key}.".startswith((f"{key}.", f"{key}[")) or key.startswith(f"{problem.key}."):
             return f"--set: {problem.key}: {problem.text}"

@@ -1,6 +1,6 @@
-"""Which of the YAML files that people have at hand one is, so that the wrong one for a command is called what it is.
+"""The kinds of YAML files that users have, so that an error can name a file that is of the wrong kind for a command.
 
-Invariant: a file is only refused here for keys that the other kind has and the wanted one never has.
+Invariant: a file is refused here only for keys that the other kind has and the expected kind never has.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ _WAYS = {
 
 
 def expect(kind: Kind, raw: Mapping[str, Any], path: Path) -> None:
-    """Raise `ConfigError` if a file that should be of `kind` is plainly of another."""
+    """Raise `ConfigError` if a file that should be of `kind` is clearly of another."""
     found = _kind(raw.keys())
     if found is not None and found != kind:
         raise ConfigError(f"{path} is {_NAMES[found]}, not {_NAMES[kind]}: {_WAYS[found]}")

@@ -1,10 +1,10 @@
-"""The grid of a study, multiplied out: one cell for every strategy, every setting of every axis, every seed.
+"""The cells of a study's grid: one for every strategy, every setting of every axis, and every seed.
 
-Keys of `grid` are `strategies`, `seed`, any key of the sections `model`, `stream`, `recipe` and `budget` by its dotted path, and
+Keys of `grid` are `strategies`, `seed`, any dotted key of the sections `model`, `stream`, `recipe` and `budget`, and
 `evaluation.split`, each with a list of values; `model`, `stream` and `recipe.mixture` also as a whole.
-Invariant: cells come in the order in which a person wrote the grid (strategies outermost, seeds innermost), each with an id
-that no other has; a cell that exists can be planned. Settings that mean the same for a strategy are one cell, whose name and axes
-leave out what has no effect; seeds stay, for they are repetitions and no settings.
+Invariant: cells are in the order of the file (strategies outermost, seeds innermost), each with a unique id, and every
+cell can be planned. Settings that are equivalent for a strategy are one cell, whose name and axes leave out what has no
+effect. Seeds are never joined, because they are repetitions and not settings.
 """
 
 import copy
@@ -31,7 +31,7 @@ SECTIONS: dict[str, Any] = {
     "evaluation": EvaluationSection,
 }
 WHOLE = ("model", "stream")
-"""Sections that can be an axis as a whole: a value stands for all of the section, its defaults included."""
+"""Sections that can be an axis as a whole: a value replaces the entire section, including its defaults."""
 SPLIT = "evaluation.split"
 AXES = (
     *WHOLE,
@@ -42,7 +42,7 @@ AXES = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What a grid varies beside strategies and seeds, at one point of it."""
+    """The settings at one point of the grid, beside strategy and seed."""
 
     model: ModelSection
     stream: StreamSection
@@ -53,11 +53,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Cell:
-    """One trajectory to be: a strategy with what it runs under.
+    """One trajectory to plan: a strategy and its settings.
 
-    `id` tells a cell from all others; `group` is the id without the seed, so cells of one group differ by seed alone; `name`
-    is the id without budget and seed. `recipe.mixture` is the effective one. `axes` holds the value of every other axis; `split` is
-    what its scores are of.
+    `id` is unique; `group` is the id without the seed, so that cells of one group differ only in the seed; `name` is
+    the id without budget and seed. `recipe.mixture` is the effective one. `axes` holds the value of every other axis;
+    `split` is the split of its scores. `parity` is whose terms
+    the strategy was written in, None for our own.
     """
 
     id: str
@@ -71,11 +72,12 @@ class Cell:
     seed: int
     axes: Mapping[str, Any]
     split: str
+    parity: str | None = None
 
 
 @dataclass(frozen=True)
 class Expansion:
-    """The cells of a grid, what is wrong with it (then there are no cells), and what is only unwise."""
+    """The cells of a grid, its problems (then there are no cells), and its warnings."""
 
     cells: tuple[Cell, ...] = ()
     problems: tuple[Problem, ...] = ()
@@ -83,7 +85,7 @@ class Expansion:
 
 
 def flatten(raw: Any) -> tuple[dict[str, list[Any]], list[Problem]]:
-    """`grid` with one dotted key per axis and a list under each, however it was written."""
+    """`grid` with one dotted key per axis and a list under each, whether it was written nested or dotted."""
     if not isinstance(raw, Mapping):
         return {}, [
             Problem(
@@ -109,7 +111,7 @@ def flatten(raw: Any) -> tuple[dict[str, list[Any]], list[Problem]]:
 
 
 def expand(grid: Mapping[str, Sequence[Any]], settings: Settings) -> Expansion:
-    """All cells of a flattened grid over a study's own settings."""
+    """All cells of a flattened grid, given the study's own settings."""
     strategies, problems, warnings = read_strategies(grid.get("strategies", ()))
     seeds = list(grid.get("seed", [0]))
     problems += _seed_problems(seeds)
@@ -131,7 +133,7 @@ def expand(grid: Mapping[str, Sequence[Any]], settings: Settings) -> Expansion:
 
 
 def with_values(section: Any, name: str, values: Mapping[str, Any]) -> tuple[Any, list[Problem]]:
-    """A section with some keys (dotted, within it) set anew, judged as if it had been written so; "" is all of it."""
+    """A section with some of its keys (dotted; "" is the whole section) replaced, validated as if it had been written so."""
     raw = values[""] if "" in values else section.model_dump(mode="json")
     if not isinstance(raw, Mapping):
         return None, [Problem(name, f"{short(raw)} must be a mapping of keys to values")]
@@ -180,7 +182,7 @@ def _axis_problems(key: str, values: Sequence[Any], settings: Settings) -> Itera
 def _settings(
     axes: Mapping[str, Sequence[Any]], settings: Settings
 ) -> tuple[list[tuple[dict[str, Any], Settings]], list[Problem]]:
-    """Every combination of the axes with the settings it gives."""
+    """Every combination of axis values with the resulting settings."""
     varied, problems = [], []
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
@@ -229,12 +231,16 @@ def _cells(
                 yield Cell(
                     label, group, name, strategy,
                     settings.model, settings.stream, recipe, settings.budget, seed, chosen, settings.evaluation.split,
+                    named.written.parity,
                 )  # fmt: skip
 
 
 def _has_effect(key: str, strategy: Strategy, settings: Settings) -> bool:
-    """Whether an axis changes anything for a strategy: what trains nothing has no recipe and no budget, a strategy with a
-    mixture of its own does not take the study's, and weights that are given are not drawn."""
+    """Whether an axis has an effect for a strategy.
+
+    A strategy that trains nothing has no recipe and no budget. One with its own mixture does not use the study's. Given
+    weights are not drawn from a seed.
+    """
     if key == "model.seed":
         return settings.model.pretrained is None
     if not needs_experts(strategy):
@@ -243,20 +249,20 @@ def _has_effect(key: str, strategy: Strategy, settings: Settings) -> bool:
 
 
 def _varying(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The axes that have more than one value."""
+    """The axes with more than one value."""
     first = settings[0] if settings else {}
     return [key for key in first if len({str(chosen[key]) for chosen in settings}) > 1]
 
 
 def _labels(chosen: Mapping[str, Any], varying: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The pieces of a name that tell a setting from the others: those of the budget apart."""
+    """The parts of a name that distinguish a setting from the others; those of the budget separately."""
     keys = [key for key in varying if key in chosen]
     traits = [trait_label(key, chosen[key]) for key in keys if not key.startswith("budget.")]
     return traits, [trait_label(key, chosen[key]) for key in keys if key.startswith("budget.")]
 
 
 def _seeded(strategy: Strategy, seed: int) -> Strategy:
-    """Random masks follow the trajectory's seed unless the study fixes theirs."""
+    """A strategy whose random masks use the seed of the trajectory, unless the study fixes their seed."""
     if strategy.technique is None or "seed" in strategy.params:
         return strategy
     if all(param.name != "seed" for param in technique_called(strategy.technique).params):

@@ -1,7 +1,7 @@
-"""Mistakes in a study, in words: which key, what is wrong with it, what to write instead.
+"""Messages for mistakes in a study: which key, what is wrong with it, what to write instead.
 
-Invariant: values are judged strictly, as JSON would be (true is no number, text is no number), and every message names the
-full key path; an unknown key is answered with the nearest valid one.
+Invariant: values are validated as strictly as JSON (true and text are not numbers), and every message names the full
+key path. The message for an unknown key names the nearest valid one.
 """
 
 import difflib
@@ -19,14 +19,14 @@ Model = TypeVar("Model", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: the full key path, and what is wrong and what to do."""
+    """One mistake: the full key path, and the text of what is wrong and what to do."""
 
     key: str
     text: str
 
 
 def validate(model: type[Model], raw: Any, prefix: str = "") -> tuple[Model | None, list[Problem]]:
-    """`raw` as a `model`, or None and what is wrong with it; `prefix` is the key path of `raw` itself."""
+    """`raw` as a `model`, or None and its problems; `prefix` is the key path of `raw` itself."""
     try:
         return model.model_validate_json(json.dumps(raw), strict=True), []
     except ValidationError as error:
@@ -34,13 +34,13 @@ def validate(model: type[Model], raw: Any, prefix: str = "") -> tuple[Model | No
 
 
 def nearest(word: str, among: Iterable[str]) -> str:
-    """'; did you mean X?' or nothing."""
+    """'; did you mean X?' or an empty string."""
     found = difflib.get_close_matches(str(word).lower().replace("-", "_"), list(among), n=1, cutoff=0.5)
     return f"; did you mean {found[0]}?" if found else ""
 
 
 def key_path(prefix: str, loc: Iterable[str | int]) -> str:
-    """`a.b[2].c` for a location within `prefix`."""
+    """The key path of a location within `prefix`: `a.b[2].c`."""
     path = prefix
     for part in loc:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
@@ -48,13 +48,13 @@ def key_path(prefix: str, loc: Iterable[str | int]) -> str:
 
 
 def short(value: Any) -> str:
-    """A value as a person wrote it, cut to a readable length, without what may be secret in an address."""
+    """A value as written in the file, cut to a readable length and without possible secrets in addresses."""
     text = redact(json.dumps(value, ensure_ascii=False, default=repr))
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def leaf_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Key paths of all values a model has, sections first."""
+    """Key paths of all values of a model, sections first."""
     for name, field in model.model_fields.items():
         inner = _section(field.annotation)
         yield prefix + name
@@ -75,7 +75,7 @@ def _problem(model: type[BaseModel], entry: Mapping[str, Any], prefix: str) -> P
         text = str(entry["ctx"]["error"])
         return Problem(key, text)
     if kind == "literal_error":
-        if loc[-1] == "[key]":  # a mapping's own key is wrong, and pydantic says so one level below it
+        if loc[-1] == "[key]":  # a key of a mapping is wrong; pydantic reports it one level below
             key, loc = key_path(prefix, loc[:-1]), loc[:-2]
         options = [str(option) for option in _options(model, loc)]
         return Problem(
@@ -117,7 +117,7 @@ def _model_at(model: type[BaseModel], loc: Iterable[str | int]) -> type[BaseMode
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
-    """The section a field holds, through Optional and tuples."""
+    """The section type of a field, inside Optional and tuples."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for inner in get_args(annotation) if (found := _section(inner)) is not None), None)

@@ -1,13 +1,11 @@
-"""The sections of a study file and what each key may be.
+"""The sections of a study file and the valid values of each key.
 
-Invariant: a section that exists is valid by itself, whatever the rest of the study says; the defaults are here and in the
-recipe, nowhere else. Only names that are one plain path segment get as far as a path.
+Invariant: a section that exists is valid by itself, whatever the rest of the study says. Defaults are defined here and
+in the recipe, nowhere else. Only names that are one plain path segment become part of a path.
 """
 
 import re
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Annotated, Any, Literal, Optional, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -15,16 +13,17 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
-    create_model,
+    SerializerFunctionWrapHandler,
+    model_serializer,
     model_validator,
 )
 
 from merge_service.checkpoints import bytes_of
+from pipeline.files.paths import expanded
 from pipeline.identity import fingerprint
 from pipeline.study.addresses import refuse_secret
-from pipeline.study.places import Place, expanded
-from workers.jobs import EngineSpec
+from pipeline.study.places import Folder, Place
+from workers.jobs import Reading
 from workers.models.configuration import Preprocess
 from workers.training.recipe import Mixture
 
@@ -32,7 +31,7 @@ _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def segment(value: str) -> str:
-    """A name that is one path segment: letters, digits, '.', '_', '-', not beginning with a sign. Raises ValueError."""
+    """`value` if it is one path segment: letters, digits, '.', '_', '-', beginning with a letter or digit. Raises ValueError."""
     if not _SEGMENT.fullmatch(value):
         raise ValueError(
             f"{value[:60]!r} is not a plain name; use letters, digits, '.', '_' and '-', beginning with a letter or digit"
@@ -53,22 +52,12 @@ def _some(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
-def _bytes(value: Any) -> int | None:
+def size_of(value: Any) -> int | None:
     """A size such as 500MB or 2 GB (decimal), or a number of bytes; None is no limit."""
     found = None if value is None else bytes_of(str(value))
     if found is not None and not 50_000_000 <= found <= 10**15:
         raise ValueError(f"{value!r} must be from 50MB to 1000TB")
     return found
-
-
-Memory = Annotated[int | None, BeforeValidator(_bytes)]
-Seconds = Annotated[float, Field(gt=0, le=30 * 24 * 3600)]
-
-
-def _auto_or_count(value: Any) -> Any:
-    if value == "auto" or (type(value) is int and 1 <= value <= 10_000):
-        return value
-    raise ValueError(f"{value!r} must be auto or a whole number from 1 to 10000")
 
 
 def _written_out(values: tuple[str, ...]) -> tuple[str, ...]:
@@ -94,20 +83,22 @@ Text = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
 class Section(BaseModel):
-    """Frozen, and deaf to keys it does not know."""
+    """A frozen model that refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def key_of(section: Section) -> str:
-    """What tells a section from others with other values, whatever order its keys were written in."""
+    """A digest that is equal for sections with equal values, whatever the order of their keys."""
     return fingerprint(section.model_dump(mode="json"))
 
 
 class ModelSection(Section):
-    """The base: any open_clip architecture with a tag, a directory or file, `local-dir:` or `hf-hub:`; null is random with `seed`.
+    """The base: any open_clip architecture with a tag, a directory or file, `local-dir:` or `hf-hub:`; null is random
+    with `seed`.
 
-    `preprocess` states how pixels become its input, key by key instead of what its configuration says (see `workers.models.base`).
+    `preprocess` states how pixels become the model's input; each key replaces that of its configuration (see
+    `workers.models.base`).
     """
 
     config: Place
@@ -125,18 +116,20 @@ class GroupsSection(Section):
 
 
 class DataSection(Section):
-    """A root of WebDataset folders and which datasets play which role. A suite brings its own roles, and may bring the groups.
+    """A root of WebDataset folders and the datasets of each role. A suite defines the roles, and may define the groups.
 
-    `suite` is the name of a suite that lies under data/ (`suite.json`), or a YAML file that describes one under `root`.
+    `suite` is the name of a suite under data/ (`suite.json`), or a YAML file that describes the datasets under `root`.
+    `reading`: pictures are decoded once into the cache, or read as they are stored; auto goes by the number of samples of a split.
     """
 
     suite: Annotated[str, AfterValidator(_suite)] | None = None
-    root: Place | None = None
+    root: Folder | None = None
     pretraining: Names | None = None
     adaptation: SomeNames | None = None
     held_out: Names | None = None
     zero_shot_groups: GroupsSection | None = None
     cache: Place | None = None
+    reading: Reading = "decoded"
 
     @model_validator(mode="after")
     def _located(self) -> Self:
@@ -150,7 +143,7 @@ class DataSection(Section):
 
     @property
     def described(self) -> bool:
-        """Whether `suite` is a file that describes one."""
+        """Whether `suite` is a file that describes the datasets."""
         return self.suite is not None and self.suite.endswith(SUITE_ENDINGS)
 
 
@@ -158,7 +151,7 @@ BUDGETS = ("total_gflops", "steps_per_task", "samples_per_task")
 
 
 class BudgetSection(Section):
-    """How long experts train. `total_gflops` is for the whole stream, memory-adjusted; the others are for each task."""
+    """How long experts train. `total_gflops` is for the whole stream, memory-adjusted; the other two are per task."""
 
     total_gflops: float | None = Field(default=None, gt=0, le=1e30)
     steps_per_task: int | None = Field(default=None, gt=0, le=10**9)
@@ -175,7 +168,7 @@ class BudgetSection(Section):
 
 
 class StrategySection(Section):
-    """One entry of `grid.strategies`; lists under init, deploy and technique stand for every combination."""
+    """One entry of `grid.strategies`; lists under init, deploy and technique mean every combination."""
 
     preset: str | None = None
     name: Name | None = None
@@ -189,170 +182,38 @@ class StrategySection(Section):
 
 
 class EvaluationSection(Section):
-    """The whole test split of every dataset by default; the `split` val instead, or a class-balanced `fraction` drawn with `seed`."""
+    """The whole test split of every dataset by default; the `split` val instead, or a class-balanced `fraction` drawn with `seed`.
+
+    `details` are kept with the scores: the share of samples whose class is among the five most likely, the mean over classes, the score
+    of each class, and which classes were taken for which. `precision` is that of the towers.
+    """
 
     split: Literal["test", "val"] = "test"
     fraction: float = Field(default=1.0, gt=0, le=1)
     batch_size: int = Field(default=256, ge=1, le=1_000_000)
     seed: int = Field(default=0, ge=0, lt=2**31)
+    details: tuple[Literal["top5", "mean_per_class", "per_class", "confusion"], ...] = ()
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
 
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A study without details, in fp32, is written, and tracked, as it was before there were others."""
+        values: dict[str, Any] = handler(self)
+        unused = {
+            *(() if self.details else ("details",)),
+            *(("precision",) if self.precision == "fp32" else ()),
+        }
+        return {key: value for key, value in values.items() if key not in unused}
 
-class ExpertResources(Section):
-    """What one expert gets: `workers` processes with `gpus`, `cpus` and `threads` each. `groups` experts train at a time.
-
-    `checkpoint_every` is in steps (0: never). `timeout` is in seconds without a sign of progress, then the step is tried again.
-    `memory` is what each worker may have, mapped weights aside; evaluations keep to it as well. Workers, ZeRO stage, engine and
-    threads bear on the bits of the result; the others do not.
-    """
-
-    gpus: float = Field(default=0, ge=0, le=64)
-    cpus: float = Field(default=1, ge=0, le=1024)
-    workers: int = Field(default=1, ge=1, le=4096)
-    zero_stage: int = Field(default=0, ge=0, le=3)
-    engine: Literal["auto", "torch", "deepspeed"] = "auto"
-    threads: int = Field(default=1, ge=1, le=1024)
-    checkpoint_every: int = Field(default=50, ge=0)
-    groups: Annotated[Any, BeforeValidator(_auto_or_count)] = "auto"
-    max_retries: int = Field(default=3, ge=0, le=1000)
-    timeout: Seconds = 3600
-    memory: Memory = None
-
-    @model_validator(mode="after")
-    def _engine_can(self) -> Self:
-        if self.engine == "torch" and (self.workers > 1 or self.zero_stage > 0):
-            raise ValueError(
-                f"engine torch trains with one worker and no ZeRO, not workers {self.workers} and zero_stage "
-                f"{self.zero_stage}; use engine deepspeed or auto"
-            )
-        if self.gpus > 1 and self.gpus != int(self.gpus):
-            raise ValueError(f"gpus {self.gpus:g} is neither a share of one GPU nor a whole number of them")
-        return self
-
-    @property
-    def numerics(self) -> EngineSpec:
-        """The engine that these resources mean: plain torch for a single CPU worker, DeepSpeed otherwise."""
-        plain = self.workers == 1 and self.zero_stage == 0 and self.gpus == 0
-        kind: Literal["torch", "deepspeed"] = "torch" if plain else "deepspeed"
-        if self.engine != "auto":
-            kind = self.engine
-        return EngineSpec(
-            kind, self.zero_stage, self.threads, "cuda" if self.gpus > 0 else "cpu", self.workers
-        )
-
-
-class EvaluationResources(Section):
-    """What one evaluation gets; null is what one of the expert's workers has. `actors` score at the same time, auto is as many as fit.
-
-    Where the shape is that of experts with one worker, the same processes train and score. 0 CPUs and 0 GPUs take no place
-    of their own: one such evaluator then runs beside the experts. `timeout` is how many seconds one may take.
-    """
-
-    gpus: float | None = Field(default=None, ge=0, le=64)
-    cpus: float | None = Field(default=None, ge=0, le=1024)
-    actors: Annotated[Any, BeforeValidator(_auto_or_count)] = "auto"
-    threads: int | None = Field(default=None, ge=1, le=1024)
-    timeout: Seconds = 3600
-
-
-class MergingResources(Section):
-    """`threads` of a merge, `actors` that merge at the same time, without a CPU of their own; no result depends on them.
-
-    `timeout`: seconds a merge may take; `memory`: an actor's, mapped weights aside; `any_base`: merge experts far from the base.
-    """
-
-    threads: int = Field(default=1, ge=1, le=1024)
-    actors: int = Field(default=1, ge=1, le=1024)
-    timeout: Seconds = 3600
-    memory: Memory = None
-    any_base: bool = False
-
-
-def _overrides(section: type[Section]) -> Any:
-    """The section with every key optional; null is what is said for all models."""
-    fields: dict[str, Any] = {
-        name: (Optional[field.annotation], None)  # noqa: UP045 - an annotation that is known at run time only
-        for name, field in section.model_fields.items()
-    }
-    return create_model(f"{section.__name__}Overrides", __base__=Section, **fields)
-
-
-ExpertOverrides, EvaluationOverrides = _overrides(ExpertResources), _overrides(EvaluationResources)
-
-
-class ModelOverrides(Section):
-    """What one model of the study gets instead."""
-
-    experts: ExpertOverrides = ExpertOverrides()  # type: ignore[valid-type]
-    evaluation: EvaluationOverrides = EvaluationOverrides()  # type: ignore[valid-type]
-
-
-@dataclass(frozen=True)
-class ModelResources:
-    """What experts and evaluations of one model get, nothing left open but what is "auto"."""
-
-    experts: ExpertResources
-    evaluation: EvaluationResources
-
-    @property
-    def evaluation_device(self) -> Literal["cpu", "cuda"]:
-        """Where scores are computed; part of their identity."""
-        return "cuda" if self.evaluation.gpus else "cpu"
-
-
-class ResourcesSection(Section):
-    """Where and how wide things run. `by_model` holds what differs for the model of that `model.config`.
-
-    `autoscaling`: nodes may join later, so nothing is too large to ask for, and `groups` must be a number. `start_timeout` is
-    how many seconds a worker may take to start (import torch, meet the other ranks) before its first step."""
-
-    experts: ExpertResources = ExpertResources()
-    evaluation: EvaluationResources = EvaluationResources()
-    merging: MergingResources = MergingResources()
-    by_model: dict[str, ModelOverrides] = {}
-    autoscaling: bool = False
-    start_timeout: Seconds = 600
-
-    @model_validator(mode="after")
-    def _whole(self) -> Self:
-        for name in (None, *self.by_model):
-            try:
-                found = self._merged(name)
-            except ValidationError as error:
-                texts = "; ".join(
-                    f"{'.'.join(map(str, one['loc']))} {one['msg'].removeprefix('Value error, ')}".strip()
-                    for one in error.errors()
-                )
-                raise ValueError(f"by_model.{name}: {texts}") from None
-            if self.autoscaling and found.experts.groups == "auto":
-                where = f"by_model.{name}.experts.groups" if name else "experts.groups"
-                raise ValueError(
-                    f"autoscaling needs {where} as a number: how many experts may train at a time"
-                )
-        return self
-
-    @cached_property
-    def resolved(self) -> dict[str | None, ModelResources]:
-        """What each model named in `by_model` gets, and under None every other."""
-        return {name: self._merged(name) for name in (None, *self.by_model)}
-
-    def of(self, model: str) -> ModelResources:
-        """What experts and evaluations of a model (its `model.config`) get."""
-        return self.resolved.get(model) or self.resolved[None]
-
-    def _merged(self, model: str | None) -> ModelResources:
-        experts, evaluation = self.experts.model_dump(), self.evaluation.model_dump()
-        if model in self.by_model:
-            mine = self.by_model[model].model_dump(exclude_none=True)
-            experts |= mine["experts"]
-            evaluation |= mine["evaluation"]
-        for key in ("gpus", "cpus", "threads"):
-            if evaluation[key] is None:
-                evaluation[key] = experts[key]
-        return ModelResources(ExpertResources(**experts), EvaluationResources(**evaluation))
+    def precision_on(self, device: str) -> Literal["fp32", "bf16", "fp16"]:
+        """What the towers compute in on a device; auto is fp16 on a GPU and fp32 on a CPU."""
+        if self.precision == "auto":
+            return "fp32" if device == "cpu" else "fp16"
+        return self.precision
 
 
 class MaxRunning(Section):
-    """At most so many steps of a kind at the same time; null is as many as there is place for."""
+    """The most steps of each kind that run at a time; null is as many as fit."""
 
     train: int | None = Field(default=None, ge=1, le=1_000_000)
     merge: int | None = Field(default=None, ge=1, le=1_000_000)
@@ -360,21 +221,37 @@ class MaxRunning(Section):
 
 
 class ScheduleSection(Section):
-    """What goes first: the longest chain of work, or one trajectory after the other in the order written. No result depends on it."""
+    """The priority of steps: the longest chain of work first, or trajectories in the order written. Results do not
+    depend on it.
+    """
 
     priority: Literal["critical_path", "trajectories"] = "critical_path"
     max_running: MaxRunning = MaxRunning()
 
 
 class StorageSection(Section):
-    """Where artifacts are kept: `store` null is OUT/store, else a directory or an fsspec URL, which studies may share."""
+    """Where artifacts are kept, and which merges keep their weights.
+
+    `store` null is OUT/store, else a directory or an fsspec URL, which studies may share. `keep` says which merged weights stay as
+    files: all, the last of every trajectory (final), that of the best trajectory (best), or none; the others are recipes, made again
+    when they are wanted, and `cache` bytes of those made so stay for the next time. With final and best, one in `anchors` folds
+    stays too, so that later ones are made from it (0: none).
+    """
 
     store: Place | None = None
+    keep: Literal["all", "final", "best", "none"] = "all"
+    cache: Annotated[int, BeforeValidator(size_of)] = 20 * 10**9
+    anchors: int = Field(default=8, ge=0, le=1_000_000)
 
     @model_validator(mode="after")
     def _place(self) -> Self:
         if self.store is None or "://" not in self.store:
             return self
+        if self.keep != "all" and not self.store.startswith(("file://", "local://")):
+            raise ValueError(
+                f"keep: {self.keep} needs a store in a directory; artifacts at {self.store.partition('://')[0]}:// are all kept: "
+                "leave keep out, or give a directory that all machines share"
+            )
         instead = "give credentials in the environment (for s3:// AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), and the plain URL here"
         refuse_secret("store", self.store, instead, queries=False)
         return self

@@ -1,6 +1,6 @@
-"""The `stream` section of a study file: in which order tasks arrive.
+"""The `stream` section of a study file: the order in which tasks arrive.
 
-Invariant: a key that bears on no task of the order that is asked for is an error, not a key without effect.
+Invariant: a key that has no effect in the chosen order is an error.
 """
 
 import re
@@ -17,16 +17,16 @@ _PERIOD = re.compile(r"[0-9]{4}(-[0-9]{2}){0,2}")
 
 Order = Literal["dataset_incremental", "random", "performance", "similarity", "frequency", "time"]
 MEASURED = ("performance", "similarity")
-"""Orders that come from the base model's own view of the classes."""
+"""Orders that depend on measurements of the classes with the base model."""
 DRAWN = ("random", "frequency", "time")
-"""Orders that draw something with `stream.seed`: everything, the ties, the classes of one period."""
+"""Orders that draw with `stream.seed`: the whole order, the ties, or the classes of one period."""
 
 
 class StreamSection(Section):
-    """The order in which tasks arrive, and how many there are; or `file`, a saved stream, which is both.
+    """The order in which tasks arrive, and their number; or `file`, a saved stream, which defines both.
 
-    dataset_incremental makes every dataset one task, in the order of `tasks`. With `chunks`, the classes of all datasets of
-    `tasks` (default: every adaptation set) are put in `order` and cut into that many tasks.
+    dataset_incremental makes every dataset one task, in the order of `tasks`. With `chunks`, the classes of all
+    datasets of `tasks` (default: every adaptation set) are sorted by `order` and cut into that many tasks.
     """
 
     order: Order = "dataset_incremental"
@@ -47,12 +47,12 @@ class StreamSection(Section):
 
     @property
     def measured(self) -> bool:
-        """Whether the base model has to be asked before the stream is known."""
+        """Whether the stream depends on measurements with the base model."""
         return self.file is None and self.order in MEASURED
 
     @property
     def periods(self) -> dict[str, tuple[int, ...]]:
-        """`dates` as numbers that sort by time: (year,), (year, month) or (year, month, day), the same for all."""
+        """`dates` as tuples that sort by time: (year,), (year, month) or (year, month, day), the same form for all."""
         return {name: period(value) for name, value in (self.dates or {}).items()}
 
     def _not_beside_file(self) -> str:
@@ -62,21 +62,21 @@ class StreamSection(Section):
 
     def _misfit(self) -> str:
         if self.order != "dataset_incremental" and self.chunks is None:
-            return f"order {self.order} orders classes; give chunks, the number of tasks to cut them into"
+            return f"order: {self.order} orders classes; give chunks, the number of tasks to cut them into"
         if self.order == "frequency" and self.table is None:
-            return "order frequency needs table, a file with a count for every class name"
+            return "order: frequency needs table, a file with a count for every class name"
         for key, order in (("table", "frequency"), ("dates", "time")):
             if self.order != order and getattr(self, key) is not None:
-                return f"{key} bears on order {order} only, not on {self.order}; remove it"
+                return f"{key} bears on order: {order} only, not on {self.order}; remove it"
         if self.seed and self.order not in DRAWN:
-            return f"order {self.order} draws nothing, so seed {self.seed} would change nothing; remove it"
+            return f"order: {self.order} draws nothing, so seed: {self.seed} would change nothing; remove it"
         if len({len(value) for value in self.periods.values()}) > 1:
             return "dates mixes years with months or days, which have no order; write all of them alike"
         return ""
 
 
 def period(value: int | str) -> tuple[int, ...]:
-    """(year,), (year, month) or (year, month, day) of a year or an ISO date. Raises ValueError."""
+    """A year or an ISO date as (year,), (year, month) or (year, month, day). Raises ValueError."""
     text = str(value).zfill(4)
     if _PERIOD.fullmatch(text):
         numbers = tuple(int(part) for part in text.split("-"))

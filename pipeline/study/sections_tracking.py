@@ -1,6 +1,6 @@
-"""The `tracking` section of a study file: which MLflow, and what is registered there.
+"""The `tracking` section of a study file: the MLflow server or database, and the model that is registered there.
 
-Invariant: no secret gets past this; addresses and names are ones that MLflow takes.
+Invariant: the section holds no secret, and its addresses and names are valid in MLflow.
 """
 
 import re
@@ -8,8 +8,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, model_validator
 
+from pipeline.files.paths import expanded
 from pipeline.study.addresses import CREDENTIALS, refuse_secret, refuse_unusable_tracker
-from pipeline.study.places import expanded
 from pipeline.study.sections import Name, Section, Text
 
 _ALIAS = re.compile(r"[A-Za-z0-9_-]{1,255}")
@@ -19,14 +19,17 @@ _VERSION = re.compile(r"v[0-9]+", re.IGNORECASE)
 def _alias(value: str) -> str:
     if not _ALIAS.fullmatch(value) or value.lower() == "latest" or _VERSION.fullmatch(value):
         raise ValueError(
-            f"{value[:60]!r} is no alias in MLflow; use letters, digits, '_' and '-', and neither 'latest' nor v and a number"
+            f"{value[:60]!r} is not a valid alias in MLflow; use letters, digits, '_' and '-', and neither 'latest' nor v and a number"
         )
     return value
 
 
 class RegistrySection(Section):
-    """The MLflow model registry: at the end of a study the trajectory with the best `by` at its last t (mean over seeds)
-    becomes a version of the registered model `name` (null: the study's name), and `alias` points to it."""
+    """The MLflow model registry, used at the end of a study.
+
+    The trajectory with the best `by` at its last t (mean over seeds) becomes a version of the registered model `name`
+    (null: the study's name), and `alias` points to it.
+    """
 
     name: Name | None = None
     by: Literal["gm", "ka", "zs"] = "gm"
@@ -34,8 +37,9 @@ class RegistrySection(Section):
 
 
 class TrackingSection(Section):
-    """MLflow: `uri` null keeps a sqlite store in OUT; `log_weights` also sends the merged weights there; `registry` null
-    registers nothing."""
+    """MLflow: `uri` null is a sqlite database in OUT, `log_weights` also uploads merged weights, `registry` null
+    registers nothing.
+    """
 
     uri: Annotated[Text, AfterValidator(expanded)] | None = None
     experiment: Text | None = None

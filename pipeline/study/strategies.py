@@ -1,6 +1,6 @@
-"""Strategies as a person writes them: presets, short forms and lists, turned into named strategies.
+"""The strategies of a study: presets, short forms and lists as checked, named strategies.
 
-Invariant: every strategy that leaves this module has passed `timeline.check`, and no two have the same full name.
+Invariant: every strategy that this module returns has passed `timeline.check`, and all full names differ.
 """
 
 import itertools
@@ -20,9 +20,9 @@ from pipeline.study.sections import StrategySection
 
 @dataclass
 class NamedStrategy:
-    """A checked strategy, the key it was written at, and a name; `extras` tell it from others of the same name.
+    """A checked strategy, its key in the file, and its name; `extras` distinguish it from others of the same name.
 
-    `written` is the strategy before it was put into our own terms, and `notes` what that left without effect.
+    `written` is the strategy before translation into our own terms, and `notes` name what has no effect after it.
     """
 
     name: str
@@ -39,7 +39,7 @@ class NamedStrategy:
 
 
 def read_strategies(entries: Sequence[Any]) -> tuple[list[NamedStrategy], list[Problem], list[str]]:
-    """The strategies that the entries of `grid.strategies` stand for, what is wrong with them, and what is unwise."""
+    """The strategies of the entries of `grid.strategies`, with their problems and warnings."""
     problems: list[Problem] = []
     named: list[NamedStrategy] = []
     if not entries:
@@ -61,13 +61,13 @@ def read_strategies(entries: Sequence[Any]) -> tuple[list[NamedStrategy], list[P
                 problems.append(variant)
             else:
                 named.append(variant)
-    problems += _name_apart(named)
+    problems += _distinguish(named)
     warnings = [f"{n.key} ({n.full}): {text}" for n in named for text in [*n.notes, *_warnings(n.strategy)]]
     return named, problems, warnings
 
 
 def _variants(section: StrategySection, key: str) -> Iterator[NamedStrategy | Problem]:
-    """The strategies that one entry stands for, each checked."""
+    """The checked strategies of one entry."""
     preset = Strategy(init="", deploy="")
     if section.preset is not None:
         if section.preset not in PRESETS:
@@ -142,7 +142,7 @@ def _check_joint(section: StrategySection, strategy: Strategy) -> None:
 def _warnings(strategy: Strategy) -> list[str]:
     if strategy.technique is not None and not timeline.policies(strategy):
         return [
-            f"technique {strategy.technique} has no effect: init {strategy.init} and deploy {strategy.deploy} merge nothing"
+            f"technique: {strategy.technique} has no effect: init: {strategy.init} and deploy: {strategy.deploy} merge nothing"
         ]
     return timeline.warnings(strategy)
 
@@ -161,8 +161,8 @@ def _name(section: StrategySection, preset: Strategy, strategy: Strategy) -> str
     return "-".join([*parts, strategy.technique] if strategy.technique else parts)
 
 
-def _name_apart(named: list[NamedStrategy]) -> Iterator[Problem]:
-    """Lengthen equal names by what differs; two that differ in nothing are a mistake."""
+def _distinguish(named: list[NamedStrategy]) -> Iterator[Problem]:
+    """Append to equal names the traits that differ. Strategies that differ in nothing are a mistake."""
     for name in sorted({n.name for n in named}):
         group = [n for n in named if n.name == name]
         if len(group) == 1:
@@ -195,7 +195,7 @@ def _traits(strategy: Strategy) -> dict[str, Any]:
 
 
 def trait_label(key: str, value: Any) -> str:
-    """A short path-safe piece of a name: x0.5, lr0.001, ViT-B-16, random_chunks20, mixture0.33_0.34_0.33."""
+    """A short part of a name, safe in paths: x0.5, lr0.001, ViT-B-16, random_chunks20, mixture0.33_0.34_0.33."""
     last = key.rpartition(".")[2]
     if key == "model":
         text = str(value.get("config", ""))
@@ -220,7 +220,7 @@ def trait_label(key: str, value: Any) -> str:
 
 
 def _stream_words(value: Mapping[str, Any]) -> Iterator[str]:
-    """random, chunks20, seed1: the order by its value alone, flags by their name alone."""
+    """random, chunks20, seed1: the order by its value, flags by their name."""
     yield str(value.get("order") or Path(str(value.get("file") or "dataset_incremental")).stem)
     for key, item in value.items():
         if key not in ("order", "file") and item not in (None, False):

@@ -1,6 +1,6 @@
-"""Tables of how often a class name occurs: what a stream in the order of frequency is made from.
+"""Tables of class frequencies, from which a stream in the order of frequency is made.
 
-Invariant: a table that is read holds every name once, with a finite count that is not negative; nothing is guessed.
+Invariant: a table that was read has every name once, with a finite count that is not negative; nothing is guessed.
 """
 
 import csv
@@ -19,10 +19,10 @@ READERS = ".csv, .json, .yaml or .yml"
 
 
 def read_counts(path: Path) -> dict[str, float]:
-    """Counts by name (a class, or DATASET+++class) of a CSV, JSON or YAML file.
+    """Counts by name (a class, or DATASET+++class) from a CSV, JSON or YAML file.
 
-    CSV: two columns, name and count; a first row whose count is no number is the heading. JSON and YAML: one mapping of
-    names to counts; YAML goes through the narrow reader of study files and is for small tables. Raises ConfigError.
+    CSV: two columns, name and count; a first row whose count is not a number is the heading. JSON and YAML: one mapping
+    of names to counts. YAML is read with the limits of study files and is for small tables. Raises ConfigError.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -1,10 +1,11 @@
-"""A stream: which classes arrive in which task. Made by one of FoMo-in-Flux's orders, or read from a file somebody shared.
+"""Streams: which classes arrive in which task. A stream is made in an order of FoMo-in-Flux, or read from a shared file.
 
-Invariant: a stream holds every class at most once and every task has something to learn. What a task is called follows from
-what is in it and from nothing else, because an expert's seed follows from the name: equal tasks of different streams have
-equal names (their experts are one), different tasks have different ones.
+Invariant: a stream holds every class at most once, and every task holds at least one. The name of a task depends only
+on its content, because the seed of an expert depends on the name: equal tasks of different streams have equal names
+(and share an expert), different tasks have different names.
 
-Orders as in FoMo-in-Flux (arXiv 2408.14471 and its stream files); where those are silent the docstring says "our convention".
+Orders are those of FoMo-in-Flux (arXiv 2408.14471 and its stream files); where these do not specify a detail, the
+docstring says "our convention".
 """
 
 import json
@@ -29,9 +30,9 @@ from pipeline.study.stream_tables import read_counts
 
 FORMAT = 1
 JOINT = "+++"
-"""Between dataset and class where both stand in one name, as in FoMo-in-Flux's files."""
+"""The separator of dataset and class in one name, as in the files of FoMo-in-Flux."""
 WHOLE = ""
-"""Stands for the class in an element that is a whole dataset (a retrieval set, which has no classes to cut by)."""
+"""The class of an element that is a whole dataset (a retrieval set, which has no classes)."""
 NAME_DIGITS = 10
 LISTED = 5
 
@@ -42,7 +43,7 @@ Measured = Mapping[Element, float | tuple[float, ...]]
 
 @dataclass(frozen=True)
 class Part:
-    """One dataset's share of a task; `classes` None is the whole dataset."""
+    """The part of a task that comes from one dataset; `classes` None is the whole dataset."""
 
     dataset: str
     classes: tuple[str, ...] | None = None
@@ -50,7 +51,7 @@ class Part:
 
 @dataclass(frozen=True)
 class StreamTask:
-    """What arrives at one time step. `name` is one plain path segment."""
+    """The content of one time step. `name` is one plain path segment."""
 
     name: str
     parts: tuple[Part, ...]
@@ -58,7 +59,7 @@ class StreamTask:
 
 @dataclass(frozen=True)
 class Stream:
-    """Tasks in the order of their arrival. `made` says how they came about; it is for people and no part of the identity."""
+    """Tasks in the order of their arrival. `made` records how they were made; it is information and no part of the identity."""
 
     tasks: tuple[StreamTask, ...]
     made: Mapping[str, Any] = field(default_factory=dict, compare=False)
@@ -83,17 +84,17 @@ class Stream:
 
     @classmethod
     def from_json(cls, body: Any) -> "Stream":
-        """The stream that `to_json` gave. Raises ConfigError for anything else."""
+        """The stream from the output of `to_json`. Raises ConfigError for anything else."""
         return _parsed(body, _Body, "stream")
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the tasks, their names and their classes; not of how they came about."""
+        """The digest of the tasks with their names and classes; `made` is not part of it."""
         return fingerprint(self.to_json())
 
     @property
     def datasets(self) -> tuple[str, ...]:
-        """Every dataset that takes part, in order of first arrival."""
+        """Every dataset of the stream, in order of first arrival."""
         return tuple(dict.fromkeys(part.dataset for task in self.tasks for part in task.parts))
 
 
@@ -101,23 +102,23 @@ class Stream:
 
 
 def participants(section: StreamSection, datasets: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """The datasets whose classes take part, of a section without `file`. Raises ConfigError for a name that is not there."""
+    """The datasets whose classes take part, for a section without `file`. Raises ConfigError for an unknown name."""
     names = section.tasks or tuple(datasets)
     for name in names:
         if name not in datasets:
             raise ConfigError(
-                f"stream.tasks: {name!r} is no adaptation dataset{nearest(name, datasets) or _there(datasets)}"
+                f"stream.tasks: {name!r} is no adaptation dataset{nearest(name, datasets) or _available(datasets)}"
             )
     return names
 
 
 def datasets_of(section: StreamSection) -> tuple[str, ...]:
-    """The datasets that a section, or its file, names by itself. Raises ConfigError for a file that is no stream."""
+    """The datasets that a section or its file names. Raises ConfigError for a file that is not a stream."""
     return load(Path(section.file)).datasets if section.file is not None else section.tasks or ()
 
 
 def length_of(section: StreamSection) -> int:
-    """The number of tasks of a section that names its datasets. Raises ConfigError for a file that is no stream."""
+    """The number of tasks of a section that names its datasets. Raises ConfigError for a file that is not a stream."""
     if section.file is not None:
         return len(load(Path(section.file)).tasks)
     return section.chunks or len(section.tasks or ())
@@ -126,11 +127,12 @@ def length_of(section: StreamSection) -> int:
 def make_stream(
     section: StreamSection, datasets: Mapping[str, Sequence[str]], measured: Measured | None = None
 ) -> Stream:
-    """The stream that a section describes, over `datasets`: adaptation dataset -> its class names, () for a retrieval set.
+    """The stream of a section over `datasets`: adaptation dataset -> its class names, () for a retrieval set.
 
-    `measured` is needed by two orders, for every element that takes part: the base's score for `performance` (higher is
-    easier; a tuple breaks ties by what follows), the place on the path for `similarity` (`workers.scoring.stream_orders.measure`).
-    The order of the keys of `datasets` counts for dataset_incremental alone. Raises ConfigError, PlanError.
+    Two orders need `measured`, with a value for every element that takes part. For `performance` it is the base's score
+    (higher is easier; further values of a tuple break ties), for `similarity` the position on the path
+    (`workers.scoring.stream_orders.measure`). The order of the keys of `datasets` matters for dataset_incremental only.
+    Raises ConfigError, PlanError.
     """
     if section.file is not None:
         return _fitting(load(Path(section.file)), datasets)
@@ -147,14 +149,14 @@ def make_stream(
 
 
 def elements_of(datasets: Mapping[str, Sequence[str]]) -> list[Element]:
-    """Every (dataset, class), datasets as given and classes in the dataset's own order; a set without classes is one."""
+    """Every (dataset, class), in the order of the datasets and of their classes; a set without classes is one element."""
     return [(name, label) for name, classes in datasets.items() for label in classes or (WHOLE,)]
 
 
 def _in_order(
     section: StreamSection, datasets: Mapping[str, Sequence[str]], measured: Measured | None
 ) -> list[Element]:
-    """All elements in the section's order, not reversed."""
+    """All elements in the order of the section, before reversal."""
     if section.order == "dataset_incremental":
         return elements_of(datasets)
     elements = elements_of(dict(sorted(datasets.items())))
@@ -173,12 +175,14 @@ def _in_order(
 
 
 def _draws(count: int, seed: int) -> list[int]:
-    """One 64-bit number for each element. Raw Philox output, which NumPy keeps the same in every version and on any machine."""
+    """One 64-bit number per element: raw Philox output, which NumPy keeps the same in every version and on every machine."""
     return np.random.Philox(key=seed).random_raw(count).tolist()
 
 
 def _measured_keys(order: str, elements: Sequence[Element], measured: Measured | None) -> list[Any]:
-    """Easy to hard: descending scores. Along the path: ascending places. Equal ones stand by dataset name and class order."""
+    """Sort keys. performance: easy to hard, descending scores. similarity: ascending positions. Ties keep dataset and
+    class order.
+    """
     measured = measured or {}
     missing = [element for element in elements if element not in measured]
     if missing:
@@ -197,7 +201,9 @@ def _measured_keys(order: str, elements: Sequence[Element], measured: Measured |
 
 
 def _frequencies(table: Path, elements: Sequence[Element]) -> list[float]:
-    """Counts, least frequent first (2408.14471); DATASET+++class wins over class, a retrieval set goes by its dataset's name."""
+    """Counts, least frequent first (2408.14471). DATASET+++class takes precedence over class; a retrieval set uses its
+    own name.
+    """
     counts = read_counts(table)
     found = [
         counts.get(JOINT.join(element), counts.get(element[1] if element[1] != WHOLE else element[0]))
@@ -212,7 +218,7 @@ def _frequencies(table: Path, elements: Sequence[Element]) -> list[float]:
 
 
 def _arrivals(section: StreamSection, elements: Sequence[Element]) -> list[tuple[int, ...]]:
-    """Each element's dataset's date: earlier first, classes of one date mixed by the draws (FoMo-in-Flux's rsagg)."""
+    """The date of each element's dataset: earlier first, with classes of one date in random order (FoMo-in-Flux's rsagg)."""
     periods = section.periods
     missing = sorted({dataset for dataset, _ in elements if dataset not in periods})
     if missing:
@@ -237,7 +243,7 @@ def _cut(elements: Sequence[Element], chunks: int) -> Iterator[Sequence[Element]
 
 
 def _task(chunk: Sequence[Element], datasets: Mapping[str, Sequence[str]]) -> StreamTask:
-    """Parts by dataset name, classes in their dataset's order: equal sets of classes are equal tasks, in whatever order."""
+    """Parts sorted by dataset name, classes in the order of their dataset, so that equal sets of classes give equal tasks."""
     chosen: dict[str, set[str]] = {}
     for dataset, label in chunk:
         chosen.setdefault(dataset, set()).add(label)
@@ -249,7 +255,7 @@ def _task(chunk: Sequence[Element], datasets: Mapping[str, Sequence[str]]) -> St
 
 
 def _task_name(parts: Sequence[Part], size: int, datasets: Mapping[str, Sequence[str]]) -> str:
-    """The dataset if the task is one whole dataset; else what it holds in numbers and a digest of it (our convention)."""
+    """The dataset if the task is one whole dataset, else the sizes of its content and a digest of it (our convention)."""
     if len(parts) == 1 and parts[0].classes is None:
         return parts[0].dataset
     content = [[part.dataset, None if part.classes is None else list(part.classes)] for part in parts]
@@ -300,7 +306,9 @@ def save(stream: Stream, path: Path) -> None:
 
 
 def load(path: Path) -> Stream:
-    """The stream in a file. Raises ConfigError: unreadable, malformed, unknown keys, a class or task name twice."""
+    """The stream in a file. Raises ConfigError if it is unreadable, malformed, has unknown keys, or repeats a class or
+    task name.
+    """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_key_twice)
     except OSError as error:
@@ -331,7 +339,7 @@ def _parsed(raw: Any, model: type[_Body], where: str) -> Stream:
 
 
 def _repetitions(tasks: Sequence[StreamTask]) -> Iterator[str]:
-    """What a stream may hold once only: task names, classes, and a dataset that is there as a whole."""
+    """Whatever a stream may hold only once but holds twice: task names, classes, and whole datasets."""
     names: set[str] = set()
     seen: dict[str, set[str]] = {}
     whole: set[str] = set()
@@ -353,7 +361,7 @@ def _repetitions(tasks: Sequence[StreamTask]) -> Iterator[str]:
 
 
 def _fitting(stream: Stream, datasets: Mapping[str, Sequence[str]]) -> Stream:
-    """The stream, if all that it names is there. Raises ConfigError with the first few names that are not."""
+    """The stream, if all that it names exists. Raises ConfigError with the first names that do not."""
     problems = list(islice(_unfitting(stream, datasets), 20))
     if problems:
         raise ConfigError([f"stream.file: {problem}" for problem in problems])
@@ -363,7 +371,7 @@ def _fitting(stream: Stream, datasets: Mapping[str, Sequence[str]]) -> Stream:
 def _unfitting(stream: Stream, datasets: Mapping[str, Sequence[str]]) -> Iterator[str]:
     for name in stream.datasets:
         if name not in datasets:
-            yield f"{name!r} is no adaptation dataset{nearest(name, datasets) or _there(datasets)}"
+            yield f"{name!r} is no adaptation dataset{nearest(name, datasets) or _available(datasets)}"
     for task in stream.tasks:
         for part in task.parts:
             if part.dataset not in datasets or part.classes is None:
@@ -381,5 +389,5 @@ def _some_of(elements: Sequence[Element]) -> str:
     return f"{listed} and {more} more" if more > 0 else listed
 
 
-def _there(datasets: Mapping[str, Sequence[str]]) -> str:
+def _available(datasets: Mapping[str, Sequence[str]]) -> str:
     return f"; there are {', '.join(list(datasets)[:40]) or 'none'}"

@@ -1,8 +1,9 @@
-"""A suite as a file: which datasets a benchmark consists of, and whether they are all under a data root.
+"""Suites as files: the datasets of a benchmark, and the check of a data root against them.
 
-A suite file holds facts (role, kind, prompt, counts, dates) and none of the data, so a study on it can be planned before a byte
-is there. Invariant: what is stated is checked and what is unknown (null) is not; a count that is not stated is never invented
-for a check, only for a provisional plan (`Suite.described`).
+A suite file holds facts (role, kind, prompt, counts, dates) and no data, so a study on it can be planned before any
+data is there.
+Invariant: stated facts are checked, unknown ones (null) are not. An unknown count is never assumed in a check, only in
+a provisional plan (`Suite.described`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,7 +42,7 @@ SPLITS: dict[Role, tuple[str, ...]] = {
     "held_out": ("test",),
 }
 VAL = "val"
-"""A split that any dataset may have besides."""
+"""A split that any dataset may have in addition."""
 
 
 def _with_place(template: str) -> str:
@@ -56,8 +57,8 @@ Count = Annotated[int | None, Field(ge=1, le=10**10)]
 class SuiteDataset(Section):
     """One dataset, expected under the root in a folder of its name, with or without the prefix wds_. Null is unknown.
 
-    `classes`, `train`, `test` and `val` are counts (`val` null: there need be none); `original` is the folder's name in the benchmark's own download; `date` is a year,
-    or text (year-month or year-month-day).
+    `classes`, `train`, `test` and `val` are counts (`val` null: the split is optional); `original` is the folder's name
+    in the download of the benchmark; `date` is a year, or text (year-month or year-month-day).
     """
 
     name: Name
@@ -83,12 +84,12 @@ class SuiteDataset(Section):
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits that must be there."""
+        """The required splits."""
         return (*SPLITS[self.role], VAL) if self.val is not None else SPLITS[self.role]
 
 
 class Totals(Section):
-    """What the benchmark states for all datasets of a role together."""
+    """The benchmark's totals over all datasets of a role."""
 
     classes: int = Field(ge=1)
     train: int = Field(ge=1)
@@ -96,7 +97,7 @@ class Totals(Section):
 
 
 class Suite(Section):
-    """A benchmark: its datasets in the file's order, and the sums it states. `read_suite_file` makes one."""
+    """A benchmark: its datasets in the order of the file, and the stated totals. `read_suite_file` makes one."""
 
     format: Literal[1]
     name: Name
@@ -112,7 +113,7 @@ class Suite(Section):
         return self
 
     @model_validator(mode="after")
-    def _told_apart(self) -> Self:
+    def _has_unique_names(self) -> Self:
         values = [dataset.name for dataset in self.datasets]
         twice = sorted({value for value in values if values.count(value) > 1})
         if twice:
@@ -123,12 +124,12 @@ class Suite(Section):
 
     @cached_property
     def roles(self) -> dict[str, tuple[str, ...]]:
-        """The datasets of each role, as `suite.json` of a root would give them."""
+        """The datasets of each role, as in the `suite.json` of a root."""
         return {role: tuple(d.name for d in self.datasets if d.role == role) for role in ROLES}
 
     @cached_property
     def dates(self) -> dict[str, int | str]:
-        """The date of every dataset that has one: `stream.dates` of a stream over time."""
+        """The date of every dataset that has one, as `stream.dates` takes it."""
         return {d.name: d.date for d in self.datasets if d.date is not None}
 
     def dataset(self, name: str) -> SuiteDataset:
@@ -139,10 +140,10 @@ class Suite(Section):
         raise UserError(f"suite {self.name} has no dataset {name!r}")
 
     def described(self) -> dict[str, DatasetInfo]:
-        """Every dataset, good enough to plan with before the data are there: digests that no shards have, no shards.
+        """Descriptions of all datasets for planning before the data are there: no shards, and digests that no shards have.
 
-        Class names are placeholders (class-00001, ...). A count that is null is an equal share of what the role's total leaves
-        (1 without a total), so that sums over all datasets are right though single ones are not.
+        Class names are placeholders (class-00001, ...). A count that is null is an equal share of what remains of the
+        role's total (1 without a total), so that sums over all datasets are right although single counts are not.
         """
         classes, train, test = (self._counts(what) for what in ("classes", "train", "test"))
         answer = {}
@@ -186,10 +187,10 @@ def read_suite_file(path: str | Path) -> Suite:
 
 @dataclass(frozen=True)
 class Finding:
-    """What stands between a dataset and a run.
+    """An obstacle between a dataset and a run.
 
-    `what` is missing (no folder), wrong (it cannot be used as the suite says), or differs (it can, but scores are not comparable with the
-    benchmark's). `text` says what was found, where, and what to do.
+    `what` is missing (no folder), wrong (not usable as the suite says), or differs (usable, but its scores are not
+    comparable with the benchmark's). `text` says what was found, where, and what to do.
     """
 
     dataset: str
@@ -204,22 +205,22 @@ class Finding:
 
 
 def missing(suite: Suite, root: str | Path, names: Sequence[str] | None = None) -> list[Finding]:
-    """The datasets (of `names`, or all) that have no folder under `root`; looks at folders only."""
+    """The datasets (of `names`, or all) that have no folder under `root`; only folders are checked."""
     wanted = suite.datasets if names is None else [suite.dataset(name) for name in names]
     return [_missing(d, Path(root)) for d in wanted if _home(d, Path(root)) is None]
 
 
 def check(suite: Suite, root: str | Path, deep: bool = False, cache: Path | None = None) -> list[Finding]:
-    """Everything that a root lacks of a suite, in the suite's order.
+    """All findings of a suite under a root, in the order of the suite.
 
-    Reads the small text files and manifests of each folder; `deep` reads every shard whole as well and decodes every picture (its
-    index goes to `cache`).
+    Reads the small text files and manifests of each folder. `deep` also reads every shard and decodes every picture
+    (the index goes to `cache`).
     """
     return [finding for d in suite.datasets for finding in _findings(d, Path(root), deep, cache)]
 
 
 def summary(suite: Suite, root: str | Path, findings: Sequence[Finding]) -> dict[str, Any]:
-    """The outcome of `check` for programs: complete, counts, findings."""
+    """The findings of `check` for programs: complete, counts, findings."""
     blocked = {finding.dataset for finding in findings if finding.blocks}
     return {
         "suite": suite.name,
@@ -270,16 +271,18 @@ def _compare(d: SuiteDataset, home: Path, found: "_Found") -> Iterator[Finding]:
             text = f"{home / split} holds {samples} samples, the suite states {stated}"
             yield finding("differs", f"{text}; convert the split that the benchmark uses")
     if d.template is not None and found.templates != (d.template,):
-        said = f"{found.templates[0]!r}" if len(found.templates) == 1 else f"{len(found.templates)} prompts"
+        prompts = (
+            f"{found.templates[0]!r}" if len(found.templates) == 1 else f"{len(found.templates)} prompts"
+        )
         path = home / "zeroshot_classification_templates.txt"
         yield finding(
-            "differs", f"{path} gives {said}; to compare scores, let it hold the one line {d.template}"
+            "differs", f"{path} gives {prompts}; to compare scores, let it hold the one line {d.template}"
         )
 
 
 @dataclass(frozen=True)
 class _Found:
-    """`samples` per split that is there; None where counting would mean reading the shards."""
+    """The content of a dataset folder. `samples` is by split; None where counting would require reading the shards."""
 
     kind: str
     classes: tuple[str, ...]
@@ -294,7 +297,7 @@ def _whole(d: SuiteDataset, root: Path, home: Path, cache: Path | None) -> _Foun
 
 
 def _shallow(home: Path) -> _Found:
-    """A folder without our manifest: its text files, and whether each split has as many shards as it states."""
+    """The content of a folder without our manifest: its text files, and whether each split has as many shards as it states."""
     samples: dict[str, int | None] = {}
     for place in (home / "train", home / "test", home / VAL):
         shards = len(list(place.glob("*.tar")))

@@ -1,8 +1,8 @@
-"""Text that a stranger wrote, turned into plain values under limits: no code, no aliases, no depth, no surprises.
+"""Untrusted YAML as plain values, under limits: no code, no aliases, no deep nesting.
 
-Invariant: what comes out is a tree of dict (text keys), list, str, int, finite float, bool and None; anything else is a
-`ConfigError` that says where. Numbers are read as YAML 1.2 writes them (1e-5 is a number), a key given twice is refused,
-and whole numbers are ints however they were spelt.
+Invariant: the result is a tree of dict (text keys), list, str, int, finite float, bool and None; anything else is a
+`ConfigError` with its place. Numbers follow YAML 1.2 (1e-5 is a number), repeated keys are refused, and whole numbers
+are ints however they are written.
 """
 
 import math
@@ -20,6 +20,7 @@ MAX_DEPTH = 20
 MAX_VALUES = 20_000
 _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+_DOCUMENT = re.compile(r"^---[ \t]*(?:#.*)?$", re.MULTILINE)
 _INT = r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"
 
 
@@ -66,7 +67,7 @@ _Loader.add_constructor(
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises ConfigError naming the file."""
+    """The mapping in a YAML file. Raises ConfigError, which names the file."""
     try:
         with path.open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)
@@ -83,7 +84,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def parse(data: bytes | str, where: str) -> Any:
-    """The value of one YAML document under our limits. Raises ConfigError."""
+    """The value of one YAML document within the limits. Raises ConfigError."""
     if len(data) > MAX_BYTES:
         raise ConfigError(
             f"{where} is larger than {MAX_BYTES // 1024} kB; a study file is small, check the path"
@@ -111,8 +112,32 @@ def parse(data: bytes | str, where: str) -> Any:
     return _whole(value)
 
 
+def read_all(path: Path) -> list[dict[str, Any]]:
+    """The mappings in the documents of a YAML file, at least one. Raises ConfigError, which names the file."""
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
+        text = data.decode("utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error.strerror or error}; give the path of a recipe"
+        ) from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8 text") from None
+    found = []
+    for part in _DOCUMENT.split(text):
+        if any(line.strip() and not line.lstrip().startswith("#") for line in part.splitlines()):
+            value = parse(part, str(path))
+            if not isinstance(value, dict):
+                raise ConfigError(f"{path} must hold a mapping of keys to values, not {_kind(value)}")
+            found.append(value)
+    if not found:
+        raise ConfigError(f"{path} is empty; write a recipe")
+    return found
+
+
 def override(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set `key.path` in a tree, making the mappings on the way. Raises ConfigError where the path meets no mapping."""
+    """Set `key.path` in a tree, creating mappings as needed. Raises ConfigError if a part of the path is not a mapping."""
     parts = key.split(".")
     if not all(parts):
         raise ConfigError(f"--set {key}: write key.path=value, for instance recipe.lr=1e-4")
@@ -128,7 +153,7 @@ def override(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def split_override(text: str) -> tuple[str, Any]:
-    """`key.path=value` as the key path and the parsed value. Raises ConfigError."""
+    """The key path and the parsed value of `key.path=value`. Raises ConfigError."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {text}: write key.path=value, for instance recipe.lr=1e-4")
@@ -136,7 +161,7 @@ def split_override(text: str) -> tuple[str, Any]:
 
 
 def _check_events(text: str, where: str) -> None:
-    """Refuse, before any value is built, what could grow or do something: aliases, tags, depth, several documents."""
+    """Refuse aliases, tags, deep nesting and several documents before any value is built."""
     depth, documents = 0, 0
     for count, event in enumerate(yaml.parse(text, Loader=_Base)):
         line = event.start_mark.line + 1 if event.start_mark else 0
@@ -203,7 +228,7 @@ def _explain(error: BaseException) -> str:
 
 
 def _about_variables(error: BaseException, text: str) -> str:
-    """A hint where the line holds a variable: within { } and [ ], YAML takes the braces of a variable for its own."""
+    """A hint if the line holds a variable: within { } and [ ], YAML reads the braces of a variable as its own."""
     mark, lines = getattr(error, "problem_mark", None), text.splitlines()
     near = lines[max(0, mark.line - 1) : mark.line + 1] if mark is not None else []
     found = next((found for line in near for found in re.findall(r"\$\{[^}]*\}[^,}\]\s]*", line)), None)

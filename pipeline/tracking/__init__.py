@@ -1,7 +1,9 @@
-"""MLflow, never in the way of a study: rows wait in an outbox and are delivered in the background, each exactly once.
+"""Tracking in MLflow: rows wait in an outbox and are delivered in the background, each exactly once.
 
-Used from outside: `session` (`Tracking`), `tracker` (`sync`, `ui_command`, `ui_url`, `file_with_study`), `outbox` (`glance`),
-`mlflow.ui_server` (`serve`). Only `mlflow/` imports MLflow.
+A study never waits for MLflow. Used from outside: `session` (`Tracking`), `tracker` (`sync`, `ui_command`, `ui_url`,
+`file_with_study`), `outbox` (`glance`), `mlflow.ui_server` (`serve`).
+
+Invariant: only `mlflow/` imports MLflow.
 """
 
 from merge_service.moved import names_from

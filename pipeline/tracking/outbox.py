@@ -1,9 +1,9 @@
-"""What the tracker has not received yet, kept in a small sqlite file beside the store.
+"""Rows that the tracker has not received yet, in a small sqlite file beside the store.
 
-Invariant: a row, once appended, is on disk (WAL, synchronous=FULL) before the caller goes on; it has the timestamp of the
-record it was made from and never of its delivery, so delivering it twice adds nothing. Rows are delivered in the order
-of their sequence numbers. What was delivered is remembered per destination: the same rows can be sent to a second
-tracker later. The file can be deleted at any time: the next run of the study writes the same rows again from the store.
+Invariant: an appended row is on disk (WAL, synchronous=FULL) before the call returns. It has the timestamp of its record and
+never that of its delivery, so delivering it twice adds nothing. Rows are delivered in the order of their sequence numbers.
+Delivered rows are marked per destination, so the same rows can be sent to a second tracker later. The file can be deleted at any
+time: the next run of the study writes the same rows again from the store.
 
 One host at a time writes it (the driver appends, one flusher marks); any number of readers may count.
 """
@@ -22,7 +22,7 @@ from pipeline.errors import TrackingError
 
 FILE = "outbox.db"
 PLAN, RESULTS = "plan", "results"
-"""Notes of an outbox: the plan that ran last, and the plan that results.json of OUT is of."""
+"""Keys of `meta`: the plan that ran last, and the plan that results.json in OUT belongs to."""
 _BUSY_SECONDS = 10.0
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS rows (
@@ -40,7 +40,7 @@ _PENDING = "SELECT count(*) FROM rows WHERE seq NOT IN (SELECT seq FROM delivere
 
 @dataclass(frozen=True)
 class Row:
-    """One thing to tell the tracker. `key` makes it unique; `replace` rows supersede an earlier row of the same key."""
+    """One message for the tracker. `key` identifies it; `replace` rows supersede an earlier row of the same key."""
 
     key: str
     payload: Mapping[str, Any]
@@ -50,7 +50,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Entry:
-    """A row as it lies in the outbox."""
+    """A row as stored in the outbox."""
 
     seq: int
     key: str
@@ -59,14 +59,15 @@ class Entry:
 
 
 class Outbox:
-    """Rows for a tracker, in order, exactly as long as they are needed. Safe to use from several threads.
+    """Rows for a tracker, in order. Safe to use from several threads.
 
-    Raises TrackingError when the file is not an outbox or cannot be written.
+    Raises TrackingError if the file is not an outbox or cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.RLock()
+        self._floor: dict[str, int] = {}
         try:
             self._db = sqlite3.connect(
                 path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
@@ -77,17 +78,17 @@ class Outbox:
         except sqlite3.Error as error:
             raise TrackingError(
                 f"{path} cannot be used as the outbox of the tracker: {error}. "
-                "Delete it and run the study again; its rows are made again from the store."
+                "Delete it and run the study again; the run writes its rows again from the store."
             ) from error
 
     def append(
         self, key: str, payload: Mapping[str, Any], timestamp_ms: int, *, replace: bool = False
     ) -> bool:
-        """Add one row; False when its key is there already (with `replace`: with the same payload)."""
+        """Add one row; False if its key exists already (with `replace`: with the same payload)."""
         return self.extend([Row(key, payload, timestamp_ms, replace)]) == 1
 
     def extend(self, rows: Iterable[Row]) -> int:
-        """Add rows in one transaction; the number of new ones. Rows whose key is known are left alone."""
+        """Add rows in one transaction; returns the number of new ones. Rows whose key exists are not changed."""
         encoded = [
             (row, json.dumps(row.payload, sort_keys=True, separators=(",", ":"), allow_nan=False))
             for row in rows
@@ -100,50 +101,59 @@ class Outbox:
         return added
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The payload last appended under a key."""
+        """The last payload under a key."""
         found = self._read("SELECT payload FROM rows WHERE key = ?", key)
         return json.loads(found[0][0]) if found else None
 
     def pending(self, destination: str | None = None) -> int:
-        """How many rows a destination (default: the one this study uses) has not received, refused ones included."""
+        """How many rows a destination (default: this study's) has not received, refused ones included."""
         return int(self._read(_PENDING, self.destination() if destination is None else destination)[0][0])
 
     def undelivered(self, destination: str, limit: int = 64) -> list[Entry]:
-        """The next rows to deliver, in order, skipping those the destination has refused."""
+        """The next rows to deliver, in order, without those the destination has refused.
+
+        Leading rows that are done are not read again, because a sweep has tens of thousands.
+        """
         query = (
-            "SELECT seq, key, payload, timestamp_ms FROM rows"
-            " WHERE seq NOT IN (SELECT seq FROM delivered WHERE destination = ?)"
+            "SELECT seq, key, payload, timestamp_ms FROM rows WHERE seq > ?"
+            " AND seq NOT IN (SELECT seq FROM delivered WHERE destination = ?)"
             " AND seq NOT IN (SELECT seq FROM rejected WHERE destination = ?) ORDER BY seq LIMIT ?"
         )
-        found = self._read(query, destination, destination, limit)
+        with self._lock:
+            floor = self._floor.get(destination, 0)
+            newest = int(self._read("SELECT coalesce(max(seq), 0) FROM rows")[0][0])
+            found = self._read(query, floor, destination, destination, limit)
+            self._floor[destination] = found[0][0] - 1 if found else newest
         return [Entry(seq, key, json.loads(payload), stamp) for seq, key, payload, stamp in found]
 
-    def delivered(self, destination: str, seq: int) -> None:
-        """Remember that a destination has a row."""
+    def delivered(self, destination: str, *seqs: int) -> None:
+        """Mark rows as received by a destination."""
         with self._transaction() as db:
-            db.execute("INSERT OR IGNORE INTO delivered VALUES (?, ?)", (destination, seq))
+            rows = [(destination, seq) for seq in seqs]
+            db.executemany("INSERT OR IGNORE INTO delivered VALUES (?, ?)", rows)
 
     def reject(self, destination: str, seq: int, error: str) -> None:
-        """Set a row aside that a destination refuses, so that the rows behind it are not held up."""
+        """Set a row aside that a destination refuses, so that it does not block later rows."""
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO rejected VALUES (?, ?, ?)", (destination, seq, error))
 
     def rejected(self, destination: str) -> list[tuple[str, str]]:
-        """(key, error) of every row set aside."""
+        """(key, error) of every row that was set aside."""
         query = "SELECT key, error FROM rejected JOIN rows USING (seq) WHERE destination = ? ORDER BY seq"
         return [(key, error) for key, error in self._read(query, destination)]
 
     def retry_rejected(self, destination: str) -> None:
-        """Let refused rows be offered once more."""
+        """Offer refused rows once more."""
         with self._transaction() as db:
             db.execute("DELETE FROM rejected WHERE destination = ?", (destination,))
+            self._floor.pop(destination, None)
 
     def plans(self) -> dict[str, str]:
-        """Every plan that was told to this outbox, the first one first: its fingerprint and the name of its parent run."""
+        """Every plan of this outbox, oldest first: its fingerprint and the name of its parent run."""
         return _plans(self._read(_STUDIES))
 
     def destination(self) -> str:
-        """The name of the destination this study uses, as last set."""
+        """The name of this study's destination, as last set."""
         return self.meta("destination") or ""
 
     def meta(self, key: str) -> str | None:
@@ -195,8 +205,9 @@ def _insert(db: sqlite3.Connection, row: Row, text: str) -> bool:
 
 @dataclass(frozen=True)
 class Glance:
-    """What an outbox says to whoever only looks: rows that its tracker has not received; the names of the parent runs of other
-    plans that OUT held; the one of those that results.json is still of, if it is another's than the plan's that ran last."""
+    """Summary of an outbox for readers: rows that its tracker has not received; the names of the parent runs of other plans in
+    OUT; the one of those that results.json still belongs to, if it is not the plan that ran last.
+    """
 
     pending: int = 0
     others: tuple[str, ...] = ()
@@ -204,9 +215,9 @@ class Glance:
 
 
 def glance(out: Path) -> Glance:
-    """What the outbox of a study directory says; nothing when nothing was ever tracked. Reads only.
+    """The summary of a study directory's outbox; empty if nothing was ever tracked. Reads only.
 
-    Raises TrackingError when the file is there but is not an outbox.
+    Raises TrackingError if the file exists but is not an outbox.
     """
     path = out / FILE
     if not path.exists():
@@ -215,7 +226,7 @@ def glance(out: Path) -> Glance:
         try:
             return _glance(f"{path.resolve().as_uri()}?mode=ro")
         except sqlite3.OperationalError:
-            # A WAL database in a directory we may not write: nobody else writes it either.
+            # A WAL database in a read-only directory: no other process writes it either.
             return _glance(f"{path.resolve().as_uri()}?immutable=1")
     except sqlite3.Error as error:
         raise TrackingError(f"{path} is not readable as the outbox of the tracker: {error}") from error

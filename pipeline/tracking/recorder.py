@@ -1,12 +1,11 @@
-"""What the driver tells tracking: one call per thing that happened, quick, and never an error.
+"""Records the driver's events for tracking: one fast call per event, never an error.
 
-Invariant: everything is appended to the outbox before a call returns; nothing here talks to MLflow. Telling a step again
-is free, so the driver tells every step that is done, also those that an earlier run did: that makes up for a crash
-between a commit and its rows.
+Invariant: every row is appended to the outbox before a call returns; nothing here contacts MLflow. Recording a step again adds
+nothing, so the driver records every finished step, also those of an earlier run. This makes up for a crash between a commit and
+its rows.
 """
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.errors import TrackingError
@@ -18,22 +17,19 @@ from pipeline.tracking.rows.index import STUDY
 
 
 class Recorder:
-    """Writes a plan's rows into the outbox of `out`. `notify` is called after new rows (to wake the flusher).
+    """Writes a plan's rows into the outbox of `out`.
 
-    Rows that cannot be written (disk full, a broken outbox) are kept and tried again with the next ones; `last_error`
-    says why. None of it stops the study: its next run makes the rows again from the store.
+    Rows that cannot be written (disk full, a broken outbox) are kept and tried again with the next ones; `last_error` holds the
+    reason. The study continues: its next run writes the rows again from the store.
     """
 
-    def __init__(
-        self, projection: Projection, outbox: Outbox, out: Path, notify: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, projection: Projection, outbox: Outbox, out: Path) -> None:
         self.last_error: str | None = None
         self._projection, self._outbox, self._out = projection, outbox, out
-        self._notify = notify or (lambda: None)
         self._kept: list[Row] = []
 
     def study_started(self, now_ms: int) -> None:
-        """Announce the study, its trajectories and its base; reopen what an earlier run left as failed."""
+        """Record the study, its trajectories and its base; reopen runs that an earlier run left as failed."""
         self._remember(PLAN)
         rows = self._projection.started(now_ms)
         rows += [
@@ -54,16 +50,17 @@ class Recorder:
             return []
 
     def step_done(self, step: Step, record: Record) -> None:
-        """A step's record is in the store, since now or since an earlier run."""
+        """Record a step whose record is in the store, from this run or an earlier one."""
         self._append(self._projection.step(step, record))
 
     def step_failed(self, step: Step, error: str, now_ms: int) -> None:
-        """A step was given up; `error` is its message."""
+        """Record a step that was given up; `error` is its message."""
         self._append(self._projection.failed(step, error, now_ms))
 
     def study_finished(self, table: str | None = None, best: str | None = None) -> None:
-        """All steps are done. `table` is the results as CSV, `best` the trajectory to register; `results.json` of OUT is
-        filed as well."""
+        """Record that all steps are done. `table` is the results as CSV, `best` the trajectory to register; `results.json` in OUT
+        is attached as well.
+        """
         rows = self._projection.finished(table, best)
         if (self._out / "results.json").is_file():
             self._remember(RESULTS)
@@ -71,7 +68,7 @@ class Recorder:
         self._append(rows)
 
     def _remember(self, what: str) -> None:
-        """That the plan that runs, or that results.json is of, is this one."""
+        """Record this plan as the one that runs, or the one that results.json belongs to."""
         try:
             self._outbox.set_meta(what, self._projection.index.fingerprint)
         except TrackingError as error:
@@ -89,4 +86,3 @@ class Recorder:
             self.last_error = str(error)
             return
         self._kept = []
-        self._notify()

@@ -1,13 +1,16 @@
-"""What the driver tells the tracker, and how a run ends its conversation with it.
+"""The tracking of one run: from the driver's events to the end of delivery.
 
-Invariant: tracking never slows, stops or fails a study; what could not be delivered waits in the outbox and is said.
+Invariant: tracking never slows, stops or fails a study; rows that could not be delivered stay in the outbox, and the run reports
+them.
 """
 
 import csv
 import io
+import subprocess
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -40,7 +43,9 @@ class Tracking:
         facts = StudyFacts(
             settings=study.model_dump(mode="json"),
             code_version=version("temporal-merge"),
+            git=git_tags(Path(__file__).parents[2]),
             log_weights=options.log_weights,
+            recipes=workspace.recipes,
             store="store" if study.storage.store is None else store.where,
             registry=_registry(study),
             title=plans.get(fingerprint, f"{plan.study} · {fingerprint[:8]}" if others else plan.study),
@@ -51,7 +56,7 @@ class Tracking:
         assert known.keys() == bases.keys(), "the workspace is prepared first"
         projection = Projection(plan, facts, known)
         self.notes = [*self._change(projection, facts, plans)]
-        self.recorder = Recorder(projection, self.outbox, workspace.out, self.tracker.notify)
+        self.recorder = Recorder(projection, self.outbox, workspace.out)
         self.pending = 0
 
     def __enter__(self) -> Self:
@@ -66,12 +71,12 @@ class Tracking:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # On an error nobody waits for the tracker: the rows are safe in the outbox.
+        # After an error the run does not wait for the tracker: the rows are safe in the outbox.
         self.pending = self.tracker.close(CLOSE_SECONDS if error is None else 2.0)
         self.outbox.close()
 
     def _change(self, projection: Projection, facts: StudyFacts, plans: dict[str, str]) -> Iterator[str]:
-        """What becomes of the plan that OUT held, if it is another: a study that was changed in its OUT."""
+        """A note on the former plan in OUT, if the study was changed since."""
         out, now = self.workspace.out, projection.index.fingerprint
         before = self.outbox.meta(PLAN) or next(reversed(plans), now)
         if before == now or before not in plans:
@@ -90,7 +95,7 @@ class Tracking:
 
     @property
     def trouble(self) -> str | None:
-        """Why rows wait just now; None while they are delivered."""
+        """Why rows are waiting at present; None while they are delivered."""
         return self.tracker.last_error or self.recorder.last_error
 
     def committed(self, step: Any, record: Any) -> None:
@@ -103,6 +108,27 @@ class Tracking:
 
     def failed(self, step: Any, error: Exception) -> None:
         self.recorder.step_failed(step, str(error), _now_ms())
+
+
+def git_tags(code: Path) -> dict[str, str]:
+    """MLflow's tags of the commit of a checkout, and whether its files differ from it; empty if `code` is not the root of a
+    checkout.
+    """
+
+    def git(*words: str) -> str:
+        line = ["git", "-C", str(code), *words]
+        return subprocess.run(line, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != code.resolve():
+            return {}  # installed into an environment inside another repository
+        changed = git("status", "--porcelain", "--untracked-files=no") != ""
+        return {
+            "mlflow.source.git.commit": git("rev-parse", "HEAD"),
+            "mlflow.git.dirty": str(changed).lower(),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return {}
 
 
 def _registry(study: Study) -> dict[str, str] | None:

@@ -1,10 +1,11 @@
-"""Carries the outbox to MLflow in the background, and never lets MLflow slow the study down.
+"""Delivers the outbox to MLflow in the background, without slowing the study down.
 
-Invariant: callers only ever touch the outbox. One thread per study directory (a lock file sees to it across processes)
-delivers rows in order, retries with its own backoff, and marks a row as delivered only after the server has it. A row
-the server refuses for good is set aside, counted as pending and offered again by `sync`.
+One thread per study directory (one process at a time, by a lock file) delivers rows in order, retries with its own backoff, and
+marks a row as delivered only after the server has it. A row that the server refuses for good is set aside, counted as pending,
+and offered again by `sync`.
 
-Everything here can be interrupted at any instruction: a row sent but not marked is sent again and changes nothing.
+Invariant: callers use only the outbox. Delivery can be interrupted at any instruction: a row that was sent but not marked is sent
+again and changes nothing.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
@@ -28,8 +29,8 @@ from pipeline.files.disk import NO_LOCKS
 from pipeline.study.addresses import CREDENTIALS, redact, refuse_secret
 from pipeline.tracking.mlflow.client import Limit
 from pipeline.tracking.mlflow.local import LOCAL_ARTIFACTS, LOCAL_DB, follow_home, local_uri, make_local_store
-from pipeline.tracking.mlflow.sink import MlflowSink, Refused
-from pipeline.tracking.mlflow.ui import APP, DOOR
+from pipeline.tracking.mlflow.sink import MlflowSink, Sent
+from pipeline.tracking.mlflow.ui import DOOR
 from pipeline.tracking.outbox import FILE, Entry, Outbox
 from pipeline.tracking.rows.index import STUDY
 from pipeline.tracking.rows.rows import Rows
@@ -37,16 +38,20 @@ from pipeline.tracking.rows.rows import Rows
 LOCK = "tracking.lock"
 _FIRST_BACKOFF, _LAST_BACKOFF = 0.5, 30.0
 _IDLE_SECONDS = 1.0
+AT_ONCE = 500
+"""Most rows of one transaction. The outbox is read once a second, so many rows go together while a study runs."""
 SYNC_PATIENCE = 15.0
-"""Whoever asks for delivery waits longer for a failing tracker than a study that ends, and for a request as long as it may take."""
+"""Seconds that a call for delivery waits for a failing tracker: longer than a study that ends, and as long as a request may take."""
 SAY_SECONDS = 10.0
 _LOCAL = "local"
 
 
 class Sink(Protocol):
-    """Where rows go. `deliver` raises Refused for good, TrackingError for now."""
+    """The receiver of rows. `deliver` yields rows as soon as they are safe, and raises TrackingError at the first that fails for
+    now.
+    """
 
-    def deliver(self, entry: Entry) -> None: ...
+    def deliver(self, entries: Sequence[Entry]) -> Iterable[Sent]: ...
 
     def forget(self) -> None: ...
 
@@ -54,9 +59,9 @@ class Sink(Protocol):
 class Tracker:
     """The flusher of one study. `uri` None keeps MLflow's store inside `out`.
 
-    `remember` makes this the destination that `status`, `sync` and `ui` mean. `on_sent` may be set; it is called between sending a row
-    and marking it (tests place crashes there). Raises ConfigError for a URI that holds a password; whatever goes wrong
-    later is in `last_error`.
+    `remember` makes this the destination of `status`, `sync` and `ui`. `on_sent` may be set; it is called between sending a row
+    and marking it (tests place crashes there). Raises ConfigError for a URI that holds a password; later errors are in
+    `last_error`.
     """
 
     def __init__(
@@ -86,7 +91,7 @@ class Tracker:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin delivering in the background. Returns at once; MLflow is not even imported yet."""
+        """Start delivery in the background. Returns at once, before MLflow is imported."""
         self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
         self._thread.start()
 
@@ -96,12 +101,12 @@ class Tracker:
     def close(
         self, timeout: float = 60.0, patience: float = 2.0, say: Callable[[int], None] | None = None
     ) -> int:
-        """Wait for what is left while it moves, then stop; the number of rows that are still pending.
+        """Wait for pending rows while delivery makes progress, then stop; returns the number of rows still pending.
 
-        Waits `timeout` seconds at most, and `patience` at most without a row delivered for a tracker that fails. With
-        SYNC_PATIENCE it waits as long as a request may take, every answer counts, and another process that delivers must move
-        as well. `say` is called now and then with the rows that are left. When the outbox itself has become unreadable the
-        answer is 1 and `last_error` says so: its rows can be made again.
+        Waits at most `timeout` seconds, and at most `patience` seconds without a delivered row while the tracker fails. With
+        SYNC_PATIENCE it waits as long as a request may take, every answer counts as progress, and another process that delivers
+        must make progress as well. `say` is called from time to time with the number of pending rows. If the outbox itself has
+        become unreadable the result is 1, with the reason in `last_error`: its rows can be written again.
         """
         try:
             self._wait_for_delivery(timeout, patience, say or (lambda left: None))
@@ -113,7 +118,7 @@ class Tracker:
             self._stop.set()
             self._wake.set()
             if self._thread is not None:
-                # Joined briefly only: a request that hangs must not keep the study from ending.
+                # Joined only briefly: a request that hangs must not keep the study from ending.
                 self._thread.join(timeout=0.2)
 
     def _wait_for_delivery(self, timeout: float, patience: float, say: Callable[[int], None]) -> None:
@@ -136,7 +141,7 @@ class Tracker:
             if now > said + SAY_SECONDS:
                 said = now
                 say(pending)
-            time.sleep(0.02)
+            time.sleep(0.05)
 
     def _refused(self) -> int:
         return len(self._outbox.rejected(self._destination))
@@ -158,11 +163,13 @@ class Tracker:
                     else:
                         self.last_error = "another process is delivering this study's rows"
                 self._pause(wait)
-        except TrackingError as error:  # the outbox itself; the store can make its rows again
+        except (
+            TrackingError
+        ) as error:  # the outbox itself failed; its rows can be written again from the store
             self.last_error = str(error)
 
     def _deliver_while_healthy(self) -> float:
-        """Deliver until stopped or until something fails; then the seconds to wait before the next attempt."""
+        """Deliver until stopped or until an error; returns the seconds to wait before the next attempt."""
         while not self._stop.is_set():
             wait = self._deliver_some()
             if self._failures:
@@ -171,27 +178,18 @@ class Tracker:
         return 0.0
 
     def _deliver_some(self) -> float:
-        """Deliver what is there; the seconds to wait before looking again."""
-        for entry in self._outbox.undelivered(self._destination):
-            if self._stop.is_set():
-                return 0.0
-            try:
-                self._sink.deliver(entry)
-                point("tracking.after_send")
-            except Refused as error:
-                self.last_error = self._refusal = redact(str(error))
-                self._outbox.reject(self._destination, entry.seq, self._refusal)
-                continue
-            except TrackingError as error:
-                self.last_error = redact(str(error))
-                self._failures += 1
-                return min(_FIRST_BACKOFF * 2.0 ** (self._failures - 1), _LAST_BACKOFF)
-            self.on_sent(entry)
-            self._outbox.delivered(self._destination, entry.seq)
-            self._failures, self.last_error = 0, self._refusal
-            # What a refused row lacked may be there now, e.g. the run it belongs to.
-            self._second_chance = self._refusal is not None
-        if self._outbox.undelivered(self._destination, limit=1):
+        """Deliver pending rows; returns the seconds to wait before the next look."""
+        entries = self._outbox.undelivered(self._destination, limit=AT_ONCE)
+        try:
+            for sent in self._sink.deliver(entries) if entries else ():
+                self._mark(sent)
+                if self._stop.is_set():
+                    return 0.0
+        except TrackingError as error:
+            self.last_error = redact(str(error))
+            self._failures += 1
+            return min(_FIRST_BACKOFF * 2.0 ** (self._failures - 1), _LAST_BACKOFF)
+        if len(entries) == AT_ONCE:
             return 0.0
         if not self._second_chance:
             return _IDLE_SECONDS
@@ -199,19 +197,31 @@ class Tracker:
         self._outbox.retry_rejected(self._destination)
         return 0.0
 
+    def _mark(self, sent: Sent) -> None:
+        """Mark rows in the outbox as delivered or refused."""
+        point("tracking.after_send")
+        if sent.refused is not None:
+            self.last_error = self._refusal = redact(sent.refused)
+            for entry in sent.entries:
+                self._outbox.reject(self._destination, entry.seq, self._refusal)
+            return
+        for entry in sent.entries:
+            self.on_sent(entry)
+        self._outbox.delivered(self._destination, *(entry.seq for entry in sent.entries))
+        self._failures, self.last_error = 0, self._refusal
+        # The reason of a refusal may be gone now, e.g. the row's run may exist.
+        self._second_chance = self._refusal is not None
+
     def _pause(self, seconds: float) -> None:
         if seconds and not self._stop.is_set():
             self._wake.wait(seconds)
             self._wake.clear()
 
-    def notify(self) -> None:
-        """There are new rows: deliver them now rather than within a second (unless the tracker is failing)."""
-        if self._failures == 0:
-            self._wake.set()
-
 
 class FlushLock:
-    """Held by the one process that delivers a study's rows; `with` yields whether we hold it. Freed by death."""
+    """Held by the one process that delivers a study's rows; `with` yields whether it is held here. The kernel frees it when the
+    process ends.
+    """
 
     def __init__(self, out: Path) -> None:
         self._path = out / LOCK
@@ -225,7 +235,7 @@ class FlushLock:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            # Where there are no locks two processes may deliver the same row: the second changes nothing.
+            # Without locks two processes may deliver the same row: the second delivery changes nothing.
             if error.errno not in NO_LOCKS:
                 os.close(handle)
                 return False
@@ -239,7 +249,9 @@ class FlushLock:
 
 
 def settle(out: Path) -> None:
-    """Say so, if OUT was moved or copied and its tracking store had to follow. Whoever delivers at this moment sees to it alone."""
+    """Update the addresses of a tracking store after OUT was moved or copied, and say so. If another process delivers at the
+    moment, that process does it.
+    """
     with contextlib.suppress(TrackingError), FlushLock(out) as held:
         before = follow_home(out, wait_seconds=1.0) if held else None
         if before is not None:
@@ -258,10 +270,10 @@ def sync(
     sink: Sink | None = None,
     say: Callable[[int], None] | None = None,
 ) -> tuple[int, str | None]:
-    """Deliver what the tracker of a study directory has not received: (rows still pending, why). Goes on while rows arrive.
+    """Deliver the pending rows of a study directory: (rows still pending, why). Continues while rows arrive.
 
-    `uri` sends everything to another tracking server instead; `say` is called every ten seconds with the rows that are left.
-    Safe while the study runs: whoever holds the lock delivers. Raises ConfigError when `out` has no outbox.
+    `uri` sends everything to another tracking server instead; `say` is called every ten seconds with the number of pending rows.
+    Safe while the study runs: the process that holds the lock delivers. Raises ConfigError if `out` has no outbox.
     """
     if not (out / FILE).exists():
         raise ConfigError(
@@ -275,7 +287,8 @@ def sync(
         tracker = Tracker(out, outbox, uri=target, experiment=experiment, sink=sink, remember=False)
         tracker.start()
         pending = tracker.close(timeout, SYNC_PATIENCE, say)
-        return pending, tracker.last_error if pending else None
+        late = f"it took longer than {timeout:g} s; what is left can be delivered later"
+        return pending, (tracker.last_error or late) if pending else None
     finally:
         outbox.close()
 
@@ -283,10 +296,10 @@ def sync(
 def file_with_study(
     out: Path, plan: str, names: Sequence[str], *, timeout: float = 60.0
 ) -> tuple[int, str | None]:
-    """File small files of OUT (`names` relative to it, such as report/report.html) with the study's run of a plan.
+    """Attach small files of OUT (`names` relative to it, such as report/report.html) to the study's run of a plan.
 
-    Filed again only when their bytes have changed; each replaces the one of its name. (rows still pending, why) as `sync`,
-    which delivers them later if the tracker is down. (0, None) where nothing was tracked.
+    A file is sent again only if its bytes have changed; it replaces the one of its name. Returns (rows still pending, why) as
+    `sync`, which delivers them later if the tracker is down. (0, None) if nothing was tracked.
     """
     if not (out / FILE).exists():
         return 0, None
@@ -301,13 +314,13 @@ def file_with_study(
 
 
 def _filed_as(name: str) -> str:
-    """report.html for report/report.html, val-report.html for report-val/report.html: a run's files lie side by side."""
+    """report.html for report/report.html, val-report.html for report-val/report.html: a run's files are in one directory."""
     folder, file = Path(name).parts[0], Path(name).name
     return f"{folder.removeprefix('report-')}-{file}" if folder.startswith("report-") else file
 
 
 def destination_name(uri: str | None, experiment: str) -> str:
-    """The name under which the outbox remembers what a tracking store has. It holds no part of the address."""
+    """The name of a tracking store in the outbox. It contains no part of the address."""
     place = _LOCAL if uri is None else hashlib.sha256(uri.encode()).hexdigest()[:16]
     return f"{place}/{experiment}"
 
@@ -328,7 +341,7 @@ def _remember(outbox: Outbox, uri: str | None, experiment: str) -> None:
 
 
 def ui_url(out: Path, *, port: int = 5000) -> str:
-    """Where the UI of `ui_command` shows the study's runs, in the view for model training."""
+    """The address at which the UI of `ui_command` shows the study's runs, in the view for model training."""
     home = f"http://127.0.0.1:{port}{DOOR}"
     outbox = Outbox(out / FILE)
     try:
@@ -342,7 +355,7 @@ def ui_url(out: Path, *, port: int = 5000) -> str:
                 "SELECT experiment_id FROM experiments WHERE name = ?", (name,)
             ).fetchone()
         except sqlite3.Error:
-            found = None  # someone is writing it: the list of experiments will do
+            found = None  # another process writes it: fall back to the list of experiments
         finally:
             database.close()
         if found is not None:
@@ -353,7 +366,7 @@ def ui_url(out: Path, *, port: int = 5000) -> str:
 def ui_command(out: Path, *, port: int = 5000) -> list[str]:
     """The command that shows a study in the MLflow UI, on 127.0.0.1 only.
 
-    Raises ConfigError when the study is tracked on a server of its own (its address is the UI), or not at all.
+    Raises ConfigError if the study is tracked on a server of its own (its address is the UI), or not at all.
     """
     if not (out / FILE).exists():
         raise ConfigError(
@@ -369,18 +382,17 @@ def ui_command(out: Path, *, port: int = 5000) -> list[str]:
     if uri is None:
         make_local_store(out)
         settle(out)
-    root = out.resolve() / LOCAL_ARTIFACTS
+    root = (out.resolve() / LOCAL_ARTIFACTS).as_uri()
+    module = "pipeline.tracking.mlflow.ui"
     return [
-        *(sys.executable, "-m", "mlflow", "server", "--app-name", APP),
-        *("--backend-store-uri", uri or local_uri(out)),
-        *(
-            "--default-artifact-root",
-            root.as_uri(),
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-            "--workers",
-            "1",
-        ),
+        sys.executable,
+        "-P",
+        "-W",
+        "ignore",
+        "-m",
+        module,
+        uri or local_uri(out),
+        root,
+        "127.0.0.1",
+        str(port),
     ]

@@ -1,41 +1,96 @@
-"""Taking out of a store what no study refers to, and out of OUT what finished steps left behind.
+"""Garbage collection: remove from a store what no study refers to, and from OUT what finished steps left behind.
 
-Invariant: what any registered study, or the plan in OUT, refers to stays; while another study's driver may run, so does
-whatever was made since it registered. A dry run changes nothing.
+Invariant: whatever a registered study or the plan in OUT refers to stays. While the driver of another study may run,
+everything made since its registration stays, too. A dry run changes nothing.
 """
 
 import contextlib
 import shutil
 import socket
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from merge_service.errors import UserError
 from pipeline.errors import StoreError
 from pipeline.plan.steps import Plan
+from pipeline.results.over_time import results
 from pipeline.store.local import Store
 from pipeline.store.names import DIGITS
-from pipeline.store.upkeep import Entry, Upkeep, sizes_of, upkeep
-from pipeline.workspace.lock import driver_lock, read_driver, write_driver
+from pipeline.store.recipes import not_portable
+from pipeline.store.upkeep import Entry, Upkeep, held_elsewhere, sizes_of, upkeep
+from pipeline.study.sections import StorageSection
+from pipeline.workspace.keeping import droppable, kept_at_the_end
+from pipeline.workspace.lock import DriverState, read_driver, upkeep_lock
 from pipeline.workspace.opening import open_plan, open_store
 from pipeline.workspace.registrations import Registration, registration, registrations
 
 
-def collect(out: Path, dry_run: bool, forget: list[str], set_aside: bool) -> dict[str, Any]:
+class Removed(TypedDict):
+    """An artifact that goes (`pipeline.store.upkeep.Entry`)."""
+
+    kind: str
+    digits: str
+    place: str
+    bytes: int
+    made_ms: int | None
+    linked: int
+
+
+class Registered(TypedDict):
+    """A study that the store knows: whether its OUT is gone, and whether its driver may be running."""
+
+    name: str
+    study: str
+    host: str
+    out: str
+    gone: bool
+    running: bool
+
+
+class MadeRecipe(TypedDict):
+    """A merge that becomes a recipe: the `bytes` that become free, none where `why` says what keeps it as a file."""
+
+    place: str
+    bytes: int
+    why: str | None
+
+
+class Collected(TypedDict):
+    """What `collect` did or would do.
+
+    `bytes` become free; `linked` are those of artifacts that go which other names hold on to. `scratch` are paths, `set_aside` bytes
+    by name, `forgotten` names of registrations.
+    """
+
+    dry_run: bool
+    store: str
+    removed: list[Removed]
+    bytes: int
+    linked: int
+    scratch: list[str]
+    set_aside: dict[str, int]
+    recipes: list[MadeRecipe]
+    studies: list[Registered]
+    forgotten: list[str]
+
+
+def collect(
+    out: Path, dry_run: bool, forget: list[str], set_aside: bool, keep: str | None = None
+) -> Collected:
     """Remove from the store of OUT what nobody refers to; what goes (or would), stays set aside, and is registered.
 
-    {"dry_run", "store", "removed": [{kind, digits, place, bytes, made_ms, linked}], "bytes", "linked", "scratch": [path],
-    "set_aside": {name: bytes}, "studies": [{name, study, host, out, gone, running}], "forgotten"}. "bytes" are those that
-    become free, "linked" those of artifacts that go which other names hold on to. Raises UserError while a driver works on
+    Raises UserError while a driver works on
     OUT, or for a name to forget that is not registered, whose OUT is still there, or that may be running elsewhere.
+
+    With `keep` (a value of `storage.keep`) the merges of the study that it does not keep become recipes.
     """
+    how = None if keep is None else _choice(keep)
     plan, store = open_plan(out), open_store(out)
     keeper, driver = upkeep(store), read_driver(out)
     with contextlib.ExitStack() as held:
         if not dry_run:
-            held.enter_context(_held(out))
+            held.enter_context(upkeep_lock(out))
         with keeper.exclusively() if not dry_run else contextlib.nullcontext():
             _check_forgotten(keeper, forget)
             if not dry_run:
@@ -48,14 +103,16 @@ def collect(out: Path, dry_run: bool, forget: list[str], set_aside: bool) -> dic
                 for entry in doomed:
                     keeper.take_out(entry, files_too=not running)
         scratch, aside = _scratch(out, plan, store), keeper.aside()
+        recipes = [] if how is None else _made_recipes(store, plan, out, how, dry_run)
         freed = sum(sizes_of(path)[0] for path in scratch) + (sum(aside.values()) if set_aside else 0)
         if not dry_run:
             _remove(keeper, scratch, list(aside) if set_aside else [])
     return {
         "dry_run": dry_run,
         "store": store.where,
-        "removed": [asdict(entry) for entry in doomed],
-        "bytes": sum(entry.bytes for entry in doomed) + freed,
+        "removed": [cast(Removed, asdict(entry)) for entry in doomed],
+        "recipes": recipes,
+        "bytes": sum(entry.bytes for entry in doomed) + freed + sum(one["bytes"] for one in recipes),
         "linked": sum(entry.linked for entry in doomed),
         "scratch": [str(path) for path in scratch],
         "set_aside": aside,
@@ -74,30 +131,52 @@ def collect(out: Path, dry_run: bool, forget: list[str], set_aside: bool) -> dic
     }
 
 
-def describe(answer: dict[str, Any]) -> list[str]:
-    """The answer of `collect` in lines for people."""
+def describe(answer: Collected) -> list[str]:
+    """The answer of `collect` as lines of text."""
     verb = "would be removed" if answer["dry_run"] else "removed"
     lines = [f"{entry['bytes']:>16,}  {entry['place']}" for entry in answer["removed"]]
     lines += [f"{'scratch':>16}  {path}" for path in answer["scratch"]]
+    lines += [
+        f"{one['bytes']:>16,}  {one['place']} ({'stays: ' + one['why'] if one['why'] else 'weights become a recipe'})"
+        for one in answer["recipes"]
+    ]
     for study in answer["studies"]:
         gone = f"; it is gone: --forget {study['name']} drops it" if study["gone"] else ""
         running = "; it may be running, so what was made since it began stays too" if study["running"] else ""
         lines.append(f"kept for {study['study']} ({study['host']}:{study['out']}{gone}{running})")
     for name, size in answer["set_aside"].items():
         lines.append(f"set aside: {size:,} bytes in {name} (--set-aside removes it)")
-    if answer["linked"]:
-        lines.append(
-            f"{answer['linked']:,} bytes more stay on the disk: other names hold them (hard links, such as the files of MLflow's "
-            "artifacts); they go when those are deleted too"
-        )
+    lines += held_elsewhere(answer["linked"], "more")
     return [
         *lines,
         f"{answer['store']}: {len(answer['removed'])} artifacts {verb}; bytes that become free: {answer['bytes']:,}",
     ]
 
 
+def _choice(keep: str) -> StorageSection:
+    try:
+        return StorageSection.model_validate({"keep": keep})
+    except ValueError:
+        raise UserError(f"--keep {keep}: choose all, final, best or none") from None
+
+
+def _made_recipes(
+    store: Store, plan: Plan, out: Path, how: StorageSection, dry_run: bool
+) -> list[MadeRecipe]:
+    """Make recipes of the merges that are not kept. "bytes" are those that become free: none where a name elsewhere holds them."""
+    if type(store) is not Store:
+        raise UserError(f"--keep needs a store in a directory; {store.where} keeps every merge")
+    kept = kept_at_the_end(plan, how, results(plan, store))
+    answer: list[MadeRecipe] = []
+    for record in droppable(store, plan, out, kept):
+        size = sum(sizes_of(record.path / name)[0] for name in record.droppable)
+        why = not_portable(record) if dry_run else store.recipes.drop(record)
+        answer.append({"place": str(record.path), "bytes": 0 if why else size, "why": why})
+    return answer
+
+
 def _unreferenced(keeper: Upkeep, plan: Plan, left: list[Registration], since: int | None) -> list[Entry]:
-    """What nobody refers to, made before `since` (ms) if other drivers may run since then."""
+    """Items that nothing refers to, made before `since` (ms) if other drivers may have run since then."""
     kept = {fp[:DIGITS] for fp in (*plan.bases, *plan.steps)}
     kept |= {fp[:DIGITS] for one in left for fp in one.fingerprints}
     doomed = []
@@ -129,7 +208,7 @@ def _check_forgotten(keeper: Upkeep, forget: list[str]) -> None:
 
 
 def _scratch(out: Path, plan: Plan, store: Store) -> list[Path]:
-    """What steps that are done, or that the plan no longer has, left in OUT/scratch, and streaming states."""
+    """Files in OUT/scratch of steps that are done or no longer in the plan, and streaming states."""
     found = []
     finished = all(store.has(step.kind, fp) for fp, step in plan.steps.items())
     for path in sorted((out / "scratch").glob("*")):
@@ -151,19 +230,8 @@ def _remove(keeper: Upkeep, scratch: list[Path], aside: list[str]) -> None:
         keeper.remove_aside(name)
 
 
-@contextlib.contextmanager
-def _held(out: Path) -> Iterator[None]:
-    """The driver's lock, leaving what the last driver said of itself as it was."""
-    said = read_driver(out)
-    with driver_lock(out):
-        try:
-            yield
-        finally:
-            write_driver(out, said)
-
-
-def _is_at(one: Registration, out: Path, driver: dict[str, Any]) -> bool:
-    """Whether a registration is of this very OUT: the same path, from this host or from the one that last drove it.
+def _is_at(one: Registration, out: Path, driver: DriverState) -> bool:
+    """Whether a registration is of this OUT: the same path, from this host or from the host of its last driver.
 
     The same path on any other host may be another directory.
     """

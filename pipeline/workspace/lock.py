@@ -1,6 +1,6 @@
-"""One driver per OUT: a lock that dies with its holder, and a small file that says who it is and what it does.
+"""One driver per OUT: a lock that the kernel frees when its holder ends, and a file with the state of the driver.
 
-Invariant: whoever holds the lock is alive. `driver.json` is only information; the lock decides.
+Invariant: a process that holds the lock is alive. `driver.json` is information only; the lock decides.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from merge_service.errors import UserError
 from pipeline.errors import StorageFull, StoreUnwritable
@@ -21,24 +21,59 @@ LOCK_FILE, DRIVER_FILE = ".driver.lock", "driver.json"
 LOOKS = 20
 
 
+class Running(TypedDict):
+    """A step under way; `began` is Unix time in seconds."""
+
+    fingerprint: str
+    kind: str
+    label: str
+    began: float
+
+
+class Waited(TypedDict):
+    """A step that another driver carries out: `holder` says who."""
+
+    fingerprint: str
+    label: str
+    holder: str
+
+
+class Failure(TypedDict):
+    """What ended a run: the label of a step, or the study's name, and the message."""
+
+    step: str
+    error: str
+
+
+class DriverState(TypedDict, total=False):
+    """What `driver.json` says; the file may be of another version, or missing."""
+
+    pid: int
+    host: str
+    running: list[Running]
+    waiting: list[Waited]
+    ended: bool
+    failed: Failure | None
+
+
 class AlreadyRunning(UserError):
     """Another driver works on the same OUT."""
 
 
 class NoLocks(UserError):
-    """OUT is on a file system that has no file locks, so two drivers could work there without knowing of each other."""
+    """OUT is on a file system without file locks, so two drivers could work there unnoticed."""
 
 
 @contextlib.contextmanager
 def driver_lock(out: Path) -> Iterator[None]:
-    """Hold OUT for this process. Raises AlreadyRunning, NoLocks, StorageFull, StoreUnwritable."""
+    """Lock OUT for this process. Raises AlreadyRunning, NoLocks, StorageFull, StoreUnwritable."""
     try:
         with room_for(f"OUT {out}", out):
             out.mkdir(parents=True, exist_ok=True)
             handle = os.open(out / LOCK_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         raise StoreUnwritable(
-            f"{out} cannot be written ({error.strerror or error}); choose another --out or mend it"
+            f"{out} cannot be written ({error.strerror or error}); choose another --out or make it writable"
         ) from error
     try:
         try:
@@ -65,7 +100,7 @@ def driver_lock(out: Path) -> Iterator[None]:
 
 
 def _take(handle: int) -> None:
-    """Lock, or raise BlockingIOError; somebody who only looks (`is_held`) has it for an instant and is waited for."""
+    """Lock, or raise BlockingIOError. A reader (`is_held`) holds the lock for an instant, so several tries are made."""
     for _ in range(LOOKS):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -76,7 +111,7 @@ def _take(handle: int) -> None:
 
 
 def is_held(out: Path) -> bool:
-    """Whether a driver is working on OUT now; none does where the file system has no locks (`NoLocks`)."""
+    """Whether a driver is working on OUT now; False where the file system has no locks (`NoLocks`)."""
     try:
         handle = os.open(out / LOCK_FILE, os.O_RDWR)
     except OSError:
@@ -95,17 +130,17 @@ def is_held(out: Path) -> bool:
         os.close(handle)
 
 
-def write_driver(out: Path, state: dict[str, Any]) -> None:
-    """Say who drives and what is running or failed; replaced as a whole. Raises StorageFull."""
+def write_driver(out: Path, state: DriverState) -> None:
+    """Write the process of the driver and what is running or has failed; the file is replaced as a whole. Raises StorageFull."""
     write_whole(out / DRIVER_FILE, _driver_text(state))
 
 
-def _driver_text(state: dict[str, Any]) -> str:
+def _driver_text(state: DriverState) -> str:
     return json.dumps({"pid": os.getpid(), "host": socket.gethostname(), **state})
 
 
-def write_last(out: Path, state: dict[str, Any]) -> None:
-    """As `write_driver`, when the run ends: on a full disk over the old words, which takes no new room. Best effort."""
+def write_last(out: Path, state: DriverState) -> None:
+    """Like `write_driver`, at the end of a run. On a full disk the old file is overwritten, which needs no space. Best effort."""
     try:
         write_driver(out, state)
     except OSError:
@@ -115,10 +150,21 @@ def write_last(out: Path, state: dict[str, Any]) -> None:
             (out / DRIVER_FILE).write_text(_driver_text(state), encoding="utf-8")
 
 
-def read_driver(out: Path) -> dict[str, Any]:
-    """What `write_driver` last wrote; empty if nothing readable is there."""
+def read_driver(out: Path) -> DriverState:
+    """The state that `write_driver` wrote last; empty if it cannot be read."""
     try:
         answer = json.loads((out / DRIVER_FILE).read_text())
     except (OSError, ValueError):
         return {}
-    return answer if isinstance(answer, dict) else {}
+    return cast(DriverState, answer) if isinstance(answer, dict) else {}
+
+
+@contextlib.contextmanager
+def upkeep_lock(out: Path) -> Iterator[None]:
+    """The driver's lock, with the state that the last driver wrote restored at the end."""
+    state = read_driver(out)
+    with driver_lock(out):
+        try:
+            yield
+        finally:
+            write_driver(out, state)

@@ -1,6 +1,6 @@
-"""A run as it lies in OUT, for whoever is not its driver: its plan and its store.
+"""The plan and the store of a run, opened by a process that is not its driver.
 
-Invariant: opening changes nothing, and what cannot be read is named with its path.
+Invariant: opening changes nothing, and an error names the path that cannot be read.
 """
 
 import json
@@ -12,7 +12,7 @@ from merge_service.errors import UserError
 from pipeline.errors import ConfigError
 from pipeline.plan.file import read
 from pipeline.plan.steps import Plan
-from pipeline.store.local import Store
+from pipeline.store.local import CACHE_BYTES, Store
 from pipeline.store.open import store_at
 
 
@@ -26,7 +26,7 @@ def open_plan(out: Path) -> Plan:
         ) from None
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{out / 'plan.json'} is damaged ({error}); run the study again to write it anew"
+            f"{out / 'plan.json'} is damaged ({error}); run the study again to rewrite it"
         ) from None
 
 
@@ -37,13 +37,14 @@ def open_store(out: Path) -> Store:
 
 
 def store_of(out: Path) -> Store:
-    """The store of the run in OUT, as its study.yaml says. Raises ConfigError if that cannot be read."""
+    """The store of the run in OUT, according to its study.yaml. Raises ConfigError if that cannot be read."""
     try:
         tree = yaml.safe_load((out / "study.yaml").read_text(encoding="utf-8"))
-        return store_at((tree.get("storage") or {}).get("store"), out)
+        storage = tree.get("storage") or {}
+        return store_at(storage.get("store"), out, cache_bytes=int(storage.get("cache", CACHE_BYTES)))
     except FileNotFoundError:
         return store_at(None, out)
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         raise ConfigError(
-            f"{out / 'study.yaml'} cannot be read ({error}); run the study again to write it anew"
+            f"{out / 'study.yaml'} cannot be read ({error}); run the study again to rewrite it"
         ) from None

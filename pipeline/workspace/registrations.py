@@ -1,7 +1,7 @@
-"""Which studies use a store, and what each refers to; kept in the store itself.
+"""The studies that use a store, with the artifacts that each refers to, kept in the store itself.
 
-Invariant: a study is registered, under the store's lock, before its first step and stays so until its next plan replaces the
-registration or a person drops it by name. So whoever holds the lock knows all that must stay.
+Invariant: a study is registered, under the store's lock, before its first step. It stays registered until its next plan
+replaces the registration or a user removes it by name. So a holder of the lock knows everything that must stay.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import hashlib
 import json
 import socket
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,10 @@ _FOREIGN_MS = 7 * 24 * 3600 * 1000
 
 @dataclass(frozen=True)
 class Registration:
-    """What the study at `out` on `host` refers to. `running` is what it last said of its driver."""
+    """What the study at `out` on `host` refers to. `running` is what it last said of its driver.
+
+    `recipes` are merges that the study does not keep as files once it has read them.
+    """
 
     name: str
     study: str
@@ -32,22 +36,38 @@ class Registration:
     time_ms: int
     running: bool
     fingerprints: frozenset[str]
+    recipes: frozenset[str] = frozenset()
+
+    @property
+    def wants(self) -> frozenset[str]:
+        """What is to stay as files for it: all that it refers to while it may run, else what it keeps."""
+        return self.fingerprints if self.may_run else self.fingerprints - self.recipes
 
     @property
     def is_gone(self) -> bool:
-        """Whether OUT was on this host and is no more; of other hosts nothing can be said."""
+        """Whether OUT was on this host and no longer exists. For other hosts this cannot be known."""
         return self.host == socket.gethostname() and not (Path(self.out) / "plan.json").exists()
 
     @property
     def may_run(self) -> bool:
-        """Whether its driver may be alive: asked on this host, believed for a week of others."""
+        """Whether its driver may be alive: checked on this host; for another host, its last report is trusted for a week."""
         if self.host == socket.gethostname():
             return is_held(Path(self.out))
         return self.running and time.time() * 1000 - self.time_ms < _FOREIGN_MS
 
 
-def register(store: Store, plan: Plan, out: Path, running: bool = True) -> None:
-    """Say what the study in OUT refers to, in place of what it said before. Raises StoreError."""
+def register(
+    store: Store, plan: Plan, out: Path, running: bool = True, kept: Collection[str] | None = None
+) -> None:
+    """Say what the study in OUT refers to, in place of what it said before; of its merges it keeps those in `kept` (None: all).
+
+    Raises StoreError.
+    """
+    recipes = (
+        [fp for fp, step in plan.steps.items() if step.kind == "merge" and fp not in kept]
+        if kept is not None
+        else []
+    )
     host, place = socket.gethostname(), str(out.absolute())
     body = {
         "study": plan.study,
@@ -56,16 +76,22 @@ def register(store: Store, plan: Plan, out: Path, running: bool = True) -> None:
         "time_ms": time.time_ns() // 1_000_000,
         "running": running,
         "fingerprints": sorted({*plan.bases, *plan.steps}),
+        **({"recipes": sorted(recipes)} if recipes else {}),
     }
     keeper = upkeep(store)
     with keeper.exclusively():
         keeper.write_note(name_of(plan.study, host, place), json.dumps(body).encode())
 
 
-def retire(store: Store, plan: Plan, out: Path) -> None:
-    """Say that the driver has ended; the references stay. Best effort: an old registration counts as running for longer."""
+def retire(store: Store, plan: Plan, out: Path, kept: Collection[str] | None = None) -> None:
+    """Record that the driver has ended; the references stay. Best effort: otherwise the study counts as running for longer."""
     with contextlib.suppress(StoreError, OSError):
-        register(store, plan, out, running=False)
+        register(store, plan, out, running=False, kept=kept)
+
+
+def name_of_study(plan: Plan, out: Path) -> str:
+    """The name under which the study in OUT is registered from this host."""
+    return name_of(plan.study, socket.gethostname(), str(out.absolute()))
 
 
 def name_of(study: str, host: str, out: str) -> str:
@@ -74,15 +100,18 @@ def name_of(study: str, host: str, out: str) -> str:
 
 
 def registrations(keeper: Upkeep) -> list[Registration]:
-    """All registrations of a store. Raises StoreError for one that cannot be read: nothing may be removed then."""
+    """All registrations of a store. Raises StoreError for one that cannot be read, since nothing may be removed then."""
     return [registration(name, text) for name, text in keeper.notes().items()]
 
 
 def registration(name: str, text: bytes) -> Registration:
-    """A registration as it was written. Raises StoreError."""
+    """Parse a registration. Raises StoreError."""
     try:
         body = json.loads(text)
-        return Registration(name=name, **{**body, "fingerprints": frozenset(body["fingerprints"])})
+        return Registration(
+            name=name,
+            **{**body, **{key: frozenset(body.get(key, ())) for key in ("fingerprints", "recipes")}},
+        )
     except (ValueError, TypeError, KeyError) as error:
         raise StoreError(
             f"the registration {name} cannot be read ({error}); run its study again, or drop it with --forget {name}"

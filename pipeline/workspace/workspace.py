@@ -1,4 +1,4 @@
-"""A study in its place: configuration, plan, store and the directory OUT that holds them.
+"""A study with its configuration, plan, store, and the directory OUT that holds them.
 
 Invariant: opening a workspace writes nothing; `prepare` writes what a run needs, each file whole or not at all.
 """
@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from merge_service.checkpoints import CONFIG_FILE
 from merge_service.errors import UserError
@@ -20,15 +19,18 @@ from pipeline.errors import ConfigError
 from pipeline.files.disk import clear_leftovers, write_whole
 from pipeline.plan.facts import base_for_now, cache_of, ensure_data, gather, local_base, stated
 from pipeline.plan.file import study_of, write
+from pipeline.plan.keeping import Disk, disk, kept_merges
 from pipeline.plan.planner import base_step, make_plan
 from pipeline.plan.prompt_notes import prompt_notes
-from pipeline.plan.steps import Facts, Plan, Step
+from pipeline.plan.steps import Facts, Plan, Step, Summary
 from pipeline.results.over_time import results, write_results
+from pipeline.store.artifact import Record
 from pipeline.store.local import Store
 from pipeline.store.open import store_at
 from pipeline.study.config import Study, load_study
 from pipeline.study.sections import ModelSection, key_of
 from pipeline.study.streams import save
+from pipeline.workspace.lock import Failure
 from pipeline.workspace.registrations import register
 from workers.models.configuration import HUB
 
@@ -36,30 +38,41 @@ STREAMS = "streams"
 STUDY_FILE, PLAN_FILE, RESULTS_FILE = "study.yaml", "plan.json", "results.json"
 
 
+class StudySummary(Summary):
+    """What a study would run, and what to know of its bases and data.
+
+    `disk_bytes` is what stays, `disk_peak_bytes` the most there is at a time, `disk_all_bytes` what keeping every merge would take.
+    """
+
+    disk_peak_bytes: int
+    disk_all_bytes: int
+    notes: list[str]
+
+
 @dataclass
 class Workspace:
-    """Everything that belongs to one study on one OUT. `failure` is what ended the run, if something did."""
+    """Everything that belongs to one study on one OUT. `failure` is the error that ended the run, if any."""
 
     study: Study
     out: Path
     plan: Plan
     facts: Facts
-    failure: dict[str, Any] | None = None
-    _records: dict[str, Any] = field(default_factory=dict)
+    failure: Failure | None = None
+    _records: dict[str, Record] = field(default_factory=dict)
 
     @classmethod
     def open(
         cls, path: Path, overrides: Sequence[str] = (), out: Path | None = None, provisional: bool = False
     ) -> "Workspace":
-        """Read, check and plan a study. Raises UserError for whatever can be known to be wrong before anything runs.
+        """Read, check and plan a study. Raises UserError for every mistake that can be found before anything runs.
 
-        A `provisional` one may lack data that its suite describes: it can be looked at, not run.
+        A `provisional` study may lack data that its suite describes: it can be shown but not run.
         """
         return cls.of(load_study(path, overrides), out, provisional)
 
     @classmethod
     def of(cls, study: Study, out: Path | None = None, provisional: bool = False) -> "Workspace":
-        """The same for a study that has been read."""
+        """Like `open`, for a study that has been read."""
         ensure_data(study)
         study = study.resolved().settled()
         facts = gather(study, provisional)
@@ -67,34 +80,68 @@ class Workspace:
 
     @cached_property
     def store(self) -> Store:
-        return store_at(self.study.storage.store, self.out, tuple(self.plan.bases))
+        storage = self.study.storage
+        return store_at(storage.store, self.out, tuple(self.plan.bases), storage.cache)
+
+    @cached_property
+    def kept(self) -> frozenset[str]:
+        """The merges whose weights stay as files."""
+        return kept_merges(self.plan, self.study.storage)
 
     @property
     def scratch(self) -> Path:
-        """Mid-expert checkpoints, progress files and merge states: all of it can be lost."""
+        """Training checkpoints of unfinished experts, progress files and merge states: all of it may be lost."""
         return (self.out / "scratch").absolute()
 
     @property
     def limits(self) -> Path:
-        """Kept thresholds of the experts: not beside them, for an artifact holds what its record says and nothing else."""
+        """Cached thresholds of the experts, kept apart from these because an artifact holds only what its record states."""
         return self.scratch / "limits"
 
     def weights(self, fingerprint: str) -> Path:
-        """The directory of weights that a step (or the base) makes, whether they are there yet or not."""
+        """The directory for the weights of a step (or of the base), whether they exist yet or not."""
         if fingerprint in self._records:
             return Path(self._records[fingerprint].path)
         step = self.plan.weights_step(fingerprint)
         return self.store.path(step.kind, step.fingerprint, step.slug)
 
-    def summary(self) -> dict[str, Any]:
-        return {**self.plan.summary(self.store), "notes": self.notes}
+    def summary(self) -> StudySummary:
+        """What would run."""
+        found = self.plan.summary(self.store)
+        room = Disk(*[found["disk_bytes"]] * 3)
+        if self.study.storage.keep != "all":
+            room = disk(self.plan, self.plan.steps.keys() - self.done(), self.kept)
+        return {
+            **found,
+            "disk_bytes": room.kept,
+            "disk_peak_bytes": room.peak,
+            "disk_all_bytes": room.all,
+            "notes": self.notes,
+        }
+
+    @property
+    def recipes(self) -> frozenset[str]:
+        """The merges whose weights go when nothing waits for them."""
+        return frozenset(
+            fp for fp, step in self.plan.steps.items() if step.kind == "merge" and fp not in self.kept
+        )
+
+    def disk_by_choice(self) -> dict[str, int]:
+        """The most bytes at a time under each choice of `storage.keep`."""
+        ahead = self.plan.steps.keys() - self.done()
+        choices = {
+            keep: self.study.storage.model_copy(update={"keep": keep})
+            for keep in ("all", "final", "best", "none")
+        }
+        return {
+            keep: disk(self.plan, ahead, kept_merges(self.plan, how)).peak for keep, how in choices.items()
+        }
 
     @cached_property
     def notes(self) -> list[str]:
-        """What to know of the bases, of the data, and of how each model reads class names; a model that is not there yet is not
-        asked."""
+        """Remarks on the bases, on the data, and on how each model reads class names; models that do not exist yet have none."""
         study = self.study
-        said = [*(note for model in self.facts.models.values() for note in model.notes), *self.facts.notes]
+        found = [*(note for model in self.facts.models.values() for note in model.notes), *self.facts.notes]
         named = (*study.learnt, *study.roles.adaptation, *study.roles.held_out)
         scored = [name for name in named if name not in self.facts.missing]
         for model in study.models:
@@ -104,16 +151,17 @@ class Workspace:
             place = next((place for place in places if place and (place / CONFIG_FILE).is_file()), None)
             with _with_tokenizer(place, model) as directory:
                 if directory is not None:
-                    said += prompt_notes(directory, study.data_root, scored, cache_of(study))
-        return list(dict.fromkeys(said))
+                    found += prompt_notes(directory, study.data_root, scored, cache_of(study))
+        return list(dict.fromkeys(found))
 
     def done(self) -> set[str]:
         """Steps whose artifacts are in the store."""
         return {fp for fp, step in self.plan.steps.items() if self.store.has(step.kind, fp)}
 
     def tidy(self) -> None:
-        """Remove what processes left that ended too early: stages and temporaries of writers that are gone, and scratch of
-        steps that are done."""
+        """Remove what processes left that ended early: stages and temporary files of dead writers, and scratch of
+        finished steps.
+        """
         self.store.sweep()
         sweep_directory(self.limits)
         for path in self.scratch.glob("*"):
@@ -122,10 +170,10 @@ class Workspace:
                 shutil.rmtree(path, ignore_errors=True)
 
     def prepare(self) -> None:
-        """Make OUT usable: the store, study.yaml, plan.json, the streams, and the bases. Raises UserError."""
+        """Write what a run needs: the store, study.yaml, plan.json, the streams, and the bases. Raises UserError."""
         self.store.prepare()
         self._check_same_study()
-        register(self.store, self.plan, self.out)
+        register(self.store, self.plan, self.out, kept=self.kept)
         files = self.out / STUDY_FILE, self.out / PLAN_FILE, self.out / RESULTS_FILE
         clear_leftovers(*files)
         write_whole(files[0], self.study.resolved_yaml(), sync=True)
@@ -141,7 +189,7 @@ class Workspace:
                 self.store.open_verified(record)
 
     def save_streams(self, directory: Path) -> None:
-        """Write every stream of the study as a file that `stream.file` takes. Raises UserError if classes are not known."""
+        """Write every stream of the study as a file for `stream.file`. Raises UserError if classes are not known."""
         if self.facts.missing:
             raise UserError(
                 f"streams cannot be saved while {len(self.facts.missing)} datasets are missing: their classes are unknown"
@@ -149,8 +197,8 @@ class Workspace:
         for stream in self.facts.streams.values():
             save(stream, directory / f"{stream.fingerprint[:12]}.json")
 
-    def known(self, fingerprint: str) -> Any:
-        """The record of a step or of a base, read from the store at most once; None if it is not there."""
+    def known(self, fingerprint: str) -> Record | None:
+        """The record of a step or of a base, read from the store at most once; None if it does not exist."""
         if fingerprint not in self._records:
             record = self.store.record(self.plan.weights_step(fingerprint).kind, fingerprint)
             if record is None:
@@ -158,15 +206,15 @@ class Workspace:
             self._records[fingerprint] = record
         return self._records[fingerprint]
 
-    def keep(self, record: Any) -> None:
-        """A step's record, just made."""
+    def keep(self, record: Record) -> None:
+        """Remember the record of a step that was just carried out."""
         self._records[record.fingerprint] = record
 
     def forget(self, fingerprint: str) -> None:
-        """The artifact has turned out to be damaged."""
+        """Forget the record of a step whose artifact is damaged."""
         self._records.pop(fingerprint, None)
 
-    def write_results(self) -> dict[str, Any]:
+    def write_results(self) -> dict[str, object]:
         answer = results(self.plan, self.store)
         write_results(self.out / RESULTS_FILE, answer)
         return answer
@@ -182,7 +230,7 @@ class Workspace:
         )
 
     def _check_same_study(self) -> None:
-        """One OUT is one study: another name there would mix two studies' results."""
+        """Refuse an OUT that holds another study: it would mix the results of two studies."""
         there = study_of(self.out / PLAN_FILE)
         if there is not None and there != self.plan.study:
             raise ConfigError(
@@ -192,9 +240,9 @@ class Workspace:
 
 @contextmanager
 def _with_tokenizer(place: Path | None, model: ModelSection) -> Iterator[Path | None]:
-    """A directory that says how a model reads text: `place`, or for a base that is still to come one with its configuration alone.
+    """A directory that defines how a model reads text: `place`, or only the configuration of a base that does not exist yet.
 
-    None where the tokenizer itself would have to come from the Hub.
+    None if the tokenizer itself would have to be downloaded from the Hub.
     """
     on_hub = any(name.startswith(HUB) for name in (model.config, model.pretrained or ""))
     base = None if place is not None or on_hub else base_for_now(model)[0]

@@ -1,4 +1,5 @@
-"""When does ema -> ema beat fine-tuning? The study of configs/studies/when_ema: its pieces, its numbers, its verdicts, its page.
+"""The study of configs/studies/when_ema: when does ema -> ema beat fine-tuning?
 
-`design` says what is run, `pieces` runs it, `recording` and `numbers` keep what it found, `measures` and `hypotheses` judge the kept numbers alone.
+`design` defines what is run, `pieces` runs it, `recording` and `numbers` keep the results; `measures` and `hypotheses` judge the
+kept numbers alone.
 """

@@ -1,4 +1,4 @@
-"""`python -m pipeline.claims.when_ema`: run pieces of the study, keep their numbers, judge what is kept, write the page.
+"""`python -m pipeline.claims.when_ema`: run pieces of the study, keep their numbers, judge them, write the page.
 
 Invariant: finished pieces are not run again; the page is made from the kept numbers alone, whatever was run here.
 """
@@ -21,7 +21,7 @@ WORK = Path("runs/when_ema")
 
 
 def run(pieces: Sequence[Piece], design: Design, places: Places, minutes: float) -> list[str]:
-    """Carry out what is not finished, until so many minutes are over; returns a line on what is left."""
+    """Run the unfinished pieces until `minutes` are over; returns a line on what is left."""
     began = time.monotonic()
     ahead = [piece for piece in pieces if not numbers.has(places.kept, piece)]
     took = 0.0
@@ -38,7 +38,7 @@ def run(pieces: Sequence[Piece], design: Design, places: Places, minutes: float)
 
 
 def estimate(pieces: Sequence[Piece], design: Design, kept: Path) -> list[str]:
-    """A line per piece that is not finished, by its plan, and their sum with the bases that they need."""
+    """A line per unfinished piece with its cost by its plan, and their sum with the bases that they need."""
     lines, total, known = [], 0.0, {}
     ahead = [piece for piece in pieces if not numbers.has(kept, piece)]
     for piece in ahead:
@@ -56,7 +56,7 @@ def estimate(pieces: Sequence[Piece], design: Design, kept: Path) -> list[str]:
 
 
 def judged(page: Path, found: numbers.Numbers, design: Design) -> list[str]:
-    """Write the page; returns a line per hypothesis, or one on what is missing while no replicate is whole."""
+    """Write the page; returns a line per hypothesis, or one on what is missing while no replicate is complete."""
     from pipeline.claims.when_ema.measures import whole
     from pipeline.claims.when_ema.page import write
 

@@ -1,6 +1,6 @@
-"""Is the advised weight worth giving? Fitted without a replicate, asked for its weights, scored there.
+"""A test of the advised weight: fitted without a replicate, applied to the replicate's settings, scored on the replicate.
 
-Invariant: a replicate that is tested has no part in the function that is tested on it, nor in the constant that it is compared with.
+Invariant: a tested replicate has no part in the function that is tested on it, nor in the constant that it is compared with.
 """
 
 import numpy as np
@@ -15,12 +15,13 @@ CELL = [*UNIT, "lr"]
 
 
 def fitted(core: Numbers) -> Advice | None:
-    """The function fitted to all replicates; None where drift and share do not both vary."""
+    """The function fitted to all replicates; None unless drift and share both vary."""
     return _fit(measures.with_drift(measures.best_weights(measures.endpoints(core)), core))
 
 
 def tested(core: Numbers) -> pd.DataFrame:
-    """A row per replicate: S averaged over shares and rates of the weight that is `advised`, the best `constant` one, `own` (chosen on its `val`), fine-tuning (1).
+    """A row per replicate: S averaged over shares and rates of the `advised` weight, the best `constant` one, `own` (chosen on
+    its `val`), fine-tuning (1).
 
     Empty for fewer than two replicates.
     """

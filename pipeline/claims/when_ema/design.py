@@ -1,6 +1,6 @@
-"""What the study runs: pieces of one replicate at one setting each, read from configs/studies/when_ema/pieces.yaml.
+"""The design of the study: pieces of one replicate at one setting each, read from configs/studies/when_ema/pieces.yaml.
 
-Invariant: nothing here runs anything; two pieces of one replicate differ in what `pieces.yaml` says of them and in nothing else.
+Invariant: nothing here runs anything; two pieces of one replicate differ only in what `pieces.yaml` sets for them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ CORES = 2
 
 @dataclass(frozen=True)
 class Piece:
-    """One replicate at one setting. `settings` are what differs from study.yaml, as `--set` takes it."""
+    """One replicate at one setting. `settings` are the differences from study.yaml, as values of `--set`."""
 
     name: str
     replicate: int
@@ -33,7 +33,7 @@ class Piece:
 
     @property
     def key(self) -> str:
-        """What its folder is called."""
+        """The name of the piece's folder."""
         return f"{self.replicate}-{self.name}"
 
 
@@ -48,16 +48,16 @@ class Design:
 
     @property
     def core(self) -> tuple[str, ...]:
-        """The names of the pieces that a whole replicate has."""
+        """The names of the pieces of a complete replicate."""
         return tuple(dict.fromkeys(piece.name for piece in self.pieces if piece.core))
 
     @property
     def replicates(self) -> tuple[int, ...]:
-        """Those of the core."""
+        """The replicates of the core."""
         return tuple(dict.fromkeys(piece.replicate for piece in self.pieces if piece.core))
 
     def chosen(self, replicates: Sequence[int] | None, names: Sequence[str] | None) -> tuple[Piece, ...]:
-        """The pieces of these replicates and of these names; the core alone if no names are given. Raises UserError."""
+        """The pieces of these replicates and names; only the core if no names are given. Raises UserError."""
         known = {piece.name for piece in self.pieces}
         for name in names or ():
             if name not in known:
@@ -77,7 +77,7 @@ class Design:
         )
 
     def overrides(self, piece: Piece, base: Path) -> list[str]:
-        """What `--set` is given to run the piece with its base in the directory `base`."""
+        """The values of `--set` that run the piece with its base in the directory `base`."""
         seed = piece.replicate
         return [
             f"model.config={piece.model}", f"model.pretrained={base}", f"stream.seed={seed}", f"grid.seed=[{seed}]",
@@ -99,7 +99,7 @@ def read_design(file: Path = FOLDER / "pieces.yaml") -> Design:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a piece takes: steps of training, evaluations and merges by its plan, and the seconds of one core."""
+    """The cost of a piece: steps of training, evaluations and merges by its plan, and seconds of one core."""
 
     steps: int
     evaluations: int
@@ -107,12 +107,12 @@ class Cost:
     seconds: float
 
     def minutes(self, cost: Mapping[str, Any]) -> float:
-        """On `CORES` cores, the start of the run included."""
+        """Minutes on `CORES` cores, the start of the run included."""
         return (self.seconds / CORES + float(cost["start"])) / 60
 
 
 def cost_of(piece: Piece, design: Design) -> Cost:
-    """By the plan of the piece with the base that ships for its model. Raises UserError, as for missing data."""
+    """The cost by the plan of the piece with the base that ships for its model. Raises UserError, as for missing data."""
     settings = design.overrides(piece, MODELS / piece.model)
     plan = Workspace.of(load_study(design.study, settings), Path("runs/when_ema/plan"), provisional=True).plan
     counts = dict.fromkeys(("train", "merge", "evaluate"), 0)

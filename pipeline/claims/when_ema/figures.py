@@ -1,4 +1,4 @@
-"""The figures of the regime study, from kept numbers. SVG, drawn offline.
+"""The figures of the study, from kept numbers. SVG, drawn offline.
 
 Invariant: a figure shows means over replicates with their 95 % intervals or every replicate beside them.
 """
@@ -11,7 +11,7 @@ import pandas as pd
 from pipeline.claims.when_ema import measures
 from pipeline.claims.when_ema.measures import EE, EL, FT, LE
 from pipeline.claims.when_ema.numbers import Numbers
-from pipeline.report import figures as report
+from pipeline.report import style as report
 from pipeline.report.analysis import half_width
 from pipeline.report.page import svg_of
 
@@ -35,7 +35,7 @@ def draw_all(core: Numbers) -> dict[str, str]:
 
 
 def summary(rows: pd.DataFrame, value: str, by: list[str]) -> pd.DataFrame:
-    """`by`, mean, `low` and `high` of the 95 % interval over replicates (the mean itself for one), and `half`."""
+    """`by`, mean, `low` and `high` of the 95 % interval over replicates (both the mean for a single one), and `half`."""
     grouped = rows.groupby(by, sort=False)[value]
     found = grouped.agg(["mean", "std", "count"]).reset_index()
     found["half"] = [half_width(sd, n) for sd, n in zip(found["std"], found["count"], strict=True)]
@@ -44,7 +44,7 @@ def summary(rows: pd.DataFrame, value: str, by: list[str]) -> pd.DataFrame:
 
 
 def gain_map(ends: pd.DataFrame, core: Numbers) -> Any:
-    """Gain of Best-in-TIME at each share and rate, the mean drift beside the rate; pale where the interval holds 0 or there is none."""
+    """Gain of Best-in-TIME at each share and rate, with the mean drift at the rate; pale if the interval holds 0 or is missing."""
     rows = measures.with_drift(measures.gains(measures.chosen(ends, ["lr"]), by=["lr"]), core)
     rows["drift"] = rows.groupby("lr")["drift"].transform("mean")
     table = summary(rows, "gain", ["share", "lr", "drift"])
@@ -67,7 +67,7 @@ def gain_map(ends: pd.DataFrame, core: Numbers) -> Any:
 
 
 def over_shares(ends: pd.DataFrame) -> Any:
-    """What each arm gains over fine-tuning, all tuned on `val`, by share; thin lines are replicates of Best-in-TIME."""
+    """The gain of each arm over fine-tuning, all tuned on `val`, by share; thin lines are replicates of Best-in-TIME."""
     picks = measures.chosen(ends)
     rows = pd.concat([measures.gains(picks, arm=arm).assign(arm=arm) for arm in (LE, EL, EE)])
     colour = alt.Color(
@@ -116,7 +116,7 @@ def weight_map(ends: pd.DataFrame, core: Numbers) -> Any:
 
 
 def why(ends: pd.DataFrame, core: Numbers) -> Any:
-    """Gain at one rate against how much of the forgetting of a task the middle of its task vector spares, a point per replicate."""
+    """Gain at one rate against the forgetting that the middle of a task vector spares, a point per replicate."""
     rows = measures.with_drift(measures.gains(measures.chosen(ends, ["lr"]), by=["lr"]), core)
     rows = rows.merge(measures.curvatures(core), on=[*measures.UNIT, "lr"])
     rows["share of replay"] = rows["share"].map(lambda share: f"{share:g}")

@@ -1,6 +1,8 @@
-"""H1 to H4 by the rule that was written down before the study was run (configs/studies/when_ema/README.md).
+"""H1 to H4 by the rule that was written before the study was run (configs/studies/when_ema/README.md).
 
-The verdict of a comparison is that of `pipeline.claims.judge`; here stands which comparisons a hypothesis is made of, and in which family each is.
+The verdict of a comparison comes from `pipeline.claims.judge`; this module defines the comparisons of each hypothesis and their
+families.
+
 Invariant: a function of kept numbers alone, the same for one replicate and for eight.
 """
 
@@ -16,12 +18,12 @@ from pipeline.claims.when_ema.numbers import Numbers
 
 MARGIN, WEIGHT_MARGIN = 0.005, 0.05
 WEIGHT_STEP = 0.01
-"""About what a slope of best weights moves by when one of the cells takes the next weight of the grid."""
+"""About the change of a slope of best weights when one cell takes the next weight of the grid."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A comparison with its verdict, in its family where it has one."""
+    """A comparison with its verdict, within its family if it has one."""
 
     part: Part
     verdict: str
@@ -40,7 +42,7 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the core says: the hypotheses, and the gain at each share (family A)."""
+    """The verdicts of the core: the hypotheses, and the gain at each share (family A)."""
 
     hypotheses: tuple[Hypothesis, ...]
     gains: tuple[Answer, ...]
@@ -52,7 +54,7 @@ class Judgement:
 
 
 def judge_all(core: Numbers) -> Judgement:
-    """All hypotheses on the whole replicates of the core."""
+    """Judge all hypotheses on the complete replicates of the core."""
     ends = measures.endpoints(core)
     shares = tuple(sorted(float(share) for share in ends["share"].unique()))
     tuned = measures.gains(measures.chosen(ends))
@@ -82,19 +84,19 @@ def judge_all(core: Numbers) -> Judgement:
 
 
 def answered(family: Sequence[Part]) -> list[Answer]:
-    """Each part with its verdict, the parts being one family for Holm."""
+    """Each part with its verdict; the parts are one family for Holm."""
     return [Answer(part, verdict) for part, verdict in zip(family, verdicts(family)[0], strict=True)]
 
 
 def mirrored(answer: Answer) -> Answer:
-    """The same comparison with its sign turned: what held is refuted."""
+    """The same comparison with the opposite sign: what held is refuted."""
     part = answer.part
     turned = Part(part.key, f"loss{part.says.removeprefix('gain')}", -part.values, margin=part.margin)
     return Answer(turned, {HOLDS: REFUTED, REFUTED: HOLDS}.get(answer.verdict, answer.verdict))
 
 
 def beside(key: str, says: str, values: pd.Series, margin: float = MARGIN) -> Answer:
-    """A comparison by its plain interval, which bears on nothing."""
+    """A comparison by its plain interval, which affects no verdict."""
     part = Part(key, says, values, margin=margin, beside=True)
     return Answer(part, part.alone)
 

@@ -1,7 +1,9 @@
-"""What the kept numbers say, in the terms of the study: endpoints, choices on `val`, gains, drift, best weights, slopes.
+"""Measures of the kept numbers, in the terms of the study: endpoints, choices on `val`, gains, drift, best weights, slopes.
 
-Every definition is that of configs/studies/when_ema/README.md. Invariant: a choice sees `val` alone and a score `test` alone; every result has a
-row per replicate, and replicates never see each other.
+Every definition is that of configs/studies/when_ema/README.md.
+
+Invariant: a choice uses `val` alone and a score `test` alone; every result has a row per replicate, computed from that replicate
+only.
 """
 
 from collections.abc import Sequence
@@ -24,7 +26,7 @@ FT, LE, EL, EE = tuple(ARMS)[1:]
 UNIT = [*KEYS]
 SCORES = ("ka", "zs", "zs_replayed", "zs_never_replayed", "gm")
 STREAM, END = "gm", "gm_end"
-"""The endpoint, and the second one."""
+"""The first endpoint, and the second one."""
 
 
 def whole(numbers: Numbers, names: Sequence[str]) -> list[int]:
@@ -35,7 +37,7 @@ def whole(numbers: Numbers, names: Sequence[str]) -> list[int]:
 
 
 def core(numbers: Numbers, names: Sequence[str]) -> Numbers:
-    """The pieces of these names, of the replicates that have all of them. Raises UserError if there is no such replicate."""
+    """The pieces of these names, for the replicates that have all of them. Raises UserError if there is no such replicate."""
     if not (replicates := whole(numbers, names)):
         raise UserError(
             f"no replicate has all of {', '.join(names)} yet, so nothing can be judged; run the rest"
@@ -60,7 +62,9 @@ def endpoints(numbers: Numbers) -> pd.DataFrame:
 
 
 def chosen(ends: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
-    """Of each piece, replicate and arm (and of each `by`, such as lr) the trajectory with the highest V; of equal ones the lower rate, the larger weight."""
+    """The trajectory with the highest V, per piece, replicate and arm (and per `by`, such as lr); of equal ones the lower rate,
+    the larger weight.
+    """
     rows = ends.sort_values(["val", "lr", "weight"], ascending=[False, True, False], kind="stable")
     return rows.drop_duplicates([*UNIT, "arm", *by]).reset_index(drop=True)
 
@@ -90,7 +94,7 @@ def best_weights(ends: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_drift(rows: pd.DataFrame, value: str) -> pd.Series:
-    """Per replicate the slope of `value` over log10 drift within each share, averaged over shares: what a tenfold drift adds."""
+    """Per replicate the slope of `value` over log10 drift within each share, averaged over shares: the effect of a tenfold drift."""
     return _slopes(rows.assign(x=np.log10(rows["drift"])), value, within="share")
 
 
@@ -107,9 +111,10 @@ def of_share(rows: pd.DataFrame, share: float, value: str = "gain") -> pd.Series
 
 
 def bends(numbers: Numbers) -> pd.DataFrame:
-    """`UNIT`, arm, weight, lr, t and `bend`: a deployed average's test GM less the same average of the GMs of the two models in it.
+    """`UNIT`, arm, weight, lr, t and `bend`: a deployed average's test GM less the same average of the GMs of the two models in
+    it.
 
-    Above 0: the average is better than what lies between its parts. At t = 1 the running model is the base.
+    Above 0 the average is better than the line between its parts. At t = 1 the running model is the base.
     """
     keys = [*UNIT, "lr", "t"]
     rows = numbers.points.set_index(keys)
@@ -133,8 +138,10 @@ def bends(numbers: Numbers) -> pd.DataFrame:
 
 
 def curvatures(numbers: Numbers) -> pd.DataFrame:
-    """`UNIT`, lr and, for the chain of fine-tuning: `forgotten` (rise of the old loss along a task vector), `spared` (the part of that rise that the
-    middle of the way spares beyond its half), `learned` and `early` (the same of the fall of the new loss), means over experts."""
+    """`UNIT`, lr and means over the experts of fine-tuning: `forgotten` (rise of the old loss along a task vector), `spared` (how
+    far the old loss at half the way lies below the mean of both ends), `learned` and `early` (the same for the fall of the new
+    loss).
+    """
     rows = numbers.experts[numbers.experts["init"] == "latest"]
     halves = {
         name: (rows[f"{name}_start"] + rows[f"{name}_end"]) / 2 - rows[f"{name}_middle"]
@@ -149,7 +156,7 @@ def curvatures(numbers: Numbers) -> pd.DataFrame:
 
 
 def with_drift(rows: pd.DataFrame, numbers: Numbers) -> pd.DataFrame:
-    """Rows of one rate each, with the drift of fine-tuning at that rate."""
+    """Rows that have one rate each, with the drift of fine-tuning at that rate."""
     return rows.merge(drifts(numbers), on=[*UNIT, "lr"], how="inner", validate="many_to_one")
 
 

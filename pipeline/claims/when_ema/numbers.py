@@ -1,7 +1,8 @@
-"""The committed numbers: one folder for each finished piece, plain CSV, and nothing else is ever judged.
+"""The committed numbers: one folder of plain CSV files for each finished piece; nothing else is ever judged.
 
-`points.csv` has a row per trajectory and t, `experts.csv` one per expert, `made.csv` a single row that says what was run. Invariant: a folder that has its name
-is whole; a base that a replicate once had is the base of all its pieces.
+`points.csv` has a row per trajectory and t, `experts.csv` one per expert, `made.csv` a single row on what was run.
+
+Invariant: a folder under its final name is complete; all pieces of a replicate and model have the same base.
 """
 
 import shutil
@@ -21,18 +22,18 @@ DIGITS = 6
 
 @dataclass(frozen=True)
 class Numbers:
-    """All finished pieces. Every row of `points` and `experts` carries what `made` says of its piece (see `KEYS`)."""
+    """All finished pieces. Every row of `points` and `experts` has the values of `KEYS` of its piece."""
 
     points: pd.DataFrame
     experts: pd.DataFrame
     made: pd.DataFrame
 
     def of(self, *pieces: str) -> "Numbers":
-        """Of these pieces alone."""
+        """Only these pieces."""
         return self._where("piece", pieces)
 
     def of_replicates(self, replicates: Iterable[int]) -> "Numbers":
-        """Of these replicates alone."""
+        """Only these replicates."""
         return self._where("replicate", list(replicates))
 
     def _where(self, column: str, values: Sequence[Any]) -> "Numbers":
@@ -58,7 +59,7 @@ def has(folder: Path, piece: Piece) -> bool:
 
 
 def write(folder: Path, piece: Piece, frames: Mapping[str, pd.DataFrame]) -> None:
-    """Keep a finished piece: all of its files or none."""
+    """Write the files of a finished piece, all or none."""
     stage = folder / f".{piece.key}"
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
@@ -95,7 +96,7 @@ def read_numbers(folder: Path) -> Numbers:
 
 
 def base_of(folder: Path, piece: Piece) -> str | None:
-    """The sha256 of the base that the finished pieces of the same replicate and model began at; None if there are none."""
+    """The sha256 of the base of the finished pieces of the same replicate and model; None if there are none."""
     for home in sorted(folder.glob(f"{piece.replicate}-*")):
         made = pd.read_csv(home / "made.csv").iloc[0]
         if made["model"] == piece.model:

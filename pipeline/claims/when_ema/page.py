@@ -1,6 +1,6 @@
-"""docs/when_ema.md from the kept numbers: written by a program from first to last line.
+"""Writes docs/when_ema.md, from first to last line, from the kept numbers.
 
-Invariant: every number is computed from docs/when_ema/numbers; how many replicates that is stands at the top.
+Invariant: every number is computed from docs/when_ema/numbers; the number of replicates is stated at the top.
 """
 
 import json
@@ -29,7 +29,9 @@ VERB = {HOLDS: "gains", REFUTED: "loses", EQUIVALENT: "ties (within .005)", UNDE
 
 
 def write(target: Path, numbers: Numbers, design: Design) -> list[str]:
-    """The page at `target`, figures, verdicts and the fitted advice in a folder beside it; returns a line per hypothesis."""
+    """Write the page at `target`, and figures, verdicts and the fitted advice in a folder beside it; returns a line per
+    hypothesis.
+    """
     core = measures.core(numbers, design.core)
     judged, advice = judge_all(core), advising.fitted(core)
     folder = target.parent / target.stem
@@ -47,7 +49,7 @@ def write(target: Path, numbers: Numbers, design: Design) -> list[str]:
 
 
 def page(numbers: Numbers, core: Numbers, judged: Judgement, design: Design, folder: str) -> str:
-    """The whole page in Markdown; `folder` is where figures lie beside it."""
+    """The whole page in Markdown; `folder` holds the figures beside it."""
     lines = [
         *_opening(judged, design, folder),
         *_gains(judged, core),
@@ -117,7 +119,7 @@ def _opening(judged: Judgement, design: Design, folder: str) -> list[str]:
 
 
 def paragraph(judged: Judgement) -> str:
-    """The advice that the verdicts allow, in one paragraph."""
+    """The advice that the verdicts support, in one paragraph."""
     groups = {
         verdict: [
             f"{share:g}"

@@ -1,6 +1,7 @@
-"""Carrying out a piece: its base, its run through the command line, its rows; what is finished is never done again.
+"""Runs a piece: its base, its run through the command line, its rows; a finished piece is never run again.
 
-Invariant: runs go on where they stopped as long as their folder lasts; a piece counts once its numbers are written, and only then may its store go.
+Invariant: runs resume where they stopped as long as their folder exists; a piece is finished once its numbers are written, and
+only then may its store be deleted.
 """
 
 import shutil
@@ -27,7 +28,7 @@ from pipeline.workspace.opening import open_plan
 
 @dataclass(frozen=True)
 class Places:
-    """Where runs and bases lie (`work`, may be lost) and where numbers are kept. `extra` settings go to every run."""
+    """Where runs and bases are (`work`, may be deleted) and where numbers are kept. `extra` settings apply to every run."""
 
     work: Path
     kept: Path
@@ -42,7 +43,7 @@ class Places:
 
 
 def make_bases(pieces: Sequence[Piece], design: Design, places: Places) -> None:
-    """The bases that these pieces begin at, two at a time. Raises UserError if one cannot be made, or is not the one of finished pieces."""
+    """Make the bases of these pieces, two at a time. Raises UserError if one fails, or differs from the base of finished pieces."""
     wanted = {places.base(piece): piece for piece in pieces}
     with ThreadPoolExecutor(2) as pool:
         for _ in pool.map(lambda piece: _make_base(piece, design, places), wanted.values()):
@@ -66,7 +67,7 @@ def _make_base(piece: Piece, design: Design, places: Places) -> None:
 
 
 def carry_out(piece: Piece, design: Design, places: Places) -> None:
-    """Run the piece and keep its numbers; the run is removed after that. Raises UserError where a run does not finish."""
+    """Run the piece and keep its numbers; then remove the run. Raises UserError if a run does not finish."""
     began = time.monotonic()
     out = places.run(piece)
     settings = [*design.overrides(piece, places.base(piece)), *places.extra]
@@ -90,7 +91,7 @@ def carry_out(piece: Piece, design: Design, places: Places) -> None:
 
 
 def _setting(piece: Piece, experts: Experts) -> dict[str, Any]:
-    """What was run, read from the study that was run."""
+    """The setting of the run, read from its study."""
     study = experts.workspace.study
     (stream,), cell = study.streams, study.cells[-1]
     mixture = cell.recipe.mixture
@@ -107,7 +108,7 @@ def _setting(piece: Piece, experts: Experts) -> dict[str, Any]:
 
 
 def _call(words: Sequence[str], what: str) -> None:
-    """Python with these words, its progress passed on. Raises UserError when it does not end well."""
+    """Run Python with these arguments; its progress is shown. Raises UserError if it fails."""
     began = time.monotonic()
     print(f"{what}: begins", file=sys.stderr, flush=True)
     answer = subprocess.run([sys.executable, *words], stdout=subprocess.DEVNULL, check=False)

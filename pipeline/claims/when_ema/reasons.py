@@ -1,4 +1,4 @@
-"""Why averaging gains or does not: what was recorded of experts, beside the gain. Descriptions; no verdict rests on them.
+"""Why averaging gains or does not: records of the experts, beside the gain. Descriptions; no verdict depends on them.
 
 Invariant: functions of kept numbers alone.
 """
@@ -21,7 +21,7 @@ SAYS = {
     "early": "what half the way has of it beyond its half",
     "grad_last": "gradient norm at the end of a task",
 }
-"""What is correlated with the gain, by its column."""
+"""The measures that are correlated with the gain, by column."""
 
 
 def correlations(core: Numbers) -> pd.DataFrame:
@@ -48,7 +48,9 @@ def by_share(core: Numbers) -> pd.DataFrame:
 
 
 def settings(numbers: Numbers) -> pd.DataFrame:
-    """A row per piece: what it is, how many replicates it has, tuned gains of Best-in-TIME (`ee`) and latest -> ema (`le`), mean drift."""
+    """A row per piece: its setting, its number of replicates, tuned gains of Best-in-TIME (`ee`) and latest -> ema (`le`), mean
+    drift.
+    """
     picks = measures.chosen(measures.endpoints(numbers))
     rows = measures.gains(picks).rename(columns={"gain": "ee"})
     rows = rows.merge(measures.gains(picks, arm=LE).rename(columns={"gain": "le"}), on=UNIT)

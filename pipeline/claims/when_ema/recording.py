@@ -1,6 +1,6 @@
-"""From the finished runs of a piece to its rows: scores of every trajectory over time, and what its experts did to the weights.
+"""The rows of a piece from its finished runs: scores of every trajectory over time, and how its experts changed the weights.
 
-Invariant: scores are those of results.json; everything about experts is from the store's records and the weights they name.
+Invariant: scores are those of results.json; everything about experts comes from the store's records and their weights.
 """
 
 import json
@@ -58,7 +58,7 @@ def _scores(out: Path) -> Iterator[dict[str, Any]]:
 
 
 def _what(cell: Cell) -> dict[str, Any]:
-    """Arm, weight and rate; the weight of what averages nothing is None, the rate of what trains nothing too."""
+    """Arm, weight and rate; the weight is None if nothing is averaged, the rate if nothing is trained."""
     strategy = cell.strategy
     return {
         "init": strategy.init,
@@ -70,7 +70,7 @@ def _what(cell: Cell) -> dict[str, Any]:
 
 @dataclass
 class Experts:
-    """The experts of one finished run, chain by chain. `out` is the run, whose study and store are read anew."""
+    """The experts of one finished run, chain by chain. `out` is the run; its study and store are read again."""
 
     out: Path
     workspace: Workspace = field(init=False)
@@ -80,7 +80,7 @@ class Experts:
         self._jobs = Jobs(self.workspace)
 
     def frame(self) -> pd.DataFrame:
-        """A row per expert: `CHAIN`, t, task, lengths, losses and gradient norms (README.md of the study says what each is)."""
+        """A row per expert: `CHAIN`, t, task, lengths, losses and gradient norms (defined in README.md of the study)."""
         cells = {cell.id: cell for cell in self.workspace.study.cells}
         rows: list[dict[str, Any]] = []
         seen: set[str] = set()
@@ -144,7 +144,7 @@ class Experts:
 
 
 def flat(directory: Path) -> np.ndarray:
-    """All float tensors of a weights directory behind one another, tied ones once, in float64."""
+    """All float tensors of a weights directory as one vector, tied ones once, in float64."""
     with Checkpoint.open(directory / WEIGHTS_FILE) as checkpoint:
         ties = recorded(checkpoint)
         names = [name for name, info in checkpoint.tensors.items() if info.kind.is_float and name not in ties]

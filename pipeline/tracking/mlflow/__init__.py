@@ -1,1 +1,3 @@
-"""MLflow as the receiver of rows: client, delivery, the store on this machine, its export, and the server behind `temporal-merge ui`."""
+"""Delivery of rows to MLflow: client, sink, the tracking store on this machine, its export, and the server of `temporal-merge
+ui`.
+"""

@@ -1,8 +1,10 @@
-"""An MLflow client that asks again at once where asking twice changes nothing, and gives a slow server more time.
+"""An MLflow client that retries idempotent requests at once, and extends the timeout of a slow server.
 
-A row takes several requests, and one that fails is begun anew; at a server that fails every second request a row of ten would
-never pass. Invariant: a request that makes something new is sent once, for its answer may be lost although it was carried
-out (the sink looks for the thing before it makes it again), and one that hung is not asked again: whoever waits has waited.
+A row takes several requests and is delivered again from the start if one fails; at a server that fails every second request, a
+row of ten requests would never be delivered.
+
+Invariant: a request that creates something is sent once, because it may have been carried out although its answer was lost (the
+sink looks for the result before it creates it again). A request that timed out is not repeated at once.
 """
 
 import os
@@ -15,7 +17,7 @@ from pipeline.errors import TrackingError
 
 TIMEOUT_VARIABLE = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 TIMEOUTS = (10, 30, 120)
-"""Seconds that one request may take: the first until one was cut off, then the next. The last is MLflow's own default."""
+"""Seconds that one request may take: the first until a request timed out, then the next. The last is MLflow's own default."""
 TRIES, QUICK_SECONDS, PAUSE_SECONDS = 4, 1.0, 0.05
 PAGE, PAGES = 500, 2000
 ONCE = frozenset(
@@ -24,21 +26,21 @@ ONCE = frozenset(
         "log_outputs", "delete_tag",
     }
 )  # fmt: skip
-"""What leaves a second thing, or an error, when it is done twice."""
+"""Calls that create a second object, or fail, when they are repeated."""
 PASSING = frozenset({"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "IO_ERROR"})
-"""Error codes that may be another the next time."""
+"""Error codes after which the same request may succeed."""
 _CUT_OFF = re.compile(r"time(d )?-?out", re.IGNORECASE)
-"""What the client says of a request that it has cut off; a locked database that is waited for as long does not say so."""
+"""What the client's error says when it has cut off a request; the error of a locked database does not say so."""
 
 
 class TooSlow(TrackingError):
-    """A request was cut off before its answer came; the next may take longer."""
+    """A request timed out; the next one may take longer."""
 
 
 class Limit:
-    """How long a request may take, and when (on the clock of `time.monotonic`) one was last answered or given more time.
+    """The timeout of a request, and the time (`time.monotonic`) of the last answer or extension.
 
-    Who sets MLFLOW_HTTP_REQUEST_TIMEOUT decides it for good; else it grows after each request that was cut off.
+    MLFLOW_HTTP_REQUEST_TIMEOUT fixes the timeout; otherwise it grows after each request that timed out.
     """
 
     def __init__(self) -> None:
@@ -52,17 +54,17 @@ class Limit:
 
     @property
     def longest(self) -> int:
-        """What it may grow to, in this process and, as far as is known, in another."""
+        """The longest timeout that may be in use, in this process and, as far as is known, in another."""
         return self._left[-1]
 
     def apply(self) -> None:
-        """Have MLflow's client keep it. The environment is left alone: other threads and programs read it."""
+        """Set the timeout of MLflow's client. The environment is not changed, because other threads and programs read it."""
         from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 
         MLFLOW_HTTP_REQUEST_TIMEOUT.default = self.seconds
 
     def grow(self, now: float) -> str:
-        """A request was cut off: what to say of it."""
+        """Extend the timeout after a request timed out; returns the message for it."""
         was, self._left = self.seconds, self._left[1:] or self._left
         self.apply()
         text = f"the tracker took more than {was} s to answer"
@@ -73,9 +75,9 @@ class Limit:
 
 
 class PatientClient:
-    """`client`, each of whose methods but `ONCE` is called up to `TRIES` times while it fails fast for a passing reason.
+    """A client whose methods, except `ONCE`, are retried up to `TRIES` times while they fail fast for a passing reason.
 
-    Raises TooSlow for a request that `limit` has cut off.
+    Raises TooSlow for a request that timed out by `limit`.
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class PatientClient:
                 except Exception as error:
                     took = self._clock() - began
                     if not is_passing(error):
-                        self._limit.moved = self._clock()  # it said no, so it is there
+                        self._limit.moved = self._clock()  # a refusal is an answer
                     elif took >= self._limit.seconds and _CUT_OFF.search(str(error)):
                         raise TooSlow(f"{name}: {self._limit.grow(self._clock())}") from error
                     if not left or not is_passing(error) or took > QUICK_SECONDS:
@@ -110,13 +112,13 @@ class PatientClient:
 
 
 def is_passing(error: Exception) -> bool:
-    """Whether the same request may succeed later: the server failed or was not reached, and did not say no."""
+    """Whether the same request may succeed later: the server failed or was not reached, and did not refuse."""
     code = getattr(error, "error_code", None)
     return isinstance(error, OSError) if code is None else code in PASSING
 
 
 def pages(search: Callable[..., Any], experiment_ids: list[str], query: str | None) -> Iterator[Any]:
-    """Every result of one of MLflow's paged searches. Raises TrackingError when the pages never end."""
+    """All results of one of MLflow's paged searches. Raises TrackingError if the pages never end."""
     token = None
     for _ in range(PAGES):
         found = search(experiment_ids, filter_string=query or "", max_results=PAGE, page_token=token)

@@ -1,7 +1,8 @@
-"""What a tracking store holds of an experiment, in one canonical form: the oracle for "nothing lost, nothing twice".
+"""The content of a tracking store for an experiment, in one canonical form; tests use it to show that nothing is lost or
+duplicated.
 
-Invariant: two stores that tell the same story export the same value. Ids, times, places and measured durations are left
-out; how often a metric was logged is not, so a duplicate shows.
+Invariant: two stores with the same content export the same value. Ids, times, places and measured durations are left out; the
+number of times a metric was logged is not, so a duplicate shows.
 """
 
 from collections.abc import Mapping
@@ -12,16 +13,21 @@ from pipeline.tracking.mlflow.client import pages
 from pipeline.tracking.mlflow.local import guard_environment
 from pipeline.tracking.mlflow.sink import MODEL_ID_TAG, MODEL_TAG, PLAN_TAG, RUN_TAG
 
+SYSTEM = "system/"
+"""Prefix of the names of MLflow's system metrics: measurements of the machine, left out."""
+GIT_TAGS = frozenset({"mlflow.source.git.commit", "mlflow.git.dirty"})
 DURATIONS = frozenset({"merge_seconds", "train_seconds", "samples_per_second"})
-_VOLATILE_TAGS = frozenset({"mlflow.user", "mlflow.parentRunId", "mlflow.log-model.history", "code_version"})
+_VOLATILE_TAGS = frozenset(
+    {"mlflow.user", "mlflow.parentRunId", "mlflow.log-model.history", "code_version", *GIT_TAGS}
+)
 
 
 def export(uri: str, experiment: str, plan: str | None = None) -> list[dict[str, Any]]:
-    """All runs, all models and all registered versions of models, of an experiment (of one plan if given), sorted.
+    """All runs, models and registered versions of models of an experiment (of one plan if given), sorted.
 
-    A run: {"run", "name", "parent", "status", "params", "tags", "metrics": [[key, step, value], ...], "artifacts",
-    "outputs", "datasets"}; a model: {"model", "name", "type", "run", "status", "params", "tags", "metrics", "artifacts"};
-    a version: {"registered", "name", "version", "of", "aliases", "tags"}. Raises TrackingError when there is no such experiment.
+    A run: {"run", "name", "parent", "status", "params", "tags", "metrics": [[key, step, value], ...], "artifacts", "inputs",
+    "outputs", "datasets"}; a model: {"model", "name", "type", "run", "status", "params", "tags", "metrics", "artifacts"}; a
+    version: {"registered", "name", "version", "of", "aliases", "tags"}. Raises TrackingError if there is no such experiment.
     """
     guard_environment()
     from mlflow import MlflowClient
@@ -71,9 +77,11 @@ def _run(client: Any, run: Any, run_keys: Mapping[str, str], model_keys: Mapping
     history = [
         [point.key, point.step, None if point.key in DURATIONS else point.value]
         for key in run.data.metrics
+        if not key.startswith(SYSTEM)
         for point in client.get_metric_history(run.info.run_id, key)
     ]
     outputs = [] if run.outputs is None else run.outputs.model_outputs
+    inputs = client.get_run(run.info.run_id).inputs.model_inputs  # a search leaves them out
     datasets = [] if run.inputs is None else run.inputs.dataset_inputs
     return {
         "run": _run_key(run),
@@ -84,6 +92,7 @@ def _run(client: Any, run: Any, run_keys: Mapping[str, str], model_keys: Mapping
         "tags": _stable(run.data.tags),
         "metrics": sorted(history, key=str),
         "artifacts": sorted(item.path for item in client.list_artifacts(run.info.run_id)),
+        "inputs": sorted(str(model_keys.get(one.model_id)) for one in inputs),
         "outputs": sorted(str(model_keys.get(output.model_id)) for output in outputs),
         "datasets": sorted(f"{item.dataset.name}:{item.dataset.digest}" for item in datasets),
     }

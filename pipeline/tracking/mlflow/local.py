@@ -1,8 +1,9 @@
-"""The parts of tracking that touch this machine: its environment, its files, and what may be said about them.
+"""The tracking store and artifacts on this machine, and the settings of MLflow in this process.
 
-Invariant: a tracking store of ours is there whole or not at all, and so is a file among MLflow's artifacts. MLflow keeps
-the absolute address of every artifact; in a store that is opened they name the OUT in which it lies, also after OUT was moved
-or copied.
+MLflow stores the absolute address of every artifact. When a store is opened, its addresses are set to the OUT that holds it, also
+after OUT was moved or copied.
+
+Invariant: a tracking store in OUT exists completely or not at all, and so does a file among MLflow's artifacts.
 """
 
 import contextlib
@@ -24,16 +25,16 @@ _ADDRESSES = (
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
 )
-"""Where MLflow's tables hold the places of artifacts."""
+"""The columns of MLflow's tables that hold addresses of artifacts."""
 
 
 def local_uri(out: Path) -> str:
-    """The tracking URI of a study that keeps its tracking store in its own directory."""
+    """The tracking URI of a study whose tracking store is in its own directory."""
     return f"sqlite:///{out.resolve() / LOCAL_DB}"
 
 
 def make_local_store(out: Path) -> None:
-    """Create the sqlite tracking store of `out`, whole or not at all: migrations cut off half-way cannot be resumed."""
+    """Create the sqlite tracking store of `out`, completely or not at all: interrupted migrations cannot be resumed."""
     target = out / LOCAL_DB
     if target.exists():
         return
@@ -47,17 +48,17 @@ def make_local_store(out: Path) -> None:
     staged = out / f".{LOCAL_DB}.{os.getpid()}"
     store = SqlAlchemyStore(f"sqlite:///{staged.resolve()}", (out.resolve() / LOCAL_ARTIFACTS).as_uri())
     store._dispose_engine()
-    # Linked, not moved over it: should two processes make one at a time, both go on with the first.
+    # A link never replaces a file: if two processes create the store at the same time, both use the first.
     with contextlib.suppress(FileExistsError):
         os.link(staged, target)
     staged.unlink()
 
 
 def follow_home(out: Path, wait_seconds: float = 10.0) -> str | None:
-    """Let the addresses in the tracking store of `out` name its own artifacts: the place that they named before, None if this one.
+    """Set the addresses in the tracking store of `out` to its own artifacts; returns the former place, None if nothing changed.
 
-    All of them or none, and only those below a place that was this store's own. To be called by the holder of the flush lock.
-    Raises TrackingError.
+    All addresses or none are changed, and only those below a place that was this store's own. The caller must hold the flush
+    lock. Raises TrackingError.
     """
     if not (out / LOCAL_DB).exists():
         return None
@@ -84,7 +85,7 @@ def follow_home(out: Path, wait_seconds: float = 10.0) -> str | None:
 
 
 def _former_homes(db: sqlite3.Connection, home: str) -> list[str]:
-    """Other places at which this store's artifacts were: its first experiment and ours were made there."""
+    """Former places of this store's artifacts, from the addresses of its first experiment and of ours."""
     found = []
     for number, location in db.execute("SELECT experiment_id, artifact_location FROM experiments"):
         place = str(location).removesuffix("/0") if number == 0 else str(location)
@@ -98,24 +99,24 @@ def _alive(pid: str) -> bool:
 
 
 def guard_environment() -> None:
-    """Settings of the MLflow client that our promises rest on; they apply to this process."""
+    """Settings of the MLflow client that delivery depends on; they apply to this process."""
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
     os.environ["MLFLOW_ALLOW_HTTP_REDIRECTS"] = "false"
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    import mlflow  # noqa: F401  its import sets up logging at INFO, which would write into the progress display
+    import mlflow  # noqa: F401  importing it enables logging at INFO, which would write into the progress display
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("mlflow.store").setLevel(
         logging.CRITICAL
-    )  # it logs a traceback of what it raises as well
+    )  # it also logs a traceback of every error it raises
 
 
 def place(source: Path, target: Path) -> None:
-    """Put a file into a local artifact directory atomically: a link where the file system allows it, else a copy."""
+    """Put a file into a local artifact directory atomically: a link if the file system allows it, else a copy."""
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = target.with_name(f".{target.name}.{os.getpid()}")
     staged.unlink(missing_ok=True)

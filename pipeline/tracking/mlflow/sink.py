@@ -1,12 +1,12 @@
 """Delivers outbox rows to MLflow, so that delivering a row again changes nothing.
 
-Invariant: every run and model is found again by our own tags before it is made, every metric has the timestamp of its
-record, and no request is retried below us: after any failure we look first at what the server has (a lost answer is
-not a lost request). What the server answers is input, not truth: runs without our tags are ignored, no redirect is
-followed, and a server cannot make us write a file on this machine.
+Weights are linked, not copied, if MLflow's artifacts are on the store's own file system (the default), so logging every merged
+checkpoint costs no disk. Nothing is pickled; a model is the files open_clip opens plus `manifest.json`.
 
-Weights are linked, not copied, when MLflow's artifacts lie on the store's own file system (the default): logging every
-merged checkpoint then costs no disk. Nothing is pickled; a model is the files open_clip opens plus `manifest.json`.
+Invariant: every run and model is looked up by our own tags before it is created, every metric has the timestamp of its record,
+and no layer below retries a request that creates something. After any failure the server's content is read again first, because a
+request may succeed although its answer is lost. Answers of the server are not trusted: runs without our tags are ignored, no
+redirect is followed, and no answer makes this process write a file.
 """
 
 import contextlib
@@ -14,25 +14,28 @@ import getpass
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
-from pipeline.errors import CorruptArtifact, StoreError, TrackingError
+from pipeline.errors import TrackingError
 from pipeline.study.addresses import redact
+from pipeline.tracking.mlflow.artifacts import Artifacts, Refused, safe_name
 from pipeline.tracking.mlflow.client import Limit, PatientClient, pages
+from pipeline.tracking.mlflow.database import LocalClient, opened
+from pipeline.tracking.mlflow.experiment import find_or_make
 from pipeline.tracking.mlflow.local import (
     LOCAL_ARTIFACTS,
+    LOCAL_DB,
     follow_home,
     guard_environment,
     local_uri,
     make_local_store,
-    place,
 )
 from pipeline.tracking.outbox import Entry
-from pipeline.workspace.opening import store_of
 
 PLAN_TAG = "temporal_merge.plan"
 RUN_TAG = "temporal_merge.run_key"
@@ -40,23 +43,23 @@ MODEL_TAG = "temporal_merge.model_key"
 MODEL_ID_TAG = "temporal_merge.model_id"
 MISSING_TAG = "temporal_merge.weights_missing"
 ERROR_TAG = "error"
-MANIFEST = "manifest.json"
 REGISTERED_NOTE = "What the best trajectory of a study serves at its last t, study after study; see the tags of each version."
 
 _BATCH = 90
 _REFUSALS = frozenset(
     {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "INVALID_STATE", "RESOURCE_CONFLICT"}
 )
-# A registry that is not there, or not ours to write, must not hold up what comes after.
+# A registry that does not exist, or that we may not write, must not block later rows.
 _REGISTRY = frozenset({"register", "alias"})
 _NO_REGISTRY = frozenset({"PERMISSION_DENIED", "FEATURE_DISABLED", "ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED"})
-_REMOTE_SCHEMES = frozenset(
-    {"s3", "gs", "abfs", "abfss", "wasb", "wasbs", "hdfs", "viewfs", "dbfs", "oss", "r2", "b2"}
-)
 
 
-class Refused(TrackingError):
-    """The tracker will not take this row, however often it is offered; the rows behind it may still pass."""
+@dataclass(frozen=True)
+class Sent:
+    """Rows that the tracking store has, or (with `refused`, the reason) one row that it refuses for good."""
+
+    entries: Sequence[Entry]
+    refused: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class _Model:
     model_id: str
     location: str
     ready: bool
+    lacks_weights: bool = False
 
 
 class MlflowSink:
@@ -77,6 +81,7 @@ class MlflowSink:
         self.uri = uri
         self.experiment = experiment
         self._limit = limit or Limit()
+        self._artifacts = Artifacts(self.out, uri)
         self._client: Any = None
         self._experiment_id = ""
         self._runs: dict[str, dict[str, str]] = {}
@@ -93,7 +98,7 @@ class MlflowSink:
         }
 
     def connect(self) -> None:
-        """Open the store, make the experiment if need be. Slow the first time (imports, database migrations)."""
+        """Open the store, and create the experiment if it is missing. Slow the first time (imports, database migrations)."""
         if self._client is not None:
             return
         guard_environment()
@@ -105,31 +110,80 @@ class MlflowSink:
         uri = self.uri or local_uri(self.out)
         self._limit.apply()
         client = PatientClient(MlflowClient(tracking_uri=uri, registry_uri=uri), self._limit)
-        self._experiment_id = self._find_or_make_experiment(client)
-        self._client = client
+        self._experiment_id, location = find_or_make(
+            client, self.experiment, (self.out / LOCAL_ARTIFACTS).as_uri() if self.uri is None else None
+        )
+        local = (
+            opened(client, self.out / LOCAL_DB, self._experiment_id, location) if self.uri is None else None
+        )
+        self._client = local or client
 
     def forget(self) -> None:
-        """After a failure: trust nothing remembered, look everything up again."""
+        """Drop everything cached, after a failure; it is looked up again."""
+        if isinstance(self._client, LocalClient):
+            self._client.close()
         self._client = None
         self._runs.clear()
         self._failed.clear()
         self._models.clear()
 
-    def deliver(self, entry: Entry) -> None:
-        """Send one row. Raises Refused when it can never pass, TrackingError when it may later."""
+    def deliver(self, entries: Sequence[Entry]) -> Iterator[Sent]:
+        """Send rows in order and yield them as soon as they are safe: in OUT all at once, since one transaction holds them, on a
+        server one by one. Raises TrackingError at the first row that fails for now.
+        """
+        held: list[Sent] = []
+        failure = None
+        for unit in _units(entries):
+            try:
+                held += self._unit(unit)
+            except TrackingError as error:
+                failure = error
+                break
+            if not isinstance(self._client, LocalClient):
+                yield from held
+                held = []
+        self._guarded("the tracking store", self._flush)
+        yield from held
+        if failure is not None:
+            raise failure
+
+    def _unit(self, entries: Sequence[Entry]) -> list[Sent]:
+        """Send rows together; if they are refused, one by one, because the others may still be accepted."""
+        try:
+            self._send(entries)
+            return [Sent(entries)]
+        except Refused as error:
+            if len(entries) == 1:
+                return [Sent(entries, str(error))]
+            return [sent for entry in entries for sent in self._unit([entry])]
+
+    def _send(self, entries: Sequence[Entry]) -> None:
+        body = _merged([entry.payload for entry in entries])
+        refused = _REFUSALS | (_NO_REGISTRY if body["op"] in _REGISTRY else frozenset())
+
+        def send() -> None:
+            self.connect()
+            self._operations[body["op"]](body)
+
+        self._guarded(entries[0].key, send, refused)
+
+    def _guarded(self, key: str, work: Callable[[], None], refused: frozenset[str] = frozenset()) -> None:
+        """Raise Refused for MLflow's errors with these codes, TrackingError for all others."""
         from mlflow.exceptions import MlflowException
 
         try:
-            self.connect()
-            self._operations[entry.payload["op"]](entry.payload)
+            work()
         except TrackingError:
             raise
         except MlflowException as error:
-            refused = _REFUSALS | (_NO_REGISTRY if entry.payload["op"] in _REGISTRY else frozenset())
             kind = Refused if error.error_code in refused else TrackingError
-            raise kind(f"{entry.key}: {error.error_code}: {_short(error)}") from error
-        except Exception as error:  # a hostile answer can fail anywhere inside the client
-            raise TrackingError(f"{entry.key}: {type(error).__name__}: {_short(error)}") from error
+            raise kind(f"{key}: {error.error_code}: {_short(error)}") from error
+        except Exception as error:  # an unexpected answer can fail anywhere inside the client
+            raise TrackingError(f"{key}: {type(error).__name__}: {_short(error)}") from error
+
+    def _flush(self) -> None:
+        if isinstance(self._client, LocalClient):
+            self._client.flush()
 
     # --- rows -----------------------------------------------------------------------------------------------------
 
@@ -154,10 +208,18 @@ class MlflowSink:
         from mlflow.entities import Metric, RunTag
 
         run_id = self._run_id(body["plan"], body["run"])
-        model_id = None if body["model"] is None else self._model_id(body["plan"], body["model"])
+        models = {key: self._model_id(body["plan"], key) for *_, key in body["metrics"] if key is not None}
         metrics = [
-            Metric(key, value, stamp, step, model_id=model_id, dataset_name=dataset, dataset_digest=digest)
-            for key, value, step, stamp, dataset, digest in body["metrics"]
+            Metric(
+                key,
+                value,
+                stamp,
+                step,
+                model_id=models.get(model),
+                dataset_name=dataset,
+                dataset_digest=digest,
+            )
+            for key, value, step, stamp, dataset, digest, model in body["metrics"]
         ]
         tags = [RunTag(key, value) for key, value in body["tags"].items()]
         # At most 90 at once: MLflow's own duplicate handling of model metrics works on batches of 100 names.
@@ -182,26 +244,34 @@ class MlflowSink:
                 model_type=body["type"],
             )
             known = self._models[plan][key] = _Model(model.model_id, model.artifact_location, False)
-        if not known.ready:
-            self._upload_model(known, body)
+        if not known.ready or (known.lacks_weights and body["files"]):
+            where = {"model_id": known.model_id, "run_id": run_id, "artifact_path": known.location}
+            missing = self._artifacts.put_model(self._client, where, body)
+            lacks = f"{', '.join(missing)} left the store" if missing else body["manifest"].get("weights", "")
+            if lacks or known.lacks_weights:
+                self._client.set_logged_model_tags(known.model_id, {MISSING_TAG: lacks})
             self._client.finalize_logged_model(known.model_id, "READY")
-            self._models[plan][key] = replace(known, ready=True)
-        if made_now or known.model_id not in self._outputs(run_id):
-            self._client.log_outputs(run_id, [LoggedModelOutput(known.model_id, body["step"])])
+            self._models[plan][key] = replace(known, ready=True, lacks_weights=bool(lacks))
+        if body.get("is_input"):
+            inputs = [key]
+        else:
+            inputs = body.get("inputs", [])
+            if made_now or known.model_id not in self._outputs(run_id):
+                self._client.log_outputs(run_id, [LoggedModelOutput(known.model_id, body["step"])])
+        inputs = self._model_inputs(plan, inputs)
+        if inputs:
+            self._client.log_inputs(run_id, models=inputs)
 
     def _artifact(self, body: dict[str, Any]) -> None:
         run_id = self._run_id(body["plan"], body["run"])
-        target = self._artifact_target(self._client.get_run(run_id).info.artifact_uri)
+        location = self._client.get_run(run_id).info.artifact_uri
         with tempfile.TemporaryDirectory(prefix="temporal-merge-") as scratch:
-            source = Path(scratch) / _safe_name(body["name"])
+            source = Path(scratch) / safe_name(body["name"])
             if body["text"] is None:
-                shutil.copyfile(self._inside(body["path"]), source)
+                shutil.copyfile(self._artifacts.inside(body["path"]), source)
             else:
                 source.write_text(body["text"], encoding="utf-8")
-            if target is None:
-                self._client.log_artifact(run_id, str(source))
-            else:
-                place(source, target / source.name)
+            self._artifacts.put(source, location, lambda: self._client.log_artifact(run_id, str(source)))
 
     def _status(self, body: dict[str, Any]) -> None:
         run_id = self._run_id(body["plan"], body["run"])
@@ -217,10 +287,12 @@ class MlflowSink:
             self._client.set_terminated(run_id, status=body["state"], end_time=body["end_ms"])
 
     def _register(self, body: dict[str, Any]) -> None:
-        """The version of this very model is looked for first: a lost answer is not a lost version.
+        """Register a version, unless this model already has one: a lost answer does not mean a lost version.
 
-        Place and run of the model are told: MLflow's sqlite registry would look them up in the process-wide tracking store.
+        Place and run of the model are passed on: MLflow's own code would look them up in the process-wide tracking store. A
+        server uses its own store, and links a version of source `models:/ID` to its model.
         """
+        from mlflow.entities import LoggedModelOutput
         from mlflow.exceptions import MlflowException
 
         name, model_id = body["name"], self._model_id(body["plan"], body["model"])
@@ -234,16 +306,20 @@ class MlflowSink:
         version = self._version(name, model_id)
         if version is None:
             tags = {**body["tags"], MODEL_ID_TAG: model_id}
+            server = urlsplit(self.uri or "").scheme in ("http", "https")
             version = self._client.create_model_version(
                 name,
-                location,
+                f"models:/{model_id}" if server else location,
                 self._run_id(body["plan"], body["run"]),
                 tags=tags,
                 description=body["note"],
                 model_id=model_id,
             )
         self._show_version(model_id, name, str(version.version))
-        if "alias" in body:  # a row that an earlier release wrote
+        parent = self._run_id(body["plan"], body.get("parent", body["run"]))
+        if model_id not in self._outputs(parent):
+            self._client.log_outputs(parent, [LoggedModelOutput(model_id, int(body["tags"]["t"]))])
+        if "alias" in body:  # a row of an earlier release
             self._alias(body)
 
     def _alias(self, body: dict[str, Any]) -> None:
@@ -254,7 +330,7 @@ class MlflowSink:
         self._client.set_registered_model_alias(name, body["alias"], version.version)
 
     def _version(self, name: str, model_id: str) -> Any:
-        """The version of a registered model that is this very model, or None."""
+        """The version of a registered model that is this model, or None."""
         quoted = name.replace("'", "''")
         versions = pages(
             lambda _, **query: self._client.search_model_versions(**query), [], f"name='{quoted}'"
@@ -262,7 +338,9 @@ class MlflowSink:
         return next((v for v in versions if v.tags.get(MODEL_ID_TAG) == model_id), None)
 
     def _show_version(self, model_id: str, name: str, version: str) -> None:
-        """On the model's own page, which reads a tag that servers and `mlflow.register_model` keep, but sqlite does not."""
+        """Show the version on the model's own page, which reads a tag that servers and `mlflow.register_model` set, but sqlite
+        does not.
+        """
         from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
         shown = json.loads(self._client.get_logged_model(model_id).tags.get(MLFLOW_MODEL_VERSIONS) or "[]")
@@ -276,7 +354,7 @@ class MlflowSink:
         if plan not in self._runs:
             found = pages(self._client.search_runs, [self._experiment_id], f"tags.`{PLAN_TAG}` = '{plan}'")
             ours = [run for run in found if run.data.tags.get(PLAN_TAG) == plan and RUN_TAG in run.data.tags]
-            # The oldest wins, should a second one ever have been made by hand.
+            # The oldest wins if a second one was made by hand.
             ours.sort(key=lambda run: (run.info.start_time, run.info.run_id), reverse=True)
             self._runs[plan] = {run.data.tags[RUN_TAG]: run.info.run_id for run in ours}
             self._failed.update(run.info.run_id for run in ours if ERROR_TAG in run.data.tags)
@@ -290,7 +368,9 @@ class MlflowSink:
             ours = [model for model in found if model.tags.get(PLAN_TAG) == plan and MODEL_TAG in model.tags]
             ours.sort(key=lambda model: (model.creation_timestamp, model.model_id), reverse=True)
             self._models[plan] = {
-                m.tags[MODEL_TAG]: _Model(m.model_id, m.artifact_location, str(m.status) == "READY")
+                m.tags[MODEL_TAG]: _Model(
+                    m.model_id, m.artifact_location, str(m.status) == "READY", bool(m.tags.get(MISSING_TAG))
+                )
                 for m in ours
             }
         return self._models[plan]
@@ -311,27 +391,6 @@ class MlflowSink:
             )
         return known.model_id
 
-    def _find_or_make_experiment(self, client: Any) -> str:
-        from mlflow.exceptions import MlflowException
-
-        found = client.get_experiment_by_name(self.experiment)
-        if found is None:
-            location = (self.out / LOCAL_ARTIFACTS).as_uri() if self.uri is None else None
-            try:
-                return str(client.create_experiment(self.experiment, location, tags=_EXPERIMENT_TAGS))
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-                found = client.get_experiment_by_name(self.experiment)
-        if found is None or found.lifecycle_stage != "active":
-            raise TrackingError(
-                f"the MLflow experiment {self.experiment!r} was deleted; restore it, or set tracking.experiment"
-            )
-        for key, value in _EXPERIMENT_TAGS.items():
-            if key not in found.tags:
-                client.set_experiment_tag(found.experiment_id, key, value)
-        return str(found.experiment_id)
-
     # --- pieces -------------------------------------------------------------------------------------------------------
 
     def _log_params(self, run_id: str, params: dict[str, str]) -> None:
@@ -341,82 +400,36 @@ class MlflowSink:
         for start in range(0, len(items), _BATCH):
             self._client.log_batch(run_id, params=items[start : start + _BATCH], synchronous=True)
 
+    def _model_inputs(self, plan: str, keys: Sequence[str]) -> list[Any]:
+        """The models as inputs; a model that does not exist (its row was refused) is left out."""
+        from mlflow.entities import LoggedModelInput
+
+        known = self._known_models(plan) if keys else {}
+        return [LoggedModelInput(known[key].model_id) for key in keys if key in known]
+
     def _outputs(self, run_id: str) -> list[str]:
         outputs = self._client.get_run(run_id).outputs
         return [] if outputs is None else [output.model_id for output in outputs.model_outputs]
 
-    def _upload_model(self, model: "_Model", body: dict[str, Any]) -> None:
-        target = self._artifact_target(model.location)
-        directory = self._directory(body)
-        sources = [directory / _safe_name(name) for name in body["files"]]
-        missing = [source.name for source in sources if not source.is_file()]
-        if missing:
-            self._client.set_logged_model_tags(
-                model.model_id, {MISSING_TAG: f"{', '.join(missing)} left the store"}
-            )
-        with tempfile.TemporaryDirectory(prefix="temporal-merge-") as scratch:
-            manifest = Path(scratch) / MANIFEST
-            manifest.write_text(
-                json.dumps(body["manifest"], indent=2, sort_keys=True) + "\n", encoding="utf-8"
-            )
-            for source in [manifest, *(source for source in sources if source.is_file())]:
-                if target is None:
-                    self._client.log_model_artifact(model.model_id, str(source))
-                else:
-                    place(source, target / source.name)
 
-    def _artifact_target(self, location: str) -> Path | None:
-        """The local directory MLflow keeps these artifacts in, or None when they are to be uploaded.
+def _units(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+    """Single rows, except that neighbours which only add to the same run go together: each unit is a request to a server."""
 
-        Raises TrackingError when a server points at this machine's disk or sends us to another host.
-        """
-        parts = urlsplit(location)
-        server = urlsplit(self.uri or "")
-        if parts.scheme in ("", "file"):
-            path = Path(unquote(parts.path) if parts.scheme else location)
-            if server.scheme in ("http", "https"):
-                raise TrackingError(
-                    f"the tracking server wants artifacts written to the local path {_short(location)}, which is"
-                    " refused; start it with --serve-artifacts or with an object store as --artifacts-destination"
-                )
-            home = self.out / LOCAL_ARTIFACTS
-            if self.uri is None and not path.resolve().is_relative_to(home):
-                raise TrackingError(f"{path} is not inside {home}, where this study keeps its artifacts")
-            return path
-        same_host = not parts.netloc or parts.netloc == server.netloc
-        if parts.scheme in _REMOTE_SCHEMES or (
-            parts.scheme in ("mlflow-artifacts", "http", "https") and same_host
-        ):
-            return None
-        raise TrackingError(f"the tracking server sends artifacts to {_short(location)}, which is refused")
+    def key(entry: Entry) -> Any:
+        body = entry.payload
+        return (body["plan"], body["run"]) if body["op"] == "log" else entry.seq
 
-    def _directory(self, body: dict[str, Any]) -> Path:
-        """Where the files of a row are: in OUT, or opened in the study's store elsewhere by their fingerprint."""
-        if not body["files"] or body["store"].startswith("store/"):
-            return self._inside(body["store"])
-        store = store_of(self.out)
-        try:
-            record = store.find(body["manifest"]["fingerprint"])
-            return self.out / "gone" if record is None else store.open_verified(record)
-        except CorruptArtifact:
-            return self.out / "gone"
-        except StoreError as error:
-            raise TrackingError(str(error)) from error
-
-    def _inside(self, relative: str) -> Path:
-        path = (self.out / relative).resolve()
-        if not path.is_relative_to(self.out):
-            raise Refused(f"{relative!r} lies outside the study's directory")
-        return path
+    for _, unit in groupby(entries, key):
+        yield list(unit)
 
 
-_EXPERIMENT_TAGS = {
-    # Without it the UI opens in its GenAI view, where models are called agent versions.
-    "mlflow.experimentKind": "custom_model_development",
-    "mlflow.note.content": "Temporal model merging: one run per study; unfold it for its trajectories and experts.",
-    "mlflow.experiment.primaryMetric.name": "gm",
-    "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
-}
+def _merged(bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Several rows of op `log` as one; each metric keeps the model of its row."""
+    if bodies[0]["op"] != "log":
+        return bodies[0]
+    metrics = [(*metric, body["model"]) for body in bodies for metric in body["metrics"]]
+    tags = {key: value for body in bodies for key, value in body["tags"].items()}
+    return {**bodies[0], "metrics": metrics, "tags": tags}
 
 
 def _dataset_input(dataset: dict[str, str]) -> Any:
@@ -430,13 +443,6 @@ def _user_tag() -> dict[str, str]:
     with contextlib.suppress(OSError, KeyError):
         return {"mlflow.user": getpass.getuser()}
     return {}
-
-
-def _safe_name(name: str) -> str:
-    """A plain file name of ours. Raises Refused on anything that could leave its directory."""
-    if not name or not all(c.isascii() and (c.isalnum() or c in "._-") for c in name) or name.startswith("."):
-        raise Refused(f"{name!r} is no artifact name: letters, digits, dot, dash and underscore only")
-    return name
 
 
 def _short(error: object) -> str:

@@ -1,20 +1,21 @@
-"""MLflow's server with one page more: the door that `temporal-merge ui` opens.
+"""MLflow's server with one additional page, which `temporal-merge ui` opens.
 
-Which of its two views the UI is in is remembered by the browser alone (an address that names one holds for that page only),
-and the other view calls models agent versions. The door sets the view for model training, keeps the chat panel shut
-unless the browser has been asked about it before, and goes on to the study.
+Only the browser stores which of its two views the UI is in (an address that names a view applies to that page only), and the
+other view calls models agent versions. The page sets the view for model training, keeps the chat panel closed unless the browser
+has seen its question before, and redirects to the study.
 
-Invariant: nothing of MLflow is changed; the server is on loopback and the page takes a number and nothing else.
+It is one process that imports MLflow once; `mlflow server` imports it twice, one after the other, and starts job runners.
+
+Invariant: MLflow itself is not changed; the server listens on loopback, and the page accepts a number and nothing else.
 """
 
 import os
+import sys
 from typing import Any
 
 WORD, WORD_HEADER = "TEMPORAL_MERGE_UI", "X-Temporal-Merge-UI"
-"""What the door answers with, so that who started this server knows it from another on the port."""
+"""The page's response header, by which the process that started this server recognises it on the port."""
 DOOR = "/temporal-merge"
-APP = "temporal-merge"
-"""The name of this server among MLflow's (entry point group `mlflow.app`, in setup.cfg)."""
 
 _PAGE = """<!doctype html><meta charset="utf-8"><title>temporal-merge</title><script>
 localStorage.setItem("mlflow.workflowType_v1", JSON.stringify("machine_learning"));
@@ -26,8 +27,19 @@ location.replace("/#/experiments" + (/^[0-9]+$/.test(experiment) ? "/" + experim
 """
 
 
+def serve_ui(uri: str, artifacts: str, host: str, port: int) -> None:
+    """Serve the tracking store at `uri` until a signal; artifacts of new experiments are at `artifacts`."""
+    os.environ |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "_MLFLOW_SGI_NAME": "uvicorn"}
+    import uvicorn
+    from mlflow import server
+
+    stores = (server.BACKEND_STORE_URI_ENV_VAR, server.REGISTRY_STORE_URI_ENV_VAR)
+    os.environ |= {**dict.fromkeys(stores, uri), server.ARTIFACT_ROOT_ENV_VAR: artifacts}
+    uvicorn.run(create_app(), host=host, port=port, log_level="warning")
+
+
 def create_app() -> Any:
-    """The ASGI application; MLflow's server starts it with `--app-name`."""
+    """The ASGI application: MLflow's, with the additional page."""
     from mlflow.server.fastapi_app import app
     from starlette.responses import HTMLResponse
     from starlette.routing import Route
@@ -37,3 +49,7 @@ def create_app() -> Any:
 
     app.router.routes.insert(0, Route(DOOR, door))
     return app
+
+
+if __name__ == "__main__":
+    serve_ui(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))

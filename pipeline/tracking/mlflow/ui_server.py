@@ -1,7 +1,7 @@
-"""The MLflow server behind `temporal-merge ui`: started, named once it answers, and ended with the command.
+"""The MLflow server of `temporal-merge ui`: started, announced once it answers, and ended with the command.
 
-Invariant: the address that is named leads to this very server. The port is free before it starts, and its door answers with a
-word that only it knows, so another program on the port is never shown as a run's tracking store.
+Invariant: the announced address is that of this server. The port is free before it starts, and its answer contains a secret word,
+so another program on the port is never shown as a run's tracking store.
 """
 
 import contextlib
@@ -40,19 +40,19 @@ def check_port(port: int) -> None:
 
 
 def serve(command: Sequence[str], url: str, ready: Callable[[], None]) -> int:
-    """Run the server until it ends, or until this process is to; its exit code. `ready` is called once `url` answers.
+    """Run the server until it or this process ends; returns its exit code. `ready` is called once `url` answers.
 
     Raises TrackingError if the server ends, or START_SECONDS pass, before that.
     """
     word = secrets.token_hex(16)
-    # What the server prints is for people: standard output holds this command's answer alone.
+    # The server prints to standard error: standard output is for this command's answer.
     process = subprocess.Popen(command, env=os.environ | {WORD: word}, stdout=2, process_group=0)
     try:
         deadline = time.monotonic() + START_SECONDS
         while not _answers(url, word):
             if process.poll() is not None:
                 raise TrackingError(
-                    f"the MLflow server ended with {process.returncode} before it answered; why is above"
+                    f"the MLflow server ended with {process.returncode} before it answered; its own output says why"
                 )
             if time.monotonic() > deadline:
                 raise TrackingError(f"the MLflow server did not answer at {url} within {START_SECONDS:g} s")
@@ -73,7 +73,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _answers(url: str, word: str) -> bool:
-    """Whether the server that knows the word answers; a proxy of the environment is not asked."""
+    """Whether the server with this word answers; proxies of the environment are not used."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(url, timeout=5) as answer:

@@ -1,1 +1,1 @@
-"""What the tracker is to know of a study, as plain rows: a pure projection of plan and records, without MLflow and without a clock."""
+"""Rows for the tracker: a pure projection of plan and records, without MLflow and without a clock."""

@@ -1,21 +1,19 @@
-"""A study as rows for the tracker: a pure projection of (plan, records), with no MLflow and no clock in it.
+"""A study as rows for the tracker: a pure projection of (plan, records), without MLflow or a clock.
 
-Invariant: the same plan and the same records give the same rows under the same keys, in whatever order the steps
-finished and however often they are told; every timestamp of a measurement comes from its record.
+- The study is the parent run. Below it are one run per trajectory, and one run that holds one run per unique expert.
+- Every checkpoint that a trajectory serves at t >= 1 is a model of its own, found by its name (`best_in_time-t3-photos_b`), even
+  if it has the bytes of another (an expert that is served as it is). The base is logged once, for every t of a trajectory that
+  serves it (`zero_shot`).
+- The results of a trajectory at t are metrics of its run with step = t, attached to the model as well.
 
-What becomes what:
-- the study is the parent run; under it one run per trajectory, and one run that holds one run per unique expert;
-- every checkpoint a trajectory serves at t >= 1 is a model of its own, found by its name (`best_in_time-t3-photos_b`),
-  even when its bytes are another's (an expert that is served as it is). The base is logged once and stands for every t
-  of a trajectory that serves it (`zero_shot`);
-- what is known of a trajectory at t is a metric of its run with step = t, attached to the model as well.
+Invariant: the same plan and the same records give the same rows under the same keys, in whatever order and however often steps
+are recorded. Every timestamp of a measurement comes from its record.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from merge_service.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.plan.steps import BASE, Plan, Point, Step, TrajectoryPlan
 from pipeline.results import over_time as results
 from pipeline.results.over_time import OverTime, seen, sentence_of
@@ -34,13 +32,12 @@ from pipeline.tracking.rows.index import (
     steps_of,
     trajectory_key,
 )
-from pipeline.tracking.rows.lineage import Lineage
+from pipeline.tracking.rows.lineage import Checkpoint, Described, Lineage
 from pipeline.tracking.rows.names import (
+    best_note,
     flat,
     metric_name,
-    model_name,
     on_split,
-    opening_note,
     plain,
     served_note,
     strategy_tags,
@@ -51,24 +48,28 @@ from pipeline.tracking.rows.rows import Metrics, Rows, Run
 
 @dataclass(frozen=True)
 class StudyFacts:
-    """What the projection must know beside the plan; `settings` is the resolved study file as plain values, `store`
-    where artifacts are, for people: relative to OUT, or a path or URL."""
+    """What the projection needs besides the plan. `settings` is the resolved study file as plain values; `store` is where
+    artifacts are, as text: relative to OUT, or a path or URL.
+    """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     code_version: str = ""
     log_weights: bool = True
+    recipes: frozenset[str] = frozenset()
     store: str = "store"
     registry: Mapping[str, str] | None = None
-    """{"name", "by", "alias"} of the registered model that the best trajectory becomes a version of; None: of none."""
+    """{"name", "by", "alias"} of the registered model that gets the best trajectory as a version; None without one."""
     title: str | None = None
-    """The name of the parent run; None: the study's."""
+    """The name of the parent run; None for the study's."""
+    git: Mapping[str, str] = field(default_factory=dict)
+    """MLflow's tags of the commit of the code."""
     earlier: tuple[str, ...] = ()
     """The names of the parent runs of other plans that OUT held before."""
 
 
 @dataclass
 class _Reached:
-    """How far a trajectory has been told: points scored without a gap, the time of the newest of them, what is waited for."""
+    """How far a trajectory is recorded: points scored without a gap, the time of the newest of them, steps still missing."""
 
     over_time: OverTime
     waiting: set[str]
@@ -78,7 +79,7 @@ class _Reached:
 
 
 class Projection:
-    """Rows of one plan. It remembers the records it was told, and nothing else. `bases` are the records of the bases, by fingerprint."""
+    """Rows of one plan. Its only state is the records so far. `bases` are the records of the bases, by fingerprint."""
 
     def __init__(self, plan: Plan, facts: StudyFacts, bases: Mapping[str, Record]) -> None:
         self.index = Index(plan)
@@ -98,23 +99,18 @@ class Projection:
             "code_version": facts.code_version,
             "mlflow.source.name": "temporal-merge run",
             "mlflow.source.type": "LOCAL",
+            **facts.git,
         }
-        self._experts = ExpertRows(self.index, self.rows, self._records, self._common)
+        self._described = Described(self._lineage, self._common, facts.log_weights, facts.recipes)
+        self._experts = ExpertRows(self.index, self.rows, self._records, self._described)
 
     def started(self, now_ms: int) -> list[Row]:
-        """The parent run, the runs of all trajectories, the base model. Only the `now_ms` of the first call ever counts.
+        """The parent run, the runs of all trajectories, and the base models. Only the `now_ms` of the first call counts.
 
-        The runs start a millisecond apart, since the UI lists the newest first: trajectories in the study's order, then
-        the experts.
+        The runs start a millisecond apart, because the UI lists the newest first: trajectories in the study's order, then the
+        experts.
         """
-        note = (
-            f"{len(self._plan.trajectories)} trajectories over {len(self.index.experts)} experts. Unfold this run to see"
-            " them; the step of every metric of a trajectory is t. **Models** lists every served checkpoint by"
-            " trajectory, t and task."
-        )
-        if self._facts.earlier:
-            note += f"\n\nThe study was changed in its OUT: {', '.join(self._facts.earlier)} came before; those runs and models stay."
-        tags = {**self._common, "kind": STUDY, "mlflow.note.content": note}
+        tags = {**self._common, "kind": STUDY, "mlflow.note.content": self._note()}
         trajectories, title = self._plan.trajectories, self._facts.title or self._plan.study
         return [
             self.rows.run(Run(STUDY, None, title, tags, self.settings(), self._datasets()), now_ms),
@@ -126,13 +122,23 @@ class Projection:
             *map(self._base_model_row, self._bases.values()),
         ]
 
+    def _note(self) -> str:
+        note = (
+            f"{len(self._plan.trajectories)} trajectories over {len(self.index.experts)} experts. Unfold this run to see"
+            " them; the step of every metric of a trajectory is t. **Models** lists every expert and every served checkpoint by"
+            " trajectory, t and task."
+        )
+        if not self._facts.earlier:
+            return note
+        return f"{note}\n\nThe study was changed in its OUT: {', '.join(self._facts.earlier)} came before; those runs and models stay."
+
     def settings(self) -> dict[str, str]:
-        """The study's settings as MLflow parameters; the grid's are those of the trajectories."""
+        """The study's settings as MLflow parameters, without those of the grid, which the trajectories have."""
         settings = flat(self._facts.settings)
         return {key: value for key, value in settings.items() if not key.startswith(("grid.", "storage."))}
 
     def finished(self, table: str | None = None, best: str | None = None) -> list[Row]:
-        """The end of the study, all steps done; `table` is its results as CSV, `best` the trajectory to register."""
+        """The rows of a finished study; `table` is its results as CSV, `best` the trajectory to register."""
         end = max(record.created_ms for record in (*self._bases.values(), *self._records.values()))
         rows = [] if table is None else [self.rows.artifact(STUDY, "results.csv", end, text=table)]
         several = mixed_text(counted((*self._bases.values(), *self._records.values())))
@@ -142,7 +148,7 @@ class Projection:
         return rows if best is None or self._facts.registry is None else rows + self._best_rows(best, end)
 
     def failed(self, step: Step, error: str, at_ms: int) -> list[Row]:
-        """A step gave up: its expert's run, every trajectory that uses it, and the study are marked as failed."""
+        """A step failed for good: its expert's run, every trajectory that uses it, and the study are marked as failed."""
         rows, keys = [], [STUDY]
         if step.fingerprint in self.index.experts:
             rows.append(self._experts.run(step, at_ms))
@@ -155,7 +161,7 @@ class Projection:
         self._records[step.fingerprint] = record
         rows: list[Row] = []
         if step.fingerprint in self.index.experts:
-            rows += self._experts.trained(step, record, self._lineage.tags(record))
+            rows += self._experts.trained(step, record)
         if step.kind == "evaluate":
             rows += self._experts.evaluated(step, record)
         for (base, split), evaluation in self.index.base_evaluations.items():
@@ -179,7 +185,13 @@ class Projection:
 
     def _trajectory_row(self, trajectory: TrajectoryPlan, now_ms: int) -> Row:
         searchable = strategy_tags(trajectory)
-        params = {**searchable, **flat(trajectory.params, "technique."), **flat(trajectory.axes)}
+        settings = self._plan.settings.get(trajectory.settings_id, {})
+        params = {
+            **flat(settings),
+            **searchable,
+            **flat(trajectory.params, "technique."),
+            **flat(trajectory.axes),
+        }
         if trajectory.ema_seed is not None:
             params["strategy.ema_seed"] = trajectory.ema_seed
         tags = {
@@ -205,7 +217,7 @@ class Projection:
         return self.rows.log(trajectory_key(trajectory), f"t{point.t}/merge", metrics, model)
 
     def _over_time_rows(self, trajectory: TrajectoryPlan) -> list[Row]:
-        """Forgetting and backward transfer at every further t up to which all evaluations are there by now."""
+        """Forgetting and backward transfer at every further t up to which all evaluations are done."""
         reached, rows = self._reached[trajectory.id], []
         while reached.places < len(trajectory.points):
             point = trajectory.points[reached.places]
@@ -232,7 +244,7 @@ class Projection:
         )
 
     def _scores(self, record: Record, t: int, shared: bool = False) -> Metrics:
-        """The metrics of an evaluation; `shared` with other splits, their names say on which they are."""
+        """The metrics of an evaluation. If they are `shared` with other splits, their names contain the split."""
         scores, metrics = record.result["scores"], Metrics(record.created_ms)
         split = self.index.splits[record.fingerprint]
         ka, zs = results.mean(scores, self._plan.adaptation), results.mean(scores, self._plan.held_out)
@@ -252,22 +264,26 @@ class Projection:
         assert key is not None
         searchable = {"t": str(point.t), "task": point.task, **strategy_tags(trajectory)}
         strategy = {**strategy_tags(trajectory), "params": trajectory.params, "trajectory": name}
+        checkpoint = Checkpoint(record, point.t, point.task, trajectory.id)
+        files = self._described.files(checkpoint)
         body = {
-            "name": model_name(trajectory, self.index.names, point),
+            "name": self.index.model_names[trajectory.id, point.t],
             "type": "expert" if record.kind == "train" else "merged",
             "step": point.t,
             "params": {**searchable, **flat(trajectory.params, "technique.")},
             "tags": {
                 **searchable,
-                **self._model_tags(record, served_note(name, point)),
+                **self._described.tags(checkpoint, served_note(name, point)),
             },
-            "manifest": {**self._manifest(record, point.t, point.task), "strategy": strategy},
+            **files,
+            "manifest": {**files["manifest"], "strategy": strategy},
+            "inputs": [] if point.train is None else [expert_key(point.train)],
         }
         stamp = record.created_ms
-        return self.rows.model(key, trajectory_key(trajectory), stamp, {**body, **self._files(record)})
+        return self.rows.model(key, trajectory_key(trajectory), stamp, body)
 
     def _best_rows(self, best: str, stamp: int) -> list[Row]:
-        """What the best trajectory serves at its last t, as a version of the study's registered model, and its alias."""
+        """The last model of the best trajectory, as a version of the study's registered model, and its alias."""
         registry = self._facts.registry
         assert registry is not None
         trajectory = next(one for one in self._plan.trajectories if one.id == best)
@@ -285,52 +301,51 @@ class Projection:
         }
         why = f"Of the study's trajectories it has the highest {by} at its last t (mean over seeds)."
         note = "\n\n".join([served_note(name, point), why, self._lineage.note(record)])
-        body = {"name": registry["name"], "tags": tags, "note": note}
+        body = {"name": registry["name"], "tags": tags, "note": note, "parent": STUDY}
         model, run = model_key(trajectory, point), trajectory_key(trajectory)
         if point.deployed == BASE:
             model, run = base_key(trajectory.base), STUDY
         assert model is not None, "only the base's t=0 has none"
         return [
+            self._best_row(trajectory, stamp, best_note(name, by, f"{registry['name']}@{registry['alias']}")),
             self.rows.register(model, run, stamp, body),
             self.rows.alias(model, stamp, registry["name"], registry["alias"]),
         ]
+
+    def _best_row(self, best: TrajectoryPlan, stamp: int, note: str) -> Row:
+        """Metrics of the best trajectory for the study's own run, from t=1; at t=0 every trajectory is the base."""
+        metrics = Metrics(stamp)
+        for point in best.points[1:]:
+            scored = self._scores(self._records[point.evaluate], point.t, shared=True)
+            metrics.values += scored.values
+        tags = {
+            "best.trajectory": self.index.names[best.id],
+            "mlflow.note.content": f"{note}\n\n{self._note()}",
+        }
+        return self.rows.log(STUDY, "best", metrics, tags=tags)
 
     def _base_model_row(self, base: Record) -> Row:
         model = self._plan.bases[base.fingerprint].model
         several = f"-{model}" if len(self._bases) > 1 else ""
         searchable, said = {"t": "0", "task": BASE}, seen(model, base) or {}
         how = flat({key: value for key, value in said.items() if key != "notes"}, "base.")
+        first = next(one.id for one in self._plan.trajectories if one.base == base.fingerprint)
+        checkpoint = Checkpoint(base, 0, BASE, first)
         body = {
             "name": plain(f"{BASE}-{self._plan.study}{several}"),
             "type": BASE,
             "step": 0,
+            "is_input": True,
             "params": searchable | {key: value[:250] for key, value in how.items()},
             "tags": {
                 **searchable,
-                **self._model_tags(
-                    base, " ".join(["The base model the study starts from.", sentence_of(said)]).strip()
+                **self._described.tags(
+                    checkpoint, " ".join(["The base model the study starts from.", sentence_of(said)]).strip()
                 ),
             },
-            "manifest": self._manifest(base, 0, BASE),
+            **self._described.files(checkpoint),
         }
-        return self.rows.model(
-            base_key(base.fingerprint), STUDY, base.created_ms, {**body, **self._files(base)}
-        )
-
-    def _model_tags(self, record: Record, note: str) -> dict[str, str]:
-        """Tags are for searching: a model's page shows none of them, so its description says the same in words."""
-        text = "\n\n".join([note, self._lineage.note(record), opening_note(self._facts.log_weights)])
-        return {**self._common, "kind": "model", **self._lineage.tags(record), "mlflow.note.content": text}
-
-    def _manifest(self, record: Record, t: int, task: str) -> dict[str, Any]:
-        return {"study": self._plan.study, "t": t, "task": task, **self._lineage.manifest(record)}
-
-    def _files(self, record: Record) -> dict[str, Any]:
-        wanted = [WEIGHTS_FILE, CONFIG_FILE] if self._facts.log_weights else []
-        return {
-            "store": self._lineage.place(record),
-            "files": [name for name in wanted if name in record.files],
-        }
+        return self.rows.model(base_key(base.fingerprint), STUDY, base.created_ms, body)
 
     def _datasets(self) -> list[dict[str, str]]:
         roles = {"adaptation": self._plan.adaptation, "held_out": self._plan.held_out}

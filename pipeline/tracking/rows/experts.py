@@ -1,27 +1,30 @@
-"""The rows of unique experts: one run each, however many trajectories use it, all under one run of their own.
+"""The rows of unique experts: one run and one model each, for any number of trajectories, all under one parent run.
 
-Invariant: what the run is called and set up with comes from the plan, so that it is the same whether training failed
-first or not; what was measured comes from the records.
+Invariant: names and parameters of the run come from the plan, so they are the same whether training failed first or not;
+measurements come from the records.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pipeline.plan.steps import BASE, Step
 from pipeline.results import over_time as results
 from pipeline.store.artifact import Record
 from pipeline.tracking.outbox import Row
-from pipeline.tracking.rows.index import EXPERTS, STUDY, Index, expert_key
+from pipeline.tracking.rows.index import DIGEST_CHARACTERS, EXPERTS, STUDY, Index, expert_key
+from pipeline.tracking.rows.lineage import Checkpoint, Described
 from pipeline.tracking.rows.names import budget_text, flat, on_split
 from pipeline.tracking.rows.rows import Metrics, Rows, Run
 
+CONTEXTS = {"update": "training", "buffer": "replay", "pretraining": "pretraining"}
+"""Parts of a training mixture, by MLflow's context of a dataset."""
+
 
 class ExpertRows:
-    """Makes them. `records` is shared with the projection and grows; `common` are tags every run has."""
+    """Builds the rows of experts. `records` is shared with the projection and grows."""
 
-    def __init__(
-        self, index: Index, rows: Rows, records: Mapping[str, Record], common: Mapping[str, str]
-    ) -> None:
-        self._index, self._rows, self._records, self._common = index, rows, records, common
+    def __init__(self, index: Index, rows: Rows, records: Mapping[str, Record], described: Described) -> None:
+        self._index, self._rows, self._records, self._described = index, rows, records, described
+        self._common = described.common
 
     def run(self, step: Step, start_ms: int) -> Row:
         trajectory, point = self._index.experts[step.fingerprint]
@@ -33,6 +36,11 @@ class ExpertRows:
             "seed": str(trajectory.seed),
         }
         data = {key: " ".join(s["dataset"] for s in step.spec[key]) or None for key in ("update", "buffer")}
+        datasets = [
+            {"name": source["dataset"], "digest": source["digest"][:DIGEST_CHARACTERS], "context": context}
+            for key, context in CONTEXTS.items()
+            for source in step.spec[key]
+        ]
         settings = {key: step.spec[key] for key in ("steps", "recipe", "engine")}
         used = self._index.used_by(step.fingerprint)
         listed = ", ".join(used if len(used) <= 10 else [*used[:10], f"and {len(used) - 10} more"])
@@ -45,17 +53,40 @@ class ExpertRows:
         }
         params = {**flat(settings), **flat({"data": data}), **searchable}
         name = self._index.expert_names[step.fingerprint]
-        return self._rows.run(Run(expert_key(step.fingerprint), EXPERTS, name, tags, params), start_ms)
+        key = expert_key(step.fingerprint)
+        return self._rows.run(Run(key, EXPERTS, name, tags, params, datasets), start_ms)
+
+    def _model(self, step: Step, record: Record) -> Row:
+        """The weights as a model, whose input is the model that the expert started from."""
+        trajectory, point = self._index.experts[step.fingerprint]
+        searchable = {"t": str(point.t), "task": point.task, "seed": str(trajectory.seed)}
+        used = self._index.used_by(step.fingerprint)
+        note = (
+            f"The expert of **{point.task}** (t={point.t}), used by {len(used)} of the study's trajectories."
+        )
+        start = self._index.model_of(step.inputs["init"])
+        checkpoint = Checkpoint(record, point.t, point.task)
+        body = {
+            "name": self._index.expert_model_names[step.fingerprint],
+            "type": "expert",
+            "step": point.t,
+            "params": searchable,
+            "tags": {**searchable, **self._described.tags(checkpoint, note)},
+            "inputs": [] if start is None else [start],
+            **self._described.files(checkpoint),
+        }
+        key = expert_key(step.fingerprint)
+        return self._rows.model(key, key, record.created_ms, body)
 
     def group(self, start_ms: int) -> Row:
-        """The run that experts are filed under, so that they do not bury the trajectories."""
+        """The parent run of experts, which keeps them apart from the trajectories."""
         count = len(self._index.experts)
         note = "Every expert of the study, trained once however many trajectories use it."
         tags = {**self._common, "kind": EXPERTS, "mlflow.note.content": note}
         return self._rows.run(Run(EXPERTS, STUDY, f"experts ({count})", tags), start_ms)
 
-    def trained(self, step: Step, record: Record, lineage: Mapping[str, str]) -> list[Row]:
-        """The run, its training curve (step = optimizer step) and its totals (step = t), and its end."""
+    def trained(self, step: Step, record: Record) -> list[Row]:
+        """The run, its training curve (step = optimizer step), its totals (step = t), and its end."""
         key, result, t = expert_key(step.fingerprint), record.result, step.t
         metrics = Metrics(record.created_ms)
         for index, value in result.get("loss") or []:
@@ -64,15 +95,17 @@ class ExpertRows:
             metrics.add(name, result.get(name), t)
         metrics.add("gflops", result.get("gflops", step.gflops), t)
         metrics.add("train_seconds", result.get("seconds", record.seconds), t)
+        _add_usage(metrics, result.get("system") or {})
         return [
             self.run(step, record.created_ms - int(record.seconds * 1000)),
-            self._rows.log(key, "training", metrics, tags=lineage),
+            self._model(step, record),
+            self._rows.log(key, "training", metrics, tags=self._described.lineage.tags(record)),
             self._rows.status(key, "FINISHED", record.created_ms),
             *self._base_score(step.fingerprint),
         ]
 
     def evaluated(self, step: Step, record: Record) -> list[Row]:
-        """Scores on the experts' own tasks that an evaluation brings: of the experts, or of the base to compare with."""
+        """Scores on the experts' own tasks from an evaluation: of the experts, or of the base for comparison."""
         rows = []
         if step.fingerprint in self._index.base_evaluations.values():
             for expert in self._index.experts:
@@ -90,10 +123,18 @@ class ExpertRows:
         return [row for one in known for row in self._score(expert, "base_own_task_score", one)]
 
     def _score(self, expert: str, name: str, evaluation: Record) -> list[Row]:
-        """On the datasets of the expert's own task: one, or the mean of several."""
+        """The score on the datasets of the expert's own task: of one, or the mean of several."""
         trajectory, point = self._index.experts[expert]
         own = self._index.plan.tasks(trajectory)[point.task]
         name = on_split(name, self._index.splits[evaluation.fingerprint])
         metrics = Metrics(evaluation.created_ms)
         metrics.add(name, results.mean(evaluation.result["scores"], own), point.t)
-        return [self._rows.log(expert_key(expert), name, metrics)] if metrics.values else []
+        key = expert_key(expert)
+        return [self._rows.log(key, name, metrics, key)] if metrics.values else []
+
+
+def _add_usage(metrics: Metrics, system: Mapping[str, Sequence[float]]) -> None:
+    """The use of the machine during training, under the names of MLflow's system metrics."""
+    for name in system.keys() - {"time_ms"}:
+        for step, (stamp, value) in enumerate(zip(system["time_ms"], system[name], strict=True)):
+            metrics.add(f"system/{name}", value, step, stamp=int(stamp))

@@ -1,23 +1,84 @@
-"""Where a checkpoint comes from, as tags one can search and as a manifest that stays with the weights.
+"""The origin of a checkpoint, as searchable tags and as a manifest that stays with the weights.
 
-Invariant: lineage is read from the plan and the records of what was merged, and names every source by fingerprint and
-by the sha256 of its weights.
+Invariant: lineage is read from the plan and the records of the merged models, and names every source by fingerprint and by the
+sha256 of its weights.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from merge_service.checkpoints import WEIGHTS_FILE
 from pipeline.plan.steps import BASE, Step
 from pipeline.store.artifact import Record
+from pipeline.tracking.rows.names import OPENING
 
 _TAG_CHARACTERS = 4000
 LISTED = 64
-"""Experts that a checkpoint's lineage names one by one."""
+"""Most experts that the lineage of a checkpoint names one by one."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that becomes a model: its record, its t and task, and the trajectory that `export` needs (None: an expert)."""
+
+    record: Record
+    t: int
+    task: str
+    trajectory: str | None = None
+
+
+@dataclass(frozen=True)
+class Described:
+    """The description of every logged checkpoint. `common` are the tags of every run and model of the study."""
+
+    lineage: "Lineage"
+    common: Mapping[str, str]
+    log_weights: bool
+    recipes: frozenset[str] = frozenset()
+
+    def tags(self, checkpoint: Checkpoint, note: str) -> dict[str, str]:
+        """Tags for searching, and a description of the model, because the page of a model shows no tags."""
+        record = checkpoint.record
+        text = "\n\n".join([note, self.lineage.note(record), self._absent(checkpoint) or OPENING])
+        return {**self.common, "kind": "model", **self.lineage.tags(record), "mlflow.note.content": text}
+
+    def files(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """The manifest, where the files are, and which go with the model: a whole weights directory with its tokenizer, or none.
+
+        If none, `weights` of the manifest says why, and where they are.
+        """
+        record, absent = checkpoint.record, self._absent(checkpoint)
+        manifest = {"study": self.common["study"], "t": checkpoint.t, "task": checkpoint.task}
+        manifest |= self.lineage.manifest(record) | ({"weights": absent} if absent else {})
+        return {
+            "manifest": manifest,
+            "store": self.lineage.place(record),
+            "files": [] if absent else sorted(record.files),
+        }
+
+    def _absent(self, checkpoint: Checkpoint) -> str | None:
+        """Why MLflow has no weights of a checkpoint, and how to get them, as a sentence for people; None if it has them."""
+        record = checkpoint.record
+        if record.fingerprint in self.recipes:
+            why, remedy = "they are kept as a recipe", "storage.keep=all"
+        elif not self.log_weights:
+            why, remedy = "tracking.log_weights: false", "tracking.log_weights=true"
+        else:
+            return None
+        place = (
+            f"they are in the run's store ({self.lineage.place(record)})"
+            if checkpoint.trajectory is None
+            else f"`temporal-merge export OUT --trajectory {checkpoint.trajectory} --t {checkpoint.t} --out DIR` writes them for open_clip"
+        )
+        return (
+            f"MLflow has no weights of this model ({why}); {place}. To load it from MLflow, run the study again with "
+            f"`--set {remedy}`; no step is done again for that."
+        )
 
 
 class Lineage:
-    """Lineage within one plan. `records` may still grow; a source is there before what is made of it."""
+    """Lineage within one plan. `records` may still grow; a source is recorded before what is merged from it."""
 
     def __init__(
         self,
@@ -31,12 +92,12 @@ class Lineage:
         self._merged: dict[str, tuple[int, list[dict[str, Any]]]] = {}
 
     def place(self, record: Record) -> str:
-        """Where the store holds an artifact: relative to the study's directory, or in a store elsewhere."""
+        """The place of an artifact: relative to the study's directory, or in a store elsewhere."""
         name = record.fingerprint if "://" in self._store else record.path.name
         return f"{self._store}/{record.kind}/{name}"
 
     def tags(self, record: Record) -> dict[str, str]:
-        """What can be searched: sha256 of the weights, the base's, and the merged experts in order."""
+        """Searchable values: sha256 of the weights and of the base, and the merged experts in order."""
         total, experts = self._experts(record.fingerprint)
         text = " ".join(f"t{e['t']}:{e['task']}:{str(e['sha256'])[:12]}" for e in experts)
         if total > len(experts) or len(text) > _TAG_CHARACTERS:
@@ -51,7 +112,7 @@ class Lineage:
         return {key: value for key, value in tags.items() if value}
 
     def note(self, record: Record) -> str:
-        """The same for people, in Markdown."""
+        """The same as Markdown."""
         total, experts = self._experts(record.fingerprint)
         names = [f"t={expert['t']} {expert['task']}" for expert in experts]
         shown = ", ".join(names if total <= 12 else [f"{total} experts, the last", *names[-3:]])
@@ -62,9 +123,9 @@ class Lineage:
         )
 
     def manifest(self, record: Record) -> dict[str, Any]:
-        """Everything about a checkpoint's origin, to be kept as a file with it.
+        """The full origin of a checkpoint, for a file beside it.
 
-        Of very many experts the newest are listed; `inputs` leads to the rest, record by record.
+        Of very many experts the newest are listed; `inputs` leads to the others, record by record.
         """
         total, experts = self._experts(record.fingerprint)
         return {
@@ -90,10 +151,10 @@ class Lineage:
         return self._bases[step.base if step else record.fingerprint].sha256(WEIGHTS_FILE) or ""
 
     def _experts(self, fingerprint: str) -> tuple[int, list[dict[str, Any]]]:
-        """How many experts went into these weights, through folds, and the newest of them by t.
+        """The number of experts in these weights, through folds, and the newest of them by t.
 
-        An expert's own start is not followed. What a fold has before it is known already, so the thousandth costs what the
-        second did.
+        The model that an expert started from is not followed. The result for a fold's running model is cached, so the thousandth
+        fold costs as much as the second.
         """
         if fingerprint not in self._merged:
             step = self._steps.get(fingerprint)

@@ -1,24 +1,29 @@
-"""What people read in the MLflow UI: names, descriptions and searchable tags of runs and models.
+"""Names, descriptions and searchable tags of runs and models in the MLflow UI.
 
-Invariant: pure, and a function of the plan alone, so that a study that was killed and run again has the same names. A
-name says only what differs within the study: the seed appears when there are several.
+A name contains only what differs within the study: the seed appears if there are several. Names that differ only after the place
+where the UI's tables cut them all begin with their number in the study.
+
+Invariant: pure, and a function of the plan alone, so a study that was killed and run again has the same names.
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.plan.steps import BASE, TEST, Point, Step, TrajectoryPlan
 from pipeline.study.grid import SPLIT
 
 SEPARATOR = " · "
+SHOWN = 20
+"""Characters of a name that MLflow's tables show in a window of 1280 pixels."""
 _INIT = {
     "base": "the base model",
     "latest": "the previous expert",
     "all": "the merge of all earlier experts",
     "ema": "the running merge (EMA) so far",
 }
+Key = TypeVar("Key")
 _DEPLOY = {
     "base": "the base model, unchanged",
     "latest": "the newest expert",
@@ -28,13 +33,28 @@ _DEPLOY = {
 
 
 def trajectory_names(trajectories: Sequence[TrajectoryPlan]) -> dict[str, str]:
-    """Trajectory id -> `best_in_time · seed 1`, unique within the study."""
+    """Trajectory id -> `best_in_time · x2 · seed 1`, unique within the study."""
     seeds = _several(trajectory.seed for trajectory in trajectories)
     names = {}
     for trajectory in trajectories:
-        parts = [trajectory.name, *([f"seed {trajectory.seed}"] if seeds else [])]
-        names[trajectory.id] = SEPARATOR.join(parts)
-    return _unique(names)
+        budget = trajectory.group.removeprefix(trajectory.name).strip("-")
+        parts = [trajectory.name, budget, f"seed {trajectory.seed}" if seeds else ""]
+        names[trajectory.id] = SEPARATOR.join(filter(None, parts))
+    return apart(_unique(names))
+
+
+def apart(names: Mapping[Key, str]) -> dict[Key, str]:
+    """The names as they are if their visible parts differ; else each with its number before it: `07 · best_in_time`."""
+    return _numbered(names) if _several_alike(names.values()) else dict(names)
+
+
+def _numbered(names: Mapping[Key, str]) -> dict[Key, str]:
+    width = len(str(len(names)))
+    return {key: f"{number:0{width}}{SEPARATOR}{name}" for number, (key, name) in enumerate(names.items(), 1)}
+
+
+def _several_alike(names: Iterable[str]) -> bool:
+    return max(Counter(name[:SHOWN] for name in names).values(), default=0) > 1
 
 
 def expert_names(
@@ -44,7 +64,7 @@ def expert_names(
 ) -> dict[str, str]:
     """Train fingerprint -> `expert t=3 photos_b · init ema · ties`, from the first trajectory and point that use it.
 
-    Experts that mix other data into their task's say `replay`; one of a grid over recipes says its own values.
+    Experts that mix other data into their task's have `replay` in the name; those of a grid over recipes have their own values.
     """
     seeds = _several(trajectory.seed for trajectory in trajectories)
     budgets = _several(budget_text(trajectory.budget) for trajectory in trajectories)
@@ -63,17 +83,37 @@ def expert_names(
         if seeds:
             parts.append(f"seed {trajectory.seed}")
         names[fingerprint] = SEPARATOR.join(parts)
-    return _unique(names)
+    return apart(_unique(names))
 
 
-def model_name(trajectory: TrajectoryPlan, names: Mapping[str, str], point: Point) -> str:
-    """`best_in_time-t3-photos_b`, then what else tells its trajectory from others (`-seed1`): the UI cuts the end off."""
-    name, *rest = names[trajectory.id].split(SEPARATOR)
-    return "-".join(plain(part.replace(" ", "")) for part in [name, f"t{point.t}", point.task, *rest])
+def model_names(
+    trajectories: Sequence[TrajectoryPlan], names: Mapping[str, str]
+) -> dict[tuple[str, int], str]:
+    """(Trajectory id, t) -> `best_in_time-t3-photos_b`, then the rest of its trajectory's name (`-seed1`)."""
+    found = _model_names(trajectories, names)
+    return _model_names(trajectories, _numbered(names)) if _several_alike(found.values()) else found
+
+
+def _model_names(
+    trajectories: Sequence[TrajectoryPlan], names: Mapping[str, str]
+) -> dict[tuple[str, int], str]:
+    found = {}
+    for trajectory in trajectories:
+        first, *rest = names[trajectory.id].split(SEPARATOR)
+        for point in trajectory.points:
+            words = [first, f"t{point.t}", point.task, *rest]
+            found[trajectory.id, point.t] = "-".join(plain(word.replace(" ", "")) for word in words)
+    return found
+
+
+def expert_model_name(name: str) -> str:
+    """`expert-t3-photos_b-init_ema-average` for `expert t=3 photos_b · init ema · average`."""
+    first, *rest = re.sub(r"expert t=(\d+) ", rf"expert{SEPARATOR}t\1{SEPARATOR}", name).split(SEPARATOR)
+    return "-".join(map(plain, [first, *rest]))
 
 
 def plain(text: str) -> str:
-    """Text as MLflow takes it in names of models, where / : . % and quotes are forbidden: [A-Za-z0-9_=-] only."""
+    """Text with only the characters that MLflow allows in names of models ([A-Za-z0-9_=-]); / : . % and quotes are forbidden."""
     return re.sub(r"[^A-Za-z0-9_=-]+", "_", text).strip("_") or "_"
 
 
@@ -88,7 +128,7 @@ def budget_text(budget: Mapping[str, Any]) -> str:
 
 
 def plain_value(value: Any) -> str:
-    """A parameter as text: numbers short, everything else as it is."""
+    """A parameter as text; numbers in short form."""
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list | tuple):
@@ -97,7 +137,7 @@ def plain_value(value: Any) -> str:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as MLflow parameters: {"recipe.lr": "0.001"}; what is None or empty is left out."""
+    """Nested settings as MLflow parameters: {"recipe.lr": "0.001"}; None and empty values are left out."""
     result: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -108,7 +148,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def strategy_tags(trajectory: TrajectoryPlan) -> dict[str, str]:
-    """What a person searches for, the same on runs and models."""
+    """Tags to search by, the same on runs and models."""
     return {
         "strategy.init": trajectory.init,
         "strategy.deploy": trajectory.deploy,
@@ -120,8 +160,19 @@ def strategy_tags(trajectory: TrajectoryPlan) -> dict[str, str]:
 
 
 def on_split(name: str, split: str) -> str:
-    """The name of a metric of a run or model that several splits share: plain for test, `ka_val` for val."""
+    """The name of a metric of a run or model with several splits: plain for test, `ka_val` for val."""
     return name if split == TEST else f"{name}_{split}"
+
+
+OPENING = (
+    "Classify pictures with it; MODEL_ID is the Model ID on this page:\n\n```python\nimport mlflow, pandas\n"
+    'model = mlflow.pyfunc.load_model("models:/MODEL_ID")\n'
+    'picture = pandas.DataFrame({"image": [open("picture.png", "rb").read()]})\n'
+    'model.predict(picture, params={"labels": ["cat", "dog"]})\n```\n\n'
+    'Or open it with open_clip alone: `open_clip.create_model_and_transforms("local-dir:DIR")`, DIR being what'
+    ' `mlflow.artifacts.download_artifacts("models:/MODEL_ID")` returns.'
+)
+"""How to open a model, as the end of its description."""
 
 
 def trajectory_note(trajectory: TrajectoryPlan) -> str:
@@ -143,18 +194,15 @@ def trajectory_note(trajectory: TrajectoryPlan) -> str:
 
 
 def served_note(trajectory_name: str, point: Point) -> str:
-    """What a model is, as the start of its description."""
+    """The start of a model's description."""
     return f"What **{trajectory_name}** serves after t={point.t} ({point.task})."
 
 
-def opening_note(loadable: bool) -> str:
-    """How to open a model, as the end of its description."""
-    if not loadable:
-        return "Only its manifest is kept here; `manifest.json` says where the weights are."
+def best_note(name: str, by: str, registered: str) -> str:
+    """The description of a finished study."""
     return (
-        "Open it with open_clip alone; MODEL_ID is the Model ID on this page:\n\n```python\nimport mlflow, open_clip\n"
-        'path = mlflow.artifacts.download_artifacts("models:/MODEL_ID")\n'
-        'model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{path}")\n```'
+        f"Best: **{name}**, with the highest {by.upper()} at its last t (mean over seeds). Metrics of this run are"
+        f" its own; what it serves last is `models:/{registered}`."
     )
 
 

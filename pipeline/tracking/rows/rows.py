@@ -1,9 +1,13 @@
-"""The seven kinds of rows the tracker understands, built from plain values.
+"""The seven kinds of rows for the tracker, built from plain values.
 
-Invariant: a row's payload is JSON with finite numbers only. `run` makes sure a run exists, `log` adds metrics and tags
-to it (and metrics to a model), `model` makes sure a model exists and is complete, `artifact` files a small file with a
-run, `status` says how a run stands, `register` makes a version of a registered model of a model, `alias` lets an alias point to
-such a version; `status`, `artifact`, `register` and `alias` rows supersede earlier ones of the same key.
+- `run` ensures that a run exists; `model` ensures that a model exists and is complete
+- `log` adds metrics and tags to a run (and metrics to a model)
+- `artifact` attaches a small file to a run; `status` sets the state of a run
+- `register` makes a model a version of a registered model; `alias` sets an alias to such a version
+
+`status`, `artifact`, `register` and `alias` rows supersede earlier ones of the same key.
+
+Invariant: a row's payload is JSON with finite numbers only.
 """
 
 import hashlib
@@ -18,7 +22,7 @@ NOT_FINITE_TAG = "not_finite"
 
 
 class Metrics:
-    """Measurements of one record. What is None is left out; what is not finite is named in `tags()` instead."""
+    """Measurements of one record. None is left out; values that are not finite are named in `tags()` instead."""
 
     def __init__(self, stamp: int) -> None:
         self.stamp = stamp
@@ -26,9 +30,17 @@ class Metrics:
         self._not_finite: list[str] = []
 
     def add(
-        self, name: str, value: Any, step: int, dataset: str | None = None, digest: str | None = None
+        self,
+        name: str,
+        value: Any,
+        step: int,
+        dataset: str | None = None,
+        digest: str | None = None,
+        stamp: int | None = None,
     ) -> None:
-        """One value. A dataset is only noted together with its digest: MLflow wants both or none."""
+        """Add one value, measured at `stamp` (default: the record's). A dataset is only set together with its digest: MLflow
+        requires both or none.
+        """
         if value is None:
             return
         if not math.isfinite(value):
@@ -36,7 +48,14 @@ class Metrics:
             return
         known = dataset is not None and digest is not None
         self.values.append(
-            [name, float(value), step, self.stamp, dataset if known else None, digest if known else None]
+            [
+                name,
+                float(value),
+                step,
+                stamp or self.stamp,
+                dataset if known else None,
+                digest if known else None,
+            ]
         )
 
     def tags(self) -> dict[str, str]:
@@ -48,7 +67,7 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of MLflow: its key among those of the plan, that of the run it lies in, and what is filed with it."""
+    """One run of MLflow: its key within the plan, the key of its parent run, and its content."""
 
     key: str
     parent: str | None
@@ -91,17 +110,26 @@ class Rows:
         )
 
     def model(self, key: str, run: str, stamp: int, body: Mapping[str, Any]) -> Row:
-        """`body`: name, type, step, params, tags, store (relative to OUT), files (to upload), manifest."""
-        return self._row(f"model/{key}", {"op": "model", "model": key, "run": run, **body}, stamp)
+        """`body`: name, type, step, params, tags, store (relative to OUT), files (to upload), manifest; `inputs`, the keys of the
+        models that the run used as inputs; `is_input`: the model is an input of its run, not an output.
+
+        A model without files and the same model with files are two rows: weights may follow later.
+        """
+        kind = "model" if body["files"] else "manifest"
+        return self._row(f"{kind}/{key}", {"op": "model", "model": key, "run": run, **body}, stamp)
 
     def register(self, model: str, run: str, stamp: int, body: Mapping[str, Any]) -> Row:
-        """A version of a registered model. `body`: name, tags, note. The plan has one; a later one supersedes it."""
+        """A version of a registered model. `body`: name, tags, note, parent (another run that shows it). A plan has one such row;
+        a later one supersedes it.
+        """
         return self._row(
             "register", {"op": "register", "model": model, "run": run, **body}, stamp, replace=True
         )
 
     def alias(self, model: str, stamp: int, name: str, alias: str) -> Row:
-        """`name@alias` is the version of a model. All plans of an outbox share this row: the alias is of the one that ended last."""
+        """Set `name@alias` to the version of a model. All plans of an outbox share this row, so the alias belongs to the plan
+        that ended last.
+        """
         body = {"op": "alias", "plan": self._plan, "model": model, "name": name, "alias": alias}
         return Row(f"alias/{name}@{alias}", body, stamp, replace=True)
 
@@ -115,13 +143,13 @@ class Rows:
         path: str | None = None,
         sha256: str = "",
     ) -> Row:
-        """A small file: its text, or its path relative to OUT with the digest of what it holds now."""
+        """A small file: its text, or its path relative to OUT with the digest of its present content."""
         digest = sha256 if text is None else hashlib.sha256(text.encode()).hexdigest()
         body = {"op": "artifact", "run": key, "name": name, "text": text, "path": path, "sha256": digest}
         return self._row(f"artifact/{key}/{name}", body, stamp, replace=True)
 
     def status(self, key: str, state: str, end_ms: int, error: str | None = None) -> Row:
-        """`state` as MLflow knows them: RUNNING, FINISHED, FAILED, KILLED."""
+        """`state` is one of MLflow's: RUNNING, FINISHED, FAILED, KILLED."""
         body = {"op": "status", "run": key, "state": state, "end_ms": end_ms, "error": error}
         return self._row(f"status/{key}", body, end_ms, replace=True)
 

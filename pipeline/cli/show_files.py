@@ -1,0 +1,107 @@
+"""Answers about files for people: the parameters that were written, the techniques, how the task vectors of a merge lie.
+
+Apart from `show`, which needs plans and results: a merge of two files starts without them. Invariant: as of `show`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+from rich.table import Table
+from rich.text import Text
+
+from merge_service.errors import UserError
+from merge_service.techniques import broken, get
+from pipeline.console import WARNING, complain
+from pipeline.console import console as made_console
+from pipeline.merging.compare import Comparison
+from pipeline.merging.techniques import techniques_as_json
+
+
+def parameters_from(overrides: Sequence[str]) -> dict[str, Any]:
+    """`p=v` pairs as a mapping; values are read as YAML. Raises UserError."""
+    answer = {}
+    for text in overrides:
+        key, found, value = text.partition("=")
+        if not found or not key.strip():
+            raise UserError(f"--set {text!r}: write parameter=value, e.g. --set density=0.2")
+        try:
+            answer[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            why = getattr(error, "problem", None) or str(error).splitlines()[0]
+            raise UserError(f"--set {text!r}: the value is not YAML ({why})") from None
+    return answer
+
+
+def new_table(title: str, *columns: str) -> Table:
+    """A table without a frame, the first column of which is text and the others numbers."""
+    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    return table
+
+
+def show_comparison(found: Comparison) -> None:
+    """Task vectors of a merge: norm, cosine with the merged one, and for each the most opposed other expert."""
+    shown = new_table(
+        "task vectors", "expert", "norm", "cosine with merged", "lowest cosine", "most sign conflicts"
+    )
+    last = len(found.names) - 1
+    for at, name in enumerate(found.names):
+        others = [other for other in range(last) if other != at]
+        row = [f"{found.norms[at]:.4g}", "" if at == last else _number(found.cosines[at][last])]
+        shown.add_row(Text(name), *row, *(["", ""] if at == last else _most_against(found, at, others)))
+    made_console().print(shown)
+
+
+def _most_against(found: Comparison, at: int, others: Sequence[int]) -> list[str]:
+    """The lowest cosine and the most sign conflicts of one expert with another, each with the other's name."""
+    cosines = [(value, other) for other in others if (value := found.cosines[at][other]) is not None]
+    conflicts = [(value, other) for other in others if (value := found.conflicts[at][other]) is not None]
+    chosen = [min(cosines, default=None), max(conflicts, default=None)]
+    formats = ("{:.3f} ({})", "{:.1%} ({})")
+    return [
+        "" if one is None else form.format(one[0], found.names[one[1]]) for one, form in zip(chosen, formats)
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _needs(one: Mapping[str, Any]) -> list[str]:
+    """What is needed besides experts: the base, statistics by kind."""
+    return [*one["needs"], *one["statistics"]]
+
+
+def show_techniques(name: str | None) -> None:
+    """The catalogue, or one technique in full."""
+    console = made_console()
+    if name is None:
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for column in ("technique", "forms", "needs", "parameters", "paper"):
+            table.add_column(column)
+        for one in techniques_as_json(None):
+            parameters = ", ".join(f"{key}={entry['default']}" for key, entry in one["params"].items())
+            table.add_row(
+                one["name"], " ".join(one["forms"]), " ".join(_needs(one)) or "-", parameters, one["paper"]
+            )
+        console.print(table)
+        for which, why in broken().items():
+            complain("warning", f"technique {which} cannot be used: {why}", WARNING)
+        return
+    one = techniques_as_json(name)
+    console.print(f"{one['name']}\n  {one['formula']}\n  paper: {one['paper'] or '-'}", markup=False)
+    origin = get(name).origin
+    if origin is not None:
+        console.print(f"  written in: {origin.module} (sha256 {origin.source})", markup=False, soft_wrap=True)
+    console.print(
+        f"  forms: {', '.join(one['forms'])}\n  needs: {', '.join(_needs(one)) or 'nothing but the checkpoints'}"
+    )
+    console.print(
+        f"  data: {one['data'] or 'none'}\n  state: {one['state']}\n  an arrival costs: {one['arrival']}",
+        markup=False,
+    )
+    for key, entry in one["params"].items():
+        allowed = f" [{' | '.join(entry['choices'])}]" if entry["choices"] else ""
+        console.print(f"  {key} = {entry['default']}{allowed}: {entry['doc']}", markup=False)

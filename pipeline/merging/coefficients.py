@@ -1,0 +1,46 @@
+"""A file of coefficients: factors of the experts' task vectors by tensor name or pattern, one per expert in their order.
+
+Invariant: what a merge depends on are the numbers, which its parameters hold; not the file.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from merge_service.checkpoints import Checkpoint
+from merge_service.errors import UserError
+
+MOST = 1 << 24
+"""Bytes of a file that is text."""
+
+
+def read_coefficients(file: Path) -> dict[str, list[float]]:
+    """The table of a file: safetensors with tensors [N] by name or pattern, or YAML or JSON with lists. Raises UserError."""
+    if not file.is_file():
+        raise UserError(f"{file} does not exist; give a file of coefficients (.safetensors, .yaml or .json)")
+    if file.suffix == ".safetensors":
+        return _of_tensors(file)
+    if file.stat().st_size > MOST:
+        raise UserError(f"{file} is too large for a file of coefficients; check the path")
+    try:
+        text = file.read_text(encoding="utf-8")
+        found: Any = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{file} is neither YAML nor JSON: {str(error).splitlines()[0]}") from None
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{file} must hold lists of numbers by tensor name or pattern, such as '*': [0.3, 0.3]"
+        )
+    return {str(key): value for key, value in found.items()}
+
+
+def _of_tensors(file: Path) -> dict[str, list[float]]:
+    with Checkpoint.open(file) as held:
+        for name, info in held.tensors.items():
+            if len(info.shape) != 1 or not info.kind.is_float:
+                raise UserError(
+                    f"{file}: {name} is {info.dtype} {list(info.shape)}; coefficients are one float per expert, [N]"
+                )
+        return {name: [float(one) for one in held.read(name)] for name in held.tensors}

@@ -1,0 +1,126 @@
+"""Carries a recipe out: each merge of its chain in turn, the last one into the output.
+
+A merge that treats all tensors alike is a merge of files, with all options of one. Layers, modules and parameters that differ
+between tensors are merged as groups of tensors.
+
+Invariant: the output has the bytes that either way gives; earlier merges of a chain lie beside the output while they are needed.
+"""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from merge_service.checkpoints import bytes_of, overwrites, written
+from merge_service.engine import Execution as Running
+from merge_service.errors import UserError
+from merge_service.merge import MergeReport
+from merge_service.merging import Out, Rules, Way, combine_groups
+from pipeline.merging.files import Execution, FileMerge, merge_files, refuse_to_replace
+from pipeline.recipes.card import beside
+from pipeline.recipes.layers import made_of
+from pipeline.recipes.model import Merge, Recipe
+from pipeline.recipes.operators import Chooser
+from pipeline.recipes.vocabulary import check_alike
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the result of a recipe goes. Without `replace`, an existing `out` is an error. `dtype` takes precedence over the recipe's.
+    `any_base` also merges experts that cannot have been trained from the base.
+    """
+
+    out: Path
+    replace: bool = True
+    dtype: str | None = None
+    any_base: bool = False
+
+
+def merge_recipe(recipe: Recipe, output: Output, how: Execution = Execution()) -> MergeReport:
+    """Carry a recipe out; the report of the last merge, with the notes of all. Raises UserError, which names the merge of a chain."""
+    if not output.replace:
+        refuse_to_replace(output.out)
+    texts = beside(recipe)
+    notes: list[str] = []
+    *earlier, last = recipe.merges
+    parent = output.out.absolute().parent
+    with tempfile.TemporaryDirectory(prefix=".merges-", dir=_made(parent) if earlier else None) as room:
+        places: dict[str, str] = {}
+        for one in earlier:
+            place = Path(room) / str(one.name)
+            try:
+                report = _one(
+                    one.with_models(places), replace(output, out=place, replace=True, dtype=None), {}, how
+                )
+            except UserError as error:
+                raise type(error)(f"merge {one.name}: {error}") from error
+            places[str(one.name)] = str(report.out)
+            notes += [f"{one.name}: {note}" for note in report.notes]
+        report = _one(last.with_models(places), output, texts, how)
+    return replace(report, notes=(*notes, *report.notes))
+
+
+def _made(directory: Path) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def _one(merge: Merge, output: Output, texts: Mapping[str, str], how: Execution) -> MergeReport:
+    """Carry one merge out, whose models are paths."""
+    dtype = output.dtype or merge.dtype
+    for path in merge.models:
+        if overwrites(output.out, Path(path)):
+            raise UserError(f"--out {output.out} is one of the inputs and would be lost; give another --out")
+    if merge.tokenizer is not None:
+        check_alike([Path(path) for path in merge.models])
+    simple = _of_files(merge, output, texts)
+    if simple is not None:
+        return merge_files(replace(simple, dtype=dtype), how)
+    if any(one.statistics for one in merge.experts):
+        raise UserError(
+            "statistics belong to a merge of whole models; layers, and parameters that differ between tensors, cannot use them"
+        )
+    made = made_of(merge)
+    if how.workers > 1 or how.address:
+        raise UserError(
+            "layers, and parameters that differ between tensors, are merged by one process; leave --workers out"
+        )
+    threads = how.threads or len(os.sched_getaffinity(0))
+    way = Way(
+        Running(threads, device=how.device), Rules(output.any_base or merge.any_base, merge.strip_prefix)
+    )
+    out = Out(
+        output.out, bytes_of(how.shard_size) if how.shard_size else None,
+        dtype=written(dtype) if dtype else None, texts=texts, changes=made.changes,
+    )  # fmt: skip
+    ids = {Path(one.model): one.id for one in merge.experts if one.id}
+    about = {"technique": merge.technique, "recipe": merge.model_dump(exclude_defaults=True, mode="json")}
+    return combine_groups(made.groups, about, out, way, ids)
+
+
+def _of_files(merge: Merge, output: Output, texts: Mapping[str, str]) -> FileMerge | None:
+    """The merge of files that this is; None if tensors are treated differently."""
+    chooser = Chooser(merge.technique, [merge.parameters], merge.experts)
+    if (
+        not merge.experts
+        or not chooser.is_uniform
+        or any(one.factor is not None or one.layers for one in merge.experts)
+    ):
+        return None
+    operator, live = chooser.at("", 0.0, [""] * len(merge.experts))
+    if not live:
+        return None
+    experts = [merge.experts[at] for at in live]
+    return FileMerge(
+        merge.technique,
+        {name: value for name, value in operator.params.items() if value is not None},
+        None if merge.base is None else Path(merge.base),
+        [Path(one.model) for one in experts],
+        output.out,
+        ids=[one.id for one in experts],
+        strip_prefix=merge.strip_prefix,
+        statistics=[one.statistics for one in experts] if any(one.statistics for one in experts) else None,
+        any_base=output.any_base or merge.any_base,
+        texts=texts,
+    )

@@ -1,0 +1,36 @@
+"""The recipe of a merge of files, so that a merge given on the command line can be made again from a file.
+
+Invariant: carrying the recipe out gives the bytes of the merge.
+"""
+
+from dataclasses import replace
+
+from merge_service.timelines import translate_merge
+from pipeline.merging.files import FileMerge
+from pipeline.recipes.card import beside
+from pipeline.recipes.model import Expert, Merge, Recipe
+
+
+def recipe_of(what: FileMerge) -> Recipe:
+    """The recipe of a merge of files. Definitions of others (`parity`) become our own parameters."""
+    params = dict(translate_merge(what.technique, what.params, what.parity, len(what.experts)))
+    weights = params.pop("weights", None) or [None] * len(what.experts)
+    ids = what.ids or [None] * len(what.experts)
+    measured = what.statistics or [None] * len(what.experts)
+    experts = tuple(
+        Expert(model=str(path), id=name, weight=weight, statistics=None if file is None else str(file))
+        for path, name, weight, file in zip(what.experts, ids, weights, measured)
+    )
+    merge = Merge(
+        technique=what.technique, base=None if what.base is None else str(what.base), experts=experts, parameters=params,
+        dtype=what.dtype, any_base=what.any_base, strip_prefix=what.strip_prefix,
+    )  # fmt: skip
+    return Recipe(merges=(merge,))
+
+
+def with_texts(what: FileMerge) -> FileMerge:
+    """The merge with a card and its recipe beside the weights, if these go into a directory."""
+    is_file = what.out.name.endswith((".safetensors", ".safetensors.index.json"))
+    if is_file or what.as_study or not what.experts:
+        return what
+    return replace(what, texts=beside(recipe_of(what)))

@@ -1,0 +1,136 @@
+"""Which merges a run keeps: those that no step needs any more become recipes, as `storage.keep` says.
+
+Invariant: a merge is dropped only when every step of this plan that reads it is done, and no other study of the store keeps it or
+may still read it. Dropping changes no result. A merge that cannot be dropped stays, and its reason is reported once.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Self
+
+from pipeline.errors import StorageFull, StoreError
+from pipeline.plan.keeping import AT_ONCE, only_scored, waiting_for
+from pipeline.plan.steps import Step
+from pipeline.store.artifact import AtCommit
+from pipeline.store.recipes import IN_USE
+from pipeline.workspace.keeping import Others, droppable, kept_at_the_end
+from pipeline.workspace.workspace import StudySummary, Workspace
+
+
+def check_room(workspace: Workspace, summary: StudySummary) -> None:
+    """Raise StorageFull unless the study fits; the message gives the size for each choice of `storage.keep`."""
+    try:
+        workspace.store.check_room(f"study {workspace.study.name}", summary["disk_peak_bytes"])
+    except StorageFull as error:
+        choices = ", ".join(f"{name} {size:,}" for name, size in workspace.disk_by_choice().items())
+        raise StorageFull(
+            f"{error}. With storage.keep it takes at most so many bytes at a time: {choices}",
+            error.needed,
+            error.free,
+        ) from None
+
+
+class Keeping:
+    """Drops merges of a run as soon as no step needs them. As a context manager it waits for pending removals."""
+
+    def __init__(self, workspace: Workspace, done: Collection[str]) -> None:
+        self.workspace, self._steps = workspace, workspace.plan.steps
+        self._on = workspace.study.storage.keep != "all"
+        readers = waiting_for(workspace.plan) if self._on else {}
+        self._passing = {fp for fp in readers if fp not in workspace.kept}
+        self._scored = self._passing & only_scored(workspace.plan, readers) if self._on else set()
+        self._readers = {fp: readers[fp] - set(done) for fp in self._passing}
+        self._done = {fp for fp in self._passing if fp in done}
+        self._dropped: set[str] = set()
+        self._others = Others(workspace.store, workspace.plan, workspace.out)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="recipes") if self._on else None
+        self.notes: dict[str, str] = {}
+
+    def __enter__(self) -> Self:
+        for fingerprint in self._done:
+            self._drop_if_free(fingerprint)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=error is not None)
+
+    def held(self, step: Step) -> AtCommit:
+        """How a merge is committed: as a recipe from the start if it is only scored here and such a merge was made again before."""
+        fingerprint = step.fingerprint
+        if fingerprint not in self._scored or not self.workspace.store.recipes.is_proven(step):
+            return "files"
+        try:
+            return "files" if self._others.want(fingerprint) else "recipe"
+        except StoreError:
+            return "files"
+
+    def passes(self, fingerprint: str) -> bool:
+        """Whether a step's weights are only scored and then dropped."""
+        return fingerprint in self._scored
+
+    def is_full(self, running: Iterable[Step]) -> bool:
+        """Whether the limit of merges that wait for their score is reached, so that no further one may start."""
+        if not self._scored:
+            return False
+        begun = {step.fingerprint for step in running} & self._scored
+        waiting = {fp for fp in self._done & self._scored if self._readers[fp]}
+        return len(begun | waiting) >= AT_ONCE
+
+    def finished(self, step: Step) -> None:
+        """Record a finished step, and drop merges that only this step still needed."""
+        if step.fingerprint in self._passing:
+            self._done.add(step.fingerprint)
+            self._drop_if_free(step.fingerprint)
+        for source in step.inputs.values():
+            if source in self._passing:
+                self._readers[source].discard(step.fingerprint)
+                self._drop_if_free(source)
+
+    def is_recipe(self, fingerprint: str) -> bool:
+        """Whether the store keeps a merge as a recipe, without weights, at present."""
+        step = self._steps[fingerprint]
+        record = self.workspace.store.record(step.kind, fingerprint)
+        return record is not None and record.is_recipe
+
+    def _drop_if_free(self, fingerprint: str) -> None:
+        if self._readers[fingerprint] or fingerprint not in self._done or fingerprint in self._dropped:
+            return
+        assert self._thread is not None
+        self._dropped.add(fingerprint)
+        self._thread.submit(self._drop, fingerprint)
+
+    def _drop(self, fingerprint: str) -> None:
+        store, step = self.workspace.store, self._steps[fingerprint]
+        try:
+            record = store.record(step.kind, fingerprint)
+            if record is None or self._others.want(fingerprint):
+                return
+            why = store.recipes.drop(record)
+        except StoreError as error:  # this thread's result is not read, so the reason becomes a note
+            why = str(error)
+        if (
+            why is not None and why != IN_USE
+        ):  # a fold that reads it now ends before the run does, and the run's end tries again
+            self.notes.setdefault(why, step.label)
+
+
+def finish_keeping(workspace: Workspace, results: Mapping[str, object]) -> list[str]:
+    """At the end of a run: drop merges that are no longer kept, and write the weights of kept ones that were recipes.
+
+    Returns notes.
+    """
+    store, plan = workspace.store, workspace.plan
+    kept = kept_at_the_end(plan, workspace.study.storage, results)
+    for fingerprint in kept:
+        record = store.record("merge", fingerprint)
+        if record is not None and record.is_recipe:
+            store.recipes.keep(record)
+    notes = []
+    for record in droppable(store, plan, workspace.out, kept):
+        why = store.recipes.drop(record)
+        notes += [f"{plan.steps[record.fingerprint].label} stays as a file: {why}"] if why else []
+    return notes

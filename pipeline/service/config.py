@@ -1,0 +1,276 @@
+"""The configuration of a live service: a YAML file, read as strictly as a study.
+
+Invariant: a `ServiceConfig` is valid by itself. An unknown key, a value out of range, or a key whose function this version lacks is a
+`ConfigError` that names file and key. Model, strategy and name are for the whole life of a service; everything else may be set anew.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from merge_service.checkpoints import bytes_of
+from merge_service.errors import CheckpointError
+from merge_service.live import Bounds, Margins
+from merge_service.techniques import get as technique_called
+from merge_service.timelines import Strategy, needs_experts
+from pipeline.errors import ConfigError
+from pipeline.service.settings import ListenSection, ServingSection
+from pipeline.study.config import Study, study_from
+from pipeline.study.mistakes import Problem, validate
+from pipeline.study.sections import DataSection, ModelSection, Name, Names, Section, StrategySection, Text
+from pipeline.study.sections_tracking import TrackingSection
+from pipeline.study.strategies import read_strategies
+from pipeline.study.yaml_input import override, read, split_override
+
+
+def _size(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return bytes_of(value)
+    except CheckpointError as error:
+        raise ValueError(str(error)) from None
+
+
+def _no_canary(value: Any) -> Any:
+    if value is None:
+        return None
+    raise ValueError("canaries and shadows are not there yet in this version; leave the key out")
+
+
+Size = Annotated[int, BeforeValidator(_size), Field(ge=1, le=10**15)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NotYet = Annotated[None, BeforeValidator(_no_canary)]
+
+
+class TasksSection(Section):
+    """Tasks that experts may be submitted for; `open`: any adaptation set of the data as well. A task is one dataset."""
+
+    open: bool = True
+    list: Names = ()
+
+
+class AdmissionSection(Section):
+    """Who and what may come in. `licenses` empty accepts any; `foreign_init` is for experts of unknown start."""
+
+    max_bytes: Size = 20 * 10**9
+    licenses: tuple[Text, ...] = ()
+    foreign_init: Literal["allow", "quarantine"] = "allow"
+    max_staleness: Annotated[int, Field(ge=0)] | None = None
+    uris: tuple[Text, ...] = ()
+
+
+class SoloSection(Section):
+    """The gate of the expert alone: what it must gain on its own task. `required` false lets tasks without data pass."""
+
+    min_gain: Share = 0.02
+    required: bool = True
+
+
+class AccumulatedSection(Section):
+    """What may be lost of the tasks so far: on average, and on any of them."""
+
+    margin: Share = 0.02
+    worst: Share = 0.10
+
+
+class HeldOutSection(Section):
+    """What may be lost of held-out datasets, on average."""
+
+    margin: Share = 0.03
+
+
+class GeometrySection(Section):
+    """Norms of a task vector are within `low` to `high` times those of reference: the medians of accepted experts, and `reference`, by
+    name, while fewer than `fewest` are accepted. A cosine above `copy` is a copy.
+    """
+
+    low: float = Field(default=0.25, gt=0, le=1)
+    high: float = Field(default=4.0, ge=1)
+    copy_cosine: float = Field(default=0.999, gt=0, lt=1)
+    fewest: int = Field(default=5, ge=1)
+    reference: dict[Text, float] = {}
+
+
+class GatesSection(Section):
+    """The gates. `fraction` of the samples is scored, drawn with `seed`; `split` is test or val."""
+
+    solo: SoloSection = SoloSection()
+    accumulated: AccumulatedSection = AccumulatedSection()
+    held_out: HeldOutSection = HeldOutSection()
+    geometry: GeometrySection = GeometrySection()
+    drift: Share = 0.05
+    undecided: Literal["hold", "reject", "pass"] = "hold"
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    split: Literal["test", "val"] = "test"
+
+
+class PromotionSection(Section):
+    """Whether what passes all gates is served at once, or held for a person."""
+
+    mode: Literal["auto", "manual"] = "auto"
+    canary: NotYet = None
+    shadow: NotYet = None
+
+
+class LimitsSection(Section):
+    """How much at a time: uploads, arrivals that wait, and arrivals of one owner a day."""
+
+    uploads: int = Field(default=4, ge=1)
+    waiting: int = Field(default=1000, ge=1)
+    per_owner_per_day: int = Field(default=50, ge=1)
+
+
+class ServiceResources(Section):
+    """Where and how fast; no result depends on it."""
+
+    home: Literal["local"] = "local"
+    threads: int = Field(default=1, ge=1, le=1024)
+    batch_size: int = Field(default=256, ge=1, le=1_000_000)
+
+
+class ServiceConfig(Section):
+    """One live service: `strategy` is a preset's name or what a study has under grid.strategies, for one strategy."""
+
+    name: Name
+    model: ModelSection
+    strategy: str | StrategySection
+    data: DataSection | None = None
+    tasks: TasksSection = TasksSection()
+    admission: AdmissionSection = AdmissionSection()
+    same_task: Literal["replace", "add", "best"] = "best"
+    gates: GatesSection = GatesSection()
+    promotion: PromotionSection = PromotionSection()
+    serving: ServingSection = ServingSection()
+    listen: ListenSection = ListenSection()
+    limits: LimitsSection = LimitsSection()
+    resources: ServiceResources = ServiceResources()
+    tracking: TrackingSection = TrackingSection()
+
+    @cached_property
+    def timeline(self) -> Strategy:
+        """The strategy, checked. Raises ConfigError."""
+        found, problems = _strategies(self.strategy)
+        if problems:
+            raise ConfigError([f"service {self.name}: {one.key}: {one.text}" for one in problems])
+        return found[0]
+
+    @property
+    def margins(self) -> Margins:
+        """How much each gate lets be lost."""
+        gates = self.gates
+        return Margins(
+            gates.solo.min_gain, gates.accumulated.margin, gates.accumulated.worst, gates.held_out.margin, gates.drift
+        )  # fmt: skip
+
+    @property
+    def bounds(self) -> Bounds:
+        """The bounds of norms."""
+        found = self.gates.geometry
+        return Bounds(found.low, found.high, found.copy_cosine, found.fewest)
+
+    def study(self) -> Study:
+        """A study that scores the same data with the same model. Raises ConfigError if the service has no data."""
+        if self.data is None:
+            raise ConfigError(f"service {self.name}: data is missing")
+        tree = {
+            "name": self.name,
+            "model": self.model.model_dump(mode="json"),
+            "data": self.data.model_dump(mode="json", exclude_none=True),
+            "budget": {"steps_per_task": 1},
+            "evaluation": {
+                "split": self.gates.split,
+                "fraction": self.gates.fraction,
+                "seed": self.gates.seed,
+            },
+            "grid": {"strategies": ["zero_shot"]},
+        }
+        return study_from(tree, f"service {self.name}")
+
+
+def read_config(path: Path, overrides: Sequence[str] = ()) -> ServiceConfig:
+    """The configuration in a file, with values of --set replaced. Raises ConfigError with every mistake."""
+    tree = read(path)
+    for text in overrides:
+        override(tree, *split_override(text))
+    return config_from(tree, str(path))
+
+
+def config_from(tree: dict[str, Any], where: str) -> ServiceConfig:
+    """The configuration in a tree, which `where` names in messages. Raises ConfigError with every mistake."""
+    config, problems = validate(ServiceConfig, tree)
+    if config is not None:
+        problems = _strategies(config.strategy)[1] + _unusable(config)
+    if problems:
+        raise ConfigError([f"{where}: {one.key}: {one.text}" for one in problems])
+    assert config is not None
+    return config
+
+
+def _strategies(strategy: str | StrategySection) -> tuple[list[Strategy], list[Problem]]:
+    entry: Any = (
+        strategy if isinstance(strategy, str) else strategy.model_dump(mode="json", exclude_none=True)
+    )
+    named, problems, _ = read_strategies([entry])
+    problems = [Problem(one.key.replace("grid.strategies[0]", "strategy"), one.text) for one in problems]
+    if not problems and len(named) != 1:
+        problems = [
+            Problem("strategy", f"stands for {len(named)} strategies; a service has one: give single values")
+        ]
+    if not problems and named[0].strategy.joint:
+        problems = [
+            Problem(
+                "strategy", "trains once on all tasks together, which never arrive one by one; choose another"
+            )
+        ]
+    if not problems and not needs_experts(named[0].strategy):
+        problems = [
+            Problem(
+                "strategy", "serves the base whatever arrives; choose one that deploys latest, all or ema"
+            )
+        ]
+    if not problems:
+        problems = _not_served(named[0].strategy)
+    return [one.strategy for one in named], problems
+
+
+def _not_served(strategy: Strategy) -> list[Problem]:
+    """Techniques that need more than weights, which a service does not keep."""
+    if strategy.technique is None:
+        return []
+    technique = technique_called(strategy.technique)
+    folds = "ema" in (strategy.init, strategy.deploy)
+    if technique.asked(strategy.params) is not None:
+        text = f"{technique.name} needs measurements of every expert, which a service does not make yet; choose another"
+    elif technique.resumes and folds:
+        text = f"{technique.name} folds from a state of its own, which a service does not keep yet; deploy all, or choose another"
+    else:
+        return []
+    return [Problem("strategy", text)]
+
+
+def _unusable(config: ServiceConfig) -> list[Problem]:
+    """Keys that contradict each other."""
+    found = []
+    try:
+        config.listen.check()
+    except ConfigError as error:
+        found.append(Problem("listen", str(error).removeprefix("listen.")))
+    if config.admission.uris:
+        found.append(
+            Problem("admission.uris", "experts by URI are not there yet in this version; leave it out")
+        )
+    if config.data is None and config.gates.solo.required:
+        found.append(
+            Problem(
+                "data",
+                "is missing, so no gate can score anything; name a suite or a root, or say gates.solo.required: false",
+            )
+        )
+    if not config.tasks.open and not config.tasks.list:
+        found.append(Problem("tasks.list", "is empty and tasks.open is false, so no expert could ever come"))
+    return found

@@ -1,0 +1,151 @@
+"""The models that a service deploys, in the store by fingerprint: made when they are wanted, dropped when they are not.
+
+A candidate is made beside the accepted ones. Its fingerprint follows from the chain of its experts, so what a worker made before it
+ended is found by the next one, and a model that was dropped is made again with the same bytes.
+
+Invariant: a version has the sha256 that the log says, or an error is raised; nothing here changes what is accepted or served.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from merge_service.checkpoints import WEIGHTS_FILE
+from merge_service.faults import point
+from merge_service.files import Made
+from merge_service.live import State, Version, is_snapshot, link
+from merge_service.service import Folder, Origin, Place, merges_at
+from merge_service.timelines import Base, Expert, Merged, Strategy, Weights, deployed
+from pipeline.errors import CorruptArtifact, NondeterminismError
+from pipeline.kinds.specs import SequenceSpec
+from pipeline.kinds.table import KINDS
+from pipeline.plan.steps import RECORD_BYTES, Step
+from pipeline.service.experts import Experts, step_of
+from pipeline.store.artifact import Record
+from pipeline.store.local import Store
+from pipeline.store.names import DIGITS, Names
+from pipeline.store.upkeep import Entry, upkeep
+
+
+class Models:
+    """The models of a service. `states` is where streaming states are kept between arrivals."""
+
+    def __init__(
+        self, store: Store, base: Record, strategy: Strategy, experts: Experts, states: Path
+    ) -> None:
+        self.store, self.base, self.strategy, self.experts = store, base, strategy, experts
+        origin = Origin(
+            strategy, store.open_verified(base), base.sha256(WEIGHTS_FILE) or "", self.experts.path
+        )
+        self.folder = Folder(origin, states)
+
+    def version(self, places: Sequence[Place], t: int) -> Version:
+        """What is deployed after the first `t` places; made if it is not in the store. Raises what a merge raises."""
+        kind, fingerprint = self._named(deployed(self.strategy, t), places)
+        if kind != SequenceSpec.kind:
+            record = self.store.record(kind, fingerprint)
+            if record is None:
+                raise CorruptArtifact(f"{kind} {fingerprint[:16]} is not in {self.store.where}")
+        else:
+            merged = deployed(self.strategy, t)
+            assert isinstance(merged, Merged)
+            record = self._made(merged, places[:t])
+        return Version(t, fingerprint, record.sha256(WEIGHTS_FILE) or "")
+
+    def prepare_start(self, places: Sequence[Place]) -> None:
+        """Make the weights that the next expert starts from, if they are merged: a study makes them with the arrival too."""
+        for merge in merges_at(self.strategy, len(places)):
+            self._made(merge.result, places)
+
+    def is_there(self, fingerprint: str) -> bool:
+        """Whether a version can be opened without being made."""
+        return self.store.find(fingerprint) is not None
+
+    def restore(self, state: State, version: Version) -> None:
+        """Make a version of the accepted sequence again if it was dropped. Raises NondeterminismError if other bytes come out."""
+        if not self.is_there(version.fingerprint):
+            made = self.version(places_of(state), version.t)
+            if made != version:
+                raise NondeterminismError(
+                    f"t = {version.t} was {version.sha256} ({version.fingerprint[:16]}) and is now {made.sha256} "
+                    f"({made.fingerprint[:16]}); likely causes: another library version, or changed experts"
+                )
+
+    def tidy(self, state: State, keep_warm: int, candidate: Version | None = None) -> None:
+        """Drop models and streaming states that neither what is accepted nor the candidate in the lane needs.
+
+        The newest `keep_warm` versions and what is served stay; every other one can be made again.
+        """
+        newest = [one.version.fingerprint for one in state.sequence[-keep_warm:]]
+        starts = (
+            [self._named(merge.result, places_of(state))[1] for merge in merges_at(self.strategy, state.t)]
+            if state.t
+            else []
+        )
+        wanted = {*newest, *starts, state.served.fingerprint, candidate.fingerprint if candidate else ""}
+        if type(self.store) is Store:
+            for digits in (
+                path.name[-DIGITS:] for path in (self.store.root / SequenceSpec.kind).glob("[!.]*-*")
+            ):
+                if not any(name.startswith(digits) for name in wanted):
+                    self.drop(SequenceSpec.kind, digits)
+        chains = {one.chain for at, one in enumerate(state.sequence, 1) if is_snapshot(at) or at == state.t}
+        self.folder.keep_only(frozenset(chains))
+
+    def drop(self, kind: str, digits: str) -> None:
+        """Remove an artifact, by the first digits of its fingerprint, from a store in a directory."""
+        keeper, place = upkeep(self.store), Names(self.store.root).find(digits)
+        if place is not None:
+            keeper.take_out(Entry(kind, digits, str(place), 0, None), files_too=True)
+            keeper.clear()
+
+    def _made(self, merged: Merged, places: Sequence[Place]) -> Record:
+        step = self._step(merged, places)
+        known = self.store.record(step.kind, step.fingerprint)
+        if known is not None:
+            try:
+                self.store.open_verified(known)
+                return known
+            except CorruptArtifact:
+                pass  # it was set aside, and is made again
+        with self.store.staged(step) as stage:
+            report = self.folder.make(merged, places, stage)
+            assert report.geometry is not None
+            result = {"merge_seconds": report.seconds, **asdict(report.geometry), "notes": [*report.notes]}
+            point("merge.before_commit")
+            record = self.store.commit(step, stage, Made(result, report.sha256), seconds=report.seconds)
+        point("merge.after_commit")
+        return record
+
+    def _step(self, merged: Merged, places: Sequence[Place]) -> Step:
+        last = places[merged.t - 1]
+        spec = SequenceSpec(
+            KINDS[SequenceSpec.kind].revision,
+            self.base.fingerprint,
+            last.chain,
+            merged.policy,
+            self.experts.step(last.sha256).fingerprint,
+        )
+        label = f"t = {merged.t} ({merged.policy})"
+        return step_of(spec, f"t{merged.t}-{merged.policy}", label, merged.t, self.base.bytes + RECORD_BYTES)
+
+    def _named(self, weights: Weights, places: Sequence[Place]) -> tuple[str, str]:
+        """Kind and fingerprint of the artifact of weights."""
+        if isinstance(weights, Base):
+            return self.base.kind, self.base.fingerprint
+        if isinstance(weights, Expert):
+            return "expert", self.experts.step(places[weights.t - 1].sha256).fingerprint
+        return SequenceSpec.kind, self._step(weights, places).fingerprint
+
+
+def places_of(state: State) -> list[Place]:
+    """The accepted sequence as places."""
+    return [Place(one.sha256, one.chain) for one in state.sequence]
+
+
+def placed(root: str, digests: Iterable[str]) -> list[Place]:
+    """Places of experts in this order."""
+    found: list[Place] = []
+    for sha256 in digests:
+        found.append(Place(sha256, link(found[-1].chain if found else root, sha256)))
+    return found

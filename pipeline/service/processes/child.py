@@ -1,0 +1,20 @@
+"""What a process that a supervisor started knows about it: whether it is still there.
+
+A supervisor holds the other end of a pipe. When it ends, however that happens, the pipe closes, and its children end as on SIGTERM, so
+that none of them keeps the port from the supervisor that is started next.
+Invariant: without a supervisor nothing here has an effect.
+"""
+
+import os
+import threading
+from collections.abc import Callable
+
+PIPE = "TEMPORAL_MERGE_SUPERVISOR"
+"""Variable of the environment: the descriptor of the pipe."""
+
+
+def when_orphaned(then: Callable[[], object]) -> None:
+    """Call `then`, in a thread, when the supervisor has ended."""
+    if PIPE in os.environ:
+        pipe = int(os.environ[PIPE])
+        threading.Thread(target=lambda: (os.read(pipe, 1), then()), name="orphaned", daemon=True).start()

@@ -1,0 +1,75 @@
+"""The working process of a service: `python -m pipeline.service.processes.service_worker OUT`, started by the supervisor.
+
+It does what the log asks for, step by step, and states in the head what serving processes serve. Serving goes on while it works, and
+when it is restarted.
+Invariant: the head states only what the log says is served, and only while its file is in the store.
+"""
+
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from merge_service.checkpoints import WEIGHTS_FILE
+from merge_service.live import State, Version
+from pipeline.service.home import Home
+from pipeline.service.processes.child import when_orphaned
+from workers.serving.served import HeadFile, Served
+
+HEAD = "head.json"
+POLL_SECONDS = 0.2
+
+
+class Statement:
+    """The head of a service, written where it differs from what was written last."""
+
+    def __init__(self, home: Home) -> None:
+        self._home, self._file = home, HeadFile(home.place / HEAD)
+        self._last: object = None
+
+    def write(self) -> None:
+        """State what the log says now. A version whose file is not made yet leaves the last statement in force. Raises OSError."""
+        state = self._home.log.state
+        if (known := (state.served, state.chain)) == self._last:
+            return
+        current = self._of(state, state.served.version)
+        if current is None:
+            return
+        newest = range(max(0, state.t - self._home.config.serving.keep_warm) + 1, state.t + 1)
+        kept = [self._of(state, state.version(t)) for t in newest]
+        self._file.write(current, [one for one in kept if one is not None])
+        self._last = known
+
+    def _of(self, state: State, version: Version) -> Served | None:
+        record = self._home.store.find(version.fingerprint) if version.fingerprint else None
+        if record is None or not (record.path / WEIGHTS_FILE).is_file():
+            return None
+        arrival = state.sequence[version.t - 1].arrival if version.t else ""
+        file = (record.path / WEIGHTS_FILE).absolute()
+        return Served(version.t, arrival, version.sha256, file, version.t)
+
+
+def work(out: Path, ending: threading.Event) -> None:
+    """Work until `ending` is set. Raises Busy if another process works for this service, and what the work raises."""
+    home = Home.open(out)
+    statement = Statement(home)
+    with home.working():
+        worker = home.worker()
+        while not ending.is_set():
+            busy = worker.step()
+            statement.write()
+            if not busy:
+                ending.wait(POLL_SECONDS)
+
+
+def main() -> None:
+    """Until SIGTERM or Ctrl-C, after the step that runs, or until the supervisor is gone."""
+    ending = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ending.set())
+    when_orphaned(ending.set)
+    work(Path(sys.argv[1]), ending)
+
+
+if __name__ == "__main__":
+    main()

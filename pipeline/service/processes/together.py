@@ -1,0 +1,33 @@
+"""A service on one machine: serving processes and the working process around one socket, without Ray.
+
+Invariant: the same call on the same directory goes on where it ended, with the weights that the log says are served.
+"""
+
+import sys
+from pathlib import Path
+
+from pipeline.service.config import ServiceConfig
+from pipeline.service.home import Home
+from pipeline.service.processes.service_worker import HEAD, Statement
+from pipeline.service.processes.supervisor import Child, run
+from pipeline.service.settings import Setup
+
+DOOR = "door"
+"""The folder of tokens, label sets and metrics in a service's place."""
+
+
+def serve(out: Path, config: ServiceConfig) -> None:
+    """Serve until SIGTERM or Ctrl-C. Raises UserError, OSError."""
+    config.listen.check()
+    home = Home.open(out, config)
+    Statement(home).write()
+    setup = Setup(
+        name=config.name,
+        home=home.base.path.absolute(),
+        head=(home.place / HEAD).absolute(),
+        state=(home.place / DOOR).absolute(),
+        serving=config.serving,
+        listen=config.listen,
+    )
+    command = (sys.executable, "-m", "pipeline.service.processes.service_worker", str(out.absolute()))
+    run(setup, [Child("service", command, {"OMP_NUM_THREADS": str(config.resources.threads)}, nice=5)])

@@ -1,0 +1,179 @@
+"""Who may do what: tokens of three roles, of which only digests are kept.
+
+A token is `tmk_<id>_<43 characters>`: 256 random bits. Its sha256 is compared in constant time, so neither the file nor the time of an
+answer gives it away; 256 bits need no slow hash. Processes read the file anew when it changed, so a revoked token ends at once.
+Invariant: a token itself is written nowhere but in the file of the first one, which only its owner can read.
+"""
+
+import fcntl
+import hashlib
+import hmac
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from merge_service.files import sync_directory, temporary
+from pipeline.errors import ConfigError
+
+Role = Literal["reader", "submitter", "operator"]
+ROLES: tuple[Role, ...] = ("reader", "submitter", "operator")
+"""Each may do what those before it may."""
+FORM = re.compile(r"tmk_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
+DAY = 24 * 3600
+_NOBODY = hashlib.sha256(b"").hexdigest()
+
+
+@dataclass(frozen=True)
+class Token:
+    """What is kept of a token: no secret. Times are seconds since 1970; None means without a bound."""
+
+    id: str
+    sha256: str
+    role: Role
+    created: float
+    expires: float | None = None
+    revoked: float | None = None
+    tasks: tuple[str, ...] | None = None
+    owners: tuple[str, ...] | None = None
+    per_day: int | None = None
+    note: str = ""
+
+    def may(self, role: Role) -> bool:
+        """Whether this token's role includes another."""
+        return ROLES.index(self.role) >= ROLES.index(role)
+
+
+class TokenRefused(Exception):
+    """A token that opens nothing; `code` is token.missing, .unknown, .expired or .revoked."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class Tokens:
+    """The tokens in one file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stamp: tuple[int, int, int] | None = None
+        self._known: dict[str, Token] = {}
+
+    def find(self, presented: str, now: float | None = None) -> Token:
+        """The token that was presented. Raises TokenRefused."""
+        form = FORM.fullmatch(presented)
+        token = self._every().get(form[1]) if form else None
+        same = hmac.compare_digest(token.sha256 if token else _NOBODY, _digest(presented))
+        if token is None or not same:
+            raise TokenRefused("token.unknown")
+        if token.revoked is not None:
+            raise TokenRefused("token.revoked")
+        if token.expires is not None and (time.time() if now is None else now) >= token.expires:
+            raise TokenRefused("token.expired")
+        return token
+
+    def issue(
+        self, role: Role, days: float | None = 90, note: str = "", bounds: Mapping[str, Any] | None = None
+    ) -> tuple[str, Token]:
+        """A new token, which is returned once and not kept, and what is kept. `bounds`: tasks, owners, per_day. Raises OSError."""
+        text, token = _new(role, days, note)
+        token = replace(token, **dict(bounds or {}))
+        self._add(token)
+        return text, token
+
+    def revoke(self, number: str) -> bool:
+        """End a token by its id; False if there is none. Raises OSError."""
+        with self._changing() as known:
+            if number not in known:
+                return False
+            if known[number].revoked is None:
+                known[number] = replace(known[number], revoked=time.time())
+        return True
+
+    def every(self) -> list[Token]:
+        """All tokens ever issued, the oldest first."""
+        return sorted(self._every().values(), key=lambda token: token.created)
+
+    def first(self, file: Path) -> bool:
+        """Issue an operator token for a service that has no token, and write it to `file`, which only its owner reads.
+
+        False if there are tokens. Raises ConfigError if the file is there already, OSError.
+        """
+        if self._every():
+            return False
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        except FileExistsError:
+            raise ConfigError(
+                f"{file} holds a token of another service: {self._path} is not there. Remove the file to get a new first token"
+            ) from None
+        text, token = _new("operator", 365, "first")
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        sync_directory(file.parent)
+        self._add(token)  # last, so that no token counts that nobody could read
+        return True
+
+    def _add(self, token: Token) -> None:
+        with self._changing() as known:
+            known[token.id] = token
+
+    def _every(self) -> dict[str, Token]:
+        try:
+            state = self._path.stat()
+            stamp = (state.st_mtime_ns, state.st_size, state.st_ino)
+            if stamp != self._stamp:
+                self._known, self._stamp = self._read(), stamp
+        except FileNotFoundError:
+            self._known, self._stamp = {}, None
+        return self._known
+
+    def _read(self) -> dict[str, Token]:
+        if not self._path.exists():
+            return {}
+        found = json.loads(self._path.read_text(encoding="utf-8"))
+        return {one["id"]: _token(one) for one in found}
+
+    @contextmanager
+    def _changing(self) -> Iterator[dict[str, Token]]:
+        """The tokens, which are written back; one process at a time."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.with_name(f".{self._path.name}.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            known = self._read()
+            yield known
+            partial = temporary(self._path)
+            handle = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                json.dump([asdict(token) for token in known.values()], stream, indent=1)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(self._path)
+            sync_directory(self._path.parent)
+
+
+def _new(role: Role, days: float | None, note: str) -> tuple[str, Token]:
+    number, now = secrets.token_hex(6), time.time()
+    text = f"tmk_{number}_{secrets.token_urlsafe(32)}"
+    return text, Token(
+        number, _digest(text), role, now, None if days is None else now + days * DAY, note=note
+    )
+
+
+def _token(found: dict[str, Any]) -> Token:
+    several = {key: tuple(found[key]) for key in ("tasks", "owners") if found.get(key) is not None}
+    return Token(**{**found, **several})
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
