@@ -1,4 +1,5 @@
-"""The reference of commands in cli.md, made from the command line itself when the site is built, so that it cannot be out of date."""
+"""What pages get from the code when the site is built, so that it cannot be out of date: the reference of commands in cli.md, and the
+families of techniques in merging.md."""
 
 import sys
 from pathlib import Path
@@ -8,9 +9,26 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Called by mkdocs for every page; puts the commands in the place of their mark."""
-    mark = "<!-- commands -->"
-    return markdown.replace(mark, reference()) if mark in markdown else markdown
+    """Called by mkdocs for every page; puts what is made here in the place of its mark."""
+    for mark, made in (("<!-- commands -->", reference), ("<!-- techniques -->", families)):
+        if mark in markdown:
+            markdown = markdown.replace(mark, made())
+    return markdown
+
+
+def families() -> str:
+    """A table of the techniques by family, each family in the words of its module."""
+    from merge_service.techniques.families import FAMILIES
+
+    rows = []
+    for family in FAMILIES:
+        what = str(family.__doc__).partition("\n")[0].rstrip(".")
+        names = (
+            "".join([f"`{one.name}`", *(f" (`{alias}`)" for alias in one.aliases)])
+            for one in family.TECHNIQUES
+        )
+        rows.append(f"| {what} | {', '.join(names)} |")
+    return "\n".join(["| family | techniques |", "|---|---|", *rows])
 
 
 def reference() -> str:
@@ -20,7 +38,16 @@ def reference() -> str:
     from pipeline.cli.app import app
 
     group: Any = typer.main.get_command(app)
-    return "\n".join(_section(name, command) for name, command in sorted(group.commands.items()))
+    return "\n".join(_section(name, command) for name, command in sorted(_every(group).items()))
+
+
+def _every(group: Any) -> dict[str, Any]:
+    """Every command by its name; one of a group as "GROUP NAME"."""
+    found: dict[str, Any] = {}
+    for name, command in group.commands.items():
+        below = _every(command) if hasattr(command, "commands") else None
+        found |= {name: command} if below is None else {f"{name} {one}": each for one, each in below.items()}
+    return found
 
 
 def _section(name: str, command: Any) -> str:
