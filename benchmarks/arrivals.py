@@ -1,12 +1,12 @@
-"""What does the thousandth expert cost, compared to the second? A stream of experts into each technique that streams.
+"""The cost of the thousandth expert beside that of the second, for each technique that streams.
 
     python benchmarks/arrivals.py --techniques ties,average
     python benchmarks/arrivals.py --techniques ties --size tiny --plot arrivals.png
 
-Every expert is a file of its own (a copy of one of a few), merged into the running state with `advance`, and deleted before
-the next one comes, so that no arrival can read an earlier one. What is measured is `advance` alone: opening, arithmetic, and both files written.
+Every expert is its own file (a copy of one of a few). `advance` merges it into the running state. The file is deleted before the next
+expert comes, so that no arrival can read an earlier one. Only `advance` is measured: opening, arithmetic, and writing both files.
 
-Invariant: what is counted as read is every file that the arrival opened, whole; as written, the files that it left.
+Invariant: bytes read are those of every file that the arrival opened, whole; bytes written are those of the files that it left.
 """
 
 import argparse
@@ -116,7 +116,7 @@ def _peak_resident() -> int:
 def measure(technique: str, args: argparse.Namespace, opened: Opened) -> dict[str, Any]:
     """A long stream; its last arrivals alternate with the first ones of a new stream, on an equally busy machine.
 
-    Memory alone is held against the long stream's own first arrivals: whatever it gathered would be in the new one's too.
+    Memory is compared with the long stream's own first arrivals: the new stream runs in the same process and would count the same leak.
     """
     long, young = (
         Stream(technique, args.size, args.threads, args.work / f"{name}-{os.getpid()}", opened)
@@ -160,10 +160,13 @@ def plot(columns: dict[str, list[float]], title: str, path: Path) -> None:
 
 
 def streaming() -> list[str]:
-    """Every technique that has a stream form."""
+    """Every technique that has a stream form and needs no statistics of data."""
     from merge_service import techniques
 
-    return [name for name in techniques.names() if "stream" in techniques.get(name).forms]
+    every = map(techniques.get, techniques.names())
+    return [
+        one.name for one in every if "stream" in one.forms and one.asked(one.resolve({}, "merge")) is None
+    ]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -1,8 +1,8 @@
-"""The same expert as `ours_train.py`, by the loop that somebody who knows torch and open_clip would write for it.
+"""The expert of `ours_train.py`, trained by a plain loop over torch and open_clip.
 
-Decoded images of all datasets in memory as one uint8 tensor, their prompts tokenised once; a random resized crop of the
-whole batch by `grid_sample`; fused AdamW, a cosine with warm-up, clipping. No checkpoints, nothing checked, no reports.
-With "share_texts" equal prompts of a batch go through the text tower once, which is a trick of ours.
+Decoded images of all datasets are in memory as one uint8 tensor, and their prompts are tokenised once. `grid_sample` makes a random
+resized crop of the whole batch. Fused AdamW, a cosine with warm-up, clipping. No checkpoints, no checks, no reports.
+With "share_texts" equal prompts of a batch go through the text tower once, as in our own engine.
 """
 
 import json

@@ -47,7 +47,7 @@ def _at_hand(technique: str) -> Case:
     return Case(
         f"{technique}_kept",
         technique,
-        options={"keep_limits": True},
+        options={"keep_thresholds": True},
         flags=("--keep-thresholds",),
         prepared=True,
     )

@@ -1,11 +1,11 @@
-"""Do the tools compute the same? Element by element, for the techniques whose definitions can be made to agree.
+"""Results of the tools, compared element by element, for the techniques whose definitions can be made to agree.
 
     python benchmarks/compare.py --size vit-b-16 --experts 4 --mergekit PYTHON --fusionbench PYTHON
 
 What may differ: the rounding of sums; in TIES, which of several equal magnitudes at the threshold are kept (FusionBench
 keeps one element more than asked for, and mergekit any of the equal ones), and the sign of a sum that cancels.
 
-Invariant: results are compared as files, so what is compared is what a user of each tool gets.
+Invariant: results are compared as files, as a user of each tool gets them.
 """
 
 import argparse

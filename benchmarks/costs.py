@@ -1,8 +1,8 @@
-"""What the studies of configs/fomo_in_flux would cost: counted on fake tensors and from their plans; nothing is trained.
+"""The cost of the studies of configs/fomo_in_flux, counted on fake tensors and from their plans. Nothing is trained.
 
     python benchmarks/costs.py --json results/fomo-costs.json
 
-Invariant: no figure depends on how busy the machine is, and none needs the studies' data or weights.
+Invariant: no figure depends on the load of the machine, and none needs the studies' data or weights.
 """
 
 import argparse

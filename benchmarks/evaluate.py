@@ -1,14 +1,14 @@
-"""How fast are merged checkpoints scored, beside clip_benchmark and beside the bare forward passes?
+"""Speed of scoring merged checkpoints, beside clip_benchmark and beside the bare forward passes.
 
     python benchmarks/evaluate.py --clip-benchmark PYTHON
 
-Trains a few short experts, merges growing sets of them by two techniques, and scores that stream of checkpoints on the
-test splits of the mini suite: ours with nothing decoded yet, ours with decoded datasets, clip_benchmark. With `--model
-vit-b-16` the checkpoints are towers of that size with random weights. Prints a table and whether the scores are equal.
-README.md in this directory says what the columns are.
+Trains a few short experts and merges growing sets of them by two techniques. Three contenders score this stream of checkpoints on
+the test splits of the mini suite: ours with nothing decoded yet, ours with decoded datasets, clip_benchmark. With `--model
+vit-b-16` the checkpoints are towers of that size with random weights. Prints a table, and whether the scores are equal.
+README.md in this directory explains the columns.
 
-Invariant: contenders alternate within a round, a process each, and a ratio is taken within a round. Every one of them scores
-the first checkpoint on the first dataset before its clock starts, and finds the shards in the page cache.
+Invariant: contenders alternate within a round, each in its own process, and a ratio is taken within a round. Each scores the
+first checkpoint on the first dataset before its clock starts, and finds the shards in the page cache.
 """
 
 import argparse

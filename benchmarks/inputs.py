@@ -1,9 +1,9 @@
-"""Checkpoints to measure with: open_clip's tensor names and shapes, and task vectors as fine-tuning leaves them.
+"""Checkpoints for the benchmarks: open_clip's tensor names and shapes, and task vectors like those of fine-tuning.
 
-Shapes come from each architecture's widths and depths, values from one random stream per (seed, expert, tensor), so a
-file depends on neither the number of threads nor on how many experts are made.
+Shapes come from each architecture's widths and depths, values from one random stream per (seed, expert, tensor). So a file
+depends neither on the number of threads nor on the number of experts.
 
-Invariant: what is listed in the directory's manifest is complete; anything else is made again.
+Invariant: a file in the directory's manifest is complete; any other file is made again.
 """
 
 import hashlib

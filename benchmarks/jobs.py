@@ -1,6 +1,6 @@
-"""What `train.py` and `evaluate.py` run on: the mini suite, models, and the jobs made of them.
+"""Inputs of `train.py` and `evaluate.py`: the mini suite, models, and jobs on them.
 
-Invariant: a job depends on its arguments alone, so that every contender trains on, or scores, the same thing.
+Invariant: a job depends on its arguments alone, so that every contender trains on, or scores, the same data.
 """
 
 import json

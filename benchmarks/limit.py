@@ -2,12 +2,12 @@
 
     python benchmarks/limit.py '{"inputs": [...], "out": "...", "threads": 2}'
 
-The threads share out ranges of a checkpoint; for each, a thread takes that range of every input and writes one range of
-the output. Reading is tried both as a copy into a small buffer and as one pass over mapped pages, with small and large
-ranges; the way with the lowest median over all repeats is the limit. Syncing the written file to the disk is timed apart.
-CPU seconds are counted as well: on a machine that others use they say more than the clock on the wall.
+The threads divide the ranges of a checkpoint. For each range, a thread reads it from every input and writes one range of the
+output. Reading is tried as a copy into a small buffer and as one pass over mapped pages, with small and large ranges. The way
+with the lowest median over all repeats is the limit. Syncing the written file to the disk is timed separately. CPU seconds are
+measured as well: on a machine that others use they are more reliable than wall time.
 
-Invariant: nothing here knows about tensors, so no merge that writes what it should can do less.
+Invariant: nothing here knows about tensors, so no correct merge can do less.
 """
 
 import json

@@ -1,12 +1,12 @@
-"""How fast is a merge, beside the least that any merge must do and beside other tools?
+"""Speed of a merge, beside the least work that any merge must do and beside other tools.
 
     python benchmarks/merge.py --size vit-b-16 --experts 8 --mergekit PYTHON --fusionbench PYTHON
 
-Makes inputs, then for every technique and repeat runs one process per contender, one after the other, with the inputs in
-the page cache: the limit, ours, our command line, mergekit, FusionBench. Prints tables of medians. README.md in this
-directory says what the columns are.
+Makes inputs. Then, for every technique and repeat, runs one process per contender, one after another, with the inputs in the
+page cache: the limit, ours, our command line, mergekit, FusionBench. Prints tables of medians. README.md in this directory
+explains the columns.
 
-Invariant: contenders alternate within a repeat, so that whatever else slows the machine meets all of them.
+Invariant: contenders alternate within a repeat, so that other load on the machine slows all of them alike.
 """
 
 import argparse
@@ -66,7 +66,7 @@ class Bench:
         return runs
 
     def start_up(self) -> dict[str, list[dict[str, Any]]]:
-        """What a person waits for before anything is merged, and what the first merge after installing costs more."""
+        """Time before anything is merged, and the additional time of the first merge after installing."""
         base, experts = str(self.tiny.base), [str(path) for path in self.tiny.experts]
         out = clear(self.out) / "merged.safetensors"
         merge = _command(CASES["ties"], base, experts, out, self.args.threads)
@@ -115,7 +115,18 @@ class Bench:
 
 
 def _command(case: Case, base: str | None, experts: list[str], out: Path, threads: int) -> list[Any]:
-    words: list[Any] = [CLI, "merge", "--technique", case.technique, "--out", out, "--threads", str(threads)]
+    words: list[Any] = [
+        CLI,
+        "merge",
+        "--technique",
+        case.technique,
+        "--out",
+        out,
+        "--threads",
+        str(threads),
+        "--force",
+        "--no-compare",
+    ]
     words += ["--base", base] if base else []
     for name, value in case.params.items():
         words += ["--set", f"{name}={value}"]

@@ -1,12 +1,12 @@
-"""What orchestration costs: beside the steps themselves, and per step as the number of steps grows.
+"""The cost of orchestration: beside the steps themselves, and per step as the number of steps grows.
 
     python benchmarks/orchestration.py overhead STUDY.yaml [--runs 2] [--set key=value ...] [--json FILE]
     python benchmarks/orchestration.py scale [--experts 1000] [--case stream|sweep] [--tracking] [--png FILE] [--json FILE]
 
-`overhead` carries out the steps of a small study twice over, alternating: by a bare loop of plain function calls in one
-process, with the same store, and by `temporal-merge run`. CPU seconds are those of all processes, start-up left out.
-`scale` drives the real driver, schedule, pools, store and outbox over real Ray actors whose steps only write and commit a
-tiny file: `stream` is one stream with a task per expert, each merged into the last; `sweep` is seeds x ten tasks.
+`overhead` carries out the steps of a small study in two ways, alternating: by a bare loop of plain function calls in one
+process, with the same store, and by `temporal-merge run`. CPU seconds are those of all processes, without start-up.
+`scale` runs the real driver, schedule, pools, store and outbox with real Ray actors whose steps only write and commit a tiny
+file. `stream` is one stream with a task per expert, each merged into the last; `sweep` is seeds x ten tasks.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python benchmarks/ours.py '{"technique": "ties", "form": "merge", "params": {}, "options": {}, "base": ..., ...}'
 
-Prints one JSON line: the seconds of `MergeReport`, those of them spent syncing the output to the disk (which the other
-tools do not do), the CPU seconds, and the seconds of the imports and of a first, tiny merge before it, which loads the
-compiled loops: that is start-up, and counts in the whole process only, as the imports of the other tools do.
+Prints one JSON line: the seconds of `MergeReport`, the part of them spent syncing the output to the disk (which the other
+tools do not do), the CPU seconds, and the seconds of start-up. Start-up is the imports and a first, tiny merge, which loads
+the compiled loops. It counts in the whole process only, as the imports of the other tools do.
 """
 
 import json

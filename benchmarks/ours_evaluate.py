@@ -1,8 +1,8 @@
-"""A stream of checkpoints scored by `evaluate` in a process of its own; run by `evaluate.py`, which says what is in the job.
+"""A stream of checkpoints scored by `evaluate` in its own process. `evaluate.py` starts it and defines the job.
 
 Prints one JSON line: scores, wall and CPU seconds of the whole stream without imports, seconds of the first checkpoint
-(which maps or decodes the datasets and reads the tokenizer) and of the later ones, and the limit: CPU seconds of nothing
-but the model's forward passes over pixels and tokens that are ready.
+(which maps or decodes the datasets and reads the tokenizer) and of the later ones, and the limit: CPU seconds of only the
+model's forward passes over ready pixels and tokens.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""One expert by `train_expert` in a process of its own; run by `train.py`, which says what is in the job.
+"""One expert by `train_expert` in its own process. `train.py` starts it and defines the job.
 
-Prints one JSON line: wall and CPU seconds of the whole call (weights opened, data mapped, steps, result written and
-checked) and of the steps after the first few, the second of two experts that the process trains, as a worker does.
+Prints one JSON line: wall and CPU seconds of the whole call (weights opened, data mapped, steps, result written and checked)
+and of the steps after the first few. The process trains two experts, as a worker does, and measures the second.
 """
 
 import json

@@ -269,6 +269,52 @@ def train() -> str:
     return f"{said}\n\n{table(columns, rows)}"
 
 
+def feed() -> str:
+    """What reaches a device, beside a plain copy and torch's DataLoader."""
+    file = read("feed")
+    rounds, ratios, had = file["found"]["rounds"], file["found"]["ratios"], file["settings"]
+    names = {
+        "decoded_per_s": "decoded pool to a ready batch",
+        "memcpy_per_s": "plain copy of as many bytes",
+        "encoded_per_s": "pool as it is stored to a ready batch",
+        "decoder_per_s": "its decoder and resize alone, from memory",
+        "decode_only_per_s": "its decoder alone",
+        "dataloader_per_s": "DataLoader with open_clip's transform, from JPEG",
+    }
+    rows = [[name, spread(rounds[key], 0)] for key, name in names.items()]
+    said = (
+        f"Pictures of 224 px a second, {had['cores']} threads or processes, {had['rounds']} alternating rounds. Decoded to copied: "
+        f"{spread(ratios['decoded_to_memcpy'])}. Stored to its decoder and resize: {spread(ratios['encoded_to_decoder'])}; to its decoder "
+        f"alone: {spread(ratios['encoded_to_decode_only'])}; to the DataLoader: {spread(ratios['encoded_to_dataloader'])}. A pretended device that takes {had['batch_size']} pictures every {had['takes']} s is busy "
+        f"{spread(rounds['busy'])} of the time."
+    )
+    return f"{said}\n\n{table(('', 'pictures a second'), rows)}"
+
+
+def pool() -> str:
+    """A pool of many samples in many shards: what is done once, and what every process does."""
+    file = read("pool")
+    had, found = file["settings"], file["found"]
+    parts = {
+        "write_manifest": "sha256 of the shards and the manifest, once",
+        "plan": "plan of a study that replays the pool, the costs of its model known",
+        "index": "index, once",
+        "open": "opening the index, in each process",
+        "batch": f"first batch of {had['batch_size']}",
+    }
+    rows = [
+        [name, n(found[part]["seconds"]), n(found[part]["cpu"]), f"{found[part]['peak'] / MIB:.0f}"]
+        for part, name in parts.items()
+    ]
+    said = (
+        f"{had['samples']:,} samples in {had['shards']:,} shards ({had['distinct']} different ones, repeated by links), "
+        f"{found['index']['bytes'] / 1e6:,.0f} MB of index. "
+        f"An expert of {had['steps']} steps was ended after step {had['steps'] // 2} and resumed: the bytes of its weights are "
+        f"{'the same' if found['resume']['same'] else 'NOT the same'} as without."
+    )
+    return f"{said}\n\n{table(('', 'seconds', 'CPU seconds', 'peak memory, MiB'), rows)}"
+
+
 def evaluate() -> str:
     """Scores beside clip_benchmark's, for the tiny model and for a tower that people use."""
     rows, compared, differing = [], 0, 0
@@ -361,7 +407,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     make.__name__.replace("_", "-"): make
     for make in (
         machine, merge_limit, merge_peers, agreement, memory, start_up, arrivals, overhead, scale, plan, tracker_down, train,
-        evaluate, fomo_costs, fomo_disk,
+        feed, pool, evaluate, fomo_costs, fomo_disk,
     )
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The same stream of checkpoints scored by clip_benchmark; run by an interpreter that has it.
+"""The stream of checkpoints of `ours_evaluate.py`, scored by clip_benchmark. Run by an interpreter that has it.
 
     PYTHON benchmarks/peers_clip_benchmark.py '{"models": [...], "classification": [...], "retrieval": [...], ...}'
 
@@ -55,7 +55,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def arguments(job: dict[str, Any], model: str, task: str, out: str) -> list[str]:
-    """What a person would write behind `clip_benchmark`."""
+    """The arguments of the command `clip_benchmark`."""
     return [
         "eval", "--dataset", *(f"wds/{name}" for name in job[task]), "--task", f"zeroshot_{task}",
         "--dataset_root", f"{job['root']}/{{dataset_cleaned}}", "--model", f"local-dir:{model}", "--pretrained", "",

@@ -1,13 +1,13 @@
-"""One merge by FusionBench in a process of its own; run by an interpreter that has fusion-bench.
+"""One merge by FusionBench in its own process. Run by an interpreter that has fusion-bench.
 
     PYTHON benchmarks/peers_fusionbench.py '{"case": "ties", "base": ..., "experts": [...], "out": ..., "threads": 2}'
 
-Its algorithm classes take a pool of models; the pool here builds a module around the tensors of a safetensors file, and
-the merged module's state dict is saved to one. Prints one JSON line like `ours.py`.
-The two tiny checkpoints of job["first"] are merged first, as ours are, so that what is loaded at first use is loaded.
+FusionBench's algorithm classes take a pool of models. The pool here builds a module around the tensors of a safetensors file;
+the merged module's state dict is saved to such a file. Prints one JSON line like `ours.py`.
+The two tiny checkpoints of job["first"] are merged first, as ours are, so that libraries loaded at first use are loaded.
 
-Its SVD methods know matrices as `nn.Linear` (OPCM) or as two-dimensional tensors (Iso), so for them the fused attention
-projections are given as q, k and v, as in the CLIP of transformers that it is written for, and fused again to be saved.
+FusionBench's SVD methods take `nn.Linear` (OPCM) or two-dimensional tensors (Iso) as matrices. For them the fused attention
+projections are split into q, k and v, as in the CLIP of transformers that they are written for, and fused again before saving.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""One merge by mergekit in a process of its own; run by an interpreter that has mergekit.
+"""One merge by mergekit in its own process. Run by an interpreter that has mergekit.
 
     PYTHON benchmarks/peers_mergekit.py '{"case": "ties", "base": ..., "experts": [...], "out": ..., "threads": 2}'
 
 Does what its command `mergekit-pytorch` does with a configuration file, for plain safetensors files: the same classes,
 in the same order, with the default options except for the number of threads. Prints one JSON line like `ours.py`.
-The two tiny checkpoints of job["first"] are merged first, as ours are, so that what is loaded at first use is loaded.
+The two tiny checkpoints of job["first"] are merged first, as ours are, so that libraries loaded at first use are loaded.
 """
 
 import json
@@ -55,7 +55,7 @@ def merge(job: dict[str, Any]) -> None:
 
 
 def configuration(job: dict[str, Any]) -> dict[str, Any]:
-    """What a person would write to the YAML file of `mergekit-pytorch`."""
+    """The content of the YAML file of `mergekit-pytorch`."""
     method, parameters, each = METHODS[job["case"]]
     base = job["experts"][0] if method == "slerp" else job["base"]
     models = [{"model": path, "parameters": each} for path in job["experts"]]

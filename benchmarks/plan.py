@@ -1,9 +1,9 @@
-"""What a plan costs: seconds, memory and the length of plan.json of a long stream, or of many trajectories; nothing is trained.
+"""The cost of a plan: seconds, memory and length of plan.json, for a long stream or many trajectories. Nothing is trained.
 
     python benchmarks/plan.py --tasks 1000                           # one long stream, two strategies
     python benchmarks/plan.py --tasks 3 --trajectories 10000         # many trajectories
 
-Invariant: every part runs in a process of its own, which reports itself.
+Invariant: every part runs in its own process, which measures itself.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """One contender's run: a process of its own, its wall and CPU time, and the most memory it held that no file backs.
 
-Invariant: what is measured never shares an interpreter with what measures, so an import, an allocator's cache or a
-compiled kernel of one run is not there for the next.
+Invariant: a measured run never shares an interpreter with the benchmark or with another run. So no import, allocator cache or
+compiled kernel of one run is there for the next.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""What a benchmark found, as one JSON file: the values of every run, and on what machine, code and libraries.
+"""The results of a benchmark as one JSON file: the values of every run, the machine, the code and the libraries.
 
 `results/` holds the files that the documentation's figures come from (`page.py`).
 
-Invariant: a file says which commit was measured and how busy other processes kept the machine meanwhile, so that nobody
-has to trust a figure whose circumstances are lost.
+Invariant: a file states the measured commit and the load of the machine by other processes, so that no figure loses its
+circumstances.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""Medians, ratios and tables of what `merge.py` measured; Markdown, so that they can be pasted into a document.
+"""Medians, ratios and tables of the measurements of `merge.py`, in Markdown.
 
-Invariant: a ratio is between medians of the same repeats on the same inputs, and a failure shows as what it is.
+Invariant: a ratio is between medians of the same repeats on the same inputs, and a failure is shown as a failure.
 """
 
 from collections.abc import Iterable, Sequence

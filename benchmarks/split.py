@@ -1,11 +1,11 @@
-"""How much faster two Ray workers merge than one, with one thread each, and whether they write the same bytes.
+"""Speed of a merge by two Ray workers beside one, with one thread each, and whether they write the same bytes.
 
     python benchmarks/split.py --size vit-l-14 --experts 4
 
-One Ray session; for every technique and repeat one merge by one worker and one by two, in turns, with the inputs in the page
-cache. The clock starts when the workers have merged something small and opened their files: what it takes to start them is
-not in it. Prints medians, and where the time went as the coordinator saw it: questions about whole groups, blocks made and
-written, and the sync to the disk, which two workers cannot hurry.
+In one Ray session, for every technique and repeat, one worker merges and then two, with the inputs in the page cache. The
+clock starts when the workers have merged something small and opened their files, so start-up is not measured. Prints medians
+and the coordinator's shares of the time: questions about whole groups, blocks made and written, and the sync to the disk,
+which two workers cannot shorten.
 
 Invariant: every output is hashed, and a difference ends the run.
 """

@@ -59,13 +59,14 @@ def main() -> None:
     record.add_json(parser)
     arguments = parser.parse_args()
     from pipeline.report.build import write_report
+    from pipeline.report.sources import Studied
     from pipeline.results.over_time import results
     from pipeline.workspace.workspace import Workspace
 
     plan = Workspace.open(arguments.study, provisional=True).plan
     arguments.out.mkdir(parents=True, exist_ok=True)
     started, cpu = time.perf_counter(), time.process_time()
-    answer = write_report(arguments.out, plan, results(plan, Invented(plan)))
+    answer = write_report([Studied(arguments.out, plan, results(plan, Invented(plan)))])
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     found = {
         "trajectories": len(plan.trajectories),

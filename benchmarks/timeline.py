@@ -2,8 +2,8 @@
 
     python benchmarks/timeline.py OUT [--png FILE]
 
-One lane per worker, one bar per step from its start to its end. Busy is the CPU time of all steps over what the cores
-offered between the first step's start and the last one's end; of a run that was continued, only the last part counts.
+One lane per worker, one bar per step from its start to its end. Busy is the CPU time of all steps, divided by the time of all
+cores between the first step's start and the last step's end. Of a resumed run only the last part counts.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""What a tracking server that is gone costs: the same study with MLflow's store in OUT, with nobody at the tracker's address,
+"""The cost of a tracking server that is down: one study with MLflow's store in OUT, with no server at the tracker's address,
 and with a server that accepts every connection and never answers.
 
     python benchmarks/tracker_down.py STUDY.yaml [--rounds 3] [--set key=value ...]
 
-Runs alternate, each in a fresh OUT, so that nothing is reused. Printed are wall and CPU seconds of the training steps, and
-wall seconds from the first step's beginning to the last one's end, as ratios to the run with MLflow's store in each round.
+Runs alternate, each in a fresh OUT, so that nothing is reused. Prints wall and CPU seconds of the training steps, and wall
+seconds from the start of the first step to the end of the last, as ratios to the run with MLflow's store in each round.
 
 Invariant: the silent server reads nothing and writes nothing, so a client waits until its own limit.
 """

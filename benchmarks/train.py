@@ -1,13 +1,13 @@
-"""How fast does an expert train in our worker, beside a bare torch and open_clip loop over the same decoded data?
+"""Speed of training an expert in our worker, beside a bare torch and open_clip loop over the same decoded data.
 
     python benchmarks/train.py --model tiny
 
-Rounds of one process per contender, one after the other: the bare loop, the bare loop with equal prompts shared, ours
+Each round runs one process per contender, one after another: the bare loop, the bare loop with equal prompts shared, ours
 with plain torch and with DeepSpeed. Prints a table of medians and of ratios to the bare loop. README.md in this directory
-says what the columns are.
+explains the columns.
 
-Invariant: contenders alternate within a round, and a ratio is taken within a round, so that whatever else slows the
-machine meets both of its sides.
+Invariant: contenders alternate within a round, and a ratio is taken within a round, so that other load on the machine slows
+both of its sides.
 """
 
 import argparse
