@@ -12,15 +12,17 @@ help: ## this list
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,test,dev]'
+	@echo "installing torch, ray, mlflow and what they need into $(VENV): about 5 GB on disk, some minutes"
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[demo,test,dev]'
+	@echo "installed; what follows needs no network"
 	touch $@
 
-demo: $(VENV)/.installed ## six tasks under six strategies on real images, about five minutes on two cores
+demo: $(VENV)/.installed ## six tasks under seven strategies on real images, about five minutes on two cores
 	$(BIN)/temporal-merge run configs/demo.yaml
 	$(BIN)/temporal-merge report runs/demo
 
-test: $(VENV)/.installed ## the whole test suite
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed ## the whole test suite, on two cores
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 faults: $(VENV)/.installed ## the whole fault matrix, with nodes lost and hosts cut off; its table goes to docs/reliability.md
 	$(BIN)/python -m pytest -m "fault or chaos" --matrix=docs/reliability.md

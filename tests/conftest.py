@@ -1,4 +1,4 @@
-"""Fixtures that cost something and are therefore shared by the whole session."""
+"""Expensive fixtures, shared by the whole session."""
 
 import os
 import secrets
@@ -48,7 +48,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def undisturbed(world: World, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """OUT of one run of the tiny study that nobody disturbed: what every other run of it must equal."""
+    """OUT of one undisturbed run of the tiny study; every other run of it must give the same result."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     answer = command("run", world.study(), "--out", out, "--address", cluster.address)
     assert answer.returncode == 0, answer.stderr
@@ -57,14 +57,14 @@ def undisturbed(world: World, cluster: Cluster, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated, empty tracking store: making one takes seconds, so tests copy it."""
+    """A migrated, empty tracking store, for tests to copy, because creating one takes seconds."""
     home = tmp_path_factory.mktemp("mlflow")
     make_local_store(home)
     return home / LOCAL_DB
 
 
 class Answer(NamedTuple):
-    """What a command said, and its exit code."""
+    """The output of a command, and its exit code."""
 
     code: int
     out: str
@@ -73,7 +73,7 @@ class Answer(NamedTuple):
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
-    """`temporal-merge ...` without paying for a process: for all that one real process of the kind has proved."""
+    """`temporal-merge ...` in this process; real processes are tested once for each kind of command."""
 
     def call(*arguments: Any) -> Answer:
         monkeypatch.setattr(sys, "argv", ["temporal-merge", *map(str, arguments)])

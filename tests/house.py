@@ -1,6 +1,6 @@
-"""The source of the rooms as the tests of the house read it: modules, imports, signatures, circles.
+"""The source of the rooms for the tests of their structure: modules, imports, signatures, circles.
 
-Invariant: an import counts wherever it stands, inside a function and under `TYPE_CHECKING` too.
+Invariant: an import counts wherever it is, also inside a function and under `TYPE_CHECKING`.
 """
 
 import ast
@@ -31,13 +31,13 @@ def tree(path: Path) -> ast.Module:
 
 @cache
 def by_name() -> dict[str, Path]:
-    """Modules by their dotted names; a package by its own."""
+    """Modules by their dotted names; a package by its own name."""
     return {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in modules()}
 
 
 @cache
 def imports(path: Path) -> frozenset[str]:
-    """Dotted names of what a module imports: of modules here in full, of others as far as the statement says."""
+    """Dotted names of a module's imports: modules of the rooms in full, others as far as the statement names them."""
     found = set()
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
@@ -52,19 +52,19 @@ def imports(path: Path) -> frozenset[str]:
 
 
 def imported_names(path: Path) -> Iterator[tuple[str, str]]:
-    """What a module imports by name from modules here: the other module's dotted name, and the name in it."""
+    """Names that a module imports from modules of the rooms: the other module's dotted name, and the name in it."""
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ROOMS:
             yield from ((node.module, alias.name) for alias in node.names)
 
 
 def imported_modules(path: Path) -> set[Path]:
-    """What a module imports of the rooms."""
+    """The modules of the rooms that a module imports."""
     return {by_name()[name] for name in imports(path) if name in by_name()} - {path}
 
 
 def part(path: Path) -> str:
-    """The folder below its room that a module is in, or the module itself if it stands directly in the room."""
+    """The folder below its room that a module is in, or the module itself if it is directly in the room."""
     return path.parts[1] if len(path.parts) > 2 else path.stem
 
 
@@ -85,7 +85,7 @@ def functions(path: Path) -> Iterator[tuple[str, Function]]:
 
 
 def parameters(function: Function) -> list[ast.arg]:
-    """What callers give; `self` and `cls` are not counted."""
+    """The parameters that callers pass; `self` and `cls` do not count."""
     given = function.args
     named = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
     return [one for one in named if one is not None and one.arg not in ("self", "cls")]
@@ -104,7 +104,7 @@ def says_any(function: Function) -> bool:
 
 
 def circles(graph: Mapping[Path, set[Path]]) -> list[list[str]]:
-    """Sets of modules that each lead back to themselves through the others (Tarjan's strongly connected components)."""
+    """Sets of modules that import each other in a circle (Tarjan's strongly connected components)."""
     number: dict[Path, int] = {}
     lowest: dict[Path, int] = {}
     stack: list[Path] = []

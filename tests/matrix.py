@@ -1,8 +1,9 @@
-"""The fault matrix: which rows there are, which tests prove them, and the table that says so.
+"""The fault matrix: its rows, the tests that prove them, and the table.
 
-A test belongs to a row by `@pytest.mark.fault("F1")`; each of its cases that passes counts as one, or as many as it records
-with `record_property("cases", n)`. What else it records (`record_property("restart seen after", "1.4 s")`) is a measured
-figure of its rows. `pytest -m fault --matrix FILE` writes the table between two marks of FILE, or a file of its own.
+A test belongs to a row by `@pytest.mark.fault("F1")`. Each of its cases that passes counts as one, or as many as it records with
+`record_property("cases", n)`. Every other record (`record_property("restart seen after", "1.4 s")`) is a measured figure of its
+rows. `pytest -m fault --matrix FILE` writes the table between two marks of FILE, or a file of its own.
+
 Invariant: a row without a passing case, or with a failing or a skipped one, fails the whole run.
 """
 
@@ -111,7 +112,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def table() -> str:
-    """The matrix as Markdown: what is done, what must happen, cases, figures and tests of every row."""
+    """The matrix as Markdown: fault, required outcome, cases, figures and tests of every row."""
     lines = [
         "| row | what is done | what happens | cases | measured | proven by |",
         "|---|---|---|---|---|---|",

@@ -42,7 +42,7 @@ class Mutant:
 
     @property
     def name(self) -> str:
-        """File and first words, for people."""
+        """File and first words, as text."""
         return f"{self.file}: {' '.join(self.text.split())[:70]}"
 
     def applied(self, source: str) -> str:
@@ -77,7 +77,7 @@ def problems(mutants: Sequence[Mutant], root: Path) -> list[str]:
 
 
 class Tree:
-    """A scratch copy of a source tree, in which one mutant at a time lives."""
+    """A scratch copy of a source tree, for one mutant at a time."""
 
     def __init__(self, source: Path, home: Path) -> None:
         self.root, self._caches = home / "tree", home / "numba"
@@ -118,7 +118,7 @@ class Tree:
 
 
 def judge(tree: Tree, mutant: Mutant) -> str:
-    """What became of a mutant: "" if it was caught, else why it was not."""
+    """The outcome of a mutant: "" if it was caught, else why it was not."""
     try:
         caught = mutant.test in tree.failing([mutant.test], mutant)
     except subprocess.TimeoutExpired:
@@ -129,7 +129,7 @@ def judge(tree: Tree, mutant: Mutant) -> str:
 
 
 def try_all(mutants: Sequence[Mutant], root: Path, copies: int) -> int:
-    """Try every mutant, on so many copies of the tree at a time; how many were not caught. Tells each as it ends."""
+    """Try every mutant, on that many copies of the tree at a time; returns how many were not caught. Reports each as it ends."""
     began, survived = time.monotonic(), 0
     with tempfile.TemporaryDirectory(prefix="mutants-") as home:
         free: SimpleQueue[Tree] = SimpleQueue()

@@ -1,9 +1,10 @@
-"""What a power cut would leave on a disk, told from the calls that a process really makes.
+"""What a power cut would leave on a disk, derived from the calls that a process really makes.
 
-`recorded` runs Python code with `power_cut.c` preloaded, a shim that writes down every change of a file and every call that
-forces one to disk. `Disk` follows these calls as the strictest file system would: content is safe after `fsync` of the file
-alone, a name after `fsync` of its directory alone. Invariant: nothing of Python or of the product is replaced, so a call
-that is missing from the product is missing here.
+`recorded` runs Python code with `power_cut.c` preloaded, a shim that records every change of a file and every call that forces
+one to disk. `Disk` follows these calls as the strictest file system would: content is safe only after `fsync` of the file, a name
+only after `fsync` of its directory.
+
+Invariant: nothing of Python or of the product is replaced, so a call that the product omits is missing here.
 """
 
 import os
@@ -50,19 +51,19 @@ def recorded(code: str, root: Path, *arguments: object) -> list[Event]:
 
 
 class Disk:
-    """What is safe, and what is not yet, while events pass."""
+    """Which content and names are safe, after a sequence of events."""
 
     def __init__(self) -> None:
         self._known, self._content, self._names = set[Path](), set[Path](), set[Path]()
 
     def passing(self, events: list[Event]) -> Iterator[Event]:
-        """Every event, before it happens; the disk is then as it was left by those before."""
+        """Every event, before it happens; the disk has the state after the earlier ones."""
         for event in events:
             yield event
             self._take(event)
 
     def unsafe(self, place: Path) -> list[str]:
-        """What a power cut now would take away: content and names at and below a place, relative to it, and its own name."""
+        """What a power cut now would remove: content and names at and below a place, relative to it, and its own name."""
         content = [
             f"content of {path.relative_to(place)}" for path in self._content if path.is_relative_to(place)
         ]

@@ -1,4 +1,4 @@
-"""Every exception class of ours arrives where it is sent: through pickle, and from a Ray worker to its driver."""
+"""Every exception class of ours survives pickling, and the way from a Ray worker to its driver."""
 
 import ast
 import builtins
@@ -21,7 +21,9 @@ MADE_WITH = {
     "ShardError": (Path("root/train/0.tar"), "cut", "the file ends early", "Fetch it again."),
     "ConfigError": (["recipe.lr: is missing", "name: is missing"],),
     "NondeterminismError": ("two results differ", "/one", "/two"),
+    "PictureRefused": ("picture.unreadable", "it is cut"),
     "StorageFull": ("no room", 100, 7),
+    "WeightsRefused": ("weights.missing", "it is gone"),
 }
 """Arguments of classes with an `__init__` of their own; all others are made with a message."""
 
@@ -69,7 +71,7 @@ def test_exception_survives_pickle_with_its_message_and_fields(module: str, name
 
 
 class Raiser:
-    """A worker that raises what it is asked to."""
+    """A worker that raises a given error."""
 
     def ours(self, module: str, name: str) -> None:
         raise _made(module, name)
@@ -79,7 +81,7 @@ class Raiser:
 
 
 class Unpicklable(UserError):
-    """An error as anybody may write one: pickle cannot make it again."""
+    """An error of a usual form that pickle cannot restore."""
 
     def __init__(self, path: Path, line: int) -> None:
         super().__init__(f"{path}, line {line} is wrong")

@@ -1,4 +1,4 @@
-"""The list of deliberately broken lines stays right, and the trial of one tells caught from survived. `make mutants` tries all."""
+"""The list of deliberately broken lines stays valid, and a trial distinguishes caught from survived. `make mutants` tries all."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
-"""A whole small world for end-to-end tests: a tiny random CLIP, four tiny datasets, and study files over them.
+"""A small world for end-to-end tests: a tiny random CLIP, four tiny datasets, and study files over them.
 
-It proves that things run, resume and agree to the bit. That they learn is for the demo.
+It proves that things run, resume and agree to the bit; the demo shows that they learn.
 """
 
 import json
@@ -38,7 +38,7 @@ STRATEGIES: list[Any] = [
 
 @dataclass(frozen=True)
 class World:
-    """Where the tiny model and data lie."""
+    """The places of the tiny model and data."""
 
     home: Path
 
@@ -146,7 +146,7 @@ def start(
     cwd: Path = ROOT,
     start_new_session: bool = False,
 ) -> subprocess.Popen[str]:
-    """Start `temporal-merge` as a person would, in a process of its own, and come back at once."""
+    """Start `temporal-merge` as a person would, in its own process, and return at once."""
     ours = {
         "TEMPORAL_MERGE_FAULTS": json.dumps(faults or {}),
         "RAY_AUTH_MODE": "token",
@@ -161,7 +161,7 @@ def start(
 
 
 def _hear_hangups() -> None:
-    """A process that nohup has started, and all that it starts, ignore SIGHUP."""
+    """Restore SIGHUP, which a process started by nohup and its child processes ignore."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 

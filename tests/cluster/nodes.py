@@ -1,7 +1,8 @@
-"""A real cluster of two Ray nodes on one machine: each in a network namespace of its own, as a client in a third.
+"""A real cluster of two Ray nodes on one machine: each node, and a client, in its own network namespace.
 
-Every node has its own IP, loopback, host name and /tmp/ray; what they share is the file system. The client reaches the head
-only. Invariant: what is ended is exactly what runs in namespaces made here, and no namespace outlives the block.
+Every node has its own IP, loopback, host name and /tmp/ray; the nodes share the file system. The client reaches only
+the head.
+Invariant: only processes in namespaces made here are ended, and no namespace outlives the block.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ def possible() -> bool:
 
 
 class TwoNodes:
-    """The namespaces `<prefix>-head`, `-work` and `-client`, and the token that all three know."""
+    """The namespaces `<prefix>-head`, `-work` and `-client`, and the token that all three share."""
 
     def __init__(self, home: Path, environment: dict[str, str] | None = None) -> None:
         self.environment = environment or {}
@@ -52,7 +53,7 @@ class TwoNodes:
         self._in("client", "route", "add", HEAD, "via", "10.99.2.1")
 
     def start(self) -> None:
-        """Head and worker, with token authentication, one CPU each."""
+        """Start head and worker, with token authentication and one CPU each."""
         common = [
             "--block",
             "--num-cpus=1",
@@ -80,11 +81,11 @@ class TwoNodes:
         )
 
     def link(self, up: bool) -> None:
-        """Cut the worker's network, or mend it."""
+        """Cut or restore the network of the worker."""
         self._in("head", "link", "set", f"{self.prefix}h1", "up" if up else "down")
 
     def remove(self) -> None:
-        """End what runs in the namespaces, then take them away."""
+        """End all processes in the namespaces, then remove the namespaces."""
         for role in ("client", "work", "head"):
             name = f"{self.prefix}-{role}"
             for _ in range(20):
@@ -128,7 +129,7 @@ class TwoNodes:
         raise RuntimeError(f"Ray's {role} did not start: {log.read_text()[-2000:]}")
 
     def _environment(self) -> dict[str, str]:
-        """As on another machine: nothing of this one's Ray, and the token by file."""
+        """The environment of another machine: no variable of Ray on this one, and the token in a file."""
         kept = {
             name: value
             for name, value in os.environ.items()
@@ -145,7 +146,7 @@ class TwoNodes:
 
 @contextlib.contextmanager
 def two_nodes(home: Path, environment: dict[str, str] | None = None) -> Iterator[TwoNodes]:
-    """Both nodes, running; `environment` is added to what every process there gets."""
+    """Both nodes, running; `environment` is added to that of every process there."""
     nodes = TwoNodes(home, environment)
     try:
         nodes.wire()

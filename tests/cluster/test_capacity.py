@@ -1,4 +1,4 @@
-"""What fits where: the arithmetic of nodes, shapes and shares."""
+"""The arithmetic of nodes, shapes and shares."""
 
 import random
 
@@ -31,7 +31,7 @@ def fill(capacity: Capacity, shape: Shape) -> list[Share]:
         ([(64, 4)], Shape(1, 1, 0.6), 4),  # a share of a GPU is of one GPU
         ([(2, 1), (2, 1)], Shape(1, 1, 2), 0),  # whole GPUs of one member are on one node
         ([(2, 1), (2, 1)], Shape(2, 1, 1), 1),
-        ([(3, 0), (3, 0)], Shape(1, 2), 2),  # not three: nobody sits between two nodes
+        ([(3, 0), (3, 0)], Shape(1, 2), 2),  # not three: a member is on one node
         ([(4, 2), (8, 4)], Shape(1, 1, 2), 3),
     ],
 )

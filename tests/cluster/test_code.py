@@ -1,4 +1,4 @@
-"""Whose code a worker imports when files of the same names lie where it looks first."""
+"""Whose code a worker imports when files of the same names come first on its import path."""
 
 import subprocess
 import sys
@@ -51,7 +51,7 @@ def test_worker_imports_our_code_whatever_lies_in_the_current_directory(
     pickled = tmp_path / "hook"
     make = f"from ray import cloudpickle; from cluster.code import own_code_first; open({str(pickled)!r}, 'wb').write(cloudpickle.dumps(own_code_first({str(ROOT) if given else None!r}, keep_path=True)))"
     subprocess.run([sys.executable, "-c", make], cwd=ROOT, check=True)
-    if on_path:  # what is on PYTHONPATH goes before what is installed, but for our own
+    if on_path:  # PYTHONPATH comes before installed packages, except for our own
         for name in ("safetensors", "filecmp"):
             _remove(here / name)
     path = f"{here}:{ROOT}" if on_path else str(ROOT)

@@ -1,4 +1,4 @@
-"""Which job of a study is the one: rules that need no cluster."""
+"""Which job of a study is used: rules that need no cluster."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from cluster.submission import OLDEST_RAY, Cluster, Job, _Taken
 
 
 class Remembered(Cluster):
-    """A cluster that is a list of jobs. `rival` is a job that somebody else submits in between, once."""
+    """A cluster that is a list of jobs. `rival` is a job that another client submits in between, once."""
 
     def __init__(self, *jobs: Job, rival: Job | None = None) -> None:
         self.url, self.list, self.rival = "http://head:8265", list(jobs), rival

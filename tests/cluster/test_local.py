@@ -1,4 +1,4 @@
-"""Where a local Ray has its sockets, what its token is, and that nobody but this machine reaches it."""
+"""The sockets and the token of a local Ray, which only this machine can reach."""
 
 import os
 import re
@@ -46,7 +46,7 @@ with connect("local", cpus=1):
 
 @pytest.fixture(scope="module")
 def ports() -> Iterator[list[tuple[bytes, int]]]:
-    """(address, port) of everything that a local session and a worker of it listen on, while it lives."""
+    """(address, port) of everything that a local session and one of its workers listen on while it runs."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     with subprocess.Popen(
         [sys.executable, "-c", LISTENS], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,

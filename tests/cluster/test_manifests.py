@@ -1,7 +1,7 @@
-"""The launch files, filled in with their own settings, against the schemas of those who will read them; no network.
+"""The launch files, filled in with their own settings, checked against the schemas of the programs that read them; no network.
 
-The autoscaler's file is checked by Ray's own schema, Kubernetes objects by the API's (strictly: an unknown key fails), Ray's
-custom resources by ours, the Slurm script by a dry run over commands that only say what they were asked.
+The autoscaler's file is checked by Ray's own schema, Kubernetes objects by the API's (strictly: an unknown key fails),
+Ray's custom resources by ours, the Slurm script by a dry run with commands that only print their arguments.
 """
 
 import configparser
@@ -44,7 +44,7 @@ def crd_schema() -> Any:
 
 
 def pods(tree: Any) -> Iterator[dict[str, Any]]:
-    """Every pod of an object, whatever makes it."""
+    """Every pod template of an object, of any kind."""
     if isinstance(tree, dict):
         if "containers" in tree:
             yield tree
@@ -202,7 +202,7 @@ def test_image_holds_every_package_and_module_that_is_installed() -> None:
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> dict[str, str]:
-    """A Slurm of two nodes that only says what it was asked; `FAIL=word` makes commands with that word fail."""
+    """A Slurm of two nodes that only prints its arguments; `FAIL=word` makes commands with that word fail."""
     commands = tmp_path / "bin"
     commands.mkdir()
     srun = f"""#!/bin/bash

@@ -1,4 +1,4 @@
-"""Peak memory of a step: it rises with what is held, and falls again for the next."""
+"""Peak memory of a step: it grows with allocations and is reset for the next step."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Groups of several shapes on two nodes with GPUs that do not exist: who gets which, and who gives way."""
+"""Groups of several shapes on two nodes with fake GPUs: which group gets which devices, and which is dropped for another."""
 
 import gc
 import os
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.ray
 
 
 class Recorder:
-    """A worker that says where it is and which devices it was given."""
+    """A worker that reports its node and its devices."""
 
     def where(self) -> tuple[str, str]:
         return ray.get_runtime_context().get_node_id(), os.environ.get("CUDA_VISIBLE_DEVICES", "")

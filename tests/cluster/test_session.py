@@ -82,7 +82,7 @@ def test_cluster_is_not_joined_without_a_token_and_the_error_says_where_to_put_i
 def test_program_that_imported_ray_first_uses_a_token_all_the_same() -> None:
     program = (
         "import ray\nfrom ray._raylet import AuthenticationMode, get_authentication_mode as mode\nbefore = mode()\n"
-        "from cluster import session\nsession._heed_token_mode()\n"
+        "from cluster import session\nsession._reload_token_mode()\n"
         "print(*(one == AuthenticationMode.TOKEN for one in (before, mode())))"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

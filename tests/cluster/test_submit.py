@@ -1,14 +1,18 @@
-"""What is sent along with a study, under which name, and which addresses and paths are refused before anything is sent."""
+"""What is sent with a study, under which names, and which addresses and paths are refused before anything is sent."""
 
+import hashlib
 import http.server
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from cluster import submission
 from cluster.code import PACKAGES
 from cluster.session import ClusterError
 from cluster.submission import Cluster, Job, _Seen, check_dashboard
@@ -18,10 +22,18 @@ from pipeline.run.submit import _exit_code, _why, key_of, relative_files, shipme
 from pipeline.study.config import load_study
 from tests.world import World
 
+MODULE = """
+import temporal_merge as tm
+
+@tm.technique("halved_here", formula="scale · mean / 2")
+def halved_here(xp, params, blocks):
+    return sum(blocks) / len(blocks) / 2
+"""
+
 
 @pytest.fixture
 def seat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the client's person sits, with a model of their own."""
+    """The working directory of the client, with a model in it."""
     seat = tmp_path / "seat"
     (seat / "models" / "mine").mkdir(parents=True)
     (seat / "models" / "mine" / "open_clip_config.json").write_text("{}")
@@ -67,7 +79,7 @@ def test_remote_dashboard_without_token_authentication_is_refused(monkeypatch: p
 
 
 def test_silent_address_is_refused_at_once(free_port: int) -> None:
-    with pytest.raises(ClusterError, match="nobody answers there"):
+    with pytest.raises(ClusterError, match="nothing answers there"):
         Cluster(f"http://127.0.0.1:{free_port}")
 
 
@@ -87,7 +99,7 @@ def test_address_of_the_command_line_wins_over_the_environment(
 @pytest.mark.parametrize("out", [None, Path("runs/x")])
 def test_out_that_is_a_place_on_one_node_is_refused(world: World, out: Path | None) -> None:
     with pytest.raises(UserError, match="storage that all nodes") as caught:
-        submit_study(world.study(), [], out, "http://127.0.0.1:1", wait=True, quiet=False)
+        submit_study(world.study(), [], out, "http://127.0.0.1:1")
     assert "--out /shared/runs/tiny" in str(caught.value)
 
 
@@ -248,8 +260,56 @@ def test_shipment_holds_source_study_and_files_and_nothing_else(world: World, se
         "cluster/session.py",
     } <= names
     assert {"models/mine/open_clip_config.json", study.name} <= names
-    assert {name.split("/")[0] for name in names} == {*PACKAGES, "models", study.name}
+    assert {name.split("/")[0] for name in names} == {*PACKAGES, "temporal_merge.py", "models", study.name}
     assert not any("__pycache__" in name or name.endswith(".pyc") for name in names) and not room.exists()
+
+
+def test_module_goes_along_from_anywhere_and_another_one_is_another_version_of_the_study(
+    world: World, seat: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lies beside the study, so that the job names it by its name alone and every worker imports it."""
+    elsewhere = seat.parent / "halved_here.py"
+    elsewhere.write_text(MODULE)
+    asked: list[tuple[str, dict[str, str], str]] = []
+
+    class Dashboard:
+        def __init__(self, url: str) -> None:
+            pass
+
+        def submit_or_attach(
+            self, key: str, command: str, room: Path, metadata: dict[str, str]
+        ) -> tuple[Job, bool]:
+            asked.append((command, metadata, (room / elsewhere.name).read_text()))
+            return Job(f"{key}.1", "pending", False, None, "", metadata), False
+
+    monkeypatch.setattr(submission, "Cluster", Dashboard)
+    for text in (MODULE, MODULE + "\n"):
+        elsewhere.write_text(text)
+        submit_study(
+            world.study(),
+            [],
+            Path("/shared/out"),
+            "http://127.0.0.1:8265",
+            modules=[Path("../halved_here.py")],
+        )
+    (command, first, sent), (_, second, _) = asked
+    assert " --module halved_here.py " in command and sent == MODULE
+    assert first["study_sha256"] != second["study_sha256"]
+
+
+def test_copy_of_a_module_in_a_shipment_is_found_by_its_name_alone(seat: Path) -> None:
+    """As the head's driver does it, in the shipment; a worker then imports the module, from the same place."""
+    (seat / "halved_here.py").write_text(MODULE)
+    worker = "import sys; from merge_service.techniques.own import Origin, load; load('halved_here', Origin('halved_here', sys.argv[1], ''))"
+    with shipment(modules=[seat / "halved_here.py"]) as room:
+        asked = ("-m", "pipeline.cli", "techniques", "halved_here", "--module", "halved_here.py")
+        told = subprocess.run([sys.executable, *asked], cwd=room, capture_output=True, text=True)
+        digest = hashlib.sha256(MODULE.encode()).hexdigest()
+        loaded = subprocess.run(
+            [sys.executable, "-c", worker, digest], cwd=room, capture_output=True, text=True
+        )
+    assert told.returncode == 0 and f"sha256 {digest}" in told.stdout, told.stderr
+    assert loaded.returncode == 0, loaded.stderr
 
 
 def test_key_tells_studies_and_places_apart_and_nothing_else() -> None:
@@ -300,7 +360,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def web_server() -> Iterator[str]:
-    """A server that is something else."""
+    """A server that is not a dashboard."""
 
     class Quiet(http.server.BaseHTTPRequestHandler):
         log_message: Callable[..., None] = lambda *_: None

@@ -1,7 +1,9 @@
-"""Jobs of a real head with its dashboard: one per study however many submit it, clients that leave, exit codes, tokens."""
+"""Jobs of a real head with its dashboard: one per study for any number of clients, clients that leave, exit codes, tokens."""
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,8 @@ import pytest
 
 from cluster.submission import Cluster as Remote
 from pipeline.run.submit import _why, shipment
-from tests.world import ROOT, Cluster, World, command
+from tests.cluster.test_submit import MODULE
+from tests.world import ROOT, STRATEGIES, Cluster, World, command
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -85,11 +88,29 @@ def test_mistake_that_only_the_cluster_can_see_ends_with_two_and_a_later_attempt
     answer = command("submit", study, *where, "--json")
     assert answer.returncode == 2, answer.stderr
     assert json.loads(answer.stdout)["job"].endswith(".1")
-    assert "nowhere" in answer.stderr and "its paths are the cluster's" in answer.stderr
+    assert "nowhere" in answer.stderr and "with paths of the cluster" in answer.stderr
     again = command("submit", study, *where, "--no-wait")
     assert again.returncode == 0 and again.stdout.strip().endswith(".2")
     status = command("status", tmp_path / "elsewhere", "--address", head.dashboard)
     assert status.returncode == 2 and "holds no run" in status.stderr
+
+
+def test_study_with_a_module_of_the_users_own_runs_on_a_cluster_that_has_no_such_file(
+    undisturbed: Path, world: World, head: Cluster, tmp_path: Path
+) -> None:
+    module, out = tmp_path / "halved_here.py", tmp_path / "out"
+    module.write_text(MODULE)
+    shutil.copytree(undisturbed, out)
+    strategy = {"init": "base", "deploy": "all", "technique": "halved_here"}
+    study = world.study(grid={"strategies": [*STRATEGIES, strategy]})
+    where = ("--address", head.dashboard, "--out", out)
+    without = command("submit", study, *where)
+    assert without.returncode == 2 and "halved_here" in without.stderr
+    answer = command("submit", study, *where, "--module", module)
+    assert answer.returncode == 0, answer.stderr
+    made = [json.loads(one.read_text())["spec"] for one in (out / "store" / "merge").glob("*/record.json")]
+    sources = {spec.get("source") for spec in made if spec["technique"] == "halved_here"}
+    assert sources == {hashlib.sha256(MODULE.encode()).hexdigest()}
 
 
 @pytest.mark.fault("F28")

@@ -1,4 +1,6 @@
-"""A submitted study over two nodes with their own IPs: the client dies, a new one attaches, the bits are those of a local run."""
+"""A submitted study over two nodes with their own IPs: the client is killed, a new one attaches, the bits are those of a local
+run.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A study whose experts are trained by two ranks each, and one that asks for more than the cluster has."""
+"""A study whose experts are trained by two ranks each, and one that requires more than the cluster has."""
 
 import json
 import time

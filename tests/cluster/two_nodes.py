@@ -1,10 +1,10 @@
-"""The whole way of a submitted study over two nodes, with a client that is killed; run it by hand to see it happen.
+"""A submitted study on two nodes, from start to end, with a client that is killed; it can be run by hand.
 
     python -m tests.cluster.two_nodes            (as root; about two minutes)
 
-A study is submitted from a third machine, which then dies; a new client attaches to the same job; experts have run on
-both nodes; every checkpoint and score equals, bit for bit, those of an ordinary local run. One worker is suspended until
-the new client is attached: the job cannot end before, however fast the nodes are.
+A study is submitted from a third machine, which is then killed, and a new client attaches to the same job. Experts run
+on both nodes. Every checkpoint and score equals, bit for bit, that of an ordinary local run. One worker is suspended
+until the new client is attached, so that the job cannot end before, however fast the nodes are.
 """
 
 import json
@@ -25,10 +25,10 @@ from tests.world import STRATEGIES, artifacts, command, make_world
 
 
 def scenario(home: Path) -> dict[str, Any]:
-    """Run it all in `home`: what was seen. Raises AssertionError at the first thing that is not as it must be."""
+    """Run everything in `home` and return what was observed. Raises AssertionError at the first deviation."""
     began = time.monotonic()
     world = make_world(home)
-    seat = home / "seat"  # where the client's person sits: the model is named relative to it, and shipped
+    seat = home / "seat"  # the client's working directory: the model is named relative to it, and sent
     (seat / "models").mkdir(parents=True)
     shutil.copy(home / "model.json", seat / "models" / "tiny.json")
     study = world.study(
@@ -59,7 +59,7 @@ def scenario(home: Path) -> dict[str, Any]:
 
 
 def _submit_and_die(nodes: TwoNodes, seat: Path, study: Path, out: Path) -> str:
-    """Submit, wait for the first finished step, kill the client: that step's line."""
+    """Submit, wait for the first finished step, and kill the client. Returns the line of that step."""
     client = nodes.client(
         "submit",
         study,
@@ -83,7 +83,7 @@ def _submit_and_die(nodes: TwoNodes, seat: Path, study: Path, out: Path) -> str:
 
 
 def _attach(nodes: TwoNodes, seat: Path, study: Path, out: Path, suspended: Path) -> Any:
-    """Submit again, let the suspended worker go on once the client says that it is attached: the client's answer."""
+    """Submit again, and resume the suspended worker once the client reports that it is attached. Returns the client's answer."""
     argv = ("submit", study, "--address", DASHBOARD, "--out", out, "--json")
     client = nodes.client(*argv, cwd=seat, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert client.stderr is not None
@@ -103,7 +103,7 @@ def _ask(nodes: TwoNodes, seat: Path, *arguments: Any) -> Any:
 
 
 def _answer(client: subprocess.Popen[str], what: str) -> Any:
-    """What a client prints as JSON once it has ended with 0; `what` says of whom, where it has not."""
+    """The JSON that a client printed, after it has exited with 0; `what` names the client in errors."""
     try:
         said, errors = client.communicate(timeout=240)
     except BaseException:
@@ -114,7 +114,7 @@ def _answer(client: subprocess.Popen[str], what: str) -> Any:
 
 
 def _expert_nodes(out: Path) -> list[str]:
-    """The nodes that trained experts, from the run's own timeline."""
+    """The nodes that trained experts, from the timeline of the run."""
     return sorted({row["node"] for row in read_timeline(out) if row.get("kind") == "train"})
 
 

@@ -1,7 +1,7 @@
-"""Every code block of the documentation is run, or checked against what it speaks of; every link leads somewhere.
+"""Every code block of the documentation is run, or checked against what it describes; every link has a target.
 
-A block says what it is: `python` is run, `yaml` is (a part of) a study and must be a valid one, `sh` are commands, `json` is
-parsed, `text` is neither code nor command. A new kind of block fails until it is decided how it is tested.
+The language of a block decides its test: `python` is run, `yaml` is (a part of) a study and must be valid, `sh` are commands,
+`json` is parsed, `text` is neither code nor command. A new kind of block fails until its test is decided.
 """
 
 import json
@@ -17,15 +17,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import typer
 import yaml
 from PIL import Image
+from pydantic import BaseModel
 from safetensors.numpy import save_file
 
 from merge_service.techniques import forget_table
 from pipeline.cli.app import app
+from pipeline.recipes.carry_out import Output, merge_recipe
+from pipeline.recipes.read import read_recipe
 from pipeline.study.config import study_from
+from pipeline.study.sections import BudgetSection, EvaluationSection, StrategySection
+from pipeline.study.sections_resources import ResourcesSection
+from tests.pipeline.recipes.tiny import write_models
 from tests.world import ROOT, World
+from workers.training.recipe import Recipe
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # fmt: skip
 KINDS = ("python", "yaml", "sh", "json", "text")
@@ -41,6 +49,9 @@ OUTSIDE = {
     "pip": "installs from the network",
     "umask": "of the shell, for the commands after it",
     "base64": "the same",
+    "mlflow": "serves until it is stopped; tests/pipeline/tracking/test_tracking_pyfunc.py serves the model of a study",
+    "echo": "a request to that server; the same test sends it",
+    "curl": "the same",
 }
 """Commands that a test cannot run, and why: their syntax is checked."""
 
@@ -52,8 +63,13 @@ ELSEWHERE = {
     "evaluate": "tests/pipeline/run/test_run.py",
     "check": "tests/pipeline/study/test_suites.py",
     "gc": "tests/pipeline/workspace/test_gc.py",
+    "service": "tests/pipeline/cli/test_service.py",
 }
 """Commands of ours that the documentation calls with placeholders, or that take long: there they run, here they are parsed."""
+
+
+IN_ORDER = ("own_data.md",)
+"""Pages whose blocks build on one another from an empty folder: `test_own_pages.py` runs them."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +93,11 @@ def blocks(*kinds: str) -> list[Block]:
     return [block for block in found if not kinds or block.kind in kinds]
 
 
+def single_blocks(kind: str) -> list[Block]:
+    """Blocks that run alone."""
+    return [block for block in blocks(kind) if block.page.name not in IN_ORDER]
+
+
 def test_every_block_says_what_it_is() -> None:
     assert [f"{block}: {block.kind!r}" for block in blocks() if block.kind not in KINDS] == []
 
@@ -85,7 +106,7 @@ def test_every_block_says_what_it_is() -> None:
 
 
 def commands(block: Block) -> Iterator[list[str]]:
-    """The simple commands of a block, without comments, variables set for them, and what their output is sent to."""
+    """The simple commands of a block, without comments, variables set for them, and redirections."""
     lines = re.sub(r"\\\n\s*", " ", block.text).splitlines()
     if "'" in block.text and block.text.count('"') % 2 == 0 and re.search(r'"[^"]*\n', block.text):
         lines = [block.text]  # one command with a text over several lines
@@ -133,10 +154,13 @@ def test_shell_block_is_sound_and_every_command_of_it_exists(block: Block) -> No
 def test_command_in_a_usage_text_exists_with_its_options(block: Block) -> None:
     group: Any = typer.main.get_command(app)
     for line in re.split(r"\n(?! )", block.text):
-        found = re.findall(r"temporal-merge (\w+)", line)
-        for name in found:
+        found = re.findall(r"temporal-merge ([\w-]+)(?: ([a-z]+))?", line)
+        for name, _ in found:
             assert name in group.commands, f"{block}: {name}"
-        known = {option for name in found for p in group.commands[name].params for option in (*p.opts, *p.secondary_opts)}  # fmt: skip
+        commands = [
+            getattr(group.commands[one], "commands", {}).get(more, group.commands[one]) for one, more in found
+        ]
+        known = {option for one in commands for p in one.params for option in (*p.opts, *p.secondary_opts)}
         assert not found or set(re.findall(r"(?<![\w-])(--[\w-]+)", line)) <= known, f"{block}: {line}"
 
 
@@ -151,7 +175,7 @@ def test_commands_that_are_parsed_here_run_elsewhere() -> None:
 
 @pytest.fixture
 def desk(world: World, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory as the pages speak of it: the demo's study and its run (here a tiny one), and checkpoints."""
+    """A working directory as the pages assume it: the demo's study and its run (here a tiny one), and checkpoints."""
     (tmp_path / "configs").mkdir()
     shutil.copyfile(world.study(), tmp_path / "configs" / "demo.yaml")
     (tmp_path / "configs" / "fomo_in_flux").symlink_to(ROOT / "configs" / "fomo_in_flux")
@@ -160,13 +184,44 @@ def desk(world: World, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.Mo
     for name in ("base", "e1", "e2", "e3", "new", "a", "b", "c"):
         tensors = {"visual.w": rng.normal(size=(4, 4)).astype(np.float32), "v": rng.normal(size=8).astype(np.float32)}  # fmt: skip
         save_file(tensors, tmp_path / f"{name}.safetensors")
+    write_models(tmp_path / "models")
+    for name, key in (("recipe.yaml", "technique"), ("mergekit_config.yml", "merge_method")):
+        (tmp_path / name).write_text(
+            next(one.text for one in blocks("yaml") if is_recipe(one) and one.text.startswith(key))
+        )
+    torch.save({"state_dict": {"w": torch.ones(2)}}, tmp_path / "model.ckpt")
     Image.new("RGB", (16, 16), "red").save(tmp_path / "picture.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-@pytest.mark.parametrize("block", blocks("sh"), ids=str)
-def test_commands_that_need_nothing_else_run(block: Block, desk: Path, cli: Callable[..., Any]) -> None:
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Remove techniques that a block declares."""
+    monkeypatch.setattr("merge_service.techniques.registry._declared", {})
+    forget_table()
+    yield
+    monkeypatch.undo()
+    forget_table()
+
+
+def write_modules(block: Block, desk: Path) -> list[str]:
+    """Write the modules of the block's page: blocks that begin with a file name."""
+    found = {}
+    for other in blocks("python"):
+        named = re.match(r"# (\w+)\.py\n", other.text)
+        if named and other.page == block.page:
+            (desk / f"{named[1]}.py").write_text(other.text)
+            found[named[1]] = other
+    return list(found)
+
+
+@pytest.mark.parametrize("block", single_blocks("sh"), ids=str)
+def test_commands_that_need_nothing_else_run(
+    block: Block, desk: Path, cli: Callable[..., Any], alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in write_modules(block, desk):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     for words in commands(block):
         arguments = ours(words)
         if arguments is None or arguments[0] in ELSEWHERE or "--address" in arguments:
@@ -175,22 +230,17 @@ def test_commands_that_need_nothing_else_run(block: Block, desk: Path, cli: Call
         assert answer.code == 0, f"{block}: {shlex.join(arguments)}: {answer.err}"
 
 
-@pytest.mark.parametrize("block", blocks("python"), ids=str)
-def test_python_block_runs(block: Block, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("block", single_blocks("python"), ids=str)
+def test_python_block_runs(block: Block, desk: Path, alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block that begins with the name of a file is that file, to be imported by the others of its page."""
     monkeypatch.syspath_prepend(str(desk))
-    monkeypatch.setattr("merge_service.techniques.registry._declared", {})
     monkeypatch.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", None)  # a block may set it
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
-    forget_table()
-    for other in blocks("python"):
-        named = re.match(r"# (\w+)\.py\n", other.text)
-        if named and other.page == block.page:
-            (desk / f"{named[1]}.py").write_text(other.text)
-            monkeypatch.delitem(sys.modules, named[1], raising=False)
-            if other == block:
-                __import__(named[1])
-                return
+    for name in write_modules(block, desk):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        if block.text.startswith(f"# {name}.py\n"):
+            __import__(name)
+            return
     merged = next((desk / "runs" / "demo" / "store" / "merge").iterdir()).name
     text = block.text.replace("<name>", merged).replace("models:/demo@", "models:/tiny@")
     exec(compile(text, str(block), "exec"), {})
@@ -210,14 +260,31 @@ STUDY = {
 
 
 def fragments(block: Block) -> list[dict[str, Any]]:
-    """The block as a whole, or line by line where each line is one way to write the same key."""
+    """The block as a whole, or line by line if each line is one way to write the same key."""
     lines = block.text.splitlines()
     keys = [line.partition(":")[0] for line in lines if line and not line.startswith((" ", "#"))]
     alternatives = len(keys) > len(set(keys))
     return [yaml.safe_load(line) for line in lines if line] if alternatives else [yaml.safe_load(block.text)]
 
 
-@pytest.mark.parametrize("block", blocks("yaml"), ids=str)
+def is_recipe(block: Block) -> bool:
+    return block.page.name == "recipes.md"
+
+
+@pytest.mark.parametrize("block", [one for one in blocks("yaml") if is_recipe(one)], ids=str)
+def test_yaml_block_of_a_recipe_is_carried_out(
+    block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_models(tmp_path / "models")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(block.text)
+    assert (
+        merge_recipe(read_recipe(tmp_path / "recipe.yaml").recipe, Output(tmp_path / "out")).out
+        == tmp_path / "out"
+    )
+
+
+@pytest.mark.parametrize("block", [one for one in blocks("yaml") if not is_recipe(one)], ids=str)
 def test_yaml_block_is_part_of_a_valid_study(block: Block) -> None:
     for fragment in fragments(block):
         tree = {**STUDY, **fragment}
@@ -237,6 +304,47 @@ def test_yaml_block_is_part_of_a_valid_study(block: Block) -> None:
 @pytest.mark.parametrize("block", blocks("json"), ids=str)
 def test_json_block_is_json(block: Block) -> None:
     json.loads(block.text)
+
+
+def section_of_studies(heading: str) -> str:
+    return (ROOT / "docs" / "studies.md").read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
+def leaves(tree: dict[str, Any], *inner: str) -> dict[str, Any]:
+    """The tree with the keys of its branches `inner` written as branch.key."""
+    branches = {f"{name}.{key}": value for name in inner for key, value in tree[name].items()}
+    return {key: value for key, value in tree.items() if key not in inner} | branches
+
+
+def defaults(section: BaseModel) -> dict[str, Any]:
+    """Of every key, also of those that a section leaves out of study.yaml while they are not used."""
+    every = {name: getattr(section, name) for name in type(section).model_fields}
+    plain = {
+        name: defaults(value) if isinstance(value, BaseModel) else value for name, value in every.items()
+    }
+    return json.loads(json.dumps(plain))
+
+
+DEFAULTS = {
+    "Recipe": leaves(defaults(Recipe()), "augment"),
+    "Evaluation": defaults(EvaluationSection()),
+    "Resources": leaves(defaults(ResourcesSection()), "experts", "evaluation", "merging"),
+}
+
+
+@pytest.mark.parametrize("heading", DEFAULTS)
+def test_page_of_studies_states_every_key_with_its_default(heading: str) -> None:
+    cells = re.findall(r"^\| `([\w.]+)` \| `([^`]+)` \|", section_of_studies(heading), re.MULTILINE)
+    stated = {key: yaml.safe_load(value) for key, value in cells}
+    assert stated.keys() == DEFAULTS[heading].keys()
+    for key, value in DEFAULTS[heading].items():
+        assert stated[key] == (pytest.approx(value, rel=1e-4) if isinstance(value, list) else value), key
+
+
+def test_page_of_studies_names_every_key_of_a_strategy_and_of_a_budget() -> None:
+    for heading, section in (("Strategies", StrategySection), ("Budget", BudgetSection)):
+        named = re.findall(r"`(\w+)`", section_of_studies(heading))
+        assert section.model_fields.keys() - set(named) == set(), heading
 
 
 # --- links ------------------------------------------------------------------------------------------------------------
@@ -267,3 +375,12 @@ def test_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert pages <= {path.stem for path in (tmp_path / "site").glob("*.html")}
     loaded = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="https?://[^"]+', (tmp_path / "site" / "index.html").read_text())  # fmt: skip
     assert loaded == []
+
+
+def test_make_says_what_pip_is_about_to_do_before_it_is_silent_for_minutes() -> None:
+    asked = ["make", "--dry-run", "--what-if=setup.cfg", "demo"]
+    lines = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    install = next(place for place, line in enumerate(lines) if "pip install" in line)
+    said = next(line for line in lines[:install] if line.startswith("echo"))
+    assert "torch" in said and "GB" in said and "minutes" in said
+    assert any("configs/demo.yaml" in line for line in lines[install:])

@@ -1,4 +1,4 @@
-"""Every block of the pages can be made of what the benchmarks write; here of invented runs of the same form."""
+"""Every block of the pages can be made from the output of the benchmarks; here from invented runs of the same form."""
 
 import json
 import sys
@@ -47,7 +47,7 @@ def arrival(cpu: float, size: int) -> dict[str, list[float]]:
 
 
 def invented() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """By name of the file: settings and found."""
+    """Settings and results by file name."""
     merged = {"size": "tiny", "threads": 2, "repeats": 1, "memory": None, "checkpoint_bytes": 4 * MIB}
     started = {name: [{"wall": 1, "cpu": 0.2, "peak": MIB, "answer": {}, "failure": None}] for name in ("help", "tiny", "tiny, nothing compiled")}  # fmt: skip
     differing = {"elements": 10, "differing": 1, "fraction": 0.1, "largest": 1e-7, "relative": 1e-6}
@@ -77,6 +77,8 @@ def invented() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         "merge-agreement": (merged | {"experts": 4}, {"cases": {}, "comparison": {"average, mergekit": differing}}),
         "arrivals-ties": ({"experts": 1000, "checkpoint_bytes": 4000}, {"ties": streams | {"early": arrival(0.01, 9000), "late": arrival(0.01, 32928)}}),
         "train": ({"steps": 60, "batch_size": 64, "precision": "fp32", "threads": 1, "rounds": 1}, {"runs": {name: [trained] for name in list(CONTENDERS)[:4]}}),
+        "feed": ({"cores": 2, "rounds": 3, "batch_size": 512, "takes": 0.15}, {"ratios": {key: [0.7, 0.8, 0.9] for key in ("decoded_to_memcpy", "encoded_to_decoder", "encoded_to_decode_only", "encoded_to_dataloader")}, "rounds": {key: [0.97, 0.98, 0.99] for key in ("decoded_per_s", "memcpy_per_s", "encoded_per_s", "decoder_per_s", "decode_only_per_s", "dataloader_per_s", "busy")}}),
+        "pool": ({"samples": 1000, "shards": 10, "distinct": 2, "batch_size": 512, "steps": 6}, {"resume": {"same": True}, **{part: {"seconds": 2.0, "cpu": 1.0, "peak": 300 * MIB, "bytes": 57_000} for part in ("write_manifest", "plan", "index", "open", "batch")}}),
         "evaluate-tiny": ({"model": "tiny", "checkpoints": 4, "images": 7000}, evaluated),
         "evaluate-vit-b-16": ({"model": "vit-b-16", "checkpoints": 1, "images": 16}, evaluated),
         "plan-tasks": ({"tasks": 1000, "trajectories": 2}, {"first": planned, "again": planned, "status": planned}),
@@ -100,6 +102,8 @@ EXPECTED = {
     "plan": "| 1,000 tasks, 2 strategies | 7,999 | 1.0 s, 900 MiB | 1.0 s, 900 MiB | 6 MB | 1.0 s, 900 MiB |",
     "tracker-down": "| training, CPU | 1.00 (0.90 to 1.10) | 1.00 (0.90 to 1.10) |",
     "train": "| bare loop | 1,280 | 1.00 | 3.00 | 1.00 |",
+    "feed": "pictures every 0.15 s is busy 0.98 (0.97 to 0.99) of the time",
+    "pool": "| index, once | 2.00 | 1.00 | 300 |",
     "evaluate": "| vit-b-16: 1 checkpoint(s), 16 images | ours | 5.00 | 4.0 | 0.80 | 1 |",
     "machine": "Other processes used 1.5 to 1.5 cores",
     "fomo-costs": "| ViT-B-16 | 63,396 | 1,420 | 0.60 GB | 40 GB |",

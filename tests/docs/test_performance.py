@@ -1,4 +1,4 @@
-"""No page states a measured figure that the committed results do not hold."""
+"""Every measured figure on a page is in the committed results."""
 
 import json
 import re

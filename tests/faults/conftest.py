@@ -5,5 +5,5 @@ import pytest
 
 @pytest.fixture
 def no_disk_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waiting for the disk after each file would take minutes and prove nothing."""
+    """Skip syncing after each file, which would take minutes and prove nothing."""
     monkeypatch.setattr("os.fsync", lambda handle: None)

@@ -1,4 +1,4 @@
-"""Where the hostile inputs lie that once did harm, or that must never do any: see corpus/README.md."""
+"""The corpus of hostile inputs, which once did harm or must never do any: see corpus/README.md."""
 
 from pathlib import Path
 

@@ -1,10 +1,10 @@
-"""How every fuzz test here draws its cases: the same ones each time, so that a failure is a failure for everybody."""
+"""Settings of all fuzz tests: the same cases in every run, so that a failure is reproducible."""
 
 from hypothesis import HealthCheck, settings
 
 
 def seeded(cases: int) -> settings:
-    """So many cases, drawn without chance or memory."""
+    """Draw so many cases, without chance and without a database of examples."""
     return settings(
         max_examples=cases,
         deadline=None,

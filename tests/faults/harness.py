@@ -1,7 +1,7 @@
-"""What every test of the fault matrix needs: to place faults, to see that they fired, and to say that nothing came of them.
+"""Tools of all tests of the fault matrix: placing faults, checking that they fired, and checking that they had no effect.
 
-"Same" is meant strictly: identical sha256 of every weights file and identical scores, the same runs, parameters and metrics in
-MLflow (but for durations and speeds), `verify` clean, and nothing left of stages, temporaries or worker processes.
+"Same" is meant strictly: identical sha256 of every weights file and identical scores; the same runs, parameters and
+metrics in MLflow (except durations and speeds); `verify` clean; no stages, temporary files or worker processes left.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from pipeline.workspace.lock import is_held
 from tests.world import Cluster, artifacts, command
 
 TIMED = ("seconds", "samples_per_second", "throughput", "memory", "rate")
-"""What two runs of the same study may differ in, by a part of the metric's name."""
+"""Parts of metric names in which two runs of the same study may differ."""
 WORKER_POINTS = (
     "train.start", "train.after_step", "train.after_ckpt", "train.before_commit", "train.after_commit",
     "store.after_stage", "store.after_fsync", "store.before_record", "store.after_rename",
@@ -26,11 +26,11 @@ WORKER_POINTS = (
 )  # fmt: skip
 DRIVER_POINTS = ("driver.after_commit", "outbox.after_append", "tracking.after_send")
 PATIENCE = 20.0
-"""How long the orphans of a killed driver may take to go, in seconds."""
+"""How many seconds the orphans of a killed driver may take to end."""
 
 
 class Faults:
-    """Faults placed at named points, each with a marker file that tells whether it has fired."""
+    """Faults placed at named points, each with a marker file that says whether it has fired."""
 
     def __init__(self, room: Path) -> None:
         self.room, self.placed, self.markers = room, dict[str, list[dict[str, Any]]](), list[Path]()
@@ -44,7 +44,7 @@ class Faults:
         return self
 
     def counted(self, point: str) -> int:
-        """How often a point was passed, by all processes together; it must have been placed with `do="count"`."""
+        """How often all processes together passed a point, which must have been placed with `do="count"`."""
         placed = next(fault for fault in self.placed[point] if fault["do"] == "count")
         return len(Path(placed["marker"]).read_text().splitlines())
 
@@ -55,7 +55,7 @@ class Faults:
 
 
 def run(study: Path, out: Path, cluster: Cluster, faults: Faults | None = None) -> Any:
-    """A run of a study on the warm cluster, to its end; every fault must have fired."""
+    """Run a study on the warm cluster to its end; every fault must fire."""
     placed = faults.placed if faults else None
     answer = command("run", study, "--out", out, "--address", cluster.address, faults=placed)
     if faults:
@@ -66,7 +66,7 @@ def run(study: Path, out: Path, cluster: Cluster, faults: Faults | None = None) 
 def must_go_on(
     study: Path, out: Path, undisturbed: Path, address: str, cluster: Cluster | None = None
 ) -> None:
-    """Give the command of a run that ended early again: nothing finished is done anew, and it comes out the same."""
+    """Repeat the command of a run that ended early: finished steps are not repeated, and the result is the same."""
     before = created(out)
     answer = command("run", study, "--out", out, "--address", address)
     assert answer.returncode == 0, answer.stderr
@@ -77,7 +77,7 @@ def must_go_on(
 def must_be_same(
     out: Path, undisturbed: Path, cluster: Cluster | None = None, tracker: str | None = None
 ) -> None:
-    """Raise AssertionError unless a run has come out as the undisturbed one, and left nothing behind.
+    """Raise AssertionError unless the result of a run equals that of the undisturbed one, with nothing left behind.
 
     `tracker` is the address of its MLflow server, if it is not the file in OUT.
     """
@@ -92,7 +92,9 @@ def must_be_same(
 
 
 def tracked(where: Path | str) -> str:
-    """What MLflow holds of the run in an OUT, or at a server: runs, models, parameters, metrics; durations by their name only."""
+    """The content of MLflow for the run in OUT, or at a server: runs, models, parameters, metrics; of durations only
+    the names.
+    """
     kept = []
     for entry in export(
         where if isinstance(where, str) else f"sqlite:///{where / 'mlflow.db'}", "temporal-merge"
@@ -107,7 +109,7 @@ def tracked(where: Path | str) -> str:
 
 
 def _params(entry: dict[str, Any]) -> list[Any]:
-    """Parameters, but for how a run was scheduled, with what, and who was told: no result depends on that."""
+    """Parameters without scheduling, library versions and the address of the tracker, on which no result depends."""
     params = entry.get("params") or {}
     return sorted(
         pair for pair in params.items() if not pair[0].startswith(("schedule.", "resources.", "tracking."))
@@ -115,7 +117,7 @@ def _params(entry: dict[str, Any]) -> list[Any]:
 
 
 def leftovers(out: Path) -> list[str]:
-    """Stages, temporaries and scratch that a finished run should not have."""
+    """Stages, temporary files and scratch that a finished run should not have."""
     found = [
         *(out / "store" / ".stage").glob("*"),
         *out.rglob("*.tmp"),
@@ -125,7 +127,7 @@ def leftovers(out: Path) -> list[str]:
 
 
 def handles(out: Path) -> list[str]:
-    """Files of a run that some process has open; the tests' own reads of MLflow keep theirs."""
+    """Files of a run that a process has open, without those that the tests open to read MLflow."""
     found = []
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
@@ -137,7 +139,7 @@ def handles(out: Path) -> list[str]:
 
 
 def created(out: Path) -> dict[str, int]:
-    """When each artifact was committed, to see that none was made again; what is still staged is none."""
+    """The commit time of each artifact, to see that none was made again; stages are left out."""
     return {
         path.parent.name: json.loads(path.read_text())["created_ms"]
         for path in (out / "store").glob("[!.]*/*/record.json")
@@ -145,12 +147,12 @@ def created(out: Path) -> dict[str, int]:
 
 
 def results(out: Path, kind: str) -> list[dict[str, Any]]:
-    """What the records of a kind say of their steps."""
+    """The results in the records of a kind."""
     return [json.loads(path.read_text())["result"] for path in (out / "store" / kind).glob("*/record.json")]
 
 
 def workers_of(cluster: Cluster) -> list[int]:
-    """Process ids of actors of a test cluster: what a raylet of its session has started and is not idle."""
+    """Process ids of the actors of a test cluster: children of a raylet of its session that are not idle."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -162,12 +164,12 @@ def workers_of(cluster: Cluster) -> list[int]:
 
 
 def process_facts(pid: int) -> list[str]:
-    """State, parent, group, session and so on of a process, as the kernel lists them. Raises OSError if it is gone."""
+    """State, parent, group, session and so on of a process, as the kernel lists them. Raises OSError if it has ended."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def wait_until(true: Callable[[], Any], what: str, seconds: float = PATIENCE) -> float:
-    """Seconds until something is so. Raises AssertionError with `what` after `seconds`."""
+    """Wait for a condition and return the seconds. Raises AssertionError with `what` after `seconds`."""
     began = time.monotonic()
     while not true():
         assert time.monotonic() - began < seconds, f"{what} after {seconds:g} s"

@@ -1,4 +1,4 @@
-"""What a piece of code costs, measured in a process of its own, so that no other test's memory hides it."""
+"""The cost of a piece of code, measured in its own process, so that the memory of other tests does not hide it."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def end(**more):
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds, and by how many megabytes the resident memory grew at its peak; `more` is what the code reported."""
+    """Seconds, and the growth of resident memory at its peak in megabytes; `more` is what the code reported."""
 
     seconds: float
     grown: float

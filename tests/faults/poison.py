@@ -1,4 +1,4 @@
-"""Shards built to harm: 64 of them, each a good shard with one thing in it that must be refused, and the reason it must be."""
+"""Hostile shards: 64 of them, each a good shard with one defect that must be refused, and the expected reason."""
 
 import gzip
 import io
@@ -13,7 +13,7 @@ from workers.data.writer import encode_png
 
 BLOCK = 512
 CANARY = "canary"
-"""The file that code in a shard would make, where the test looks for it."""
+"""The file that code in a shard would create, where the test looks for it."""
 IMAGE = encode_png(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
 
 Poison = tuple[str, bytes]
@@ -21,14 +21,14 @@ Poison = tuple[str, bytes]
 
 
 class Trap:
-    """Unpickled, it makes the canary."""
+    """An object that creates the canary when it is unpickled."""
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
         return exec, (f"open({CANARY!r}, 'w').close()",)
 
 
 def trap(suffix: str) -> bytes:
-    """What a decoder for this suffix would have to be fed to run code."""
+    """The content with which a decoder for this suffix would run code."""
     code = pickle.dumps(Trap())
     if suffix.endswith("gz"):
         return gzip.compress(code, mtime=0)
@@ -40,7 +40,7 @@ def trap(suffix: str) -> bytes:
 
 
 def member(title: str, data: bytes = b"", kind: bytes = b"0", **fields: bytes) -> bytes:
-    """One tar member with a right checksum, whatever else is wrong with it; `fields` overwrite name, size, magic or link."""
+    """One tar member with a right checksum, whatever else is wrong; `fields` overwrite name, size, magic or link."""
     places = {
         "name": (0, 100),
         "size": (124, 12),
@@ -110,7 +110,7 @@ KINDS = {
 
 
 def poisons() -> dict[str, Poison]:
-    """All 64 by what is wrong with them."""
+    """All 64 shards by their defect."""
     found = {
         f"code in a .{suffix}": ("forbidden", shard(member(f"a.{suffix}", trap(suffix)))) for suffix in CODE
     }

@@ -1,10 +1,13 @@
-"""Chaos: runs of the tiny study with random faults, each of which must come out as one that nobody disturbed.
+"""Chaos: runs of the tiny study with random faults, each of which must give the result of an undisturbed run.
 
     python -m tests.faults.soak --runs 20 --seed 7
 
-Every run gets three faults drawn from what the matrix places one by one: workers, merge actors and drivers killed, stopped or
-endless at named points, disks that fill, a tracker that is gone for the first start of the driver. A driver that ends is started
-again with the same command. A line is told for every run; the exit code is 0 if all of them were the same and nothing leaked.
+Every run gets three random faults out of those that the matrix places one by one: workers, merge actors and drivers
+killed,
+stopped or endless at named points, disks that fill up, a tracker that is down at the first start of the driver. A
+driver that
+ends is started again with the same command. Each run prints a line; the exit code is 0 if all results were the same and
+nothing leaked.
 """
 
 import argparse
@@ -30,7 +33,7 @@ from tests.world import Cluster, World, command, make_world, start
 FAULTS = 3
 TRACKER = "tracker gone from the first start on, back for the second"
 STARTS = FAULTS + 2
-"""A driver is started once, once more for every fault, and once for luck that no run should need."""
+"""A driver is started once, once more for every fault, and one spare time that no run should need."""
 RESOURCES = {
     "experts": {"checkpoint_every": 2, "timeout": 25},
     "merging": {"timeout": 25},
@@ -39,7 +42,7 @@ RESOURCES = {
 
 
 def draw(rng: random.Random, out: Path, faults: Faults) -> list[str]:
-    """Place three random faults; says which."""
+    """Place three random faults and return their descriptions."""
     told = []
     kinds = rng.choices(("worker", "worker", "driver", "stuck", "disk", "beside", "tracker"), k=FAULTS)
     of_driver = [point for point in DRIVER_POINTS if "tracker" not in kinds or point != "tracking.after_send"]
@@ -66,7 +69,7 @@ def draw(rng: random.Random, out: Path, faults: Faults) -> list[str]:
 
 
 def one(world: World, cluster: Cluster, undisturbed: Path, room: Path, seed: int) -> dict[str, object]:
-    """One run to its end, through its faults. Raises AssertionError if it is not the same or has left anything."""
+    """Run once to the end, through all faults. Raises AssertionError if the result differs or anything is left."""
     rng, faults, out = random.Random(seed), Faults(room), room / "out"
     placed, began, codes = draw(rng, out, faults), time.monotonic(), list[int]()
     with contextlib.ExitStack() as served:
@@ -96,7 +99,7 @@ def main() -> int:
     )
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument(
-        "--seed", type=int, default=random.SystemRandom().randrange(10**6), help="told if it is drawn"
+        "--seed", type=int, default=random.SystemRandom().randrange(10**6), help="reported if it is drawn"
     )
     settings = parser.parse_args()
     print(f"{settings.runs} runs, seed {settings.seed}", flush=True)

@@ -1,6 +1,7 @@
-"""A disk that is really full: a file system in memory, filled to its last byte while the software writes to it.
+"""A full disk: a file system in memory, filled to its last byte while the software writes to it.
 
-Nothing pretends here: the kernel itself refuses. Whole runs are stopped at a named point, the disk is filled, and they go on.
+The kernel itself refuses the writes; nothing is mocked. Whole runs are stopped at a named point, the disk is filled,
+and they continue.
 """
 
 import contextlib
@@ -40,7 +41,7 @@ class Disk:
             pytest.skip(NEEDS)
 
     def fill(self) -> None:
-        """Leave not a byte."""
+        """Fill the disk to its last byte."""
         with self._filler.open("ab", buffering=0) as filler, contextlib.suppress(OSError):
             for size in (2**20, 2**12, 1):
                 with contextlib.suppress(OSError):
@@ -141,7 +142,7 @@ def test_run_on_a_disk_that_fills_ends_with_bytes_and_its_rerun_is_the_same(
     out, faults = disk.root / "out", Faults(tmp_path).at(point, nth=nth, do="stop")
     process = start("run", world.study(), "--out", out, "--address", cluster.address, faults=faults.placed)
     marker = faults.markers[0]
-    wait_until(lambda: marker.exists() and marker.read_text(), "nobody reached the point", 90)
+    wait_until(lambda: marker.exists() and marker.read_text(), "the point was not reached", 90)
     disk.fill()
     os.kill(int(marker.read_text()), signal.SIGCONT)
     said = process.communicate(timeout=120)[1]

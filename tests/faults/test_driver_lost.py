@@ -1,4 +1,4 @@
-"""The driver dies, is asked to end, starts twice, or has a clock that is wrong: the same command goes on from there."""
+"""The driver is killed, interrupted, started twice, or has a wrong clock: the same command continues the run."""
 
 import json
 import os
@@ -89,7 +89,7 @@ def test_driver_that_is_asked_to_end_does_so_and_the_rerun_finishes(
     process = start("run", world.study(), "--out", out, "--address", cluster.address)
     wait_until(
         lambda: len(created(out)) >= done, "no step ends", 60
-    )  # the base is there before the cluster is
+    )  # the base is committed before the cluster starts
     began = time.monotonic()
     for one in sent:
         process.send_signal(one)
@@ -167,7 +167,7 @@ def _shift():
 time.time = lambda: _time() + _shift()
 time.time_ns = lambda: _ns() + _shift() * 10**9
 """
-"""Every two seconds a process's clock jumps: an hour back, a day forward, to the truth."""
+"""Every two seconds the clock of a process jumps: back by an hour, forward by a day, to the true time."""
 
 
 @pytest.mark.fault("F32")

@@ -1,4 +1,4 @@
-"""A cluster whose nodes have another version of this project, or something else by the names of its packages."""
+"""A cluster whose nodes have another version of this project, or other packages of the same names."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ def _stale(place: Path) -> None:
 
 
 def _decoys(place: Path) -> None:
-    """Every module by its name, with nothing in it: what is missing, an editable install would look up in ours."""
+    """An empty module for each of our modules: an editable install would look up missing ones in ours."""
     for package in PACKAGES:
         shutil.copytree(ROOT / package, place / package, ignore=shutil.ignore_patterns("__pycache__"))
         for source in (place / package).rglob("*.py"):

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, lie about themselves or hold no numbers: found on reading, by name, and never merged."""
+"""Checkpoints that are damaged, have wrong headers or hold no numbers: detected on reading, by name, and never merged."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ def whole(tmp_path: Path) -> Path:
 
 
 def admitted(base: Path, candidate: Path) -> None:
-    """All that is asked of an expert before it may be merged."""
+    """All checks that an expert must pass before it is merged."""
     with Checkpoint.open(base) as one, Checkpoint.open(candidate) as two:
         admit(one, two, "photos (t=3)")
         check_finite(two, "photos (t=3)")
@@ -200,7 +200,7 @@ def test_header_with_one_entry_changed_never_opens_as_another_model(
             admitted(whole, path)
         except CheckpointError as error:
             assert str(path) in str(error) and len(str(error)) < 4000
-        else:  # then it has the very tensors of the other, whatever places they are said to be in
+        else:  # then it has exactly the tensors of the other, whatever offsets it states
             with Checkpoint.open(path) as one, Checkpoint.open(whole) as two:
                 assert {n: i.shape for n, i in one.tensors.items()} == {
                     n: i.shape for n, i in two.tensors.items()
@@ -231,7 +231,7 @@ def test_header_bombs_are_refused_without_memory(tmp_path: Path, record_property
         path.write_bytes(text if name.startswith("a claim") else packed(text, b"1234"))
         if name == "a claim of 101 MB":
             with path.open("r+b") as file:
-                file.truncate(102 * 2**20)  # sparse: all that is claimed is there to be read
+                file.truncate(102 * 2**20)  # sparse: all bytes that the header claims can be read
     (tmp_path / "index").mkdir()
     (tmp_path / "index" / "m.safetensors.index.json").write_bytes(b'{"weight_map":' + b"[" * 1_000_000)
     cost = cost_of("""

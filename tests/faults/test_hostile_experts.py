@@ -1,4 +1,4 @@
-"""Experts that must not be merged: not finite, of another model, twice, or never there. The store and the service stay as they were."""
+"""Experts that must not be merged: not finite, of another model, duplicate, or missing. Store and service stay unchanged."""
 
 import itertools
 from collections.abc import Callable
@@ -74,7 +74,7 @@ def test_value_that_is_not_finite_anywhere_in_any_format_is_counted_and_named(
 
 
 def merge_step(store: Store, stream: list[Path], scratch: Path, technique: str) -> tuple[MergeJob, ToyStep]:
-    """A merge of all experts, as the pipeline hands it to the merge actor."""
+    """A merge of all experts, in the form in which the pipeline passes it to the merge actor."""
     members = [Member(f"photos (t={t})", path, sha256_of(path)) for t, path in enumerate(stream)]
     fold = technique == "slerp"
     job = MergeJob(

@@ -1,4 +1,4 @@
-"""Shards built to harm or damaged on the way: refused by name before training, nothing run, nothing written, little memory."""
+"""Hostile or damaged shards: refused by name before training, with nothing run, nothing written, and little memory used."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from tests.faults import poison
 from tests.faults.corpus_files import shards
 from tests.faults.fuzz import seeded
 from tests.faults.limits import cost_of
-from tests.workers.data_helpers import PREPROCESS, job, words, write_coloured
+from tests.workers.data_helpers import PREPROCESS, batch, job, words, write_coloured
 from workers.data import manifest
 from workers.data.batches import Batches
 from workers.data.decode import load
@@ -35,7 +35,7 @@ POISONS = poison.poisons()
 
 
 def dataset(root: Path, data: bytes, samples: int = 3, own: bool = True) -> Source:
-    """A dataset of one shard; its manifest, if it has one, is right about every byte, so that only the content can be at fault."""
+    """A dataset of one shard; its manifest, if it has one, is right about every byte, so that only the content can be wrong."""
     home = root / "toys"
     shutil.rmtree(home, ignore_errors=True)
     (home / "train").mkdir(parents=True)
@@ -53,7 +53,7 @@ def everything(place: Path) -> set[Path]:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to be in, deep enough for a path that climbs to be seen."""
+    """A working folder, deep enough that a path that climbs out of it is noticed."""
     inside = tmp_path / "a" / "b" / "c"
     inside.mkdir(parents=True)
     monkeypatch.chdir(inside)
@@ -61,7 +61,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def warm(place: Path) -> None:
-    """Import what decodes pictures, so that the time of the first shard is its own."""
+    """Import the picture decoders first, so that their import does not count as time of the first shard."""
     assert (
         len(load(dataset(place / "good", poison.shard(poison.sample("s2"))), 8, place / "good" / "cache"))
         == 3
@@ -319,9 +319,9 @@ def test_ranks_share_equal_parts_of_every_batch_however_few_and_uneven_the_shard
     alone = Batches(asked, words, PREPROCESS)
     ranks = [Batches(asked, words, PREPROCESS, rank, world) for rank in range(world)]
     for step in range(2 * samples):
-        parts = [batches.batch(step)[1].tolist() for batches in ranks]
+        parts = [batch(batches, step)[1].tolist() for batches in ranks]
         assert {len(part) for part in parts} == {12 // world}
-        assert sorted(row for part in parts for row in part) == sorted(alone.batch(step)[1].tolist())
+        assert sorted(row for part in parts for row in part) == sorted(batch(alone, step)[1].tolist())
 
 
 @pytest.mark.fault("F25")

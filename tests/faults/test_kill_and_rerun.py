@@ -1,4 +1,4 @@
-"""SIGKILL at named points, then the same command again: the same bytes, the same metrics, nothing done twice."""
+"""SIGKILL at named points, then the same command again: the same bytes and metrics, and no step repeated."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ SCORES = {"ka", "zs", "gm", "forgetting", "backward_transfer", "loss", "merged_n
 
 
 def exported(out: Path) -> list[dict]:
-    """What MLflow holds of a run, without what may differ between two runs: when and how long."""
+    """The content of MLflow for a run, without times and durations, which may differ between two runs."""
     return export(f"sqlite:///{out / 'mlflow.db'}", "temporal-merge")
 
 

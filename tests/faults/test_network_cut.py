@@ -1,4 +1,4 @@
-"""The network between two hosts is cut while both train, and comes back: two Ray nodes in namespaces of their own."""
+"""The network between two hosts is cut while both train, and restored: two Ray nodes in separate namespaces."""
 
 import hashlib
 import json
@@ -64,7 +64,7 @@ def _trained_on(out: Path, node: str) -> bool:
 
 
 def _of_far_node(path: str) -> bool:
-    """Whether this is a stage of the far node, which is left for a week: nobody here can tell whether its writer lives."""
+    """Whether this is a stage of the far node, which is kept for a week: no process here can tell whether its writer is alive."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     host = "\n".join(["node-work", boot, str(Path("/proc/self/ns/pid").readlink())])
     mark = path.rsplit(".", 2)[-2] if path.startswith("store/.stage/") else ""

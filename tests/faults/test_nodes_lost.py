@@ -1,6 +1,6 @@
-"""Nodes that die, are cut off and come back, and the head: on three real raylets of one machine.
+"""Nodes that fail, are cut off and come back, and a head that is lost: on three real raylets of one machine.
 
-The nodes are declared dead after seconds instead of Ray's minute; nothing else differs from a cluster of machines.
+Nodes are declared dead after seconds instead of Ray's minute; nothing else differs from a cluster of several machines.
 """
 
 import os
@@ -26,7 +26,7 @@ HEALTH = {"health_check_period_ms": 500, "health_check_timeout_ms": 1000, "healt
 
 @contextmanager
 def three_nodes() -> Iterator[Nodes]:
-    """A head without CPUs and two nodes of one CPU each; whatever is left of them is ended."""
+    """A head without CPUs and two nodes of one CPU each, ended after the test."""
     nodes = Nodes(
         initialize_head=True,
         head_node_args={"num_cpus": 0, "object_store_memory": 80 * 2**20, "_system_config": HEALTH},
@@ -49,7 +49,7 @@ def _add(nodes: Nodes) -> None:
 
 
 def _remove_all(nodes: Nodes) -> None:
-    """Every node but the head, as if its machine had gone."""
+    """Remove every node but the head, as if its machine had failed."""
     for node in [node for node in nodes.list_all_nodes() if node is not nodes.head_node]:
         nodes.remove_node(node, allow_graceful=False)
 
@@ -65,7 +65,7 @@ def _raylet(node: Any) -> int:
 
 
 def _node_of(nodes: Nodes, marker: Path) -> tuple[Any, int]:
-    """The node, and the process there, that a fault stopped."""
+    """The node and the process that a fault stopped."""
     wait_until(lambda: marker.exists() and marker.read_text(), "no expert reached its fault", 90)
     pid = int(marker.read_text())
     parent = int(process_facts(pid)[1])
@@ -75,7 +75,7 @@ def _node_of(nodes: Nodes, marker: Path) -> tuple[Any, int]:
 
 
 def _title(pid: int) -> str:
-    """What a process is, for people."""
+    """The title of a process, for messages."""
     return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")[:200]
 
 
@@ -113,7 +113,7 @@ def test_node_that_dies_under_an_expert_leaves_it_to_another_node(
 
 
 def _begun_anew(out: Path, before: dict[Path, int]) -> bool:
-    """Whether somebody has claimed one of the jobs again, or finished it."""
+    """Whether a worker has claimed one of the jobs again, or finished it."""
     return any(not path.exists() or path.stat().st_mtime_ns != stamp for path, stamp in before.items())
 
 
@@ -145,7 +145,7 @@ def test_study_that_no_node_can_take_ends_with_what_it_wants(
         _remove_all(nodes)
         said = _finish(process, 2)
         record_property("no place is told after", f"{time.monotonic() - began:.0f} s")
-    assert re.search(r"an expert .* wants .*1 CPU.* do not fit into", said), said
+    assert re.search(r"an expert .* needs .*1 CPU.* do not fit into", said), said
 
 
 @pytest.mark.fault("F7")
@@ -154,7 +154,7 @@ def test_partitioned_node_that_wakes_late_changes_nothing(
     point: str, world: World, undisturbed: Path, tmp_path: Path, record_property: Record
 ) -> None:
     out, faults = tmp_path / "out", Faults(tmp_path).at(point, do="stop")
-    # The base is there already, so that the first to commit is a worker: the driver has none to, mergers nothing to merge.
+    # The base is committed already, so the first process that commits is a worker: driver and mergers have nothing to commit.
     shutil.copytree(undisturbed / "store" / "base", out / "store" / "base")
     with three_nodes() as nodes:
         process = _run(nodes, world.study(), out, faults)
@@ -169,7 +169,7 @@ def test_partitioned_node_that_wakes_late_changes_nothing(
         os.kill(_raylet(node), signal.SIGCONT)
         _finish(process)
         assert before.items() <= created(out).items(), "the late one committed over what was there"
-        wait_until(lambda: not _is_alive(pid), "the worker of the lost node lives on", 30)
+        wait_until(lambda: not _is_alive(pid), "the worker of the lost node still runs", 30)
     must_be_same(out, undisturbed)
 
 

@@ -1,6 +1,7 @@
-"""A cut of the power at any moment: what has its name is whole, because everything was forced to disk in the right order.
+"""A power cut at any moment: a file with its final name is whole, because everything was synced to disk in the right order.
 
-The calls of the C library are watched (tests/power_cut.py). A disk keeps what was forced to it and may lose all else.
+The calls of the C library are recorded (tests/power_cut.py). A disk keeps what was synced to it and may lose everything
+else.
 """
 
 from pathlib import Path
@@ -86,7 +87,7 @@ for step in (2, 4):
 
 
 def at(events: list[Event], call: str, name: str) -> list[int]:
-    """Where calls end in a path of this name; what a rename or a link makes counts."""
+    """The positions of calls whose path ends in this name; for renames and links the new name counts."""
     return [
         n for n, event in enumerate(events) if event.call == call and (event.to or event.path).name == name
     ]
@@ -142,7 +143,7 @@ def test_artifact_and_the_name_that_leads_to_it_are_safe_when_commit_returns(
 
 
 def test_name_leads_to_an_artifact_before_the_artifact_is_there(commit: list[Event], store: Path) -> None:
-    """Otherwise a cut between the two leaves an artifact that nobody finds."""
+    """Otherwise a power cut between the two would leave an artifact that cannot be found."""
     disk = Disk()
     for event in disk.passing(commit):
         if event.call == "rename" and event.to is not None and event.to.parent == store / "train":
@@ -165,7 +166,7 @@ def test_merged_checkpoint_gets_its_name_when_it_is_safe(form: str, root: Path) 
         if event.call == "rename" and event.to is not None:
             named += 1
             assert [what for what in disk.unsafe(event.path) if what.startswith("content")] == []
-            if event.to.suffix == ".json":  # the index comes last, the older one went first
+            if event.to.suffix == ".json":  # the index is written last, the older one was removed first
                 shards = [path for path in root.iterdir() if "-of-" in path.name]
                 assert shards and all(disk.unsafe(shard) == [] for shard in shards)
             elif form == "sharded":
@@ -195,6 +196,6 @@ def test_checkpoint_of_an_expert_counts_when_its_files_and_its_marker_are_safe(r
         if event.call == "rename":
             done += 1
             assert [what for what in disk.unsafe(event.path) if what.startswith("content")] == []
-        if event.call == "unlink" and event.path.name == "state.safetensors":  # the one before goes
+        if event.call == "unlink" and event.path.name == "state.safetensors":  # the previous one is removed
             assert done == 2 and disk.unsafe(root / "checkpoints" / "step-000000004") == []
     assert done == 2

@@ -1,5 +1,7 @@
-"""A store that may not be written, whose files vanish while they are read, whose disk refuses one call: the path is named,
-nothing half made is left, and the same step goes through afterwards."""
+"""A store that is not writable, loses files while they are read, or has a failing disk call.
+
+The error names the path, nothing half made is left, and the same step then succeeds.
+"""
 
 import contextlib
 import errno
@@ -30,11 +32,11 @@ def empty(tmp_path: Path) -> Store:
 
 @contextlib.contextmanager
 def as_nobody() -> Iterator[Path]:
-    """A folder of somebody who is not root, for whom permissions hold."""
+    """A folder of a user other than root, for whom permissions apply."""
     root = os.geteuid() == 0
     with tempfile.TemporaryDirectory() as place:
         with tempfile.TemporaryDirectory() as other:
-            put(Store(Path(other)))  # imports what a commit needs, while all of it may be read
+            put(Store(Path(other)))  # import what a commit needs while all of it is readable
         if root:
             os.chown(place, NOBODY, NOBODY)
             os.seteuid(NOBODY)
@@ -166,7 +168,7 @@ def test_call_of_the_disk_that_fails_at_any_turn_is_one_of_our_errors_and_leaves
     """The first such call of a commit fails, then the second, and so on, until a commit has no call left to fail."""
     owner, name = CALLS[call]
     number, kind = CODES[code]
-    kind = StoreError if call in ("os.open", "os.stat") else kind  # what cannot be read may yet be writable
+    kind = StoreError if call in ("os.open", "os.stat") else kind  # an unreadable file may still be writable
     original = getattr(owner, name)
     failed = 0
     for turn in range(40):

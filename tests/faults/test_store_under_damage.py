@@ -1,4 +1,4 @@
-"""A store whose records lie, whose files vanish and whose disk says no: one kind of error, and nothing half made."""
+"""A store with wrong records, missing files and a failing disk: one kind of error, and nothing half made."""
 
 import contextlib
 import json
@@ -47,7 +47,7 @@ values = st.recursive(
 
 @st.composite
 def changed(draw: st.DrawFn, tree: Any) -> Any:
-    """A copy of a tree in which one value, somewhere, is another, or gone, or joined by one more."""
+    """A copy of a tree in which one value is changed, removed, or joined by another."""
     if isinstance(tree, dict) and tree and draw(st.integers(0, 4)):
         key = draw(st.sampled_from(sorted(tree)))
         what = draw(st.sampled_from(["below", "below", "gone", "more"]))
@@ -60,7 +60,7 @@ def changed(draw: st.DrawFn, tree: Any) -> Any:
 
 
 def use(store: Store, kind: str, fingerprint: str) -> None:
-    """All that a run does with an artifact that it finds."""
+    """All operations of a run on an artifact that it finds."""
     store.verify()
     store.has(kind, fingerprint)
     record = store.record(kind, fingerprint)
@@ -88,7 +88,7 @@ def test_record_changed_in_any_value_is_refused_or_still_true(
         path.parent.mkdir(exist_ok=True)
         for name, data in CONTENT.items():
             (path.parent / name).write_bytes(data)
-        if honest and isinstance(body, dict):  # its writer knew how to state the digest
+        if honest and isinstance(body, dict):  # its digest is right
             body = body | {"record_sha256": _self_digest(body)}
         path.write_text(json.dumps(body))
         began = time.perf_counter()

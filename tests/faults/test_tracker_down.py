@@ -1,4 +1,4 @@
-"""A tracking server that is not there, goes away and comes back, or loses what it is told: whole runs of a study."""
+"""A tracking server that is down, fails and comes back, or loses data: whole runs of a study."""
 
 import json
 import random
@@ -70,7 +70,7 @@ def test_tracker_that_goes_and_comes_back_has_everything_once(
 
 
 class Unreliable(BaseHTTPRequestHandler):
-    """Passes requests on, but fails three in ten, loses the answer to two in ten, and keeps one in fifty waiting."""
+    """A proxy that fails three requests in ten, loses two answers in ten, and delays one in fifty."""
 
     target, rng, lock = "", random.Random(11), threading.Lock()
     counts = {"failed": 0, "stored, but their answers lost": 0, "kept waiting for 3 s": 0}

@@ -1,4 +1,4 @@
-"""Workers that die, hang, or run out of memory: the study comes out the same, or ends with the step's name."""
+"""Workers that die, hang, or run out of memory: the study gives the same result, or ends with the name of the step."""
 
 import re
 import time
@@ -113,7 +113,7 @@ def test_step_that_is_always_stuck_ends_the_run_and_leaves_no_process(
     answer = run(world.study(resources=resources, schedule=ONE_AT_A_TIME), tmp_path / "out", cluster, faults)
     assert answer.returncode == 1
     assert re.search(r"StepTimeout: t1 red: expert .*failed 2 times", answer.stderr), answer.stderr
-    took = wait_until(lambda: not workers_of(cluster), "a stopped worker lives on", 15)
+    took = wait_until(lambda: not workers_of(cluster), "a stopped worker still runs", 15)
     record_property("stopped workers gone after", f"{took:.1f} s")
 
 
@@ -142,7 +142,7 @@ def test_rank_that_dies_or_hangs_ends_the_other_that_waits_for_it_and_the_step_i
     tmp_path: Path,
     record_property: Record,
 ) -> None:
-    """Two ranks meet in a collective operation at every step; one never comes."""
+    """Two ranks meet in a collective operation at every step; one never arrives."""
     began = time.monotonic()
     answer = run(
         _pair(world), tmp_path / "out", cluster, Faults(tmp_path).at("train.after_step", nth=3, do=do)
@@ -174,3 +174,27 @@ def test_worker_always_over_its_budget_fails_at_the_third_try_with_sizes(
     answer = run(world.study(resources=resources, schedule=ONE_AT_A_TIME), tmp_path / "out", cluster, faults)
     assert answer.returncode == 1
     assert re.search(r"failed 3 times.*OOM.*its budget is 2,000,000,000 bytes", answer.stderr), answer.stderr
+
+
+@pytest.mark.fault("F1")
+def test_worker_killed_on_pools_as_they_are_stored_is_replaced_and_nothing_differs(
+    world: World, cluster: Cluster, tmp_path: Path
+) -> None:
+    """Twice in mid-epoch; also where an expert delivers an average, in parts of a batch."""
+    data = {
+        "root": str(world.home / "data"),
+        "pretraining": ["grey"],
+        "held_out": ["grey"],
+        "reading": "encoded",
+    }
+    recipe = {"lr": 1e-3, "batch_size": 12, "precision": "fp32", "accumulate": 2, "ema": 0.9}
+    study = world.study(
+        data=data | {"cache": str(world.home / "cache")},
+        recipe=recipe,
+        grid={"strategies": ["continual_finetuning"]},
+    )
+    assert run(study, tmp_path / "whole", cluster).returncode == 0
+    faults = Faults(tmp_path).at("train.after_step", nth=3, times=2)
+    answer = run(study, tmp_path / "out", cluster, faults)
+    assert answer.returncode == 0, answer.stderr
+    must_be_same(tmp_path / "out", tmp_path / "whole", cluster)

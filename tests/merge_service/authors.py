@@ -1,7 +1,7 @@
-"""Merging as the authors of TIME define it, written from a description of it: whole towers as vectors, numpy alone.
+"""Merging as the authors of TIME define it, implemented from a description: whole towers as vectors, in numpy alone.
 
-Nothing of the package is used, and its words are theirs: `prune` is what is dropped, a pair is [new, running], SLERP's
-coefficient counts for the second of the two.
+Nothing of the package is used, and the terms are the authors': `prune` is the dropped fraction, a pair is [new, running], and
+SLERP's coefficient applies to the second of the two.
 """
 
 import math
@@ -12,7 +12,7 @@ Model = dict[str, np.ndarray]
 
 
 def merge(method: str, options: dict, base: Model, models: list[Model]) -> Model:
-    """The models (a pair: newest first) merged, each tower by itself and anchored at the base."""
+    """The merged models (a pair: newest first), each tower separately and anchored at the base."""
     merged: Model = {}
     for names in towers(base):
         if method == "interpolation":
@@ -33,7 +33,7 @@ def merge(method: str, options: dict, base: Model, models: list[Model]) -> Model
 
 
 def fold(method: str, options: dict, base: Model, experts: list[Model], start_at_base: bool) -> Model:
-    """The unrolled merge: the newest and what ran so far, one expert after the other."""
+    """The unrolled merge: the newest expert and the running model, one expert after the other."""
     running, *rest = [base, *experts] if start_at_base else experts
     for newest in rest:
         running = merge(method, options, base, [newest, running])
@@ -71,7 +71,7 @@ def stock(base: np.ndarray, one: np.ndarray, two: np.ndarray, eps: float = 1e-8)
 
 
 def lines(base: Model, names: list[str], params: tuple[float, float, str]) -> np.ndarray:
-    """Per element alpha outside blocks, alpha + beta (l / (L - 1))^s in block l, L being this tower's."""
+    """Per element alpha outside blocks, alpha + beta (l / (L - 1))^s in block l of a tower with L blocks."""
     alpha, beta, shape = params
     power = {"linear": 1, "quadratic": 2, "sqrt": 0.5}[shape]
     block = {n: int(n.split(".resblocks.")[1].split(".")[0]) for n in names if ".resblocks." in n}

@@ -1,4 +1,4 @@
-"""Merge tests write thousands of tiny files; waiting for the disk after each would take minutes and prove nothing."""
+"""Merge tests write thousands of tiny files; syncing each to disk would take minutes and test nothing."""
 
 from collections.abc import Iterator
 

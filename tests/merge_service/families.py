@@ -1,6 +1,6 @@
-"""Tiny models of the families that people merge, with random weights, saved as their libraries save them.
+"""Tiny models of common families, with random weights, saved as their libraries save them.
 
-Real configurations of transformers, open_clip and timm, made small; nothing is downloaded.
+The configurations of transformers, open_clip and timm are real but small; nothing is downloaded.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Workers of a merge in parts, in this process: what they are given and give is copied as if by wire."""
+"""Workers of a merge in parts, in this process; arguments and results are copied as if sent over a network."""
 
 import pickle
 from collections.abc import Callable, Iterator, Sequence

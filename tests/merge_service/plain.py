@@ -1,7 +1,7 @@
-"""Every technique once more, as plainly as the papers put it: whole models in float64, one line per step.
+"""Every technique again, as plainly as in the papers: whole models in float64, one line per step.
 
-Written apart from the implementation (no blocks, no streaming sums, sorting instead of histograms) so that the two can be
-held against each other.
+It is independent of the implementation (no blocks, no streaming sums, sorting instead of histograms), so that the two can be
+compared.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ ELECTED = ("ties", "dare_ties", "breadcrumbs_ties")
 def merge(
     technique: str, params: dict, base: dict, experts: list[dict], ids: list[str]
 ) -> dict[str, np.ndarray]:
-    """Merged float tensors as float64; integers are the caller's business."""
+    """Merged float tensors as float64; the caller handles integers."""
     names = [name for name, value in base.items() if value.dtype.kind == "f"]
     if technique == "average":
         merged = _average(params, names, experts)

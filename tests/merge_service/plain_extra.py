@@ -1,7 +1,7 @@
-"""The further data-free techniques once more, as plainly as their papers put them: whole models in float64.
+"""Further data-free techniques again, written as plainly as in their papers: whole models in float64.
 
-Companion of `plain.py` and written apart from the implementation: no blocks, no streaming sums, sorting instead of
-histograms. Where the references disagree or break down, the function says what it does instead.
+Companion of `plain.py` and independent of the implementation: no blocks, no streaming sums, sorting instead of histograms. Where
+the references disagree or fail, the function says what it does instead.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ ELECTED = ("dare_ties", "della")
 def merge(
     technique: str, params: dict, base: dict, experts: list[dict], ids: list[str]
 ) -> dict[str, np.ndarray]:
-    """Merged float tensors as float64; integers are the caller's business. Without experts, the base.
+    """Merged float tensors as float64; the caller handles integers. Without experts, the base.
 
     Techniques that are not here are in `plain.py`.
     """
@@ -99,8 +99,8 @@ def _unflat(flat, members, like):
 def breadcrumbs(params, names, tau):
     """Without the largest `outliers` of n magnitudes, the largest `density` of n; rows of the last dimension or groups.
 
-    Counts as in the released code and in MergeKit, which then keep whichever of equal magnitudes they like: here all
-    that equal a threshold stay. Of a short row they keep none; here one at least. Scalars stay whole in rows.
+    Counts as in the released code and in MergeKit, which then keep an arbitrary one of equal magnitudes; here all that equal a
+    threshold stay. Of a short row they keep none; here at least one. Scalars stay whole in rows.
     """
     if params["granularity"] == "row":
         return {n: band(tau[n], tau[n], params) if tau[n].ndim else tau[n] for n in names}
@@ -123,10 +123,10 @@ def band(values, counted, params):
 
 
 def dropped(tau, params, who, name):
-    """DARE and DELLA: kept at random, each by its own probability, and made larger for what is lost.
+    """DARE and DELLA: kept at random, each by its own probability, and rescaled for what is dropped.
 
-    `expectation` divides by the probability (papers, MergeLM, FusionBench, TIME, DELLA's code); `l1` gives the tensor its
-    L1 norm back (MergeKit). Scalars and density 1 stay whole.
+    `expectation` divides by the probability (papers, MergeLM, FusionBench, TIME, DELLA's code); `l1` restores the tensor's L1
+    norm (MergeKit). Scalars and density 1 stay whole.
     """
     if tau.ndim == 0 or params["density"] == 1:
         return tau
@@ -164,7 +164,7 @@ def hashes(size, seed, who, name):
 
 
 def trimmed(params, names, tau):
-    """TIES' trim of what a random drop left, as FusionBench and MergeLM have it: zeros count."""
+    """TIES' trim after a random drop, as in FusionBench and MergeLM: zeros count."""
     rule = {"density": params["trim"], "count_frozen": True}
     kept = {}
     for members in plain._groups(names, params["granularity"]):
@@ -190,9 +190,9 @@ def nearswap(first, second, threshold):
 def sce(rows, density, erase_unselected):
     """Select the positions with most variance over experts, weigh experts by energy there, erase the minority direction.
 
-    Positions not selected stay at the base in MergeKit; in FuseAI's code they only do not count in the weights. A group in
-    which experts do not differ is selected whole (in MergeKit one expert gives the base), of others one position at least.
-    Votes that cancel go to plus. MergeKit weighs all alike below a mean square of 1e-6, where most fine-tuning lies.
+    Positions not selected stay at the base in MergeKit; in FuseAI's code they only do not count in the weights. A group in which
+    experts do not differ is selected whole (in MergeKit one expert gives the base), of others at least one position. Votes that
+    cancel go to plus. MergeKit weighs all alike below a mean square of 1e-6, where most fine-tuning lies.
     """
     variance = np.ravel(sum((a - b) ** 2 for a, b in itertools.combinations(rows, 2)))
     differing = np.sort(variance[variance > 0])
@@ -254,5 +254,5 @@ def pcb(rows, density, winsorize, inter_balance):
 
 
 def _spread(values, low, high):
-    """Clamped to low..high and mapped to 0..1; all zero where low equals high, which tells nothing apart."""
+    """Clamped to low..high and mapped to 0..1; all zero if low equals high."""
     return (np.clip(values, low, high) - low) / np.where(high > low, high - low, 1)

@@ -1,10 +1,20 @@
-"""The techniques that see tensors whole, once more in plain float64: full SVDs, whole vectors, no streaming state."""
+"""The techniques that work on whole tensors, again in plain float64: full SVDs, whole vectors, no streaming state."""
 
 import math
 
 import numpy as np
 
-NAMES = ("nuslerp", "multislerp", "karcher", "model_stock", "iso_c", "iso_cts", "opcm", "rapf")
+NAMES = (
+    "nuslerp",
+    "multislerp",
+    "karcher",
+    "model_stock",
+    "iso_c",
+    "iso_cts",
+    "svc_task_arithmetic",
+    "opcm",
+    "rapf",
+)
 
 
 def merge(technique: str, params: dict, base: dict, experts: list[dict]) -> dict[str, np.ndarray]:
@@ -24,6 +34,8 @@ def merge(technique: str, params: dict, base: dict, experts: list[dict]) -> dict
         delta = _opcm(params, names, taus)
     elif technique == "model_stock":
         delta = {n: _stock(params, [tau[n] for tau in taus]) for n in names}
+    elif technique == "svc_task_arithmetic":
+        delta = {n: _calibrated(n, params, [tau[n] for tau in taus]) for n in names}
     else:
         solve = _iso if technique == "iso_c" else _iso_tasks(params["common_fraction"])
         delta = {
@@ -134,6 +146,27 @@ def _iso_tasks(fraction):
 def _polar(matrix):
     left, _, right = _svd(matrix)
     return left @ right
+
+
+def _calibrated(name, params, taus):
+    total = params["scale"] * sum(taus)
+    if params["scope"] == "blocks" and ".resblocks." not in f".{name}":
+        return total
+
+    def solve(taus):
+        delta = params["scale"] * sum(taus)
+        left, values, right = _svd(delta)
+        out = delta - left @ np.diag(values) @ right
+        for u, s, v in zip(left.T, values, right):
+            times = 0.0
+            for tau in taus:
+                own = u @ tau
+                there = np.linalg.norm(own) > np.linalg.norm(tau) * sum(tau.shape) * 1e-7
+                times += max(params["alpha"], s * (v @ own) / (own @ own) if there else 0)
+            out = out + len(taus) / times * s * np.outer(u, v)
+        return out
+
+    return _by_piece(name, params, solve, taus, lambda taus: total)
 
 
 def _rapf(params):

@@ -1,4 +1,4 @@
-"""Small checkpoints on disk, and the other way: what the merge tests are made of."""
+"""Small checkpoints on disk for the merge tests, written and read."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ import numpy as np
 
 from merge_service.checkpoints import Checkpoint, CheckpointWriter
 from merge_service.merge import merge
+from tests.merge_service import measured
 
 NUMPY = {"F32": np.float32, "F64": np.float64, "F16": np.float16, "I64": np.int64, "BOOL": np.bool_}
 DTYPE = {np.dtype(kind): name for name, kind in NUMPY.items()}
@@ -34,7 +35,7 @@ def load(path: Path) -> dict[str, np.ndarray]:
 
 
 def made(path: Path) -> dict:
-    """How a merged file says it was made."""
+    """The record of how a merged file was made."""
     with Checkpoint.open(path) as checkpoint:
         return json.loads(checkpoint.metadata["temporal_merge"])
 
@@ -68,7 +69,7 @@ def towers(rng: np.random.Generator, *, spread: int = 64) -> dict[str, np.ndarra
 def moved(
     rng: np.random.Generator, base: dict[str, np.ndarray], *, spread: int = 64, frozen=()
 ) -> dict[str, np.ndarray]:
-    """An expert: the base plus a dyadic task vector, except for tensors it leaves alone."""
+    """An expert: the base plus a dyadic task vector, except for some unchanged tensors."""
     return {
         name: value
         if value.dtype != np.float32 or name in frozen
@@ -102,5 +103,16 @@ class Files:
         self.out = room / "out.safetensors"
 
     def merge(self, name: str, params=None, **options) -> dict[str, np.ndarray]:
+        for path in self.paths:
+            measured.of_technique(name, path)
         merge(name, params or {}, self.start, self.paths, self.out, **options)
         return load(self.out)
+
+
+def way(room: Path, name: str, params: dict, *taus) -> np.ndarray:
+    """How far a merge moves the tensor `w`, whose base is zero."""
+    taus = [vector(tau) for tau in taus]
+    zero = save(room / "b.safetensors", {"w": np.zeros_like(taus[0])})
+    paths = [save(room / f"{i}.safetensors", {"w": tau}) for i, tau in enumerate(taus)]
+    merge(name, params, zero, paths, room / "o.safetensors")
+    return load(room / "o.safetensors")["w"]

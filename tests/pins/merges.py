@@ -1,8 +1,9 @@
-"""What merges wrote when it was last decided on: sha256 of toy checkpoints, and every way to carry a merge out.
+"""Pinned results of merges: sha256 of toy checkpoints, for every way to carry a merge out.
 
 A technique is pinned in each of its forms; the ways (threads, blocks, parts, device) must all give the pinned bytes. Bytes that
-depend on the processor are not pinned: there the ways are held to the first of them. `python -m tests.pins.merges` writes the pins
-anew, for a change that moves them on purpose.
+depend on the processor are not pinned; there the ways are compared with the first of them. `python -m tests.pins.merges` writes
+the pins again, for a change that moves them on purpose.
+
 Invariant: only arithmetic that every machine rounds alike is pinned.
 """
 
@@ -18,16 +19,12 @@ from merge_service import techniques
 from merge_service.checkpoints import sha256_of
 from merge_service.engine import Split
 from merge_service.merge import advance, fold, merge
+from tests.merge_service import measured
 from tests.merge_service.parts import here
+from tests.merge_service.rounding import BY_LIBRARY, BY_MACHINE
 from tests.merge_service.toys import dyadic, moved, save, towers
 
 PINNED = Path(__file__).parent / "merges.json"
-BY_MACHINE = frozenset(
-    {"iso_c", "iso_cts", "karcher", "model_stock", "multislerp", "nuslerp", "opcm", "pcb", "rapf", "slerp"}
-)
-"""Techniques that use functions (decompositions, exp, arc cosine) whose last bit depends on the processor."""
-BY_LIBRARY = frozenset({"pcb", "iso_c", "iso_cts", "opcm", "rapf"})
-"""Techniques whose functions numpy and torch round differently."""
 STORED = {
     "transformer.resblocks.1.mlp.weight": "BF16",
     "visual.transformer.resblocks.0.mlp.weight": "F16",
@@ -83,7 +80,7 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
 
 
 def allows(case: Case, way: str) -> bool:
-    """Whether a way is open to a technique, and must give the same bytes."""
+    """Whether a technique supports a way, and must give the same bytes."""
     if way == "two-parts":
         return not techniques.get(case.technique).ordered
     return way != "torch-on-cpu" or case.technique not in BY_LIBRARY
@@ -108,11 +105,13 @@ class Files:
         self.sha256 = {name: sha256_of(path) for name, path in zip(self.ids, self.experts)}
 
     def merged(self, case: Case, way: Mapping[str, Any]) -> dict[str, str]:
-        """sha256 of what a study would write in every form: merge, fold, and the last arrival of a stream."""
+        """sha256 of the merges of a study in every form: merge, fold, and the last arrival of a stream."""
         plugin = techniques.get(case.technique)
         out, common = self.room / "out.safetensors", {"sha256": self.sha256, **way}
         count, found = plugin.arity or 3, {}
         ids = self.ids[:count]
+        for path in (self.base, *self.experts):
+            measured.of_technique(plugin.name, path)
         merge(plugin.name, _of(case, "merge"), self.base, self.experts[:count], out, ids=ids, **common)
         found["merge"] = sha256_of(out)
         if "fold" in plugin.forms:

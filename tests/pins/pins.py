@@ -1,7 +1,8 @@
-"""What must not move without a word: values that users keep and compare, computed anew from fixed inputs.
+"""Values that users keep and compare, computed from fixed inputs; they must not change without a decision.
 
-`pinned.json`, `tracked.json` and `help.json` hold what each function below answered when it was last decided on; `test_pins.py`
-compares. A change that moves one on purpose says so and runs `python -m tests.pins.pins`, which writes the files anew.
+`pinned.json`, `tracked.json` and `help.json` hold the last accepted result of each function below; `test_pins.py` compares. A
+change that moves one on purpose says so and runs `python -m tests.pins.pins`, which writes the files again.
+
 Invariant: nothing here depends on installed data, time, place, or the number of threads.
 """
 
@@ -24,6 +25,7 @@ from merge_service import techniques
 from merge_service.checkpoints import sha256_of
 from merge_service.merge import advance, fold, merge
 from pipeline.cli.app import PANELS, app
+from pipeline.cli.service import COMMANDS as SERVICE
 from pipeline.identity import fingerprint
 from pipeline.plan.planner import make_plan
 from pipeline.plan.steps import DatasetFacts, Facts, ModelFacts
@@ -31,6 +33,7 @@ from pipeline.study.config import load_study, study_from
 from pipeline.study.sections import key_of
 from pipeline.study.streams import datasets_of, make_stream
 from pipeline.tracking.mlflow.local import LOCAL_DB
+from tests.merge_service.rounding import BY_MACHINE
 from tests.merge_service.toys import dyadic, moved, save, towers
 from tests.pipeline.tracked_study import deliver, exported, finished_study
 from workers.data.mini import ROLES
@@ -44,10 +47,6 @@ STUDIES = sorted(
     for path in (ROOT / "configs").rglob("*.yaml")
     if "\ngrid:" in path.read_text()
 )
-BY_MACHINE = frozenset(
-    {"iso_c", "iso_cts", "karcher", "model_stock", "multislerp", "nuslerp", "opcm", "pcb", "rapf", "slerp"}
-)
-"""Techniques that use functions (decompositions, exp, arc cosine) whose last bit depends on the processor: not pinned."""
 TECHNIQUES = tuple(
     name for name in techniques.names() if techniques.get(name).origin is None and name not in BY_MACHINE
 )
@@ -102,7 +101,7 @@ def _plan(name: str) -> list[Any]:
 
 
 def merges(technique: str, **way: Any) -> dict[str, str]:
-    """sha256 of what a study would write: the merge of three experts, a fold, and the third arrival of a stream.
+    """sha256 of the merges of a study: the merge of three experts, a fold, and the third arrival of a stream.
 
     `way` is how the merge is carried out: threads, block, device.
     """
@@ -151,7 +150,9 @@ def _files(room: Path, count: int) -> tuple[Path, list[Path]]:
 
 
 def tracked(empty_store: Path | None = None) -> list[dict[str, Any]]:
-    """What MLflow holds of a small study with invented results. `empty_store`: a tracking store to copy instead of making one."""
+    """The content of MLflow for a small study with invented results. `empty_store`: a tracking store to copy instead of creating
+    one.
+    """
     with tempfile.TemporaryDirectory() as room:
         study = finished_study(
             Path(room) / "out", strategies=("zero_shot", "best_in_time"), tasks=("animals", "scripts")
@@ -167,8 +168,9 @@ def tracked(empty_store: Path | None = None) -> list[dict[str, Any]]:
 
 def helps() -> dict[str, str]:
     """The text of every command's --help, without the frames and line breaks that depend on a terminal's width."""
-    commands = [one.__name__ for panel in PANELS.values() for one in panel]
-    assert set(commands) == set(get_command(app).commands)
+    commands = [one.__name__.replace("_", "-") for panel in PANELS.values() for one in panel]
+    assert {*commands, "service"} == set(get_command(app).commands)
+    commands += [f"service {one.__name__}" for one in SERVICE]
     wide = CliRunner(env={"COLUMNS": "4000", "NO_COLOR": "1", "TERM": "dumb"})
     texts = {name: wide.invoke(app, [*name.split(), "--help"]).stdout for name in ("", *commands)}
     return {name: re.sub(r"[\s─│╭╮╰╯]+", " ", text).strip() for name, text in texts.items()}

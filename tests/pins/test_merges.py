@@ -1,4 +1,4 @@
-"""Merges write today what they wrote when `merges.json` was written, in every form and however they are carried out."""
+"""Merges write the bytes of `merges.json`, in every form and however they are carried out."""
 
 import json
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[merges.Files]:
 
 @pytest.fixture(scope="module")
 def first(files: merges.Files) -> dict[str, dict[str, str]]:
-    """Every case, carried out the first way."""
+    """Every case, carried out in the first way."""
     return {case.name: files.merged(case, merges.WAYS[FIRST]) for case in merges.CASES}
 
 

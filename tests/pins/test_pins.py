@@ -1,4 +1,4 @@
-"""Plans, merges, tracking and help are today what they were when their pins were written, however they are carried out."""
+"""Plans, merges, tracking and help equal their pins, however they are carried out."""
 
 import json
 from pathlib import Path

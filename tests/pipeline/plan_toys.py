@@ -1,9 +1,12 @@
-"""Small studies and facts that the tests of configuration, plan and results share."""
+"""Small studies and facts for the tests of configuration, plan and results."""
 
 from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from merge_service.checkpoints import WEIGHTS_FILE
 from pipeline.plan.planner import make_plan as plan_of
 from pipeline.plan.steps import DatasetFacts, Facts, ModelFacts, Plan
 from pipeline.study.config import Study, study_from
@@ -32,7 +35,7 @@ def study(strategies: list[Any], tasks: int = 3, **changes: Any) -> Study:
 
 
 def facts(tasks: int = 6, **changes: Any) -> Facts:
-    """Facts of the toy data, and of any model as it was changed; `plan` adds the streams of a study."""
+    """Facts of the toy data, and of any model with its changes; `plan` adds the streams of a study."""
     names = [*(f"d{t}" for t in range(1, tasks + 1)), "pool", "kept"]
     values: dict[str, Any] = {
         "weights": "b" * 64,
@@ -49,7 +52,7 @@ def facts(tasks: int = 6, **changes: Any) -> Facts:
 
 
 def make_plan(study: Study, known: Facts, classes: int = 4) -> Plan:
-    """The plan of a study over toy data, each dataset with so many classes."""
+    """The plan of a study over toy data, with so many classes in each dataset."""
     streams = {}
     for section in study.streams:
         filled = study.filled(section)
@@ -63,3 +66,11 @@ def base_of(plan: Plan) -> str:
     """The fingerprint of a plan's only base."""
     (base,) = plan.bases
     return base
+
+
+def workspace_of(asked: Study, plan: Plan) -> Any:
+    """A workspace that knows one record for everything: as much of one as making jobs takes."""
+    record = SimpleNamespace(path=Path("somewhere"), sha256=lambda name: {WEIGHTS_FILE: "ab"}[name])
+    return SimpleNamespace(
+        plan=plan, study=asked, scratch=Path("s"), limits=Path("l"), known=lambda _: record, weights=Path
+    )

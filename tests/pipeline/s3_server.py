@@ -1,4 +1,4 @@
-"""A local S3-compatible server for tests, in a process of its own so that children of tests reach it too."""
+"""A local S3-compatible server for tests, in a separate process so that child processes of tests reach it, too."""
 
 import os
 import subprocess
@@ -25,7 +25,9 @@ SECRETS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DE
 
 @contextmanager
 def s3_server(room: Path) -> Iterator[str]:
-    """The server's address; the bucket `bucket` is there, and the environment leads to it until the end of the block."""
+    """The address of the server. The bucket `bucket` exists, and the environment points to the server until the end of
+    the block.
+    """
     said, before = room / "address", dict(os.environ)
     process = subprocess.Popen([sys.executable, "-c", _PROGRAM, str(said)], stderr=subprocess.DEVNULL)
     try:

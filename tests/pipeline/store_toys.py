@@ -1,4 +1,4 @@
-"""Toy artifacts, and a program of its own that commits them, dies on the way, or races another: `store_toys.py WORK ROOT ...`."""
+"""Toy artifacts, and a program that commits them, ends on the way, or races another: `store_toys.py WORK ROOT ...`."""
 
 import json
 import os
@@ -59,13 +59,13 @@ def numbered(number: int) -> ToyStep:
 
 
 def child(work: str, *arguments: Any, faults: dict[str, Any] | None = None) -> subprocess.Popen[bytes]:
-    """This file as a process that does `work`, with faults placed on its way."""
+    """This file as a process that does `work`, with faults placed at its points."""
     environment = {**os.environ, VARIABLE: json.dumps(faults or {})}
     return subprocess.Popen([sys.executable, __file__, work, *map(str, arguments)], env=environment)
 
 
 def exit_code(work: str, *arguments: Any, faults: dict[str, Any] | None = None) -> int:
-    """How `work` ends: its exit code, negative for a signal."""
+    """The exit code of `work`, negative for a signal."""
     return child(work, *arguments, faults=faults).wait(60)
 
 

@@ -1,4 +1,4 @@
-"""The Python API says what the command line says, and gives state dicts what files get, bit for bit."""
+"""The Python API gives the answers of the command line, and merges state dicts like files, bit for bit."""
 
 import json
 import re
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +16,12 @@ from safetensors.torch import save_file as save_torch
 
 import temporal_merge as tm
 from merge_service.errors import UserError
-from merge_service.techniques import names
+from merge_service.techniques import get, names
+from pipeline.plan.file import write as write_plan
+from pipeline.report.notebook import as_html, bar_of_notebook
+from pipeline.run.progress import Moment
 from tests.merge_service.toys import Files, load
+from tests.pipeline.tracked_study import finished_study
 from tests.world import ROOT, TASKS, World
 
 
@@ -41,7 +46,7 @@ def test_techniques_are_those_of_the_command(cli) -> None:
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
-@pytest.mark.parametrize("technique", names())
+@pytest.mark.parametrize("technique", [name for name in names() if not get(name).evidence])
 def test_state_dicts_give_the_bits_of_files_for_every_technique(
     technique: str, kind: str, tmp_path: Path
 ) -> None:
@@ -234,3 +239,112 @@ def test_state_dict_that_shares_one_tensor_under_two_names_stays_so() -> None:
     assert again["lm_head.weight"] is not again["embed.weight"]
     apart = tm.merge("dare", [model(1), model(2, tie=False)], model(0))
     assert not torch.equal(apart["lm_head.weight"], apart["embed.weight"])
+
+
+# --- runs, notebooks, messages ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tm.Run:
+    """A run with invented results."""
+    study = finished_study(
+        tmp_path_factory.mktemp("out"), strategies=("zero_shot", "best_in_time"), tasks=("animals", "scripts")
+    )
+    write_plan(study.plan, study.out / "plan.json")
+    return tm.open_run(study.out)
+
+
+def test_run_says_how_it_stands_and_whether_its_artifacts_are_whole(finished: tm.Run, tmp_path: Path) -> None:
+    assert finished.status()["state"] == "done"
+    assert finished.verify() == []
+    out = tmp_path / "out"
+    shutil.copytree(finished.out, out)
+    next((out / "store" / "evaluate").glob("*/record.json")).write_text("{}")
+    assert len(tm.open_run(out).verify()) > 0
+
+
+@pytest.mark.ray
+def test_run_writes_its_report(undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    page = tm.open_run(out).report()
+    assert page == out / "report" / "report.html" and page.is_file()
+
+
+def test_run_draws_figures_of_its_report_as_charts(finished: tm.Run) -> None:
+    run = finished
+    for chart in (run.plot_plane(), run.plot_over_time()):
+        spec = chart.to_dict()
+        rows = [row for data in spec["datasets"].values() for row in data]
+        assert {"best_in_time", "zero_shot"} <= {row["group"] for row in rows}
+    with pytest.raises(UserError, match="split = 'val': the study is scored on test"):
+        run.plot_plane("val")
+
+
+def test_run_in_a_notebook_is_a_table_of_its_strategies(finished: tm.Run) -> None:
+    shown = finished._repr_html_()
+    assert "complete" in shown and shown.count("<tr>") == 3 and "best_in_time" in shown
+
+
+def test_sync_of_a_run_says_what_is_left(finished: tm.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.tracking.tracker.sync", lambda out: (2, "it is down"))
+    assert finished.sync() == {"tracker_pending": 2, "reason": "it is down"}
+
+
+def test_messages_speak_of_arguments_and_leave_commands_alone(
+    finished: tm.Run, world: World, tmp_path: Path
+) -> None:
+    files = Files(tmp_path)
+    study = world.study()
+    for match, call in {
+        "^out .* is one of the inputs .* give another out$": lambda: tm.merge("average", files.paths, out=files.paths[0]),
+        "give the base .base.$": lambda: tm.merge("ties", files.paths, out=files.out),
+        "^overrides: recipe.lr": lambda: tm.load_study(study, ["recipe.lr=x"]),
+        "^overrides nonsense: write key.path=value": lambda: tm.load_study(study, ["nonsense"]),
+        "^split train: there is no such split": lambda: tm.evaluate(tmp_path, tm.load_study(study), split="train"),
+        "^datasets: the study does not score x": lambda: tm.evaluate(tmp_path, tm.load_study(study), ["x"]),
+        "^address 'nowhere': give": lambda: tm.run(tm.load_study(study), tmp_path / "out", "nowhere"),
+        "^split val: the study is scored on test": lambda: finished.report("val"),
+        "^val 2 must be a share": lambda: tm.import_data(tmp_path, tmp_path / "root", val=2),
+        "^there is no option 'colour'; choose from name, role": lambda: tm.import_data(tmp_path, tmp_path / "root", colour=2),
+        "`temporal-merge import-data SOURCE --out ": lambda: tm.init(tmp_path / "s.yaml", tmp_path / "none", "ViT-B-32"),
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=match) as error:
+            call()
+        assert not re.search(r"--[a-z]", re.sub(r"`[^`]*`", "", str(error.value)))
+
+
+def test_notebook_view_shows_a_moment_and_escapes_what_others_wrote() -> None:
+    running = (("t1 <b>", {"step": 5, "steps": 10, "samples": 40, "rate": 8.0, "loss": 0.5}, 9.0),)
+    shown = as_html(Moment(3, 10, 60.0, 120.0, 0.4, running, (("best", 1, 2, 0.5),), notes=("a & b",)))
+    for text in (
+        "3 of 10 steps done",
+        "60 s, about 2 min left",
+        "value='0.4000'",
+        "t1 &lt;b&gt;",
+        "8 samples/s",
+        "1/2",
+        "0.500",
+        "a &amp; b",
+    ):
+        assert text in shown
+    assert bar_of_notebook() is None, "no notebook here"
+
+
+def test_notebook_shows_one_output_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    handle = SimpleNamespace(update=lambda value: shown.append(f"again {value}"))
+    display = SimpleNamespace(
+        HTML=lambda text: text[:5], display=lambda value, display_id: (shown.append(value), handle)[1]
+    )
+    monkeypatch.setitem(
+        sys.modules,
+        "IPython",
+        SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=1), display=display),
+    )
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    bar = bar_of_notebook()
+    assert bar is not None
+    bar(Moment(0, 1, 0.0))
+    bar(Moment(1, 1, 0.0))
+    assert shown == ["<div>", "again <div>"]

@@ -1,4 +1,4 @@
-"""Fingerprints: equal meaning, equal name; no stable form, no name."""
+"""Fingerprints: equal meaning gives an equal name; a value without a stable form has none."""
 
 import json
 import os

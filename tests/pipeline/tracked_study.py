@@ -1,7 +1,8 @@
-"""A small study, planned and finished without training anything: what tracking sees of one, with real records and files."""
+"""A small study, planned and finished without training, as tracking sees one, with real records and files."""
 
 import hashlib
 import json
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,11 @@ HELD_OUT = ("mnist", "icons")
 STRATEGIES = ("zero_shot", "offline_merging", "continual_finetuning", "best_in_time")
 EXPERIMENT = "tests"
 START_MS = 1_790_000_000_000
+MODEL_FILES = [
+    "MLmodel", "code", "conda.yaml", "input_example.json", "manifest.json", "open_clip_config.json", "open_clip_model.safetensors",
+    "python_env.yaml", "requirements.txt", "serving_input_example.json",
+]  # fmt: skip
+"""What a logged model consists of."""
 
 
 @dataclass
@@ -52,8 +58,9 @@ class Tracked:
         finish: bool = True,
         best: str | None = None,
     ) -> Recorder:
-        """Tell an outbox the whole study, its steps in the plan's order unless another is given. `best` is registered; by
-        default the last trajectory."""
+        """Record the whole study in an outbox, its steps in the plan's order unless another is given. `best` is registered; by
+        default the last trajectory.
+        """
         best = best or self.plan.trajectories[-1].id
         recorder = Recorder(self.projection(), outbox, self.out)
         recorder.study_started(START_MS)
@@ -72,9 +79,10 @@ def finished_study(
     tasks: Sequence[str] = TASKS,
     axes: Mapping[str, Any] | None = None,
     log_weights: bool = True,
-    weights_bytes: int = 1000,
+    weights: Path | None = None,
 ) -> Tracked:
-    """Plan a study and commit an invented result for each of its steps."""
+    """Plan a study and commit an invented result for each of its steps; all weights are those in the directory `weights`, or no
+    weights at all but a file."""
     study = study_from(
         {
             "name": "demo",
@@ -97,10 +105,8 @@ def finished_study(
     out.mkdir(parents=True, exist_ok=True)
     store = Store(out / "store")
     store.prepare()
-    base = _commit(store, plan.bases[base_of(plan)], {}, weights_bytes)
-    records = {
-        fp: _commit(store, step, _result(plan, step), weights_bytes) for fp, step in plan.steps.items()
-    }
+    base = _commit(store, plan.bases[base_of(plan)], {}, weights)
+    records = {fp: _commit(store, step, _result(plan, step), weights) for fp, step in plan.steps.items()}
     (out / "study.yaml").write_text(study.resolved_yaml())
     (out / "plan.json").write_text("{}\n")
     registry = {"name": "demo", "by": "gm", "alias": "best"}
@@ -112,10 +118,13 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _commit(store: Store, step: Step, result: dict[str, Any], weights_bytes: int) -> Record:
+def _commit(store: Store, step: Step, result: dict[str, Any], weights: Path | None) -> Record:
     with store.staged(step) as stage:
-        if step.kind != "evaluate":
-            (stage / WEIGHTS_FILE).write_bytes(step.fingerprint.encode() * (weights_bytes // 64 + 1))
+        if step.kind != "evaluate" and weights is not None:
+            for name in (WEIGHTS_FILE, CONFIG_FILE):
+                shutil.copyfile(weights / name, stage / name)
+        elif step.kind != "evaluate":
+            (stage / WEIGHTS_FILE).write_bytes(step.fingerprint.encode() * 16)
             (stage / CONFIG_FILE).write_text("{}")
         return store.commit(step, stage, result, seconds=2.5)
 
@@ -127,6 +136,7 @@ def _result(plan: Plan, step: Step) -> dict[str, Any]:
         return {
             "steps": 20, "samples": 640, "seconds": 2.0, "samples_per_second": 320.0, "loss": curve,
             "lr": [1e-4, 1e-3, 1e-6], "task_vector_norm": 0.5, "resumed_from": None,
+            "system": {"time_ms": [START_MS, START_MS + 10_000], "cpu_utilization_percentage": [80.0, 90.0]},
         }  # fmt: skip
     if step.kind == "merge":
         return {"merge_seconds": 0.1, "merged_norm": 0.4 + step.t / 10, "expert_norm": 0.5, "cosine": 0.6}
@@ -150,6 +160,6 @@ def deliver(study: Tracked, outbox: Outbox, on_sent: Callable[[Entry], None] | N
 
 
 def exported(study: Tracked) -> list[dict[str, Any]]:
-    """The export without what says where and when: the bytes' own names."""
+    """The export without places and times, named by content."""
     text = json.dumps(export(local_uri(study.out), EXPERIMENT))
     return json.loads(text.replace(str(study.out), "OUT"))

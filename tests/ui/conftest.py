@@ -1,4 +1,4 @@
-"""A real browser for what people look at: the system's chromium, headless, driven over its own protocol."""
+"""A real browser for the pages: the system's chromium, headless, driven over its own protocol."""
 
 import os
 import shutil
@@ -31,8 +31,9 @@ def browser() -> Iterator["Browser"]:
 
 @pytest.fixture
 def page(browser: "Browser", request: pytest.FixtureRequest) -> Iterator["Page"]:
-    """A page at 1280 px. It fails the test when a script of the page fails or anything but loopback and files is asked for. With SCREENSHOTS=DIR
-    what it shows at the end is kept there."""
+    """A page at 1280 px. It fails the test if a script of the page fails or anything but loopback and files is requested. With
+    SCREENSHOTS=DIR its final content is kept there.
+    """
     context = browser.new_context(viewport={"width": WIDTH, "height": HEIGHT})
     opened = context.new_page()
     wrong: list[str] = []

@@ -1,4 +1,4 @@
-"""The MLflow UI as a person sees it: from the study to a served checkpoint and its files, by clicking."""
+"""The MLflow UI as a user sees it: from the study to a served checkpoint and its files, by clicking."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ PATIENCE_MS = 60_000
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The door of the UI on a delivered study."""
+    """The address of the UI on a delivered study."""
     out = tmp_path_factory.mktemp("ui")
     study = finished_study(out, strategies=("zero_shot", "best_in_time"))
     outbox = study.outbox()
@@ -36,7 +36,8 @@ def test_person_clicks_from_study_to_trajectory_to_model_to_its_files(address: s
     page.set_default_timeout(PATIENCE_MS)
     page.goto(address)
     page.get_by_role("link", name="demo", exact=True).click()
-    page.get_by_text("2 trajectories over").wait_for()
+    page.get_by_text("with the highest GM at its last t").wait_for()
+    page.get_by_role("link", name="best_in_time-t3-photos_b").first.wait_for()
     assert "Agent versions" not in page.inner_text("body"), "the view is not the one for model training"
 
     page.get_by_role("link", name="best_in_time", exact=True).first.click()
@@ -66,6 +67,22 @@ def test_person_clicks_from_study_to_trajectory_to_model_to_its_files(address: s
     model.get_by_text("open_clip_model.safetensors").first.wait_for()
     model.get_by_text("manifest.json").first.click()
     model.get_by_text("experts_total").first.wait_for()
+    model.get_by_text("MLmodel").first.click()
+    model.get_by_text("loader_module").first.wait_for()
+
+
+@pytest.mark.slow
+def test_person_sees_what_an_expert_learned_from_and_what_the_machine_did(address: str, page: "Page") -> None:
+    page.set_default_timeout(PATIENCE_MS)
+    page.goto(address)
+    page.get_by_role("link", name="demo", exact=True).click()
+    page.get_by_role("link", name="experts (3)", exact=True).first.click()
+    page.get_by_role("link", name="expert t=3 photos_b · init ema · average", exact=True).first.click()
+    page.get_by_text("The expert of photos_b (t=3)").wait_for()
+    page.get_by_role("link", name="expert-t3-photos_b-init_ema-average").first.wait_for()
+    assert "photos_b" in page.inner_text("body") and "training" in page.inner_text("body").lower()
+    page.get_by_text("System metrics", exact=True).first.click()
+    page.get_by_text("cpu_utilization_percentage").first.wait_for()
 
 
 @pytest.mark.slow
@@ -73,7 +90,11 @@ def test_person_finds_the_best_model_in_the_registry(address: str, page: "Page")
     page.set_default_timeout(PATIENCE_MS)
     page.goto(address)
     page.get_by_role("link", name="Model registry").click()
-    page.get_by_role("button", name="Try it now").click()  # MLflow greets whoever opens its registry first
+    page.get_by_role(
+        "button", name="Try it now"
+    ).click()  # MLflow shows an introduction on the first visit of its registry
     page.get_by_role("link", name="Version 1").first.click()
     page.get_by_text("highest GM at its last t").wait_for()
+    page.get_by_role("link", name="best_in_time-t3-photos_b").first.wait_for()
+    page.get_by_text("Inputs (2)").first.wait_for()
     assert "best" in page.inner_text("body")

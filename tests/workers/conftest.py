@@ -1,4 +1,4 @@
-"""What the tests of the workers share."""
+"""Shared fixtures of the tests of the workers."""
 
 from pathlib import Path
 

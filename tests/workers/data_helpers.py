@@ -1,4 +1,4 @@
-"""Tiny synthetic datasets for the tests of the data room."""
+"""Tiny synthetic datasets for the tests of data."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from workers.data.batches import Batches
 from workers.data.writer import Sample, write_dataset
+from workers.feed.device import Host
+from workers.feed.pixels import Pixels
+from workers.feed.ring import ready
 from workers.jobs import EngineSpec, Source, TrainJob
 
 PREPROCESS = {"size": 8, "mean": (0.48, 0.46, 0.41), "std": (0.27, 0.26, 0.28)}
@@ -39,6 +43,12 @@ def write_coloured(root: Path, name: str, count: int, classes: int = 3, first: i
 def words(texts: list[str]) -> torch.Tensor:
     """A tokenizer for tests: the characters' codes, padded to 16."""
     return torch.tensor([[ord(letter) for letter in text[:16].ljust(16)] for text in texts])
+
+
+def batch(batches: Batches, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch on the CPU: images float32 [b, 3, H, W] and the tokens of each, int64 [b, context]."""
+    made = ready(batches, Pixels(PREPROCESS, Host.place), step)
+    return made.images, made.tokens[made.places]
 
 
 def job(

@@ -34,7 +34,7 @@ def write_config(directory: Path, **changes: Any) -> Path:
 
 
 def noisy(classes: int, count: int, seed: int, shape: tuple[int, int] = (32, 32)) -> list[Sample]:
-    """Classes that differ by a pattern under noise: learnable in a few steps, not trivially."""
+    """Classes that differ by a pattern under noise: learnable in a few steps, but not trivial."""
     rng = np.random.default_rng(seed)
     patterns = rng.integers(0, 255, (classes, *shape, 3))
     samples = []
@@ -103,7 +103,7 @@ def make_toys(root: Path) -> Toys:
 def apart(
     one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], start: dict[str, torch.Tensor]
 ) -> float:
-    """Distance of two models as a share of the way `other` has come from `start`.
+    """Distance of two models as a share of the distance of `other` from `start`.
 
     Not per element: Adam turns the rounding noise of a gradient that is zero in exact arithmetic (a key's bias) into whole steps.
     """

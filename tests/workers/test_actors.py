@@ -1,4 +1,4 @@
-"""The expert actor around training: what it leaves besides the artifact."""
+"""The expert actor around training: its output besides the artifact."""
 
 import json
 from collections.abc import Callable

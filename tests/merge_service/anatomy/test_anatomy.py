@@ -1,4 +1,4 @@
-"""What tensor names say: towers, stacks, depth; the same model under other names merges to the same numbers."""
+"""The meaning of tensor names: towers, stacks, depth; the same model under other names merges to the same numbers."""
 
 from pathlib import Path
 

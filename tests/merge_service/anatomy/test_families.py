@@ -1,11 +1,11 @@
-"""The families that people merge, as their libraries save them: towers and depths, in a table of docs/merging.md."""
+"""Common model families, as their libraries save them: towers and depths, in a table of docs/merging.md."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from merge_service.anatomy import Anatomy, anatomy_of, described
+from merge_service.anatomy import ByName, anatomy_of, described
 from merge_service.checkpoints import Checkpoint
 from merge_service.merge import merge
 from tests.merge_service.families import FAMILIES
@@ -26,12 +26,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-def anatomy(path: Path) -> Anatomy:
+def anatomy(path: Path) -> ByName:
     with Checkpoint.open(path) as checkpoint:
         return anatomy_of({name: info.shape for name, info in checkpoint.tensors.items()})
 
 
-def row(family: str, found: Anatomy) -> str:
+def row(family: str, found: ByName) -> str:
     stacks = "; ".join(
         f"{tower}: " + ", ".join(f"`{name}` ({depth})" for name, depth in sorted(stacks.items()))
         for tower, stacks in found.stacks.items()

@@ -1,4 +1,4 @@
-"""Matrices packed in one tensor are merged as the matrices they are, or the report says that they were not."""
+"""Packed matrices in one tensor are merged one by one, or the report says that they were not."""
 
 import json
 from pathlib import Path
@@ -65,7 +65,7 @@ CASES = {
 
 
 class World:
-    """Three models with a packed tensor, and the same with its matrices apart."""
+    """Three models with a packed tensor, and the same models with separate matrices."""
 
     def __init__(self, room: Path, case: str) -> None:
         self.name, self.pack, rows, beside, config = CASES[case]
@@ -86,7 +86,7 @@ class World:
         ]
 
     def shaped(self, matrix: np.ndarray) -> np.ndarray:
-        """A matrix as the packed tensor holds it: [in, out] where that is how it is packed."""
+        """A matrix in the form of the packed tensor: [in, out] if it is packed so."""
         transposed = self.pack is columns or (
             self.pack not in (stacked, per_head) and "_proj" in self.name and self.in_columns
         )
@@ -97,7 +97,7 @@ class World:
         return CASES["experts, columns"][1] is self.pack or CASES["GPT-OSS"][1] is self.pack
 
     def both(self, work) -> tuple[np.ndarray, np.ndarray]:
-        """The packed tensor as it comes out, and as its matrices come out apart, packed."""
+        """The merged packed tensor, and the merged separate matrices, packed."""
         report = work(self.packed, self.room / "p.safetensors")
         work(self.apart, self.room / "a.safetensors")
         apart = toys.load(self.room / "a.safetensors")

@@ -1,4 +1,4 @@
-"""The search for the number at a rank: exact from whatever window it begins."""
+"""The search for the number at a rank: exact from any first window."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Reading and writing checkpoints: the format as others write it, and files that are damaged or built to harm."""
+"""Reading and writing checkpoints: the format as other libraries write it, and files that are damaged or malicious."""
 
 import json
 import random

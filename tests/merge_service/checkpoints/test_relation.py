@@ -1,4 +1,4 @@
-"""An expert that was trained from the base is taken, however it was trained; one that cannot have been is refused."""
+"""An expert that was trained from the base is accepted for any training method; one that cannot have been is refused."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def tuned(rng: np.random.Generator, base: Tensors, far: float = 0.05) -> Tensors
 
 
 def permuted(rng: np.random.Generator, base: Tensors) -> Tensors:
-    """The same function: hidden units of every MLP in another order."""
+    """The same function, with the hidden units of every MLP in another order."""
     made = dict(base)
     for name in [name for name in base if name.endswith("up.weight")]:
         order = rng.permutation(len(base[name]))
@@ -76,7 +76,7 @@ def test_fine_tuned_experts_are_taken_and_strangers_measured(kin: dict[str, Path
 
 def test_without_a_base_experts_are_held_against_the_first(kin: dict[str, Path], tmp_path: Path) -> None:
     merge("average", {}, None, [kin["tuned"], kin["other"]], tmp_path / "m.safetensors")
-    with pytest.raises(UnrelatedCheckpoint, match="what the first expert was"):
+    with pytest.raises(UnrelatedCheckpoint, match="the base of the first expert"):
         merge("average", {}, None, [kin["tuned"], kin["stranger"]], tmp_path / "m.safetensors")
 
 

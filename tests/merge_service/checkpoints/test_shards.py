@@ -1,4 +1,4 @@
-"""Output in shards: the single file's tensors in Hugging Face's layout, whole at every moment, and what dead runs left."""
+"""Output in shards: the tensors of the single file in Hugging Face's layout, complete at every moment, and leftovers of runs that ended."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def files(tmp_path: Path) -> Files:
 
 
 def sharded(files: Files, shard_bytes: int | None = 80, name: str = "m.safetensors", **options) -> Path:
-    """The sharded merge, as what its report says can be opened."""
+    """The sharded merge; returns the path that its report gives."""
     report = merge(
         "ties", {}, files.start, files.paths, files.room / "out" / name, shard_bytes=shard_bytes, **options
     )

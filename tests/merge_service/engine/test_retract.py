@@ -1,4 +1,4 @@
-"""Taking an expert out of a streaming state, or putting another in its place: exact where numbers are, refused where not."""
+"""Removing an expert from a streaming state, or replacing it: exact where the arithmetic is, refused where it is not possible."""
 
 from pathlib import Path
 from typing import Any

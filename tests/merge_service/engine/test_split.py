@@ -1,4 +1,4 @@
-"""A merge in parts is the merge: bytes, report and errors, whatever the number of parts and whatever is merged."""
+"""A merge in parts equals the merge in one process: bytes, report and errors, for any number of parts."""
 
 import dataclasses
 import json
@@ -18,6 +18,7 @@ from merge_service.engine.split import cut
 from merge_service.engine.task import Input, MergeTask
 from merge_service.errors import CheckpointError, IncompatibleCheckpoint, NonFiniteCheckpoint, TechniqueError
 from merge_service.merge import fold, merge
+from tests.merge_service import measured
 from tests.merge_service.parts import here
 from tests.merge_service.toys import dyadic, load, save, towers
 
@@ -50,8 +51,10 @@ class World:
         return save(self.room / f"{name}.safetensors", weights, ALIKE, STORED)
 
     def merged(self, name: str, params: dict[str, Any], **options: Any) -> tuple[bytes, dict[str, Any]]:
-        """The bytes that a merge writes, and what it reports."""
+        """The bytes and the report of a merge."""
         experts = self.experts[: techniques.get(name).arity]
+        for path in experts:
+            measured.of_technique(name, path)
         report = merge(name, params, self.base, experts, self.out, **options)
         return self.out.read_bytes(), dataclasses.asdict(report) | {"seconds": None}
 
@@ -175,7 +178,7 @@ def test_mistake_is_told_before_anybody_is_hired(world: World, tmp_path: Path) -
 def test_thresholds_that_parts_found_are_kept_as_those_of_the_merge(world: World, tmp_path: Path) -> None:
     kept = []
     for split in (None, Split(3, here)):
-        world.merged("ties", {}, keep_limits=tmp_path / str(len(kept)), split=split)
+        world.merged("ties", {}, keep_thresholds=tmp_path / str(len(kept)), split=split)
         kept.append({file.name: file.read_bytes() for file in (tmp_path / str(len(kept))).iterdir()})
     assert kept[0] == kept[1] and len(kept[0]) == 3
 

@@ -1,4 +1,4 @@
-"""Names are forced to disk by everything that writes files for others, and only a file system that cannot is excused."""
+"""Everything that writes files syncs their names; only file systems that cannot sync directories are exempt."""
 
 import errno
 import os

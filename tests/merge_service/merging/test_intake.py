@@ -1,4 +1,4 @@
-"""What comes into a merge: mended where only the form differs, refused by name where the numbers are none, named by content."""
+"""Inputs of a merge: adapted if only the form differs, refused by name if the numbers cannot be merged, named by content."""
 
 import contextlib
 import hashlib
@@ -42,7 +42,7 @@ def files(tmp_path: Path) -> Files:
 
 
 FOREIGN: dict[str, tuple[str, bytes, str]] = {
-    "zip of torch": ("a.safetensors", b"PK\x03\x04" + bytes(600), "pickle of torch.*weights_only=True"),
+    "zip of torch": ("a.safetensors", b"PK\x03\x04" + bytes(600), "pickle of torch.*temporal-merge convert"),
     "old pickle": ("a.safetensors", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P" + bytes(600), "pickle of torch"),
     "by its name": ("a.ckpt", b"anything at all", "by its name a pickle of torch"),
     "pointer": ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
@@ -99,7 +99,7 @@ QUANTISED: dict[str, tuple[Tensors, dict[str, str]]] = {
 
 
 def stored(path: Path, tensors: Tensors, dtypes: dict[str, str]) -> Path:
-    """As `toys.save`, with bytes under whatever dtype of one byte is asked for."""
+    """As `toys.save`, with bytes under any dtype of one byte."""
     from merge_service.checkpoints import CheckpointWriter
 
     layout = {n: (dtypes.get(n, toys.DTYPE.get(v.dtype, "I8")), v.shape) for n, v in tensors.items()}

@@ -1,4 +1,4 @@
-"""Merging files: what comes out besides the numbers, identities of TIME, and inputs that must be refused."""
+"""Merging files: properties of the output besides its numbers, identities of TIME, and inputs that must be refused."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from merge_service.errors import (
 )
 from merge_service.merge import advance, fold, merge
 from merge_service.merging.geometry import geometry
-from tests.merge_service import toys
+from tests.merge_service import measured, toys
 from tests.merge_service.toys import Files
 
 
@@ -341,9 +341,9 @@ def test_sharded_experts_merge_like_whole_ones(files: Files) -> None:
 def test_tensor_without_elements_is_kept_and_changes_nothing(files: Files, tmp_path: Path, name: str) -> None:
     def with_empty(path: Path) -> Path:
         tensors = toys.load(path) | {"visual.none.weight": np.empty((0, 4), np.float32)}
-        return toys.save(tmp_path / f"empty-{path.name}", tensors)
+        return measured.of_technique(name, toys.save(tmp_path / f"empty-{path.name}", tensors))
 
-    paths = files.paths[: techniques.get(name).arity or 2]
+    paths = [measured.of_technique(name, path) for path in files.paths[: techniques.get(name).arity or 2]]
     ids = [path.name for path in paths]
     merge(name, {}, files.start, paths, files.out, ids=ids)
     expected = toys.load(files.out)

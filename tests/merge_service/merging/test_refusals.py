@@ -1,4 +1,4 @@
-"""Inputs that must be refused: by name, before anything is written, and leaving nothing behind."""
+"""Inputs that must be refused: by name, before anything is written, with nothing left behind."""
 
 from pathlib import Path
 

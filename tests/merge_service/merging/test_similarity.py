@@ -12,7 +12,7 @@ from tests.merge_service.toys import load, save, towers
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
-    """A base and three experts; `same` moved as `one` did, `against` the other way."""
+    """A base and three experts; `same` moved like `one`, `against` in the opposite direction."""
     rng = np.random.default_rng(0)
     base = towers(rng)
     steps = {

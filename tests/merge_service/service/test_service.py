@@ -1,4 +1,4 @@
-"""The merge service: arrivals in any order, twice, or wrong; and the cache of streaming states beneath it."""
+"""The merge service: arrivals in any order, repeated, or wrong; and the cache of streaming states below it."""
 
 import itertools
 import shutil

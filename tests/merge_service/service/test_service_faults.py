@@ -1,4 +1,4 @@
-"""The merge service over any schedule of arrivals and crashes, and over two hundred arrivals: same bytes, nothing grows."""
+"""The merge service over any schedule of arrivals and crashes, and over two hundred arrivals: same bytes, no growth."""
 
 import contextlib
 import gc
@@ -40,7 +40,7 @@ def stream(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def golden(stream: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What is served after each arrival when nothing goes wrong."""
+    """The served models after each arrival without any fault."""
     with MergeService(STRATEGY, stream[0], tmp_path_factory.mktemp("golden")) as service:
         for t in range(1, T + 1):
             service.arrive(t, stream[t])
@@ -91,7 +91,7 @@ def test_any_schedule_of_arrivals_duplicates_conflicts_and_crashes_serves_the_sa
 
 
 def held() -> tuple[int, int, int]:
-    """Open files, threads, and memory of its own in bytes, of this process."""
+    """Open files, threads, and private memory in bytes of this process."""
     gc.collect()
     resident = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert resident is not None
@@ -118,7 +118,7 @@ def test_two_hundred_arrivals_take_no_more_files_threads_or_memory_than_twenty(
 
 
 class Full(OSError):
-    """What a file system says."""
+    """The error of a full file system."""
 
 
 @pytest.mark.parametrize("place", ["state", "model"])
@@ -141,7 +141,7 @@ def test_arrival_whose_merge_fails_is_forgotten_and_completes_when_it_comes_agai
 
 @contextlib.contextmanager
 def fails_at(number: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """From the `number`-th merge on, files get no name."""
+    """From the `number`-th merge on, files cannot be renamed."""
     made = count(1)
     publish = CheckpointWriter.publish
 

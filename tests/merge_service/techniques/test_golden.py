@@ -1,4 +1,4 @@
-"""Every technique against the numbers its reference implementation gave."""
+"""Every technique compared with the numbers of its reference implementation."""
 
 import json
 from pathlib import Path

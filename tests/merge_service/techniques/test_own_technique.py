@@ -1,4 +1,4 @@
-"""Techniques that somebody else wrote: known, checked, executed and told apart as ours are."""
+"""Users' own techniques: registered, checked, executed and identified like the built-in ones."""
 
 import dataclasses
 import hashlib
@@ -26,14 +26,14 @@ from merge_service.techniques import (
     own,
     registry,
 )
-from merge_service.techniques.definition import COUNT_FROZEN, DENSITY, GRANULARITY
-from merge_service.techniques.rules import Sum
+from merge_service.techniques.families.sums import Sum
+from merge_service.techniques.params import COUNT_FROZEN, DENSITY, GRANULARITY
 from tests.merge_service.toys import Files, load, made
 
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What a test declares is gone after it."""
+    """Remove what a test declares."""
     monkeypatch.setattr(registry, "_declared", {})
     techniques.forget_table()
     yield
@@ -115,7 +115,7 @@ def test_rule_that_gives_numbers_that_are_not_finite_writes_nothing(tmp_path: Pa
 
 
 class Strongest(Rule):
-    """Per element the task vector of largest magnitude, as magmax has it; written as somebody else would."""
+    """Per element the task vector of largest magnitude, as in magmax; written as a user would."""
 
     floats = ("held",)
 
@@ -181,7 +181,7 @@ def test_own_rule_over_thinned_out_task_vectors_keeps_their_thresholds_as_ours_d
     ours = tmp_path / "ours.safetensors"
     for name, out in (("summed", files.out), ("ties", ours)):
         params = {"density": 0.5, "scale": 0.25}
-        merge(name, params, files.start, files.paths[:1], out, keep_limits=kept)
+        merge(name, params, files.start, files.paths[:1], out, keep_thresholds=kept)
     (file,) = kept.iterdir()
     assert len(json.loads(file.read_text())["entries"]) == 1  # what the first found, the second used
     assert values(files.out) == values(ours)
@@ -230,7 +230,7 @@ def test_installed_technique_is_known_and_a_broken_one_says_why_only_when_asked_
         EntryPoint("other", "package_of_techniques:installed", registry.GROUP),
         EntryPoint("ties", "package_of_techniques:installed", registry.GROUP),
     ]
-    monkeypatch.setattr(registry, "entry_points", lambda group: entries)
+    monkeypatch.setattr(registry, "entries", lambda: entries)
     registry._installed.cache_clear()
     techniques.forget_table()
     assert "installed" in names() and get("installed").origin is not None

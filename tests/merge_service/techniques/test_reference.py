@@ -1,4 +1,4 @@
-"""Every technique and form against an independent, plain implementation, on models with all the awkward tensors."""
+"""Every technique and form compared with an independent, plain implementation, on models with all special tensors."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ import pytest
 
 from merge_service import techniques
 from merge_service.merge import fold, merge
+from tests.merge_service import measured, toys
 from tests.merge_service import plain_extra as plain
-from tests.merge_service import toys
 
 ELECT = {"consensus": ["mean", "sum", "max"], "granularity": ["model", "tower", "tensor"]}
 VARIANTS = {
@@ -36,6 +36,12 @@ VARIANTS = {
     "model_stock": {"ratio": ["raw"]},
     "iso_c": {"scale": [0.5], "attention": ["whole"], "text_projection": ["mean"]},
     "iso_cts": {"common_fraction": [0.3, 1], "attention": ["whole"], "text_projection": ["mean"]},
+    "svc_task_arithmetic": {
+        "alpha": [0.5, 2],
+        "scale": [1],
+        "scope": ["matrices"],
+        "attention": ["whole"],
+    },
     "opcm": {"alpha": [0.2, 1], "attention": ["whole"]},
     "rapf": {"floor": [0, 0.3, 1], "attention": ["whole"]},
     "breadcrumbs": {
@@ -98,7 +104,7 @@ def agree(out: Path, expected: dict, base: dict) -> None:
 
 
 def test_every_technique_is_covered() -> None:
-    assert set(VARIANTS) == set(techniques.names())
+    assert set(VARIANTS) | measured.BY_GOLDEN == set(techniques.names())
 
 
 @pytest.mark.parametrize(("name", "params"), CASES, ids=str)
@@ -113,7 +119,7 @@ def test_merge_agrees_with_the_plain_implementation(models, name: str, params: d
     assert report.merged_norm == pytest.approx(float(np.linalg.norm(moved)), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", [n for n in techniques.names() if "fold" in techniques.get(n).forms])
+@pytest.mark.parametrize("name", [n for n in VARIANTS if "fold" in techniques.get(n).forms])
 def test_fold_agrees_with_the_plain_implementation_of_two(models, name: str, tmp_path: Path) -> None:
     base, experts, paths = models
     running, ids, before = paths[0], ("running", "new"), base

@@ -84,12 +84,12 @@ class World:
         self.paths = [toys.save(room / f"{t}.safetensors", e) for t, e in enumerate(self.experts, 1)]
 
     def _moved(self, own: dict[str, np.ndarray], drift: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """An expert of a direction of its own and one that all share; its logit_scale is past CLIP's ceiling of ln(100)."""
+        """An expert with a direction of its own and one that all share; its logit_scale is above CLIP's ceiling of ln(100)."""
         own["logit_scale"] = np.abs(own["logit_scale"]) + np.float32(7)
         return {name: np.asarray(value + own[name] + drift[name]) for name, value in self.base.items()}
 
     def model(self, strategy: Strategy, weights: timeline.Weights) -> Path:
-        """What a strategy that was translated serves, made as the pipeline makes it."""
+        """The model that a translated strategy serves, merged as the pipeline merges it."""
         if isinstance(weights, Base):
             return self.start
         if isinstance(weights, Expert):
@@ -119,7 +119,7 @@ def ours(world: World, strategy: Strategy, seeded: bool = False, t: int = TASKS)
 
 
 def agree(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    """To the rounding of float32; of elements where a sign or a rank was all but tied, one in a thousand may differ."""
+    """Equal up to the rounding of float32; one element in a thousand may differ, where a sign or a rank was almost tied."""
     assert set(found) == set(expected)
     size = max(float(np.abs(value).max()) for value in expected.values())
     wrong = sum(
@@ -226,7 +226,7 @@ def test_dare_keeps_task_vectors_over_density_or_nothing(tmp_path: Path, form: s
 @pytest.mark.parametrize("technique", ["dare_ties", "lines_dare_ties"])
 @pytest.mark.parametrize("form", ["fold", "merge"])
 def test_dare_is_theirs_in_expectation(tmp_path: Path, technique: str, form: str) -> None:
-    """Means over many draws, theirs with a generator and an exact share that is dropped, ours with hashes."""
+    """Means over many draws: theirs with a generator and an exact share that is dropped, ours with hashes."""
     world, draws = World(tmp_path, 6), 150
     options = {"lines": LINES} if technique.startswith("lines_") else {}
     prune = 0.7 if form == "fold" else 0.2

@@ -1,22 +1,29 @@
-"""The whole init x deploy grid, the presets, and what a strategy must not say."""
+"""The whole init x deploy grid, the presets, and strategies that are refused."""
 
 import itertools
 
 import pytest
 
 from merge_service.errors import TechniqueError
+from merge_service.techniques import get, names
 from merge_service.timelines import PRESETS, Base, Expert, Merged, Strategy
 from merge_service.timelines import time as timeline
 
 
 def value(strategy: Strategy, weights: timeline.Weights, w: float, experts: dict[int, float]) -> float:
-    """A weights value as a number, with averaging of scalars, the base being 0."""
+    """A weights value as a number, with averaging of scalars and 0 for the base."""
     if isinstance(weights, Base):
         return 0.0
     if isinstance(weights, Expert):
         return experts[weights.t]
     inputs = [value(strategy, parent, w, experts) for parent in timeline.parents(strategy, weights)]
     return sum(inputs) / len(inputs) if weights.policy == "all" else (1 - w) * inputs[0] + w * inputs[1]
+
+
+def made(strategy: Strategy, tasks: int) -> list[Merged]:
+    """The merges of a stream of so many tasks, in the order they are made."""
+    steps = (timeline.derivations(strategy, t, last=t == tasks) for t in range(1, tasks + 1))
+    return [merge.result for merges in steps for merge in merges]
 
 
 @pytest.mark.parametrize(
@@ -31,7 +38,7 @@ def test_grid_cell_follows_its_definition(init: str, deploy: str, seed: str) -> 
     strategy = Strategy(init, deploy, "average", {"weight": 0.25} if "ema" in (init, deploy) else {}, seed)
     timeline.check(strategy, 5)
     experts = {t: float(2**t) for t in range(1, 6)}
-    merges = timeline.needed_merges(strategy, 5)
+    merges = made(strategy, 5)
     assert len(set(merges)) == len(merges)
     for k in range(6):
         mean = sum(experts[t] for t in range(1, k + 1)) / max(k, 1)
@@ -50,10 +57,10 @@ def test_grid_cell_follows_its_definition(init: str, deploy: str, seed: str) -> 
 
 
 @pytest.mark.parametrize("seed", timeline.EMA_SEEDS)
-def test_needed_merges_come_after_what_they_are_made_of(seed: str) -> None:
+def test_merges_come_after_what_they_are_made_of(seed: str) -> None:
     strategy = Strategy("all", "ema", "ties", {}, seed)
     done: set[timeline.Weights] = set()
-    for merged in timeline.needed_merges(strategy, 4):
+    for merged in made(strategy, 4):
         for parent in timeline.parents(strategy, merged):
             assert not isinstance(parent, Merged) or parent in done
         done.add(merged)
@@ -97,7 +104,7 @@ def test_parameters_of_a_merge_are_those_of_its_form_alone() -> None:
         (Strategy("lates", "all", "average"), "did you mean latest"),
         (Strategy("base", "everything", "average"), "deploy: 'everything'"),
         (Strategy("base", "ema", "average", ema_seed="first_exprt"), "did you mean first_expert"),
-        (Strategy("latest", "base"), "experts that nobody serves"),
+        (Strategy("latest", "base"), "experts that are never served"),
         (Strategy("base", "all"), "needs a technique"),
         (Strategy("base", "base", None, {"scale": 1}), "no technique to take them"),
         (Strategy("base", "all", "slerp"), "cannot merge all experts"),
@@ -137,8 +144,16 @@ def test_strategies_that_diverge_say_so_before_they_run(init, deploy, technique,
     assert growth is None or any(growth in line and "without bound" in line for line in found)
 
 
+@pytest.mark.parametrize("technique", [one for one in names() if "fold" in get(one).forms])
+def test_growth_is_known_of_every_technique_that_folds(technique: str) -> None:
+    """Also of one without a factor of the task vector, where nothing grows."""
+    for init in ("ema", "latest"):
+        found = timeline.warnings(Strategy(init, "ema", technique, {}))
+        assert bool(found) == (init == "ema" and technique == "lines_task_arithmetic")
+
+
 def test_warning_of_growth_states_the_factor_over_a_stream_and_foretells_no_score() -> None:
-    """On ten tasks a factor of .6 was the best of a grid, so what grows is said, and not that it ends badly."""
+    """On ten tasks a factor of .6 was the best of a grid, so the warning states the growth, and no bad result."""
     (line,) = timeline.warnings(Strategy("ema", "ema", "task_arithmetic", {"scale": 0.6}))
     assert (
         "6.19 times after 10 tasks, 38.3 times after 20" in line and "scale <= 0.5 keeps it bounded" in line

@@ -1,13 +1,16 @@
-"""The command line where nothing runs: help, techniques, and mistakes about studies and directories."""
+"""The command line without a run: help, techniques, and mistakes about studies and directories."""
 
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
+from safetensors.numpy import save_file
 
 from merge_service import techniques
 from pipeline.cli.app import PANELS, app
@@ -15,7 +18,7 @@ from pipeline.cli.files import technique_names
 from pipeline.workspace.lock import driver_lock
 from tests.world import World, command
 
-COMMANDS = tuple(function.__name__ for commands in PANELS.values() for function in commands)
+COMMANDS = tuple(function.__name__.replace("_", "-") for commands in PANELS.values() for function in commands)
 
 
 def refused(answer: Any, *says: str) -> None:
@@ -95,7 +98,7 @@ def test_errors_have_no_colours_where_there_is_no_terminal(cli) -> None:
     assert "\x1b" not in cli("techniques", "tys").err
 
 
-@pytest.mark.parametrize("line", ["runn", "run --outt x", "status", "evaluate x"])
+@pytest.mark.parametrize("line", ["runn", "run --outt x", "status", "evaluate"])
 def test_wrong_usage_ends_with_code_two_and_points_to_help(line: str, cli) -> None:
     answer = cli(*line.split())
     assert answer.code == 2 and "Usage:" in answer.err and "Error: " in answer.err
@@ -106,7 +109,8 @@ def test_techniques_lists_all_and_explains_one(cli) -> None:
     assert [one["name"] for one in listed] == list(techniques.names())
     assert all(name in cli("techniques").out for name in techniques.names())
     one = json.loads(cli("techniques", "ties", "--json").out)
-    assert set(one) == {"name", "formula", "paper", "needs", "forms", "params"}
+    needs = {"needs", "data", "statistics", "state", "arrival"}
+    assert set(one) == {"name", "formula", "paper", "forms", "params", *needs}
     assert one["params"]["density"]["default"] == 0.2 and one["needs"] == ["base"]
     assert "density = 0.2" in cli("techniques", "ties").out
     refused(cli("techniques", "tys"), "unknown technique 'tys'")
@@ -199,7 +203,10 @@ def test_evaluate_refuses_what_it_cannot_score(world: World, cli, tmp_path: Path
 def test_plan_json_has_the_stated_shape_and_shares_experts(world: World, cli, tmp_path: Path) -> None:
     said = json.loads(cli("plan", world.study(), "--out", tmp_path / "out", "--json").out)
     assert list(said)[:5] == ["study", "trajectories", "steps", "gflops", "disk_bytes"]
-    assert list(said)[5:] == ["gflops_naive", "critical_path", "missing", "splits", "notes"]
+    assert list(said)[5:] == [
+        "gflops_naive", "critical_path", "missing", "splits", "disk_peak_bytes", "disk_all_bytes", "notes", "seconds",
+    ]  # fmt: skip
+    assert said["seconds"] is None, "nothing has run yet"
     assert said["study"] == "tiny" and said["trajectories"] == 3
     assert list(said["steps"]) == ["train", "merge", "evaluate"]
     for counts in said["steps"].values():
@@ -221,3 +228,56 @@ def test_file_of_another_kind_is_called_what_it_is(cli, world: World, tmp_path: 
     refused(cli("plan", recipe), "is a merge recipe of another tool", "temporal-merge merge")
     expert = ["merge", "--technique", "average", "--out", tmp_path / "m.safetensors", recipe]
     refused(cli(*expert), "is a YAML file, such as a study", "not a checkpoint")
+
+
+def test_version_names_the_libraries_too(cli) -> None:
+    answer = cli("--version")
+    assert answer.code == 0
+    assert re.fullmatch(
+        r"temporal-merge [\d.]+ \(Python 3[\d.]+, torch .+, ray .+, open_clip_torch .+, mlflow .+\)\n",
+        answer.out,
+    )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_cuts_no_option_and_no_default_on_a_narrow_terminal(
+    name: str, cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    said = cli(name, "--help").out
+    one = typer.main.get_command(app).commands[name]
+    for parameter in one.params:
+        assert all(f" {option}" in said for option in parameter.opts if option.startswith("--")), (
+            parameter.opts
+        )
+    assert "…" not in said and "runs/." not in said
+
+
+@pytest.mark.parametrize("key", ["seeds", "seed", "strategies"])
+def test_axis_outside_the_grid_is_told_where_it_stands(key: str, world: World, cli) -> None:
+    axis = "strategies" if key == "strategies" else "seed"
+    refused(cli("plan", world.study(**{key: [0]})), f"{key}: is an axis: write grid.{axis}")
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("", "give --study STUDY.yaml, or --root DIR"),
+        ("--study s.yaml --root data", "give --study STUDY.yaml, or --root DIR"),
+        ("--root nowhere", "--root nowhere does not exist"),
+        ("--root empty", "holds no datasets"),
+        ("--root data --model tiny.json --split val", "no dataset has a val split"),
+        ("--root data", "has no open_clip_config.json beside it"),
+        ("--root data --model tiny.json --details top1", "--details top1: there is no such detail"),
+        ("--root data --model tiny.json --datasets purple", "--datasets: the study does not score purple"),
+    ],
+)
+def test_evaluate_without_a_study_refuses_what_it_cannot_know(
+    line: str, says: str, world: World, tmp_path: Path, cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "data").symlink_to(world.home / "data")
+    (tmp_path / "tiny.json").symlink_to(world.home / "model.json")
+    save_file({"w": np.zeros(2, np.float32)}, tmp_path / "m.safetensors")
+    refused(cli("evaluate", "m.safetensors", *line.split()), says)

@@ -18,6 +18,8 @@ from merge_service import techniques
 from merge_service.merge import merge
 from pipeline import api
 from pipeline.console import spell_out
+from pipeline.merging.compare import _named
+from tests.merge_service import measured
 from tests.world import command
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "techniques.json").read_text())
@@ -75,7 +77,7 @@ def test_merge_as_a_process_gives_the_golden_vector_and_says_what_it_did(tmp_pat
 def test_every_technique_merges_from_the_command_line_as_from_python(name: str, cli, tmp_path: Path) -> None:
     in_blocks = next(case for case in CASES if "tensors" in case)
     base, experts, _, _ = golden_files(in_blocks, tmp_path)
-    experts = experts[: techniques.get(name).arity]
+    experts = [measured.of_technique(name, one) for one in experts[: techniques.get(name).arity]]
     told, called = tmp_path / "told.safetensors", tmp_path / "called.safetensors"
     answer = cli("merge", "--technique", name, "--base", base, "--out", told, "--threads", 2, *experts)
     assert answer.code == 0, answer.err
@@ -99,7 +101,7 @@ def test_merge_on_a_par_with_the_authors_is_that_of_the_translated_parameters(
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
-    """Checkpoints that fit together, and some that fit nothing."""
+    """Checkpoints that fit together, and some that do not."""
     rng, written = np.random.default_rng(0), {}
     for name in ("base", "one", "two"):
         weights = {"w": rng.normal(size=(3, 4)).astype(np.float32), "b": np.ones(2, np.float32)}
@@ -205,7 +207,7 @@ def test_merge_keeps_thresholds_when_asked_and_says_when_it_cannot(
     assert cli(*line, files["one"], files["two"]).code == 0
     assert not list(tmp_path.glob("*.limits.json"))
     (tmp_path / "two.safetensors.limits.json").mkdir()
-    answer = cli(*line, "--keep-thresholds", files["one"], files["two"])
+    answer = cli(*line, "--force", "--keep-thresholds", files["one"], files["two"])
     assert answer.code == 0 and (tmp_path / "one.safetensors.limits.json").is_file()
     assert (
         answer.err.startswith("note: ")
@@ -272,7 +274,7 @@ def test_merge_says_which_names_it_read_without_a_prefix(cli, files: dict[str, P
     expected, line = tmp_path / "expected.safetensors", ["merge", "--technique", "average", "--out"]
     assert cli(*line, expected, files["one"], files["two"]).code == 0
     for option in ([], ["--strip-prefix", "module."]):
-        answer = cli(*line, tmp_path / "m.safetensors", *option, files["one"], wrapped)
+        answer = cli(*line, tmp_path / "m.safetensors", "--force", *option, files["one"], wrapped)
         assert answer.code == 0 and ("without their prefix 'module.'" in answer.err) == (not option)
         np.testing.assert_array_equal(load_file(tmp_path / "m.safetensors")["w"], load_file(expected)["w"])
 
@@ -330,6 +332,75 @@ def run_in_ascii(*words: object) -> subprocess.CompletedProcess[bytes]:
 
 
 def _spelled_out(text: str) -> list[str]:
-    """The signs of a formula of which an ASCII terminal would only show that something is there."""
+    """The signs of a formula that an ASCII terminal shows only as placeholders."""
     spell_out()
     return [sign for sign in text if b"?" in sign.encode("ascii", "spelled-out")]
+
+
+def test_merge_replaces_what_is_there_only_when_asked(cli, files: dict[str, Path], tmp_path: Path) -> None:
+    line = [
+        "merge",
+        "--technique",
+        "average",
+        "--out",
+        tmp_path / "m.safetensors",
+        files["one"],
+        files["two"],
+    ]
+    assert cli(*line).code == 0
+    before = (tmp_path / "m.safetensors").read_bytes()
+    other = [*line[:-1], files["base"]]
+    answer = cli(*other)
+    assert answer.code == 2 and "m.safetensors is there already" in answer.err and "--force" in answer.err
+    assert (tmp_path / "m.safetensors").read_bytes() == before
+    assert cli(*other, "--force").code == 0
+    assert (tmp_path / "m.safetensors").read_bytes() != before
+    (tmp_path / "shards.safetensors.index.json").touch()
+    line[4] = tmp_path / "shards.safetensors"
+    assert "shards.safetensors.index.json is there already" in cli(*line).err
+
+
+def test_merge_says_how_task_vectors_lie(cli, files: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "m.safetensors"
+    line = [
+        "merge",
+        "--technique",
+        "task_arithmetic",
+        "--base",
+        files["base"],
+        "--out",
+        out,
+        files["one"],
+        files["two"],
+    ]
+    said = json.loads(cli(*line, "--json").out)["comparison"]
+    base, one, two, merged = (
+        load_file(path)["w"].astype(np.float64) for path in (files["base"], files["one"], files["two"], out)
+    )
+    taus = [one - base, two - base, merged - base]
+    assert said["names"] == ["one.safetensors", "two.safetensors", "merged"]
+    np.testing.assert_allclose(said["norms"], [np.linalg.norm(tau) for tau in taus], rtol=1e-6)
+    expected = np.vdot(taus[0], taus[1]) / np.linalg.norm(taus[0]) / np.linalg.norm(taus[1])
+    assert said["cosines"][0][1] == pytest.approx(expected, abs=1e-6)
+    assert said["sign_conflicts"][0][0] == 0 and 0 <= said["sign_conflicts"][0][1] <= 1
+    shown = cli(*line, "--force").out
+    assert "task vectors" in shown and f"{said['norms'][2]:.4g}" in shown
+    assert "comparison" not in json.loads(cli(*line, "--force", "--json", "--no-compare").out)
+
+
+def test_large_checkpoints_are_compared_only_when_asked(cli, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr("pipeline.merging.compare.LARGE_BYTES", 10)
+    line = ["merge", "--technique", "average", "--base", files["base"], "--out", tmp_path / "m.safetensors", files["one"], files["two"]]  # fmt: skip
+    answer = cli(*line)
+    assert "not compared: " in answer.err and "task vectors" not in answer.out
+    assert "task vectors" in cli(*line, "--force", "--compare").out
+    without = [*line[:3], *line[5:]]
+    assert "none was given" in cli(*without, "--force", "--compare").err
+
+
+def test_experts_in_folders_of_their_own_are_named_by_their_folders() -> None:
+    """All files of a run's experts have one name, which would only push the rest out of the table."""
+    names = [Path(f"runs/a/{name}/open_clip_model.safetensors") for name in ("t1-letters", "t2-scripts")]
+    assert list(_named(names)) == ["t1-letters", "t2-scripts"]
+    assert list(_named([Path("a/one.safetensors"), Path("a/two.safetensors")])) == ["one.safetensors", "two.safetensors"]  # fmt: skip
+    assert list(_named([Path("a/x.st"), Path("b/x.st"), Path("b/y.st")])) == ["a/x.st", "b/x.st", "b/y.st"]

@@ -1,4 +1,4 @@
-"""How the command ends on a signal: its exit code, its word, and what is ignored stays ignored."""
+"""How the command ends on a signal: its exit code and message; an ignored signal stays ignored."""
 
 import os
 import signal

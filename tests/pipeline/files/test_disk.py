@@ -1,11 +1,11 @@
-"""Disks that are really full, file systems without locks, machines that say no: our errors, and what to do."""
+"""Disks that are really full, file systems without locks, operations that fail: our errors, and what to do."""
 
 import errno
 import fcntl
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pipeline.errors import StorageFull
 from pipeline.files.disk import explain, write_whole
 from pipeline.results.over_time import write_results
 from pipeline.store.local import Store
+from pipeline.tracking.mlflow.sink import Sent
 from pipeline.tracking.outbox import FILE, Outbox
 from pipeline.tracking.tracker import sync
 from pipeline.workspace.lock import DRIVER_FILE, driver_lock, is_held, read_driver, write_driver, write_last
@@ -119,8 +120,9 @@ class Sink:
     def __init__(self) -> None:
         self.got: list[str] = []
 
-    def deliver(self, entry: Any) -> None:
-        self.got.append(entry.key)
+    def deliver(self, entries: Sequence[Any]) -> Iterator[Sent]:
+        self.got += [entry.key for entry in entries]
+        yield Sent([*entries])
 
     def forget(self) -> None: ...
 

@@ -1,4 +1,4 @@
-"""`temporal-merge merge --workers` on a Ray cluster: the bytes of the merge in one process, its errors, and a worker's death."""
+"""`temporal-merge merge --workers` on a Ray cluster: the bytes of the merge in one process, its errors, and a lost worker."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.world import Cluster, command
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
-    """A base and three experts, larger than what is settled without counting."""
+    """A base and three experts, so large that ranks need counting."""
     rng, written = np.random.default_rng(0), []
     base = {name: rng.normal(size=(300, 300)).astype(np.float32) for name in ("visual.proj", "text", "head")}
     for number in range(4):
@@ -70,7 +70,10 @@ def test_ray_worker_killed_while_it_merges_leaves_the_output_as_it_was(
     out, marker = tmp_path / "out.safetensors", tmp_path / "killed"
     out.write_bytes(b"what was there")
     answer = command(
-        *arguments(files, cluster, out), faults={"merge.part": {"marker": str(marker)}}, timeout=120
+        *arguments(files, cluster, out),
+        "--force",
+        faults={"merge.part": {"marker": str(marker)}},
+        timeout=120,
     )
     assert marker.exists() and answer.returncode == 1, answer.stderr
     assert "a merge worker died" in answer.stderr and "run it again" in answer.stderr

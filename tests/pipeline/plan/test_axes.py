@@ -1,4 +1,4 @@
-"""Grids over models, streams and everything else: what is shared, what is not, and what the whole costs."""
+"""Grids over models, streams and other axes: which steps are shared, which are not, and what the whole grid costs."""
 
 import itertools
 import json
@@ -35,10 +35,10 @@ def whole_grid(
 
 
 def experts_by_time_1_8(inits: list[str], techniques: int, budgets: int, seeds: int, tasks: int) -> int:
-    """Distinct trainings as `time.md` 1.8 has it, counted without any plan.
+    """Distinct trainings as in `time.md` 1.8, counted without a plan.
 
-    Whatever the initialization, nothing is merged before the first task: all share that expert. Later ones are shared by all
-    deployments and techniques (base, latest) or by all deployments of one technique (ema, all).
+    With any initialization, nothing is merged before the first task, so all share that expert. Later experts are shared
+    by all deployments and techniques (base, latest) or by all deployments of one technique (ema, all).
     """
     later = sum({"base": 1, "latest": 1, "ema": techniques, "all": techniques}[init] for init in inits)
     return budgets * seeds * (1 + (tasks - 1) * later)
@@ -65,9 +65,9 @@ def test_grid_of_288_trajectories_plans_at_once_and_trains_284_experts() -> None
 
 
 def plan_of(file: str) -> Plan:
-    """The plan of a study under configs/ of six tasks, on invented data."""
+    """The plan of a study of six tasks under configs/, on invented data."""
     body = yaml.safe_load((ROOT / "configs" / file).read_text())
-    body["recipe"]["lr"] = 1e-3  # YAML takes 3e-4 for a text
+    body["recipe"]["lr"] = 1e-3  # YAML reads 3e-4 as text
     body["data"] = {"root": "nowhere", "pretraining": ["pool"], "held_out": ["kept"]}
     body |= {"model": {"config": "toy"}, "stream": {"tasks": [f"d{t}" for t in range(1, 7)]}}
     return make_plan(study_from(body).resolved(), facts(6))
@@ -89,7 +89,7 @@ def test_sweep_trains_284_experts_for_248_trajectories_of_which_no_two_serve_the
 
 def test_demo_trains_as_many_experts_as_the_readme_says() -> None:
     train = plan_of("demo.yaml").summary()["steps"]["train"]
-    said = f"plan has {train['unique']} experts where the six strategies one by one would train {train['naive']}."
+    said = f"plan has {train['unique']} experts where the seven strategies one by one would train {train['naive']}."
     assert said in stated("README.md")
 
 
@@ -228,7 +228,7 @@ def test_task_made_of_parts_has_no_score_of_its_own_and_whole_ones_do() -> None:
 
 
 def test_orders_of_whole_datasets_share_experts_from_the_base() -> None:
-    """Without replay an expert of init base does not know its place in the stream."""
+    """Without replay, an expert of init base does not depend on its position in the stream."""
     raw = raw_study(["offline_merging"], 3)
     raw["recipe"]["mixture"] = {}
     raw["grid"]["stream"] = [{"tasks": list(order)} for order in itertools.permutations(["d1", "d2", "d3"])]

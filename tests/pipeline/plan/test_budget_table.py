@@ -1,4 +1,4 @@
-"""Memory-adjusted budgets against the published table of FoMo-in-Flux (ViT-B/16, batch 512, 1.8e9 GFLOPs in all)."""
+"""Memory-adjusted budgets compared with the published table of FoMo-in-Flux (ViT-B/16, batch 512, 1.8e9 GFLOPs in all)."""
 
 import pytest
 
@@ -56,7 +56,9 @@ def test_full_fine_tuning_gets_the_published_steps_from_our_own_measurement() ->
 def test_locked_towers_get_a_few_percent_more_steps_for_our_memory_is_an_estimate(
     method: str, off: float
 ) -> None:
-    """Ours counts tensors, theirs the driver's whole figure: .7694 for .8064 (text locked), .2450 for .2551 (image locked)."""
+    """Our figure counts tensors, theirs is the total of the driver: .7694 for .8064 (text locked), .2450 for .2551
+    (image locked).
+    """
     trainable = TRAINABLE[method]
     cost, ratio = (
         measure("ViT-B-16", 512, trainable, "fp16"),

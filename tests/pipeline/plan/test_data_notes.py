@@ -1,4 +1,4 @@
-"""What plan, run and evaluate find in data, and say of it, before anything is trained."""
+"""Findings about data that plan, run and evaluate report before anything is trained."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ NAMES = "dark\nmiddle\nlight\n"
 
 @pytest.fixture
 def place(tmp_path: Path) -> World:
-    """A world to spoil, with a foreign dataset `odd` of six pictures beside its tasks."""
+    """A world to damage, with a foreign dataset `odd` of six pictures beside its tasks."""
     made = make_world(tmp_path)
     pixels = [np.full((16, 16, 3), 40 * index, np.uint8) for index in range(6)]
     write(
@@ -235,7 +235,7 @@ def test_read_only_place_beside_the_root_sends_the_cache_to_the_user(
     monkeypatch.setattr("pipeline.plan.facts.is_writable", lambda folder: False)
     assert cache_of(found) == tmp_path / "mine"
     (tmp_path / ".cache").mkdir()
-    assert cache_of(found) == tmp_path / ".cache"  # what others have made there can be read
+    assert cache_of(found) == tmp_path / ".cache"  # files that others have made there are readable
 
 
 @pytest.mark.ray

@@ -1,4 +1,4 @@
-"""plan.json: as long as the plan has steps, the same plan again, taken apart only where somebody looks."""
+"""plan.json: its size grows with the steps of the plan, it gives an equal plan, and steps are parsed only when used."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a plan knows of models: names and tags are checked, preprocessing counts where it changes something, files are as directories."""
+"""Models in a plan: names and tags are checked, preprocessing is identified where it matters, files are equal to directories."""
 
 import json
 import shutil
@@ -189,3 +189,30 @@ def test_checkpoint_that_is_refused_is_named_as_it_was_given(world: World, tmp_p
         with pytest.raises(UserError) as caught:
             score(file, study, ["red"])
         assert str(caught.value).startswith(f"{file} ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"recipe": {"accumulate": 2}}, "normalises over the batch"),
+        ({"recipe": {"patch_dropout": 0.5}}, "recipe.patch_dropout is for"),
+        ({"resources": {"experts": {"activation_checkpointing": True}}}, "has a ModifiedResNet"),
+    ],
+)
+def test_recipe_that_the_network_cannot_follow_is_refused_by_the_plan(
+    world: World, tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    resnet = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None, "head_width": 32}
+    (tmp_path / "rn.json").write_text(json.dumps({"model_cfg": MODEL["model_cfg"] | {"vision_cfg": resnet}}))
+    overrides = [
+        f"{section}.{key}={json.dumps(value)}"
+        for section, keys in changes.items()
+        for key, value in keys.items()
+    ]
+    assert planned(world, {"config": str(world.home / "model.json")}, overrides).plan.steps
+    with pytest.raises(UserError, match=says) as caught:
+        planned(world, {"config": str(tmp_path / "rn.json")}, overrides)
+    assert f"model.config {tmp_path / 'rn.json'}" in str(caught.value)
+    frozen = [*overrides, "recipe.trainable=text"]
+    if "accumulate" in str(changes):
+        assert planned(world, {"config": str(tmp_path / "rn.json")}, frozen).plan.steps

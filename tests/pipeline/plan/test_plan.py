@@ -1,4 +1,4 @@
-"""The plan: what is shared, what is not, and that nothing else bears on identity."""
+"""The plan: which steps are shared, which are not, and what enters their identity."""
 
 import json
 import time
@@ -46,7 +46,7 @@ def expert(init: str, technique: str, seed: str, t: int) -> str:
 
 
 def weights(policy: str, init: str, technique: str, seed: str, t: int) -> str:
-    """What `policy` gives after t tasks of a trajectory whose experts start by `init`."""
+    """The weights of `policy` after t tasks of a trajectory whose experts start by `init`."""
     if policy == "latest":
         return expert(init, technique, seed, t)
     if policy == "all":

@@ -1,4 +1,4 @@
-"""Identity of steps: what bears on a result changes it, and nothing else does."""
+"""Identity of steps: everything that affects a result changes it, and nothing else does."""
 
 import json
 from dataclasses import replace
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.identity import fingerprint
 from pipeline.kinds.table import KINDS
 from pipeline.plan.facts import base_of, has_resblocks
 from pipeline.plan.file import encode
@@ -13,6 +14,7 @@ from pipeline.plan.steps import DatasetFacts, Plan
 from pipeline.study.config import study_from
 from pipeline.study.sections import ModelSection
 from tests.pipeline.plan_toys import REPLAY, facts, make_plan, raw_study, study
+from workers.training.recipe import Recipe
 
 
 def plan_of(strategies: list[Any], tasks: int = 3, **changes: Any) -> Plan:
@@ -28,6 +30,17 @@ IRRELEVANT = [
     {"data": {"root": "/elsewhere", "cache": "/tmp/c", "pretraining": ["pool"], "held_out": ["kept"]}},
     {"resources": {"experts": {"cpus": 4, "groups": 3, "max_retries": 9, "checkpoint_every": 1}}},
     {"resources": {"evaluation": {"cpus": 2, "actors": 7, "threads": 2}, "merging": {"threads": 8}}},
+    {"resources": {"experts": {"activation_checkpointing": True, "loaders": 8}}},
+    {
+        "recipe": {
+            "batch_size": 64,
+            "precision": "fp32",
+            "mixture": REPLAY,
+            "accumulate": 1,
+            "compile": False,
+            "ema": None,
+        }
+    },
     {"tracking": {"uri": "http://127.0.0.1:5000", "experiment": "x"}},
     {"evaluation": {"batch_size": 7, "seed": 5}},
     {"budget": {"samples_per_task": 6400}},
@@ -53,6 +66,12 @@ RELEVANT_FOR_EXPERTS = [
     with_recipe(trainable="image"),
     with_recipe(augment={"scale": [0.5, 1.0]}),
     with_recipe(mixture={"update": 0.9, "pretraining": 0.1}),
+    with_recipe(accumulate=2),
+    with_recipe(ema=0.999),
+    with_recipe(patch_dropout=0.5),
+    with_recipe(patch_dropout=0),
+    with_recipe(compile=True),
+    with_recipe(channels_last=True),
     {"budget": {"steps_per_task": 101}},
     {"resources": {"experts": {"threads": 2}}},
     {"resources": {"experts": {"workers": 2}}},
@@ -173,3 +192,40 @@ def test_configuration_says_whether_a_base_is_made_of_resblocks(config: str, exp
 
 def test_base_of_which_nothing_is_known_is_not_taken_to_be_made_of_resblocks() -> None:
     assert not has_resblocks(None)
+
+
+def test_details_of_evaluations_are_part_of_their_identity_in_any_order_and_none_are_as_before() -> None:
+    def scored(**evaluation: Any) -> set[str]:
+        plan = make_plan(study(["zero_shot"], evaluation=evaluation), facts())
+        return {name for name, step in plan.steps.items() if step.kind == "evaluate"}
+
+    assert scored() == scored(details=[])
+    assert scored(details=["top5", "confusion"]) == scored(details=["confusion", "top5"])
+    assert not scored() & scored(details=["top5"])
+
+
+def test_tf32_is_part_of_the_identity_of_experts_of_a_gpu() -> None:
+    resources = {"experts": {"gpus": 1}}
+    one, other = (
+        plan_of(["best_in_time"], resources=resources, **change) for change in ({}, with_recipe(tf32=True))
+    )
+    assert not of_kind(one, "train") & of_kind(other, "train")
+
+
+def test_recipe_that_uses_no_later_key_keeps_the_name_it_had() -> None:
+    """The digest is that of the first version of recipes."""
+    assert (
+        fingerprint(Recipe().model_dump(mode="json"))
+        == "3a783b129139b6ca9ec53030632914877efbc3b961c891750d57478f2d2a2464"
+    )
+
+
+def test_precision_of_scores_is_part_of_their_identity_where_it_is_not_single() -> None:
+    def scored(gpus: int = 0, **evaluation: Any) -> set[str]:
+        resources = {"experts": {"gpus": gpus}}
+        plan = make_plan(study(["zero_shot"], evaluation=evaluation, resources=resources), facts())
+        return {name for name, step in plan.steps.items() if step.kind == "evaluate"}
+
+    assert scored() == scored(precision="fp32") == scored(precision="auto")
+    assert not scored() & scored(precision="bf16")
+    assert scored(1, precision="auto") == scored(1, precision="fp16") != scored(1)

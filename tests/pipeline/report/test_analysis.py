@@ -1,4 +1,4 @@
-"""What a report concludes, against numbers worked out by hand."""
+"""The conclusions of a report, compared with numbers computed by hand."""
 
 import math
 from typing import Any
@@ -6,11 +6,14 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from pipeline.report.analysis import DESCRIBED, METRICS, last, pareto, recommend, spread, table
+from pipeline.report.analysis import METRICS, coincident, forgotten, last, pareto, recommend, spread
 
 
 def point(group: str, seed: int = 0, t: int = 1, **found: Any) -> dict[str, Any]:
-    described = dict.fromkeys(DESCRIBED, "") | {
+    described = {
+        "slice": "all",
+        "choice": "ties",
+        "strategy": "base → all",
         "name": group,
         "init": "base",
         "deploy": "all",
@@ -50,28 +53,73 @@ def test_pareto_marks_what_nothing_beats_and_both_of_two_equals() -> None:
     assert pareto(rows).tolist() == [True, True, True, False, False]
 
 
-def two_by_two() -> pd.DataFrame:
+def two_by_two(**more: Any) -> list[dict[str, Any]]:
     values = {("ties", "base"): 0.2, ("ties", "ema"): 0.6, ("average", "base"): 0.3, ("average", "ema"): 0.5}
-    cells = [point(f"{t}-{i}", technique=t, init=i, gm=gm) for (t, i), gm in values.items()]
-    return last(frame(*cells, point("none", technique="-", gm=0.99)))
+    return [
+        point(f"{t}-{i}", technique=t, choice=t, init=i, strategy=f"{i} → all", **{"gm": gm, **more})
+        for (t, i), gm in values.items()
+    ]
 
 
 def test_spread_compares_the_lines_of_the_table_both_ways() -> None:
-    strategies, techniques = spread(two_by_two()).to_dict("records")
+    rows = last(frame(*two_by_two(), point("none", technique="-", choice="-", gm=0.99)))
+    strategies, techniques = spread(rows).to_dict("records")
     assert strategies["range"] == pytest.approx((0.4 + 0.2) / 2)
     assert techniques["range"] == pytest.approx((0.1 + 0.1) / 2)
     assert (strategies["lines"], strategies["cells"], techniques["lines"]) == (2, 4, 2)
 
 
-def test_spread_without_two_cells_in_a_line_is_missing() -> None:
-    answer = spread(last(frame(point("a", gm=0.5), point("b", gm=0.6, budget="200 steps"))))
+def test_spread_takes_strategies_and_techniques_from_the_same_settings_only() -> None:
+    """Strategies that were tried with replay and techniques without it cannot be compared."""
+    replayed = [
+        point(f"r{s}", slice="replay", strategy=s, gm=gm)
+        for s, gm in (("base → all", 0.1), ("ema → ema", 0.9))
+    ]
+    plain = [
+        point(f"p{t}", slice="no replay", choice=t, technique=t, gm=gm)
+        for t, gm in (("ties", 0.2), ("average", 0.3))
+    ]
+    answer = spread(last(frame(*replayed, *plain)))
     assert answer["lines"].tolist() == [0, 0] and answer["range"].isna().all()
+    both = spread(last(frame(*replayed, *plain, *two_by_two(slice="full"))))
+    assert both.set_index("over").loc["strategies", "range"] == pytest.approx(0.3)
 
 
-def test_table_has_a_line_per_technique_and_a_column_per_strategy() -> None:
-    answer = table(two_by_two())
-    assert answer.loc["ties", ("ema", "all")] == pytest.approx(0.6)
-    assert answer.shape == (3, 2) and math.isnan(answer.loc["-", ("ema", "all")])
+def test_lines_that_hide_each_other_are_named() -> None:
+    rows = frame(
+        *(
+            point(g, t=t, gm=gm)
+            for g, gms in (("a", (0.1, 0.2)), ("b", (0.1, 0.2)), ("c", (0.1, 0.3)))
+            for t, gm in enumerate(gms)
+        )
+    )
+    assert coincident(rows, ["gm"]) == [["a", "b"]]
+
+
+def test_forgetting_per_task_has_the_mean_that_results_report() -> None:
+    seen = {0: (0.99, 0.99, 0.99), 1: (0.8, 0.1, 0.0), 2: (0.9, 0.7, 0.0), 3: (0.5, 0.6, 1.0)}
+    scores = frame(
+        *(
+            {
+                "group": "g",
+                "trajectory": "g",
+                "t": t,
+                "dataset": name,
+                "arrival": float(arrival),
+                "score": row[arrival - 1],
+            }
+            for t, row in seen.items()
+            for arrival, name in ((1, "a"), (2, "b"), (3, "c"))
+        )
+    )
+    rows = forgotten(scores, frame(*({"trajectory": "g", "t": t, "task": f"task {t}"} for t in range(4))))
+    assert rows["task"].tolist() == ["task 1", "task 2"]
+    assert rows["forgetting"].tolist() == pytest.approx([0.9 - 0.5, 0.7 - 0.6])
+
+
+def test_front_of_a_cost_prefers_less_of_it() -> None:
+    rows = frame(*({"gm": gm, "gflops": cost} for gm, cost in ((0.5, 1.0), (0.6, 2.0), (0.5, 2.0))))
+    assert pareto(rows, "gm", "gflops", cheap=True).tolist() == [True, True, False]
 
 
 def test_recommendation_names_the_best_and_never_the_multitask_reference() -> None:

@@ -1,4 +1,4 @@
-"""What a study took, against numbers worked out by hand."""
+"""The cost of a study, compared with numbers computed by hand."""
 
 import math
 from types import SimpleNamespace

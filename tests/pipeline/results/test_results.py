@@ -18,7 +18,7 @@ from tests.pipeline.plan_toys import base_of, facts, make_plan, study
 
 
 class FakeStore:
-    """Records by fingerprint; what was never told is not there."""
+    """Records by fingerprint; other records do not exist."""
 
     def __init__(self) -> None:
         self.known: dict[str, Record] = {}

@@ -1,4 +1,4 @@
-"""The driver's loop over workers that exist only here: caps, priorities, shapes, faults, and an end to every study."""
+"""The driver's loop over simulated workers: caps, priorities, shapes, faults, and the end of every study."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ STRATEGIES = ["best_in_time", {"init": "base", "deploy": ["latest", "all"], "tec
 
 
 class Workers:
-    """Stands in for Pools: groups that are made as the capacity allows and dropped when idle and in the way."""
+    """Stands in for Pools: groups are made as the capacity allows, and dropped when they are idle and their place is needed."""
 
     def __init__(self, pools: dict[str, Any], capacity: Capacity | None) -> None:
         self.pools, self.capacity = pools, capacity
@@ -63,21 +63,21 @@ class Workers:
 
 
 class AlwaysThere(contextlib.nullcontext[None]):
-    """A cluster's head that is never lost."""
+    """The head of a cluster that is never lost."""
 
     def check(self) -> bool:
         return True
 
 
 class Call(SimpleNamespace):
-    """A call that does its work when it is asked for its result."""
+    """A call that does its work when its result is requested."""
 
     __hash__ = object.__hash__
     __eq__ = object.__eq__  # type: ignore[assignment]
 
 
 class Scene:
-    """One study driven to its end, with a note of what was running together and what ended in which order."""
+    """One study driven to its end, with a record of what ran together and in which order steps ended."""
 
     def __init__(
         self, room: Path, monkeypatch: pytest.MonkeyPatch, seed: int = 0, cpus: float = 2, **changes: Any
@@ -99,7 +99,7 @@ class Scene:
         )  # fmt: skip
         monkeypatch.setattr(driver, "Pools", Workers)
         nothing = dict.fromkeys(STEPS, lambda step: None)
-        monkeypatch.setattr(driver, "Jobs", lambda _: SimpleNamespace(**nothing))
+        monkeypatch.setattr(driver, "Jobs", lambda *_: SimpleNamespace(**nothing))
         monkeypatch.setattr(driver, "nodes_now", lambda: self.nodes)
         monkeypatch.setattr(driver, "Head", AlwaysThere)
         monkeypatch.setattr(driver, "wait", self._wait)
@@ -158,7 +158,7 @@ def test_every_step_is_done_once_after_what_it_needs_and_no_worker_idles_while_a
         done.add(step.fingerprint)
     assert len(scene.ended) == len(done) == len(scene.plan.steps) and sorted(scene.told) == sorted(done)
     working = [sum(step.kind != "merge" for step in steps) for steps in scene.together]
-    assert working.count(2) / len(working) > 0.8  # both workers, but for the tails of chains
+    assert working.count(2) / len(working) > 0.8  # both workers, except for the tails of chains
     lines = read_timeline(tmp_path)
     assert [line["fingerprint"] for line in lines if "fingerprint" in line] == [
         step.fingerprint for step in scene.ended
@@ -201,6 +201,17 @@ def test_trajectories_first_gives_the_first_results_early(
         ]
     first, last = ends["trajectories"], ends["critical_path"]
     assert first[0] < last[0] / 3 and sum(first) < sum(last) * 0.8
+
+
+def test_scores_come_early_though_the_longest_chain_goes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So one who watches sees how trajectories stand, and how long scores take, long before all experts are trained."""
+    scene = Scene(tmp_path, monkeypatch, grid={"strategies": STRATEGIES, "seed": [0, 1, 2]})
+    scene.drive.run()
+    kinds = [step.kind for step in scene.ended]
+    first, trained = kinds.index("evaluate"), len(kinds) - 1 - kinds[::-1].index("train")
+    assert first < 5 < trained
 
 
 def test_models_of_several_shapes_share_the_cluster_and_all_finish(
@@ -254,7 +265,7 @@ def test_step_that_has_lost_its_only_node_ends_the_run_instead_of_waiting(
 
 @pytest.fixture
 def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A drive with one step that runs on a group which has not answered yet, under a clock that the test moves."""
+    """A drive with one step on a group that has not answered yet, with a clock that the test moves."""
     clock = SimpleNamespace(now=1000.0)
     resources = {"experts": {"timeout": 10}, "start_timeout": 100}
     scene = Scene(tmp_path, monkeypatch, resources=resources)
@@ -318,7 +329,7 @@ def test_waiting_for_a_place_is_said_only_of_a_worker_without_a_process(slow: An
 
 
 def begun_elsewhere(scene: Scene, room: Path) -> tuple[Any, Leases]:
-    """A step that another driver carries out, and that driver's leases."""
+    """A step that another driver carries out, and the leases of that driver."""
     first = next(step for step in scene.plan.steps.values() if step.kind == "train")
     store: Any = scene.workspace.store
     other = Leases(store, "other", room / "other")
@@ -334,7 +345,7 @@ def test_step_of_another_driver_is_waited_for_while_others_go_on_and_is_not_done
     before: list[int] = []
 
     def finish() -> None:
-        """All that does not need the step is done: now the other driver commits it."""
+        """Everything that does not need the step is done: now the other driver commits it."""
         before.append(len(scene.ended))
         assert "study other" in json.loads((tmp_path / "driver.json").read_text())["waiting"][0]["holder"]
         scene.stored[first.fingerprint] = scene.record(first)

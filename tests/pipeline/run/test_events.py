@@ -1,4 +1,4 @@
-"""The event log of a run, and what is said of artifacts that other library versions made."""
+"""The event log of a run, and the warning about artifacts that other library versions made."""
 
 import json
 from collections.abc import Callable
@@ -70,7 +70,7 @@ class _Troubled:
 
 
 def finished(out: Path) -> Store:
-    """A run that is done, one of whose artifacts another torch has made."""
+    """A finished run with one artifact that was made by another version of torch."""
     plan, store = make_plan(study(["best_in_time"], tasks=2), facts(2)), Store(out / "store")
     store.prepare()
     plan_file.write(plan, out / "plan.json")

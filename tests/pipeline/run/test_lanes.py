@@ -66,10 +66,10 @@ def test_merges_of_one_series_go_to_one_actor_of_several() -> None:
 @pytest.mark.parametrize(
     ("resources", "said"),
     [
-        ({"experts": {"workers": 4}}, r"an expert \(train toy\) wants 4 x \(1 CPUs, 0 GPUs\), which do not fit into 2 CPUs and 0 GPUs .*only 2"),
+        ({"experts": {"workers": 4}}, r"an expert \(train toy\) needs 4 x \(1 CPUs, 0 GPUs\), which do not fit into 2 CPUs and 0 GPUs .*only 2"),
         ({"experts": {"gpus": 1}}, r"no node can hold one of them; the largest is 10\.0\.0\.1 with 2 CPUs and 0 GPUs"),
-        ({"evaluation": {"cpus": 3}}, r"an evaluation \(evaluate toy\) wants 1 x \(3 CPUs.*resources\.evaluation"),
-        ({"by_model": {"toy": {"experts": {"cpus": 4}}}}, r"an expert \(train toy\) wants 1 x \(4 CPUs"),
+        ({"evaluation": {"cpus": 3}}, r"an evaluation \(evaluate toy\) needs 1 x \(3 CPUs.*resources\.evaluation"),
+        ({"by_model": {"toy": {"experts": {"cpus": 4}}}}, r"an expert \(train toy\) needs 1 x \(4 CPUs"),
     ],
 )  # fmt: skip
 def test_what_can_never_have_a_place_is_refused_with_what_it_wants_and_what_there_is(
@@ -105,7 +105,7 @@ def test_resources_of_a_model_override_those_of_all_key_by_key() -> None:
     [
         ({"by_model": {"tpy": {}}}, "resources.by_model.tpy: the study has no such model; did you mean toy?"),
         ({"by_model": {"toy": {"experts": {"gpu": 1}}}}, "did you mean resources.by_model.toy.experts.gpus?"),
-        ({"by_model": {"toy": {"experts": {"gpus": 1.5}}}}, "by_model.toy: gpus 1.5 is neither"),
+        ({"by_model": {"toy": {"experts": {"gpus": 1.5}}}}, "by_model.toy: gpus: 1.5 is neither"),
         ({"autoscaling": True}, "autoscaling needs experts.groups as a number"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A study over a technique that lies beside the user's program: workers find it, and its source tells its merges apart."""
+"""A study with a technique beside the user's program: workers find it, and its source is part of the identity of its merges."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""How often a step is tried: as often as the study allows, thrice where memory ran out, once where trying cannot help."""
+"""How often a step is tried: as often as the study allows, three times if memory ran out, once if another try cannot help."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +16,11 @@ from tests.pipeline.plan_toys import study
 from tests.pipeline.run.test_drive import Scene
 
 LIMIT = 3
-"""`experts.max_retries` of these studies, as by default."""
+"""`experts.max_retries` of these studies, the default."""
 
 
 def drive(scene: Scene, *errors: Exception) -> int:
-    """Run a study whose first expert fails so; how often that one was tried."""
+    """Run a study whose first expert fails with this error. Returns how often that expert was tried."""
     first = next(step for step in scene.plan.steps.values() if step.kind == "train")
     scene.errors[first.fingerprint] = list(errors)
     try:

@@ -1,4 +1,4 @@
-"""A finished run of the tiny study: what it left, and what the commands say about it."""
+"""A finished run of the tiny study: the files it left, and the answers of the commands about it."""
 
 import functools
 import json
@@ -82,7 +82,8 @@ def test_status_of_a_finished_run_has_the_stated_shape(undisturbed: Path, cli) -
     assert said["steps"] == {"done": total, "running": 0, "failed": 0, "pending": 0}
     assert sum(kind["done"] for kind in said["kinds"].values()) == total
     assert {row["t"] for row in said["trajectories"]} == {3} and said["running"] == []
-    assert f"done, {total} of {total} steps done" in cli("status", undisturbed).out
+    shown = cli("status", undisturbed).out
+    assert f"{undisturbed}: done\n" in shown and f"{total} of {total} steps done" in shown
     assert cli("status", undisturbed, "--watch").out.startswith(f"{undisturbed}: done ({total} done)\n")
 
 
@@ -110,7 +111,7 @@ def test_thresholds_that_merges_ask_for_are_kept_per_expert_and_outside_the_stor
     assert all(len(body["entries"]) == 1 for body in kept)
     base = next((undisturbed / "store" / "base").iterdir())
     ties = functools.partial(
-        merge, "ties", {"density": 0.5}, base, keep_limits=undisturbed / "scratch" / "limits"
+        merge, "ties", {"density": 0.5}, base, keep_thresholds=undisturbed / "scratch" / "limits"
     )
     experts = [weights_of(undisturbed, step["expert_sha256"]) for step in steps]
     sha256 = {f"expert-{number}": step["expert_sha256"] for number, step in enumerate(steps, 1)}
@@ -132,6 +133,21 @@ def test_evaluate_gives_what_results_json_says_to_the_last_digit(
         assert (said["ka"], said["zs"], said["gm"]) == (step["ka"], step["zs"], step["gm"])
     one = json.loads(cli("evaluate", place, "--study", world.study(), "--datasets", "red", "--json").out)
     assert one["scores"] == {"red": step["scores"]["red"]} and "ka" not in one
+
+
+@pytest.mark.ray
+def test_evaluate_of_a_root_needs_no_study_and_gives_the_same_scores(
+    undisturbed: Path, world: World, cli: Any
+) -> None:
+    place = next((undisturbed / "store" / "merge").iterdir())
+    of_study = json.loads(cli("evaluate", place, "--study", world.study(), "--json").out)
+    line = ["evaluate", place, "--root", world.home / "data", "--set", f"data.cache={world.home / 'cache'}"]
+    alone = json.loads(cli(*line, "--json", "--details", "all").out)
+    assert alone["scores"] == of_study["scores"] and "gm" not in alone
+    assert set(alone["details"]["red"]) == {"top5", "mean_per_class", "per_class", "confusion"}
+    assert alone["details"]["red"]["top5"] == 1.0, "of three classes"
+    shown = cli(*line, "--details", "mean_per_class,per_class,confusion", "--datasets", "red").out
+    assert "mean per class" in shown and "red: classes, the worst first" in shown and "top-5" not in shown
 
 
 def test_evaluate_refuses_weights_of_another_shape(
@@ -170,7 +186,7 @@ def test_merged_checkpoint_opens_in_plain_open_clip_and_scores_the_same(
 
 
 def pictures(place: Path) -> tuple[list, list[int], list[str], list[str]]:
-    """Images, labels, class names and prompts of a split, read as anyone would."""
+    """Images, labels, class names and prompts of a split, read without our code."""
     import io
     import tarfile
 
@@ -195,12 +211,12 @@ def test_finished_run_started_again_does_nothing_and_starts_no_cluster(
     undisturbed: Path, world: World
 ) -> None:
     def stamps() -> dict[Path, int]:
-        """When each file was written; that the study registers itself again is all that may happen."""
+        """When each file was written; only the study's registration may change."""
         files = [path for path in (undisturbed / "store").rglob("*") if path.is_file()]
         return {path: path.stat().st_mtime_ns for path in files if path.parent.name != ".studies"}
 
     before = stamps()
-    # Nobody answers at this address, so a run that wanted a cluster would fail.
+    # Nothing listens at this address, so a run that needed a cluster would fail.
     answer = command("run", world.study(), "--out", undisturbed, "--address", "127.0.0.1:1")
     assert answer.returncode == 0, answer.stderr
     assert "best_in_time" in answer.stdout and "temporal-merge ui" in answer.stdout
@@ -214,7 +230,7 @@ def test_finished_run_started_again_does_nothing_and_starts_no_cluster(
 def test_scratch_that_a_killed_worker_left_of_a_finished_step_goes_with_the_next_run(
     undisturbed: Path, world: World
 ) -> None:
-    """A worker that is killed with its driver may have committed its expert, and not yet removed its checkpoints."""
+    """A worker that is killed with its driver may have committed its expert without removing its checkpoints."""
     done = json.loads(next((undisturbed / "store" / "train").glob("*/record.json")).read_text())[
         "fingerprint"
     ]
@@ -228,7 +244,7 @@ def test_scratch_that_a_killed_worker_left_of_a_finished_step_goes_with_the_next
 def test_technique_added_to_a_finished_study_trains_no_expert(
     undisturbed: Path, world: World, cluster: Cluster, tmp_path: Path
 ) -> None:
-    """Only merges and evaluations run: every expert is there already, for each initialization that no technique enters."""
+    """Only merges and evaluations run: every expert exists already, for each initialization that uses no technique."""
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
     experts = {path: path.stat().st_ino for path in (out / "store" / "train").iterdir()}
@@ -267,7 +283,7 @@ def test_expert_that_diverges_ends_the_run_with_its_task_and_t(
     world: World, cluster: Cluster, tmp_path: Path, cli
 ) -> None:
     out = tmp_path / "out"
-    # Weight decay multiplies every weight by 1 - lr * weight_decay = -99 a step: no number for long.
+    # Weight decay multiplies every weight by 1 - lr * weight_decay = -99 a step: soon not finite.
     recipe = {
         "lr": 10.0,
         "weight_decay": 10.0,
@@ -302,7 +318,7 @@ def test_interrupted_run_ends_with_130_and_its_rerun_finishes(
         env=os.environ | {"RAY_AUTH_MODE": "token"},
     )  # fmt: skip
     deadline = time.monotonic() + 120
-    # The first workers take seconds to start and all the steps together hardly more: so not later than this.
+    # The first workers take seconds to start, and all steps together hardly longer, so this limit is enough.
     while not read_driver(out).get("running") and time.monotonic() < deadline:
         time.sleep(0.05)
     running = json.loads(cli("status", out, "--json").out)

@@ -1,4 +1,4 @@
-"""A whole run with its store elsewhere, or shared with another at the same time: the same bytes as with a store of its own."""
+"""A run with its store elsewhere, or shared with another run at the same time: the same bytes as with a store of its own."""
 
 import json
 import os
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.ray
 
 
 def checkpoints(out: Path) -> dict[str, Any]:
-    """Scores and digests of every trajectory at every t, without what is measured by a clock."""
+    """Scores and digests of every trajectory at every t, without durations."""
     found = json.loads((out / "results.json").read_text())["trajectories"]
     return {
         one["id"]: [

@@ -1,4 +1,4 @@
-"""A run over streams of classes and two models: what was learnt is what the streams say, and saved streams mean the same."""
+"""A run over streams of classes and two models: experts learn what the streams state, and saved streams are equivalent."""
 
 import json
 from pathlib import Path

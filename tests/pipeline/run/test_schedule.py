@@ -1,4 +1,4 @@
-"""The pure bookkeeping of what may start now."""
+"""The pure bookkeeping of which steps may start."""
 
 import random
 from dataclasses import dataclass, field
@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.run.schedule import Schedule, in_turn
+from pipeline.plan.steps import Plan
+from pipeline.run.schedule import Schedule, in_turn, ranks, weights
+from tests.pipeline.plan_toys import facts, make_plan, study
 
 
 @dataclass
@@ -24,7 +26,7 @@ def graph(*nodes: Node) -> dict[str, Node]:
 
 
 def ready(schedule: Schedule, lane: str) -> list[str]:
-    """All that is ready in a lane, in order; the schedule is as before."""
+    """All ready steps of a lane, in order; the schedule is left unchanged."""
     found = []
     while (first := schedule.first(lane)) is not None:
         found.append(first[1])
@@ -147,3 +149,41 @@ def _random_graph(rng: random.Random) -> dict[str, Node]:
         kind = rng.choice(["train", "merge", "evaluate"])
         nodes.append(Node(str(number), kind, inputs, tuple(chosen[1:])))
     return graph(*nodes)
+
+
+def carried_out(plan: Plan, workers: int, early: bool) -> tuple[float, float]:
+    """When the first trajectory has a score after a task, and when all is done, by rough weights; merges have workers of their own."""
+    schedule, cost = Schedule(plan.steps, (), ranks=ranks(plan, "critical_path")), weights(plan.steps)
+    rows = {point.evaluate for one in plan.trajectories for point in one.points if point.t > 0}
+    now, first, running = 0.0, float("inf"), dict[str, float]()
+    while not schedule.finished:
+        while True:
+            busy = sum(plan.steps[one].kind != "merge" for one in running)
+            ready = [(lane, one) for lane in schedule.lanes if (one := schedule.first(lane)) is not None]
+            free = [(lane, one) for lane, one in ready if lane == "merge" or busy < workers]
+            if not free:
+                break
+            spare = early and schedule.has_spare_time(workers)
+            _, (_, step) = min(free, key=lambda entry: (not (spare and entry[0] == "evaluate"), entry[1]))
+            schedule.start(step)
+            running[step] = now + cost[step]
+        step = min(running, key=lambda one: (running[one], one))
+        now = running.pop(step)
+        schedule.finish(step)
+        first = min(first, now) if step in rows else first
+    return first, now
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 8, 100])
+def test_scores_that_go_first_while_there_is_spare_time_come_early_and_end_nothing_later(
+    workers: int,
+) -> None:
+    merged = {"init": "base", "deploy": "all", "technique": ["average", "ties"]}
+    plan = make_plan(study(["zero_shot", "continual_finetuning", "best_in_time", merged]), facts())
+    soon, end = carried_out(plan, workers, early=True)
+    late, before = carried_out(plan, workers, early=False)
+    longest_step = max(weights(plan.steps).values())
+    assert end <= before + longest_step, "the end is that of before, but for what fits into the last gap"
+    assert soon <= late
+    if workers <= 2:
+        assert soon < before / 3 < late, "one who watches sees a score in the first third, not at the end"

@@ -14,6 +14,7 @@ from pipeline.plan.file import decode, encode
 from pipeline.plan.steps import Facts, Plan
 from pipeline.report.build import choose, write_report
 from pipeline.report.figures import prepare
+from pipeline.report.sources import Studied
 from pipeline.results import over_time as found
 from pipeline.run.evaluation import score
 from pipeline.study.config import load_study
@@ -140,7 +141,7 @@ def test_results_older_than_splits_are_of_test() -> None:
 def test_advice_on_test_is_what_val_chose() -> None:
     plan = planned(BOTH)
     answer = told(plan)
-    on_test = prepare(found.on_split(answer, "test"))
+    on_test = prepare([found.on_split(answer, "test")])
     assert choose(plan, answer, on_test) == (
         "best_in_time-test",
         "Deploy best_in_time-test: chosen on val (GM 0.600 at t=3); on test its GM is 0.500 at t=3, "
@@ -151,7 +152,7 @@ def test_advice_on_test_is_what_val_chose() -> None:
 
 def test_report_on_val_lies_beside_the_one_on_test_and_says_so(tmp_path: Path) -> None:
     plan = planned(BOTH)
-    written = write_report(tmp_path, plan, told(plan), split="val")
+    written = write_report([Studied(tmp_path, plan, told(plan))], split="val")
     assert written["html"] == str(tmp_path / "report-val" / "report.html")
     assert written["advice"].startswith("Deploy best_in_time-val: GM 0.600")
     page = Path(written["html"]).read_text()
@@ -161,7 +162,7 @@ def test_report_on_val_lies_beside_the_one_on_test_and_says_so(tmp_path: Path) -
     standing = (tmp_path / "report-val" / "tables" / "standing.csv").read_text()
     assert "best_in_time-val" in standing and "-test" not in page + standing
     with pytest.raises(UserError, match="--split dev: the study is scored on test and val"):
-        write_report(tmp_path, plan, told(plan), split="dev")
+        write_report([Studied(tmp_path, plan, told(plan))], split="dev")
 
 
 def test_tracker_says_which_split_wherever_it_is_not_test(tmp_path: Path) -> None:

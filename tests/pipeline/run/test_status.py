@@ -1,6 +1,7 @@
-"""Looking at a run: what it says, that a watch ends with the run, and that looking is in nobody's way."""
+"""The status of a run: its content, the end of a watch with the run, and that reading it never blocks another process."""
 
 import io
+import json
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipeline.cli.show import watch_status
+from pipeline.cli.show import status_view, watch_status
 from pipeline.results.over_time import gm, ka, zs
+from pipeline.run.events import Events
 from pipeline.run.status import Look
 from pipeline.store.local import Store
 from pipeline.workspace.lock import driver_lock, is_held, write_driver
@@ -23,7 +25,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
 
 
 def seen(study: Tracked, monkeypatch: pytest.MonkeyPatch, *, hidden: set[str]) -> Look:
-    """A look at the study while the store has not got the `hidden` kinds of steps yet."""
+    """A look at the study while the store does not have the `hidden` kinds of steps yet."""
     store = Store(study.out / "store")
     there = SimpleNamespace(
         has=lambda kind, fingerprint: kind not in hidden and store.has(kind, fingerprint), record=store.record
@@ -56,6 +58,40 @@ def test_looks_follow_a_run_from_its_first_step_to_its_end(
     scores = study.records[study.plan.trajectories[0].points[1].evaluate].result["scores"]
     expected = gm(ka(scores, study.plan.adaptation), zs(scores, study.plan.held_out))
     assert last["trajectories"][0]["gm"] == expected
+
+
+def test_look_says_how_much_time_is_gone_and_left_and_what_was_tried_again(
+    study: Tracked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = seen(study, monkeypatch, hidden={"merge", "evaluate"})
+    expert = next(name for name, step in study.plan.steps.items() if step.kind == "train")
+    lines: list[dict[str, Any]] = [
+        {"event": "start", "time": 0.0},
+        {"fingerprint": expert, "kind": "train", "start": 100.0, "end": 200.0},
+    ]
+    (study.out / "timeline.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    events = Events(study.out)
+    for kind in ("retry", "start", "retry", "lost", "lost", "waiting"):
+        events.add(kind, "x")
+    with driver_lock(study.out):
+        write_driver(study.out, {"running": []})
+        told = look()
+        kinds = [step.kind for step in study.plan.steps.values()]
+        scores = 3.0 * kinds.count("evaluate")
+        assert told["remaining"] == max(scores, 1.0 + 3.0), (
+            "an expert took 100 s; other kinds by their rough weight"
+        )
+        assert told["elapsed"] > 0 and told["share"] == pytest.approx(100 / (101 + scores))
+        assert told["troubles"] == {"retry": 1, "lost": 2}, "since the last start"
+        paper = Console(file=io.StringIO(), width=140)
+        paper.print(status_view(study.out, told))
+        assert isinstance(paper.file, io.StringIO)
+        shown = paper.file.getvalue()
+        assert (
+            f"about {told['remaining']:.0f} s left" in shown
+            and "1 step tried again, 2 steps begun again" in shown
+        )
+    assert look()["remaining"] is None, "nobody works on it"
 
 
 def answers(*states: str) -> Any:

@@ -1,6 +1,7 @@
-"""Groups of the held-out sets: stated or derived, each set in exactly one, and reported apart wherever ZS is."""
+"""Groups of the held-out sets: stated or derived, each set in exactly one, and reported separately wherever ZS is."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from pipeline.plan.steps import DatasetFacts, Plan
 from pipeline.report import frames
 from pipeline.report.build import write_report
 from pipeline.report.figures import prepare
-from pipeline.report.page import standings
+from pipeline.report.sections import standing
+from pipeline.report.sources import Studied
 from pipeline.results import over_time as found
 from pipeline.study.config import study_from
 from pipeline.study.suites import read_suite_file
@@ -150,15 +152,15 @@ def test_empty_group_has_no_score_and_no_column_on_the_page() -> None:
     last = answer["trajectories"][0]["steps"][-1]
     assert last["zs_never_replayed"] is None and last["zs_replayed"] == pytest.approx(last["zs"])
     assert not found.grouped(answer)
-    table = standings(prepare(answer).last)
-    assert "<th>ZS</th>" in table and "<th>ZS replayed</th>" not in table
+    table = standing(prepare([answer]))
+    assert ">ZS</button>" in table and ">ZS replayed</button>" not in table
 
 
 def test_report_shows_both_groups_in_page_and_tables(tmp_path: Path) -> None:
     plan = planned()
     answer = invented(plan)
-    page = Path(write_report(tmp_path, plan, answer)["html"]).read_text()
-    assert "<th>ZS</th><th>ZS replayed</th><th>ZS never replayed</th>" in page
+    page = Path(write_report([Studied(tmp_path, plan, answer)])["html"]).read_text()
+    assert re.findall(r">(ZS[^<]*)</button>", page) == ["ZS", "ZS replayed", "ZS never replayed"]
     tables = tmp_path / "report" / "tables"
     for name in ("points", "standing", "plane"):
         rows = pd.read_csv(tables / f"{name}.csv")
@@ -200,4 +202,4 @@ def test_runs_older_than_groups_are_still_read() -> None:
     assert (
         frames.points(answer)["zs_replayed"].isna().all() and frames.points(answer)["split"].eq("test").all()
     )
-    assert prepare(answer).last["zs_replayed"].isna().all()
+    assert prepare([answer]).last["zs_replayed"].isna().all()

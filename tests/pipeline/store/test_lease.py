@@ -1,4 +1,4 @@
-"""Leases: one driver a step, taken over when its owner is gone, whatever the clocks say; in a directory and at a URL."""
+"""Leases: one driver per step, taken over when the owner has ended, independent of clocks; in a directory and at a URL."""
 
 import json
 import os
@@ -43,7 +43,7 @@ class Clock:
 
 
 def elsewhere(one: Leases) -> None:
-    """Make an owner one of another host: nothing but its heartbeat tells whether it lives."""
+    """Turn an owner into one of another host: only its heartbeat shows whether it is alive."""
     held = vars(one.holder) | {"key": f"elsewhere.{uuid.uuid4().hex}", "mark": "elsewhere-1-1"}
     one.holder = lease.Holder(**held)
     one._text = json.dumps(held).encode()

@@ -1,4 +1,4 @@
-"""Finding artifacts by name files: stores of older versions, names that are lost, and other processes at any moment."""
+"""The index of artifacts: stores of older versions, lost entries, and other processes at any moment."""
 
 import os
 import shutil
@@ -91,7 +91,7 @@ def test_name_whose_artifact_was_removed_is_no_artifact_and_is_used_again(empty:
 def test_two_writers_at_the_same_moment_agree_on_the_directory_of_the_first(
     empty: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second finds no name, and has one ready, when the first takes it: neither locks nor a look beforehand help."""
+    """The second writer has found no entry and prepared one when the first publishes its own: no lock or earlier check helps."""
     write, chosen = store_names._write, list[Path]()
 
     def overtaken(path: Path, text: str) -> None:

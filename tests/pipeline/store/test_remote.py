@@ -1,4 +1,4 @@
-"""One contract for every place a store may be: a directory, memory, and S3."""
+"""One contract for every kind of store: a directory, memory, and S3."""
 
 import errno
 import pickle
@@ -62,7 +62,7 @@ def made(where: str) -> Any:
 
 
 def elsewhere(store: Store, tmp_path: Path) -> Store:
-    """The same store as another node has it: with nothing in its mirror."""
+    """The same store on another node, with an empty mirror."""
     return ObjectStore(tmp_path / "other", store.url) if isinstance(store, ObjectStore) else store
 
 

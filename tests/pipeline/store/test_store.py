@@ -1,4 +1,4 @@
-"""The store: whole or nothing whatever dies when, one result per step, and no byte believed unchecked."""
+"""The store: all or nothing whichever process ends when, one result per step, and every byte checked."""
 
 import os
 import pickle
@@ -259,7 +259,7 @@ def test_lock_of_a_dead_process_is_free_and_that_of_a_stopped_one_does_not_wait_
 
 
 def race(empty: Store, contents: list[str], gate: Path) -> list[int]:
-    """Children that commit eight steps at the same moments; how many conflicts each was told of."""
+    """Processes that commit eight steps at the same moments. Returns the number of conflicts in each."""
     racers = [child("put_at_once", empty.root, gate, content) for content in contents]
     for number in range(8):
         gate.with_name(f"{gate.name}{number}").touch()

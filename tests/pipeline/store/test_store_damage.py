@@ -1,4 +1,4 @@
-"""Damage and full disks: no byte is believed unchecked, and nothing half done is left."""
+"""Damage and full disks: every byte is checked, and nothing half done is left."""
 
 import errno
 import json
@@ -218,7 +218,7 @@ def test_full_or_failing_disk_at_commit_leaves_nothing(
             patch.setattr(os if call == "fsync" else Path, call, fail(code))
             put(empty)
         left = [name for name in everything(empty.root) if not name.startswith(".names")]
-        assert left == [".stage", "base", "evaluate", "merge", "train"]
+        assert left == [".stage", "base", "evaluate", "expert", "merge", "sequence", "train"]
         assert not empty.has("train", ToyStep().fingerprint)
     put(empty)
     assert empty.verify() == []

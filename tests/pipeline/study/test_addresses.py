@@ -1,4 +1,4 @@
-"""Which addresses hold a secret, that no key of a study takes one, and that no message repeats it."""
+"""Which addresses hold a secret, that no key of a study accepts one, and that no message repeats it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Configuration: what a person may write, and what each mistake is answered with."""
+"""Configuration: what is valid, and the message for each mistake."""
 
 import json
 from pathlib import Path
@@ -44,6 +44,7 @@ def test_demo_has_the_trajectories_it_promises() -> None:
     assert [cell.id for cell in demo.cells] == [
         "zero_shot",
         "offline_merging",
+        "offline_merging_replay",
         "offline_merging-ties",
         "continual_finetuning",
         "continual_finetuning_replay",
@@ -51,7 +52,7 @@ def test_demo_has_the_trajectories_it_promises() -> None:
     ]
     assert len(demo.stream.tasks or ()) == 6
     several = load_study(ROOT / "configs/demo.yaml", ["grid.seed=[0,1,2]"])
-    assert len(several.cells) == 18
+    assert len(several.cells) == 21
     assert several.cells[2].id == "zero_shot-seed2"
 
 
@@ -238,7 +239,7 @@ def test_parity_that_leaves_something_without_effect_warns() -> None:
     ]  # fmt: skip
     reset, idle = study_from(raw_study(entries)).warnings
     assert "weight = 0.9 is not used" in reset and "weight is 0.5" in reset
-    assert "parity fomo_in_flux has no effect" in idle
+    assert "parity: fomo_in_flux has no effect" in idle
 
 
 def test_preset_keeps_its_parameters_unless_the_technique_changes() -> None:
@@ -352,6 +353,9 @@ def test_other_edition_of_the_suite_is_refused_with_what_to_do(tmp_path: Path) -
         ensure_data(study)
 
 
+UPDATE = {"pretraining": 0.0, "update": 1.0, "buffer": 0.0}
+
+
 @pytest.mark.fault("F25")
 @pytest.mark.parametrize(
     ("changes", "words"),
@@ -365,14 +369,41 @@ def test_other_edition_of_the_suite_is_refused_with_what_to_do(tmp_path: Path) -
         ({"data": {"root": "r", "pretraining": [], "held_out": ["d1"]}}, "d1 is also a task"),
         (
             {"resources": {"experts": {"workers": 3}}},
-            "recipe.batch_size: 64 samples cannot be shared equally by resources.experts.workers 3; make it a multiple",
+            "recipe.batch_size: 64 samples cannot be shared equally by resources.experts.workers: 3; make it a multiple",
         ),
         ({"data": {"root": "r", "pretraining": [], "held_out": ["kept"]}}, "takes a share of 0.33 from it"),
+        (
+            {
+                "resources": {"experts": {"workers": 2}},
+                "recipe": {"batch_size": 66, "accumulate": 3, "mixture": UPDATE},
+            },
+            "",
+        ),
+        (
+            {
+                "resources": {"experts": {"workers": 4}},
+                "recipe": {"batch_size": 66, "accumulate": 3, "mixture": UPDATE},
+            },
+            "66 samples cannot be shared equally by resources.experts.workers: 4 in recipe.accumulate: 3 parts each",
+        ),
+        ({"recipe": {"tf32": True}}, "recipe.tf32: is a format of GPUs, and resources.experts.gpus is 0"),
+        (
+            {"resources": {"experts": {"zero_stage": 3}}, "recipe": {"ema": 0.9}},
+            "recipe.ema: needs parameters that are whole on every worker",
+        ),
+        (
+            {"resources": {"experts": {"zero_stage": 3}}, "recipe": {"compile": True}},
+            "recipe.compile: needs parameters that are whole",
+        ),
     ],
 )
 def test_roles_and_resources_that_do_not_fit_are_refused(changes: dict[str, Any], words: str) -> None:
+    raw = raw_study(["best_in_time"], **changes)
+    if not words:
+        study_from(raw).resolved()
+        return
     with pytest.raises(ConfigError) as caught:
-        study_from(raw_study(["best_in_time"], **changes)).resolved()
+        study_from(raw).resolved()
     assert words in str(caught.value)
 
 

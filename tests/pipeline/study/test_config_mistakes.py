@@ -1,4 +1,4 @@
-"""Mistakes in a study and hostile files: each is answered with its key and what to do, and does nothing else."""
+"""Mistakes in a study, and hostile files: each gives a message with its key and what to do, and has no other effect."""
 
 import copy
 import json
@@ -44,7 +44,7 @@ def write(path: Path, text: str | bytes) -> Path:
 
 TIES: dict[str, Any] = {"preset": "offline_merging", "technique": "ties"}
 MISTAKES: list[tuple[str, str, str]] = [
-    # override, the key that must be named, what must be said
+    # override, key in the message, text in the message
     ("recipe.lrr=1", "recipe.lrr", "did you mean recipe.lr?"),
     ("lr=1", "lr", "did you mean recipe.lr?"),
     ("density=1", "density", "valid keys here"),

@@ -1,4 +1,4 @@
-"""The storage section: what it accepts, and that it bears on no result."""
+"""The storage section: what it accepts, and that it affects no result."""
 
 from pathlib import Path
 

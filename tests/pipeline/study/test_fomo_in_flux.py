@@ -1,4 +1,4 @@
-"""configs/fomo_in_flux: what is written there agrees with itself, with open_clip, and with what the papers state."""
+"""configs/fomo_in_flux: consistent in itself, with open_clip, and with what the papers state."""
 
 import math
 from pathlib import Path
@@ -82,7 +82,7 @@ def test_models_of_a_study_are_tags_that_open_clip_has(path: Path) -> None:
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_study_is_valid_and_resolves_with_the_suites_roles(path: Path, suite: Suite) -> None:
-    """The suite's place is taken by the roles it gives, and a model axis is checked on its own."""
+    """The roles of the suite stand in for it, and a model axis is checked separately."""
     raw = read(path)
     raw["grid"].pop("model", None)
     raw["resources"].pop("by_model", None)

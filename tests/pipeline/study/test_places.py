@@ -1,4 +1,4 @@
-"""Paths with variables and home directories: replaced where a study is read, or named."""
+"""Paths with variables and home directories: replaced when a study is read, or named in an error."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Streams: every class once, in the order asked for, in near-equal tasks; files; and what each mistake is answered with."""
+"""Streams: every class once, in the requested order, in near-equal tasks; files; and the message for each mistake."""
 
 import json
 import random
@@ -47,7 +47,7 @@ def table(tmp_path: Path) -> str:
 
 
 def keys_of(order: str, table: str) -> dict[str, Any]:
-    """A section of any order over classes."""
+    """A section for any order over classes."""
     more = {"frequency": {"table": table}, "time": {"dates": DATES}}
     return {"order": order, **more.get(order, {})}
 
@@ -300,7 +300,7 @@ def test_missing_file_and_file_of_other_data_are_refused(tmp_path: Path) -> None
         ({"order": "random"}, "give chunks"),
         ({"order": "frequency", "chunks": 2}, "needs table"),
         ({"table": "t.csv"}, "remove it"),
-        ({"order": "random", "chunks": 2, "dates": {"a": 2000}}, "dates bears on order time only"),
+        ({"order": "random", "chunks": 2, "dates": {"a": 2000}}, "dates bears on order: time only"),
         ({"order": "similarity", "chunks": 2, "seed": 1}, "draws nothing"),
         ({"seed": 1}, "draws nothing"),
         ({"file": "s.json", "chunks": 2, "reverse": True}, "remove chunks, reverse, or remove file"),

@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_said_with_the_file_and_the_remedy(
 
 
 def described_suite(room: Path, world: World, off: int = 0) -> Path:
-    """A suite file that states what the world's own datasets are, or `off` samples more."""
+    """A suite file that states the datasets of the world, or `off` samples more."""
     root, sets = world.home / "data", []
     for name in sorted(path.name for path in root.iterdir() if (path / "manifest.json").is_file()):
         info = describe(root, name)

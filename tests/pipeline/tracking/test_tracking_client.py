@@ -1,4 +1,4 @@
-"""What is asked again of a failing server, and what never is."""
+"""Which requests to a failing server are repeated, and which never are."""
 
 from typing import Any
 

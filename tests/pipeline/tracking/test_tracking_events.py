@@ -1,8 +1,9 @@
-"""The projection of a study: what rows it makes, and that only plan and records decide."""
+"""The projection of a study: its rows, which depend on plan and records only."""
 
 import math
 import posixpath
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.tracking.outbox import Row
-from pipeline.tracking.rows.names import flat, metric_name, plain
+from pipeline.tracking.rows.names import SHOWN, flat, metric_name, plain
 from pipeline.tracking.rows.rows import Metrics
 from tests.pipeline.tracked_study import START_MS, Tracked, finished_study
 
@@ -28,6 +29,11 @@ def rows_of(study: Tracked, order: list[str] | None = None) -> dict[str, Row]:
     return {row.key.split("/", 1)[1]: row for row in [*rows, *projection.finished("a,b\n")]}
 
 
+def unnumbered(name: str) -> str:
+    """A name without the number that begins it where names are alike."""
+    return re.sub(r"^\d+( · |-)", "", name)
+
+
 def of(rows: dict[str, Row], op: str) -> list[dict[str, Any]]:
     return [dict(row.payload) for row in rows.values() if row.payload["op"] == op]
 
@@ -40,7 +46,7 @@ def test_rows_do_not_depend_on_the_order_steps_finished_in(study: Tracked) -> No
 
 
 def any_order(study: Tracked, seed: int) -> list[str]:
-    """Some order in which workers could have finished the steps."""
+    """An order in which workers could have finished the steps."""
     draw, done, waiting = random.Random(seed), [], dict(study.plan.steps)
     while waiting:
         ready = [f for f, step in waiting.items() if not set(step.inputs.values()) & waiting.keys()]
@@ -64,13 +70,16 @@ def test_a_step_told_twice_makes_the_same_rows(study: Tracked) -> None:
 @pytest.mark.fault("F32")
 def test_measurements_have_the_time_of_their_records(study: Tracked) -> None:
     times = {record.created_ms for record in study.records.values()}
-    stamps = {stamp for body in of(rows_of(study), "log") for _, _, _, stamp, _, _ in body["metrics"]}
+    metrics = [metric for body in of(rows_of(study), "log") for metric in body["metrics"]]
+    stamps = {
+        stamp for name, _, _, stamp, _, _ in metrics if not name.startswith("system/")
+    }  # these have their own
     assert stamps and stamps <= times
 
 
 def test_runs_are_nested_and_named_for_people(study: Tracked) -> None:
     runs = of(rows_of(study), "run")
-    names = {body["name"]: body["parent"] for body in runs}
+    names = {unnumbered(body["name"]): body["parent"] for body in runs}
     assert names["demo"] is None
     assert names["best_in_time · seed 0"] == names["zero_shot · seed 1"] == "study"
     experts = next(body for body in runs if body["run"] == "experts")
@@ -86,22 +95,79 @@ def test_experts_with_replay_and_of_a_recipe_grid_are_told_apart(tmp_path: Path)
         tasks=("animals", "scripts"),
         axes={"recipe.lr": [1e-3, 1e-4]},
     )
-    names = [body["name"] for body in of(rows_of(study), "run") if body["tags"]["kind"] == "expert"]
+    names = [unnumbered(b["name"]) for b in of(rows_of(study), "run") if b["tags"]["kind"] == "expert"]
     assert "expert t=2 scripts · init latest · lr 0.001" in names
     assert "expert t=2 scripts · init latest · replay · lr 0.0001" in names
     assert len(names) == len(set(names)) == 8
+
+
+@pytest.mark.parametrize(
+    "axes", [{}, {"budget.multiplier": [1, 2], "recipe.lr": [1e-3, 1e-4]}], ids=["small", "grid"]
+)
+def test_names_differ_before_the_place_where_tables_cut_them(tmp_path: Path, axes: dict[str, Any]) -> None:
+    study = finished_study(
+        tmp_path,
+        strategies=("best_in_time", {"init": "base", "deploy": ["all", "ema"], "technique": ["ties", "breadcrumbs_ties"]}),
+        axes=axes,
+    )  # fmt: skip
+    rows = rows_of(study)
+    names = [[body["name"] for body in of(rows, "run")], [body["name"] for body in of(rows, "model")]]
+    for shown in ([name[:SHOWN] for name in of_one] for of_one in names):
+        assert len(set(shown)) == len(shown)
+    assert not axes or any("· x2" in name for name in names[0]), "a budget is said in words"
+
+
+def test_names_of_a_small_study_carry_no_number(tmp_path: Path) -> None:
+    study = finished_study(tmp_path, strategies=("zero_shot", "best_in_time"))
+    names = {body["name"] for op in ("run", "model") for body in of(rows_of(study), op)}
+    assert {"best_in_time", "best_in_time-t3-photos_b", "expert-t3-photos_b-init_ema-average"} <= names
+
+
+def test_study_shows_what_its_best_trajectory_has_reached(study: Tracked) -> None:
+    projection, best = study.projection(), study.plan.trajectories[-1]
+    for fingerprint, step in study.plan.steps.items():
+        projection.step(step, study.records[fingerprint])
+    (body,) = [
+        row.payload for row in projection.finished(None, best.id) if row.key.endswith("log/study/best")
+    ]
+    own = [
+        row.payload for row in rows_of(study).values() if row.payload.get("run") == f"trajectory/{best.id}"
+    ]
+    wanted = [
+        [name, value, step]
+        for row in own if row["op"] == "log"
+        for name, value, step, *_ in row["metrics"] if name in ("ka", "zs", "gm") and step > 0
+    ]  # fmt: skip
+    shown = [metric[:3] for metric in body["metrics"]]
+    assert len(wanted) == 9 and all(metric in shown for metric in wanted)
+    assert {name for name, *_ in shown} - {"ka", "zs", "gm", "zs_replayed", "zs_never_replayed"} <= {
+        f"score/{one}" for one in (*study.plan.adaptation, *study.plan.held_out)
+    }
+    assert body["tags"]["best.trajectory"].endswith("best_in_time · seed 1")
+    assert "models:/demo@best" in body["tags"]["mlflow.note.content"]
+
+
+def test_expert_has_the_machines_use_at_its_own_times(study: Tracked) -> None:
+    fingerprint, record = next((f, r) for f, r in study.records.items() if r.kind == "train")
+    seen = {"time_ms": [1000, 2000], "cpu_utilization_percentage": [10.0, 90.0]}
+    told = replace(record, result={**record.result, "system": seen})
+    rows = study.projection().step(study.plan.steps[fingerprint], told)
+    body = next(row.payload for row in rows if row.key.endswith("/training"))
+    found = [metric[:4] for metric in body["metrics"] if metric[0].startswith("system/")]
+    name = "system/cpu_utilization_percentage"
+    assert found == [[name, 10.0, 0, 1000], [name, 90.0, 1, 2000]]
 
 
 def test_lineage_of_very_many_experts_names_the_newest_and_counts_all(
     study: Tracked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.tracking.rows.lineage.LISTED", 2)
-    models = {body["name"]: body for body in of(rows_of(study), "model")}
+    models = {unnumbered(body["name"]): body for body in of(rows_of(study), "model")}
     for strategy in ("best_in_time", "offline_merging"):
-        lineage = models[f"{strategy}-t3-photos_b-seed0"]["manifest"]["lineage"]
+        lineage = models[f"t3-photos_b-{strategy}-seed0"]["manifest"]["lineage"]
         assert lineage["experts_total"] == 3
         assert [expert["t"] for expert in lineage["experts"]] == [2, 3]
-    tags = models["best_in_time-t3-photos_b-seed0"]["tags"]
+    tags = models["t3-photos_b-best_in_time-seed0"]["tags"]
     assert tags["lineage.experts"] == "3 experts, see manifest.json"
 
 
@@ -112,10 +178,10 @@ def test_every_unique_expert_has_one_run(study: Tracked) -> None:
 
 
 def test_served_checkpoints_are_models_with_lineage_and_the_base_is_one(study: Tracked) -> None:
-    models = {body["name"]: body for body in of(rows_of(study), "model")}
+    models = {unnumbered(body["name"]): body for body in of(rows_of(study), "model")}
     assert [name for name in models if "zero_shot" in name] == []
     assert models["base-demo"]["type"] == "base"
-    model = models["best_in_time-t3-photos_b-seed0"]
+    model = models["t3-photos_b-best_in_time-seed0"]
     assert (
         model["params"] | {"strategy.init": "ema", "t": "3", "task": "photos_b", "seed": "0"}
         == model["params"]
@@ -124,8 +190,9 @@ def test_served_checkpoints_are_models_with_lineage_and_the_base_is_one(study: T
     assert model["manifest"]["lineage"]["experts_total"] == 3
     assert model["tags"]["sha256"] == model["manifest"]["files"]["open_clip_model.safetensors"]["sha256"]
     assert model["tags"]["lineage.base"] == study.base.sha256("open_clip_model.safetensors")
-    assert models["continual_finetuning-t2-scripts-seed1"]["type"] == "expert"
-    assert len(models) == 1 + 3 * 3 * 2
+    assert models["t2-scripts-continual_finetuning-seed1"]["type"] == "expert"
+    experts = [step for step in study.plan.steps.values() if step.kind == "train"]
+    assert len(models) == 1 + 3 * 3 * 2 + len(experts)
 
 
 def test_every_point_has_its_metrics_at_step_t(study: Tracked) -> None:

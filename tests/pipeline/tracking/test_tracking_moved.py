@@ -1,4 +1,4 @@
-"""OUT that is moved or copied: MLflow's addresses name the artifacts that lie in it, and nobody else's."""
+"""OUT that is moved or copied: MLflow's addresses name the artifacts in it, and no others."""
 
 import shutil
 import sqlite3
@@ -62,6 +62,7 @@ def test_after_a_move_every_address_names_the_new_place(
     assert len(places(after)) > 5 and all(text.startswith(f"{after.as_uri()}/") for text in places(after))
     assert exported(at(study, after)) == before
     assert (loaded(after, monkeypatch) / WEIGHTS).is_file()
+    capsys.readouterr()  # MLflow may show how far a download is
     how(after)
     assert capsys.readouterr().err == "", "it is said once"
 
@@ -112,7 +113,7 @@ def test_places_that_were_never_this_stores_own_stay(study: Tracked, tmp_path: P
 
 
 def test_store_that_another_process_delivers_to_is_left_to_it(study: Tracked, tmp_path: Path) -> None:
-    """The same OUT under two names, as in a container and on its host: whoever works on it decides."""
+    """The same OUT under two names, as in a container and on its host: the process that works on it decides."""
     study.out.rename(tmp_path / "after")
     before = places(tmp_path / "after")
     with FlushLock(tmp_path / "after") as held:

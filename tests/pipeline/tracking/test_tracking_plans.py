@@ -1,6 +1,8 @@
-"""A study that is changed in its OUT, and changed back: what MLflow, status and the alias say then."""
+"""A study that is changed in its OUT, and changed back: the answers of MLflow, status and the alias."""
 
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +10,7 @@ from pipeline.store.local import Store
 from pipeline.study.config import study_from
 from pipeline.tracking.mlflow.local import local_uri
 from pipeline.tracking.outbox import glance
-from pipeline.tracking.session import Tracking
+from pipeline.tracking.session import Tracking, git_tags
 from pipeline.tracking.tracker import Tracker, sync
 from tests.pipeline.tracked_study import EXPERIMENT, Tracked, deliver, exported
 
@@ -59,6 +61,24 @@ def test_alias_is_that_of_the_last_run_also_when_the_tracker_was_away(
     assert len([item for item in exported(first) if "registered" in item]) == 2, "both plans have a version"
 
 
+def test_run_of_a_checkout_says_its_commit_and_whether_it_was_changed(tmp_path: Path) -> None:
+    def git(*words: str) -> str:
+        line = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *words]
+        return subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert git_tags(tmp_path) == {}, "no checkout"
+    git("init", "-q")
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "file.py").write_text("1")
+    git("add", "-A")
+    git("commit", "-qm", "one")
+    commit = git("rev-parse", "HEAD")
+    assert git_tags(tmp_path) == {"mlflow.source.git.commit": commit, "mlflow.git.dirty": "false"}
+    (tmp_path / "code" / "file.py").write_text("2")
+    assert git_tags(tmp_path)["mlflow.git.dirty"] == "true"
+    assert git_tags(tmp_path / "code") == {}, "an environment inside of somebody's checkout"
+
+
 def test_plans_of_one_out_are_told_apart_by_the_names_of_their_parent_runs(
     make_study: Callable[..., Tracked],
 ) -> None:
@@ -93,7 +113,8 @@ def test_run_of_a_changed_study_says_what_it_keeps_and_replaces(
     said = []
     for study in (first, first, changed, first):
         workspace: Any = SimpleNamespace(
-            study=study_from(dict(study.facts.settings)), plan=study.plan, store=Store(study.out / "store"), out=study.out
+            study=study_from(dict(study.facts.settings)), plan=study.plan, store=Store(study.out / "store"), out=study.out,
+            recipes=frozenset(),
         )  # fmt: skip
         tracking = Tracking(workspace)
         said.append(tracking.notes)

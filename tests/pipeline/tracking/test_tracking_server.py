@@ -1,4 +1,4 @@
-"""A tracking server with authentication: the same story as in sqlite, with credentials from the environment alone."""
+"""A tracking server with authentication: the same content as in sqlite, with credentials from the environment alone."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.tracking.mlflow.export import export
 from pipeline.tracking.tracker import Tracker
-from tests.pipeline.tracked_study import Tracked, finished_study
+from tests.pipeline.tracked_study import MODEL_FILES, Tracked, finished_study
 from tests.servers import serving
 
 USER, PASSWORD = "ann", "a-long-password-for-tests"
@@ -67,9 +67,7 @@ def test_study_reaches_a_server_that_asks_who_is_there(
     assert deliver(study, server) == (0, None)
     told = export(server, EXPERIMENT)
     models = {item["name"]: item for item in told if "model" in item}
-    assert models["best_in_time-t1-animals"]["artifacts"] == [
-        "manifest.json", "open_clip_config.json", "open_clip_model.safetensors",
-    ]  # fmt: skip
+    assert models["best_in_time-t1-animals"]["artifacts"] == MODEL_FILES
     (version,) = [item for item in told if "registered" in item]
     assert (version["name"], version["of"], version["aliases"]) == ("demo/1", "best_in_time/t1", ["best"])
     assert PASSWORD.encode() not in (study.out / "outbox.db").read_bytes()

@@ -1,17 +1,21 @@
-"""The server behind `ui`: a port that is taken, a server that dies, and one that is somebody else's."""
+"""The server behind `ui`: a port that is taken, a server that fails, and one of another program."""
 
+import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.errors import TrackingError
+from pipeline.plan.file import write
 from pipeline.tracking.mlflow.ui import WORD, WORD_HEADER
 from pipeline.tracking.mlflow.ui_server import check_port, serve
 from tests.world import free_port
 
+ROOT = Path(__file__).parents[3]
 SERVER = """
 import os, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -53,6 +57,28 @@ def test_server_is_named_once_it_answers_and_ended_with_the_command() -> None:
     check_port(port)
 
 
+def test_ctrl_c_ends_ui_in_order_and_without_a_word(make_study: Any) -> None:
+    """The command as a person runs it: it prints the address once it answers, and ends with 0 on Ctrl-C."""
+    study, port = make_study("out", strategies=("zero_shot",), tasks=("animals",)), free_port()
+    outbox = study.outbox()
+    study.tell(outbox)
+    outbox.close()
+    write(study.plan, study.out / "plan.json")
+    code = (
+        "import sys; from pipeline.tracking import tracker\n"
+        "server = [sys.executable, '-c', *sys.argv[4:]]; tracker.ui_command = lambda out, port: server\n"
+        "from pipeline.cli import app; sys.argv = ['temporal-merge', *sys.argv[1:4]]; app.main()\n"
+    )
+    line = [sys.executable, "-c", code, "ui", str(study.out), f"--port={port}", *server_on(port)[2:]]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith(f"MLflow UI (Ctrl-C ends it): http://127.0.0.1:{port}")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, "") and "Traceback" not in err and "ended" not in err
+    check_port(port)
+
+
 def test_server_that_ends_before_it_answers_is_an_error_and_is_never_named() -> None:
     with pytest.raises(TrackingError, match="ended with 3"):
         serve(
@@ -61,7 +87,7 @@ def test_server_that_ends_before_it_answers_is_an_error_and_is_never_named() -> 
 
 
 def test_answer_of_another_program_on_the_port_is_not_taken_for_the_servers() -> None:
-    """Both began at once and the other was quicker: it answers, and the one that was started ends with code 0, as MLflow does."""
+    """Both started at once and the other was faster: it answers, and the one that was started ends with code 0, as MLflow does."""
     port = free_port()
     other = subprocess.Popen(server_on(port, "HOME"))
     try:

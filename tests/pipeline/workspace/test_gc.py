@@ -1,4 +1,4 @@
-"""What nobody refers to goes; what any registered study refers to, or a running one makes, stays."""
+"""Garbage collection: what nothing refers to is removed; what a registered study refers to or a running one makes stays."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def where(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def finished(out: Path, where: str, strategies: list[Any]) -> tuple[Plan, Store]:
-    """A finished run in `out` on the store at `where`, as the driver leaves it."""
+    """A finished run in `out` with the store at `where`, as the driver leaves it."""
     plan, store = make_plan(study(strategies, tasks=2), facts(2)), store_at(where, out)
     out.mkdir(exist_ok=True)
     store.prepare()

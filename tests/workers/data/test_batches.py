@@ -1,4 +1,4 @@
-"""A batch depends on (seed, step, rank) only, and the ranks share out one global batch."""
+"""A batch depends on (seed, step, rank) only, and the shares of all ranks make up one global batch."""
 
 from pathlib import Path
 
@@ -8,9 +8,11 @@ import torch
 from torchvision.transforms import RandomResizedCrop
 
 from merge_service.errors import UserError
-from tests.workers.data_helpers import PREPROCESS, job, words, write_coloured
-from workers.data.batches import CROP_DRAWS, Batches, crop_boxes, random_resized_crop
+from tests.workers.data_helpers import PREPROCESS, batch, job, words, write_coloured
+from workers.data.batches import Batches
 from workers.data.mixture import batch_indices, generator
+from workers.data.share import CROP_DRAWS, crop_boxes
+from workers.feed.pixels import crop
 
 
 def numbers(images: torch.Tensor) -> list[int]:
@@ -32,7 +34,7 @@ def replay(tmp_path: Path):
 
 def test_batch_holds_images_of_every_source_with_their_prompts(replay) -> None:
     batches = Batches(replay, words, PREPROCESS)
-    images, tokens = batches.batch(0)
+    images, tokens = batch(batches, 0)
     assert images.shape == (12, 3, 8, 8) and images.dtype == torch.float32 and tokens.shape == (12, 16)
     seen = numbers(images)
     expected = batch_indices(0, 5, 12, replay.recipe["mixture"], batches.sizes)
@@ -50,24 +52,24 @@ def test_batch_holds_images_of_every_source_with_their_prompts(replay) -> None:
 
 def test_same_seed_and_step_give_the_same_batch_in_a_fresh_object(replay) -> None:
     first, second = Batches(replay, words, PREPROCESS), Batches(replay, words, PREPROCESS)
-    first.batch(0), first.batch(1)
-    for one, two in zip(first.batch(7), second.batch(7), strict=True):
+    batch(first, 0), batch(first, 1)
+    for one, two in zip(batch(first, 7), batch(second, 7), strict=True):
         assert torch.equal(one, two)
-    assert not torch.equal(first.batch(7)[0], first.batch(8)[0])
+    assert not torch.equal(batch(first, 7)[0], batch(first, 8)[0])
 
 
 @pytest.mark.fault("F25")
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_rank_batches_partition_the_global_batch(replay, world: int) -> None:
-    images, tokens = Batches(replay, words, PREPROCESS).batch(3)
+    images, tokens = batch(Batches(replay, words, PREPROCESS), 3)
     for rank in range(world):
-        part, part_tokens = Batches(replay, words, PREPROCESS, rank, world).batch(3)
+        part, part_tokens = batch(Batches(replay, words, PREPROCESS, rank, world), 3)
         assert torch.equal(part, images[rank::world]) and torch.equal(part_tokens, tokens[rank::world])
 
 
 @pytest.mark.fault("F25")
 def test_batch_that_does_not_divide_among_ranks_is_a_user_error(replay) -> None:
-    with pytest.raises(UserError, match="batch_size 12 does not divide among 5 workers"):
+    with pytest.raises(UserError, match="batch_size 12 is not a multiple of the number of workers, 5"):
         Batches(replay, words, PREPROCESS, 0, 5)
 
 
@@ -75,26 +77,14 @@ def test_sources_without_share_are_not_even_decoded(tmp_path: Path) -> None:
     new = write_coloured(tmp_path, "new", 25)
     gone = write_coloured(tmp_path, "gone", 25)
     (tmp_path / "gone" / "train" / "0.tar").unlink()
-    images, _ = Batches(job(tmp_path / "cache", [new], buffer=[gone]), words, PREPROCESS).batch(0)
+    images, _ = batch(Batches(job(tmp_path / "cache", [new], buffer=[gone]), words, PREPROCESS), 0)
     assert max(numbers(images)) < 25
-
-
-def test_augmentation_sees_images_in_unit_range_and_a_seeded_generator(replay) -> None:
-    seen = []
-
-    def augment(images: torch.Tensor, draw: np.random.Generator) -> torch.Tensor:
-        seen.append((float(images.min()), float(images.max()), float(draw.random())))
-        return images
-
-    batches = Batches(replay, words, PREPROCESS, augment=augment)
-    batches.batch(2), batches.batch(2), batches.batch(3)
-    assert seen[0] == seen[1] and seen[0][2] != seen[2][2]
-    assert seen[0][0] >= 0 and seen[0][1] <= 1
 
 
 def test_crop_of_the_whole_image_changes_nothing() -> None:
     images = torch.rand(4, 3, 9, 11)
-    same = random_resized_crop(images, np.zeros((4, CROP_DRAWS)), (1.0, 1.0), (11 / 9, 11 / 9))
+    boxes = crop_boxes(np.zeros((4, CROP_DRAWS)), 9, 11, (1.0, 1.0), (11 / 9, 11 / 9))
+    same = crop(images, torch.from_numpy(boxes).float())
     assert torch.allclose(same, images, atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""The data cache is whole or absent, found damaged when it is, and open to exactly those who may read the data."""
+"""A cache entry is complete or absent, damage is detected, and exactly the users who may read the data may read it."""
 
 import multiprocessing
 import os
@@ -15,8 +15,17 @@ from merge_service.errors import UserError
 from tests.workers.data_helpers import write_coloured
 from workers.data import cache as cache_module
 from workers.data import decode
-from workers.data.cache import Access, is_writable, make_folder, only_one, recall, remember, whole_folder
-from workers.data.decode import CONTENT_FILES, ENTRY_FILE, load
+from workers.data.cache import (
+    ENTRY_FILE,
+    Access,
+    is_writable,
+    make_folder,
+    only_one,
+    recall,
+    remember,
+    whole_folder,
+)
+from workers.data.decode import CONTENT_FILES, load
 from workers.jobs import Source
 
 

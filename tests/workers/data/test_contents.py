@@ -1,4 +1,4 @@
-"""What a look at a shard finds: bad labels, cut pictures, and what kinds of pictures there are."""
+"""Validation of shards: bad labels, truncated pictures, and the kinds of pictures."""
 
 import io
 import struct
@@ -55,7 +55,7 @@ def dataset(
 )
 def test_label_that_is_no_number_is_refused_with_the_sample(tmp_path: Path, label: bytes) -> None:
     shard = dataset(tmp_path / "toys", [{"png": PLAIN, "cls": b"0"}, {"png": PLAIN, "cls": label}])
-    with pytest.raises(ShardError, match=r"sample 's1' has the class .*no number") as caught:
+    with pytest.raises(ShardError, match=r"sample 's1' has the class .*not a number") as caught:
         describe(tmp_path, "toys", tmp_path / "cache")
     assert caught.value.shard == shard
 
@@ -178,7 +178,10 @@ def test_copies_that_came_in_by_chance_stay_pictures_of_their_own_and_are_said(t
         describe(tmp_path, "pairs", tmp_path / "cache"),
         verify(tmp_path, "pairs", "test", tmp_path / "cache"),
     )
-    assert "2 of 6 samples of test show a picture that another shows too" in notes(info, {"test": survey})[0]
+    assert (
+        "2 of 6 samples of test show a picture that another sample also shows"
+        in notes(info, {"test": survey})[0]
+    )
     assert content_digest(info.splits["test"], survey, scored=True) == info.splits["test"].digest
     assert notes(info, {"test": replace(survey, samples=300)}) == []
 

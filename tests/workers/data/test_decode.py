@@ -1,9 +1,11 @@
-"""A split is decoded once, verified first, and equals open_clip's own preprocessing bit for bit."""
+"""A split is verified and decoded once, with the same bits as open_clip's own preprocessing."""
 
 import io
 import json
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -15,9 +17,11 @@ from merge_service.errors import UserError
 from tests.workers.data.test_manifest import add_member, refused, restate, write
 from tests.workers.data_helpers import write_coloured
 from workers.data import decode
-from workers.data.decode import evaluation_geometry, load, normalise
+from workers.data.decode import evaluation_geometry, load
 from workers.data.tarscan import ShardError
 from workers.data.writer import Sample, write_dataset
+from workers.feed.device import Host
+from workers.feed.pixels import Pixels
 from workers.jobs import Source
 
 
@@ -49,7 +53,8 @@ def test_decoded_and_normalised_image_equals_open_clip_bit_for_bit(
     for shape in ((70, 45), (20, 31), (32, 32)):
         pixels = np.asarray(ours(photograph(mode, shape, form)))[None]
         assert pixels.dtype == np.uint8
-        assert torch.equal(normalise(pixels, mean, std)[0], expected(photograph(mode, shape, form)))
+        made = Pixels({"mean": mean, "std": std}, Host.place)(torch.from_numpy(pixels.copy()))
+        assert torch.equal(made[0], expected(photograph(mode, shape, form)))
 
 
 def test_loaded_split_holds_images_labels_and_prompts(tmp_path: Path) -> None:
@@ -156,3 +161,43 @@ def test_processes_that_load_at_once_share_one_cache_entry(tmp_path: Path) -> No
         totals = pool.map(_load_total, [(source, str(cache))] * 6)
     assert len(set(totals)) == 1 and totals[0] > 0
     assert len([path for path in (cache / "decoded").iterdir() if path.is_dir()]) == 1
+
+
+def mapped(name: str) -> dict[str, int]:
+    """Bytes of this process's maps of files of that name, by kind of page."""
+    found: dict[str, int] = {}
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        key, _, rest = line.partition(":")
+        if "-" in key.split(" ")[0]:
+            inside = line.endswith(f"/{name}")
+        elif inside and rest.endswith(" kB"):
+            found[key] = found.get(key, 0) + 1024 * int(rest[:-3])
+    return found
+
+
+def touch(source: Source, cache: Path, size: int, told: Any) -> None:
+    images = load(source, size, cache).images
+    total = int(np.asarray(images).sum())
+    told.put((total, mapped("images.npy")))
+    told.close()
+
+
+@pytest.mark.parametrize("reading", ["decoded", "encoded"])
+def test_processes_share_the_pages_of_what_is_mapped_and_hold_no_copy(tmp_path: Path, reading: str) -> None:
+    """Decoded pictures of a split are in memory once for all experts of a node; of a split as it is stored, nothing is."""
+    source, size, cache = write_coloured(tmp_path, "toys", 25), 64, tmp_path / "cache"
+    images = load(source, size, cache).images
+    whole = images.nbytes
+    if reading == "encoded":
+        stored = load(replace(source, reading="encoded"), size, tmp_path / "other").images
+        assert not isinstance(stored, np.ndarray) and not list((tmp_path / "other").rglob("images.npy"))
+        return
+    mine = int(np.asarray(images).sum())
+    told: Any = multiprocessing.get_context("spawn").SimpleQueue()
+    other = multiprocessing.get_context("spawn").Process(target=touch, args=(source, cache, size, told))
+    other.start()
+    total, pages = told.get()
+    other.join()
+    assert total == mine and pages["Rss"] >= whole
+    assert pages["Shared_Clean"] >= whole > 4096 > pages["Private_Dirty"] + pages["Anonymous"]

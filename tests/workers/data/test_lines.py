@@ -1,4 +1,4 @@
-"""A class is a line number: what counts as a line is what the writer of the file meant by one."""
+"""A class is a line number, so lines are split as the writer of the file meant them."""
 
 from pathlib import Path
 

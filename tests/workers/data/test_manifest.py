@@ -1,4 +1,4 @@
-"""Shards are written reproducibly, described without torch, and refused by name when they are not whole."""
+"""Shards are written reproducibly, described without torch, and refused by name if they are damaged."""
 
 import io
 import json
@@ -168,7 +168,7 @@ def test_missing_shard_is_refused(tmp_path: Path) -> None:
     (home / "train" / "0.tar").unlink()
     assert refused(tmp_path).reason == "missing"
     foreign(home)
-    with pytest.raises(ShardError, match=r"nshards\.txt states 3 shards, 2 are there"):
+    with pytest.raises(ShardError, match=r"nshards\.txt states 3 shards, the folder holds 2"):
         describe(tmp_path, "toys", tmp_path / "cache")
 
 
@@ -290,7 +290,7 @@ def test_verification_is_remembered_until_the_shard_changes(tmp_path: Path) -> N
     [
         ("tois", "train", "there are: toys"),
         ("toys", "val", "it has: test, train"),
-        ("../toys", "train", "no dataset name"),
+        ("../toys", "train", "not a valid dataset name"),
     ],
 )
 def test_wrong_name_is_a_user_error_that_tells_what_exists(

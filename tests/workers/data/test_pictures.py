@@ -1,4 +1,4 @@
-"""Pictures come out as a person sees them, and those that are plain come out untouched."""
+"""Unusual pictures are converted to what a viewer shows, and plain pictures stay unchanged."""
 
 import io
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The tar scanner loses nothing without saying so, whatever happened to the file."""
+"""The tar reader returns every member or raises an error, whatever damage a file has."""
 
 import tarfile
 from pathlib import Path

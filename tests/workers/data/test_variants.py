@@ -1,4 +1,4 @@
-"""Altered copies are reproducible, keep the label, and look like what they are copies of."""
+"""Altered copies are reproducible, keep the label, and resemble their originals."""
 
 from dataclasses import replace
 
@@ -65,5 +65,5 @@ def test_blend_takes_from_the_same_class_only(samples: Samples) -> None:
 
 
 def test_unknown_change_is_a_user_error(samples: Samples) -> None:
-    with pytest.raises(UserError, match="no change 'sharpen'; there are: shift"):
+    with pytest.raises(UserError, match="no change 'sharpen'; choose from: shift"):
         next(variants(samples, 1, ["sharpen"], 0, 0))

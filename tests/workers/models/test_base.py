@@ -1,4 +1,4 @@
-"""Where a base comes from: one rule of preprocessing and activation, and nothing that comes with a model is run."""
+"""The source of a base: one rule of preprocessing and activation; no code that comes with a model is run."""
 
 import json
 import pickle
@@ -25,7 +25,7 @@ ZERO = {"mean": [0, 0, 0], "std": [1, 1, 1]}
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder in the place of the Hub: `hub/owner/name/FILE`."""
+    """A folder that replaces the Hub: `hub/owner/name/FILE`."""
     home = tmp_path / "hub"
 
     def download(repository: str, name: str, **_: Any) -> str:
@@ -151,7 +151,7 @@ def test_temperature_that_neither_loss_knows_is_refused() -> None:
 
 
 class Canary:
-    """Unpickled, it leaves a file."""
+    """An object that writes a file when it is unpickled."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
@@ -173,7 +173,7 @@ def test_pickled_weights_of_a_repository_are_refused_unread(tmp_path: Path, hub:
 
 
 def planted(place: Path, canary: Path) -> None:
-    """A tokenizer and a text tower that want code of their own to be run."""
+    """A tokenizer and a text tower that request code of their own."""
     place.mkdir(parents=True)
     code = f"from pathlib import Path\nPath({str(canary)!r}).touch()\n"
     (place / "evil.py").write_text(

@@ -1,4 +1,4 @@
-"""Configurations of models are read by allow-list: what open_clip knows and nothing else, every mistake named."""
+"""Configurations of models are read by allow-list: only open_clip's keys, and every mistake is named."""
 
 import copy
 import dataclasses

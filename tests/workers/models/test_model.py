@@ -1,4 +1,4 @@
-"""Weights directories: whatever they are made from, plain open_clip opens them, and mistakes are named."""
+"""Weights directories: from any source, plain open_clip opens them, and mistakes are named."""
 
 import json
 from pathlib import Path

@@ -4,6 +4,7 @@ import io
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -12,14 +13,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import workers.scoring.evaluate as evaluation
 from merge_service.checkpoints import WEIGHTS_FILE
 from merge_service.errors import NonFiniteCheckpoint, UserError
 from tests.workers.model_helpers import COLOURS, Toys
 from workers.data.decode import Samples, load
+from workers.data.encoded.pictures import Pictures
 from workers.data.writer import write_dataset
 from workers.jobs import Source
 from workers.models.model import tokenizer
 from workers.scoring.evaluate import Encoder, evaluate, retrieval, subset
+from workers.scoring.kept import Kept, tower_digests
 from workers.training.expert import train_expert
 
 
@@ -72,8 +76,97 @@ def test_accuracy_is_that_of_plain_open_clip(toys: Toys, expert: Path) -> None:
     encoder = Encoder(expert, "cpu", 16)
     samples = load(toys.source("toy", "test"), 32, toys.root / "cache", encoder.preprocess)
     with torch.inference_mode():
-        assert torch.allclose(encoder.images(samples.images[:]), features, atol=1e-6)
+        found = torch.cat(list(encoder.images(samples, np.arange(len(samples)))))
+        assert torch.allclose(found, features, atol=1e-6)
         assert torch.allclose(encoder.classifier(samples.classes, samples.templates), classifier, atol=1e-6)
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> Kept:
+    """Nothing kept yet."""
+    fresh = Kept()
+    monkeypatch.setattr(evaluation, "KEPT", fresh)
+    return fresh
+
+
+def test_scores_are_the_same_on_splits_as_they_are_stored(
+    toys: Toys, expert: Path, kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A split is decoded once for all evaluations while there is room for it, and for every pass where there is none."""
+    decoded: list[int] = []
+    whole = Pictures._whole
+    monkeypatch.setattr(Pictures, "_whole", lambda self, row: decoded.append(row) or whole(self, row))
+    job = toys.evaluation(expert, "toy", "old", "pairs")
+    stored = replace(job, datasets=tuple(replace(source, reading="encoded") for source in job.datasets))
+    scores, size = evaluate(job)["scores"], 32 * 32 * 3
+    for room, passed in ((60 * size - 1, 120), (60 * size, 90), (150 * size, 0)):
+        monkeypatch.setattr(evaluation, "DECODED_BYTES", room)
+        monkeypatch.setattr(evaluation, "KEPT", Kept())
+        decoded.clear()
+        assert evaluate(stored)["scores"] == scores
+        assert len(decoded) == passed
+
+
+@pytest.mark.parametrize("trainable", ["image", "text", "all"])
+def test_what_a_frozen_tower_made_is_not_made_again_and_scores_are_the_same(
+    toys: Toys, tmp_path: Path, kept: Kept, monkeypatch: pytest.MonkeyPatch, trainable: str
+) -> None:
+    job = toys.job(tmp_path / "expert", steps=3, trainable=trainable)
+    train_expert(job)
+    names = ("toy", "pairs")
+    fresh = evaluate(toys.evaluation(Path(job.out), *names))["scores"]
+    monkeypatch.setattr(evaluation, "KEPT", Kept())
+    evaluate(toys.evaluation(toys.base, *names))
+    calls: list[str] = []
+    encoded = Encoder._encoded
+
+    def noted(encoder: Encoder, encode: Any, given: torch.Tensor) -> torch.Tensor:
+        calls.append("image" if given.is_floating_point() else "text")
+        return encoded(encoder, encode, given)
+
+    monkeypatch.setattr(Encoder, "_encoded", noted)
+    assert evaluate(toys.evaluation(Path(job.out), *names))["scores"] == fresh
+    assert set(calls) == ({"image", "text"} if trainable == "all" else {trainable})
+    calls.clear()
+    assert evaluate(toys.evaluation(Path(job.out), *names))["scores"] == fresh and not calls
+    evaluate(toys.evaluation(Path(job.out), *names, batch_size=7))
+    assert set(calls) == {"image", "text"}, "another number of pictures at once may round otherwise"
+
+
+def test_what_is_kept_has_a_bound_and_the_least_used_goes_first() -> None:
+    kept, one = Kept(most=100), torch.zeros(10)
+    kept.put("a", one)
+    kept.put("b", one)
+    assert kept.get("a") is one
+    kept.put("c", one)
+    assert kept.get("b") is None and kept.get("a") is one and kept.get("c") is one
+    kept.put("large", torch.zeros(26))
+    kept.put("a", one)
+    assert kept.get("large") is None and kept.get("c") is one
+
+
+def test_digest_of_a_tower_is_that_of_its_weights_alone(toys: Toys, tmp_path: Path) -> None:
+    base = tower_digests(toys.base)
+    assert base.keys() == {"image", "text"} and base["image"] != base["text"]
+    for which, other in (("image", "text"), ("text", "image")):
+        job = toys.job(tmp_path / which, steps=1, trainable=which)
+        train_expert(job)
+        found = tower_digests(Path(job.out))
+        assert found[other] == base[other] and found[which] != base[which]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_scores_nearly_alike_with_features_in_single(
+    toys: Toys, expert: Path, kept: Kept, precision: str
+) -> None:
+    single, half = (Encoder(expert, "cpu", 16, precision=one) for one in ("fp32", precision))
+    samples = load(toys.source("toy", "test"), 32, toys.root / "cache", single.preprocess)
+    with torch.inference_mode():
+        exact, found = (torch.cat(list(one.images(samples, np.arange(60)))) for one in (single, half))
+    assert found.dtype == torch.float32 and torch.allclose(found.norm(dim=1), torch.ones(60), atol=1e-6)
+    assert not torch.equal(found, exact) and torch.allclose(found, exact, atol=0.02)
+    scores = [evaluate(replace(toys.evaluation(expert, "toy"), precision=one)) for one in ("fp32", precision)]
+    assert scores[1]["scores"]["toy"] == pytest.approx(scores[0]["scores"]["toy"], abs=0.1)
 
 
 def test_recall_is_that_of_the_definition_in_both_directions(toys: Toys, expert: Path) -> None:
@@ -96,6 +189,29 @@ def test_recall_is_that_of_the_definition_in_both_directions(toys: Toys, expert:
     expected = (np.mean(image_hits) + np.mean(text_hits)) / 2
     result = evaluate(toys.evaluation(expert, "pairs", batch_size=7))
     assert result["scores"]["pairs"] == pytest.approx(expected, abs=1e-9) and 0 < expected < 1
+
+
+def test_details_agree_with_the_scores_and_are_given_only_where_they_are_asked_for(
+    toys: Toys, expert: Path
+) -> None:
+    plain = evaluate(toys.evaluation(expert, "toy"))
+    job = replace(
+        toys.evaluation(expert, "toy"), details=("top5", "mean_per_class", "per_class", "confusion")
+    )
+    found = evaluate(job)
+    assert found["scores"] == plain["scores"] and "details" not in plain
+    toy = found["details"]["toy"]
+    assert sum(one["samples"] for one in toy["per_class"].values()) == 60
+    right = sum(one["samples"] * one["score"] for one in toy["per_class"].values())
+    assert right / 60 == pytest.approx(plain["scores"]["toy"])
+    assert sum(count for _, _, count in toy["confusion"]) == 60 - round(right)
+    assert toy["mean_per_class"] == pytest.approx(
+        np.mean([one["score"] for one in toy["per_class"].values()])
+    )
+    assert plain["scores"]["toy"] <= toy["top5"] <= 1
+    pairs = evaluate(replace(toys.evaluation(expert, "pairs"), details=("top5",)))
+    both = pairs["details"]["pairs"]
+    assert pairs["scores"]["pairs"] == (both["image_to_text"] + both["text_to_image"]) / 2
 
 
 def test_picture_with_a_sample_for_each_caption_scores_as_one_picture_with_all(

@@ -1,4 +1,4 @@
-"""Classes whose prompts are the same tokens are found, with the reason."""
+"""Classes whose prompts have equal tokens are found, with the reason."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the base thinks of classes: scores and embeddings against plain code, the path against brute force, the cache."""
+"""Measures of classes by the base: scores and embeddings against plain code, the path against brute force, the cache."""
 
 import math
 from dataclasses import replace
@@ -101,7 +101,7 @@ def test_class_scores_are_those_of_plain_counting(toys: Toys, subject: Subject) 
     samples = load(toys.source("toy"), 32, subject.cache, encoder.preprocess)
     with torch.inference_mode():
         classifier = encoder.classifier(samples.classes, samples.templates)
-        features = encoder.images(samples.images[:])
+        features = torch.cat(list(encoder.images(samples, np.arange(len(samples)))))
         logits = encoder.model.logit_scale.exp() * features @ classifier
     for label, colour in enumerate(COLOURS):
         own = logits[torch.from_numpy(samples.labels == label)]

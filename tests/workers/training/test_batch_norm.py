@@ -1,4 +1,4 @@
-"""Two ranks train what one rank trains, also where a network normalises over the batch or has a bias."""
+"""Two ranks train the same expert as one rank, also for networks with batch normalisation or a bias."""
 
 import json
 import math
@@ -49,7 +49,7 @@ def train(root: Path, name: str, spec: EngineSpec, rank: int = 0) -> tuple[dict[
     recipe = Recipe(lr=1e-3, batch_size=BATCH, precision="fp32")
     engine = make_engine(load(root / name), recipe, STEPS, spec, 0, rank)
     losses = [
-        engine.step(images[rank :: spec.world].contiguous(), tokens[rank :: spec.world].contiguous())["loss"]
+        engine.step(images[rank :: spec.world].contiguous(), tokens[rank :: spec.world].contiguous()).loss
         for images, tokens in batches()
     ]
     state = engine.weights()
@@ -109,4 +109,4 @@ def test_bias_means_the_sigmoid_loss_and_no_bound_of_the_temperature(spread: Pat
     engine = make_engine(
         load(spread / "siglip"), Recipe(batch_size=BATCH, precision="fp32"), 1, EngineSpec(), 0
     )
-    assert engine.step(images, tokens)["loss"] == pytest.approx(float(first), rel=1e-5)
+    assert engine.step(images, tokens).loss == pytest.approx(float(first), rel=1e-5)

@@ -1,4 +1,4 @@
-"""One expert: its result, its resumption to the bit, and what it refuses."""
+"""One expert: its result, resuming with the same bits, and jobs that are refused."""
 
 import json
 import math
@@ -15,9 +15,10 @@ import torch
 import workers.training.expert as training
 from merge_service.errors import IncompatibleCheckpoint, NonFiniteCheckpoint, UserError
 from tests.workers.model_helpers import Toys, sha256, write_config
-from workers.jobs import EngineSpec
+from workers.jobs import EngineSpec, TrainJob
 from workers.models.model import export_base, load
-from workers.training.checkpoints import MARKER, OWNER, Checkpoints, Progress, Superseded
+from workers.training.checkpoints import MARKER, OWNER, Checkpoints, Due, Progress, Superseded
+from workers.training.engines.protocol import Report
 from workers.training.expert import ExpertError, train_expert
 
 
@@ -48,6 +49,7 @@ def test_expert_learns_and_its_weights_open_in_open_clip(toys: Toys, out: Path) 
     first, last = result["loss"][0], result["loss"][-1]
     assert first[0] == 1 and last[0] == 25 and last[1] < first[1] - 0.3
     assert result["lr"][1] == 1e-3 and result["samples_per_second"] > 0
+    assert len(result["system"]["cpu_utilization_percentage"]) == len(result["system"]["time_ms"]) > 0
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{job.out}")
     base = load(toys.base).state_dict()
     squares = [((t.double() - base[name].double()) ** 2).sum() for name, t in model.state_dict().items()]
@@ -172,17 +174,17 @@ def test_progress_is_written_about_once_a_second(tmp_path: Path) -> None:
 
 
 class Fake:
-    """An engine and batches that do nothing, with whatever reports a test wants."""
+    """An engine that does nothing, with whatever reports a test wants."""
 
     def __init__(self, loss: Callable[[int], float], norm: Callable[[int], float] = lambda step: 1.0) -> None:
         self.done, self._loss, self._norm = 0, loss, norm
 
-    def step(self, images: Any, tokens: Any) -> dict[str, float]:
+    def step(self, *_: Any) -> Report:
         self.done += 1
-        return {"loss": self._loss(self.done), "grad_norm": self._norm(self.done), "lr": 1e-5}
+        return Report(torch.tensor([self._loss(self.done), self._norm(self.done)]), 1e-5)
 
-    def batch(self, step: int) -> tuple[Any, Any]:
-        return None, None
+    def save(self, directory: Path) -> Callable[[], None]:
+        return lambda: None
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {}
@@ -193,7 +195,7 @@ class Fake:
 
 def with_fake(monkeypatch: pytest.MonkeyPatch, fake: Fake) -> None:
     monkeypatch.setattr(training, "make_engine", lambda *_: fake)
-    monkeypatch.setattr(training, "Batches", lambda *_: fake)
+    monkeypatch.setattr(training, "feed", lambda shares, pixels, device, steps, loaders: ((step, ()) for step in steps))  # fmt: skip
 
 
 def test_loss_curve_of_a_long_expert_has_at_most_two_hundred_points(
@@ -304,6 +306,23 @@ def test_number_of_threads_is_the_jobs_during_training_and_restored_after(toys: 
     assert seen == [2] and torch.get_num_threads() == before
 
 
+def test_checkpoint_by_the_clock_comes_about_on_time_at_any_pace(toys: Toys, out: Path) -> None:
+    job = replace(toys.job(out), checkpoint_every=3, checkpoint_seconds=10.0)
+    looks: list[int] = []
+    for pace in (0.1, 1.0, 4.0, 30.0):  # seconds a step
+        now = [0.0]
+        due = Due(job, 7, lambda ahead: looks.append(ahead) or ahead, clock=lambda now=now: now[0])
+        written = []
+        for step in range(8, 408):
+            now[0] += pace
+            written += [now[0]] if due(step) else []
+        gaps = [after - before for before, after in zip([0.0, *written], written, strict=False)]
+        assert len(gaps) > 3 and all(abs(gap - max(10, pace)) <= pace + 1e-9 for gap in gaps)
+    assert len(looks) < 1300, "ranks would have to agree too often"
+    steps = Due(replace(job, checkpoint_seconds=0.0), 0, int)
+    assert [step for step in range(1, 10) if steps(step)] == [3, 6, 9]
+
+
 @pytest.mark.fault("F4")
 def test_late_process_of_a_job_that_was_ended_meanwhile_leaves_no_trace(tmp_path: Path) -> None:
     """Its driver was killed, another finished the job and removed scratch; it was training or saving all the while."""
@@ -328,3 +347,25 @@ def test_late_process_leaves_what_the_new_owner_of_its_job_is_writing(tmp_path: 
         late.stage(2)
     owner.complete(2, {"curve": []})
     assert owner.newest() == 2
+
+
+@pytest.mark.parametrize(("point", "step"), [("train.after_step", 3), ("train.after_ckpt", 4)])
+def test_expert_on_pools_as_they_are_stored_ends_in_the_same_bytes(
+    toys: Toys, tmp_path: Path, point: str, step: int
+) -> None:
+    """400 samples and batches of 16: both stops are in the middle of an epoch."""
+
+    def job(name: str) -> TrainJob:
+        asked = toys.job(tmp_path / name, every=2, replay=True)
+        sources = {
+            part: tuple(replace(source, reading="encoded") for source in getattr(asked, part))
+            for part in ("update", "buffer", "pretraining")
+        }
+        return replace(asked, **sources)
+
+    whole, stopped = job("whole"), job("stopped")
+    train_expert(whole)
+    with pytest.raises(Stop):
+        train_expert(stopped, hooks={point: stop_at(step)})
+    assert train_expert(stopped)["resumed_from"] in (2, 4)
+    assert sha256(stopped.out) == sha256(whole.out)

@@ -39,6 +39,12 @@ def test_recipe_defaults_are_the_published_ones() -> None:
         ({"batch_size": 1}, "greater than or equal to 2"),
         ({"augment": {"scale": (0.9, 1.5)}}, "cannot be larger than the image"),
         ({"augment": {"ratio": (2, 1)}}, "low <= high"),
+        ({"accumulate": 3}, "batch_size 512 cannot be cut into accumulate: 3 equal parts"),
+        ({"accumulate": 0}, "greater than or equal to 1"),
+        ({"ema": 1.0}, "less than 1"),
+        ({"patch_dropout": 1.0}, "less than 1"),
+        ({"patch_dropout": 0.5, "trainable": "text"}, "trainable: text freezes it"),
+        ({"patch_dropout": 0.5, "compile": True}, "exclude each other"),
     ],
 )
 def test_recipe_with_a_mistake_is_refused_in_words(change: dict[str, Any], says: str) -> None:
@@ -49,6 +55,14 @@ def test_recipe_with_a_mistake_is_refused_in_words(change: dict[str, Any], says:
 def test_recipe_survives_json_unchanged() -> None:
     recipe = Recipe(lr=3e-4, mixture=REPLAY)
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+    later = Recipe(accumulate=4, ema=0.99, patch_dropout=0.0, channels_last=True)
+    assert Recipe.model_validate(later.model_dump(mode="json")) == later
+    assert later.model_dump().keys() - recipe.model_dump().keys() == {
+        "accumulate",
+        "ema",
+        "patch_dropout",
+        "channels_last",
+    }
 
 
 def test_jobs_travel_between_processes_unchanged() -> None:

@@ -1,0 +1,78 @@
+"""Which merges a study keeps, and the disk that its choice takes."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline.plan.keeping import AT_ONCE, disk, kept_merges, only_scored, waiting_for
+from pipeline.plan.steps import Plan
+from tests.pipeline.plan_toys import facts, make_plan, study
+
+OFFLINE = {"init": "base", "deploy": "all", "technique": "average"}
+FOLD = {"init": "base", "deploy": "ema", "technique": "average"}
+BEST = "best_in_time"
+TASKS = 6
+
+
+def plan_of(*strategies: Any) -> Plan:
+    return make_plan(study([*strategies], TASKS), facts())
+
+
+def how(keep: str, anchors: int = 0) -> Any:
+    return SimpleNamespace(keep=keep, anchors=anchors)
+
+
+def times(plan: Plan, kept: frozenset[str]) -> list[int]:
+    return sorted(plan.steps[fp].t for fp in kept)
+
+
+def test_all_final_and_none() -> None:
+    plan = plan_of(OFFLINE, FOLD)
+    assert times(plan, kept_merges(plan, how("all"))) == sorted([*range(1, 7), *range(1, 7)])
+    assert (
+        times(plan, kept_merges(plan, how("final"))) == [6, 6] == times(plan, kept_merges(plan, how("best")))
+    )
+    assert times(plan, kept_merges(plan, how("none"))) == []
+
+
+def test_anchors_are_folds_only_and_not_kept_with_none() -> None:
+    plan = plan_of(OFFLINE, FOLD)
+    assert times(plan, kept_merges(plan, how("final", 2))) == [2, 4, 6, 6]
+    assert times(plan, kept_merges(plan, how("none", 2))) == []
+
+
+def test_what_cannot_be_made_again_anywhere_stays() -> None:
+    plan = plan_of({**OFFLINE, "technique": "iso_c"})
+    assert times(plan, kept_merges(plan, how("none"))) == [*range(1, 7)]
+
+
+def test_merges_that_others_start_from_are_not_only_scored() -> None:
+    plan = plan_of(OFFLINE, FOLD, BEST)
+    scored = only_scored(plan, waiting_for(plan))
+    forms = {plan.steps[fp].spec["form"] for fp in scored}
+    assert forms == {"merge", "fold"}  # every merge of all at once, and the last fold of each chain
+    assert [plan.steps[fp].t for fp in scored if plan.steps[fp].spec["form"] == "fold"] == [6, 6]
+
+
+@pytest.mark.parametrize("keep", ["all", "final", "none"])
+def test_peak_lies_between_what_stays_and_what_all_take(keep: str) -> None:
+    plan = plan_of(OFFLINE, FOLD, BEST)
+    found = disk(plan, plan.steps, kept_merges(plan, how(keep)))
+    assert found.kept <= found.peak <= found.all == sum(step.disk_bytes for step in plan.steps.values())
+    merges = [step.disk_bytes for step in plan.steps.values() if step.kind == "merge"]
+    stays = {
+        "all": found.all,
+        "final": found.all - sum(merges) + 3 * merges[0],
+        "none": found.all - sum(merges),
+    }
+    assert found.kept == stays[keep]
+    if (
+        keep == "none"
+    ):  # two of each of two chains, the last folds and merges of all at once among those only scored
+        assert found.peak == found.kept + (2 * 2 + AT_ONCE) * merges[0]
+
+
+def test_what_is_done_takes_nothing_more() -> None:
+    plan = plan_of(OFFLINE)
+    assert disk(plan, [], kept_merges(plan, how("none"))).peak == 0

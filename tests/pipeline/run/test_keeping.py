@@ -1,0 +1,148 @@
+"""A run's merges become recipes as soon as no step needs them, and no sooner."""
+
+import contextlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from merge_service.checkpoints import WEIGHTS_FILE
+from pipeline.plan.keeping import AT_ONCE, kept_merges
+from pipeline.plan.steps import Plan, Step
+from pipeline.run.keeping import Keeping, finish_keeping
+from pipeline.store.local import Store
+from pipeline.store.recipes import IN_USE
+from pipeline.workspace.registrations import register
+from tests.pipeline.recipe_toys import AVERAGES, FOLDS, filled, merges, record_of
+
+
+def workspace(store: Store, plan: Plan, keep: str = "none", anchors: int = 0) -> Any:
+    storage = SimpleNamespace(keep=keep, anchors=anchors)
+    return SimpleNamespace(
+        store=store, plan=plan, out=store.root.parent, study=SimpleNamespace(storage=storage, name="toy"),
+        kept=kept_merges(plan, storage),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> tuple[Store, Plan]:
+    return filled(tmp_path / "store", [AVERAGES, FOLDS])
+
+
+def readers(plan: Plan, fingerprint: str) -> list[Step]:
+    return [step for step in plan.steps.values() if fingerprint in step.inputs.values()]
+
+
+def test_merge_is_dropped_when_its_last_reader_is_done(full: tuple[Store, Plan]) -> None:
+    store, plan = full
+    first = next(record for record in merges(store, plan) if record.spec["form"] == "fold")
+    waits = readers(plan, first.fingerprint)
+    assert {step.kind for step in waits} == {"merge", "evaluate"}
+    with Keeping(workspace(store, plan), ()) as keeping:
+        keeping.finished(plan.steps[first.fingerprint])
+        keeping.finished(waits[0])
+    assert not record_of(store, first.fingerprint).is_recipe
+    with Keeping(workspace(store, plan), {first.fingerprint, waits[0].fingerprint}) as keeping:
+        keeping.finished(waits[1])
+    assert record_of(store, first.fingerprint).is_recipe and not (first.path / WEIGHTS_FILE).exists()
+    assert keeping.is_recipe(first.fingerprint) and keeping.notes == {}
+
+
+def test_merge_that_a_fold_reads_when_it_is_dropped_goes_at_the_end(full: tuple[Store, Plan]) -> None:
+    store, plan = full
+    with Keeping(workspace(store, plan), plan.steps):
+        pass
+    first = next(record for record in merges(store, plan) if record.spec["form"] == "fold")
+    assert store.recipes.missing(first)
+    with contextlib.ExitStack() as held:
+        store.recipes.opened(first, held)
+        with Keeping(workspace(store, plan), plan.steps) as keeping:
+            pass
+        assert not store.recipes.missing(first) and keeping.notes == {}
+        assert finish_keeping(workspace(store, plan), {}) == [
+            f"{plan.steps[first.fingerprint].label} stays as a file: {IN_USE}"
+        ]
+    assert finish_keeping(workspace(store, plan), {}) == []
+    assert store.recipes.missing(first)
+
+
+def test_run_that_goes_on_drops_what_the_one_before_had_no_time_for(full: tuple[Store, Plan]) -> None:
+    store, plan = full
+    with Keeping(workspace(store, plan, "final"), plan.steps):
+        pass
+    held = [record for record in merges(store, plan) if not record.is_recipe]
+    assert [plan.steps[record.fingerprint].t for record in held] == [4, 4]
+
+
+def test_keeping_all_looks_at_nothing(full: tuple[Store, Plan]) -> None:
+    store, plan = full
+    with Keeping(workspace(store, plan, "all"), plan.steps) as keeping:
+        assert not keeping.is_full(plan.steps.values())
+    assert not any(record.is_recipe for record in merges(store, plan))
+
+
+def test_no_more_than_a_few_merges_wait_to_be_scored(full: tuple[Store, Plan]) -> None:
+    store, plan = full
+    scored = [step for step in plan.steps.values() if step.kind == "merge" and step.spec["form"] == "merge"]
+    with Keeping(workspace(store, plan), ()) as keeping:
+        assert all(map(keeping.passes, [step.fingerprint for step in scored]))
+        for step in scored[: AT_ONCE - 1]:
+            keeping.finished(step)
+            assert not keeping.is_full([])
+        assert keeping.is_full([scored[AT_ONCE - 1]])
+        keeping.finished(readers(plan, scored[0].fingerprint)[0])
+        assert not keeping.is_full([scored[AT_ONCE - 1]])
+
+
+def test_merge_that_another_study_keeps_or_may_read_stays(full: tuple[Store, Plan], tmp_path: Path) -> None:
+    store, plan = full
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "plan.json").write_text("{}")
+    register(store, plan, other, running=False)
+    with Keeping(workspace(store, plan), plan.steps):
+        pass
+    assert not any(record.is_recipe for record in merges(store, plan))
+    register(store, plan, other, running=False, kept=frozenset())
+    with Keeping(workspace(store, plan), plan.steps):
+        pass
+    assert all(record.is_recipe for record in merges(store, plan))
+
+
+def test_keeping_all_after_none_makes_files_again(full: tuple[Store, Plan]) -> None:
+    store, plan = full
+    before = merges(store, plan)
+    with Keeping(workspace(store, plan), plan.steps):
+        pass
+    assert finish_keeping(workspace(store, plan, "all"), {}) == []
+    assert merges(store, plan) == before and all((one.path / WEIGHTS_FILE).exists() for one in before)
+
+
+def test_best_keeps_what_the_best_trajectory_serves_at_its_end(full: tuple[Store, Plan]) -> None:
+    store, plan = full
+    last = [one.points[-1] for one in plan.trajectories]
+    rows = [
+        {"id": one.id, "group": one.group, "split": "test", "steps": [{"t": 4, "task": "d4", "gm": gm}]}
+        for one, gm in zip(plan.trajectories, (0.2, 0.3))
+    ]
+    answer = {"trajectories": rows}
+    finish_keeping(workspace(store, plan, "best"), answer)
+    held = [record.fingerprint for record in merges(store, plan) if not record.is_recipe]
+    assert held == [last[1].merge]
+
+
+def test_merge_that_is_only_scored_is_a_recipe_from_the_start_once_such_a_merge_was_made_again(
+    full: tuple[Store, Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, plan = full
+    monkeypatch.setattr("pipeline.store.recipes.PROVE_ONE_IN", 10**9)
+    averages = [step for step in plan.steps.values() if step.kind == "merge" and step.spec["form"] == "merge"]
+    fold = next(step for step in plan.steps.values() if step.kind == "merge" and step.spec["form"] == "fold")
+    keeping = Keeping(workspace(store, plan), ())
+    assert [keeping.held(step) for step in averages] == ["files"] * len(averages)
+    assert store.recipes.drop(record_of(store, averages[0].fingerprint)) is None
+    assert store.recipes.drop(record_of(store, fold.fingerprint)) is None
+    assert [keeping.held(step) for step in averages] == ["recipe"] * len(averages)
+    assert keeping.held(fold) == "files"
+    assert Keeping(workspace(store, plan, "all"), ()).held(averages[0]) == "files"

@@ -1,0 +1,98 @@
+"""The description of the API holds: whatever is sent, no answer of 500 and none outside the description."""
+
+from collections.abc import Callable
+from typing import Any
+
+import httpx2
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import Case, GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from tests.pipeline.service.conftest import Service
+
+CHECKS: list[Any] = [
+    not_a_server_error, status_code_conformance, content_type_conformance, response_headers_conformance,
+    response_schema_conformance,
+]  # fmt: skip
+OPERATIONS = [
+    ("POST", "/v1/classify"),
+    ("POST", "/v1/embed/image"),
+    ("POST", "/v1/embed/text"),
+    ("GET", "/v1/label-sets"),
+    ("GET", "/v1/label-sets/{name}"),
+    ("PUT", "/v1/label-sets/{name}"),
+    ("DELETE", "/v1/label-sets/{name}"),
+    ("GET", "/v1/models/{which}"),
+    ("GET", "/v1/models/{which}/files/{name}"),
+    ("GET", "/v1/status"),
+    ("GET", "/healthz"),
+    ("GET", "/readyz"),
+    ("GET", "/metrics"),
+]
+
+
+@pytest.fixture(scope="module")
+def small(make_service: Callable[..., Service]) -> Service:
+    return make_service(serving={"max_wait_ms": 0, "max_batch": 8}, limits={"set_prompts": 500})
+
+
+def test_every_operation_is_tried(small: Service) -> None:
+    described = small.ask("GET", "/openapi.json", None).json()["paths"]
+    assert sorted(OPERATIONS) == sorted(
+        (m.upper(), path) for path, methods in described.items() for m in methods
+    )
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["fitting", "unfit"])
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+def test_answers_are_as_described_whatever_is_sent(
+    small: Service, method: str, path: str, mode: GenerationMode
+) -> None:
+    schema = schemathesis.openapi.from_dict(small.ask("GET", "/openapi.json", None).json())
+    operation = schema[path][method]
+
+    @settings(
+        max_examples=20,
+        deadline=None,
+        derandomize=True,
+        phases=(Phase.explicit, Phase.generate),  # minutes would pass until a failure is shrunk
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def tried(case: Case) -> None:
+        sent = case.as_transport_kwargs(base_url="http://localhost")
+        prepared = requests.Request(
+            **{key: value for key, value in sent.items() if key != "timeout"}
+        ).prepare()
+        headers = {
+            name: value
+            for name, value in prepared.headers.items()
+            if name.lower() not in ("host", "content-length")
+        }
+        headers["authorization"] = f"Bearer {small.tokens['operator']}"
+        body = prepared.body.encode() if isinstance(prepared.body, str) else prepared.body
+        try:
+            answer = small.client.request(
+                str(prepared.method), str(prepared.url), headers=headers, content=body
+            )
+        except httpx2.InvalidURL:
+            return  # longer than the client sends
+        case.validate_response(answer, checks=CHECKS)
+
+    if (
+        mode is GenerationMode.NEGATIVE
+        and path in ("/v1/status", "/v1/label-sets", "/healthz", "/readyz", "/metrics")
+        and method == "GET"
+    ):
+        pytest.skip("nothing of it can be unfit")
+    tried()

@@ -1,0 +1,107 @@
+"""One command serves and works: an expert arrives beside, and what is answered is by the weights that it led to."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2
+import numpy as np
+import pytest
+import yaml
+
+from merge_service.checkpoints import WEIGHTS_FILE, Checkpoint
+from tests.merge_service.toys import save
+from tests.pipeline.service.outside import until
+from tests.servers import free_port
+from tests.world import ROOT
+
+TINY = ROOT / "configs/models/tiny-clip"
+COMMAND = (sys.executable, "-m", "pipeline.cli", "service")
+
+
+@dataclass
+class Service:
+    out: Path
+    url: str
+    process: subprocess.Popen[bytes]
+
+    @property
+    def key(self) -> dict[str, str]:
+        token = (self.out / "service/zoo/door/service.token").read_text().strip()
+        return {"authorization": f"Bearer {token}"}
+
+    def ask(self) -> httpx2.Response:
+        """A vector of a text, with the headers that name its model."""
+        body = {"texts": ["a cat"]}
+        return httpx2.post(f"{self.url}/v1/embed/text", json=body, headers=self.key, timeout=60)
+
+    def serves(self, t: int) -> bool:
+        try:
+            return self.ask().headers.get("x-model-t") == str(t)
+        except (httpx2.TransportError, FileNotFoundError):
+            return False
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    tree = {
+        "name": "zoo",
+        "model": {"config": "tiny-clip", "pretrained": str(TINY)},
+        "strategy": "offline_merging",
+        "tasks": {"open": True, "list": ["letters", "scripts"]},
+        "gates": {"solo": {"required": False}, "geometry": {"reference": {"norm": 1.0}, "low": 0.001, "high": 1000}},
+        "serving": {"workers": 1},
+        "listen": {"port": free_port()},
+    }  # fmt: skip
+    file = tmp_path / "service.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+@pytest.fixture
+def service(config: Path, tmp_path: Path) -> Iterator[Service]:
+    out, port = tmp_path / "zoo", yaml.safe_load(config.read_text())["listen"]["port"]
+    with (tmp_path / "service.log").open("wb") as log:
+        process = subprocess.Popen(
+            [*COMMAND, "serve", str(config), "--out", str(out)], stdout=log, stderr=log, cwd=ROOT, start_new_session=True
+        )  # fmt: skip
+        try:
+            yield Service(out, f"http://127.0.0.1:{port}", process)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(30)
+
+
+def expert(place: Path, seed: int) -> Path:
+    rng = np.random.default_rng(seed)
+    with Checkpoint.open(TINY) as base:
+        moved = {
+            name: base.read(name).reshape(info.shape)
+            + rng.standard_normal(info.shape).astype(np.float32) * np.float32(0.01)
+            for name, info in base.tensors.items()
+        }
+    return save(place / f"{seed}.safetensors", moved)
+
+
+def test_expert_that_arrives_beside_is_served_without_a_restart(service: Service, tmp_path: Path) -> None:
+    until(lambda: service.process.poll() is not None or service.serves(0), 120)
+    assert service.process.poll() is None, (tmp_path / "service.log").read_text()
+    before = service.ask().headers["x-model-sha256"]
+    came = subprocess.run(
+        [*COMMAND, "arrive", str(expert(tmp_path, 1)), "--task", "letters", "--out", str(service.out)],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=240,
+    )  # fmt: skip
+    assert came.returncode == 0 and "promoted, t = 1" in came.stdout, came.stdout + came.stderr
+    until(lambda: service.serves(1), 60)
+    answer = service.ask()
+    assert answer.headers["x-arrival"].startswith("a-") and answer.headers["x-model-sha256"] != before
+    (merged,) = (service.out / "store").glob(f"sequence/*/{WEIGHTS_FILE}")
+    manifest = httpx2.get(f"{service.url}/v1/models/champion", headers=service.key, timeout=60)
+    assert manifest.json()["sha256"] == answer.headers["x-model-sha256"] and merged.is_file()
+    service.process.send_signal(signal.SIGTERM)
+    assert service.process.wait(60) == 0
