@@ -137,7 +137,7 @@ def test_url_is_taken_for_a_path_that_is_not_there_whatever_the_environment_says
     monkeypatch.setenv("WDS_CACHE", str(place / "cached"))
     with pytest.raises(UserError, match=r"does not exist|no dataset"):
         describe(url, "toys")
-    with pytest.raises(UserError, match="no dataset"):
+    with pytest.raises(UserError, match="not a valid dataset name"):
         describe(str(place), url)
     dataset(place / "root", poison.shard())
     path = place / "root" / "toys" / MANIFEST_FILE
