@@ -4,13 +4,22 @@ Invariant: the order of the rows is the order of work at one time step. The name
 part of every fingerprint.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from pipeline.kinds.results import BaseResult, EvaluateResult, ExpertResult, MergeResult, TrainResult
+from pipeline.kinds.results import (
+    BaseResult,
+    EvaluateResult,
+    ExpertResult,
+    MeasureResult,
+    MergeResult,
+    TrainResult,
+)
 from pipeline.kinds.specs import (
     BaseSpec,
     EvaluateSpec,
     ExpertSpec,
+    MeasureSpec,
     MergeSpec,
     SequenceSpec,
     Spec,
@@ -24,7 +33,8 @@ class StepKind:
 
     `revision` is raised when the kind's code changes results, so that older artifacts are no longer used. `weight` is a
     rough cost, used only to rank steps that are ready. `trains`: the cost is in GFLOPs. `scores`: the result has the
-    scores of a model. `planned`: studies have such steps; the others are a live service's.
+    scores of a model. `planned`: studies have such steps; the others are a live service's. `weights`: the artifact is a model.
+    `seldom`: most plans have no such step, and summaries of these leave the kind out.
     """
 
     name: str
@@ -35,6 +45,8 @@ class StepKind:
     trains: bool = False
     scores: bool = False
     planned: bool = True
+    weights: bool = True
+    seldom: bool = False
 
 
 KINDS = {
@@ -42,8 +54,9 @@ KINDS = {
     for row in (
         StepKind(BaseSpec.kind, 1, BaseSpec, BaseResult, weight=0.0),
         StepKind(TrainSpec.kind, 1, TrainSpec, TrainResult, weight=100.0, trains=True),
+        StepKind(MeasureSpec.kind, 1, MeasureSpec, MeasureResult, weight=3.0, weights=False, seldom=True),
         StepKind(MergeSpec.kind, 1, MergeSpec, MergeResult, weight=1.0),
-        StepKind(EvaluateSpec.kind, 1, EvaluateSpec, EvaluateResult, weight=3.0, scores=True),
+        StepKind(EvaluateSpec.kind, 1, EvaluateSpec, EvaluateResult, weight=3.0, scores=True, weights=False),
         StepKind(ExpertSpec.kind, 1, ExpertSpec, ExpertResult, weight=0.0, planned=False),
         StepKind(SequenceSpec.kind, 1, SequenceSpec, MergeResult, weight=1.0, planned=False),
     )
@@ -55,3 +68,8 @@ were once misread there.
 """
 STEPS = tuple(name for name, row in KINDS.items() if row.planned and name != BaseSpec.kind)
 """The kinds that a plan carries out; the base exists before it."""
+
+
+def shown(present: Collection[str]) -> tuple[str, ...]:
+    """The kinds that summaries of a plan list, of which these are present."""
+    return tuple(name for name in STEPS if name in present or not KINDS[name].seldom)
