@@ -4,7 +4,6 @@ Invariant: the order of the rows is the order of work at one time step. The name
 part of every fingerprint.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 from pipeline.kinds.results import (
@@ -68,8 +67,3 @@ were once misread there.
 """
 STEPS = tuple(name for name, row in KINDS.items() if row.planned and name != BaseSpec.kind)
 """The kinds that a plan carries out; the base exists before it."""
-
-
-def shown(present: Collection[str]) -> tuple[str, ...]:
-    """The kinds that summaries of a plan list, of which these are present."""
-    return tuple(name for name in STEPS if name in present or not KINDS[name].seldom)

@@ -17,7 +17,7 @@ from merge_service import timelines as timeline
 from pipeline.errors import PlanError
 from pipeline.identity import Texts, canonical, fingerprint, step_fingerprint
 from pipeline.kinds.specs import BaseSpec, EvaluateSpec, SourceSpec, Spec
-from pipeline.kinds.table import KINDS, STEPS, shown
+from pipeline.kinds.table import KINDS, STEPS
 from pipeline.plan.draft import Draft, effective_params, joint_task, together
 from pipeline.plan.settings import scored_on, settings_of
 from pipeline.plan.steps import (
@@ -32,6 +32,7 @@ from pipeline.plan.steps import (
     Step,
     TrajectoryPlan,
     World,
+    shown,
     total_gflops,
     without_val,
 )

@@ -5,13 +5,13 @@ and spec. Labels, slugs, costs and `after` serve display and scheduling and are 
 """
 
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NotRequired, Protocol, TypedDict
 
 from pipeline.identity import fingerprint
 from pipeline.kinds.specs import BASE
-from pipeline.kinds.table import KINDS, STEPS, shown
+from pipeline.kinds.table import KINDS, STEPS
 from pipeline.study.streams import Stream
 
 TRAIN, TEST, VAL = "train", "test", "val"
@@ -314,7 +314,7 @@ class Plan:
         counts: dict[str, StepCounts] = {
             kind: {
                 "unique": sum(step.kind == kind for step in self.steps.values()),
-                "naive": self.naive[kind],
+                "naive": self.naive.get(kind, 0),
                 "cached": sum(self.steps[fp].kind == kind for fp in cached),
             }
             for kind in shown(present)
@@ -340,6 +340,11 @@ class Plan:
         """The kind of every step by its fingerprint."""
         known: Mapping[str, str] | None = getattr(self.steps, "kinds", None)
         return known or {fingerprint: step.kind for fingerprint, step in self.steps.items()}
+
+
+def shown(present: Collection[str]) -> tuple[str, ...]:
+    """The kinds that summaries of a plan list, of which these are present."""
+    return tuple(name for name in STEPS if name in present or not KINDS[name].seldom)
 
 
 def critical_path(steps: Mapping[str, Step], kinds: Iterable[str] = STEPS) -> dict[str, int]:
