@@ -42,9 +42,9 @@ class Measuring:
         """Whether gradients of class scores are taken, which captions do not have."""
         return self.asked.kind in ("fisher", "kfac", "gradient")
 
-    def params(self) -> dict[str, Any]:
+    def params(self) -> dict[str, str]:
         """What bears on the numbers of this kind."""
-        found: dict[str, Any] = {"precision": self.how.precision}
+        found: dict[str, str] = {"precision": self.how.precision}
         if self.by_classes:
             labels = "given" if self.asked.labels else self.how.labels
             found |= {"labels": labels, "towers": self.how.towers}

@@ -347,8 +347,8 @@ def shown(present: Collection[str]) -> tuple[str, ...]:
     return tuple(name for name in STEPS if name in present or not KINDS[name].seldom)
 
 
-def critical_path(steps: Mapping[str, Step], kinds: Iterable[str] = STEPS) -> dict[str, int]:
-    """Steps of each of `kinds` on the longest chain through `steps`, which are in topological order; "steps" is its length.
+def critical_path(steps: Mapping[str, Step], kinds: Iterable[str] | None = None) -> dict[str, int]:
+    """Steps of each of `kinds` (by default those that a summary of `steps` lists) on the longest chain through `steps`, which are in topological order; "steps" is its length.
 
     The longest chain is the one with most training, then with most steps, because training takes most of the time.
     """
@@ -359,7 +359,8 @@ def critical_path(steps: Mapping[str, Step], kinds: Iterable[str] = STEPS) -> di
         last = max(needs, key=best.__getitem__, default=None)
         trained, length = best[last] if last is not None else (0, 0)
         best[fp], before[fp] = (trained + KINDS[step.kind].trains, length + 1), last
-    counts: dict[str, int] = {"steps": 0, **dict.fromkeys(kinds, 0)}
+    listed = shown({step.kind for step in steps.values()}) if kinds is None else kinds
+    counts: dict[str, int] = {"steps": 0, **dict.fromkeys(listed, 0)}
     current = max(best, key=best.__getitem__, default=None)
     while current is not None:
         counts["steps"] += 1
