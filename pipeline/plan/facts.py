@@ -25,6 +25,7 @@ from pipeline.study.config import Study
 from pipeline.study.sections import ModelSection, key_of
 from pipeline.study.sections_stream import StreamSection
 from pipeline.study.streams import Element, Stream, datasets_of, make_stream
+from workers.data.addresses import check_allowed
 from workers.data.cache import Access, cache_root, is_writable, recall, remember
 from workers.data.contents import Survey
 from workers.data.manifest import SUITE_FILE, DatasetInfo, describe, folder, read_suite, unread_bytes, verify
@@ -143,7 +144,11 @@ def _announce(name: str, unread: int) -> None:
 def _stored(study: Study, info: DatasetInfo) -> tuple[str, ...]:
     """The splits whose pictures training cuts out of the originals. Evaluation sees the same pictures either way."""
     train = info.splits.get(TRAIN)
-    return (TRAIN,) if train is not None and reads_encoded(study.data.reading, train.samples) else ()
+    if train is None or not reads_encoded(study.data.reading, train.samples):
+        return ()
+    if train.address:
+        check_allowed(train.address, study.data.addresses, f"the {TRAIN} split of {info.name}")
+    return (TRAIN,)
 
 
 def _facts_of(study: Study, info: DatasetInfo, surveys: Mapping[str, Survey]) -> DatasetFacts:
