@@ -23,7 +23,7 @@ from pipeline.files.paths import expanded
 from pipeline.identity import fingerprint
 from pipeline.study.addresses import refuse_secret
 from pipeline.study.places import Folder, Place
-from workers.data.addresses import plain
+from workers.data.encoded.addresses import plain
 from workers.jobs import Reading
 from workers.models.configuration import Preprocess
 from workers.training.recipe import Mixture
@@ -132,7 +132,7 @@ class DataSection(Section):
     zero_shot_groups: GroupsSection | None = None
     cache: Place | None = None
     reading: Reading = "decoded"
-    addresses: tuple[Annotated[str, AfterValidator(plain)], ...] = ()
+    addresses: tuple[Annotated[str, AfterValidator(plain)], ...] | None = None
 
     @model_validator(mode="after")
     def _located(self) -> Self:

@@ -24,9 +24,9 @@ from PIL import Image
 
 from merge_service.errors import UserError
 from workers.data import manifest, pictures
-from workers.data.addresses import check_allowed
 from workers.data.cache import Access, Unusable, check_entry, make_entry
 from workers.data.contents import captions_of, check_label, label_of, open_image, picture_id
+from workers.data.encoded.addresses import check_allowed
 from workers.data.encoded.index import Split, index_of
 from workers.data.encoded.shards import Shards
 from workers.data.seen import reads_encoded

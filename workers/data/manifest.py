@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from merge_service.errors import UserError
-from workers.data.addresses import plain
 from workers.data.cache import Access, cache_root, file_sha256, recall, remember
 from workers.data.contents import REVISION, Survey, check_label, inspect, together
+from workers.data.encoded.addresses import plain
 from workers.data.lines import class_names, filled_lines, stated_number
 from workers.data.tarscan import ShardError
 from workers.data.zero_shot import GROUPS, misfit

@@ -18,9 +18,9 @@ from tests.pipeline.s3_server import s3_server
 from tests.workers.data.test_encoded import PICTURES, dataset, labelled
 from tests.workers.data_helpers import PREPROCESS
 from workers.data import decode
-from workers.data.addresses import plain
 from workers.data.decode import load
 from workers.data.encoded import remote
+from workers.data.encoded.addresses import plain
 from workers.data.tarscan import ShardError
 from workers.jobs import Source
 
