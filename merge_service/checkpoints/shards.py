@@ -11,7 +11,7 @@ import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -56,15 +56,8 @@ class ShardedWriter:
         self._of: dict[str, CheckpointWriter] = {}
         self._lock = threading.Lock()
         self._in_use: Counter[CheckpointWriter] = Counter()
-        stem = path.name.removesuffix(".safetensors")
-        shards = [
-            path.with_name(f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors")
-            for number in range(1, len(parts) + 1)
-        ]
-        where = {name: shard.name for shard, layout in zip(shards, parts) for name in layout}
-        total = sum(TensorInfo(d, tuple(s), 0).nbytes for layout in parts for d, s in layout.values())
-        self._text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n"
-        check_readable(self._text.encode(), f"{len(where)} tensors in an index")
+        shards = shard_paths(path, len(parts))
+        self._text = index_text(shards, parts)
         try:
             for shard, layout in zip(shards, parts):
                 self._writers.append(
@@ -121,10 +114,7 @@ class ShardedWriter:
                 writer.rest()
 
     def _write_index(self) -> None:
-        with prepared(self.index, self._text) as whole:
-            point("shards.before_index")
-            whole.replace(self.index)
-        sync_directory(self.path.parent)
+        write_index(self.index, self._text)
 
     def __enter__(self) -> "ShardedWriter":
         return self
@@ -151,6 +141,31 @@ class SingleWriter(CheckpointWriter):
             point("single.before_publish")
         super().publish()
         remove_shards(self.path, keep=set())
+
+
+def shard_paths(path: Path, count: int) -> list[Path]:
+    """The files of `count` shards under the name of `path`, NAME.safetensors."""
+    stem = path.name.removesuffix(".safetensors")
+    return [
+        path.with_name(f"{stem}-{number:05d}-of-{count:05d}.safetensors") for number in range(1, count + 1)
+    ]
+
+
+def index_text(shards: Sequence[Path], parts: Sequence[Layout]) -> str:
+    """The index of shards with these layouts. Raises `CheckpointError` if it would be too large to be read."""
+    where = {name: shard.name for shard, layout in zip(shards, parts) for name in layout}
+    total = sum(TensorInfo(d, tuple(s), 0).nbytes for layout in parts for d, s in layout.values())
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n"
+    check_readable(text.encode(), f"{len(where)} tensors in an index")
+    return text
+
+
+def write_index(index: Path, text: str) -> None:
+    """Write the index whole, durably, after its shards."""
+    with prepared(index, text) as whole:
+        point("shards.before_index")
+        whole.replace(index)
+    sync_directory(index.parent)
 
 
 def split(layout: Layout, shard_bytes: int) -> list[Layout]:
