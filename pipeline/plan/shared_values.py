@@ -82,13 +82,13 @@ class Values:
 class Known:
     """Values by number; decoded values are cached."""
 
-    def __init__(self, bodies: Sequence[Any]) -> None:
+    def __init__(self, bodies: Sequence[object]) -> None:
         self._bodies, self._made = list(bodies), dict[int, Any]()
 
     def __getitem__(self, number: int) -> Any:
         chain = []
         while number not in self._made:
-            body = self._bodies[number]
+            body: Any = self._bodies[number]
             body = json.loads(body) if isinstance(body, str) else body
             chain.append((number, body))
             if "extends" not in body:
