@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from merge_service.live import Entry, chained, parse
+from merge_service.live import Entry, canonical, chained, parse
 from pipeline.service.client.connection import Connection, Sent
 from pipeline.service.client.sending import Progress, download, sources, upload
 from pipeline.service.http.live.schemas import (
