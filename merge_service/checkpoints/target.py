@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from merge_service.checkpoints.adapters.references import is_adapter, parts_of
 from merge_service.checkpoints.checkpoint import CONFIG_FILE, locate
 from merge_service.checkpoints.configurations import check_alike
 from merge_service.checkpoints.folders.companions import Folder
@@ -59,7 +60,7 @@ class Target:
         `sources` are in the order in which they are asked for files that go with the weights. Raises `CheckpointError` if none
         has a configuration, or if `out` is the directory of one of them.
         """
-        path, given = Path(out), [Path(source) for source in sources]
+        path, given = Path(out), [part for source in sources for part in parts_of(source)]
         if path.name.endswith(".safetensors" + INDEX_SUFFIX):
             return cls(path, _single(path), None, SHARD_BYTES if shard_bytes is None else shard_bytes, True)
         if path.name.endswith(".safetensors"):
@@ -71,7 +72,7 @@ class Target:
                 f"{CONFIG} or {CONFIG_FILE} to get such a directory"
             )
         if folder.is_open_clip:
-            check_alike(sources)
+            check_alike(given)
         elif any((one if one.is_dir() else one.parent).resolve() == path.resolve() for one in given):
             raise CheckpointError(f"{path} is the directory of an input; give another one for the result")
         return cls(path, path / f"{folder.name}.safetensors", folder, shard_bytes)
@@ -125,6 +126,11 @@ def _usual(tensors: Mapping[str, TensorInfo], dtype: str | None) -> str | None:
 
 def overwrites(out: Path, source: Path) -> bool:
     """Whether writing `out` would destroy the checkpoint `source`. Raises `CheckpointError` if `source` does not exist."""
+    parts = parts_of(source)
+    if len(parts) > 1 or parts[0] != Path(source):
+        return any(overwrites(out, part) for part in parts)
+    if is_adapter(parts[0]) and parts[0].is_dir():
+        return out.resolve() == parts[0].resolve()
     held = locate(source)
     named = out.name.endswith((".safetensors", ".safetensors" + INDEX_SUFFIX))
     targets = [out] if named else [out / f"{name}.safetensors" for name in STANDARD]

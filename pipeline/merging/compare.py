@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from merge_service.checkpoints import parts_of
 from merge_service.errors import UserError
 from pipeline.merging.files import FileMerge
 
@@ -81,6 +82,9 @@ def _named(experts: Sequence[Path]) -> dict[str, Path]:
 
 
 def _bytes(path: Path) -> int:
+    parts = parts_of(path)
+    if len(parts) > 1:
+        return sum(map(_bytes, parts))
     if path.is_dir():
         return sum(file.stat().st_size for file in path.glob("*.safetensors"))
     if path.name.endswith(".index.json"):

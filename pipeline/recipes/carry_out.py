@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from merge_service.checkpoints import bytes_of, overwrites, written
+from merge_service.checkpoints import bytes_of, overwrites, parts_of, written
 from merge_service.engine import Execution as Running
 from merge_service.errors import UserError
 from merge_service.merge import MergeReport
@@ -73,7 +73,7 @@ def _one(merge: Merge, output: Output, texts: Mapping[str, str], how: Execution)
         if overwrites(output.out, Path(path)):
             raise UserError(f"--out {output.out} is one of the inputs and would be lost; give another --out")
     if merge.tokenizer is not None:
-        check_alike([Path(path) for path in merge.models])
+        check_alike([part for path in merge.models for part in parts_of(path)])
     simple = _of_files(merge, output, texts)
     if simple is not None:
         return merge_files(replace(simple, dtype=dtype), how)
