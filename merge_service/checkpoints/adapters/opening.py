@@ -19,7 +19,7 @@ from merge_service.checkpoints.adapters.adapted import Adapted
 from merge_service.checkpoints.adapters.configuration import AdapterConfig
 from merge_service.checkpoints.adapters.names import Named, Parts
 from merge_service.checkpoints.adapters.references import Reference, folder_of
-from merge_service.checkpoints.adapters.updates import Copy, Dora, Factor, LowRank, Patch, Update
+from merge_service.checkpoints.adapters.updates import Copy, Dora, Factor, Form, LowRank, Patch, Update
 from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.folders.kinds import ADAPTER, ADAPTER_CONFIG
 from merge_service.checkpoints.ties import recorded
@@ -232,7 +232,8 @@ class _Reading:
                 f"{self.adapter.path}: {module} has the shape {list(want)} in {self.base.path}, but the factors are for "
                 f"{[*size_out, *size_in]}: the adapter belongs to another base"
             )
-        return turned and (not fits or (config is not None and config.transposed))
+        attention = f"{module.rpartition('.')[0]}.in_proj_weight" in self.base.tensors
+        return turned and (not fits or (config is not None and config.transposed and not attention))
 
     def _low_rank(
         self, module: str, target: str, factors: tuple[str, str, int], scale: float, transposed: bool
@@ -248,7 +249,8 @@ class _Reading:
             )
         first, second = self._matrix(down, rank, inner), self._matrix(up, outer, rank)
         if transposed:
-            return LowRank((rows, columns), _turned(first), _turned(second), scale)
+            form: Form = "embedding" if "lora_embedding_" in down else "transposed"
+            return LowRank((rows, columns), _turned(first), _turned(second), scale, form)
         return LowRank((rows, columns), second, first, scale)
 
     def _bias(self, module: str, target: str, name: str, scale: float) -> tuple[str, Update]:

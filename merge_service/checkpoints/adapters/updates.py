@@ -10,13 +10,15 @@ that asks for it nor the thread.
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 GROUP = 1 << 16
 """Elements of a tensor that are made at a time, in whole rows."""
 
+Form = Literal["linear", "transposed", "embedding"]
+"""Of a tensor [out, in]; of one that is stored [in, out]; of an embedding."""
 Rows = Callable[[int, int], np.ndarray]
 """Rows first..last of the tensor before the update, [rows, columns]."""
 
@@ -71,12 +73,15 @@ class Patch:
 
 @dataclass(frozen=True)
 class LowRank:
-    """scale * left @ right added to the base: `left` is [rows, r], `right` [r, columns] (LoRA, arXiv 2106.09685, eq. 3)."""
+    """scale * left @ right added to the base: `left` is [rows, r], `right` [r, columns] (LoRA, arXiv 2106.09685, eq. 3). `form` says how
+    a file writes the two.
+    """
 
     shape: tuple[int, int]
     left: Factor
     right: Factor
     scale: float
+    form: Form = "linear"
 
     def rows(self, before: Rows, first: int, last: int) -> np.ndarray:
         """As of `Update`."""
