@@ -131,11 +131,12 @@ def _usual(tensors: Mapping[str, TensorInfo], dtype: str | None) -> str | None:
 
 def overwrites(out: Path, source: Path) -> bool:
     """Whether writing `out` would destroy the checkpoint `source`. Raises `CheckpointError` if `source` does not exist."""
-    parts = parts_of(source)
-    if len(parts) > 1 or parts[0] != Path(source):
-        return any(overwrites(out, part) for part in parts)
-    if is_adapter(parts[0]) and parts[0].is_dir():
-        return out.resolve() == parts[0].resolve()
+    return any(_overwrites(out, part) for part in parts_of(source))
+
+
+def _overwrites(out: Path, source: Path) -> bool:
+    if source.is_dir() and is_adapter(source):
+        return out.resolve() == source.resolve()
     held = locate(source)
     named = out.name.endswith((".safetensors", ".safetensors" + INDEX_SUFFIX))
     targets = [out] if named else [out / f"{name}.safetensors" for name in STANDARD]

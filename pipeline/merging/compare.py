@@ -51,7 +51,7 @@ def compared(what: FileMerge, merged: Path, asked: bool | None = None) -> tuple[
         )
         return None, note
     files = [*what.experts, merged]
-    size = sum(_bytes(path) for path in files)
+    size = sum(_bytes(part) for path in files for part in parts_of(path))
     if asked is None and size > LARGE_BYTES:
         return None, f"not compared: {size / 1e9:,.0f} GB would be read twice more (--compare does)"
     try:
@@ -82,9 +82,6 @@ def _named(experts: Sequence[Path]) -> dict[str, Path]:
 
 
 def _bytes(path: Path) -> int:
-    parts = parts_of(path)
-    if len(parts) > 1:
-        return sum(map(_bytes, parts))
     if path.is_dir():
         return sum(file.stat().st_size for file in path.glob("*.safetensors"))
     if path.name.endswith(".index.json"):

@@ -52,10 +52,10 @@ def _called(path: Path) -> str:
     """The name of a model: the one of its hub if its configuration has it, else that of its folder or file. An adapter follows its
     base after a +.
     """
-    parts = parts_of(path)
-    if len(parts) > 1:
-        return "+".join(map(_called, parts))
-    (path,) = parts
+    return "+".join(map(_name, parts_of(path)))
+
+
+def _name(path: Path) -> str:
     folder = path if path.is_dir() else path.parent
     said = _json(folder / "config.json").get("_name_or_path")
     if isinstance(said, str) and said.count("/") == 1 and not said.startswith((".", "/", "~")):

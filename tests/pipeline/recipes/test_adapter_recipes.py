@@ -55,6 +55,10 @@ def test_mergekits_path_with_adapter_is_the_merge_of_the_adapters(room: Path, sp
 
 def test_folder_of_a_merge_has_the_bases_files_and_a_recipe_that_makes_it_again(room: Path) -> None:
     models = room / "models"
+    config = models / "plain" / "adapter_config.json"
+    config.write_text(
+        json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": str(models / "base")})
+    )
     what = FileMerge(
         "ties",
         {},
