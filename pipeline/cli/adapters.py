@@ -12,7 +12,7 @@ import typer
 from pipeline.cli.options import AsJson, Force, print_json
 
 if TYPE_CHECKING:
-    from merge_service.merging.adapters.written import Written
+    from merge_service.merging import Written
 
 OutAdapter = Annotated[
     Path | None,

@@ -12,7 +12,7 @@ from merge_service.errors import UserError
 from pipeline.merging.files import Execution, FileMerge, merge_files, refuse_to_replace
 
 if TYPE_CHECKING:
-    from merge_service.merging.adapters.written import Written
+    from merge_service.merging import Written
 
 
 def merge_to_adapter(what: FileMerge, rank: int | None, how: Execution = Execution()) -> "Written":
@@ -21,8 +21,7 @@ def merge_to_adapter(what: FileMerge, rank: int | None, how: Execution = Executi
 
     Raises UserError for options that an adapter has not.
     """
-    from merge_service.merging.adapters.concatenate import concatenate
-    from merge_service.merging.adapters.extract import extract
+    from merge_service.merging import concatenate, extract
     from merge_service.timelines import translate_merge
 
     if what.base is None:
@@ -45,7 +44,7 @@ def merge_to_adapter(what: FileMerge, rank: int | None, how: Execution = Executi
 
 def extract_adapter(finetuned: Path, base: Path, rank: int, out: Path, force: bool = False) -> "Written":
     """The adapter of a rank that brings the base nearest to a fine-tuned model, in the folder `out`."""
-    from merge_service.merging.adapters.extract import extract
+    from merge_service.merging import extract
 
     _check_folder(out, [base, finetuned], force)
     return extract(finetuned, base, rank, out)
