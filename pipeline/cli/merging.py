@@ -116,16 +116,9 @@ def merge(
     place = _place(out, out_adapter, rank)
     if technique is None:
         given = {
-            "--base": base,
-            "--set": overrides,
-            "--parity": parity,
-            "--id": named,
-            "--strip-prefix": strip_prefix,
-            "--statistics": statistics,
-            "--coefficients": coefficients,
-            "--as-study": as_study,
-            "--out-adapter": out_adapter,
-        }
+            "--base": base, "--set": overrides, "--parity": parity, "--id": named, "--strip-prefix": strip_prefix,
+            "--statistics": statistics, "--coefficients": coefficients, "--as-study": as_study, "--out-adapter": out_adapter,
+        }  # fmt: skip
         beside = {option for option, value in given.items() if value}
         _answer(_by_recipe(experts, beside, (place, force, dtype, any_base), how), as_json)
         return
