@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from cluster.code import own_code_first
+from pipeline.cli import adapters as cli_adapters
 from pipeline.cli import files as cli_files
 from pipeline.cli import merging as cli_merging
 from pipeline.cli import own as cli_own
@@ -33,6 +34,7 @@ PANELS = {
         cli_merging.merge,
         cli_merging.recipe,
         cli_merging.convert,
+        cli_adapters.extract,
         cli_trajectories.trajectory,
         cli_files.evaluate,
         cli_files.measure,
