@@ -18,6 +18,7 @@ from cluster.code import own_code_first
 from pipeline.cli import files as cli_files
 from pipeline.cli import merging as cli_merging
 from pipeline.cli import own as cli_own
+from pipeline.cli import publishing as cli_publishing
 from pipeline.cli import service as cli_service
 from pipeline.cli import signals
 from pipeline.cli import studies as cli_studies
@@ -33,6 +34,7 @@ PANELS = {
         cli_merging.recipe,
         cli_merging.convert,
         cli_trajectories.trajectory,
+        cli_publishing.publish,
         cli_files.evaluate,
         cli_files.measure,
         cli_files.techniques,
