@@ -135,9 +135,13 @@ def _name(what: Publication) -> str:
 
 
 def _confirm(what: Publication, route: str, answer: Any) -> None:
-    if isinstance(answer, dict) and answer.get("success") is False:
-        said = answer.get("error_message") or answer.get("message") or answer.get("error") or "no reason"
-        raise UserError(f"{what.url}{route} refused: {str(said)[:400]}")
+    """Raise UserError unless the answer says that it was done; vLLM answers with words, and lists its models."""
+    if what.to == "vllm" or (isinstance(answer, dict) and answer.get("success") is True):
+        return
+    said = answer
+    if isinstance(answer, dict):
+        said = answer.get("error_message") or answer.get("message") or answer.get("error") or answer
+    raise UserError(f"{what.url}{route} did not confirm: {str(said)[:400]}")
 
 
 def _asked(what: Publication, route: str, body: Any) -> Any:
