@@ -19,7 +19,6 @@ from pipeline.cli import adapters as cli_adapters
 from pipeline.cli import files as cli_files
 from pipeline.cli import merging as cli_merging
 from pipeline.cli import own as cli_own
-from pipeline.cli import publishing as cli_publishing
 from pipeline.cli import remote as cli_remote
 from pipeline.cli import service as cli_service
 from pipeline.cli import signals
@@ -37,7 +36,7 @@ PANELS = {
         cli_merging.convert,
         cli_adapters.extract,
         cli_trajectories.trajectory,
-        cli_publishing.publish,
+        cli_files.publish,
         cli_files.evaluate,
         cli_files.measure,
         cli_files.techniques,
