@@ -19,6 +19,7 @@ from pipeline.cli import adapters as cli_adapters
 from pipeline.cli import files as cli_files
 from pipeline.cli import merging as cli_merging
 from pipeline.cli import own as cli_own
+from pipeline.cli import remote as cli_remote
 from pipeline.cli import service as cli_service
 from pipeline.cli import signals
 from pipeline.cli import studies as cli_studies
@@ -40,6 +41,7 @@ PANELS = {
         cli_files.techniques,
         cli_files.check,
     ),
+    "Serve": (cli_remote.serve, cli_remote.arrive, cli_remote.next),
     "Upkeep": (cli_upkeep.export, cli_upkeep.verify, cli_upkeep.sync, cli_upkeep.gc, cli_upkeep.pack),
 }
 
