@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from pipeline.workspace.export import Exported
     from workers.data.importing import Imported
     from workers.evidence import Measured
+    from workers.learning import Learned
 
 __all__ = [
-    "Param", "Run", "Study", "Technique", "UserError", "evaluate", "import_data", "init", "load_study", "measure", "merge", "merge_files", "merge_recipe", "open_run", "plan",
+    "Param", "Run", "Study", "Technique", "UserError", "evaluate", "import_data", "init", "learn", "load_study", "measure", "merge", "merge_files", "merge_recipe", "open_run", "plan",
     "register", "run", "technique", "techniques",
 ]  # fmt: skip
 
@@ -347,6 +348,36 @@ def measure(
         )
     where = Where(Path(checkpoint), _path(base), _path(out), model)
     return measured(Asked(kind, **params), where, Inputs.of(inputs))
+
+
+@speaks_python
+def learn(
+    method: str,
+    experts: Sequence[PathLike],
+    inputs: Sequence[Mapping[str, Any]],
+    *,
+    base: PathLike,
+    out: PathLike | None = None,
+    **params: Any,
+) -> "Learned":
+    """Learn the coefficients of a merge on images of its tasks (`temporal-merge learn`); `merge(technique, ..., coefficients=out)` follows.
+
+    `method` is adamerging, supermerge, dam, concrete, concrete_safe or tinting. `inputs` has the arrays of every task, as those of
+    `measure`: images; labels [N] for supermerge; head, frozen class embeddings [C, d], or tokens [C, context] of one prompt per class,
+    which the merged text tower embeds (always with towers=both). Class scores are at the temperature of `base`, which is never learned.
+    `params` are the method's (docs/learned.md); `warm_start`, coefficients learned before; `model`, the architecture of a base without
+    a configuration beside it; `every`, steps between checkpoints, from which a call with the same arguments goes on. Returns the
+    coefficients by name, with `losses`, and writes them to `out`. Raises UserError.
+    """
+    from workers.evidence.asked import Inputs
+    from workers.learning import Wanted, Where
+    from workers.learning import learn as learned
+
+    warm, config, every = params.pop("warm_start", None), params.pop("model", None), params.pop("every", 50)
+    wanted = Wanted.of(method, params)
+    files = [Path(one) for one in experts]
+    where = Where(files, Path(base), _path(out), config, _path(warm), every)
+    return learned(wanted, where, [Inputs.of(one) for one in inputs])
 
 
 @speaks_python

@@ -28,7 +28,7 @@ FLOORS: dict[str, tuple[set[str], ...]] = {
         {"feed"},
         {"models"},
         {"training", "scoring", "evidence"},
-        {"serving"},
+        {"serving", "learning"},
         {"actors", "pretrain"},
     ),
     "cluster": (),

@@ -36,13 +36,13 @@ class Origin:
 @dataclass(frozen=True)
 class Evidence:
     """A measurement that a technique needs of every expert (`of` the expert's weights, or of the base on the expert's data; of
-    all experts together, for one merge).
+    all experts together, for one merge). `learned`: it is a file of coefficients of all experts together.
 
     `when` is a parameter and the value at which it is needed; always without it. `labels`: the data must have them.
     """
 
     kind: str
-    of: Literal["expert", "base", "experts"] = "expert"
+    of: Literal["expert", "base", "experts", "learned"] = "expert"
     labels: bool = False
     when: tuple[str, str] | None = None
 
@@ -87,6 +87,11 @@ class Technique:
     def needs(self) -> frozenset[str]:
         """What the technique needs besides experts: {"base"} or nothing."""
         return frozenset({"base"}) if self.space == "task_vectors" else frozenset()
+
+    @property
+    def learned(self) -> bool:
+        """Whether it merges with coefficients that must be learned first, for these experts."""
+        return any(one.of == "learned" for one in self.evidence)
 
     def asked(self, params: Mapping[str, Any]) -> Evidence | None:
         """The measurement that is needed with these parameters."""

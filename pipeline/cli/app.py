@@ -33,6 +33,7 @@ PANELS = {
         cli_merging.convert,
         cli_files.evaluate,
         cli_files.measure,
+        cli_merging.learn,
         cli_files.techniques,
         cli_files.check,
     ),

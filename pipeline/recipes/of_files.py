@@ -6,7 +6,7 @@ Invariant: carrying the recipe out gives the bytes of the merge.
 from dataclasses import replace
 
 from merge_service.timelines import translate_merge
-from pipeline.merging.files import FileMerge
+from pipeline.merging.files import FileMerge, settled
 from pipeline.recipes.card import beside
 from pipeline.recipes.model import Expert, Merge, Recipe
 
@@ -33,4 +33,5 @@ def with_texts(what: FileMerge) -> FileMerge:
     is_file = what.out.name.endswith((".safetensors", ".safetensors.index.json"))
     if is_file or what.as_study or not what.experts:
         return what
+    what = settled(what)
     return replace(what, texts=beside(recipe_of(what)))
