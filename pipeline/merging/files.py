@@ -105,12 +105,12 @@ def merge_files(what: FileMerge, how: Execution = Execution()) -> "MergeReport":
 
 def settled(what: FileMerge) -> FileMerge:
     """The merge with what its file of coefficients says in place of the file; any other merge as it is. Raises UserError."""
-    from merge_service.techniques import get
-    from pipeline.merging.coefficients import read_coefficients, with_learned
-
     given = what.params.get("coefficients")
     if not isinstance(given, str | Path):
         return what
+    from merge_service.techniques import get
+    from pipeline.merging.coefficients import read_coefficients, with_learned
+
     if get(what.technique).learned:
         params, files = with_learned(what.technique, what.params, len(what.experts))
         return replace(what, params=params, statistics=files)
