@@ -12,6 +12,7 @@ import typer
 
 from merge_service.errors import UserError
 from pipeline.cli.options import (
+    AdaptOnTest,
     AnyBase,
     AsJson,
     AsStudy,
@@ -22,6 +23,7 @@ from pipeline.cli.options import (
     Dtype,
     Force,
     KeepThresholds,
+    LearningParameters,
     Measurements,
     MergedOut,
     Modules,
@@ -32,6 +34,7 @@ from pipeline.cli.options import (
     ShardSize,
     StripPrefix,
     Threads,
+    WarmStart,
     Workers,
     WorkersAddress,
     print_json,
@@ -161,27 +164,9 @@ def learn(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The file of coefficients.")],
-    params: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--param", metavar="p=v", help="A parameter of the method (steps, start, ...); may be repeated."
-        ),
-    ] = None,
-    warm_start: Annotated[
-        Path | None,
-        typer.Option(
-            "--warm-start",
-            metavar="FILE",
-            help="Coefficients learned before: experts that they know begin with theirs.",
-        ),
-    ] = None,
-    adapt_on_test: Annotated[
-        bool,
-        typer.Option(
-            "--adapt-on-test",
-            help="Learn on the unlabelled test images, as published; the file and every merge with it are marked.",
-        ),
-    ] = False,
+    params: LearningParameters = None,
+    warm_start: WarmStart = None,
+    adapt_on_test: AdaptOnTest = False,
     device: Annotated[
         str, typer.Option("--device", metavar="NAME", help="A torch device such as cuda.")
     ] = "cpu",

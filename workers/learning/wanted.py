@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from merge_service.errors import UserError
-from merge_service.techniques.params import nearest
+from merge_service.techniques import nearest
 
 Kind = Literal["entropy", "labels", "experts", "heads", "triggers"]
 COMMON = (
