@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from merge_service.errors import UserError
 from merge_service.techniques import Param, Technique, nearest, register, technique
 from pipeline.errors import speaks_python
+from pipeline.merging.arrivals import Arrivals
+from pipeline.merging.learn import learn
 from pipeline.study.config import Study
 from pipeline.study.config import load_study as read_study
 
@@ -22,16 +24,16 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from merge_service.merge import MergeReport
+    from pipeline.merging.along import Averaged
     from pipeline.plan.steps import Plan
     from pipeline.run.progress import Moment
     from pipeline.workspace.export import Exported
     from workers.data.importing import Imported
     from workers.evidence import Measured
-    from workers.learning import Learned
 
 __all__ = [
-    "Param", "Run", "Study", "Technique", "UserError", "evaluate", "import_data", "init", "learn", "load_study", "measure", "merge", "merge_files", "merge_recipe", "open_run", "plan",
-    "register", "run", "technique", "techniques",
+    "Arrivals", "Param", "Run", "Study", "Technique", "UserError", "evaluate", "import_data", "init", "learn", "load_study", "measure", "merge", "merge_files", "merge_recipe", "open_run", "plan",
+    "register", "run", "technique", "techniques", "trajectory",
 ]  # fmt: skip
 
 PathLike = Path | str
@@ -351,36 +353,6 @@ def measure(
 
 
 @speaks_python
-def learn(
-    method: str,
-    experts: Sequence[PathLike],
-    inputs: Sequence[Mapping[str, Any]],
-    *,
-    base: PathLike,
-    out: PathLike | None = None,
-    **params: Any,
-) -> "Learned":
-    """Learn the coefficients of a merge on images of its tasks (`temporal-merge learn`); `merge(technique, ..., coefficients=out)` follows.
-
-    `method` is adamerging, supermerge, dam, concrete, concrete_safe or tinting. `inputs` has the arrays of every task, as those of
-    `measure`: images; labels [N] for supermerge; head, frozen class embeddings [C, d], or tokens [C, context] of one prompt per class,
-    which the merged text tower embeds (always with towers=both). Class scores are at the temperature of `base`, which is never learned.
-    `params` are the method's (docs/learned.md); `warm_start`, coefficients learned before; `model`, the architecture of a base without
-    a configuration beside it; `every`, steps between checkpoints, from which a call with the same arguments goes on. Returns the
-    coefficients by name, with `losses`, and writes them to `out`. Raises UserError.
-    """
-    from workers.evidence.asked import Inputs
-    from workers.learning import Wanted, Where
-    from workers.learning import learn as learned
-
-    warm, config, every = params.pop("warm_start", None), params.pop("model", None), params.pop("every", 50)
-    wanted = Wanted.of(method, params)
-    files = [Path(one) for one in experts]
-    where = Where(files, Path(base), _path(out), config, _path(warm), every)
-    return learned(wanted, where, [Inputs.of(one) for one in inputs])
-
-
-@speaks_python
 def merge_files(
     technique: str,
     params: Mapping[str, Any],
@@ -416,6 +388,18 @@ def merge_recipe(
     return carry_out(
         read_recipe(Path(recipe)).recipe, Output(Path(out), replace, dtype), Execution(**options)
     )
+
+
+@speaks_python
+def trajectory(
+    checkpoints: Sequence[PathLike], out: PathLike, *, threads: int | None = None, **options: Any
+) -> "Averaged":
+    """`temporal-merge trajectory`: averages of the last checkpoints of one run, in one pass. `options` are the other fields of `Along`
+    (windows, shapes, every, dtype, shard_size, replace). Raises UserError.
+    """
+    from pipeline.merging.along import Along, merge_along
+
+    return merge_along(Along([Path(one) for one in checkpoints], Path(out), **options), threads)
 
 
 @speaks_python

@@ -40,7 +40,7 @@ FLOORS: dict[str, tuple[set[str], ...]] = {
         {"techniques"},
         {"timelines", "engine"},
         {"merging", "live"},
-        {"merge", "report", "similarity"},
+        {"merge", "report", "similarity", "trajectories"},
         {"service"},
     ),
     "pipeline": (
