@@ -102,7 +102,9 @@ def test_arrival_reads_and_writes_what_the_one_before_did_but_for_a_name_whateve
         " ".join((ROOT / page).read_text().split()) for page in ("docs/merging.md", "README.md")
     )
     assert f"{min(states):.0f} to {max(states):.0f} bytes per parameter of a float32 base" in merging
-    assert f"{len(states)} of {len(techniques.names())} techniques keep exact streaming state" in readme
+    assert "Most techniques keep exact streaming state" in readme
+    every = [techniques.get(name) for name in techniques.names()]
+    assert 2 * sum("stream" in one.forms for one in every) > len(every)
 
 
 def test_excerpt_holds_so_many_samples_of_each_dataset_spread_over_its_test_split(tmp_path: Path) -> None:
