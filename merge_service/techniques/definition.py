@@ -172,9 +172,13 @@ class Technique:
         """Warnings about growth without bound when the technique is used with these axes of TIME.
 
         Under EMA initialization an expert already holds the running model, so a fold that adds task vectors multiplies the past
-        by 2*scale at every task (and one that averages them by scale); with init: all it is 1 + scale.
+        by 2*scale at every task (and one that averages them by scale); with init: all it is 1 + scale. Nothing is known of learned factors.
         """
-        if self.space != "task_vectors" or "ema" not in (init, deploy, "ema" if init == "all" else ""):
+        if (
+            self.learned
+            or self.space != "task_vectors"
+            or "ema" not in (init, deploy, "ema" if init == "all" else "")
+        ):
             return []
         resolved = self.resolve(params, "fold" if "ema" in (init, deploy) else "merge")
         factor, word = self.scale.largest(resolved)
