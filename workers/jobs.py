@@ -17,6 +17,7 @@ class Source:
     """One split of one dataset under `root`, optionally only the samples of some of its classes.
 
     `reading`: pictures are decoded once into the cache (decoded) or at every access (encoded); auto decides by the number of samples.
+    `addresses` are those from which shards may be read.
     """
 
     root: str
@@ -24,6 +25,7 @@ class Source:
     split: str
     classes: tuple[str, ...] | None = None
     reading: Reading = "decoded"
+    addresses: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

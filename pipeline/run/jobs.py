@@ -134,7 +134,7 @@ class Jobs:
     def _sources(self, entries: Sequence[SourceSpec], reading: Reading) -> tuple[Source, ...]:
         """The splits of a spec, read in this way unless the spec itself says how."""
         root = str(Path(self.workspace.study.data_root).absolute())
-        classes = self.workspace.plan.classes
+        classes, addresses = self.workspace.plan.classes, self.workspace.study.data.addresses or ()
         return tuple(
             Source(
                 root,
@@ -142,6 +142,7 @@ class Jobs:
                 entry["split"],
                 classes[entry["classes"]] if entry["classes"] else None,
                 entry.get("reading", reading),
+                addresses,
             )
             for entry in entries
         )

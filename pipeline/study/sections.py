@@ -23,6 +23,7 @@ from pipeline.files.paths import expanded
 from pipeline.identity import fingerprint
 from pipeline.study.addresses import refuse_secret
 from pipeline.study.places import Folder, Place
+from workers.data.encoded.addresses import plain
 from workers.jobs import Reading
 from workers.models.configuration import Preprocess
 from workers.training.recipe import Mixture
@@ -120,6 +121,7 @@ class DataSection(Section):
 
     `suite` is the name of a suite under data/ (`suite.json`), or a YAML file that describes the datasets under `root`.
     `reading`: pictures are decoded once into the cache, or read as they are stored; auto goes by the number of samples of a split.
+    `addresses`: servers and buckets from which shards may be read, where a manifest says that they are there.
     """
 
     suite: Annotated[str, AfterValidator(_suite)] | None = None
@@ -130,6 +132,7 @@ class DataSection(Section):
     zero_shot_groups: GroupsSection | None = None
     cache: Place | None = None
     reading: Reading = "decoded"
+    addresses: tuple[Annotated[str, AfterValidator(plain)], ...] | None = None
 
     @model_validator(mode="after")
     def _located(self) -> Self:
