@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from merge_service.errors import UserError
 from merge_service.merge import merge
 from merge_service.merging import Rules
-from pipeline.merging.measuring import inputs_of, task_of
+from pipeline.merging.measuring import task_of
 from pipeline.plan.facts import cache_of, ensure_data
 from pipeline.plan.steps import TEST, TRAIN
 from pipeline.run.evaluation import named_as_given, weights_directory
@@ -39,11 +39,10 @@ def learn_tasks(wanted: "Wanted", what: OfTasks) -> "Learned":
     """Learn and write the file. Raises UserError for a task that the study does not have, data without classes, or checkpoints that
     are none of the study's model.
     """
-    from workers.data.decode import load
     from workers.evidence import Asked
+    from workers.evidence.tasks import inputs_of
     from workers.jobs import Source
     from workers.learning import Where, learn
-    from workers.models.model import preprocess_cfg
 
     ensure_data(what.study)
     study = what.study.resolved()
@@ -58,13 +57,11 @@ def learn_tasks(wanted: "Wanted", what: OfTasks) -> "Learned":
         room = Path(place)
         (room / "base").mkdir()
         directory, _ = weights_directory(what.base, study, room / "base")
-        look = preprocess_cfg(directory)
         head = _start(wanted, what, directory, room / "start") if wanted.towers == "image" else None
         inputs = []
         for task in tasks:
             sources = [Source(root, part.dataset, split, part.classes) for part in task.parts]
-            parts = [load(source, look["size"], str(cache), look) for source in sources]
-            found = inputs_of(asked, parts, directory, head)
+            found = inputs_of(asked, sources, directory, str(cache), head, split)
             inputs.append(replace(found, logit_scale=None))
         where = Where(what.experts, what.base, what.out, str(directory), what.warm_start)
         return learn(wanted, where, inputs)

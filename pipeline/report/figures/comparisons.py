@@ -124,9 +124,22 @@ def price(data: Data, cost: str) -> Figure:
 
 def sharing(summary: Mapping[str, Any]) -> Figure:
     """The steps of the study beside those of its trajectories one by one: `summary` is a plan's."""
-    names = {"train": "Experts trained", "merge": "Merges", "evaluate": "Evaluations"}
-    rows = [(name, summary["steps"][kind]["unique"], summary["steps"][kind]["naive"]) for kind, name in names.items()]  # fmt: skip
-    rows.append(("Training (GFLOPs)", summary["gflops"], summary["gflops_naive"]))
+    names = {
+        "train": "Experts trained",
+        "measure": "Measurements",
+        "merge": "Merges",
+        "evaluate": "Evaluations",
+    }
+    counted = {name: summary["steps"][kind] for kind, name in names.items() if kind in summary["steps"]}
+    rows = [(name, one["unique"], one["naive"]) for name, one in counted.items()]
+    measures = "Measurements" in counted
+    rows.append(
+        (
+            f"Training{' and measuring' if measures else ''} (GFLOPs)",
+            summary["gflops"],
+            summary["gflops_naive"],
+        )
+    )
     table = pd.DataFrame(
         [row for row in rows if row[1] is not None and row[2]], columns=["what", "shared", "alone"]
     )
