@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from merge_service.errors import UserError
     from merge_service.techniques import Param, Technique, register, technique
     from pipeline.api import (
+        Arrivals,
         Run,
         Study,
         evaluate,
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
         plan,
         run,
         techniques,
+        trajectory,
     )
 
 __all__ = [
+    "Arrivals",
     "Param",
     "Run",
     "Study",
@@ -45,6 +48,7 @@ __all__ = [
     "run",
     "technique",
     "techniques",
+    "trajectory",
 ]
 
 

@@ -73,6 +73,7 @@ class Bench:
         self._run(
             "ours", CASES["ties"], self.tiny
         )  # compiles, so that only the last of the three finds nothing
+        measure(merge, self.args.threads, self.args.timeout, expect_json=False)  # Python's bytecode
         runs: dict[str, list[dict[str, Any]]] = {"help": [], "tiny": [], "tiny, nothing compiled": []}
         for _ in range(self.args.repeats):
             with tempfile.TemporaryDirectory(dir=self.args.work) as empty:

@@ -125,9 +125,11 @@ def clear(directory: Path) -> Path:
 
 
 def _environment(threads: int, more: Mapping[str, str] | None) -> dict[str, str]:
+    """As users have it: Python keeps its bytecode, nothing is fetched."""
     limits = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     offline = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
-    return {**os.environ, **limits, **offline, **(more or {})}
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    return {**kept, **limits, **offline, **(more or {})}
 
 
 def _last_line(file: Any) -> str:

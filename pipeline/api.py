@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from merge_service.errors import UserError
 from merge_service.techniques import Param, Technique, nearest, register, technique
 from pipeline.errors import speaks_python
+from pipeline.merging.arrivals import Arrivals
 from pipeline.study.config import Study
 from pipeline.study.config import load_study as read_study
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from merge_service.merge import MergeReport
+    from pipeline.merging.along import Averaged
     from pipeline.plan.steps import Plan
     from pipeline.run.progress import Moment
     from pipeline.workspace.export import Exported
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
     from workers.evidence import Measured
 
 __all__ = [
-    "Param", "Run", "Study", "Technique", "UserError", "evaluate", "import_data", "init", "load_study", "measure", "merge", "merge_files", "merge_recipe", "open_run", "plan",
-    "register", "run", "technique", "techniques",
+    "Arrivals", "Param", "Run", "Study", "Technique", "UserError", "evaluate", "import_data", "init", "load_study", "measure", "merge", "merge_files", "merge_recipe", "open_run", "plan",
+    "register", "run", "technique", "techniques", "trajectory",
 ]  # fmt: skip
 
 PathLike = Path | str
@@ -385,6 +387,18 @@ def merge_recipe(
     return carry_out(
         read_recipe(Path(recipe)).recipe, Output(Path(out), replace, dtype), Execution(**options)
     )
+
+
+@speaks_python
+def trajectory(
+    checkpoints: Sequence[PathLike], out: PathLike, *, threads: int | None = None, **options: Any
+) -> "Averaged":
+    """`temporal-merge trajectory`: averages of the last checkpoints of one run, in one pass. `options` are the other fields of `Along`
+    (windows, shapes, every, dtype, shard_size, replace). Raises UserError.
+    """
+    from pipeline.merging.along import Along, merge_along
+
+    return merge_along(Along([Path(one) for one in checkpoints], Path(out), **options), threads)
 
 
 @speaks_python

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Containers often set it. Hundreds of processes would then compile this project, each for itself.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 

@@ -40,7 +40,7 @@ FLOORS: dict[str, tuple[set[str], ...]] = {
         {"techniques"},
         {"timelines", "engine"},
         {"merging", "live"},
-        {"merge", "report", "similarity"},
+        {"merge", "report", "similarity", "trajectories"},
         {"service"},
     ),
     "pipeline": (
@@ -221,6 +221,20 @@ def test_merge_path_import_loads_no_torch() -> None:
         [sys.executable, "-c", code], cwd=house.ROOT, capture_output=True, text=True, check=True
     )
     assert answer.stdout.strip() == "False"
+
+
+def test_merge_of_files_loads_nothing_that_only_recipes_need() -> None:
+    code = """import sys
+from pathlib import Path
+from pipeline.cli.show_files import parameters_from
+from pipeline.merging.files import FileMerge
+from pipeline.recipes.of_files import with_texts
+with_texts(FileMerge("ties", parameters_from([]), None, [Path("a.safetensors")], Path("m.safetensors")))
+print([m for m in ("yaml", "pydantic", "pipeline.recipes.model") if m in sys.modules])"""
+    answer = subprocess.run(
+        [sys.executable, "-c", code], cwd=house.ROOT, capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.strip() == "[]"
 
 
 def test_rows_of_techniques_import_no_numpy() -> None:

@@ -12,7 +12,7 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -57,15 +57,8 @@ class ShardedWriter:
         self._of: dict[str, CheckpointWriter] = {}
         self._lock = threading.Lock()
         self._in_use: Counter[CheckpointWriter] = Counter()
-        stem = path.name.removesuffix(".safetensors")
-        shards = [
-            path.with_name(f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors")
-            for number in range(1, len(parts) + 1)
-        ]
-        where = {name: shard.name for shard, layout in zip(shards, parts) for name in layout}
-        total = sum(TensorInfo(d, tuple(s), 0).nbytes for layout in parts for d, s in layout.values())
-        self._text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n"
-        check_readable(self._text.encode(), f"{len(where)} tensors in an index")
+        shards = shard_paths(path, len(parts))
+        self._text = index_text(shards, parts)
         try:
             for shard, layout in zip(shards, parts):
                 self._writers.append(
@@ -122,17 +115,7 @@ class ShardedWriter:
                 writer.rest()
 
     def _write_index(self) -> None:
-        whole = temporary(self.index)
-        try:
-            with whole.open("x", encoding="utf-8") as stream:
-                stream.write(self._text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            point("shards.before_index")
-            whole.replace(self.index)
-        finally:
-            whole.unlink(missing_ok=True)
-        sync_directory(self.path.parent)
+        write_index(self.index, self._text)
 
     def __enter__(self) -> "ShardedWriter":
         return self
@@ -159,6 +142,38 @@ class SingleWriter(CheckpointWriter):
             point("single.before_publish")
         super().publish()
         remove_shards(self.path, keep=set())
+
+
+def shard_paths(path: Path, count: int) -> list[Path]:
+    """The files of `count` shards under the name of `path`, NAME.safetensors."""
+    stem = path.name.removesuffix(".safetensors")
+    return [
+        path.with_name(f"{stem}-{number:05d}-of-{count:05d}.safetensors") for number in range(1, count + 1)
+    ]
+
+
+def index_text(shards: Sequence[Path], parts: Sequence[Layout]) -> str:
+    """The index of shards with these layouts. Raises `CheckpointError` if it would be too large to be read."""
+    where = {name: shard.name for shard, layout in zip(shards, parts) for name in layout}
+    total = sum(TensorInfo(d, tuple(s), 0).nbytes for layout in parts for d, s in layout.values())
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n"
+    check_readable(text.encode(), f"{len(where)} tensors in an index")
+    return text
+
+
+def write_index(index: Path, text: str) -> None:
+    """Write the index whole, durably, after its shards."""
+    whole = temporary(index)
+    try:
+        with whole.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        point("shards.before_index")
+        whole.replace(index)
+    finally:
+        whole.unlink(missing_ok=True)
+    sync_directory(index.parent)
 
 
 def split(layout: Layout, shard_bytes: int) -> list[Layout]:

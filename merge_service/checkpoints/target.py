@@ -89,7 +89,7 @@ class Target:
 
     def place(self, reference: Laid) -> Path:
         """The path to open for reading a model with the layout of `reference`: the directory, the index, or the file."""
-        if self.folder is not None or (len(self._parts(reference.tensors)) == 1 and not self.indexed):
+        if self.folder is not None or (len(self.parts(reference.tensors)) == 1 and not self.indexed):
             return self.path
         return self.weights.with_name(self.weights.name + INDEX_SUFFIX)
 
@@ -98,7 +98,7 @@ class Target:
         """A writer with the layout of `reference`; the files beside the weights are written before these appear. `durable` as of
         `CheckpointWriter`; the index of shards is durable always."""
         tensors = reference.tensors
-        parts = self._parts(tensors)
+        parts = self.parts(tensors)
         writer: SingleWriter | ShardedWriter
         if len(parts) == 1 and not self.indexed:
             digest = Digest() if self.hashed else None
@@ -107,10 +107,15 @@ class Target:
             writer = ShardedWriter(self.weights, parts, metadata, self.hashed, durable)
         with writer:
             yield Cast(writer, tensors, self.dtype) if self.dtype is not None else writer
-            if self.folder is not None:
-                self.folder.write(self.path, _usual(tensors, self.dtype))
+            self.write_companions(tensors)
 
-    def _parts(self, tensors: Mapping[str, TensorInfo]) -> list[Layout]:
+    def write_companions(self, tensors: Mapping[str, TensorInfo]) -> None:
+        """Write the files beside the weights, if the target is a directory."""
+        if self.folder is not None:
+            self.folder.write(self.path, _usual(tensors, self.dtype))
+
+    def parts(self, tensors: Mapping[str, TensorInfo]) -> list[Layout]:
+        """The layouts of the files, in order."""
         layout = {name: (cast(info, self.dtype), info.shape) for name, info in tensors.items()}
         return [layout] if self.shard_bytes is None else split(layout, self.shard_bytes)
 

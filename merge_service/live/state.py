@@ -32,8 +32,9 @@ THERE = QUEUED | {"accepted", "held"}
 
 @dataclass(frozen=True)
 class Arrival:
-    """One expert that came. `expert` names its artifact once it is admitted. `queued` is the entry by which it got its place in the
-    lane. `accepted_seq` and `left_seq` are the entries by which it came into the accepted sequence and left it.
+    """One expert that came, sent by `actor` (a token's id, or `local`). `expert` names its artifact once it is admitted. `queued` is the
+    entry by which it got its place in the lane. `accepted_seq` and `left_seq` are the entries by which it came into the accepted
+    sequence and left it.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Arrival:
     init: str
     owner: str
     time_ms: int
+    actor: str = ""
     status: Status = "received"
     init_seq: int | None = None
     ticket: str = ""

@@ -102,6 +102,7 @@ def _received(state: State, entry: Entry, data: kinds.Received) -> State:
         id=entry.arrival or "",
         seq=entry.seq,
         time_ms=entry.time_ms,
+        actor=entry.actor,
         **{name: getattr(data, name) for name in named},
     )
     keys = {**state.keys, data.key: Key(arrival.id, data.body, entry.time_ms)} if data.key else state.keys

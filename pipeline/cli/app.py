@@ -21,6 +21,7 @@ from pipeline.cli import own as cli_own
 from pipeline.cli import service as cli_service
 from pipeline.cli import signals
 from pipeline.cli import studies as cli_studies
+from pipeline.cli import trajectories as cli_trajectories
 from pipeline.cli import upkeep as cli_upkeep
 
 PANELS = {
@@ -31,6 +32,7 @@ PANELS = {
         cli_merging.merge,
         cli_merging.recipe,
         cli_merging.convert,
+        cli_trajectories.trajectory,
         cli_files.evaluate,
         cli_files.measure,
         cli_files.techniques,

@@ -6,7 +6,6 @@ Apart from `show`, which needs plans and results: a merge of two files starts wi
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +19,10 @@ from pipeline.merging.techniques import techniques_as_json
 
 def parameters_from(overrides: Sequence[str]) -> dict[str, Any]:
     """`p=v` pairs as a mapping; values are read as YAML. Raises UserError."""
+    if not overrides:
+        return {}
+    import yaml
+
     answer = {}
     for text in overrides:
         key, found, value = text.partition("=")

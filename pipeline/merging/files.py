@@ -63,7 +63,6 @@ def merge_files(what: FileMerge, how: Execution = Execution()) -> "MergeReport":
     from merge_service.merge import merge as combine
     from merge_service.merging import Rules
     from merge_service.timelines import translate_merge
-    from pipeline.merging.coefficients import read_coefficients
 
     for path in (*what.experts, *([what.base] if what.base else [])):
         if overwrites(what.out, path):
@@ -72,6 +71,8 @@ def merge_files(what: FileMerge, how: Execution = Execution()) -> "MergeReport":
         refuse_to_replace(what.out)
     params = dict(what.params)
     if isinstance(params.get("coefficients"), str | Path):
+        from pipeline.merging.coefficients import read_coefficients
+
         params["coefficients"] = read_coefficients(Path(params["coefficients"]))
     split = None
     if how.workers > 1 or how.address:

@@ -46,11 +46,11 @@ def merge_state_dicts(
     reference = experts[0] if base is None else base
     with tempfile.TemporaryDirectory(prefix="temporal-merge-") as name:
         room = Path(name)
-        paths = [_save(room, f"expert-{number}", one) for number, one in enumerate(experts, 1)]
-        start = None if base is None else _save(room, "base", base)
+        paths = [_saved(room, f"expert-{number}", one) for number, one in enumerate(experts, 1)]
+        start = None if base is None else _saved(room, "base", base)
         shared = _shared_in_all(reference, experts)
         if shared:
-            _save(room, "base" if start else "expert-1", reference, shared)
+            _saved(room, "base" if start else "expert-1", reference, shared)
         merge_files(FileMerge(technique, params, start, paths, room / "merged.safetensors", **options))
         prefix = options.get("strip_prefix") or ""
         with Checkpoint.open(room / "merged.safetensors") as merged:
@@ -62,18 +62,27 @@ def merge_state_dicts(
         return {key.removeprefix(prefix): own[shared.get(key, key)] for key in reference}
 
 
-def _save(room: Path, name: str, tensors: Mapping[str, Any], ties: Ties | None = None) -> Path:
+def save(path: Path, tensors: Mapping[str, Any], ties: Ties | None = None) -> Path:
+    """Write a state dict as safetensors, names that share memory with their ties recorded (or these `ties`).
+
+    Raises CheckpointError for what is no state dict, or a value that is no tensor with numbers.
+    """
+    name = path.name.removesuffix(".safetensors")
     if not isinstance(tensors, Mapping):
         hint = "; give its state_dict()" if hasattr(tensors, "state_dict") else ""
         raise CheckpointError(
             f"{name} is a {type(tensors).__name__}, not a state dict: tensors by name{hint}"
         )
-    path = room / f"{name}.safetensors"
     layout = {key: (_dtype(value, key, name), tuple(value.shape)) for key, value in tensors.items()}
-    with CheckpointWriter(path, layout, {"format": "pt", **entry(ties or {})}) as writer:
+    shared = _shared_in_all(tensors, ()) if ties is None else ties
+    with CheckpointWriter(path, layout, {"format": "pt", **entry(shared)}) as writer:
         for key, value in tensors.items():
             writer.write_stored(key, 0, _stored(value))
     return path
+
+
+def _saved(room: Path, name: str, tensors: Mapping[str, Any], ties: Ties | None = None) -> Path:
+    return save(room / f"{name}.safetensors", tensors, ties or {})
 
 
 def _shared_in_all(reference: Mapping[str, Any], experts: Sequence[Mapping[str, Any]]) -> Ties:

@@ -1,18 +1,24 @@
 """The recipe of a merge of files, so that a merge given on the command line can be made again from a file.
 
+Most merges write one file and no recipe, so what recipes are checked with (pydantic, yaml) is imported only for a folder.
+
 Invariant: carrying the recipe out gives the bytes of the merge.
 """
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from merge_service.timelines import translate_merge
 from pipeline.merging.files import FileMerge
-from pipeline.recipes.card import beside
-from pipeline.recipes.model import Expert, Merge, Recipe
+
+if TYPE_CHECKING:
+    from pipeline.recipes.model import Recipe
 
 
-def recipe_of(what: FileMerge) -> Recipe:
+def recipe_of(what: FileMerge) -> "Recipe":
     """The recipe of a merge of files. Definitions of others (`parity`) become our own parameters."""
+    from merge_service.timelines import translate_merge
+    from pipeline.recipes.model import Expert, Merge, Recipe
+
     params = dict(translate_merge(what.technique, what.params, what.parity, len(what.experts)))
     weights = params.pop("weights", None) or [None] * len(what.experts)
     ids = what.ids or [None] * len(what.experts)
@@ -33,4 +39,6 @@ def with_texts(what: FileMerge) -> FileMerge:
     is_file = what.out.name.endswith((".safetensors", ".safetensors.index.json"))
     if is_file or what.as_study or not what.experts:
         return what
+    from pipeline.recipes.card import beside
+
     return replace(what, texts=beside(recipe_of(what)))

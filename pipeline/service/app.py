@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import signal
+import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -17,9 +18,12 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import PlainTextResponse
 from starlette.types import ASGIApp
 
+from pipeline.service import page
 from pipeline.service.http import inference, label_sets, models
 from pipeline.service.http.door import Door, Guard, require
 from pipeline.service.http.inference import Inference
+from pipeline.service.http.live import routes as live_routes
+from pipeline.service.http.live.live import Live
 from pipeline.service.http.problems import MEDIA_TYPE, ProblemBody, busy, install, status_name
 from pipeline.service.http.schemas import Healthy, Model, Ready, Serves, Status
 from pipeline.service.metrics import CONTENT_TYPE, Metrics, place
@@ -33,7 +37,7 @@ from workers.serving.served import Head, HeadFile, Served
 from workers.serving.serving import Observers, Serving
 
 VERSION = "1"
-REFUSALS = (400, 401, 403, 404, 408, 413, 415, 421, 422, 500, 503, 507)
+REFUSALS = (400, 401, 403, 404, 408, 409, 412, 413, 415, 421, 422, 429, 500, 503, 507)
 """Statuses of problems that any route below /v1 may answer with."""
 log = logging.getLogger("temporal_merge.service")
 
@@ -43,14 +47,17 @@ def create_app(
     head: Head | None = None,
     routers: Sequence[APIRouter] = (),
     bodies: Mapping[str, int] | None = None,
+    ending: threading.Event | None = None,
 ) -> ASGIApp:
     """The application. `head` is by default the file of the setup; `bodies` are bytes of bodies below a path, where they differ.
+    `ending` is set when the process is to end.
 
-    Raises UserError for a model directory that is none.
+    Raises UserError for a model directory that is none, or for a service that cannot be opened.
     """
     followed = HeadFile(setup.head) if head is None else head
     metrics, sets, limits, serving = Metrics(), LabelSets(setup.label_sets), setup.limits, setup.serving
     pictures = PictureLimits(bytes=limits.picture_bytes, pixels=limits.picture_pixels)
+    live = Live.open(setup, ending or threading.Event()) if setup.out else None
     batching = Batching(serving.max_batch, serving.max_wait_ms, serving.queue)
     parts = Inference(
         Serving(setup.home, batching, sets, serving.device, _observers(metrics)),
@@ -76,14 +83,30 @@ def create_app(
         docs_url=None, redoc_url=None, redirect_slashes=False,
     )  # fmt: skip
     install(app)
-    own = (inference.router(parts), label_sets.router(parts), models.router(followed, setup.home))
-    for router in (*own, _state(setup, parts, metrics), *routers):
+    challenger = live.challenger if live else (lambda: None)
+    own = (inference.router(parts), label_sets.router(parts), models.router(followed, setup.home, challenger))
+    of_live = (*live_routes.routers(live), page.router(_page(setup, live))) if live else ()
+    for router in (*own, *of_live, _state(setup, parts, metrics, live), *routers):
         app.include_router(router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
-    return Door(app, Guard(setup.listen, limits, Tokens(setup.tokens), metrics, dict(bodies or {})))
+    return Door(
+        app,
+        Guard(
+            setup.listen,
+            limits,
+            Tokens(setup.tokens),
+            metrics,
+            {**live_routes.BODIES, **page.BODIES, **(bodies or {})},
+        ),
+    )
 
 
-def _state(setup: Setup, parts: Inference, metrics: Metrics) -> APIRouter:
+def _page(setup: Setup, live: Live) -> page.Page:
+    tls = setup.listen.tls is not None or setup.listen.behind_proxy
+    return page.Page(live.home, live.tokens, setup.state, secure=tls)
+
+
+def _state(setup: Setup, parts: Inference, metrics: Metrics, live: Live | None) -> APIRouter:
     """Routes that say how the process is."""
     routes = APIRouter(tags=["state"])
     reads = [Depends(require("reader"))]
@@ -100,6 +123,7 @@ def _state(setup: Setup, parts: Inference, metrics: Metrics) -> APIRouter:
         return Status(
             service=setup.name, process=place(), serving=serves, waiting=parts.serving.waiting, queue=setup.serving.queue,
             workers=setup.serving.workers, label_sets=parts.label_sets.names(),
+            live=await asyncio.to_thread(live.standing) if live else None,
         )  # fmt: skip
 
     @routes.get("/healthz", dependencies=probes, summary="Whether the process runs")

@@ -118,11 +118,12 @@ class PromotionSection(Section):
 
 
 class LimitsSection(Section):
-    """How much at a time: uploads, arrivals that wait, and arrivals of one owner a day."""
+    """How much at a time: uploads, arrivals that wait, and arrivals of one owner a day. `reserve` bytes of the disk stay free of uploads."""
 
     uploads: int = Field(default=4, ge=1)
     waiting: int = Field(default=1000, ge=1)
     per_owner_per_day: int = Field(default=50, ge=1)
+    reserve: Size = 10**9
 
 
 class ServiceResources(Section):

@@ -103,12 +103,14 @@ class LimitsSection(Section):
 
 class Setup(Section):
     """All that a serving process needs. `home` holds the configuration and tokenizer of the model, `head` says which weights are
-    served (`workers.serving.served.HeadFile`), `state` keeps label sets, tokens and metrics."""
+    served (`workers.serving.served.HeadFile`), `state` keeps label sets, tokens and metrics. `out` is the directory of the live service
+    whose arrivals and operations are taken as well; without it only questions are answered."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
     home: Path
     head: Path
     state: Path
+    out: Path | None = None
     serving: ServingSection = ServingSection()
     listen: ListenSection = ListenSection()
     limits: LimitsSection = LimitsSection()

@@ -49,6 +49,12 @@ class Token:
         """Whether this token's role includes another."""
         return ROLES.index(self.role) >= ROLES.index(role)
 
+    @property
+    def is_operator(self) -> bool:
+        """Whether it opens what an operator may, now."""
+        open_ = self.revoked is None and (self.expires is None or time.time() < self.expires)
+        return open_ and self.may("operator")
+
 
 class TokenRefused(Exception):
     """A token that opens nothing; `code` is token.missing, .unknown, .expired or .revoked."""
@@ -83,9 +89,8 @@ class Tokens:
         self, role: Role, days: float | None = 90, note: str = "", bounds: Mapping[str, Any] | None = None
     ) -> tuple[str, Token]:
         """A new token, which is returned once and not kept, and what is kept. `bounds`: tasks, owners, per_day. Raises OSError."""
-        text, token = _new(role, days, note)
-        token = replace(token, **dict(bounds or {}))
-        self._add(token)
+        text, token = drafted(role, days, note, bounds)
+        self.add(token)
         return text, token
 
     def revoke(self, number: str) -> bool:
@@ -115,16 +120,17 @@ class Tokens:
             raise ConfigError(
                 f"{file} holds a token of another service: {self._path} is not there. Remove the file to get a new first token"
             ) from None
-        text, token = _new("operator", 365, "first")
+        text, token = drafted("operator", 365, "first")
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(text + "\n")
             stream.flush()
             os.fsync(stream.fileno())
         sync_directory(file.parent)
-        self._add(token)  # last, so that no token counts that nobody could read
+        self.add(token)  # last, so that no token counts that nobody could read
         return True
 
-    def _add(self, token: Token) -> None:
+    def add(self, token: Token) -> None:
+        """Let a token count. Raises OSError."""
         with self._changing() as known:
             known[token.id] = token
 
@@ -162,11 +168,20 @@ class Tokens:
             sync_directory(self._path.parent)
 
 
-def _new(role: Role, days: float | None, note: str) -> tuple[str, Token]:
+def drafted(
+    role: Role, days: float | None = 90, note: str = "", bounds: Mapping[str, Any] | None = None
+) -> tuple[str, Token]:
+    """The text of a new token, and what is to be kept of it. `bounds`: tasks, owners, per_day."""
     number, now = secrets.token_hex(6), time.time()
     text = f"tmk_{number}_{secrets.token_urlsafe(32)}"
     return text, Token(
-        number, _digest(text), role, now, None if days is None else now + days * DAY, note=note
+        number,
+        _digest(text),
+        role,
+        now,
+        None if days is None else now + days * DAY,
+        note=note,
+        **dict(bounds or {}),
     )
 
 

@@ -56,6 +56,7 @@ def folded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str,
 def sign_in(page: "Page", address: str, token: str) -> None:
     """By keyboard alone: the field has the focus."""
     page.goto(address)
+    page.wait_for_selector("#token:focus")
     page.keyboard.type(token)
     page.keyboard.press("Enter")
     page.wait_for_selector("#arrivals")

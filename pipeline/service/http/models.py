@@ -6,6 +6,7 @@ Invariant: a name from a request is looked up among a model's files, and never b
 
 import hashlib
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,11 +23,15 @@ from workers.models.configuration import is_tokenizer_file
 from workers.serving.served import Head, Served
 
 Which = Annotated[
-    str, FromPath(pattern="^(champion|0|[1-9][0-9]{0,8})$", description="champion, or a time step t")
+    str,
+    FromPath(
+        pattern="^(champion|challenger|0|[1-9][0-9]{0,8})$",
+        description="champion, challenger, or a time step t",
+    ),
 ]
 FileName = Annotated[str, FromPath(max_length=200)]
 _RANGE = re.compile(r"bytes=(\d{1,18})?-(\d{1,18})?")
-_BINARY: dict[int | str, dict[str, Any]] = {
+BINARY: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The file",
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
@@ -39,45 +44,44 @@ _BINARY: dict[int | str, dict[str, Any]] = {
 }
 
 
-def router(head: Head, home: Path) -> APIRouter:
+Challenger = Callable[[], Served | None]
+"""What gives the candidate that is being judged."""
+
+
+def router(head: Head, home: Path, challenger: Challenger = lambda: None) -> APIRouter:
     """The routes. `home` is the directory of the model's configuration and tokenizer."""
     routes = APIRouter(dependencies=[Depends(require("reader"))], tags=["models"])
     beside = {file.name: (file, _described(file)) for file in _beside(home)}
 
     @routes.get("/v1/models/{which}", summary="A model that can be downloaded")
     def manifest(which: Which, response: Response) -> Manifest:
-        served = _found(head, which)
+        served = _found(head, which, challenger)
         response.headers.update(Model.of(served).headers())
         files = [_weights(served), *(described for _, described in beside.values())]
         return Manifest(t=served.t, sha256=served.sha256, arrival=served.arrival, seq=served.seq, files=files)
 
-    async def file(
+    def file(
         which: Which,
         name: FileName,
         request: Request,
         range: Annotated[str | None, Header(max_length=100)] = None,
         if_none_match: Annotated[str | None, Header(max_length=1000)] = None,
     ) -> Response:
-        served = _found(head, which)
+        served = _found(head, which, challenger)
         if name == WEIGHTS_FILE:
             path, described = served.path, _weights(served)
         elif name in beside:
             path, described = beside[name]
         else:
             raise Problem("model.unknown", "the model has no such file; its manifest lists those it has")
-        tag = f'"{described.sha256}"'
-        headers = {**Model.of(served).headers(), "etag": tag, "cache-control": "no-cache"}
-        if if_none_match and tag in if_none_match:
-            return Response(status_code=304, headers=headers)
-        _check_range(request, range, described.bytes)
-        return FileResponse(path, headers=headers, media_type="application/octet-stream")
+        return sent(request, path, described, Model.of(served).headers())
 
     place = "/v1/models/{which}/files/{name}"
     routes.add_api_route(
         place,
         file,
         methods=["GET"],
-        responses=_BINARY,
+        responses=BINARY,
         response_class=Response,
         summary="A file of a model",
     )
@@ -85,10 +89,22 @@ def router(head: Head, home: Path) -> APIRouter:
     return routes
 
 
-def _found(head: Head, which: str) -> Served:
+def sent(request: Request, path: Path, described: File, headers: Mapping[str, str]) -> Response:
+    """A file, or the range of it that a request asks for; nothing where the client has it. Raises Problem."""
+    tag = f'"{described.sha256}"'
+    headers = {**headers, "etag": tag, "cache-control": "no-cache"}
+    if tag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    _check_range(request, request.headers.get("range"), described.bytes)
+    return FileResponse(path, headers=headers, media_type="application/octet-stream")
+
+
+def _found(head: Head, which: str, challenger: Challenger) -> Served:
     """Raises Problem."""
     if which == "champion":
         found = head.current()
+    elif which == "challenger":
+        found = challenger()
     else:
         kept = [one for one in head.kept() if one.t == int(which)]
         found = max(kept, key=lambda one: one.seq, default=None)

@@ -16,6 +16,9 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
+from merge_service.live import Refused
+from pipeline.errors import StorageFull
+
 MEDIA_TYPE = "application/problem+json"
 PLACE = "/problems/"
 log = logging.getLogger("temporal_merge.service")
@@ -37,6 +40,33 @@ CODES: dict[str, tuple[int, str, str]] = {
     "model.none": (503, "No model is loaded yet", "Try again after the seconds of Retry-After."),
     "model.unknown": (404, "There is no such model", "GET /v1/models/champion names what is served."),
     "model.not_finite": (503, "The model gave numbers that are not finite", "Tell the operator; roll back to an earlier t."),
+    "upload.unknown": (404, "There is no such upload", "Announce the files again; what came before 48 hours is forgotten."),
+    "upload.files": (422, "These are not the files of a checkpoint", "Send one *.safetensors, or shards with their index."),
+    "upload.part": (422, "The part does not fit what was announced", "GET the upload: it lists the parts that are missing."),
+    "upload.digest": (422, "The bytes are not those of the digest", "Send the part, or the file, again with the digest of its bytes."),
+    "upload.conflict": (409, "The part is there already, with other bytes", "Announce the files anew if they have changed."),
+    "upload.incomplete": (409, "Parts of the upload are missing", "GET the upload: it lists them."),
+    "upload.busy": (409, "Another request works on this upload", "Try again after the seconds of Retry-After."),
+    "upload.too_large": (413, "The files are larger than this service takes", "`detail` names the limit."),
+    "upload.unfit": (422, "The shards do not make a checkpoint", "`detail` says why."),
+    "limit.uploads": (429, "Too many uploads are open", "Finish or delete one, or try again later."),
+    "limit.owner": (429, "The owner has sent as many experts as allowed in 24 hours", "Try again later."),
+    "limit.token": (429, "The token has sent as many experts as allowed in 24 hours", "Try again later."),
+    "limit.waiting": (503, "As many arrivals wait as may", "Try again after the seconds of Retry-After."),
+    "arrival.unknown": (404, "There is no such arrival", "GET /v1/arrivals lists those there are."),
+    "arrival.state": (409, "The arrival's state does not allow this", "`detail` says which state it has."),
+    "arrival.unfit": (409, "The expert cannot be merged at all", "Send another one; no release makes it fit."),
+    "arrival.denied": (403, "These bytes were purged, and are refused", "Send another expert."),
+    "idempotency.reused": (422, "The Idempotency-Key came with another request", "Use a new key for every request."),
+    "task.unknown": (422, "Experts of this task are not taken", "`detail` lists the tasks."),
+    "task.forbidden": (403, "The token is not for this task", "Ask the operator for one that is."),
+    "owner.forbidden": (403, "The token is not for this owner", "Ask the operator for one that is."),
+    "t.unknown": (404, "There is no such time step", "GET /v1/status says how many experts are accepted."),
+    "head.moved": (412, "The log has gone on since", "Look again, and decide on what is there now."),
+    "removal.running": (409, "A removal is under way", "Send the same request again after it."),
+    "descendants.undecided": (409, "Later experts were trained from weights that held it", "Decide about them: descendants=keep or remove."),
+    "tokens.unknown": (404, "There is no token with this id", "GET /v1/tokens lists them."),
+    "tokens.last": (409, "It is the last operator token", "Issue another one first."),
     "range.unsatisfiable": (416, "The file has no such bytes", "The Content-Range header has its length."),
     "labels.missing": (422, "Neither labels nor a label set is given", "Give labels, or label_set with the name of a registered set."),
     "labels.wrong": (422, "These labels cannot classify", "`detail` says why."),
@@ -55,6 +85,9 @@ CODES: dict[str, tuple[int, str, str]] = {
     "service.failed": (500, "This is a defect of the service", "Send the operator the instance; its log has the details."),
 }  # fmt: skip
 """Code -> (status, title, what to do)."""
+
+RETRY = {"limit.uploads": 60, "limit.owner": 3600, "limit.token": 3600, "limit.waiting": 60, "upload.busy": 1}
+"""Seconds of Retry-After, of refusals that pass by themselves."""
 
 
 class Mistake(BaseModel):
@@ -128,6 +161,18 @@ def install(app: FastAPI) -> None:
         return unexpected(error, request.method).response()
 
     app.add_exception_handler(Exception, defect)
+
+    async def refused(_: Request, error: Exception) -> Response:
+        assert isinstance(error, Refused)
+        seconds = RETRY.get(error.code)
+        headers = {} if seconds is None else {"retry-after": str(seconds)}
+        return Problem(error.code, str(error), headers=headers).response()
+
+    async def full(_: Request, error: Exception) -> Response:
+        return Problem("service.full").response()
+
+    app.add_exception_handler(Refused, refused)
+    app.add_exception_handler(StorageFull, full)
     app.add_exception_handler(HTTPException, problem)
     app.add_exception_handler(RequestValidationError, invalid)
 

@@ -152,8 +152,31 @@ class Serves(BaseModel):
     problem: str | None
 
 
+class VersionShown(BaseModel):
+    """What is deployed after t experts; `sha256` is empty where it must be made again first."""
+
+    t: int
+    sha256: str
+    arrival: str
+
+
+class Standing(BaseModel):
+    """How the service stands after entry `seq` of its log. `t` counts the accepted experts, `backlog` arrivals on their way."""
+
+    seq: int
+    head: str
+    t: int
+    served: VersionShown
+    challenger: str | None
+    on_hold: bool
+    removal: str | None
+    asked: int | None
+    backlog: dict[str, int]
+
+
 class Status(BaseModel):
-    """What runs. `process` is the one of `workers` that answered; `serving`, `waiting` and `queue` (pictures and texts) are its own."""
+    """What runs. `process` is the one of `workers` that answered; `serving`, `waiting` and `queue` (pictures and texts) are its own.
+    `live` is how the service stands, where arrivals are taken."""
 
     service: str
     process: str
@@ -162,6 +185,7 @@ class Status(BaseModel):
     queue: int
     workers: int
     label_sets: list[str]
+    live: Standing | None = None
 
 
 class Ready(BaseModel):

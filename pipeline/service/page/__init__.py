@@ -3,6 +3,6 @@
 Rendered by the server, without scripts. `router` is used by the application.
 """
 
-from pipeline.service.page.routes import Page, router
+from pipeline.service.page.routes import BODIES, Page, router
 
-__all__ = ["Page", "router"]
+__all__ = ["BODIES", "Page", "router"]

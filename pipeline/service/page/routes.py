@@ -36,6 +36,8 @@ HEADERS = {
 }
 MOST_FORM_BYTES = 16 << 10
 MOST_REASON = 1000
+BODIES: Mapping[str, int] = {PAGE: MOST_FORM_BYTES}
+"""Bytes of a body below a path."""
 Descendants = Literal["none", "keep", "remove"]
 _HERE = Path(__file__).parent
 refusals = logging.getLogger("temporal_merge.refused")
@@ -124,6 +126,14 @@ def router(page: Page) -> APIRouter:
         picture = drawing.graph(number, view.above, view.below)
         return page.show("arrival.html", session, view=view, graph=picture)
 
+    _signing(page, routes)
+    _acting(page, routes)
+    return routes
+
+
+def _signing(page: Page, routes: APIRouter) -> None:
+    """Routes by which a session begins and ends."""
+
     @routes.post(f"{ROOT}/login")
     async def login(request: Request) -> Response:
         form = await _form(request)
@@ -148,6 +158,10 @@ def router(page: Page) -> APIRouter:
         answer.delete_cookie(COOKIE, path="/", secure=page.secure, httponly=True, samesite="strict")
         return answer
 
+
+def _acting(page: Page, routes: APIRouter) -> None:
+    """Routes of operations."""
+
     @routes.post(f"{ROOT}/rollback")
     async def rollback(request: Request) -> Response:
         def act(operations: Operations, form: Mapping[str, str]) -> None:
@@ -165,8 +179,6 @@ def router(page: Page) -> APIRouter:
         return await _act(
             page, request, lambda operations, form: act(operations, number, form), f"{ROOT}/arrivals/{number}"
         )
-
-    return routes
 
 
 def sees_all(token: Token) -> bool:

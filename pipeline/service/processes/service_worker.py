@@ -8,16 +8,20 @@ Invariant: the head states only what the log says is served, and only while its 
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 from merge_service.checkpoints import WEIGHTS_FILE
 from merge_service.live import State, Version
 from pipeline.service.home import Home
+from pipeline.service.intake.uploads import FOLDER, Room, Uploads
 from pipeline.service.processes.child import when_orphaned
 from workers.serving.served import HeadFile, Served
 
 HEAD = "head.json"
 POLL_SECONDS = 0.2
+SWEEP_SECONDS = 600.0
+"""Between two looks for abandoned uploads."""
 
 
 class Statement:
@@ -53,11 +57,18 @@ def work(out: Path, ending: threading.Event) -> None:
     """Work until `ending` is set. Raises Busy if another process works for this service, and what the work raises."""
     home = Home.open(out)
     statement = Statement(home)
+    limits, swept = home.config.limits, 0.0
+    uploads = Uploads(
+        home.place / FOLDER, Room(home.config.admission.max_bytes, limits.uploads, limits.reserve)
+    )
     with home.working():
         worker = home.worker()
         while not ending.is_set():
             busy = worker.step()
             statement.write()
+            if time.monotonic() > swept:
+                uploads.sweep()
+                swept = time.monotonic() + SWEEP_SECONDS
             if not busy:
                 ending.wait(POLL_SECONDS)
 

@@ -12,6 +12,7 @@ import logging
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -37,6 +38,10 @@ class _Inherited(socket.socket):
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, ending: threading.Event) -> None:
+        super().__init__(config)
+        self._ending = ending
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """uvicorn would raise the signal again in the end, and the exit code would say that the process was killed."""
@@ -47,6 +52,7 @@ class _Server(uvicorn.Server):
         yield
 
     def _finish(self) -> None:
+        self._ending.set()
         self.force_exit = self.should_exit
         self.should_exit = True
 
@@ -60,9 +66,9 @@ def serve(setup: Setup, descriptor: int) -> None:
     logging.getLogger("temporal_merge.refused").addHandler(refused)
     logging.getLogger("temporal_merge.refused").propagate = False
     use_threads(setup.serving.threads)
-    limits, tls = setup.limits, setup.listen.tls
+    limits, tls, ending = setup.limits, setup.listen.tls, threading.Event()
     config = uvicorn.Config(
-        create_app(setup),
+        create_app(setup, ending=ending),
         http=bounded(limits.connections, limits.header_s, KEEP_ALIVE_SECONDS),
         loop="asyncio",
         ws="none",
@@ -78,7 +84,7 @@ def serve(setup: Setup, descriptor: int) -> None:
         ssl_certfile=tls.certificate if tls else None,
         ssl_keyfile=tls.key if tls else None,
     )
-    asyncio.run(_Server(config).serve(sockets=[_Inherited(fileno=descriptor)]))
+    asyncio.run(_Server(config, ending).serve(sockets=[_Inherited(fileno=descriptor)]))
 
 
 if __name__ == "__main__":

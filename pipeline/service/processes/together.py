@@ -26,6 +26,7 @@ def serve(out: Path, config: ServiceConfig) -> None:
         home=home.base.path.absolute(),
         head=(home.place / HEAD).absolute(),
         state=(home.place / DOOR).absolute(),
+        out=out.absolute(),
         serving=config.serving,
         listen=config.listen,
     )

@@ -135,6 +135,29 @@ def test_evaluate_gives_what_results_json_says_to_the_last_digit(
     assert one["scores"] == {"red": step["scores"]["red"]} and "ka" not in one
 
 
+def test_averages_along_a_run_are_scored_as_evaluate_scores(
+    undisturbed: Path, world: World, cli, tmp_path: Path
+) -> None:
+    step = trajectory(undisturbed, "best_in_time")["steps"][-1]
+    place = shutil.copytree(weights_of(undisturbed, step["merged_sha256"]), tmp_path / "step-1")
+    words = (
+        "--windows",
+        "1",
+        "--shapes",
+        "mean",
+        "--out",
+        tmp_path / "out",
+        "--study",
+        world.study(),
+        "--json",
+    )
+    said = json.loads(cli("trajectory", place, *words).out)
+    assert {name: one["gm"] for name, one in said["scores"].items()} == {
+        "step-1": step["gm"],
+        "mean-1": step["gm"],
+    }
+
+
 @pytest.mark.ray
 def test_evaluate_of_a_root_needs_no_study_and_gives_the_same_scores(
     undisturbed: Path, world: World, cli: Any

@@ -1,0 +1,190 @@
+"""Routes of arrivals: an expert comes, and what became of it.
+
+Invariant: 202 says that bytes and entry are on disk. The same request again, by its key or by its bytes, is the same arrival.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, Path, Query, Response
+
+from merge_service.live import (
+    Arrival,
+    Received,
+    Refused,
+    State,
+    arrival_called,
+    descendants,
+    digest,
+    parents,
+)
+from pipeline.service.http.door import require
+from pipeline.service.http.live.live import MOST_WAIT, Live, check_bounds, sees_all
+from pipeline.service.http.live.schemas import (
+    ArrivalBody,
+    ArrivalPage,
+    ArrivalShown,
+    Came,
+    Lineage,
+    Status,
+)
+from pipeline.service.http.problems import Problem
+from pipeline.service.tokens import Token
+
+Id = Annotated[str, Path(pattern="^a-[0-9]{6,12}$")]
+Key = Annotated[
+    str | None,
+    Header(max_length=200, pattern="^[!-~]+$", description="Names this request, for sending it again"),
+]
+MOST_SHOWN = 200
+
+
+def router(live: Live) -> APIRouter:
+    """The routes."""
+    routes = APIRouter(tags=["arrivals"])
+    reader, submitter = Depends(require("reader")), Depends(require("submitter"))
+    known: dict[int | str, dict[str, Any]] = {200: {"model": Came, "description": "It came before"}}
+
+    @routes.post("/v1/arrivals", status_code=202, summary="An uploaded expert arrives", responses=known)
+    def arrive(
+        body: ArrivalBody, response: Response, token: Annotated[Token, submitter], idempotency_key: Key = None
+    ) -> Came:
+        return _arrive(live, response, token, Asked(body, idempotency_key))
+
+    @routes.put(
+        "/v1/arrivals/{number}/replacement",
+        status_code=202,
+        summary="An uploaded expert takes the place of an accepted one, if it passes all gates",
+        responses=known,
+    )
+    def replace(
+        number: Id,
+        body: ArrivalBody,
+        response: Response,
+        token: Annotated[Token, submitter],
+        idempotency_key: Key = None,
+    ) -> Came:
+        old = arrival_called(live.state(), number)
+        if not token.may("operator") and old.actor != token.id:
+            raise Problem("role.too_low", "another's arrival is replaced by an operator")
+        return _arrive(live, response, token, Asked(body, idempotency_key, number))
+
+    @routes.get("/v1/arrivals", summary="Arrivals in the order they came")
+    def several(
+        token: Annotated[Token, reader],
+        status: Status | None = None,
+        task: Annotated[str | None, Query(max_length=200)] = None,
+        after: Annotated[str | None, Query(pattern="^a-[0-9]{6,12}$")] = None,
+        limit: Annotated[int, Query(ge=1, le=MOST_SHOWN)] = 50,
+    ) -> ArrivalPage:
+        state, first = live.state(), int(after[2:]) if after else 0
+        found = [
+            one
+            for one in state.arrivals.values()
+            if one.seq > first and status in (None, state.shown(one.id)) and task in (None, one.task)
+        ]
+        page = found[:limit]
+        shown = [ArrivalShown.of(state, one, sees_all(token)) for one in page]
+        return ArrivalPage(arrivals=shown, next=page[-1].id if len(found) > limit else None)
+
+    @routes.get("/v1/arrivals/{number}", summary="One arrival; `wait` seconds for it to be decided")
+    async def one(
+        number: Id, token: Annotated[Token, reader], wait: Annotated[int, Query(ge=0, le=MOST_WAIT)] = 0
+    ) -> ArrivalShown:
+        state = await live.until(lambda now: arrival_called(now, number).is_final, wait)
+        return ArrivalShown.of(state, state.arrivals[number], sees_all(token))
+
+    @routes.get(
+        "/v1/arrivals/{number}/lineage",
+        dependencies=[Depends(require("reader"))],
+        summary="What it descends from, and what from it",
+    )
+    def lineage(number: Id) -> Lineage:
+        state, strategy = live.state(), live.home.config.timeline
+        arrival_called(state, number)
+        every = parents(state, strategy)
+        below = descendants(state, strategy, number)
+        return Lineage(
+            id=number, parents=[*every[number]], ancestors=_ancestors(every, number), descendants=[*below]
+        )
+
+    return routes
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request for an arrival, with its key, and the arrival that it would replace."""
+
+    body: ArrivalBody
+    key: str | None
+    replaces: str | None = None
+
+    def digest(self) -> str:
+        """What a request with the same key must be equal in."""
+        return digest([self.body.model_dump(mode="json"), self.replaces])
+
+
+def _arrive(live: Live, response: Response, token: Token, asked: Asked) -> Came:
+    """Take an arrival in. Raises Refused, Problem."""
+    body, state = asked.body, live.state()
+    key = f"{token.id}:{asked.key}" if asked.key else ""
+    if key in state.keys and key:
+        return _known(state, response, key, asked)
+    check_bounds(token, body.task, body.owner)
+    operations, quota = live.operations(token), live.quota(token)
+    operations.check_task(body.task)
+    upload = live.uploads.get(body.upload, token.id)
+    if upload.task != body.task:
+        raise Problem("request.invalid", "the upload was announced for another task")
+    init, init_seq, ticket = _start(live, state, body)
+    try:
+        with live.uploads.taking(upload, live.home.experts) as taken:
+            data = Received(
+                body.task, taken.sha256, taken.bytes, init, body.owner, body.license, body.note, origin="upload",
+                ticket=ticket, init_seq=init_seq, key=key, body=asked.digest(), replaces=asked.replaces,
+            )  # fmt: skip
+            arrived = operations.received(data, quota)
+    except Refused as refused:
+        if refused.code == "arrival.denied":
+            live.uploads.drop(upload)
+        raise
+    state = live.home.log.state
+    response.status_code = 202 if arrived.new else 200
+    response.headers["location"] = f"/v1/arrivals/{arrived.id}"
+    response.headers["ratelimit"] = f'"arrivals";r={quota.left(state, data, token.id)};t=86400'
+    return _came(state, arrived.id)
+
+
+def _known(state: State, response: Response, key: str, asked: Asked) -> Came:
+    """The arrival that a request with this key led to."""
+    known = state.keys[key]
+    if known.body != asked.digest():
+        raise Refused(
+            "idempotency.reused",
+            f"the Idempotency-Key came with another request, which became {known.arrival}",
+        )
+    response.status_code = 200
+    response.headers["location"] = f"/v1/arrivals/{known.arrival}"
+    return _came(state, known.arrival)
+
+
+def _came(state: State, number: str) -> Came:
+    one: Arrival = state.arrivals[number]
+    return Came.model_validate({"id": one.id, "status": state.shown(one.id)})
+
+
+def _start(live: Live, state: State, body: ArrivalBody) -> tuple[str, int | None, str]:
+    """What training started from, the entry that it stands for, and the digest of the ticket."""
+    usual = "base" if live.home.config.timeline.init == "base" else "foreign"
+    return body.init or usual, None, ""
+
+
+def _ancestors(starts: Mapping[str, tuple[str, ...]], number: str) -> list[str]:
+    """All arrivals that the start of this one held at any hand, in the order they came."""
+    found, waiting = set[str](), [number]
+    while waiting:
+        new = set(starts[waiting.pop()]) - found
+        found |= new
+        waiting += new
+    return [name for name in starts if name in found]
