@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 PHONE, TABLET, DESK = 320, 800, 1280
 MANY = 1000
+ACCEPTED, STOPPED = "a-000003", "a-000013"
+"""The first arrival, and the third."""
 CONTRAST = """() => {
     const parts = text => text.match(/[0-9.]+/g).map(Number);
     const light = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
@@ -71,8 +73,13 @@ def test_page_after_many_arrivals_never_scrolls_sideways_and_can_be_read(
     page.set_viewport_size({"width": width, "height": 900})
     sign_in(page, *many)
     assert page.locator("table.rows tbody tr").count() == 50
-    for path in ("/page/arrivals/a-000002", "/page/arrivals/a-000012", "/?page=2"):
+    for path, name in (
+        (f"/page/arrivals/{ACCEPTED}", ACCEPTED),
+        (f"/page/arrivals/{STOPPED}", STOPPED),
+        ("/?page=2", "toy"),
+    ):
         page.goto(many[0] + path)
+        assert page.locator("h1").inner_text().startswith(name)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, path
         assert page.evaluate(CONTRAST) >= 4.5, path
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
@@ -84,7 +91,7 @@ def test_hostile_names_are_shown_and_never_executed(many: tuple[str, str], page:
     page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
     sign_in(page, *many)
     assert page.get_by_text(HOSTILE).count() > 0
-    page.goto(f"{many[0]}/page/arrivals/a-000002")
+    page.goto(f"{many[0]}/page/arrivals/{ACCEPTED}")
     assert page.get_by_text(HOSTILE).count() > 0
     assert page.evaluate("document.scripts.length + document.images.length") == 0
     assert "owned" not in page.title() and complaints == []
