@@ -15,6 +15,7 @@ from merge_service.checkpoints.shards import bytes_of
 from merge_service.checkpoints.target import overwrites
 from merge_service.checkpoints.ties import Ties, entry, of_groups, recorded
 from merge_service.checkpoints.views.cast import WRITTEN, written
+from merge_service.checkpoints.views.rows import Rows, vocabulary_of
 from merge_service.checkpoints.weights import Named, Weights
 from merge_service.checkpoints.writer import CheckpointWriter
 
@@ -27,6 +28,7 @@ __all__ = [
     "CheckpointWriter",
     "Converted",
     "Named",
+    "Rows",
     "Ties",
     "Weights",
     "admit",
@@ -43,5 +45,6 @@ __all__ = [
     "sha256_of",
     "spare_prefix",
     "unpack",
+    "vocabulary_of",
     "written",
 ]

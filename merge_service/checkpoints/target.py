@@ -53,10 +53,17 @@ class Target:
     dtype: str | None = None
 
     @classmethod
-    def of(cls, out: Path | str, sources: Sequence[Path | str], shard_bytes: int | None = None) -> "Target":
+    def of(
+        cls,
+        out: Path | str,
+        sources: Sequence[Path | str],
+        shard_bytes: int | None = None,
+        tokenizer: Path | None = None,
+    ) -> "Target":
         """A file or an index by the suffix of `out`, else a directory of the kind that the first source with a configuration is.
 
-        `sources` are in the order in which they are asked for files that go with the weights. Raises `CheckpointError` if none
+        `sources` are in the order in which they are asked for files that go with the weights; those of a tokenizer come from
+        `tokenizer` first. Raises `CheckpointError` if none
         has a configuration, or if `out` is the directory of one of them.
         """
         path, given = Path(out), [Path(source) for source in sources]
@@ -64,7 +71,7 @@ class Target:
             return cls(path, _single(path), None, SHARD_BYTES if shard_bytes is None else shard_bytes, True)
         if path.name.endswith(".safetensors"):
             return cls(path, path, None, shard_bytes)
-        folder = Folder.of(given)
+        folder = Folder.of(given, tokenizer)
         if folder is None:
             raise CheckpointError(
                 f"cannot tell how to write {path}: name a .safetensors file, or give inputs that are directories with "

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from merge_service.checkpoints.folders.kinds import CONFIG, read_json
 from merge_service.checkpoints.weights import Weights
 from merge_service.errors import IncompatibleCheckpoint, TechniqueError
 
@@ -64,6 +65,7 @@ def tie(reference: Weights, others: Sequence[Weights]) -> Ties:
         _name_alike(reference, other)
         _drop_copies(reference, other)
     for other in others:
+        _lend_declared(reference, other)
         _refuse_half_tied(reference, other)
         _refuse_half_tied(other, reference)
     found = [(group, varied[id(group)]) for group in groups]
@@ -255,6 +257,16 @@ def _drop_copies(reference: Weights, other: Weights) -> None:
             sources = [name for name in sources if _is_output_bias(alias, name)]
         if any(_same(other, alias, name) for name in sources):
             del other.tensors[alias]
+
+
+def _lend_declared(reference: Weights, other: Weights) -> None:
+    """Lend the output layer that the reference holds to a checkpoint whose configuration says that its embedding is the output layer."""
+    config = other.path.parent / CONFIG
+    for output in [name for name in reference.tensors if name not in other.tensors and _OUTPUT.search(name)]:
+        shape = reference.tensors[output].shape
+        sources = [name for name, info in other.tensors.items() if _is_source(name) and info.shape == shape]
+        if len(sources) == 1 and (read_json(config) or {}).get("tie_word_embeddings") is True:
+            other.lend(output, other.tensors[sources[0]])
 
 
 def _refuse_half_tied(one: Weights, other: Weights) -> None:

@@ -170,7 +170,7 @@ class Out:
     """Where the merged model is written: a file, an index or a directory, in shards of at most `shard_bytes` bytes if given. `hashed`:
     the report has the sha256 of the files, computed while they are written. `dtype` (as safetensors names it) is that of the floats
     that are written, by default the base's. A directory of a Hugging Face library also gets `texts`, files by name, and `changes`
-    in its configuration, by key path."""
+    in its configuration, by key path; the files of its tokenizer are those of `tokenizer`, a model, if it has some."""
 
     path: Path
     shard_bytes: int | None = None
@@ -178,10 +178,11 @@ class Out:
     dtype: str | None = None
     texts: Mapping[str, str] = field(default_factory=dict)
     changes: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Path | None = None
 
     def target(self, sources: Sequence[Path]) -> Target:
         """The files to write; a directory takes what goes with the weights from the first source that has it."""
-        found = Target.of(self.path, sources, self.shard_bytes)
+        found = Target.of(self.path, sources, self.shard_bytes, self.tokenizer)
         folder = found.folder
         if folder is not None and not folder.is_open_clip:
             folder = folder.written(texts=self.texts, changes=self.changes)

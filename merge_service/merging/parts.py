@@ -23,6 +23,7 @@ from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.header import TensorInfo
 from merge_service.checkpoints.target import Target
 from merge_service.checkpoints.ties import Ties
+from merge_service.checkpoints.views.rows import Reworded, Rows
 from merge_service.checkpoints.views.view import View
 from merge_service.checkpoints.weights import Weights
 from merge_service.engine.assembly import assemble, assemble_in_turn
@@ -40,12 +41,13 @@ from merge_service.merging.report import MergeReport
 @dataclass(frozen=True)
 class Seen:
     """A model under the output's names: `names` maps the names of the output to its own (None: all, as they are). `factors`
-    multiply tensors, by the output's names.
+    multiply tensors, by the output's names. With `rows`, embeddings and heads are seen over another vocabulary.
     """
 
     path: Path
     names: Mapping[str, str] | None = None
     factors: Mapping[str, float] = field(default_factory=dict)
+    rows: Rows | None = None
 
 
 Choice = tuple[Operator, tuple[int, ...]]
@@ -164,7 +166,10 @@ def _admit(
 
 
 def _open(seen: Seen, stack: contextlib.ExitStack) -> Weights:
-    held = stack.enter_context(Checkpoint.open(seen.path))
+    held: Weights = stack.enter_context(Checkpoint.open(seen.path))
+    if seen.rows is not None:
+        paths = {path for given in seen.rows.given.values() for path, _ in given}
+        held = Reworded(held, seen.rows, {path: stack.enter_context(Checkpoint.open(path)) for path in paths})
     if seen.names is None:
         return held
     missing = [there for there in seen.names.values() if there not in held.tensors]

@@ -22,7 +22,7 @@ from pipeline.recipes.card import beside
 from pipeline.recipes.layers import made_of
 from pipeline.recipes.model import Merge, Recipe
 from pipeline.recipes.operators import Chooser
-from pipeline.recipes.vocabulary import check_alike
+from pipeline.recipes.vocabulary import worded
 
 
 @dataclass(frozen=True)
@@ -72,19 +72,19 @@ def _one(merge: Merge, output: Output, texts: Mapping[str, str], how: Execution)
     for path in merge.models:
         if overwrites(output.out, Path(path)):
             raise UserError(f"--out {output.out} is one of the inputs and would be lost; give another --out")
-    if merge.tokenizer is not None:
-        check_alike([Path(path) for path in merge.models])
-    simple = _of_files(merge, output, texts)
+    words = worded(merge)
+    simple = None if words.rows or words.tokenizer or words.texts else _of_files(merge, output, texts)
     if simple is not None:
         return merge_files(replace(simple, dtype=dtype), how)
     if any(one.statistics for one in merge.experts):
         raise UserError(
-            "statistics belong to a merge of whole models; layers, and parameters that differ between tensors, cannot use them"
+            "statistics belong to a merge of whole models; layers, parameters that differ between tensors, and other vocabularies cannot "
+            "use them"
         )
-    made = made_of(merge)
+    made = made_of(merge).over(words.rows)
     if how.workers > 1 or how.address:
         raise UserError(
-            "layers, and parameters that differ between tensors, are merged by one process; leave --workers out"
+            "layers, parameters that differ between tensors, and vocabularies are merged by one process; leave --workers out"
         )
     threads = how.threads or len(os.sched_getaffinity(0))
     way = Way(
@@ -92,11 +92,13 @@ def _one(merge: Merge, output: Output, texts: Mapping[str, str], how: Execution)
     )
     out = Out(
         output.out, bytes_of(how.shard_size) if how.shard_size else None,
-        dtype=written(dtype) if dtype else None, texts=texts, changes=made.changes,
+        dtype=written(dtype) if dtype else None, texts={**words.texts, **texts}, changes={**made.changes, **words.changes},
+        tokenizer=words.tokenizer,
     )  # fmt: skip
     ids = {Path(one.model): one.id for one in merge.experts if one.id}
     about = {"technique": merge.technique, "recipe": merge.model_dump(exclude_defaults=True, mode="json")}
-    return combine_groups(made.groups, about, out, way, ids)
+    report = combine_groups(made.groups, about, out, way, ids)
+    return replace(report, notes=(*words.notes, *report.notes))
 
 
 def _of_files(merge: Merge, output: Output, texts: Mapping[str, str]) -> FileMerge | None:

@@ -8,13 +8,13 @@ Invariant: every tensor of the output belongs to one group, and no model is read
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from merge_service.anatomy import ByName, anatomy_of
-from merge_service.checkpoints import Checkpoint, locate
+from merge_service.checkpoints import Checkpoint, Rows, locate
 from merge_service.errors import CheckpointError, TechniqueError
 from merge_service.merging import Group, Seen
 from merge_service.techniques import nearest
@@ -38,6 +38,18 @@ class Made:
 
     groups: tuple[Group, ...]
     changes: Mapping[str, Any] = field(default_factory=dict)
+
+    def over(self, rows: Mapping[Path, Rows]) -> "Made":
+        """The same with each model seen over another vocabulary, by its path."""
+
+        def seen(one: Seen) -> Seen:
+            return replace(one, rows=rows.get(one.path))
+
+        groups = tuple(
+            replace(one, base=one.base and seen(one.base), members=tuple(map(seen, one.members)))
+            for one in self.groups
+        )
+        return Made(groups, self.changes) if rows else self
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import ConfigError
 from pipeline.recipes.methods import METHODS, PARAMETERS, REFUSED, Method, Spoken
-from pipeline.recipes.model import Expert, Merge, Module, Slice
+from pipeline.recipes.model import Expert, Merge, Module, Slice, Vocabulary
 from pipeline.recipes.settings import Setting, chained, rules, written
 from pipeline.study.mistakes import nearest, validate
 
@@ -107,6 +107,7 @@ class _Translation:
             made["base"] = self.base if self.method.moves or self.method.keeps_base else None
         made["dtype"] = found.out_dtype or found.dtype
         made["tokenizer"] = self._tokenizer()
+        made["chat_template"] = found.chat_template
         made["name"] = found.name
         if found.dtype not in (None, "float32", "float64"):
             self.notes.append(
@@ -221,38 +222,34 @@ class _Translation:
         layers = sources[paths.index(base)].layer_range if base in paths else None
         return Expert(model=base, layers=layers) if base in paths else None
 
-    def _tokenizer(self) -> str | None:
+    def _tokenizer(self) -> str | Vocabulary | None:
         found = self.document
-        if found.chat_template is not None:
-            raise ValueError(
-                "chat_template cannot be chosen yet; the output has that of the base. Put the template you want into its folder"
-            )
         source: Any = found.tokenizer_source
-        if found.tokenizer is not None:
-            if source is not None:
-                raise ValueError("has both tokenizer_source and tokenizer; keep one")
-            rest = found.tokenizer.keys() - {"source"}
-            if rest:
-                raise ValueError(
-                    f"tokenizer.{min(rest)}: vocabularies are not merged yet; only source: base can be done"
-                )
-            source = found.tokenizer.get("source", "base")
-        if source is None:
-            return None
-        path = _path(source)
-        if path != "base" and path != (self.base or self._first()):
-            raise ValueError(
-                f"tokenizer_source: {path}: vocabularies are not merged yet; only base (or the model that it is) can be done"
+        if found.tokenizer is None:
+            return None if source is None else _path(source)
+        if source is not None:
+            raise ValueError("has both tokenizer_source and tokenizer; keep one")
+        asked = {**found.tokenizer, "source": _path(found.tokenizer.get("source", "union"))}
+        tokens = asked.get("tokens") or {}
+        if isinstance(tokens, Mapping):
+            asked["tokens"] = {token: _token(one) for token, one in tokens.items()}
+        made, problems = validate(Vocabulary, asked)
+        if made is None:
+            raise ConfigError(
+                [f"{self.where}: tokenizer.{problem.key}: {problem.text}" for problem in problems]
             )
-        return "base"
+        if set(made.model_fields_set) <= {"source"}:
+            return made.source
+        return made
 
-    def _first(self) -> str:
-        listed = (
-            self.document.models or (self.document.slices or ())[0].sources
-            if self.document.slices or self.document.models
-            else ()
-        )
-        return _path(listed[0].model) if listed else ""
+
+def _token(asked: Any) -> Any:
+    """An entry of tokenizer.tokens with models as paths."""
+    source = asked.get("source") if isinstance(asked, Mapping) else None
+    if isinstance(source, Mapping) and "kind" in source:
+        model = {"model": _path(source["model"])} if source.get("model") is not None else {}
+        return {**asked, "source": {**source, **model}}
+    return {**asked, "source": _path(source)} if source is not None else asked
 
 
 def _path(reference: str | Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ Invariant: a `Merge` says everything that bears on the merged tensors. Models ar
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -85,6 +85,40 @@ class Module(_Part):
         return self
 
 
+class TokenOf(_Part):
+    """A row of embeddings: zeros, or that of a token of a model, by text or id."""
+
+    kind: Literal["zero", "model_token"]
+    model: str | None = None
+    token: str | None = None
+    token_id: int | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _whole(self) -> "TokenOf":
+        if self.kind == "model_token" and (
+            self.model is None or (self.token is None) == (self.token_id is None)
+        ):
+            raise ValueError("of the kind model_token needs a model, and either token or token_id")
+        if self.kind == "zero" and (self.model, self.token, self.token_id) != (None, None, None):
+            raise ValueError("of the kind zero has no model and no token")
+        return self
+
+
+class TokenSource(_Part):
+    """Where a token's row comes from in models that lack it, or with `force` in all; a model's path, or a `TokenOf`."""
+
+    source: str | TokenOf | None = None
+    force: bool = False
+
+
+class Vocabulary(_Part):
+    """The tokenizer of the output: base, union, or the path of a model; rows of single tokens, and padding of the embeddings."""
+
+    source: str = Field(default="base", min_length=1)
+    tokens: Mapping[str, TokenSource] = {}
+    pad_to_multiple_of: int | None = Field(default=None, ge=1)
+
+
 class Merge(_Part):
     """One merge. `name` lets later merges of the chain use it as a model. `any_base` and `strip_prefix` are the options of `merge`."""
 
@@ -96,7 +130,8 @@ class Merge(_Part):
     modules: Mapping[str, Module] = {}
     parameters: Parameters = {}
     dtype: str | None = None
-    tokenizer: str | None = None
+    tokenizer: str | Vocabulary | None = None
+    chat_template: str | None = None
     any_base: bool = False
     strip_prefix: str | None = None
 
@@ -107,12 +142,20 @@ class Merge(_Part):
             raise ValueError("has parameters.weights; give each expert its own: {model: PATH, weight: 0.3}")
         if sum(map(bool, (self.experts, self.slices, self.modules))) != 1:
             raise ValueError("needs experts, slices or modules, one of the three")
-        if self.tokenizer not in (None, "base"):
+        if self.chat_template not in (None, "auto") and "{" not in str(self.chat_template):
             raise ValueError(
-                f"has tokenizer: {self.tokenizer}; only base (the tokenizer of the base, or of the first expert without one) is "
-                "there, as vocabularies are not merged yet"
+                f"has chat_template: {self.chat_template}; give auto (the most common of the models) or the text of a Jinja template"
             )
         return self
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The tokenizer as it was asked for, in its long form."""
+        return (
+            self.tokenizer
+            if isinstance(self.tokenizer, Vocabulary)
+            else Vocabulary(source=self.tokenizer or "base")
+        )
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -132,7 +175,9 @@ class Merge(_Part):
             if isinstance(value, dict):
                 known = {
                     key: places.get(one, one)
-                    if key in ("model", "base") and isinstance(one, str)
+                    if isinstance(one, str)
+                    and key in _PATHS
+                    and not (key in _WORDS and one in ("base", "union"))
                     else moved(one)
                     for key, one in value.items()
                 }
@@ -165,6 +210,10 @@ class Recipe(_Part):
         found = [_plain(one.model_dump(exclude_defaults=True)) for one in self.merges]
         tree: Any = found[0] if len(found) == 1 else {"merges": found}
         return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+_PATHS = ("model", "base", "tokenizer", "source")
+_WORDS = ("tokenizer", "source")
 
 
 class _Dumper(yaml.SafeDumper):

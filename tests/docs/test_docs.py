@@ -32,6 +32,7 @@ from pipeline.study.config import study_from
 from pipeline.study.sections import BudgetSection, EvaluationSection, StrategySection
 from pipeline.study.sections_resources import ResourcesSection
 from tests.pipeline.recipes.tiny import write_models
+from tests.pipeline.recipes.worded import write_worded
 from tests.world import ROOT, World
 from workers.training.recipe import Recipe
 
@@ -276,6 +277,7 @@ def test_yaml_block_of_a_recipe_is_carried_out(
     block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_models(tmp_path / "models")
+    write_worded(tmp_path / "words")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text(block.text)
     assert (

@@ -54,8 +54,10 @@ class Folder:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, sources: Sequence[Path]) -> "Folder | None":
-        """What goes with a merge of these inputs, the base first; None if no input has a configuration beside it."""
+    def of(cls, sources: Sequence[Path], tokenizer: Path | None = None) -> "Folder | None":
+        """What goes with a merge of these inputs, the base first; None if no input has a configuration beside it. The files of a
+        tokenizer come from the model `tokenizer` if it is given and has some.
+        """
         directories = list(dict.fromkeys(one if one.is_dir() else one.parent for one in sources))
         given = [one for one in sources if one.is_dir() and (one / OPEN_CLIP_CONFIG).is_file()]
         if given:
@@ -66,8 +68,9 @@ class Folder:
         _config(first / CONFIG)
         name, files, notes = weights_name(first), dict[str, Path](), list[str]()
         assert name is not None
+        preferred = [] if tokenizer is None else [tokenizer if tokenizer.is_dir() else tokenizer.parent]
         for wanted in SETS:
-            for directory in directories:
+            for directory in [*preferred, *directories] if wanted is _TOKENIZER else directories:
                 held = {part: path for part, path in _listed(directory) if _set_of(part) is wanted}
                 if held:
                     files |= held

@@ -208,7 +208,6 @@ def test_card_and_recipe_say_how_the_model_was_made(carried, tmp_path: Path) -> 
         ("technique: average\nslices: [{experts: [{model: a, layers: [0, 9]}]}]", "0 to 4"),
         ("technique: average\nslices: [{experts: [{model: a, layers: [0, 2]}, {model: b, layers: [0, 3]}]}]", "equally many"),
         ("technique: average\nexperts: [a, nowhere]", "nowhere"),
-        ("technique: average\nexperts: [a]\ntokenizer: union", "vocabularies are not merged yet"),
         ("technique: average\nexperts: [a, b]\nparameters: {weights: [1, 2]}", "each expert its own"),
         ("technique: average\nexperts: [a, b]\ndtype: int4", "float32"),
         ("technique: average\nmodules: {encoder: {experts: [a, b]}}", "belongs to the module 'encoder'"),
@@ -242,14 +241,3 @@ def test_parts_cannot_be_divided_among_workers(models: Path, tmp_path: Path, mon
     )
     with pytest.raises(UserError, match="leave --workers out"):
         merge_recipe(read_recipe(tmp_path / "r.yaml").recipe, Output(tmp_path / "out"), Execution(workers=2))
-
-
-def test_vocabularies_that_differ_are_refused_where_the_tokenizer_is_named(tmp_path: Path) -> None:
-    write_models(tmp_path)
-    for name, words in (("a", {"x": 0, "y": 1}), ("b", {"x": 0, "z": 1})):
-        (tmp_path / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": words}}))
-    (tmp_path / "r.yaml").write_text(
-        f"technique: average\nexperts: [{tmp_path}/a, {tmp_path}/b]\ntokenizer: base"
-    )
-    with pytest.raises(UserError, match="id 1 is 'y' and 'z'"):
-        merge_recipe(read_recipe(tmp_path / "r.yaml").recipe, Output(tmp_path / "out"))
