@@ -41,4 +41,11 @@ make train train --steps 60 --stages 0 --rounds 3 --root "$root" --work "$work"
 make orchestration-overhead orchestration overhead configs/demo.yaml --runs 2 --set data.root="$root" \
     --set 'grid.strategies=[offline_merging,best_in_time]'
 make orchestration-scale orchestration scale --png docs/orchestration.png
+make study-report study_report configs/sweep.yaml --out "$work/report"
+make tracking tracking --trajectories 288 ${STEPS:+--steps "$STEPS"}
+make merge-limit-8 merge --size vit-b-16 --experts 8 --no-cli --work "$work" \
+    --techniques average,task_arithmetic,magmax,lines_task_arithmetic,slerp_fold,ties_kept,dare_ties,breadcrumbs_ties_kept
+make storage-sweep storage configs/sweep.yaml --work "$work" --set 'grid.seed=[0]' --set 'grid.budget.multiplier=[1]' \
+    --set 'stream.tasks=[letters,scripts]'
+make storage-small-disk storage --small-disk 2 --work "$work"
 .venv/bin/python benchmarks/page.py

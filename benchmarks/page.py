@@ -16,11 +16,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import page_studies
 from record import RESULTS, ROOT
 from report import table
 
 PAGE = ROOT / "docs" / "performance.md"
-PAGES = (PAGE, ROOT / "docs" / "fomo_in_flux.md")
+PAGES = (PAGE, ROOT / "docs" / "fomo_in_flux.md", ROOT / "docs" / "storage.md")
 BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 MIB = 1 << 20
 PEERS = ("mergekit", "fusionbench")
@@ -65,15 +66,24 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 
 def merge_limit() -> str:
-    """Merges beside reading every input once and writing one output."""
+    """Merges of four experts beside reading every input once and writing one output."""
+    return _limit("merge-limit")
+
+
+def merge_limit_8() -> str:
+    """The same of eight."""
+    return _limit("merge-limit-8")
+
+
+def _limit(result: str) -> str:
     rows = []
-    for name, case in _cases("merge-limit").items():
+    for name, case in _cases(result).items():
         ours, limit = case["ours"], case["limit"]
         cells = [limit["merge_cpu"], ours["merge_cpu"]]
         ratios = [case["to_limit"][key] for key in ("merge_cpu", "unsynced")]
         rows.append([f"`{name}`", *map(n, cells), *(f"{r:.1f}" for r in ratios), f"{ours['peak'] / MIB:.0f}"])
     columns = ("technique", "limit, CPU s", "merge, CPU s", "ratio of CPU", "ratio of wall", "peak, MiB")
-    return f"{_said('merge-limit')}\n\n{table(columns, rows)}"
+    return f"{_said(result)}\n\n{table(columns, rows)}"
 
 
 def merge_peers() -> str:
@@ -406,10 +416,14 @@ def machine() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     make.__name__.replace("_", "-"): make
     for make in (
-        machine, merge_limit, merge_peers, agreement, memory, start_up, arrivals, overhead, scale, plan, tracker_down, train,
+        machine, merge_limit, merge_limit_8, merge_peers, agreement, memory, start_up, arrivals, overhead, scale, plan, tracker_down, train,
         feed, pool, evaluate, fomo_costs, fomo_disk,
     )
 }  # fmt: skip
+BLOCKS |= {
+    name: lambda result=result, make=make: make(read(result))
+    for name, (result, make) in page_studies.BLOCKS.items()
+}
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import ray
 from merge_service.checkpoints import WEIGHTS_FILE
 from merge_service.engine import keep_thresholds
 from merge_service.faults import point
-from workers.jobs import EvaluateJob, TrainJob
+from workers.jobs import EvaluateJob, MeasureJob, TrainJob
 
 
 class Store(Protocol):
@@ -61,11 +61,14 @@ class Worker:
 
         join_group(self.rank, self.world, *place, self.device)
 
-    def run(self, job: TrainJob | EvaluateJob, step: Any, store: Store) -> Any:
+    def run(self, job: TrainJob | EvaluateJob | MeasureJob, step: Any, store: Store) -> Any:
         """Execute one step; rank 0 commits it and returns the record, other ranks return None."""
         if isinstance(job, TrainJob):
             return self._train(job, step, store)
-        return self._evaluate(job, step, store)
+        record = store.make(step, lambda stage: _work(job, stage))
+        if job.scratch:
+            shutil.rmtree(job.scratch, ignore_errors=True)
+        return record
 
     def _train(self, job: TrainJob, step: Any, store: Store) -> Any:
         from workers.training.expert import POINTS, train_expert
@@ -87,17 +90,18 @@ class Worker:
         shutil.rmtree(job.scratch, ignore_errors=True)
         return record
 
-    def _evaluate(self, job: EvaluateJob, step: Any, store: Store) -> Any:
-        from workers.scoring.evaluate import evaluate
 
-        def work(_: Path) -> Mapping[str, Any]:
-            point("evaluate.start")
-            return evaluate(job)
+def _work(job: EvaluateJob | MeasureJob, stage: Path) -> Mapping[str, Any]:
+    """The work of one process, which writes its files into `stage`; its result."""
+    if isinstance(job, MeasureJob):
+        from workers.evidence.tasks import measure_models
 
-        record = store.make(step, work)
-        if job.scratch:
-            shutil.rmtree(job.scratch, ignore_errors=True)
-        return record
+        point("measure.start")
+        return measure_models(replace(job, out=str(stage)))
+    from workers.scoring.evaluate import evaluate
+
+    point("evaluate.start")
+    return evaluate(job)
 
 
 def _pass(name: str, _: int) -> None:

@@ -6,7 +6,7 @@ Invariant: everything that affects a result is in the job; the place where it ru
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NotRequired, TypedDict
 
 Reading = Literal["decoded", "encoded", "auto"]
@@ -17,6 +17,7 @@ class Source:
     """One split of one dataset under `root`, optionally only the samples of some of its classes.
 
     `reading`: pictures are decoded once into the cache (decoded) or at every access (encoded); auto decides by the number of samples.
+    `addresses` are those from which shards may be read.
     """
 
     root: str
@@ -24,6 +25,7 @@ class Source:
     split: str
     classes: tuple[str, ...] | None = None
     reading: Reading = "decoded"
+    addresses: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,29 @@ class EvaluateJob:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
 
+@dataclass(frozen=True)
+class MeasureJob:
+    """Measure a statistic of every one of `models` (weights directories) on rows of its own `data`, into 1.safetensors, 2.safetensors, ...
+
+    `params` are those of `evidence.Asked` beside device; `merging` are the parameters of the merge, for kinds that depend on it. `head`
+    is a weights directory whose class embeddings stand for the text tower, "" where the model has its own. Sources name training splits.
+    """
+
+    fingerprint: str
+    label: str
+    statistic: str
+    models: tuple[str, ...]
+    data: tuple[tuple[Source, ...], ...]
+    params: Mapping[str, Any]
+    merging: Mapping[str, Any] = field(default_factory=dict)
+    head: str = ""
+    threads: int = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+    scratch: str = ""
+    cache: str = ""
+    out: str = ""
+
+
 class TrainResult(TypedDict):
     """A record of a training, as every rank returns it.
 
@@ -128,3 +153,12 @@ class EvaluateResult(TypedDict):
     samples: dict[str, int]
     seconds: float
     details: NotRequired[dict[str, dict[str, object]]]
+
+
+class MeasureResult(TypedDict):
+    """A measurement: the rows of data drawn for every model, the tensors and bytes of all files, and the seconds."""
+
+    examples: list[int]
+    tensors: int
+    bytes: int
+    seconds: float

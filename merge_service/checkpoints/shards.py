@@ -8,7 +8,6 @@ Invariant: the index exists only while every shard it names is complete and of t
 """
 
 import json
-import os
 import re
 import threading
 from collections import Counter
@@ -23,8 +22,8 @@ from merge_service.checkpoints.writer import CheckpointWriter, Layout
 from merge_service.errors import CheckpointError
 from merge_service.faults import point
 from merge_service.files.digest import Digest
-from merge_service.files.leftovers import temporary
 from merge_service.files.sync import sync_directory
+from merge_service.files.whole import prepared
 
 INDEX_SUFFIX = ".index.json"
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
@@ -163,16 +162,9 @@ def index_text(shards: Sequence[Path], parts: Sequence[Layout]) -> str:
 
 def write_index(index: Path, text: str) -> None:
     """Write the index whole, durably, after its shards."""
-    whole = temporary(index)
-    try:
-        with whole.open("x", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
+    with prepared(index, text) as whole:
         point("shards.before_index")
         whole.replace(index)
-    finally:
-        whole.unlink(missing_ok=True)
     sync_directory(index.parent)
 
 

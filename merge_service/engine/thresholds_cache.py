@@ -21,7 +21,8 @@ from merge_service.checkpoints.weights import Weights
 from merge_service.engine.prepare import prepare
 from merge_service.engine.survey import Surveyor
 from merge_service.engine.task import Input, MergeTask
-from merge_service.files.leftovers import sweep, temporary
+from merge_service.files.leftovers import sweep
+from merge_service.files.whole import replace_whole
 from merge_service.techniques.registry import get
 
 FORMAT = 1
@@ -149,12 +150,7 @@ class KeptThresholds:
         path = self._path(order)
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path)
-        whole = temporary(path)
-        try:
-            whole.write_text(json.dumps(body, indent=1))
-            whole.replace(path)
-        finally:
-            whole.unlink(missing_ok=True)
+        replace_whole(path, json.dumps(body, indent=1), sync=False)
 
 
 def keep_thresholds(

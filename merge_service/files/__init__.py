@@ -7,11 +7,14 @@ live process are never touched.
 from merge_service.files.leftovers import is_abandoned, owner_mark, sweep, sweep_directory, temporary
 from merge_service.files.made import Made
 from merge_service.files.sync import sync_directory, sync_file
+from merge_service.files.whole import prepared, replace_whole
 
 __all__ = [
     "Made",
     "is_abandoned",
     "owner_mark",
+    "prepared",
+    "replace_whole",
     "sweep",
     "sweep_directory",
     "sync_directory",

@@ -41,7 +41,7 @@ class Operator:
 
 @dataclass(frozen=True)
 class Member:
-    """One input of a merge: its id, its path, the sha256 of its weights file, and the file of its statistics.
+    """One input of a merge: its id, its path, the sha256 of its weights file, and the file of its statistics with its sha256.
 
     An id of None is derived from content; statistics that a technique needs are looked for beside the weights.
     """
@@ -50,6 +50,7 @@ class Member:
     path: Path
     sha256: str | None = None
     statistics: Path | None = None
+    statistics_sha256: str | None = None
 
 
 def members_of(

@@ -10,7 +10,8 @@ from merge_service.techniques.definition import Origin
 
 @dataclass(frozen=True)
 class MergeJob:
-    """One merge of a series: the experts of tasks 1..t at once (`merge`), or the running model and the newest (`fold`).
+    """One merge of a series: the experts of tasks 1..t at once (`merge`, and a `fold` of sums over experts, whose state is a cache), or
+    the running model and the newest (`fold`).
 
     `members` come in the technique's order, oldest first; their ids seed random masks, so they are part of the result. `scratch`
     is for streaming states and `thresholds` for kept thresholds: caches, rebuilt when they are missing. `held` is "recipe" for a

@@ -29,8 +29,8 @@ from merge_service.merging.derivation import Derivation, Member, Operator, Out, 
 from merge_service.merging.report import MergeReport
 from merge_service.merging.streaming import States, advance, merge_all
 
-Members = tuple[tuple[str | None, str | None], ...]
-"""Ids and sha256 of what a state stands for."""
+Members = tuple[tuple[str | None, ...], ...]
+"""Ids and sha256 of what a state stands for, and the sha256 of statistics where these are part of it."""
 PREFIX = "states-"
 
 
@@ -145,7 +145,10 @@ def _remove(state: Path) -> None:
 
 
 def _identities(members: Sequence[Member]) -> Members:
-    return tuple((member.id, member.sha256) for member in members)
+    return tuple(
+        (member.id, member.sha256, *([member.statistics_sha256] if member.statistics_sha256 else []))
+        for member in members
+    )
 
 
 def _name(lineage: str, members: Members) -> str:

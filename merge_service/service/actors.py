@@ -45,8 +45,9 @@ class Merger:
         The cosine is that of the merged model's task vector with the newest expert's.
         """
         form: Form = "fold" if job.form == "fold" else "merge"
-        derivation = Derivation(Operator.of(job.technique, job.params, form), job.base.path, job.members)
-        if form == "fold":
+        operator = Operator.of(job.technique, job.params, form)
+        derivation = Derivation(operator, job.base.path, job.members)
+        if form == "fold" and not operator.technique.resumes:
             report = combine(derivation, Out(out, hashed=True), self._way(job))
         else:
             report = self._states_of(job).merge(derivation, job.base.sha256 or "", out, Rules(job.any_base))

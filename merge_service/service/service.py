@@ -62,6 +62,7 @@ class MergeService:
         any_base: bool = False,
     ) -> None:
         timeline.check(strategy)
+        timeline.check_served(strategy)
         self.strategy, self.base = strategy, Path(base)
         self._base_sha256 = sha256_of(self.base)
         Path(scratch).mkdir(parents=True, exist_ok=True)

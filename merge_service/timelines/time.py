@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from merge_service.errors import TechniqueError
-from merge_service.techniques.definition import Technique
+from merge_service.techniques.definition import Evidence, Technique
 from merge_service.techniques.registry import get
 
 INITIALIZATIONS = ("base", "latest", "all", "ema")
@@ -66,13 +66,15 @@ Weights = Base | Expert | Merged
 class Merge:
     """How one merge is made: a technique with its effective parameters over members, anchored at the base.
 
-    `members` are in the order the technique takes them: oldest first; in a fold the running model, then the new expert.
+    `members` are in the order the technique takes them: oldest first; in a fold the running model, then the new expert. A fold that
+    `resumes` a state, which the experts so far give again, names all of these instead.
     """
 
     result: Merged
     technique: str
     params: Mapping[str, Any] = field(hash=False)
     members: tuple[Weights, ...]
+    resumes: bool = False
 
     def ids(self, names: Mapping[int, str] | None = None) -> tuple[str, ...]:
         """The ids of the members, which also seed random masks: t3 for the expert of task 3 unless `names` has another id, and
@@ -80,7 +82,7 @@ class Merge:
         """
         named = names or {}
         experts = [named.get(one.t, expert_id(one.t)) for one in self.members if isinstance(one, Expert)]
-        if self.result.form == "merge":
+        if self.result.form == "merge" or self.resumes:
             return tuple(experts)
         return f"running-{self.result.t - 1}", experts[-1]
 
@@ -139,9 +141,10 @@ def deployed(strategy: Strategy, t: int) -> Weights:
 def parents(strategy: Strategy, merged: Merged) -> tuple[Weights, ...]:
     """The members of `merged`, in the order the technique takes them (a fold: the running model, then the new expert).
 
-    The base as the anchor of task vectors is not among them unless the fold itself starts there.
+    The base as the anchor of task vectors is not among them unless the fold itself starts there. A fold of sums that the weights of a
+    running model do not hold takes all experts so far; a kept state makes it as cheap as any other.
     """
-    if merged.policy == "all":
+    if merged.policy == "all" or _resumes(strategy, merged):
         return tuple(Expert(i) for i in range(1, merged.t + 1))
     return _after(strategy, "ema", merged.t - 1), Expert(merged.t)
 
@@ -167,7 +170,13 @@ def results(strategy: Strategy, t: int, *, last: bool = False) -> tuple[Merged, 
 def derivation(strategy: Strategy, merged: Merged) -> Merge:
     """How one of the results of a time step is made."""
     params = params_for(strategy, merged)
-    return Merge(merged, str(strategy.technique), params, parents(strategy, merged))
+    members, resumes = parents(strategy, merged), _resumes(strategy, merged)
+    return Merge(merged, str(strategy.technique), params, members, resumes)
+
+
+def _resumes(strategy: Strategy, merged: Merged) -> bool:
+    """Whether a merge is a fold that continues a state."""
+    return merged.form == "fold" and strategy.technique is not None and _technique(strategy).resumes
 
 
 def expert_id(t: int) -> str:
@@ -283,16 +292,7 @@ def _check_technique(strategy: Strategy, tasks: int | None) -> None:
 
 
 def _check_carried(technique: Technique, strategy: Strategy, used: tuple[Policy, ...]) -> None:
-    """Raise `TechniqueError` for what a study does not carry from step to step: statistics, and the state of a fold."""
-    known = {
-        name: value for name, value in strategy.params.items() if name in [p.name for p in technique.params]
-    }
-    asked = technique.asked({**{p.name: p.default for p in technique.params}, **known})
-    if used and asked is not None:
-        raise TechniqueError(
-            f"{technique.name} needs statistics of kind {asked.kind}, which studies do not measure; merge the exported experts "
-            "(temporal-merge measure, then temporal-merge merge --statistics), or choose another technique"
-        )
+    """Raise `TechniqueError` for what a study does not carry from step to step, and a fold that begins where it cannot."""
     if isinstance(strategy.params.get("density"), list | tuple):
         raise TechniqueError(
             f"{technique.name}: density is one number in a study; a list with one per expert is for a merge of files"
@@ -301,9 +301,33 @@ def _check_carried(technique: Technique, strategy: Strategy, used: tuple[Policy,
         raise TechniqueError(
             f"{technique.name}: coefficients belong to one list of experts, and a study merges a list at every t; use weights"
         )
-    if "ema" in used and technique.resumes:
+    if "ema" in used and technique.resumes and strategy.ema_seed != "first_expert":
         raise TechniqueError(
-            f"{technique.name} folds with a state beside the running model, which studies do not keep; use init/deploy: all"
+            f"{technique.name} folds sums over experts, of which the base has none, so the fold cannot begin at the base; "
+            "set ema_seed: first_expert"
+        )
+
+
+def measured(strategy: Strategy) -> tuple[Evidence, ...]:
+    """What must be measured on data for the merges of a strategy; nothing if its weights are enough."""
+    if strategy.technique is None:
+        return ()
+    asked = (
+        _technique(strategy).asked(params_for(strategy, Merged(policy, 1))) for policy in policies(strategy)
+    )
+    return tuple(dict.fromkeys(one for one in asked if one is not None))
+
+
+def check_served(strategy: Strategy) -> None:
+    """Raise `TechniqueError` for a strategy of which a service, which has no data and no states of folds, cannot make the merges."""
+    if asked := measured(strategy):
+        raise TechniqueError(
+            f"{strategy.technique} needs measurements ({asked[0].kind}) of every expert, which a service does not make; merge files "
+            "(temporal-merge measure, then temporal-merge merge --statistics), or choose another technique"
+        )
+    if "ema" in policies(strategy) and _technique(strategy).resumes:
+        raise TechniqueError(
+            f"{strategy.technique} folds from a state of its own, which a service does not keep; deploy all, or choose another technique"
         )
 
 

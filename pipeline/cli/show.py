@@ -51,6 +51,8 @@ def show_plan(workspace: Any, summary: Mapping[str, Any]) -> None:
     cost = "compute not measured" if gflops is None else f"{gflops:,.0f} GFLOPs"
     if naive:
         cost += f" (one by one {naive:,.0f})"
+    if summary.get("gflops_measuring"):
+        cost += f", {summary['gflops_measuring']:,.0f} of them to measure experts"
     console.print(f"still to do: {cost}, {_room(summary)} in {workspace.out}")
     if summary["seconds"]:
         work, longest = (duration(summary["seconds"][key]) for key in ("work", "longest_chain"))

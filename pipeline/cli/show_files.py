@@ -77,17 +77,28 @@ def _needs(one: Mapping[str, Any]) -> list[str]:
     return [*one["needs"], *one["statistics"]]
 
 
+def _data(one: Mapping[str, Any]) -> str:
+    """The data in a word: none, unlabelled, labelled."""
+    return str(one["data"]).split()[0] if one["data"] else "none"
+
+
 def show_techniques(name: str | None) -> None:
     """The catalogue, or one technique in full."""
     console = made_console()
     if name is None:
         table = Table(box=None, header_style="bold", pad_edge=False)
-        for column in ("technique", "forms", "needs", "parameters", "paper"):
+        for column in ("technique", "forms", "needs", "data", "arrival", "parameters", "paper"):
             table.add_column(column)
         for one in techniques_as_json(None):
             parameters = ", ".join(f"{key}={entry['default']}" for key, entry in one["params"].items())
             table.add_row(
-                one["name"], " ".join(one["forms"]), " ".join(_needs(one)) or "-", parameters, one["paper"]
+                one["name"],
+                " ".join(one["forms"]),
+                " ".join(_needs(one)) or "-",
+                _data(one),
+                one["arrival"],
+                parameters,
+                one["paper"],
             )
         console.print(table)
         for which, why in broken().items():

@@ -11,14 +11,13 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from merge_service.files import sweep, temporary
+from merge_service.files import replace_whole, sweep
 from pipeline.errors import StorageFull, StoreError
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS})
 """What `flock` answers on a file system that has no locks (Lustre without `flock`, some FUSE and NFS mounts)."""
 _FULL_TEXTS = ("No space left on device", "database or disk is full")
-_PIECE = 1 << 20
 
 
 def write_whole(path: Path, pieces: str | Iterable[str], *, sync: bool = False) -> None:
@@ -26,19 +25,8 @@ def write_whole(path: Path, pieces: str | Iterable[str], *, sync: bool = False) 
 
     Raises StorageFull, OSError.
     """
-    target = temporary(path)
     with room_for(path.name, path.parent):
-        try:
-            with target.open("w", encoding="utf-8", buffering=_PIECE) as stream:
-                for piece in [pieces] if isinstance(pieces, str) else pieces:
-                    stream.write(piece)
-                if sync:
-                    stream.flush()
-                    os.fsync(stream.fileno())
-            target.replace(path)
-        except BaseException:
-            target.unlink(missing_ok=True)
-            raise
+        replace_whole(path, pieces, sync=sync)
 
 
 def clear_leftovers(*paths: Path) -> None:

@@ -2,9 +2,9 @@
 
 from typing import NotRequired, TypedDict
 
-from workers.jobs import EvaluateResult, TrainResult
+from workers.jobs import EvaluateResult, MeasureResult, TrainResult
 
-__all__ = ["BaseResult", "EvaluateResult", "MergeResult", "TrainResult"]
+__all__ = ["BaseResult", "EvaluateResult", "MeasureResult", "MergeResult", "TrainResult"]
 
 
 class BaseResult(TypedDict):

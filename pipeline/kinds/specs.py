@@ -103,7 +103,8 @@ class TrainSpec:
 class MergeSpec:
     """One merge of `members` (id, fingerprint), oldest first, on a base, in a form, by a technique with resolved parameters.
 
-    `source` is the digest of the file that defines a user's own technique, None for techniques of the catalogue.
+    `source` is the digest of the file that defines a user's own technique, None for techniques of the catalogue. `statistics` are
+    (id, fingerprint of the measurement) of every member, where the technique needs one.
     """
 
     kind: ClassVar[str] = "merge"
@@ -114,20 +115,56 @@ class MergeSpec:
     base: str
     members: Sequence[tuple[str, str]]
     source: str | None = None
+    statistics: Sequence[tuple[str, str]] = ()
 
     @classmethod
     def of(cls, spec: Mapping[str, Any]) -> Self:
-        named = {key: value for key, value in spec.items() if key != "inputs"}
-        return cls(**named, members=[(name, fingerprint) for name, fingerprint in spec["inputs"]])
+        named = {key: value for key, value in spec.items() if key not in ("inputs", "statistics")}
+        members, statistics = (
+            [(name, found) for name, found in spec.get(key, ())] for key in ("inputs", "statistics")
+        )
+        return cls(**named, members=members, statistics=statistics)
 
     def to_json(self) -> dict[str, Any]:
         values = _values(self)
         values["inputs"] = [[name, fingerprint] for name, fingerprint in values.pop("members")]
-        source = values.pop("source")
-        return values if source is None else {**values, "source": source}
+        source, statistics = values.pop("source"), values.pop("statistics")
+        values |= {} if source is None else {"source": source}
+        return values | ({"statistics": [[*pair] for pair in statistics]} if statistics else {})
 
     def inputs(self) -> dict[str, str]:
-        return {BASE: self.base, **dict(self.members)}
+        measured = {f"statistics of {name}": fingerprint for name, fingerprint in self.statistics}
+        return {BASE: self.base, **dict(self.members), **measured}
+
+
+@dataclass(frozen=True)
+class MeasureSpec(_Fields):
+    """A statistic of `models`, each on its own `data` (splits of a task), which technique-independent `params` and a seed determine.
+
+    All kinds are of one model, except those of all experts together, which also depend on how these are merged (`merging`). `examples`
+    rows are drawn of each model's data. `head` is the base whose class embeddings stand for the text tower, "" where none does.
+    `engine` are the kind of device and the threads.
+    """
+
+    kind: ClassVar[str] = "measure"
+    version: int
+    statistic: str
+    models: Sequence[str]
+    data: Sequence[Sequence[SourceSpec]]
+    examples: int
+    seed: int
+    params: Mapping[str, Any]
+    merging: Mapping[str, Any]
+    head: str
+    engine: Mapping[str, Any]
+
+    def inputs(self) -> dict[str, str]:
+        models = {f"model {number}": model for number, model in enumerate(self.models, start=1)}
+        return {**models, **({"head": self.head} if self.head else {})}
+
+    def file_of(self, model: str) -> str:
+        """The file of the artifact that has the statistic of a model; the only one where a base stands for an expert."""
+        return f"{1 + (self.models.index(model) if model in self.models else 0)}.safetensors"
 
 
 @dataclass(frozen=True)

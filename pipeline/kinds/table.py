@@ -6,11 +6,19 @@ part of every fingerprint.
 
 from dataclasses import dataclass
 
-from pipeline.kinds.results import BaseResult, EvaluateResult, ExpertResult, MergeResult, TrainResult
+from pipeline.kinds.results import (
+    BaseResult,
+    EvaluateResult,
+    ExpertResult,
+    MeasureResult,
+    MergeResult,
+    TrainResult,
+)
 from pipeline.kinds.specs import (
     BaseSpec,
     EvaluateSpec,
     ExpertSpec,
+    MeasureSpec,
     MergeSpec,
     SequenceSpec,
     Spec,
@@ -24,7 +32,8 @@ class StepKind:
 
     `revision` is raised when the kind's code changes results, so that older artifacts are no longer used. `weight` is a
     rough cost, used only to rank steps that are ready. `trains`: the cost is in GFLOPs. `scores`: the result has the
-    scores of a model. `planned`: studies have such steps; the others are a live service's.
+    scores of a model. `planned`: studies have such steps; the others are a live service's. `weights`: the artifact is a model.
+    `seldom`: most plans have no such step, and summaries of these leave the kind out.
     """
 
     name: str
@@ -35,6 +44,8 @@ class StepKind:
     trains: bool = False
     scores: bool = False
     planned: bool = True
+    weights: bool = True
+    seldom: bool = False
 
 
 KINDS = {
@@ -42,8 +53,9 @@ KINDS = {
     for row in (
         StepKind(BaseSpec.kind, 1, BaseSpec, BaseResult, weight=0.0),
         StepKind(TrainSpec.kind, 1, TrainSpec, TrainResult, weight=100.0, trains=True),
+        StepKind(MeasureSpec.kind, 1, MeasureSpec, MeasureResult, weight=3.0, weights=False, seldom=True),
         StepKind(MergeSpec.kind, 1, MergeSpec, MergeResult, weight=1.0),
-        StepKind(EvaluateSpec.kind, 1, EvaluateSpec, EvaluateResult, weight=3.0, scores=True),
+        StepKind(EvaluateSpec.kind, 1, EvaluateSpec, EvaluateResult, weight=3.0, scores=True, weights=False),
         StepKind(ExpertSpec.kind, 1, ExpertSpec, ExpertResult, weight=0.0, planned=False),
         StepKind(SequenceSpec.kind, 1, SequenceSpec, MergeResult, weight=1.0, planned=False),
     )

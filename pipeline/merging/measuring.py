@@ -4,14 +4,10 @@ Rows come from the task's training split, in the preprocessing of evaluation and
 validation split is read.
 """
 
-import itertools
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from merge_service.errors import UserError
 from merge_service.techniques import nearest
@@ -22,8 +18,7 @@ from pipeline.study.config import Study
 from pipeline.study.streams import StreamTask
 
 if TYPE_CHECKING:
-    from workers.data.decode import Samples
-    from workers.evidence import Asked, Inputs, Measured
+    from workers.evidence import Asked, Measured
 
 
 @dataclass(frozen=True)
@@ -40,10 +35,9 @@ def measure_task(asked: "Asked", what: OfTask) -> "Measured":
     """Measure and write the file. Raises UserError for a task that the study does not have, data that the kind cannot use, or a
     checkpoint that is none of the study's model.
     """
-    from workers.data.decode import load
     from workers.evidence import Where, measure
+    from workers.evidence.tasks import inputs_of
     from workers.jobs import Source
-    from workers.models.model import preprocess_cfg
 
     ensure_data(what.study)
     study = what.study.resolved()
@@ -51,13 +45,9 @@ def measure_task(asked: "Asked", what: OfTask) -> "Measured":
     root, cache = str(Path(study.data_root).absolute()), cache_of(study)
     with tempfile.TemporaryDirectory() as place, named_as_given(Path(place), what.checkpoint):
         directory, _ = weights_directory(what.checkpoint, study, Path(place))
-        look = preprocess_cfg(directory)
-        parts = [
-            load(Source(root, part.dataset, TRAIN, part.classes), look["size"], str(cache), look)
-            for part in task.parts
-        ]
-        base = local_base(study.model)
-        inputs = _inputs(asked, parts, directory, base if asked.towers == "image" else None)
+        sources = [Source(root, part.dataset, TRAIN, part.classes) for part in task.parts]
+        head = _head(study) if asked.towers == "image" and asked.kind != "gram" else None
+        inputs = inputs_of(asked, sources, directory, str(cache), head)
         file = what.checkpoint if what.checkpoint.is_file() else directory
         where = Where(file, None, what.out, None if file is directory else str(directory))
         return measure(replace(asked, examples=asked.most), where, inputs)
@@ -73,53 +63,11 @@ def _task(study: Study, name: str) -> StreamTask:
     raise UserError(f"--task {name!r}{nearest(name, names)}: the study's tasks are {', '.join(names)}")
 
 
-def _inputs(asked: "Asked", parts: Sequence["Samples"], directory: Path, base: Path | None) -> "Inputs":
-    """Drawn pictures of a task with their texts (gram), or with classes and labels."""
-    from workers.evidence.asked import Inputs, chosen
-    from workers.models.model import tokenizer
-
-    sizes = [len(part) for part in parts]
-    rows = np.arange(sum(sizes))[chosen(sum(sizes), asked.most, asked.seed)]
-    starts = np.cumsum([0, *sizes])
-    drawn = [rows[(rows >= start) & (rows < stop)] - start for start, stop in itertools.pairwise(starts)]
-    images = np.concatenate([np.asarray(part.images[some]) for part, some in zip(parts, drawn)])
-    tokens = tokenizer(directory)
-    if asked.kind == "gram":
-        texts = [part.texts(int(row))[0] for part, some in zip(parts, drawn) for row in some]
-        return Inputs(images, tokens(texts).numpy())
-    captions = [part.name for part in parts if part.kind != "classification"]
-    if captions:
-        raise UserError(
-            f"{asked.kind} takes gradients of class scores, and {captions[0]} has captions and no classes; measure gram, or another task"
-        )
-    kept = [np.unique(part.labels) for part in parts]
-    before = np.cumsum([0, *(len(one) for one in kept)])
-    labels = np.concatenate(
-        [
-            np.searchsorted(own, part.labels[some]) + at
-            for part, some, own, at in zip(parts, drawn, kept, before)
-        ]
-    )
-    if asked.towers == "image":
-        return replace(_frozen(parts, kept, base), images=images, labels=labels)
-    prompts = [
-        part.templates[0].replace("{c}", part.classes[label])
-        for part, own in zip(parts, kept)
-        for label in own
-    ]
-    return Inputs(images, tokens(prompts).numpy(), labels)
-
-
-def _frozen(parts: Sequence["Samples"], kept: Sequence[np.ndarray], base: Path | None) -> "Inputs":
-    """Class embeddings and temperature of the study's base."""
-    from merge_service.checkpoints import WEIGHTS_FILE
-    from workers.evidence.asked import Inputs
-    from workers.evidence.network import temperature_of
-    from workers.scoring.evaluate import heads_of
-
+def _head(study: Study) -> Path:
+    """The base whose class embeddings stand for the text tower."""
+    base = local_base(study.model)
     if base is None or not base.is_dir():
         raise UserError(
             "towers: image needs the class embeddings of the study's base, which is not a weights directory here; leave --towers out"
         )
-    named = [([part.classes[label] for label in own], part.templates) for part, own in zip(parts, kept)]
-    return Inputs(head=np.concatenate(heads_of(base, named)), logit_scale=temperature_of(base / WEIGHTS_FILE))
+    return base

@@ -7,32 +7,22 @@ different streams are one.
 
 import hashlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from merge_service import timelines as timeline
+from merge_service.techniques import Evidence
 from merge_service.techniques import get as technique_called
 from merge_service.timelines import Base, Expert, Merged, Weights
 from pipeline.kinds.specs import MergeSpec, SourceSpec, Spec, TrainSpec
 from pipeline.kinds.table import KINDS
-from pipeline.plan.steps import BASE, RECORD_BYTES, TRAIN, About, ModelFacts, Point, Step
+from pipeline.plan.measuring import Measured, Measurer, Measuring
+from pipeline.plan.steps import BASE, RECORD_BYTES, TRAIN, About, Point, Step, World, total_gflops
 from pipeline.study.config import Roles, Study
 from pipeline.study.grid import Cell
 from pipeline.study.streams import Part, Stream, StreamTask
 from workers.training.recipe import Recipe
 
 JOINT_TASK = "multitask"
-
-
-@dataclass(frozen=True)
-class World:
-    """What the trajectories of one model and one stream share."""
-
-    model: str
-    facts: ModelFacts
-    base: Step
-    stream: Stream
-    stream_id: str
 
 
 class Steps(Protocol):
@@ -49,6 +39,7 @@ class Steps(Protocol):
     def sources(self, key: Hashable, parts: Callable[[], Iterable[Part]], split: str) -> list[SourceSpec]: ...
     def recipe(self, recipe: Recipe) -> tuple[Mapping[str, object], str]: ...
     def engine(self, model: str) -> Mapping[str, object]: ...
+    def measuring_engine(self, model: str) -> Mapping[str, object]: ...
 
 
 class Draft:
@@ -63,6 +54,7 @@ class Draft:
         self.experts_used: set[str] = set()
         self.merges_used: set[str] = set()
         self.recipe, self.recipe_text = planner.recipe(cell.recipe)
+        self.measurers: dict[Evidence, Measurer] = {}
 
     def points(self) -> list[Point]:
         """The points from t = 0 to the end of the stream; adds all of their steps."""
@@ -83,6 +75,16 @@ class Draft:
             scores = planner.evaluate(fp, step, split)
             points.append(Point(t, task.name, train, init, self._ref(deployed), merge, scores))
         return points
+
+    @property
+    def measured(self) -> set[str]:
+        """The steps that measure something for this cell."""
+        return {step for one in self.measurers.values() for step in one.used}
+
+    @property
+    def measuring_gflops(self) -> float | None:
+        """What these cost."""
+        return total_gflops(one.gflops for one in self.measurers.values())
 
     def _fingerprint(self, weights: Weights) -> str:
         if isinstance(weights, Base):
@@ -164,6 +166,7 @@ class Draft:
             base=base,
             members=[*zip(merge.ids(), map(self._fingerprint, merge.members))],
             source=None if origin is None else origin.source,  # a user's technique is defined by its file
+            statistics=self._statistics(merge),
         )
         earlier = self.merges.get(Merged(merged.policy, merged.t - 1))
         about = About(
@@ -180,6 +183,27 @@ class Draft:
         self.merges[merged] = fp
         self.merges_used.add(fp)
 
+    def _statistics(self, merge: timeline.Merge) -> list[tuple[str, str]]:
+        """(id, measure step) of every expert of a merge, where its technique needs them."""
+        asked = technique_called(merge.technique).asked(merge.params)
+        if asked is None:
+            return []
+        if asked not in self.measurers:
+            engine = self.planner.measuring_engine(self.world.model)
+            how = Measuring(asked, self.cell.statistics, engine)
+            self.measurers[asked] = Measurer(self.planner.add, self.world, how)
+        measurer, experts = self.measurers[asked], [one for one in merge.members if isinstance(one, Expert)]
+        tasks = [self.tasks[one.t - 1] for one in experts]
+        data = [self.planner.sources(task.parts, _parts_of(task), TRAIN) for task in tasks]
+        models = [self.experts[one.t] for one in experts]
+        if asked.of == "experts":
+            step = measurer.together(tasks, Measured(models, data, dict(merge.params)))
+            steps = [step] * len(experts)
+        else:
+            every = zip(experts, models, tasks, data)
+            steps = [measurer.of(one.t, model, task, of) for one, model, task, of in every]
+        return [*zip(merge.ids(), steps)]
+
     def _how(self, start: Weights) -> str:
         if isinstance(start, Base):
             return BASE
@@ -190,6 +214,10 @@ class Draft:
         recipe = self.cell.recipe
         cost = self.world.facts.gflops_per_sample.get(recipe.trainable)
         return None if cost is None else cost * recipe.batch_size * steps
+
+
+def _parts_of(task: StreamTask) -> Callable[[], Iterable[Part]]:
+    return lambda: task.parts
 
 
 def joint_task(stream: Stream) -> tuple[StreamTask, ...]:

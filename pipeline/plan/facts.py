@@ -27,6 +27,7 @@ from pipeline.study.sections_stream import StreamSection
 from pipeline.study.streams import Element, Stream, datasets_of, make_stream
 from workers.data.cache import Access, cache_root, is_writable, recall, remember
 from workers.data.contents import Survey
+from workers.data.encoded.addresses import check_allowed
 from workers.data.manifest import SUITE_FILE, DatasetInfo, describe, folder, read_suite, unread_bytes, verify
 from workers.data.seen import content_digest, encoded_digest, notes, reads_encoded
 from workers.models.base import STATED, Base, check_temperature, configuration_of, find, is_path, temperature
@@ -143,7 +144,11 @@ def _announce(name: str, unread: int) -> None:
 def _stored(study: Study, info: DatasetInfo) -> tuple[str, ...]:
     """The splits whose pictures training cuts out of the originals. Evaluation sees the same pictures either way."""
     train = info.splits.get(TRAIN)
-    return (TRAIN,) if train is not None and reads_encoded(study.data.reading, train.samples) else ()
+    if train is None or not reads_encoded(study.data.reading, train.samples):
+        return ()
+    if train.address:
+        check_allowed(train.address, study.data.addresses or (), f"the {TRAIN} split of {info.name}")
+    return (TRAIN,)
 
 
 def _facts_of(study: Study, info: DatasetInfo, surveys: Mapping[str, Survey]) -> DatasetFacts:

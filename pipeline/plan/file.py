@@ -1,8 +1,7 @@
 """A plan as JSON, and as the file plan.json, whose size grows with the number of steps and not with the lists that steps name.
 
-A value that many steps name is written once, in "values". A list that extends another (the replay of a stream, the
-experts of a merge) is written as the items it adds. Trajectories name steps by their number in "steps". The file has
-one step per line, so it is written and read line by line; `read` parses a step when it is first used.
+A value that many steps name is written once, in "values" (`shared_values`). Trajectories name steps by their number in "steps". The
+file has one step per line, so it is written and read line by line; `read` parses a step when it is first used.
 Invariant: `decode(encode(plan)) == plan`; the file is replaced as a whole.
 """
 
@@ -12,15 +11,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from pipeline.errors import PlanError
 from pipeline.files.disk import write_whole
 from pipeline.kinds.table import KINDS
+from pipeline.plan.shared_values import Known, Prefixes, Values
 from pipeline.plan.steps import Plan, Point, Step, TrajectoryPlan
-
-Item = TypeVar("Item")
-Name = TypeVar("Name")
 
 FORMAT = 3
 _REFERENCES = ("train", "init", "deployed", "merge", "evaluate", "own")
@@ -44,7 +41,7 @@ def decode(body: Mapping[str, object]) -> Plan:
 def _decoded(body: Mapping[str, Any]) -> Plan:
     with _malformed_refused():
         _check_format(body)
-        values = _Known(body["values"])
+        values = Known(body["values"])
         steps = {entry["fingerprint"]: _step(entry, values) for entry in body["steps"]}
         return _plan(body, steps)
 
@@ -69,7 +66,7 @@ def read(path: Path) -> Plan:
         lines = [*_until(stream, _NEXT)]
         if next(stream, "") != _VALUES:
             raise KeyError("values")
-        return _plan(body, LazySteps(lines, _Known([*_until(stream, _END)])))
+        return _plan(body, LazySteps(lines, Known([*_until(stream, _END)])))
 
 
 def study_of(path: Path) -> str | None:
@@ -85,76 +82,10 @@ def study_of(path: Path) -> str | None:
         return None
 
 
-class Prefixes(Generic[Item, Name]):
-    """Finds for each list the longest known list that it begins with: exact, and linear in the number of new items."""
-
-    def __init__(self) -> None:
-        self._next: dict[tuple[int, Any], int] = {}
-        self._named: dict[int, Name] = {}
-        self._texts: dict[int, tuple[Any, str]] = {}
-
-    def add(self, items: Sequence[Item], name: Name) -> tuple[Name | None, Sequence[Item]]:
-        """(the name of the longest known beginning or None, the items after it); `items` bears `name` from now on.
-
-        A list that is known already keeps its name, and no items remain.
-        """
-        node, known, length = 0, self._named.get(0), 0
-        for place, item in enumerate(items, start=1):
-            node = self._next.setdefault((node, self._key(item)), len(self._next) + 1)
-            found = self._named.get(node)
-            if found is not None:
-                known, length = found, place
-        self._named.setdefault(node, name)
-        return known, items[length:]
-
-    def _key(self, item: Any) -> Any:
-        if type(item) is str:
-            return item
-        if type(item) is list and all(type(one) is str for one in item):
-            return tuple(item)
-        text = self._texts.get(id(item))
-        if text is None:  # the item is kept, so that its id is not reused
-            text = self._texts[id(item)] = item, json.dumps(item)
-        return text[1].encode()
-
-
-class Values:
-    """The lists and mappings in specs, each once; a list may extend another.
-
-    `of` returns the number of a value in `bodies`, whose entries are {"value": V} or {"extends": number, "by": [...]}.
-    """
-
-    def __init__(self) -> None:
-        self.bodies: list[dict[str, object]] = []
-        self._lists, self._others = Prefixes[object, int](), dict[str, int]()
-        self._seen: dict[int, tuple[object, int]] = {}
-
-    def of(self, value: object) -> int:
-        known = self._seen.get(id(value))
-        if known is None:
-            number = self._of_list(value) if isinstance(value, list) else self._of_other(value)
-            known = self._seen[id(value)] = value, number
-        return known[1]
-
-    def _of_list(self, items: list[object]) -> int:
-        number = len(self.bodies)
-        known, rest = self._lists.add(items, number)
-        if known is not None and not rest:
-            return known
-        self.bodies.append({"value": items} if known is None else {"extends": known, "by": rest})
-        return number
-
-    def _of_other(self, value: object) -> int:
-        number = self._others.setdefault(json.dumps(value), len(self.bodies))
-        if number == len(self.bodies):
-            self.bodies.append({"value": value})
-        return number
-
-
 class LazySteps(Mapping[str, Step]):
     """Steps by fingerprint, each parsed when it is first used. `kinds` is known without parsing."""
 
-    def __init__(self, lines: Sequence[str], values: "_Known") -> None:
+    def __init__(self, lines: Sequence[str], values: Known) -> None:
         self._lines: dict[str, str] = {}
         self._made: dict[str, Step] = {}
         self._values = values
@@ -181,27 +112,6 @@ class LazySteps(Mapping[str, Step]):
 
     def __len__(self) -> int:
         return len(self._lines)
-
-
-class _Known:
-    """Values by number; decoded values are cached."""
-
-    def __init__(self, bodies: Sequence[Any]) -> None:
-        self._bodies, self._made = list(bodies), dict[int, Any]()
-
-    def __getitem__(self, number: int) -> Any:
-        chain = []
-        while number not in self._made:
-            body = self._bodies[number]
-            body = json.loads(body) if isinstance(body, str) else body
-            chain.append((number, body))
-            if "extends" not in body:
-                break
-            number = body["extends"]
-        for made, body in reversed(chain):
-            start = self._made[body["extends"]] if "extends" in body else None
-            self._made[made] = body["value"] if start is None else [*start, *body["by"]]
-        return self._made[chain[0][0] if chain else number]
 
 
 def inputs_of(kind: str, spec: Mapping[str, object]) -> dict[str, str]:
@@ -270,7 +180,7 @@ def _step_body(step: Step, values: Values) -> dict[str, Any]:
     return {**body, "spec": plain, "values": more}
 
 
-def _step(entry: Mapping[str, Any], values: "_Known") -> Step:
+def _step(entry: Mapping[str, Any], values: Known) -> Step:
     body = dict(entry)
     spec = {**body.pop("spec"), **{key: values[number] for key, number in body.pop("values").items()}}
     body["after"] = tuple(body["after"])
@@ -297,7 +207,7 @@ def _plan(body: Mapping[str, Any], steps: Mapping[str, Step]) -> Plan:
     fingerprints = [*steps]
     return Plan(
         study=body["study"],
-        bases={entry["fingerprint"]: _step(entry, _Known(())) for entry in body["bases"]},
+        bases={entry["fingerprint"]: _step(entry, Known(())) for entry in body["bases"]},
         steps=steps,
         trajectories=tuple(_trajectory(entry, fingerprints) for entry in body["trajectories"]),
         streams={

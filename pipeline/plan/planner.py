@@ -18,7 +18,7 @@ from pipeline.errors import PlanError
 from pipeline.identity import Texts, canonical, fingerprint, step_fingerprint
 from pipeline.kinds.specs import BaseSpec, EvaluateSpec, SourceSpec, Spec
 from pipeline.kinds.table import KINDS, STEPS
-from pipeline.plan.draft import Draft, World, effective_params, joint_task, together
+from pipeline.plan.draft import Draft, effective_params, joint_task, together
 from pipeline.plan.settings import scored_on, settings_of
 from pipeline.plan.steps import (
     BASE,
@@ -31,6 +31,9 @@ from pipeline.plan.steps import (
     Plan,
     Step,
     TrajectoryPlan,
+    World,
+    shown,
+    total_gflops,
     without_val,
 )
 from pipeline.study.config import Study
@@ -127,7 +130,7 @@ class Planner:
         self.naive_gflops: float | None = 0.0
         self._scored: dict[tuple[str, str], str] = {}
         self._own_tasks: dict[str, tuple[Step, tuple[str, ...]]] = {}
-        self._used: list[tuple[set[str], set[str], set[str]]] = []
+        self._used: list[dict[str, int]] = []
         self._scored_on: dict[str, dict[str, None]] = {}
         self.texts = Texts()
         self._sources: dict[tuple[Part, str], SourceSpec] = {}
@@ -148,11 +151,19 @@ class Planner:
         length = len(world.stream.tasks)
         if cell.strategy.joint:
             points = [points[0], replace(points[1], t=length)]
-        self._used.append((draft.experts_used, draft.merges_used, {point.deployed for point in points}))
+        served = {point.deployed for point in points}
+        self._used.append(
+            {
+                "train": len(draft.experts_used),
+                "measure": len(draft.measured),
+                "merge": len(draft.merges_used),
+                "evaluate": len(served | draft.experts_used),
+            }
+        )
         for expert in draft.experts_used:
             self._scored_on.setdefault(expert, {})[cell.split] = None
         cost = draft.gflops(steps * length if draft.experts_used else 0)
-        self.naive_gflops = None if cost is None or self.naive_gflops is None else self.naive_gflops + cost
+        self.naive_gflops = total_gflops((self.naive_gflops, cost, draft.measuring_gflops))
         return TrajectoryPlan(
             id=cell.id,
             group=cell.group,
@@ -176,12 +187,8 @@ class Planner:
 
     def naive_counts(self) -> dict[str, int]:
         """Steps per kind if every trajectory were run alone, including the own-task scores of its experts."""
-        counts: dict[str, int] = dict.fromkeys(STEPS, 0)
-        for experts, merges, deployed in self._used:
-            counts["train"] += len(experts)
-            counts["merge"] += len(merges)
-            counts["evaluate"] += len(deployed | experts)
-        return counts
+        present = {step.kind for step in self.steps.values()}
+        return {kind: sum(used.get(kind, 0) for used in self._used) for kind in shown(present)}
 
     def score_undeployed_experts(self) -> dict[tuple[str, str], str]:
         """Add an own-task evaluation for every expert that is never deployed. Returns the evaluation of each expert and split."""
@@ -236,6 +243,11 @@ class Planner:
         if model not in self._engines:
             self._engines[model] = asdict(self.study.engine_of(model))
         return self._engines[model]
+
+    def measuring_engine(self, model: str) -> Mapping[str, object]:
+        """The device and threads on which experts of a model are measured, in the form of a spec."""
+        threads = self.study.resources.of(model).evaluation.threads or 1
+        return {"device": self.study.evaluation_device_of(model), "threads": threads}
 
     def _source(self, part: Part, split: str) -> SourceSpec:
         found = self._sources.get((part, split))
@@ -299,7 +311,9 @@ class Planner:
             base = base_step(
                 facts.weights, facts.config, cell.model.config, facts.weights_bytes + RECORD_BYTES
             )
-            self.worlds[key] = World(cell.model.config, facts, base, stream, stream.fingerprint)
+            self.worlds[key] = World(
+                cell.model.config, facts, base, stream, stream.fingerprint, self.facts.datasets
+            )
         return self.worlds[key]
 
     def _length(self, cell: Cell, world: World) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from merge_service import timelines as timeline
 from pipeline.identity import fingerprint
 from pipeline.kinds.specs import SourceSpec
-from pipeline.plan.draft import World
+from pipeline.plan.steps import World
 from pipeline.study.grid import Cell
 from pipeline.study.sections_stream import DRAWN
 
@@ -30,6 +30,8 @@ def settings_of(cell: Cell, world: World, evaluation: Mapping[str, object]) -> d
     if timeline.needs_experts(cell.strategy):
         sections["recipe"] = cell.recipe.model_dump(mode="json")
         sections["budget"] = cell.budget.model_dump(mode="json")
+    if timeline.measured(cell.strategy):
+        sections["statistics"] = dict(cell.statistics)
     return flat_settings({**sections, "evaluation": {"split": cell.split, **evaluation}})
 
 

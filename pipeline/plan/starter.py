@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from merge_service.errors import UserError
-from merge_service.files import temporary
+from merge_service.files import replace_whole
 from pipeline.plan.facts import base_for_now
 from pipeline.study.config import study_from
 from workers.data.lines import class_names, filled_lines
@@ -103,9 +103,7 @@ def write_starter(
     if found is not None and found.pretrained is None:
         notes = (*notes, f"the weights of {base[0]} are random; --pretrained gives it others")
     file.parent.mkdir(parents=True, exist_ok=True)
-    work = temporary(file)
-    work.write_text(text, encoding="utf-8")
-    work.replace(file)
+    replace_whole(file, text, sync=False)
     return of, notes
 
 

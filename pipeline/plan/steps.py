@@ -5,9 +5,9 @@ and spec. Labels, slugs, costs and `after` serve display and scheduling and are 
 """
 
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
 
 from pipeline.identity import fingerprint
 from pipeline.kinds.specs import BASE
@@ -47,7 +47,7 @@ class Described(Protocol):
 class DatasetFacts:
     """A dataset's content: its kind, the digest and number of samples of each split, and the digest of kind, class names and prompts.
 
-    `stored` names the splits whose pictures training cuts out of the originals; their digest says so.
+    `stored` names the splits whose pictures training cuts out of the originals; their digest says so. `classes` is their number.
     """
 
     digests: Mapping[str, str]
@@ -55,6 +55,7 @@ class DatasetFacts:
     samples: Mapping[str, int] = field(default_factory=dict)
     kind: str = "classification"
     stored: tuple[str, ...] = ()
+    classes: int = 0
 
     @classmethod
     def of(cls, info: Described) -> "DatasetFacts":
@@ -64,6 +65,7 @@ class DatasetFacts:
             prompts=fingerprint([info.kind, list(info.classes), list(info.templates)]),
             samples={name: split.samples for name, split in info.splits.items()},
             kind=info.kind,
+            classes=len(info.classes),
         )
 
 
@@ -139,6 +141,18 @@ class About:
     model: str = ""
 
 
+@dataclass(frozen=True)
+class World:
+    """What the trajectories of one model and one stream share."""
+
+    model: str
+    facts: ModelFacts
+    base: Step
+    stream: Stream
+    stream_id: str
+    datasets: Mapping[str, DatasetFacts]
+
+
 @dataclass(frozen=True, slots=True)
 class Point:
     """One trajectory at one time step, as fingerprints; the base is "base", and None means that there is no such step.
@@ -196,12 +210,13 @@ class StepCounts(TypedDict):
 
 
 class Summary(TypedDict):
-    """What a plan would run (`Plan.summary`)."""
+    """What a plan would run (`Plan.summary`). `gflops_measuring` is the part of `gflops` that measures experts, where any are."""
 
     study: str
     trajectories: int
     steps: dict[str, StepCounts]
     gflops: float | None
+    gflops_measuring: NotRequired[float | None]
     disk_bytes: int
     gflops_naive: float | None
     critical_path: dict[str, int]
@@ -295,25 +310,30 @@ class Plan:
         """
         cached = {fp for fp, step in self.steps.items() if store is not None and store.has(step.kind, fp)}
         ahead = {fp: step for fp, step in self.steps.items() if fp not in cached}
+        present = {step.kind for step in self.steps.values()}
         counts: dict[str, StepCounts] = {
             kind: {
                 "unique": sum(step.kind == kind for step in self.steps.values()),
-                "naive": self.naive[kind],
+                "naive": self.naive.get(kind, 0),
                 "cached": sum(self.steps[fp].kind == kind for fp in cached),
             }
-            for kind in STEPS
+            for kind in shown(present)
         }
-        return {
+        found: Summary = {
             "study": self.study,
             "trajectories": len(self.trajectories),
             "steps": counts,
             "gflops": total_gflops(step.gflops for step in ahead.values()),
             "disk_bytes": sum(step.disk_bytes for step in ahead.values()),
             "gflops_naive": self.naive_gflops,
-            "critical_path": critical_path(ahead),
+            "critical_path": critical_path(ahead, shown(present)),
             "missing": list(self.missing),
             "splits": list(self.splits),
         }
+        if "measure" in present:
+            spent = total_gflops(step.gflops for step in ahead.values() if step.kind == "measure")
+            found["gflops_measuring"] = spent
+        return found
 
     @property
     def kinds(self) -> Mapping[str, str]:
@@ -322,8 +342,13 @@ class Plan:
         return known or {fingerprint: step.kind for fingerprint, step in self.steps.items()}
 
 
-def critical_path(steps: Mapping[str, Step]) -> dict[str, int]:
-    """Steps of each kind on the longest chain through `steps`, which are in topological order; "steps" is its length.
+def shown(present: Collection[str]) -> tuple[str, ...]:
+    """The kinds that summaries of a plan list, of which these are present."""
+    return tuple(name for name in STEPS if name in present or not KINDS[name].seldom)
+
+
+def critical_path(steps: Mapping[str, Step], kinds: Iterable[str] | None = None) -> dict[str, int]:
+    """Steps of each of `kinds` (by default those that a summary of `steps` lists) on the longest chain through `steps`, which are in topological order; "steps" is its length.
 
     The longest chain is the one with most training, then with most steps, because training takes most of the time.
     """
@@ -334,7 +359,8 @@ def critical_path(steps: Mapping[str, Step]) -> dict[str, int]:
         last = max(needs, key=best.__getitem__, default=None)
         trained, length = best[last] if last is not None else (0, 0)
         best[fp], before[fp] = (trained + KINDS[step.kind].trains, length + 1), last
-    counts: dict[str, int] = {"steps": 0, **dict.fromkeys(STEPS, 0)}
+    listed = shown({step.kind for step in steps.values()}) if kinds is None else kinds
+    counts: dict[str, int] = {"steps": 0, **dict.fromkeys(listed, 0)}
     current = max(best, key=best.__getitem__, default=None)
     while current is not None:
         counts["steps"] += 1

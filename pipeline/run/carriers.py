@@ -13,7 +13,8 @@ from typing import Literal
 from cluster.capacity import Shape
 from cluster.pool import Pool, Terms
 from merge_service.service import Merger
-from pipeline.kinds.results import EvaluateResult, MergeResult, TrainResult
+from merge_service.techniques import get as technique_called
+from pipeline.kinds.results import EvaluateResult, MeasureResult, MergeResult, TrainResult
 from pipeline.kinds.specs import MergeSpec
 from pipeline.plan.steps import Step
 from pipeline.run.jobs import Job, Jobs
@@ -84,7 +85,8 @@ def _worker_lane(step: Step, shape: Shape, cap: int | Literal["auto"], memory: i
 def _merge_lane(step: Step, resources: Resources, series: Series) -> Lane:
     """Merges of a growing list of experts go to the actor that holds the state of the list."""
     spec = MergeSpec.of(step.spec)
-    named = step.fingerprint if spec.form == "fold" or not spec.members else spec.members[0][1]
+    alone = not spec.members or (spec.form == "fold" and not technique_called(spec.technique).resumes)
+    named = step.fingerprint if alone else spec.members[0][1]
     number = series.setdefault(named, len(series))
     name = f"merge {number % resources.merging.actors}"
     return Lane(name, step.kind, name, Shape(1, 0), 1, resources.merging.memory)
@@ -112,6 +114,11 @@ def _merged(result: MergeResult) -> str:
     return "merged" if norm is None else f"norm {norm:.3f}"
 
 
+def _measured(result: MeasureResult) -> str:
+    rows = sum(result["examples"])
+    return f"{result['tensors']} tensors over {rows} samples, {result['bytes'] / 1e6:.1f} MB"
+
+
 def _scored(result: EvaluateResult) -> str:
     scores = result["scores"]
     return f"mean of {len(scores)} scores {sum(scores.values()) / len(scores):.3f}"
@@ -121,6 +128,10 @@ CARRIERS = {
     "train": Carrier(
         "an expert", "experts", _train_lane, _workers, lambda jobs, step: jobs.train(step),
         lambda step, resources: resources.of(step.model).experts.timeout, _trained,
+    ),
+    "measure": Carrier(
+        "a measurement", "evaluation", _evaluate_lane, _workers, lambda jobs, step: jobs.measure(step),
+        lambda step, resources: resources.of(step.model).evaluation.timeout, _measured,
     ),
     "merge": Carrier(
         "a merge", "merging", _merge_lane, _mergers, lambda jobs, step: jobs.merge(step),

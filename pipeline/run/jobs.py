@@ -4,6 +4,7 @@ Invariant: a job adds paths and execution options to the spec of its step, and n
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,15 @@ from merge_service.merging import Member, MergeJob
 from merge_service.techniques import get
 from pipeline.errors import StoreError
 from pipeline.identity import fingerprint
-from pipeline.kinds.specs import EvaluateSpec, MergeSpec, SourceSpec, TrainSpec
+from pipeline.kinds.specs import EvaluateSpec, MeasureSpec, MergeSpec, SourceSpec, TrainSpec
 from pipeline.plan.facts import cache_of
 from pipeline.plan.steps import Step
-from pipeline.store.artifact import AtCommit
+from pipeline.store.artifact import AtCommit, Record
 from pipeline.study.sections_resources import ModelResources
 from pipeline.workspace.workspace import Workspace
-from workers.jobs import EngineSpec, EvaluateJob, Reading, Source, TrainJob
+from workers.jobs import EngineSpec, EvaluateJob, MeasureJob, Reading, Source, TrainJob
 
-Job = TrainJob | MergeJob | EvaluateJob
+Job = TrainJob | MeasureJob | MergeJob | EvaluateJob
 
 
 class Jobs:
@@ -75,13 +76,31 @@ class Jobs:
             params=spec.params,
             form=spec.form,
             base=self._member("base", spec.base),
-            members=tuple(self._member(name, fingerprint) for name, fingerprint in spec.members),
+            members=tuple(self._measured(spec, *member) for member in spec.members),
             threads=merging.threads,
             scratch=str(workspace.scratch),
             thresholds=str(workspace.limits),
             origin=get(spec.technique).origin,
             any_base=merging.any_base or self._drifts(spec),
             held=self._held(step),
+        )
+
+    def measure(self, step: Step) -> MeasureJob:
+        """The job of a step that measures experts."""
+        spec, workspace = MeasureSpec.of(step.spec), self.workspace
+        return MeasureJob(
+            fingerprint=step.fingerprint,
+            label=step.label,
+            statistic=spec.statistic,
+            models=tuple(str(workspace.weights(model)) for model in spec.models),
+            data=tuple(self._sources(sources, "decoded") for sources in spec.data),
+            params={**spec.params, "examples": spec.examples, "seed": spec.seed},
+            merging=spec.merging,
+            head=str(workspace.weights(spec.head)) if spec.head else "",
+            threads=spec.engine["threads"],
+            device=spec.engine["device"],
+            scratch=str(workspace.scratch / step.fingerprint),
+            cache=self._cache,
         )
 
     def evaluate(self, step: Step) -> EvaluateJob:
@@ -112,7 +131,7 @@ class Jobs:
         """Record, for all experts of a merge, the thresholds that its technique will need; each rule once."""
         rule = thresholds_rule(merge.technique, merge.params)
         if rule is not None:
-            for expert in merge.inputs().values():
+            for expert in (merge.base, *dict(merge.members).values()):
                 asked = self._asked.setdefault(expert, {})
                 asked.setdefault(fingerprint(rule), (merge.technique, merge.params))
 
@@ -123,10 +142,23 @@ class Jobs:
         return any(one.init != merge.base for one in trained)
 
     def _member(self, name: str, fingerprint: str) -> Member:
+        record = self._record(name, fingerprint)
+        return Member(name, record.path, record.sha256(WEIGHTS_FILE) or "")
+
+    def _record(self, name: str, fingerprint: str) -> Record:
         record = self.workspace.known(fingerprint)
         if record is None:
             raise StoreError(f"{name} ({fingerprint[:16]}) is not in {self.workspace.store.root}; run again")
-        return Member(name, record.path, record.sha256(WEIGHTS_FILE) or "")
+        return record
+
+    def _measured(self, merge: MergeSpec, name: str, expert: str) -> Member:
+        """A member of a merge, with the file of its statistics where the merge reads one."""
+        member, step = self._member(name, expert), dict(merge.statistics).get(name)
+        if step is None:
+            return member
+        spec = MeasureSpec.of(self.workspace.plan.steps[step].spec)
+        record, file = self._record(f"{spec.statistic} of {name}", step), spec.file_of(expert)
+        return replace(member, statistics=record.path / file, statistics_sha256=record.sha256(file))
 
     def _resources(self, step: Step) -> ModelResources:
         return self.workspace.study.resources.of(step.model)
@@ -134,7 +166,7 @@ class Jobs:
     def _sources(self, entries: Sequence[SourceSpec], reading: Reading) -> tuple[Source, ...]:
         """The splits of a spec, read in this way unless the spec itself says how."""
         root = str(Path(self.workspace.study.data_root).absolute())
-        classes = self.workspace.plan.classes
+        classes, addresses = self.workspace.plan.classes, self.workspace.study.data.addresses or ()
         return tuple(
             Source(
                 root,
@@ -142,6 +174,7 @@ class Jobs:
                 entry["split"],
                 classes[entry["classes"]] if entry["classes"] else None,
                 entry.get("reading", reading),
+                addresses,
             )
             for entry in entries
         )

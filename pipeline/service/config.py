@@ -12,10 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from merge_service.checkpoints import bytes_of
-from merge_service.errors import CheckpointError
+from merge_service.errors import CheckpointError, TechniqueError
 from merge_service.live import Bounds, Margins
-from merge_service.techniques import get as technique_called
-from merge_service.timelines import Strategy, needs_experts
+from merge_service.timelines import Strategy, check_served, needs_experts
 from pipeline.errors import ConfigError
 from pipeline.service.settings import ListenSection, ServingSection
 from pipeline.study.config import Study, study_from
@@ -241,17 +240,11 @@ def _strategies(strategy: str | StrategySection) -> tuple[list[Strategy], list[P
 
 def _not_served(strategy: Strategy) -> list[Problem]:
     """Techniques that need more than weights, which a service does not keep."""
-    if strategy.technique is None:
-        return []
-    technique = technique_called(strategy.technique)
-    folds = "ema" in (strategy.init, strategy.deploy)
-    if technique.asked(strategy.params) is not None:
-        text = f"{technique.name} needs measurements of every expert, which a service does not make yet; choose another"
-    elif technique.resumes and folds:
-        text = f"{technique.name} folds from a state of its own, which a service does not keep yet; deploy all, or choose another"
-    else:
-        return []
-    return [Problem("strategy", text)]
+    try:
+        check_served(strategy)
+    except TechniqueError as error:
+        return [Problem("strategy", str(error))]
+    return []
 
 
 def _unusable(config: ServiceConfig) -> list[Problem]:

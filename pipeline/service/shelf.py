@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from merge_service.files import sync_directory, temporary
+from merge_service.files import prepared, sync_directory
 from pipeline.errors import StoreError
 from pipeline.files.disk import room_for
 from pipeline.store.objects import Objects
@@ -89,16 +89,8 @@ class Directory:
     def _written(self, path: Path, data: bytes) -> Iterator[Path]:
         """A temporary file beside `path` with these bytes, on disk; gone at the end unless it was renamed."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        target = temporary(path)
-        with room_for(path.name, path.parent):
-            try:
-                with target.open("xb") as stream:
-                    stream.write(data)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                yield target
-            finally:
-                target.unlink(missing_ok=True)
+        with room_for(path.name, path.parent), prepared(path, data) as target:
+            yield target
 
 
 @dataclass(frozen=True)

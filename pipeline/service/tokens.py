@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from merge_service.files import sync_directory, temporary
+from merge_service.files import replace_whole, sync_directory
 from pipeline.errors import ConfigError
 
 Role = Literal["reader", "submitter", "operator"]
@@ -158,14 +158,8 @@ class Tokens:
             fcntl.flock(lock, fcntl.LOCK_EX)
             known = self._read()
             yield known
-            partial = temporary(self._path)
-            handle = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                json.dump([asdict(token) for token in known.values()], stream, indent=1)
-                stream.flush()
-                os.fsync(stream.fileno())
-            partial.replace(self._path)
-            sync_directory(self._path.parent)
+            text = json.dumps([asdict(token) for token in known.values()], indent=1)
+            replace_whole(self._path, text, mode=0o600)
 
 
 def drafted(

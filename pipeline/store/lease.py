@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from merge_service.faults import point
-from merge_service.files import temporary
+from merge_service.files import replace_whole
 from pipeline.errors import StoreError, StoreUnwritable
 from pipeline.files.disk import room_for
 from pipeline.files.ownership import is_abandoned, locked, owner_mark
@@ -65,13 +65,8 @@ class Files:
             return None
 
     def write(self, key: str, data: bytes) -> None:
-        target = temporary(self.root / key)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            target.write_bytes(data)
-            target.replace(self.root / key)
-        finally:
-            target.unlink(missing_ok=True)
+        (self.root / key).parent.mkdir(parents=True, exist_ok=True)
+        replace_whole(self.root / key, data, sync=False)
 
     def create(self, key: str, data: bytes) -> bool:
         (self.root / key).parent.mkdir(parents=True, exist_ok=True)

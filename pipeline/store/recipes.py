@@ -357,6 +357,8 @@ def not_portable(step: Described) -> str | None:
     spec = MergeSpec.of(step.spec)
     if spec.source is not None:
         return f"{spec.technique} is not one of ours: its code may not be there when the weights are wanted"
+    if spec.statistics:
+        return f"{spec.technique} reads statistics, which may not be there when the weights are wanted"
     if not get(spec.technique).portable:
         return f"{spec.technique} takes singular vectors, whose last bits differ between linear algebra libraries"
     return None

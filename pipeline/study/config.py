@@ -18,7 +18,17 @@ from merge_service import timelines as timeline
 from merge_service.errors import TechniqueError, UserError
 from pipeline.errors import ConfigError
 from pipeline.study.file_kinds import expect
-from pipeline.study.grid import AXES, SECTIONS, Cell, Expansion, Settings, expand, flatten
+from pipeline.study.grid import (
+    AXES,
+    SECTIONS,
+    Cell,
+    Expansion,
+    Settings,
+    expand,
+    flatten,
+    forbidden_data,
+    problems_beside_others,
+)
 from pipeline.study.mistakes import Problem, nearest, short, validate
 from pipeline.study.sections import (
     BUDGETS,
@@ -30,6 +40,7 @@ from pipeline.study.sections import (
     Name,
     ScheduleSection,
     Section,
+    StatisticsSection,
     StorageSection,
     key_of,
 )
@@ -66,6 +77,7 @@ class Study(Section):
     budget: BudgetSection
     grid: dict[str, list[Any]]
     evaluation: EvaluationSection = EvaluationSection()
+    statistics: StatisticsSection = StatisticsSection()
     resources: ResourcesSection = ResourcesSection()
     schedule: ScheduleSection = ScheduleSection()
     tracking: TrackingSection = TrackingSection()
@@ -74,7 +86,10 @@ class Study(Section):
     @cached_property
     def expansion(self) -> Expansion:
         """The cells of the grid, with its problems and warnings."""
-        return expand(self.grid, Settings(self.model, self.stream, self.recipe, self.budget, self.evaluation))
+        settings = Settings(
+            self.model, self.stream, self.recipe, self.budget, self.evaluation, self.statistics
+        )
+        return expand(self.grid, settings)
 
     @property
     def cells(self) -> tuple[Cell, ...]:
@@ -262,6 +277,8 @@ class Study(Section):
             timeline.check(cell.strategy, 1 if cell.strategy.joint else length_of(self.filled(cell.stream)))
         except TechniqueError as error:
             yield Problem(f"grid.strategies ({cell.name})", str(error))
+        if rights := forbidden_data(cell):
+            yield Problem(f"grid.strategies ({cell.name})", rights)
 
     def _unknown_datasets(self, roles: Roles) -> list[Problem]:
         """Names without a folder in the data root; empty while the root does not exist."""
@@ -367,7 +384,7 @@ def study_from(raw: Mapping[str, Any], where: str = "study", overrides: Sequence
     study, wrong = validate(Study, {**tree, "grid": grid})
     problems += [_axis_meant(problem, tree) for problem in wrong]
     if all(problem.key != "grid" for problem in problems):
-        problems += _grid_problems(tree, grid) if study is None else study.expansion.problems
+        problems += problems_beside_others(tree, grid) if study is None else study.expansion.problems
     if problems or study is None:
         raise ConfigError(list(dict.fromkeys(_located(problem, where, overridden) for problem in problems)))
     return study
@@ -413,24 +430,6 @@ def _fill_from_grid(tree: dict[str, Any], grid: Mapping[str, Sequence[Any]]) -> 
     axes = [key for key in BUDGETS if grid.get(f"budget.{key}")]
     if isinstance(budget, dict) and axes and not any(key in budget for key in BUDGETS):
         tree["budget"] = {**budget, axes[0]: grid[f"budget.{axes[0]}"][0]}
-
-
-def _grid_problems(tree: dict[str, Any], grid: Mapping[str, Sequence[Any]]) -> Sequence[Problem]:
-    """Mistakes in the grid of a study that has other mistakes, too; axes of an invalid section are not checked."""
-    stand_ins: dict[str, Any] = {
-        "model": ModelSection(config="any"),
-        "stream": StreamSection(),
-        "recipe": Recipe(),
-        "budget": BudgetSection(steps_per_task=1),
-        "evaluation": EvaluationSection(),
-    }
-    usable = dict(grid)
-    for name, section in SECTIONS.items():
-        found, _ = validate(section, tree.get(name, {}))
-        if found is None:
-            usable = {key: values for key, values in usable.items() if key.split(".")[0] != name}
-        stand_ins[name] = found or stand_ins[name]
-    return expand(usable, Settings(**stand_ins)).problems
 
 
 def _located(problem: Problem, where: str, overridden: set[str]) -> str:

@@ -1,6 +1,6 @@
 """The cells of a study's grid: one for every strategy, every setting of every axis, and every seed.
 
-Keys of `grid` are `strategies`, `seed`, any dotted key of the sections `model`, `stream`, `recipe` and `budget`, and
+Keys of `grid` are `strategies`, `seed`, any dotted key of the sections `model`, `stream`, `recipe`, `budget` and `statistics`, and
 `evaluation.split`, each with a list of values; `model`, `stream` and `recipe.mixture` also as a whole.
 Invariant: cells are in the order of the file (strategies outermost, seeds innermost), each with a unique id, and every
 cell can be planned. Settings that are equivalent for a strategy are one cell, whose name and axes leave out what has no
@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from merge_service.techniques import get as technique_called
-from merge_service.timelines import Strategy, needs_experts
+from merge_service.timelines import Strategy, measured, needs_experts
 from pipeline.identity import fingerprint
 from pipeline.study.mistakes import Problem, leaf_keys, nearest, short, validate
-from pipeline.study.sections import BUDGETS, BudgetSection, EvaluationSection, ModelSection
+from pipeline.study.sections import BUDGETS, BudgetSection, EvaluationSection, ModelSection, StatisticsSection
 from pipeline.study.sections_stream import StreamSection
 from pipeline.study.strategies import NamedStrategy, read_strategies, trait_label
 from workers.training.recipe import Mixture, Recipe
@@ -29,6 +29,7 @@ SECTIONS: dict[str, Any] = {
     "recipe": Recipe,
     "budget": BudgetSection,
     "evaluation": EvaluationSection,
+    "statistics": StatisticsSection,
 }
 WHOLE = ("model", "stream")
 """Sections that can be an axis as a whole: a value replaces the entire section, including its defaults."""
@@ -49,6 +50,7 @@ class Settings:
     recipe: Recipe
     budget: BudgetSection
     evaluation: EvaluationSection
+    statistics: StatisticsSection
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Cell:
     seed: int
     axes: Mapping[str, Any]
     split: str
+    statistics: StatisticsSection
     parity: str | None = None
 
 
@@ -130,6 +133,36 @@ def expand(grid: Mapping[str, Sequence[Any]], settings: Settings) -> Expansion:
     if problems:
         return Expansion(problems=tuple(problems))
     return Expansion(tuple(_cells(strategies, varied, seeds)), (), tuple(warnings))
+
+
+def problems_beside_others(tree: Mapping[str, Any], grid: Mapping[str, Sequence[Any]]) -> Sequence[Problem]:
+    """Mistakes in the grid of a study that has other mistakes, too; axes of an invalid section are not checked."""
+    stand_ins: dict[str, Any] = {
+        "model": ModelSection(config="any"),
+        "stream": StreamSection(),
+        "recipe": Recipe(),
+        "budget": BudgetSection(steps_per_task=1),
+        "evaluation": EvaluationSection(),
+        "statistics": StatisticsSection(),
+    }
+    usable = dict(grid)
+    for name, section in SECTIONS.items():
+        found, _ = validate(section, tree.get(name, {}))
+        if found is None:
+            usable = {key: values for key, values in usable.items() if key.split(".")[0] != name}
+        stand_ins[name] = found or stand_ins[name]
+    return expand(usable, Settings(**stand_ins)).problems
+
+
+def forbidden_data(cell: Cell) -> str | None:
+    """What the merges of a cell would read that its strategy may not: old data, without a replay of old data. None if nothing."""
+    together = any(one.of == "experts" for one in measured(cell.strategy))
+    if not together or cell.recipe.mixture.buffer > 0:
+        return None
+    return (
+        f"{cell.strategy.technique} measures all experts on images of every task so far, and mixture.buffer: 0 allows no old data; give "
+        "it a mixture with a buffer, or choose a technique that needs data of the new task only"
+    )
 
 
 def with_values(section: Any, name: str, values: Mapping[str, Any]) -> tuple[Any, list[Problem]]:
@@ -231,16 +264,19 @@ def _cells(
                 yield Cell(
                     label, group, name, strategy,
                     settings.model, settings.stream, recipe, settings.budget, seed, chosen, settings.evaluation.split,
-                    named.written.parity,
+                    settings.statistics, named.written.parity,
                 )  # fmt: skip
 
 
 def _has_effect(key: str, strategy: Strategy, settings: Settings) -> bool:
     """Whether an axis has an effect for a strategy.
 
+    How experts are measured has none where nothing is.
     A strategy that trains nothing has no recipe and no budget. One with its own mixture does not use the study's. Given
     weights are not drawn from a seed.
     """
+    if key.startswith("statistics."):
+        return bool(measured(strategy))
     if key == "model.seed":
         return settings.model.pretrained is None
     if not needs_experts(strategy):

@@ -24,7 +24,7 @@ Place = Annotated[
 def _no_address(value: str) -> str:
     if "://" in value:
         raise ValueError(
-            f"it is an address ({value.partition('://')[0][:20]}://...), and shards are read from folders only; mount the bucket as a "
+            f"it is an address ({value.partition('://')[0][:20]}://...), and a data root is a folder; mount the bucket as a "
             "folder that every node sees, or copy the shards, and give that folder"
         )
     return value

@@ -23,6 +23,7 @@ from pipeline.files.paths import expanded
 from pipeline.identity import fingerprint
 from pipeline.study.addresses import refuse_secret
 from pipeline.study.places import Folder, Place
+from workers.data.encoded.addresses import plain
 from workers.jobs import Reading
 from workers.models.configuration import Preprocess
 from workers.training.recipe import Mixture
@@ -120,6 +121,7 @@ class DataSection(Section):
 
     `suite` is the name of a suite under data/ (`suite.json`), or a YAML file that describes the datasets under `root`.
     `reading`: pictures are decoded once into the cache, or read as they are stored; auto goes by the number of samples of a split.
+    `addresses`: servers and buckets from which shards may be read, where a manifest says that they are there.
     """
 
     suite: Annotated[str, AfterValidator(_suite)] | None = None
@@ -130,6 +132,7 @@ class DataSection(Section):
     zero_shot_groups: GroupsSection | None = None
     cache: Place | None = None
     reading: Reading = "decoded"
+    addresses: tuple[Annotated[str, AfterValidator(plain)], ...] | None = None
 
     @model_validator(mode="after")
     def _located(self) -> Self:
@@ -212,12 +215,40 @@ class EvaluationSection(Section):
         return self.precision
 
 
+class StatisticsSection(Section):
+    """How experts are measured for techniques that see data, on rows of their own task's training split.
+
+    `examples` null is the kind's own number (256; 128 for gradients), drawn with `seed`. `labels`: of which classes gradients are taken
+    (`sample`, of one drawn from the model's own answer; `expectation`, of all; `given`, of the true one). `towers`: `both` passes them
+    through both towers, `image` against class embeddings of the base. No key bears on a technique that measures nothing.
+    """
+
+    examples: int | None = Field(default=None, ge=1, le=1_000_000)
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    labels: Literal["sample", "expectation", "given"] = "sample"
+    towers: Literal["both", "image"] = "both"
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Only what is not the default, so that a study without it is written, and tracked, as it was before there was such a section."""
+        values: dict[str, Any] = handler(self)
+        return {key: value for key, value in values.items() if value != type(self).model_fields[key].default}
+
+
 class MaxRunning(Section):
     """The most steps of each kind that run at a time; null is as many as fit."""
 
     train: int | None = Field(default=None, ge=1, le=1_000_000)
+    measure: int | None = Field(default=None, ge=1, le=1_000_000)
     merge: int | None = Field(default=None, ge=1, le=1_000_000)
     evaluate: int | None = Field(default=None, ge=1, le=1_000_000)
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A study without a limit for measurements is written as it was before there were any."""
+        values: dict[str, Any] = handler(self)
+        return {key: value for key, value in values.items() if key != "measure" or value is not None}
 
 
 class ScheduleSection(Section):

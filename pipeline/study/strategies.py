@@ -3,6 +3,7 @@
 Invariant: every strategy that this module returns has passed `timeline.check`, and all full names differ.
 """
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -122,10 +123,20 @@ def _strategy(
         deploy=deploy,
         technique=technique,
         params={**inherited, **section.params},
-        ema_seed=section.ema_seed if section.ema_seed is not None else preset.ema_seed,
+        ema_seed=section.ema_seed or _ema_seed(technique, preset),
         mixture=mixture,
         parity=section.parity,
     )
+
+
+def _ema_seed(technique: str | None, preset: Strategy) -> str:
+    """Where a fold begins if the study does not say: a fold of sums over experts can only begin with the first of these."""
+    with contextlib.suppress(
+        TechniqueError
+    ):  # an unknown technique is reported where the strategy is checked
+        if technique is not None and technique_called(technique).resumes:
+            return "first_expert"
+    return preset.ema_seed
 
 
 def _check_joint(section: StrategySection, strategy: Strategy) -> None:

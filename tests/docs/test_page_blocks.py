@@ -70,6 +70,11 @@ def invented() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     overhead = {"bare": {"cpu": 10.0}, "run": {"steps": 49}}
     return {
         "merge-limit": (merged | {"experts": 4}, {"cases": cases()}),
+        "merge-limit-8": (merged | {"experts": 8}, {"cases": cases()}),
+        "study-report": ({"study": "sweep.yaml"}, {"trajectories": 248, "cpu": 9.8, "html_bytes": 1_700_000, "figures": 13}),
+        "tracking": ({"trajectories": 288}, {"rows": 9582, "trajectories": 300, "models": 2156, "milliseconds per model": 6.0, "share of the sweep": 0.004}),
+        "storage-sweep": ({"study": "sweep.yaml", "set": ["grid.seed=[0]"]}, {"checkpoints": 90, "runs": {name: [{"wall": 60.0, "cpu": 80.0, "disk": disk, "train": 9e7, "base": 1e7}] for name, disk in (("all", 3e8), ("none", 1.02e8))}, "ratios": {"none": {"wall": [0.99], "cpu": [1.0], "disk": [0.34]}}}),
+        "storage-small-disk": ({"small_disk": 2}, {"disk": 4_000_000_000, "checkpoint": 598_482_948, "steps": {"train": 3, "merge": 4, "evaluate": 9}, "keep all": {"exit": 2}, "keep none": {"disk": 2_400_000_000}}),
         "merge-memory-2": (merged | {"experts": 2}, {"cases": cases()}),
         "merge-memory-8": (merged | {"experts": 8}, {"cases": cases()}),
         "merge-peers": (merged | {"experts": 4}, {"cases": cases("mergekit", "fusionbench")}),
@@ -92,6 +97,11 @@ def invented() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
 
 EXPECTED = {
     "merge-limit": "| `average` | 0.25 | 0.5 | 2.0 | 1.5 | 80 |",
+    "merge-limit-8": "8 experts of 4 MiB",
+    "sweep-report": "9.8 s of CPU for a page of 1.7 MB with 13 figures",
+    "sweep-tracking": "6.0 ms of CPU per model, and in all 0.4 %",
+    "keep": "| `none` | 60 | 80 | 102 | 2.0 % |",
+    "small-disk": "refused with `keep: all` (exit code 2), finished with `keep: none`",
     "merge-peers": "| `average` | 0.5 | 2.00 | 4.0 | took more than the 8192 MiB that it might | | 80, 80, - |",
     "memory": "| 8 experts | 80 |",
     "agreement": "| average, mergekit | 10 | 1 | 1e-07 | 1e-06 |",

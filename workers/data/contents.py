@@ -124,7 +124,7 @@ def inspect(shard: Path, kind: str, decode: bool = False) -> Survey:
     return Survey(count, tuple(sorted(labels.items())), top, tuple(sorted(pictures.items())), tuple(files))
 
 
-def open_image(data: bytes, shard: Path, name: str) -> Image.Image:
+def open_image(data: bytes, shard: Path | str, name: str) -> Image.Image:
     """An image whose header has been read and whose pixels have not. Raises ShardError: unreadable or pixels."""
     stream: BinaryIO = io.BytesIO(data)
     try:
@@ -162,7 +162,7 @@ def check_label(label: int, classes: int, shard: Path, key: str) -> None:
         )  # fmt: skip
 
 
-def captions_of(data: bytes, shard: Path, key: str) -> list[str]:
+def captions_of(data: bytes, shard: Path | str, key: str) -> list[str]:
     """The captions in a .txt member, one per line, without blank lines. Raises ShardError if it is not UTF-8."""
     return [line.strip() for line in _text(data, shard, key).split("\n") if line.strip()]
 
@@ -250,7 +250,7 @@ def _jpeg_ends(data: bytes) -> bool:
     return False
 
 
-def _text(data: bytes, shard: Path, key: str) -> str:
+def _text(data: bytes, shard: Path | str, key: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:

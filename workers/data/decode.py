@@ -26,6 +26,7 @@ from merge_service.errors import UserError
 from workers.data import manifest, pictures
 from workers.data.cache import Access, Unusable, check_entry, make_entry
 from workers.data.contents import captions_of, check_label, label_of, open_image, picture_id
+from workers.data.encoded.addresses import check_allowed
 from workers.data.encoded.index import Split, index_of
 from workers.data.encoded.shards import Shards
 from workers.data.seen import reads_encoded
@@ -103,6 +104,8 @@ def load(
     geometry = {key: preprocess[key] for key in GEOMETRY if preprocess and preprocess.get(key) is not None}
     size = height_and_width(image_size)
     if reads_encoded(source.reading, split.samples):
+        if split.address:
+            check_allowed(split.address, source.addresses, f"the {source.split} split of {source.dataset}")
         stored = Split.of(source.root, info, source.split)
         everything = _stored(stored, Path(cache), info.classes, info.templates, (*size, *geometry.items()))
     else:

@@ -12,13 +12,14 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from merge_service.errors import UserError
 from workers.data.cache import Access, cache_root, file_sha256, recall, remember
 from workers.data.contents import REVISION, Survey, check_label, inspect, together
+from workers.data.encoded.addresses import plain
 from workers.data.lines import class_names, filled_lines, stated_number
 from workers.data.tarscan import ShardError
 from workers.data.zero_shot import GROUPS, misfit
@@ -45,11 +46,15 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """One split. `digest` is the sha256 over (sha256, samples) of the shards in order."""
+    """One split. `digest` is the sha256 over (sha256, samples) of the shards in order, wherever they are.
+
+    `address` is the folder of the shards at a server, ending in `/`; "" if they are in the folder of the split.
+    """
 
     samples: int
     shards: tuple[ShardInfo, ...]
     digest: str
+    address: str = ""
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,11 @@ def verify(
     """
     home, info = folder(root, dataset), describe(root, dataset, cache)
     surveys = []
+    if address := split_of(info, split).address:
+        raise UserError(
+            f"the {split} split of {dataset} has its shards at {address}; only a train split that is read as it is stored "
+            "(data.reading: encoded) may; copy the shards"
+        )
     for shard in split_of(info, split).shards:
         path = home / split / shard.file
         surveys.append(verify_shard(path, shard, info.kind, Path(cache) if cache else None, decode))
@@ -307,10 +317,13 @@ def _own_splits(home: Path) -> dict[str, SplitInfo]:
         )
     splits = {}
     try:
+        addresses = {name: plain(str(one)) for name, one in manifest.get("addresses", {}).items()}
         for name, stated in sorted(manifest["splits"].items()):
             shards = [ShardInfo(**shard) for shard in stated]
             _check_types(shards)
-            splits[name] = split_info(shards)
+            splits[name] = replace(split_info(shards), address=addresses.get(name, ""))
+    except ValueError as error:
+        raise UserError(f"{home / MANIFEST_FILE}: addresses: {error}") from None
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{home / MANIFEST_FILE} is malformed ({error}); write the dataset again") from None
     for split in splits.values():

@@ -28,13 +28,13 @@ _KEY_AND_SUFFIX = re.compile(r"^((?:.*/|)[^./][^.]*)\.([^/]+)$")
 
 
 class ShardError(UserError):
-    """A shard that must not be trained on.
+    """A shard that must not be trained on; `shard` is its path or its address.
 
     `reason` is one word for programs: missing, cut, flipped, short, forbidden, duplicate, pixels, unreadable.
     """
 
     def __init__(
-        self, shard: Path, reason: str, detail: str, advice: str = "Fetch or write this shard again."
+        self, shard: Path | str, reason: str, detail: str, advice: str = "Fetch or write this shard again."
     ):
         super().__init__(shard, reason, detail, advice)  # all arguments, for pickle to rebuild the exception
         self.shard, self.reason = shard, reason

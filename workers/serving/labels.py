@@ -6,7 +6,6 @@ Invariant: a set that `put` returned from is found by every later `get`, in any 
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from merge_service.errors import UserError
-from merge_service.files import sync_directory, temporary
+from merge_service.files import replace_whole, sync_directory
 
 PLACE = "{c}"
 """Where a name goes in a template."""
@@ -70,13 +69,7 @@ class LabelSets:
         new = not path.exists()
         if new and len(self.names()) >= MOST:
             raise LabelError(f"there are {MOST} label sets, which is the most; remove one first")
-        partial = temporary(path)
-        with partial.open("w", encoding="utf-8") as stream:
-            json.dump({"names": labels.names, "templates": labels.templates}, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-        sync_directory(self._folder)
+        replace_whole(path, json.dumps({"names": labels.names, "templates": labels.templates}))
         return new
 
     def get(self, name: str) -> LabelSet | None:

@@ -5,13 +5,12 @@ Invariant: a reader of the file sees one statement or the next, never parts of b
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from merge_service.files import sync_directory, temporary
+from merge_service.files import replace_whole
 
 
 @dataclass(frozen=True)
@@ -67,13 +66,7 @@ class HeadFile:
     def write(self, current: Served | None, kept: Sequence[Served] = ()) -> None:
         """Replace the statement. Raises OSError."""
         body = {"current": current and current.to_json(), "kept": [one.to_json() for one in kept]}
-        partial = temporary(self._path)
-        with partial.open("w", encoding="utf-8") as stream:
-            json.dump(body, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(self._path)
-        sync_directory(self._path.parent)
+        replace_whole(self._path, json.dumps(body))
 
     def _now(self) -> tuple[tuple[int, int, int] | None, Served | None, tuple[Served, ...]]:
         """What was read last, read anew if the file is another one; threads may ask at once."""

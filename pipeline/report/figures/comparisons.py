@@ -65,7 +65,7 @@ def transfer(data: Data) -> Figure:
     if rows.empty:
         raise NoData("forgetting needs two tasks seen, each scored from its arrival on")
     base = named("last").transform_filter("isValid(datum.forgetting) && isValid(datum.bwt)").encode(
-        alt.X("forgetting:Q", title="Forgetting (best so far - now, fraction)"),
+        alt.X("forgetting:Q", title="Forgetting (best so far - now, fraction)", axis=alt.Axis(tickCount=8)),
         alt.Y("bwt:Q", title="Backward transfer (now - on arrival, fraction)"),
         tooltip=tooltip("forgetting", "bwt", first=("group:N", "settings:N")),
     )  # fmt: skip
@@ -84,6 +84,10 @@ def transfer(data: Data) -> Figure:
     )
 
 
+_AMOUNT = "format(datum.value, datum.value < 10000 ? ',.4~r' : '~s')"
+"""Whole numbers as people write them; only large ones get a k or an M."""
+
+
 def price(data: Data, cost: str) -> Figure:
     """GM at the last t against the cost of a trajectory that is run alone, with the Pareto front."""
     unit, title = PRICES[cost]
@@ -91,7 +95,7 @@ def price(data: Data, cost: str) -> Figure:
     if rows[cost].nunique() < 2:
         raise NoData(f"the {unit} of a sample were not measured" if cost == "gflops" and rows.empty else f"no two groups differ in {unit} that were measured")  # fmt: skip
     base = named("last").transform_filter(f"isValid(datum.{cost}) && !datum.joint").encode(
-        alt.X(f"{cost}:Q", title=f"{title}, if the trajectory were run alone", axis=alt.Axis(format="~s", tickCount=8)),
+        alt.X(f"{cost}:Q", title=f"{title}, if the trajectory were run alone", axis=alt.Axis(labelExpr=_AMOUNT, tickCount=8)),
         alt.Y("gm:Q", title="GM at the last t (fraction)", scale=alt.Scale(zero=False)),
         tooltip=["group:N", "settings:N", alt.Tooltip(f"{cost}:Q", format=",.0f"), alt.Tooltip("gm:Q", format=".3f")],
     )  # fmt: skip
@@ -120,9 +124,22 @@ def price(data: Data, cost: str) -> Figure:
 
 def sharing(summary: Mapping[str, Any]) -> Figure:
     """The steps of the study beside those of its trajectories one by one: `summary` is a plan's."""
-    names = {"train": "Experts trained", "merge": "Merges", "evaluate": "Evaluations"}
-    rows = [(name, summary["steps"][kind]["unique"], summary["steps"][kind]["naive"]) for kind, name in names.items()]  # fmt: skip
-    rows.append(("Training (GFLOPs)", summary["gflops"], summary["gflops_naive"]))
+    names = {
+        "train": "Experts trained",
+        "measure": "Measurements",
+        "merge": "Merges",
+        "evaluate": "Evaluations",
+    }
+    counted = {name: summary["steps"][kind] for kind, name in names.items() if kind in summary["steps"]}
+    rows = [(name, one["unique"], one["naive"]) for name, one in counted.items()]
+    measures = "Measurements" in counted
+    rows.append(
+        (
+            f"Training{' and measuring' if measures else ''} (GFLOPs)",
+            summary["gflops"],
+            summary["gflops_naive"],
+        )
+    )
     table = pd.DataFrame(
         [row for row in rows if row[1] is not None and row[2]], columns=["what", "shared", "alone"]
     )

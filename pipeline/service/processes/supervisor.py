@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_service.checkpoints import CONFIG_FILE
-from merge_service.files import temporary
+from merge_service.files import replace_whole
 from pipeline.errors import ConfigError
 from pipeline.service import metrics
 from pipeline.service.processes.child import PIPE
@@ -175,9 +175,7 @@ def run(setup: Setup, others: Sequence[Child] = ()) -> None:
     if Tokens(setup.tokens).first(setup.first_token):
         print(f"the first operator token is in {setup.first_token}", flush=True)
     file = setup.state / "setup.json"
-    partial = temporary(file)
-    partial.write_text(setup.model_dump_json(), encoding="utf-8")
-    partial.replace(file)
+    replace_whole(file, setup.model_dump_json(), sync=False)
     metrics.begin(setup.metrics)
     os.environ |= {metrics.FOLDER: str(setup.metrics), metrics.PLACE: "supervisor"}
     counted = metrics.Metrics().restarts

@@ -164,6 +164,8 @@ class Projection:
             rows += self._experts.trained(step, record)
         if step.kind == "evaluate":
             rows += self._experts.evaluated(step, record)
+        if step.kind == "measure":
+            rows += self._experts.measured(step, record)
         for (base, split), evaluation in self.index.base_evaluations.items():
             if step.fingerprint == evaluation:
                 model, scores = base_key(base), self._scores(record, 0, shared=True)

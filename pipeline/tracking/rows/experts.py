@@ -104,6 +104,19 @@ class ExpertRows:
             *self._base_score(step.fingerprint),
         ]
 
+    def measured(self, step: Step, record: Record) -> list[Row]:
+        """What was measured of each expert: rows of data, bytes and seconds, by kind (step = t)."""
+        kind, result, rows = step.spec["statistic"], record.result, list[Row]()
+        experts = [model for model in step.inputs.values() if model in self._index.experts]
+        for expert in experts if len(experts) == 1 else ():
+            metrics = Metrics(record.created_ms)
+            metrics.add(f"measured/{kind}/examples", sum(result["examples"]), step.t)
+            metrics.add(f"measured/{kind}/bytes", result["bytes"], step.t)
+            metrics.add(f"measured/{kind}/seconds", result["seconds"], step.t)
+            metrics.add(f"measured/{kind}/gflops", step.gflops, step.t)
+            rows.append(self._rows.log(expert_key(expert), f"measured/{step.fingerprint[:16]}", metrics))
+        return rows
+
     def evaluated(self, step: Step, record: Record) -> list[Row]:
         """Scores on the experts' own tasks from an evaluation: of the experts, or of the base for comparison."""
         rows = []

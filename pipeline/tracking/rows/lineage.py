@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_service.checkpoints import WEIGHTS_FILE
+from pipeline.kinds.table import KINDS
 from pipeline.plan.steps import BASE, Step
 from pipeline.store.artifact import Record
 from pipeline.tracking.rows.names import OPENING
@@ -158,7 +159,7 @@ class Lineage:
         """
         if fingerprint not in self._merged:
             step = self._steps.get(fingerprint)
-            if step is None:
+            if step is None or not KINDS[step.kind].weights:
                 self._merged[fingerprint] = 0, []
             elif step.kind == "train":
                 self._merged[fingerprint] = 1, [self._expert(step)]

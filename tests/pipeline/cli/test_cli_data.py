@@ -85,18 +85,3 @@ def test_measure_command_measures_the_training_split_of_a_task(kind: str, cli, t
     assert cli(*asked, "--task", "letters").code == 2  # the file is there
     wrong = cli(*asked, "--task", "letter", "--force")
     assert wrong.code == 2 and "did you mean letters" in wrong.err
-
-
-def test_study_with_a_technique_that_needs_statistics_is_refused(cli, tmp_path: Path) -> None:
-    study = tmp_path / "study.yaml"
-    text = Path("configs/smoke.yaml").read_text()
-    study.write_text(
-        text.replace("[offline_merging, best_in_time]", "[{init: base, deploy: all, technique: regmean}]")
-    )
-    answer = cli("plan", study)
-    assert answer.code == 2 and "needs statistics of kind gram, which studies do not measure" in answer.err
-    study.write_text(
-        text.replace("[offline_merging, best_in_time]", "[{init: ema, deploy: ema, technique: wudi}]")
-    )
-    answer = cli("plan", study)
-    assert answer.code == 2 and "folds with a state" in answer.err

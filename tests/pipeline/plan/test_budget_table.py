@@ -1,11 +1,15 @@
 """Memory-adjusted budgets compared with the published table of FoMo-in-Flux (ViT-B/16, batch 512, 1.8e9 GFLOPs in all)."""
 
+import functools
+
 import pytest
 
 from pipeline.plan.planner import steps_per_task
 from pipeline.study.sections import BudgetSection
-from workers.training.budget import measure, memory_ratio
+from workers.training import budget
+from workers.training.budget import memory_ratio
 
+measure = functools.cache(budget.measure)
 TOTAL = BudgetSection(total_gflops=1.8e9)
 HORIZONS = (20, 50, 100, 200)
 TABLE = {  # GFLOPs per step, peak memory in GB, steps per task at each horizon

@@ -1,16 +1,20 @@
 """`data.reading`: what a plan reads of pools as they are stored, and which steps are other steps because of it."""
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from merge_service.errors import UserError
 from pipeline.plan import facts
 from pipeline.plan.facts import gather
 from pipeline.plan.planner import make_plan
 from pipeline.run.jobs import Jobs
 from pipeline.study.config import load_study
 from tests.pipeline.plan_toys import workspace_of
-from tests.world import World, make_world
+from tests.world import TASKS, World, make_world
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +90,27 @@ def test_jobs_say_how_each_split_is_read(place: World) -> None:
                 assert {source.reading for source in jobs.evaluate(step).datasets} == {reading}
 
 
+def test_shards_at_an_address_give_the_same_steps_and_no_request_before_they_are_read(tmp_path: Path) -> None:
+    world = make_world(tmp_path)
+    _, before = planned(world, "encoded")
+    home, address = tmp_path / "data" / TASKS[0], "http://127.0.0.1:9/pool/"
+    manifest = json.loads((home / "manifest.json").read_text())
+    (home / "manifest.json").write_text(json.dumps({**manifest, "addresses": {"train": address}}))
+    shutil.rmtree(home / "train")
+    with pytest.raises(UserError, match=r"data\.addresses does not allow"):
+        planned(world, "encoded")
+    allowed = ["data.reading=encoded", "data.addresses=[http://127.0.0.1:9/]"]
+    study = load_study(world.study(), allowed).resolved()
+    plan = make_plan(study, gather(study))
+    assert list(plan.steps) == list(before.steps)
+    jobs = Jobs(workspace_of(study, plan))
+    trained = [jobs.train(step) for step in plan.steps.values() if step.kind == "train"]
+    assert {source.addresses for job in trained for source in job.update} == {("http://127.0.0.1:9/",)}
+    with pytest.raises(UserError, match=r"data\.reading: encoded"):
+        planned(world, "decoded")
+
+
 @pytest.mark.parametrize("root", ["s3://bucket/pool", "https://somewhere/pool"])
 def test_root_that_is_an_address_is_refused_with_the_reason(place: World, root: str) -> None:
-    with pytest.raises(Exception, match="shards are read from folders only"):
+    with pytest.raises(Exception, match="a data root is a folder"):
         load_study(place.study(), [f"data.root={root}"])

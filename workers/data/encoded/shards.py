@@ -1,16 +1,20 @@
 """Reading samples of a split by their number, in any order and from several threads, without reading what lies between.
 
-Shards are plain local files. They are opened when a sample of theirs is first asked for, and only so many stay open.
-Invariant: what is returned is as many bytes as the index states; fewer are a ShardError that names the shard.
+Shards are local files, or objects at an address of which ranges are read. Files are opened when a sample of theirs is first needed, and
+only so many stay open.
+Invariant: what is returned is as many bytes as the index states, from an address those that were indexed; else a ShardError names the
+shard.
 """
 
+import contextlib
 import os
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from workers.data.encoded.index import Index, Split, rows_of
+from workers.data.encoded.index import PARTS, Index, Split, content, rows_of
+from workers.data.encoded.remote import read_range
 from workers.data.tarscan import ShardError, members
 
 OPEN_FILES = 256
@@ -22,40 +26,48 @@ class Shards:
 
     def __init__(self, split: Split, index: Index) -> None:
         self.split, self.index = split, index
-        self._paths = [str(split.home / shard.file) for shard in split.shards]
+        where = split.address or f"{split.home}/"
+        self._paths = [f"{where}{shard.file}" for shard in split.shards]
         self._first = rows_of(split)
 
     def picture(self, row: int) -> bytes:
         """The file of a picture. Raises ShardError."""
-        place = self.index.places[row]
-        return self._read(row, int(place["offset"]), int(place["length"]))
+        return self._read(row, *PARTS[0])
 
     def text(self, row: int) -> bytes:
         """The captions of a sample, b"" where it has none. Raises ShardError."""
-        place = self.index.places[row]
-        length = int(place["text_length"])
-        return self._read(row, int(place["text_offset"]), length) if length else b""
+        return self._read(row, *PARTS[1])
 
-    def path(self, row: int) -> Path:
-        """The shard of a sample."""
-        return Path(self._paths[self._number(row)])
+    def path(self, row: int) -> Path | str:
+        """The shard of a sample: its path, or its address."""
+        found = self._paths[self._number(row)]
+        return found if self.split.address else Path(found)
 
     def name(self, row: int) -> str:
-        """The name of a picture's file in its shard; "sample N" where the shard can no longer be read."""
-        offset = int(self.index.places[row]["offset"])
-        try:
-            found = (member for member in members(self.path(row)) if member.offset == offset)
-            member = next(found, None)
-        except (ShardError, OSError):
-            member = None
+        """The name of a picture's file in its shard; "sample N" where the shard can no longer be read, or is at an address."""
+        offset, shard = int(self.index.places[row]["offset"]), self.path(row)
+        member = None
+        if isinstance(shard, Path):
+            with contextlib.suppress(ShardError, OSError):
+                member = next((one for one in members(shard) if one.offset == offset), None)
         first = self._first[self._number(row)]
         return member.name if member else f"sample {row - int(first) + 1}"
 
     def _number(self, row: int) -> int:
         return int(np.searchsorted(self._first, row, side="right")) - 1
 
-    def _read(self, row: int, offset: int, length: int) -> bytes:
-        path = self._paths[self._number(row)]
+    def _read(self, row: int, start: str, size: str, digest: str) -> bytes:
+        place, path = self.index.places[row], self._paths[self._number(row)]
+        offset, length = int(place[start]), int(place[size])
+        if not length:
+            return b""
+        if self.split.address:
+            data = read_range(path, offset, length)
+            if content(data) != place[digest].tobytes():
+                raise ShardError(
+                    path, "flipped", f"the bytes from {offset} on are no longer those that were indexed"
+                )
+            return data
         try:
             data = _opened(path).read(offset, length)
         except OSError as error:

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from merge_service.errors import UserError
-from merge_service.files import sweep_directory, sync_directory, temporary
+from merge_service.files import replace_whole, sweep_directory, sync_directory
 from workers.data.importing import pictures
 from workers.data.importing.dividing import Item, Shares, divide
 from workers.data.importing.found import TEST, TRAIN, VAL, Columns, Found, Listing, refuse
@@ -342,6 +342,4 @@ def _enter(root: Path, name: str, roles: Sequence[str]) -> None:
             groups[group] = [one for one in groups[group] if one != name]
         if "held_out" in roles:
             groups["replayed" if "pretraining" in roles else "never_replayed"].append(name)
-    work = temporary(file)
-    work.write_text(json.dumps(suite, indent=1) + "\n", encoding="utf-8")
-    work.replace(file)
+    replace_whole(file, json.dumps(suite, indent=1) + "\n", sync=False)

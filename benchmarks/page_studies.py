@@ -1,0 +1,80 @@
+"""The figures of whole studies: reports, tracking, and what `storage.keep` costs. `page.py` puts them on the pages.
+
+Invariant: as of `page.py`.
+"""
+
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+from report import table
+
+MB = 1e6
+
+
+def sweep_report(file: dict[str, Any]) -> str:
+    """A report of a large study."""
+    found = file["found"]
+    return (
+        f"`temporal-merge report` over the {found['trajectories']} trajectories of `configs/{file['settings']['study']}`, with invented scores: "
+        f"{found['cpu']:.1f} s of CPU for a page of {found['html_bytes'] / MB:.1f} MB with {found['figures']} figures."
+    )
+
+
+def sweep_tracking(file: dict[str, Any]) -> str:
+    """What MLflow costs a sweep."""
+    found = file["found"]
+    return (
+        f"Recording and delivering {found['rows']:,} rows of a sweep of {found['trajectories']} trajectories ({found['models']:,} models) takes "
+        f"{found['milliseconds per model']:.1f} ms of CPU per model, and in all {100 * found['share of the sweep']:.1f} % of what its steps take "
+        "where they are as long as the demo's."
+    )
+
+
+def keep(file: dict[str, Any]) -> str:
+    """One study under each choice of `storage.keep`."""
+    found, settings = file["found"], file["settings"]
+    rows = []
+    for name, runs in found["runs"].items():
+        one = {what: median(run[what] for run in runs) for what in runs[0]}
+        more = one["disk"] / (one["train"] + one["base"]) - 1
+        rows.append(
+            [
+                f"`{name}`",
+                f"{one['wall']:.0f}",
+                f"{one['cpu']:.0f}",
+                f"{one['disk'] / MB:,.0f}",
+                f"{100 * more:.1f} %",
+            ]
+        )
+    ratios = {name: median(of["wall"]) for name, of in found["ratios"].items()}
+    first = next(iter(found["runs"]))
+    said = "; ".join(
+        f"`{name}` takes {ratio:.2f} times the wall time of `{first}`" for name, ratio in ratios.items()
+    )
+    cut = ", ".join(f"`{one}`" for one in settings["set"])
+    return (
+        f"`configs/{settings['study']}` with {cut}: {found['checkpoints']} checkpoints, results and every sha256 equal. Medians of "
+        f"{len(next(iter(found['runs'].values())))} alternating runs: {said}.\n\n"
+    ) + table(("`keep`", "wall, s", "CPU of the steps, s", "store, MB", "more than experts and base"), rows)
+
+
+def small_disk(file: dict[str, Any]) -> str:
+    """A ViT-B/16 study on a disk of its experts and two checkpoints."""
+    found = file["found"]
+    steps, size = found["steps"], found["checkpoint"]
+    return (
+        f"A study of ViT-B/16 with random weights ({size / 1e9:.2f} GB a checkpoint; {steps['train']} experts, {steps['merge']} merges, "
+        f"{steps['evaluate']} evaluations) on a file system of {found['disk'] / 1e9:.2f} GB, which holds base, experts and two checkpoints more: "
+        f"refused with `keep: all` (exit code {found['keep all']['exit']}), finished with `keep: none`, which left "
+        f"{found['keep none']['disk'] / 1e9:.2f} GB in the store."
+    )
+
+
+BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "sweep-report": ("study-report", sweep_report),
+    "sweep-tracking": ("tracking", sweep_tracking),
+    "keep": ("storage-sweep", keep),
+    "small-disk": ("storage-small-disk", small_disk),
+}
+"""The file of results that each block is made from, and how."""
