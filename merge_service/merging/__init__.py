@@ -4,6 +4,9 @@ A `Derivation` (operator, base and members) says how a merged model is made. Inp
 and named before a block is computed; a report says what was done. `merge_service.merge` holds the public functions.
 """
 
+from merge_service.merging.adapters.concatenate import concatenate
+from merge_service.merging.adapters.extract import extract
+from merge_service.merging.adapters.written import Written
 from merge_service.merging.derivation import Member, Operator, Out, Rules, Way
 from merge_service.merging.jobs import MergeJob
 from merge_service.merging.parts import Group, Seen, combine_groups
@@ -22,7 +25,10 @@ __all__ = [
     "Seen",
     "TaskVector",
     "Way",
+    "Written",
     "combine_groups",
+    "concatenate",
+    "extract",
     "task_vector",
     "unit",
 ]

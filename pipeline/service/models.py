@@ -15,7 +15,7 @@ from merge_service.faults import point
 from merge_service.files import Made
 from merge_service.live import Accepted, Following, State, Version, link, snapshots
 from merge_service.service import Folder, Origin, Place
-from merge_service.timelines import Base, Expert, Merged, Strategy, Weights, deployed, results
+from merge_service.timelines import Base, Expert, Merged, Strategy, Weights, deployed, initial, results
 from pipeline.errors import CorruptArtifact, NondeterminismError
 from pipeline.kinds.specs import SequenceSpec
 from pipeline.kinds.table import KINDS
@@ -61,6 +61,10 @@ class Models:
         """Make the weights that the next expert starts from, if they are merged: a study makes them with the arrival too."""
         for result in results(self.strategy, len(places)):
             self._made(result, places)
+
+    def start(self, places: Sequence[Place]) -> Record | None:
+        """What the next expert is trained from, after these; None if it is not in the store now."""
+        return self.store.find(self._named(initial(self.strategy, len(places) + 1), places)[1])
 
     def is_there(self, fingerprint: str) -> bool:
         """Whether a version can be opened without being made."""
@@ -138,6 +142,11 @@ class Models:
         if isinstance(weights, Expert):
             return "expert", self.experts.step(places[weights.t - 1].sha256).fingerprint
         return SequenceSpec.kind, self._step(weights, places).fingerprint
+
+
+def places_of(state: State) -> list[Place]:
+    """The accepted sequence as places, made anew: for threads, which share no `Models.places`."""
+    return [Place(one.sha256, one.chain) for one in state.sequence]
 
 
 def placed(root: str, digests: Iterable[str]) -> list[Place]:
