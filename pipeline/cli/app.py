@@ -36,6 +36,7 @@ PANELS = {
         cli_merging.convert,
         cli_adapters.extract,
         cli_trajectories.trajectory,
+        cli_files.publish,
         cli_files.evaluate,
         cli_files.measure,
         cli_files.techniques,
