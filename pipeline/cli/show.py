@@ -78,14 +78,15 @@ def show_plan(workspace: Any, summary: Mapping[str, Any]) -> None:
 
 
 def _room(summary: Mapping[str, Any]) -> str:
-    """The disk space of a study; if some merges are recipes, also the most at a time and the size of all."""
-    stays, peak, everything = (
-        f"{summary[key] / 2**20:,.0f} MiB" for key in ("disk_bytes", "disk_peak_bytes", "disk_all_bytes")
+    """The disk space of a study; if some merges are recipes, also what must be free, the most at a time and the size of all."""
+    stays, least, peak, everything = (
+        f"{summary[f'disk_{key}'] / 2**20:,.0f} MiB"
+        for key in ("bytes", "least_bytes", "peak_bytes", "all_bytes")
     )
     return (
         stays
         if stays == everything
-        else f"{stays} (at most {peak} at a time; storage.keep: all would take {everything})"
+        else f"{stays} ({least} must be free, {peak} are used at most; storage.keep: all would take {everything})"
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from pipeline.kinds.specs import EvaluateSpec, MergeSpec
-from pipeline.plan.steps import Plan
+from pipeline.plan.steps import Plan, Step
 from pipeline.store.recipes import not_portable
 
 Policy = Literal["all", "final", "best", "none"]
@@ -28,11 +28,22 @@ class Keep(Protocol):
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes of the steps that are ahead: what stays, the most there will be at a time, and what all of them would take."""
+    """Bytes that the steps ahead take: what stays, what a run needs at least at a time, what it takes at most, and all merges kept.
+
+    `scored` is the size of the largest merge that is only scored.
+    """
 
     kept: int
+    least: int
     peak: int
     all: int
+    scored: int = 0
+
+    def merges_at_once(self, free: int | None) -> int:
+        """How many merges that are only scored fit at a time, when so many bytes are free; None means that there is no limit."""
+        if free is None or not self.scored:
+            return AT_ONCE
+        return max(1, min(AT_ONCE, 1 + (free - self.least) // self.scored))
 
 
 def kept_merges(plan: Plan, how: Keep) -> frozenset[str]:
@@ -77,17 +88,24 @@ def only_scored(plan: Plan, readers: Mapping[str, Collection[str]]) -> frozenset
 
 def disk(plan: Plan, ahead: Collection[str], kept: Collection[str]) -> Disk:
     """What the steps `ahead` take. `peak` is an upper bound: beside what stays, the newest two merges of every series that others
-    start from, and `AT_ONCE` of those that are only scored."""
+    start from, `AT_ONCE` of those that are only scored, and the copies made where a merge is proven before it is dropped: one, or two
+    if it is a fold. `least` has one of those that are only scored."""
     size = {fp: plan.steps[fp].disk_bytes for fp in ahead}
     passing = {fp for fp in ahead if plan.steps[fp].kind == MergeSpec.kind and fp not in kept}
     total = sum(size.values())
     stays = total - sum(size[fp] for fp in passing)
-    readers = waiting_for(plan)
-    scored = passing & only_scored(plan, readers)
-    at_once = sum(sorted((size[fp] for fp in scored), reverse=True)[:AT_ONCE])
+    scored = passing & only_scored(plan, waiting_for(plan))
     chained = passing - scored
-    at_once += min(2 * sum(size[fp] for fp in _ends(plan, chained)), sum(size[fp] for fp in chained))
-    return Disk(stays, stays + at_once, total)
+    series = min(2 * sum(size[fp] for fp in _ends(plan, chained)), sum(size[fp] for fp in chained))
+    proof = max((size[fp] * _copies(plan.steps[fp]) for fp in passing), default=0)
+    largest = sorted((size[fp] for fp in scored), reverse=True)[:AT_ONCE]
+    less = stays + series + proof
+    return Disk(stays, less + sum(largest[:1]), less + sum(largest), total, max(largest, default=0))
+
+
+def _copies(merge: Step) -> int:
+    """How many files there are at most while a merge is made again: a fold is made from the fold before it."""
+    return 2 if merge.spec["form"] == "fold" else 1
 
 
 def _ends(plan: Plan, merges: Collection[str]) -> set[str]:

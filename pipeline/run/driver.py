@@ -217,11 +217,11 @@ class _Drive:
     def _best(self, barred: set[str]) -> tuple[str, Lane] | None:
         """The most important step of the lanes that are neither in `barred` nor at their cap; scores first while nothing ends later for it."""
         found, spare = [], self.schedule.has_spare_time(self.progress.pace.width[False])
-        full = self.keeping.is_full(self.running.values())
+        too_early = self.keeping.must_wait(self.running.values())
         for name in self.schedule.lanes - barred:
             lane = self.lanes.by_name[name]
             first = self.schedule.first(name)
-            if full and first is not None and self.keeping.passes(first[1]):
+            if first is not None and first[1] in too_early:
                 continue
             of_kind = self.lanes.most_of(lane.kind)
             if (lane.cap is None or self.counts[name] < lane.cap) and (

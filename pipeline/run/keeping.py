@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from pipeline.errors import StorageFull, StoreError
-from pipeline.plan.keeping import AT_ONCE, only_scored, waiting_for
+from pipeline.plan.keeping import AT_ONCE, disk, only_scored, waiting_for
 from pipeline.plan.steps import Step
 from pipeline.store.artifact import AtCommit
 from pipeline.store.recipes import IN_USE
@@ -21,11 +21,11 @@ from pipeline.workspace.workspace import StudySummary, Workspace
 def check_room(workspace: Workspace, summary: StudySummary) -> None:
     """Raise StorageFull unless the study fits; the message gives the size for each choice of `storage.keep`."""
     try:
-        workspace.store.check_room(f"study {workspace.study.name}", summary["disk_peak_bytes"])
+        workspace.store.check_room(f"study {workspace.study.name}", summary["disk_least_bytes"])
     except StorageFull as error:
         choices = ", ".join(f"{name} {size:,}" for name, size in workspace.disk_by_choice().items())
         raise StorageFull(
-            f"{error}. With storage.keep it takes at most so many bytes at a time: {choices}",
+            f"{error}. With storage.keep it needs so many bytes at a time: {choices}",
             error.needed,
             error.free,
         ) from None
@@ -43,6 +43,8 @@ class Keeping:
         self._readers = {fp: readers[fp] - set(done) for fp in self._passing}
         self._done = {fp for fp in self._passing if fp in done}
         self._dropped: set[str] = set()
+        self._dropping: set[str] = set()
+        self._at_once = self._limit(done) if self._passing else AT_ONCE
         self._others = Others(workspace.store, workspace.plan, workspace.out)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="recipes") if self._on else None
         self.notes: dict[str, str] = {}
@@ -68,17 +70,17 @@ class Keeping:
         except StoreError:
             return "files"
 
-    def passes(self, fingerprint: str) -> bool:
-        """Whether a step's weights are only scored and then dropped."""
-        return fingerprint in self._scored
+    def must_wait(self, running: Iterable[Step]) -> Collection[str]:
+        """Merges that may not start yet, lest too many wait to be scored.
 
-    def is_full(self, running: Iterable[Step]) -> bool:
-        """Whether the limit of merges that wait for their score is reached, so that no further one may start."""
-        if not self._scored:
-            return False
+        Where the disk has little room, no merge starts while another is being dropped: until it is gone it takes room, and so does
+        the copy that proves it.
+        """
+        if self._dropping and self._at_once < AT_ONCE:
+            return self._passing
         begun = {step.fingerprint for step in running} & self._scored
         waiting = {fp for fp in self._done & self._scored if self._readers[fp]}
-        return len(begun | waiting) >= AT_ONCE
+        return self._scored if len(begun | waiting) >= self._at_once else ()
 
     def finished(self, step: Step) -> None:
         """Record a finished step, and drop merges that only this step still needed."""
@@ -101,21 +103,33 @@ class Keeping:
             return
         assert self._thread is not None
         self._dropped.add(fingerprint)
+        self._dropping.add(fingerprint)
         self._thread.submit(self._drop, fingerprint)
 
     def _drop(self, fingerprint: str) -> None:
-        store, step = self.workspace.store, self._steps[fingerprint]
         try:
-            record = store.record(step.kind, fingerprint)
-            if record is None or self._others.want(fingerprint):
-                return
-            why = store.recipes.drop(record)
+            why = self._try_to_drop(fingerprint)
         except StoreError as error:  # this thread's result is not read, so the reason becomes a note
             why = str(error)
+        finally:
+            self._dropping.discard(fingerprint)
         if (
             why is not None and why != IN_USE
         ):  # a fold that reads it now ends before the run does, and the run's end tries again
-            self.notes.setdefault(why, step.label)
+            self.notes.setdefault(why, self._steps[fingerprint].label)
+
+    def _try_to_drop(self, fingerprint: str) -> str | None:
+        """Drop a merge; returns why it stays, None if it went or if another study needs it. Raises StoreError."""
+        store = self.workspace.store
+        record = store.record(self._steps[fingerprint].kind, fingerprint)
+        if record is None or self._others.want(fingerprint):
+            return None
+        return store.recipes.drop(record)
+
+    def _limit(self, done: Collection[str]) -> int:
+        """How many merges may wait to be scored, by the room on the disk."""
+        room = disk(self.workspace.plan, self._steps.keys() - set(done), self.workspace.kept)
+        return room.merges_at_once(self.workspace.store.free_bytes())
 
 
 def finish_keeping(workspace: Workspace, results: Mapping[str, object]) -> list[str]:

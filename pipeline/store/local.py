@@ -301,6 +301,10 @@ class Store:
         """Raise StorageFull unless `needed` bytes are free; the message names `what`."""
         self._check_free(what, needed)
 
+    def free_bytes(self) -> int | None:
+        """Bytes that may still be written; None where there is no limit."""
+        return free_bytes(self.root)
+
     def _check_free(self, what: str, needed: int) -> None:
         with self._guarded(what, needed):
             free = free_bytes(self.root)

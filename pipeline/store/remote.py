@@ -136,6 +136,9 @@ class ObjectStore(Store):
     def check_room(self, what: str, needed: int) -> None:
         """Do nothing: a bucket has no limit. The free space of the mirror is checked when a step writes or reads."""
 
+    def free_bytes(self) -> int | None:
+        return None
+
     def verify(self, progress: Callable[[Path], None] | None = None) -> list[str]:
         """Like that of a local store; reads every byte at the URL and nothing of the mirror."""
         found: list[str] = []

@@ -41,9 +41,11 @@ STUDY_FILE, PLAN_FILE, RESULTS_FILE = "study.yaml", "plan.json", "results.json"
 class StudySummary(Summary):
     """What a study would run, and what to know of its bases and data.
 
-    `disk_bytes` is what stays, `disk_peak_bytes` the most there is at a time, `disk_all_bytes` what keeping every merge would take.
+    `disk_bytes` is what stays, `disk_least_bytes` what must be free, `disk_peak_bytes` the most that is taken at a time, `disk_all_bytes`
+    what keeping every merge would take.
     """
 
+    disk_least_bytes: int
     disk_peak_bytes: int
     disk_all_bytes: int
     notes: list[str]
@@ -108,12 +110,13 @@ class Workspace:
     def summary(self) -> StudySummary:
         """What would run."""
         found = self.plan.summary(self.store)
-        room = Disk(*[found["disk_bytes"]] * 3)
+        room = Disk(*[found["disk_bytes"]] * 4)
         if self.study.storage.keep != "all":
             room = disk(self.plan, self.plan.steps.keys() - self.done(), self.kept)
         return {
             **found,
             "disk_bytes": room.kept,
+            "disk_least_bytes": room.least,
             "disk_peak_bytes": room.peak,
             "disk_all_bytes": room.all,
             "notes": self.notes,
@@ -134,7 +137,7 @@ class Workspace:
             for keep in ("all", "final", "best", "none")
         }
         return {
-            keep: disk(self.plan, ahead, kept_merges(self.plan, how)).peak for keep, how in choices.items()
+            keep: disk(self.plan, ahead, kept_merges(self.plan, how)).least for keep, how in choices.items()
         }
 
     @cached_property

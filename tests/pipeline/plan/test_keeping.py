@@ -59,18 +59,29 @@ def test_merges_that_others_start_from_are_not_only_scored() -> None:
 def test_peak_lies_between_what_stays_and_what_all_take(keep: str) -> None:
     plan = plan_of(OFFLINE, FOLD, BEST)
     found = disk(plan, plan.steps, kept_merges(plan, how(keep)))
-    assert found.kept <= found.peak <= found.all == sum(step.disk_bytes for step in plan.steps.values())
     merges = [step.disk_bytes for step in plan.steps.values() if step.kind == "merge"]
-    stays = {
-        "all": found.all,
-        "final": found.all - sum(merges) + 3 * merges[0],
-        "none": found.all - sum(merges),
-    }
+    one = merges[0]
+    assert found.all == sum(step.disk_bytes for step in plan.steps.values())
+    assert found.kept <= found.least <= found.peak <= found.all + 2 * one
+    stays = {"all": found.all, "final": found.all - sum(merges) + 3 * one, "none": found.all - sum(merges)}
     assert found.kept == stays[keep]
-    if (
-        keep == "none"
-    ):  # two of each of two chains, the last folds and merges of all at once among those only scored
-        assert found.peak == found.kept + (2 * 2 + AT_ONCE) * merges[0]
+    if keep == "all":
+        assert found.least == found.peak == found.all
+    if keep == "none":
+        chains = 2 * 2 * one  # two merges of each of two chains
+        copies = 2 * one  # made where a fold is proven
+        assert found.least == found.kept + chains + one + copies
+        assert found.peak == found.kept + chains + AT_ONCE * one + copies
+
+
+def test_study_of_merges_of_all_at_once_needs_room_for_two_of_them() -> None:
+    plan = plan_of(OFFLINE)
+    found = disk(plan, plan.steps, kept_merges(plan, how("none")))
+    one = found.scored
+    assert one and found.least == found.kept + 2 * one
+    assert found.merges_at_once(found.least - 1) == 1 == found.merges_at_once(found.least)
+    assert found.merges_at_once(found.least + one) == 2
+    assert found.merges_at_once(found.least + 100 * one) == AT_ONCE == found.merges_at_once(None)
 
 
 def test_what_is_done_takes_nothing_more() -> None:

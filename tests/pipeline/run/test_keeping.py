@@ -1,6 +1,7 @@
 """A run's merges become recipes as soon as no step needs them, and no sooner."""
 
 import contextlib
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,9 @@ from merge_service.checkpoints import WEIGHTS_FILE
 from pipeline.plan.keeping import AT_ONCE, kept_merges
 from pipeline.plan.steps import Plan, Step
 from pipeline.run.keeping import Keeping, finish_keeping
+from pipeline.store.artifact import Record
 from pipeline.store.local import Store
-from pipeline.store.recipes import IN_USE
+from pipeline.store.recipes import IN_USE, Recipes
 from pipeline.workspace.registrations import register
 from tests.pipeline.recipe_toys import AVERAGES, FOLDS, filled, merges, record_of
 
@@ -78,7 +80,7 @@ def test_run_that_goes_on_drops_what_the_one_before_had_no_time_for(full: tuple[
 def test_keeping_all_looks_at_nothing(full: tuple[Store, Plan]) -> None:
     store, plan = full
     with Keeping(workspace(store, plan, "all"), plan.steps) as keeping:
-        assert not keeping.is_full(plan.steps.values())
+        assert not keeping.must_wait(plan.steps.values())
     assert not any(record.is_recipe for record in merges(store, plan))
 
 
@@ -86,13 +88,36 @@ def test_no_more_than_a_few_merges_wait_to_be_scored(full: tuple[Store, Plan]) -
     store, plan = full
     scored = [step for step in plan.steps.values() if step.kind == "merge" and step.spec["form"] == "merge"]
     with Keeping(workspace(store, plan), ()) as keeping:
-        assert all(map(keeping.passes, [step.fingerprint for step in scored]))
         for step in scored[: AT_ONCE - 1]:
             keeping.finished(step)
-            assert not keeping.is_full([])
-        assert keeping.is_full([scored[AT_ONCE - 1]])
+            assert not keeping.must_wait([])
+        assert set(keeping.must_wait([scored[AT_ONCE - 1]])) >= {step.fingerprint for step in scored}
         keeping.finished(readers(plan, scored[0].fingerprint)[0])
-        assert not keeping.is_full([scored[AT_ONCE - 1]])
+        assert not keeping.must_wait([scored[AT_ONCE - 1]])
+
+
+def test_on_a_small_disk_one_merge_waits_and_none_starts_while_one_is_dropped(
+    full: tuple[Store, Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, plan = full
+    passing = {step.fingerprint for step in plan.steps.values() if step.kind == "merge"}
+    first = next(one for one in plan.steps.values() if one.kind == "merge" and one.spec["form"] == "merge")
+    begun, end = threading.Event(), threading.Event()
+
+    def drop(record: Record) -> None:
+        begun.set()
+        assert end.wait(60)
+
+    monkeypatch.setattr(Store, "free_bytes", lambda store: 0)
+    monkeypatch.setattr(Recipes, "drop", lambda recipes, record: drop(record))
+    with Keeping(workspace(store, plan), ()) as keeping:
+        assert not keeping.must_wait([])
+        assert first.fingerprint in keeping.must_wait([first])
+        keeping.finished(first)
+        keeping.finished(readers(plan, first.fingerprint)[0])
+        assert begun.wait(60) and set(keeping.must_wait([])) == passing
+        end.set()
+    assert not keeping.must_wait([])
 
 
 def test_merge_that_another_study_keeps_or_may_read_stays(full: tuple[Store, Plan], tmp_path: Path) -> None:
