@@ -5,9 +5,10 @@ and named before a block is computed; a report says what was done. `merge_servic
 """
 
 from merge_service.merging.derivation import Member, Operator, Out, Rules, Way
-from merge_service.merging.jobs import MergeJob
+from merge_service.merging.jobs import MergeJob, TakeJob
 from merge_service.merging.parts import Group, Seen, combine_groups
 from merge_service.merging.report import MergeReport
+from merge_service.merging.taking import check_expert, copy_beside, said_of
 from merge_service.merging.vector import WIDTH, TaskVector, task_vector, unit
 
 __all__ = [
@@ -20,9 +21,13 @@ __all__ = [
     "Out",
     "Rules",
     "Seen",
+    "TakeJob",
     "TaskVector",
     "Way",
+    "check_expert",
     "combine_groups",
+    "copy_beside",
+    "said_of",
     "task_vector",
     "unit",
 ]
