@@ -42,6 +42,11 @@ def explain_directory(directory: Path) -> None:
             f"{directory} is the directory of a run, not a checkpoint; its checkpoints are the directories under "
             f"{directory / 'store'} (in Python: open_run(OUT).checkpoint(trajectory, t))"
         )
+    if (directory / ".metadata").is_file():
+        raise ForeignCheckpoint(
+            f"{directory} is a checkpoint of torch.distributed.checkpoint (FSDP, torchtitan); `temporal-merge convert IN "
+            "NAME.safetensors` puts its tensors together and runs nothing"
+        )
     if (directory / "model_index.json").is_file():
         parts = sorted({file.parent.name for file in directory.glob("*/*.safetensors")})
         raise ForeignCheckpoint(

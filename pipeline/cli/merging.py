@@ -242,6 +242,8 @@ def convert(
 ) -> None:
     """Write a pickled checkpoint as safetensors. Nothing in it is run: only tensors and dictionaries are read, all else is refused.
 
+    Folders of torch.distributed.checkpoint (FSDP, torchtitan) and of DeepSpeed's ZeRO are put together, tensor by tensor.
+
     Example: temporal-merge convert pytorch_model.bin model.safetensors
     """
     from merge_service.checkpoints import bytes_of

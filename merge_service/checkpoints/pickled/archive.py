@@ -3,10 +3,11 @@
 Invariant: numbers are mapped, never loaded as a whole, and no tensor reaches beyond its storage.
 """
 
+import io
 import math
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,26 @@ _LIMIT = 1 << 29
 
 
 class Archive:
-    """An open pickle of torch: `value` is its tree, `stored` gives the numbers of a tensor in it."""
+    """An open pickle of torch: `value` is its tree, `stored` gives the numbers of a tensor in it. `part` is the place of the pickle
+    in its file, first byte and length, if the file holds more. `records` are as of `machine.read`.
+    """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, part: tuple[int, int] | None = None, records: Container[tuple[str, str]] = ()
+    ) -> None:
+        self.path, self._records = path, records
         self._starts: dict[str, tuple[int, int]] = {}
         if not path.stat().st_size:
             raise CorruptCheckpoint(f"{path} is empty")
         self._data = mapped(path)
+        if part is not None:
+            start, size = part
+            if not 0 <= start <= start + size <= len(self._data):
+                raise CorruptCheckpoint(f"{path} is cut: {size} bytes from {start} on are missing")
+            self._data = self._data[start : start + size]
         try:
-            self.value: Any = self._zipped() if zipfile.is_zipfile(path) else self._legacy()
+            is_zip = part is not None or zipfile.is_zipfile(path)
+            self.value: Any = self._zipped() if is_zip else self._legacy()
         except (
             zipfile.BadZipFile,
             NotImplementedError,
@@ -72,7 +83,7 @@ class Archive:
         return self._data[start : start + size]
 
     def _zipped(self) -> Any:
-        with zipfile.ZipFile(self.path) as archive:
+        with zipfile.ZipFile(io.BufferedReader(_Window(self._data))) as archive:
             entries = {one.filename: one for one in archive.infolist()}
             pickles = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
             if len(pickles) != 1:
@@ -95,7 +106,7 @@ class Archive:
             if entries[pickles[0]].file_size > _LIMIT:
                 raise CorruptCheckpoint(f"{self.path}: its data.pkl is above the limit of {_LIMIT} bytes")
             with archive.open(pickles[0]) as stream:
-                return read(stream, self.path)
+                return read(stream, self.path, self._records)
 
     def _start(self, entry: zipfile.ZipInfo) -> int:
         """Where the bytes of an entry begin: behind its local header, which has lengths of its own."""
@@ -136,6 +147,33 @@ class Archive:
             self._starts[key] = at + 8, size
             at += 8 + size
         return value
+
+
+class _Window(io.RawIOBase):
+    """Mapped bytes as a file that is read in parts."""
+
+    def __init__(self, data: np.ndarray) -> None:
+        self._data, self._at = data, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._data)}[whence]
+        self._at = max(0, start + offset)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, target: Any) -> int:
+        part = self._data[self._at : self._at + len(target)]
+        target[: len(part)] = part.tobytes()
+        self._at += len(part)
+        return len(part)
 
 
 def _is_contiguous(tensor: Strided) -> bool:

@@ -10,15 +10,18 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from merge_service.checkpoints.header import TensorInfo
 from merge_service.checkpoints.pickled.archive import Archive
+from merge_service.checkpoints.pickled.distributed import Assembled, distributed, is_distributed
 from merge_service.checkpoints.pickled.machine import Strided
+from merge_service.checkpoints.pickled.zero import Flat, is_zero, zero
 from merge_service.checkpoints.target import Target
 from merge_service.checkpoints.ties import of_groups
 from merge_service.errors import CheckpointError
 
+Held = TypeVar("Held")
 _KEYS = (
     "state_dict",
     "model_state_dict",
@@ -72,12 +75,15 @@ def convert(
     strip_prefix: str | None = None,
     shard_bytes: int | None = None,
 ) -> Converted:
-    """Convert a pickled file, an index of such files, or a directory with either, to a .safetensors file or a directory.
+    """Convert a pickled file, an index of such files, a directory with either, or that of a distributed checkpoint of torch or
+    of DeepSpeed's ZeRO, to a .safetensors file or a directory.
 
     `key` is the path (a.b) of the state dict in what was saved, if it is not found. `strip_prefix` is removed from names. Raises
     `CheckpointError` for what is no tensor, naming it, or if there is no state dict, or more than one.
     """
     notes: list[str] = []
+    if is_distributed(source) or is_zero(source):
+        return _consolidate(source, out, (key, strip_prefix), shard_bytes, notes)
     held: dict[str, _Found] = {}
     for file in _files(source):
         archive = Archive(file)
@@ -106,6 +112,30 @@ def convert(
             f"written once, for two names: {', '.join(f'{alias} is {name}' for alias, name in list(ties.items())[:3])}"
         )
     return Converted(target.place(_Laid(layout)), len(layout), ties, (*notes, *target.notes))
+
+
+def _consolidate(
+    source: Path, out: Path, names: tuple[str | None, str | None], shard_bytes: int | None, notes: list[str]
+) -> Converted:
+    """Put the tensors of a distributed checkpoint together, each piece by piece. `names` are the key and the prefix to strip."""
+    key, prefix = names
+    found: Mapping[str, Assembled | Flat] = (
+        distributed(source, key, notes) if is_distributed(source) else zero(source, notes)
+    )
+    held = _renamed(source, dict(found), prefix, notes)
+    groups: dict[int, list[str]] = {}
+    for name, one in held.items():
+        groups.setdefault(id(one), []).append(name)
+    ties = of_groups(groups.values())
+    laid = _Laid(
+        {name: TensorInfo(one.dtype, one.shape, 0) for name, one in held.items() if name not in ties}
+    )
+    target = Target.of(out, [source], shard_bytes)
+    with target.open(laid, {"format": "pt", **ties}) as writer:
+        for name in laid.tensors:
+            for start, stored in held[name].spans():
+                writer.write_stored(name, start, stored)
+    return Converted(target.place(laid), len(laid.tensors), ties, (*notes, *target.notes))
 
 
 def _files(source: Path) -> list[Path]:
@@ -182,9 +212,7 @@ def _tensors(archive: Archive, value: Mapping[Any, Any], notes: list[str]) -> It
         notes.append(f"left out of {archive.path.name}, as they are no tensors: {', '.join(left[:5])}")
 
 
-def _renamed(
-    source: Path, held: dict[str, _Found], prefix: str | None, notes: list[str]
-) -> dict[str, _Found]:
+def _renamed(source: Path, held: dict[str, Held], prefix: str | None, notes: list[str]) -> dict[str, Held]:
     """Without the prefix, or without those that wrappers put before all names."""
     if prefix is not None:
         if not any(name.startswith(prefix) for name in held):
@@ -199,7 +227,7 @@ def _renamed(
     return held
 
 
-def _without(source: Path, held: dict[str, _Found], prefix: str) -> dict[str, _Found]:
+def _without(source: Path, held: dict[str, Held], prefix: str) -> dict[str, Held]:
     found = {name.removeprefix(prefix): one for name, one in held.items()}
     if len(found) != len(held):
         raise CheckpointError(f"{source} holds a name with the prefix {prefix!r} and without it")

@@ -8,7 +8,7 @@ Invariant: whatever the bytes, the result is a tree of plain values, or an error
 """
 
 import pickletools
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -36,9 +36,28 @@ _CALLS = {
     ("torch._utils", "_rebuild_tensor_v3"),
     ("torch._utils", "_rebuild_parameter"),
     ("torch._utils", "_rebuild_parameter_with_state"),
+    ("torch._tensor", "_rebuild_from_type_v2"),
     ("torch", "Size"),
+    ("torch", "Tensor"),
     ("torch", "device"),
 }
+RECORDS = {
+    *(("torch.distributed.checkpoint.metadata", name) for name in (
+        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex",
+        "StorageMeta", "_MEM_FORMAT_ENCODING",
+    )),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    *(("pathlib", name) for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
+}  # fmt: skip
+"""What the description of a distributed checkpoint is made of. Each becomes a `Record`; none is imported or called."""
+ZERO_RECORDS = {
+    ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
+    ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
+    ("deepspeed.utils.tensor_fragment", "fragment_address"),
+}
+"""The same of the files in which DeepSpeed's ZeRO keeps the parts of its optimizers."""
 _TEXT = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINSTRING", "BINSTRING", "UNICODE", "STRING"}
 _PLAIN = _TEXT | {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "INT", "LONG", "BINFLOAT", "FLOAT"}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
@@ -73,6 +92,19 @@ class Strided:
     stride: tuple[int, ...]
 
 
+@dataclass(eq=False)
+class Record:
+    """An object that was pickled, as plain values: the name of its class, what it was made with, and its state."""
+
+    name: str
+    given: tuple[Any, ...]
+    state: Any = None
+
+    def part(self, name: str) -> Any:
+        """A field of the state, None if there is none."""
+        return self.state.get(name) if isinstance(self.state, Mapping) else None
+
+
 class _Bounded:
     """A stream that gives no more at a time than a name or a number needs, whatever length the file claims."""
 
@@ -93,13 +125,14 @@ class _Mark:
     """The place of a mark on the stack."""
 
 
-def read(stream: IO[bytes], path: Path) -> Any:
-    """The value of the pickle that begins in `stream`, which is left behind its end.
+def read(stream: IO[bytes], path: Path, records: Container[tuple[str, str]] = ()) -> Any:
+    """The value of the pickle that begins in `stream`, which is left behind its end. Objects of the classes `records` (module, name)
+    become `Record`s.
 
     Raises `CheckpointError` naming a class or function that no tensor or dictionary is made of, and `CorruptCheckpoint` for
     anything that is no pickle.
     """
-    machine = _Machine(path)
+    machine = _Machine(path, records)
     try:
         for count, (opcode, argument, _) in enumerate(
             pickletools.genops(cast("IO[bytes]", _Bounded(stream)))
@@ -123,8 +156,8 @@ def read(stream: IO[bytes], path: Path) -> Any:
 
 
 class _Machine:
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, records: Container[tuple[str, str]]) -> None:
+        self.path, self.records = path, records
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
@@ -154,12 +187,14 @@ class _Machine:
         elif name in ("GLOBAL", "STACK_GLOBAL"):
             module, word = argument.split(" ", 1) if name == "GLOBAL" else (stack.pop(-2), stack.pop())
             stack.append(self._known(str(module), str(word)))
-        elif name == "REDUCE":
+        elif name in ("REDUCE", "NEWOBJ"):
             given = stack.pop()
             stack.append(self._called(stack.pop(), given))
         elif name == "BUILD":  # the state of a dictionary: versions of modules, which no tensor needs
-            stack.pop()
-            assert isinstance(stack[-1], dict | Strided), "it gives a state to what has none"
+            state = stack.pop()
+            assert isinstance(stack[-1], dict | Strided | Record), "it gives a state to what has none"
+            if isinstance(stack[-1], Record):
+                stack[-1].state = state
         elif name == "BINPERSID":
             stack.append(self._storage(stack.pop()))
         elif name not in ("PROTO", "FRAME", "STOP"):
@@ -188,7 +223,8 @@ class _Machine:
     def _known(self, module: str, word: str) -> Name:
         is_number = module == "torch" and word in NUMBERS
         is_storage = module in ("torch", "torch.storage", "torch.cuda") and word in STORAGES
-        if (module, word) not in _CALLS and not is_number and not is_storage:
+        known = (module, word) in _CALLS or (module, word) in self.records
+        if not known and not is_number and not is_storage:
             raise CheckpointError(
                 f"{self.path} holds {module}.{word}, and only tensors and dictionaries are read: nothing that a file names is imported "
                 "or called. Save the state dict alone with the program that the file is from: torch.save(model.state_dict(), OUT)"
@@ -197,6 +233,10 @@ class _Machine:
 
     def _called(self, function: Any, given: Any) -> Any:
         assert isinstance(function, Name) and type(given) is tuple, "it calls what is no function"
+        if (function.module, function.name) in self.records:
+            return Record(function.name, given)
+        if function.name == "_rebuild_from_type_v2":  # a tensor with attributes, which no merge needs
+            return self._called(given[0], given[2])
         if function.name == "OrderedDict":
             return dict(given[0]) if given else {}
         if function.name in ("Size", "device"):
