@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pipeline.api import (
         Arrivals,
         Run,
+        Service,
         Study,
         evaluate,
         import_data,
@@ -32,6 +33,7 @@ __all__ = [
     "Arrivals",
     "Param",
     "Run",
+    "Service",
     "Study",
     "Technique",
     "UserError",

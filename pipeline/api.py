@@ -26,12 +26,13 @@ if TYPE_CHECKING:
     from pipeline.merging.along import Averaged
     from pipeline.plan.steps import Plan
     from pipeline.run.progress import Moment
+    from pipeline.service.client import Service
     from pipeline.workspace.export import Exported
     from workers.data.importing import Imported
     from workers.evidence import Measured
 
 __all__ = [
-    "Arrivals", "Param", "Run", "Study", "Technique", "UserError", "evaluate", "import_data", "init", "load_study", "measure", "merge", "merge_files", "merge_recipe", "open_run", "plan",
+    "Arrivals", "Param", "Run", "Service", "Study", "Technique", "UserError", "evaluate", "import_data", "init", "load_study", "measure", "merge", "merge_files", "merge_recipe", "open_run", "plan",
     "register", "run", "technique", "techniques", "trajectory",
 ]  # fmt: skip
 
@@ -427,3 +428,12 @@ def techniques() -> list[dict[str, Any]]:
 
 def _path(out: PathLike | None) -> Path | None:
     return None if out is None else Path(out)
+
+
+def __getattr__(name: str) -> object:
+    """The client of a live service, whose libraries a program of merges does without."""
+    if name != "Service":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from pipeline.service.client import Service
+
+    return Service

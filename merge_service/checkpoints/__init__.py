@@ -5,6 +5,8 @@ block by block. A merge reads `Weights`; a checkpoint is one implementation of t
 with its reason; nothing is skipped or padded to fit.
 """
 
+from merge_service.checkpoints.adapters.opening import open_weights
+from merge_service.checkpoints.adapters.references import absolute, parts_of
 from merge_service.checkpoints.admission import admit, check_finite, spare_prefix
 from merge_service.checkpoints.buffers import buffers
 from merge_service.checkpoints.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, locate, sha256_of
@@ -31,6 +33,7 @@ __all__ = [
     "Rows",
     "Ties",
     "Weights",
+    "absolute",
     "admit",
     "buffers",
     "bytes_of",
@@ -39,8 +42,10 @@ __all__ = [
     "entry",
     "locate",
     "of_groups",
+    "open_weights",
     "overwrites",
     "pack",
+    "parts_of",
     "recorded",
     "sha256_of",
     "spare_prefix",

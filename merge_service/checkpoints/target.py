@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from merge_service.checkpoints.adapters.references import is_adapter, parts_of
 from merge_service.checkpoints.checkpoint import CONFIG_FILE, locate
 from merge_service.checkpoints.configurations import check_alike
 from merge_service.checkpoints.folders.companions import Folder
@@ -66,7 +67,7 @@ class Target:
         `tokenizer` first. Raises `CheckpointError` if none
         has a configuration, or if `out` is the directory of one of them.
         """
-        path, given = Path(out), [Path(source) for source in sources]
+        path, given = Path(out), [part for source in sources for part in parts_of(source)]
         if path.name.endswith(".safetensors" + INDEX_SUFFIX):
             return cls(path, _single(path), None, SHARD_BYTES if shard_bytes is None else shard_bytes, True)
         if path.name.endswith(".safetensors"):
@@ -78,7 +79,7 @@ class Target:
                 f"{CONFIG} or {CONFIG_FILE} to get such a directory"
             )
         if folder.is_open_clip:
-            check_alike(sources)
+            check_alike(given)
         elif any((one if one.is_dir() else one.parent).resolve() == path.resolve() for one in given):
             raise CheckpointError(f"{path} is the directory of an input; give another one for the result")
         return cls(path, path / f"{folder.name}.safetensors", folder, shard_bytes)
@@ -137,6 +138,12 @@ def _usual(tensors: Mapping[str, TensorInfo], dtype: str | None) -> str | None:
 
 def overwrites(out: Path, source: Path) -> bool:
     """Whether writing `out` would destroy the checkpoint `source`. Raises `CheckpointError` if `source` does not exist."""
+    return any(_overwrites(out, part) for part in parts_of(source))
+
+
+def _overwrites(out: Path, source: Path) -> bool:
+    if source.is_dir() and is_adapter(source):
+        return out.resolve() == source.resolve()
     held = locate(source)
     named = out.name.endswith((".safetensors", ".safetensors" + INDEX_SUFFIX))
     targets = [out] if named else [out / f"{name}.safetensors" for name in STANDARD]

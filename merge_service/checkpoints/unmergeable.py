@@ -28,11 +28,13 @@ _SCAN = 1 << 20
 def check_mergeable(checkpoint: Weights, who: str) -> None:
     """Raise `AdapterCheckpoint` or `QuantisedCheckpoint` naming `who`, the tensor that shows it, and what to do."""
     adapter = next((name for name in checkpoint.tensors if _ADAPTER.search(name)), None)
-    if adapter is not None or checkpoint.path.name.startswith("adapter_model"):
+    if adapter is not None or all(
+        file.name.startswith("adapter_model") for file in checkpoint.files or [checkpoint.path]
+    ):
         raise AdapterCheckpoint(
             f"{who} ({checkpoint.path}) holds an adapter such as LoRA's{f' ({adapter})' if adapter else ''}, not a model: "
-            "the mean of factors is not the mean of updates. Merge it into its base first, for instance with peft: "
-            "PeftModel.from_pretrained(base, DIR).merge_and_unload().save_pretrained(OUT), and give OUT"
+            f"the mean of factors is not the mean of updates. Give it on its base, BASE+{checkpoint.path}, or its folder with an "
+            "adapter_config.json"
         )
     shown = _codes(checkpoint) or _configured(checkpoint.path.parent)
     if shown is not None:

@@ -9,10 +9,8 @@ Invariant: a state is reduced only by the bytes that were added to it, as far as
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from merge_service.checkpoints.checkpoint import sha256_of
 from merge_service.checkpoints.ties import Ties
 from merge_service.checkpoints.weights import Weights
 from merge_service.engine.stream_state import StreamState
@@ -75,17 +73,17 @@ def without(params: Mapping[str, Any], order: int) -> dict[str, Any]:
     return dict(params) if weights is None else {**params, "weights": weights[: order - 1] + weights[order:]}
 
 
-def check_bytes(held: StreamState, order: int, expert: Path | str, sha256: str | None) -> tuple[str, ...]:
+def check_bytes(held: StreamState, order: int, expert: Weights, sha256: str | None) -> tuple[str, ...]:
     """Raise `TechniqueError` unless `expert` is what the state contains; returns a note if the state does not record that."""
     entry = held.inputs[order - 1]
     if "sha256" not in entry:
         return (
             f"{entry['id']}: the state does not record its sha256, so it was not checked that these are its bytes",
         )
-    found = sha256 or sha256_of(expert)
+    found = sha256 or expert.digests()[1]
     if found != entry["sha256"]:
         raise TechniqueError(
-            f"{expert} is not the expert {entry['id']!r} that is in {held.checkpoint.path}: its sha256 is {found}, "
+            f"{expert.path} is not the expert {entry['id']!r} that is in {held.checkpoint.path}: its sha256 is {found}, "
             f"{entry['sha256']} went in; give the same file, or merge the experts that stay anew"
         )
     return ()

@@ -20,6 +20,8 @@ from typing import Any
 
 from merge_service.blocks.moments import Geometry, Moments
 from merge_service.blocks.questions import Answer, Findings, Question, together
+from merge_service.checkpoints.adapters.adapted import Adapted
+from merge_service.checkpoints.adapters.opening import Opened, open_weights
 from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.header import TensorInfo
 from merge_service.checkpoints.ties import Ties
@@ -57,17 +59,18 @@ class Source:
     @classmethod
     def of(cls, checkpoint: Weights) -> "Source":
         """Raises `CheckpointError` for weights that no other process can open."""
-        if not isinstance(checkpoint, Checkpoint):
+        if not isinstance(checkpoint, Checkpoint | Adapted):
             raise CheckpointError(
                 f"{checkpoint.path} is not a checkpoint on disk, so workers cannot read it; merge without --workers"
             )
         renames, lent = tuple(checkpoint.renames), dict(checkpoint.lent)
-        return cls(checkpoint.path.absolute(), checkpoint.fingerprint(), renames, lent)
+        path = checkpoint.source if isinstance(checkpoint, Adapted) else checkpoint.path.absolute()
+        return cls(path, checkpoint.fingerprint(), renames, lent)
 
-    def open(self) -> Checkpoint:
+    def open(self) -> Opened:
         """Raises `CheckpointError` naming this machine and the path unless the same file is here."""
         try:
-            checkpoint = Checkpoint.open(self.path)
+            checkpoint = open_weights(self.path)
         except CheckpointError as error:
             raise _not_shared(str(error)) from None
         if checkpoint.fingerprint() != self.fingerprint:

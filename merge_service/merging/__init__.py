@@ -4,6 +4,9 @@ A `Derivation` (operator, base and members) says how a merged model is made. Inp
 and named before a block is computed; a report says what was done. `merge_service.merge` holds the public functions.
 """
 
+from merge_service.merging.adapters.concatenate import concatenate
+from merge_service.merging.adapters.extract import extract
+from merge_service.merging.adapters.written import Written
 from merge_service.merging.derivation import Member, Operator, Out, Rules, Way
 from merge_service.merging.jobs import MergeJob, TakeJob
 from merge_service.merging.parts import Group, Seen, combine_groups
@@ -24,9 +27,12 @@ __all__ = [
     "TakeJob",
     "TaskVector",
     "Way",
+    "Written",
     "check_expert",
     "combine_groups",
+    "concatenate",
     "copy_beside",
+    "extract",
     "said_of",
     "task_vector",
     "unit",

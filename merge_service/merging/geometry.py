@@ -10,9 +10,9 @@ from pathlib import Path
 
 from merge_service.blocks.moments import Geometry, moments
 from merge_service.blocks.spans import BLOCK, Scratch, Span, run, spans
+from merge_service.checkpoints.adapters.opening import open_weights
 from merge_service.checkpoints.admission import admit
 from merge_service.checkpoints.buffers import buffers
-from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.ties import tie
 
 PathLike = Path | str
@@ -24,7 +24,7 @@ def geometry(base: PathLike, merged: PathLike, expert: PathLike, *, threads: int
     {"merged_norm", "expert_norm", "cosine"}, over all float tensors (tied ones once), in float64 and independent of
     blocks and threads. The cosine with a zero vector is 0. Raises `CheckpointError` like `merge`.
     """
-    with Checkpoint.open(base) as anchor, Checkpoint.open(merged) as one, Checkpoint.open(expert) as two:
+    with open_weights(base) as anchor, open_weights(merged) as one, open_weights(expert, base) as two:
         ties, scratch = tie(anchor, [one, two]), Scratch()
         admit(anchor, one, "the merged model")
         admit(anchor, two, "the expert")

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from merge_service.checkpoints import ties
+from merge_service.checkpoints.adapters.adapted import Adapted
+from merge_service.checkpoints.adapters.opening import Opened, open_weights
 from merge_service.checkpoints.admission import align, check_tensors
-from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.relation import check_related
 from merge_service.checkpoints.unmergeable import check_integers, check_mergeable
 from merge_service.checkpoints.weights import Weights
@@ -63,10 +64,10 @@ def check_count(derivation: Derivation) -> None:
 
 def open_all(
     stack: contextlib.ExitStack, base: PathLike | None, experts: Sequence[PathLike], rules: Rules
-) -> tuple[Checkpoint | None, list[Checkpoint]]:
-    """The base and the experts, open as long as `stack`. Raises `CheckpointError` if no name has the prefix to strip."""
-    anchor = stack.enter_context(Checkpoint.open(base)) if base is not None else None
-    opened = [stack.enter_context(Checkpoint.open(path)) for path in experts]
+) -> tuple[Opened | None, list[Opened]]:
+    """The base and the experts, open as long as `stack`; adapters are read on the base if they name none. Raises `CheckpointError` if no name has the prefix to strip."""
+    anchor = stack.enter_context(open_weights(base)) if base is not None else None
+    opened = [stack.enter_context(open_weights(path, base)) for path in experts]
     every = [*([anchor] if anchor else []), *opened]
     if rules.strip_prefix and not sum([weights.rename(rules.strip_prefix, "") for weights in every]):
         first = next(iter(every[0].tensors), "none")
@@ -98,7 +99,8 @@ def check_inputs(
     others = [
         (number, who, one) for number, (who, one) in enumerate(zip(names, experts)) if one is not reference
     ]
-    notes = [note for _, who, weights in others for note in align(reference, weights, who)]
+    notes = [note for weights in experts if isinstance(weights, Adapted) for note in weights.notes]
+    notes += [note for _, who, weights in others for note in align(reference, weights, who)]
     weights_of = [weights for _, _, weights in others]
     tied = ties.tie(reference, weights_of) if known is None else ties.keep(reference, experts[0], known)
     ties.check(reference, tied, str(reference.path))

@@ -19,7 +19,7 @@ from typing import Any
 
 from merge_service.anatomy.structure import some
 from merge_service.blocks.questions import NOTHING
-from merge_service.checkpoints.checkpoint import Checkpoint
+from merge_service.checkpoints.adapters.opening import open_weights
 from merge_service.checkpoints.header import TensorInfo
 from merge_service.checkpoints.target import Target
 from merge_service.checkpoints.ties import Ties
@@ -136,9 +136,10 @@ def combine_groups(
 
 def _named(groups: Sequence[Group], ids: Mapping[Path, str], way: Way) -> dict[Path, dict[str, str]]:
     """The id, file and sha256 of every member, by path."""
-    paths = list(dict.fromkeys(one.path for group in groups for one in group.members))
+    bases = {one.path: group.base.path if group.base else None for group in groups for one in group.members}
+    paths = list(bases)
     with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(Checkpoint.open(path)) for path in paths]
+        opened = [stack.enter_context(open_weights(path, bases.get(path))) for path in paths]
         known = by_content(None, opened, [ids.get(path) for path in paths], way.execution.threads)
     return dict(zip(paths, known.inputs))
 
@@ -152,7 +153,7 @@ def _admit(
 ) -> Admitted:
     """The group with its models open and checked. Raises the `CheckpointError` that fits."""
     base = None if group.base is None else _open(group.base, stack)
-    members = [_open(one, stack) for one in group.members]
+    members = [_open(one, stack, group.base.path if group.base else None) for one in group.members]
     rules = way.rules if group.related else replace(way.rules, any_base=True)
     found, tied = check_inputs(base, members, shown(members, [None] * len(members)), rules)
     notes += found
@@ -165,11 +166,13 @@ def _admit(
     return Admitted(base, members, [known[one.path]["id"] for one in group.members], tied, choices)
 
 
-def _open(seen: Seen, stack: contextlib.ExitStack) -> Weights:
-    held: Weights = stack.enter_context(Checkpoint.open(seen.path))
+def _open(seen: Seen, stack: contextlib.ExitStack, base: Path | None = None) -> Weights:
+    held: Weights = stack.enter_context(open_weights(seen.path, base))
     if seen.rows is not None:
         paths = {path for given in seen.rows.given.values() for path, _ in given}
-        held = Reworded(held, seen.rows, {path: stack.enter_context(Checkpoint.open(path)) for path in paths})
+        held = Reworded(
+            held, seen.rows, {path: stack.enter_context(open_weights(path, base)) for path in paths}
+        )
     if seen.names is None:
         return held
     missing = [there for there in seen.names.values() if there not in held.tensors]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from merge_service.checkpoints.checkpoint import Checkpoint
+from merge_service.checkpoints.adapters.opening import open_weights
 from merge_service.engine.stream_state import METADATA_KEY, StreamState
 from merge_service.errors import TechniqueError
 from merge_service.merging.derivation import Derivation, Member, Out, Way
@@ -41,7 +41,7 @@ def resume(derivation: Derivation, out: Out, way: Way = Way(), after: Path | Non
         raise TechniqueError(f"{name} folds with a state, which belongs to a base; give the base (--base)")
     after = after or state_beside(out.path)
     with contextlib.ExitStack() as stack:
-        held = _held(running, name)
+        held = _held(running, derivation.base, name)
         if held is None:
             out.path.absolute().parent.mkdir(parents=True, exist_ok=True)
             beside = stack.enter_context(
@@ -56,15 +56,15 @@ def _advance(
     derivation: Derivation, member: Member, states: States, out: Out | None, way: Way
 ) -> MergeReport:
     if member.id is None:
-        with Checkpoint.open(member.path) as weights:
+        with open_weights(member.path, derivation.base) as weights:
             content, sha256 = weights.digests()
         member = dataclasses.replace(member, id=content[:ID_LENGTH], sha256=sha256)
     return advance(dataclasses.replace(derivation, members=(member,)), states, out, way)
 
 
-def _held(running: Member, technique: str) -> Path | None:
+def _held(running: Member, base: Path | None, technique: str) -> Path | None:
     """The state of a running model; None for an expert, which begins a fold."""
-    with Checkpoint.open(running.path) as model:
+    with open_weights(running.path, base) as model:
         record = _record(model.metadata.get(METADATA_KEY))
     if record is None:
         return None

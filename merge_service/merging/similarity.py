@@ -20,9 +20,9 @@ import numpy as np
 
 from merge_service.anatomy.structure import anatomy_of
 from merge_service.blocks.spans import GRAIN, spans
+from merge_service.checkpoints.adapters.opening import open_weights
 from merge_service.checkpoints.admission import admit
 from merge_service.checkpoints.buffers import buffers
-from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.ties import Ties, tie
 from merge_service.checkpoints.weights import Weights
 from merge_service.errors import CheckpointError
@@ -129,8 +129,8 @@ def similarity(base: Path | str, experts: Mapping[str, Path | str]) -> Similarit
     if len(experts) < 2:
         raise CheckpointError(f"similarity compares at least two experts, and {len(experts)} were given")
     with ExitStack() as stack:
-        origin = stack.enter_context(Checkpoint.open(base))
-        opened = [stack.enter_context(Checkpoint.open(path)) for path in experts.values()]
+        origin = stack.enter_context(open_weights(base))
+        opened = [stack.enter_context(open_weights(path, base)) for path in experts.values()]
         ties = tie(origin, opened)
         for name, expert in zip(experts, opened, strict=True):
             admit(origin, expert, f"expert {name}")

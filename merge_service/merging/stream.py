@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from merge_service.checkpoints import ties
-from merge_service.checkpoints.checkpoint import Checkpoint
+from merge_service.checkpoints.adapters.opening import open_weights
 from merge_service.files.digest import checksum_of
 from merge_service.files.leftovers import is_abandoned, owner_mark
 from merge_service.merging.derivation import Derivation, Member, Operator, Out, PathLike, Rules, Way
@@ -70,7 +70,7 @@ class StreamCache:
         except ties.BrokenTie:
             with ExitStack() as stack:
                 anchor, *newest_first = (
-                    stack.enter_context(Checkpoint.open(path)) for path in derivation.sources
+                    stack.enter_context(open_weights(path, derivation.base)) for path in derivation.sources
                 )
                 tied = ties.tie(anchor, newest_first[::-1])
             return steps((0, None), tied)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from merge_service.blocks.device import Host
 from merge_service.checkpoints import ties
-from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.target import Target
 from merge_service.engine.assembly import assemble
 from merge_service.engine.compute import Compute, site_of
@@ -93,7 +92,8 @@ def retract(derivation: Derivation, states: States, out: Out | None, way: Way = 
     operator, (member,) = derivation.operator, derivation.members
     assert member.id is not None and derivation.base is not None and states.before is not None
     with contextlib.ExitStack() as stack:
-        anchor, leaving = (stack.enter_context(Checkpoint.open(path)) for path in derivation.sources)
+        anchor, (leaving,) = open_all(stack, derivation.base, [member.path], Rules())
+        assert anchor is not None
         held = stack.enter_context(StreamState(states.before))
         held.check(operator.technique, operator.params, anchor)
         order = held.order_of(member.id)
@@ -101,7 +101,7 @@ def retract(derivation: Derivation, states: States, out: Out | None, way: Way = 
         said, same = check_inputs(anchor, [leaving], [member.id], any_base, known=held.ties(anchor))
         left, count = Input(member.id, order, leaving), len(held.inputs)
         task = retraction(operator.technique, operator.params, anchor, left, count, same)
-        unchecked = check_bytes(held, order, member.path, member.sha256)
+        unchecked = check_bytes(held, order, leaving, member.sha256)
         staying = [entry for entry in held.inputs if entry["id"] != member.id]
         known = Lineage(staying, notes=said + unchecked)
         held.check_layout(task)

@@ -17,9 +17,9 @@ import numpy as np
 
 from merge_service.anatomy.structure import anatomy_of
 from merge_service.blocks.spans import GRAIN, spans
+from merge_service.checkpoints.adapters.opening import open_weights
 from merge_service.checkpoints.admission import admit
 from merge_service.checkpoints.buffers import buffers
-from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.ties import tie
 
 WIDTH = 512
@@ -40,7 +40,7 @@ class TaskVector:
 
 def task_vector(base: Path | str, expert: Path | str) -> TaskVector:
     """The task vector of an expert. Raises `CheckpointError` as `admit` does."""
-    with Checkpoint.open(base) as origin, Checkpoint.open(expert) as opened:
+    with open_weights(base) as origin, open_weights(expert, base) as opened:
         tied = tie(origin, [opened])
         admit(origin, opened, "the expert")
         tensors = origin.tensors.items()

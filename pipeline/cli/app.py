@@ -15,9 +15,11 @@ import typer
 from typer.core import TyperCommand
 
 from cluster.code import own_code_first
+from pipeline.cli import adapters as cli_adapters
 from pipeline.cli import files as cli_files
 from pipeline.cli import merging as cli_merging
 from pipeline.cli import own as cli_own
+from pipeline.cli import remote as cli_remote
 from pipeline.cli import service as cli_service
 from pipeline.cli import signals
 from pipeline.cli import studies as cli_studies
@@ -32,12 +34,15 @@ PANELS = {
         cli_merging.merge,
         cli_merging.recipe,
         cli_merging.convert,
+        cli_adapters.extract,
         cli_trajectories.trajectory,
+        cli_files.publish,
         cli_files.evaluate,
         cli_files.measure,
         cli_files.techniques,
         cli_files.check,
     ),
+    "Serve": (cli_remote.serve, cli_remote.arrive, cli_remote.next),
     "Upkeep": (cli_upkeep.export, cli_upkeep.verify, cli_upkeep.sync, cli_upkeep.gc, cli_upkeep.pack),
 }
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from merge_service.errors import UserError
+from pipeline.cli.adapters import OutAdapter, Rank, show
 from pipeline.cli.options import (
     AnyBase,
     AsJson,
@@ -71,7 +72,7 @@ TechniqueName = Annotated[
 
 def merge(
     experts: Experts,
-    out: MergedOut,
+    out: MergedOut = None,
     technique: TechniqueName = None,
     base: Base = None,
     overrides: Parameters = None,
@@ -87,6 +88,8 @@ def merge(
     address: WorkersAddress = None,
     device: DeviceName = None,
     shard_size: ShardSize = None,
+    out_adapter: OutAdapter = None,
+    rank: Rank = None,
     keep_thresholds: KeepThresholds = False,
     modules: Modules = None,
     as_study: AsStudy = False,
@@ -103,36 +106,48 @@ def merge(
     Example: temporal-merge merge --technique ties --base base.safetensors --set density=0.2 --out m.safetensors a.safetensors b.safetensors
     """
     from pipeline.cli.show_files import parameters_from
+    from pipeline.merging.adapters import merge_to_adapter
     from pipeline.merging.compare import compared
     from pipeline.merging.files import Execution, FileMerge, ids_from, merge_files
     from pipeline.recipes.of_files import with_texts
 
     use_modules(modules)
     how = Execution(threads, workers, address, device, shard_size, keep_thresholds)
+    place = _place(out, out_adapter, rank)
     if technique is None:
         given = {
-            "--base": base,
-            "--set": overrides,
-            "--parity": parity,
-            "--id": named,
-            "--strip-prefix": strip_prefix,
-            "--statistics": statistics,
-            "--coefficients": coefficients,
-            "--as-study": as_study,
-        }
+            "--base": base, "--set": overrides, "--parity": parity, "--id": named, "--strip-prefix": strip_prefix,
+            "--statistics": statistics, "--coefficients": coefficients, "--as-study": as_study, "--out-adapter": out_adapter,
+        }  # fmt: skip
         beside = {option for option, value in given.items() if value}
-        _answer(_by_recipe(experts, beside, (out, force, dtype, any_base), how), as_json)
+        _answer(_by_recipe(experts, beside, (place, force, dtype, any_base), how), as_json)
         return
     params = parameters_from(overrides or [])
     if coefficients is not None:
         params["coefficients"] = coefficients
     what = FileMerge(
-        technique, params, base, experts, out,
+        technique, params, base, experts, place,
         parity, ids_from(named or [], experts), strip_prefix, any_base, statistics, force, dtype, as_study=as_study,
     )  # fmt: skip
+    if out_adapter is not None:
+        show(merge_to_adapter(what, rank, how), as_json)
+        return
     report = merge_files(with_texts(what), how)
-    found, why = compared(what, report.out or out, compare)
+    found, why = compared(what, report.out or place, compare)
     _answer(report, as_json, found, why)
+
+
+def _place(out: Path | None, adapter: Path | None, rank: int | None) -> Path:
+    """Where the result goes. Raises UserError unless it is exactly one of the two."""
+    if adapter is None and rank is not None:
+        raise UserError("--rank is that of an adapter; give --out-adapter DIR with it")
+    if out is None and adapter is None:
+        raise typer.BadParameter("Missing; give it, or --out-adapter", param_hint="--out")
+    if out is not None and adapter is not None:
+        raise UserError("give --out for the whole model or --out-adapter for an adapter, not both")
+    found = out or adapter
+    assert found is not None
+    return found
 
 
 def _by_recipe(

@@ -42,7 +42,7 @@ KeepThresholds = Annotated[
     ),
 ]
 MergedOut = Annotated[
-    Path,
+    Path | None,
     typer.Option(
         "--out",
         metavar="FILE",

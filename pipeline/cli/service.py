@@ -5,15 +5,18 @@ work that it needs is done by the command too, unless a running service does it.
 """
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from pipeline.cli import remote
 from pipeline.cli.options import AsJson, Overrides, print_json
+from pipeline.cli.remote import Url, is_remote
 
 if TYPE_CHECKING:
-    from merge_service.live import State
+    from merge_service.live import Entry, State
     from pipeline.service.home import Home
 
 app = typer.Typer(
@@ -25,6 +28,9 @@ app = typer.Typer(
 )
 ServiceDir = Annotated[
     Path, typer.Option("--out", metavar="DIR", help="The directory of the service, e.g. service/zoo.")
+]
+MaybeDir = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="The directory of the service, e.g. service/zoo.")
 ]
 ConfigFile = Annotated[
     Path | None,
@@ -123,11 +129,15 @@ def work(out: ServiceDir, config: ConfigFile = None, overrides: Overrides = None
     _say(_work(Home.open(out, _config(config, overrides))))
 
 
-def status(out: ServiceDir, as_json: AsJson = False) -> None:
+def status(out: MaybeDir = None, url: Url = None, as_json: AsJson = False) -> None:
     """What is served, what is accepted, and what is on its way.
 
     Example: temporal-merge service status --out service/zoo
     """
+    if is_remote(out, url):
+        remote.status(url, as_json)
+        return
+    assert out is not None
     from merge_service.live import backlog, plain
     from pipeline.service.home import Home
 
@@ -144,11 +154,15 @@ def status(out: ServiceDir, as_json: AsJson = False) -> None:
     _say(state)
 
 
-def arrivals(out: ServiceDir, as_json: AsJson = False) -> None:
+def arrivals(out: MaybeDir = None, url: Url = None, as_json: AsJson = False) -> None:
     """Every arrival with what became of it.
 
     Example: temporal-merge service arrivals --out service/zoo
     """
+    if is_remote(out, url):
+        remote.arrivals(url, as_json)
+        return
+    assert out is not None
     from pipeline.service.home import Home
 
     state = Home.open(out).log.state
@@ -160,11 +174,15 @@ def arrivals(out: ServiceDir, as_json: AsJson = False) -> None:
         print(f"{one.id}  {state.shown(one.id):12} {t:6} {one.task:16} {', '.join(one.reasons)}".rstrip())
 
 
-def show(arrival: Arrival, out: ServiceDir, as_json: AsJson = False) -> None:
+def show(arrival: Arrival, out: MaybeDir = None, url: Url = None, as_json: AsJson = False) -> None:
     """One arrival with every gate: difference, interval and margin.
 
     Example: temporal-merge service show a-000003 --out service/zoo
     """
+    if is_remote(out, url):
+        remote.act(url, as_json, lambda service: service.show(arrival))
+        return
+    assert out is not None
     from merge_service.live import arrival_called
     from pipeline.service.home import Home
 
@@ -174,7 +192,8 @@ def show(arrival: Arrival, out: ServiceDir, as_json: AsJson = False) -> None:
 
 
 def log(
-    out: ServiceDir,
+    out: MaybeDir = None,
+    url: Url = None,
     after: Annotated[int, typer.Option("--after", min=0, help="Only entries with higher numbers.")] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -184,9 +203,7 @@ def log(
     """
     from datetime import UTC, datetime
 
-    from pipeline.service.home import Home
-
-    for entry in Home.open(out).log.entries(after):
+    for entry in _entries(out, url, after):
         if as_json:
             print(entry.text.decode(), end="")
             continue
@@ -196,11 +213,17 @@ def log(
         )
 
 
-def release(arrival: Arrival, out: ServiceDir, reason: Reason, as_json: AsJson = False) -> None:
+def release(
+    arrival: Arrival, reason: Reason, out: MaybeDir = None, url: Url = None, as_json: AsJson = False
+) -> None:
     """Let a held, quarantined or rejected arrival go on; a held candidate is promoted by this.
 
     Example: temporal-merge service release a-000003 --reason "checked by hand" --out service/zoo
     """
+    if is_remote(out, url):
+        remote.act(url, as_json, lambda service: service.release(arrival, reason))
+        return
+    assert out is not None
     from pipeline.service.operations import Operations
 
     home = _open(out)
@@ -208,11 +231,17 @@ def release(arrival: Arrival, out: ServiceDir, reason: Reason, as_json: AsJson =
     _show(_work(home), arrival, as_json)
 
 
-def reject(arrival: Arrival, out: ServiceDir, reason: Reason, as_json: AsJson = False) -> None:
+def reject(
+    arrival: Arrival, reason: Reason, out: MaybeDir = None, url: Url = None, as_json: AsJson = False
+) -> None:
     """Refuse a held arrival.
 
     Example: temporal-merge service reject a-000003 --reason "not what it says" --out service/zoo
     """
+    if is_remote(out, url):
+        remote.act(url, as_json, lambda service: service.reject(arrival, reason))
+        return
+    assert out is not None
     from pipeline.service.operations import Operations
 
     home = _open(out)
@@ -222,14 +251,19 @@ def reject(arrival: Arrival, out: ServiceDir, reason: Reason, as_json: AsJson = 
 
 def rollback(
     t: Annotated[int, typer.Argument(metavar="T", min=0, help="The time step to serve; 0 is the base.")],
-    out: ServiceDir,
     reason: Reason,
+    out: MaybeDir = None,
+    url: Url = None,
     hold: Annotated[bool, typer.Option("--hold", help="Promote nothing until another rollback.")] = False,
 ) -> None:
     """Serve the model of another time step; the accepted sequence stays as it is.
 
     Example: temporal-merge service rollback 3 --reason "complaints" --out service/zoo
     """
+    if is_remote(out, url):
+        remote.rollback(url, t, reason, hold)
+        return
+    assert out is not None
     from pipeline.service.operations import Operations
 
     home = _open(out)
@@ -239,8 +273,9 @@ def rollback(
 
 def remove(
     arrival: Arrival,
-    out: ServiceDir,
     reason: Reason,
+    out: MaybeDir = None,
+    url: Url = None,
     descendants: Annotated[
         str,
         typer.Option(
@@ -265,6 +300,11 @@ def remove(
 
     if descendants not in ("none", "keep", "remove"):
         raise UserError(f"--descendants {descendants}: choose keep or remove")
+    if is_remote(out, url):
+        return remote.remove(
+            url, as_json, lambda service: service.remove(arrival, reason, descendants, force, purge)
+        )
+    assert out is not None
     home = _open(out)
     decided: Literal["none", "keep", "remove"] = descendants  # type: ignore[assignment]
     Operations(home).remove(arrival, Removed(reason, force, decided))
@@ -313,6 +353,18 @@ def replay(
         print_json({"served": plain(found.served), "versions": [plain(one) for one in found.versions]})
         return
     print(f"{target}: t = {found.served.t} is served, sha256 {found.served.sha256}, as in {out}")
+
+
+def _entries(out: Path | None, url: str | None, after: int) -> "Iterator[Entry]":
+    """The entries of a log in a directory, or at a URL."""
+    if is_remote(out, url):
+        with remote.connected(url) as service:
+            yield from service.log(after)
+        return
+    from pipeline.service.home import Home
+
+    assert out is not None
+    yield from Home.open(out).log.entries(after)
 
 
 def _config(config: Path | None, overrides: list[str] | None) -> Any:
@@ -382,5 +434,6 @@ def _arrival(state: "State", name: str) -> dict[str, Any]:
 
 
 COMMANDS = (
-    check, serve, arrive, work, status, arrivals, show, log, release, reject, rollback, remove, verify, replay,
+    check, serve, arrive, work, status, arrivals, show, log, release, reject, rollback, remove, remote.tokens, verify,
+    replay,
 )  # fmt: skip

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from merge_service.checkpoints import parts_of
 from merge_service.errors import UserError
 from pipeline.merging.files import FileMerge
 
@@ -50,7 +51,7 @@ def compared(what: FileMerge, merged: Path, asked: bool | None = None) -> tuple[
         )
         return None, note
     files = [*what.experts, merged]
-    size = sum(_bytes(path) for path in files)
+    size = sum(_bytes(part) for path in files for part in parts_of(path))
     if asked is None and size > LARGE_BYTES:
         return None, f"not compared: {size / 1e9:,.0f} GB would be read twice more (--compare does)"
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from merge_service.checkpoints import absolute, parts_of
 from merge_service.techniques import get
 from pipeline.recipes.model import Recipe
 
@@ -19,8 +20,8 @@ def beside(recipe: Recipe) -> dict[str, str]:
     """The card and the recipe, by name. Paths of models become absolute in the recipe."""
     names = {one.name for one in recipe.merges}
     models = [path for one in recipe.merges for path in one.models if path not in names]
-    absolute = {path: str(Path(path).absolute()) for path in models}
-    again = Recipe(merges=tuple(one.with_models(absolute) for one in recipe.merges))
+    places = {path: str(absolute(path)) for path in models}
+    again = Recipe(merges=tuple(one.with_models(places) for one in recipe.merges))
     return {CARD: _card(recipe, list(dict.fromkeys(models))), RECIPE: again.to_yaml()}
 
 
@@ -48,7 +49,13 @@ def _card(recipe: Recipe, models: Sequence[str]) -> str:
 
 
 def _called(path: Path) -> str:
-    """The name of a model: the one of its hub if its configuration has it, else that of its folder or file."""
+    """The name of a model: the one of its hub if its configuration has it, else that of its folder or file. An adapter follows its
+    base after a +.
+    """
+    return "+".join(map(_name, parts_of(path)))
+
+
+def _name(path: Path) -> str:
     folder = path if path.is_dir() else path.parent
     said = _json(folder / "config.json").get("_name_or_path")
     if isinstance(said, str) and said.count("/") == 1 and not said.startswith((".", "/", "~")):
@@ -57,7 +64,7 @@ def _called(path: Path) -> str:
 
 
 def _library(paths: Sequence[Path]) -> str:
-    folders = [path if path.is_dir() else path.parent for path in paths]
+    folders = [part if part.is_dir() else part.parent for path in paths for part in parts_of(path)]
     if any((one / "modules.json").is_file() for one in folders):
         return "sentence-transformers"
     return (

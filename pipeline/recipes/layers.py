@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_service.anatomy import ByName, anatomy_of
-from merge_service.checkpoints import Checkpoint, Rows, locate
+from merge_service.checkpoints import Rows, locate, open_weights, parts_of
 from merge_service.errors import CheckpointError, TechniqueError
 from merge_service.merging import Group, Seen
 from merge_service.techniques import nearest
@@ -273,11 +273,13 @@ def _members(merge: Merge) -> dict[str, list[str]]:
 
 @lru_cache(maxsize=64)
 def _read(path: Path, changed: int) -> ByName:
-    with Checkpoint.open(path) as held:
+    with open_weights(path) as held:
         return anatomy_of({name: info.shape for name, info in held.tensors.items()})
 
 
 def _anatomy(path: Path) -> ByName:
+    """The anatomy of a model; that of an adapter is its base's."""
+    path = parts_of(path)[0]
     if not path.exists():
         raise CheckpointError(
             f"{path} is not there; models are paths on this machine: download it first, for instance with `hf download`"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from merge_service.checkpoints import parts_of
 from merge_service.errors import UserError
 
 FILE, CONFIG, ADDED, TEMPLATE = (
@@ -30,9 +31,15 @@ class Tokenizer:
     added: Mapping[str, Mapping[str, Any]]
 
 
+def folder_of(model: Path, *names: str) -> Path:
+    """The folder of a model; of an adapter on a base, the first of both with one of these files."""
+    folders = [part if part.is_dir() else part.parent for part in parts_of(model)]
+    return next((one for one in folders if any((one / name).is_file() for name in names)), folders[0])
+
+
 def tokenizer_of(model: Path) -> Tokenizer | None:
     """The tokenizer of a model; None without a tokenizer.json or vocab.json."""
-    folder = model if model.is_dir() else model.parent
+    folder = folder_of(model, FILE, "vocab.json")
     tree = _json(folder / FILE)
     try:
         if tree is not None:
@@ -79,7 +86,7 @@ def extended(of: Tokenizer, new: Sequence[tuple[str, Mapping[str, Any]]]) -> dic
 
 def template_of(model: Path) -> str | None:
     """The chat template of a model; None without one. Of several that are named, the default."""
-    folder = model if model.is_dir() else model.parent
+    folder = folder_of(model, TEMPLATE, CONFIG)
     if (folder / TEMPLATE).is_file():
         return (folder / TEMPLATE).read_text(encoding="utf-8")
     found = (_json(folder / CONFIG) or {}).get(

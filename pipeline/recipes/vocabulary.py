@@ -11,14 +11,24 @@ Invariant: equal tokens get equal rows; no row is taken from a token of another 
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from merge_service.checkpoints import Checkpoint, Rows, vocabulary_of
+from merge_service.checkpoints import Rows, open_weights, parts_of, vocabulary_of
 from merge_service.errors import UserError
 from pipeline.recipes.model import Merge, TokenSource, Vocabulary
-from pipeline.recipes.tokenizers import Tokenizer, extended, template_of, tokenizer_of, with_template
+from pipeline.recipes.tokenizers import (
+    CONFIG,
+    FILE,
+    TEMPLATE,
+    Tokenizer,
+    extended,
+    folder_of,
+    template_of,
+    tokenizer_of,
+    with_template,
+)
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id",
         "decoder_start_token_id")  # fmt: skip
@@ -41,11 +51,13 @@ def worded(merge: Merge) -> Worded:
     """Raises UserError for tokenizers that cannot be read or extended, and for tokens that a model is said to have and lacks."""
     models = [Path(path) for path in merge.models]
     found = Worded() if merge.tokenizer is None else _Words(models, merge.vocabulary).worded()
+    if found.tokenizer is not None:
+        found = replace(found, tokenizer=folder_of(found.tokenizer, FILE, "vocab.json"))
     if merge.chat_template is None:
         return found
     source = found.tokenizer or models[0]
     texts = with_template(
-        source if source.is_dir() else source.parent, found.texts, _template(merge.chat_template, models)
+        folder_of(source, TEMPLATE, CONFIG), found.texts, _template(merge.chat_template, models)
     )
     return Worded(found.rows, texts, found.tokenizer, found.changes, found.notes)
 
@@ -237,5 +249,5 @@ class _Words:
 
 
 def _size(model: Path) -> int:
-    with Checkpoint.open(model) as held:
+    with open_weights(parts_of(model)[0]) as held:
         return vocabulary_of(held)[0]

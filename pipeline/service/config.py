@@ -53,7 +53,8 @@ class TasksSection(Section):
 
 
 class AdmissionSection(Section):
-    """Who and what may come in. `licenses` empty accepts any; `foreign_init` is for experts of unknown start."""
+    """Who and what may come in. `licenses` empty accepts any; `foreign_init` is for experts of unknown start.
+    `max_staleness` is how many experts may be accepted between a start ticket and its expert; by default 20 where they start from merges."""
 
     max_bytes: Size = 20 * 10**9
     licenses: tuple[Text, ...] = ()

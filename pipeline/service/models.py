@@ -15,7 +15,7 @@ from merge_service.faults import point
 from merge_service.files import Made
 from merge_service.live import State, Version, is_snapshot, link
 from merge_service.service import Folder, Origin, Place, merges_at
-from merge_service.timelines import Base, Expert, Merged, Strategy, Weights, deployed
+from merge_service.timelines import Base, Expert, Merged, Strategy, Weights, deployed, initial
 from pipeline.errors import CorruptArtifact, NondeterminismError
 from pipeline.kinds.specs import SequenceSpec
 from pipeline.kinds.table import KINDS
@@ -56,6 +56,10 @@ class Models:
         """Make the weights that the next expert starts from, if they are merged: a study makes them with the arrival too."""
         for merge in merges_at(self.strategy, len(places)):
             self._made(merge.result, places)
+
+    def start(self, places: Sequence[Place]) -> Record | None:
+        """What the next expert is trained from, after these; None if it is not in the store now."""
+        return self.store.find(self._named(initial(self.strategy, len(places) + 1), places)[1])
 
     def is_there(self, fingerprint: str) -> bool:
         """Whether a version can be opened without being made."""

@@ -28,6 +28,8 @@ from pipeline.service.experts import Experts, reason_of
 from pipeline.service.scoring import Scorer
 from pipeline.store.artifact import Record
 
+MOST_STALE = 20
+"""Where experts start from merges and `admission.max_staleness` says nothing else."""
 BASE, FOREIGN = "base", "foreign"
 Found = Admitted | Quarantined | Held
 
@@ -68,7 +70,7 @@ class Screening:
             wrong.append(
                 ("provenance.foreign_init", f"the start {arrival.init[:16]} is not one of this service")
             )
-        most, start = rules.max_staleness, arrival.init_seq
+        most, start = self._most_stale(), arrival.init_seq
         if most is not None and start is not None:
             since = sum((state.arrivals[one.arrival].accepted_seq or 0) > start for one in state.sequence)
             if since > most:
@@ -84,6 +86,11 @@ class Screening:
             if left
             else None
         )
+
+    def _most_stale(self) -> int | None:
+        """How many experts may be accepted between the start of one and its arrival; None for any number."""
+        stated = self.config.admission.max_staleness
+        return MOST_STALE if stated is None and self.config.timeline.init != "base" else stated
 
     def _geometry(self, state: State, arrival: Arrival, record: Record) -> Found | None:
         figures, bounds = figures_of(record), self.config.bounds
@@ -147,6 +154,8 @@ class Screening:
         for one in state.sequence:
             if one.version.sha256 == arrival.init and one.version.fingerprint:
                 return one.version.fingerprint, every
+            if one.sha256 == arrival.init:  # the newest expert itself, with init latest
+                return one.expert, every
         return state.base.fingerprint, every
 
     def _copy_of(self, state: State, arrival: Arrival) -> str | None:

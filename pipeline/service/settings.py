@@ -126,6 +126,11 @@ class Setup(Section):
         return self.state / "service.token"
 
     @property
+    def ticket_key(self) -> Path:
+        """The file of the key that start tickets are signed with."""
+        return self.state / "ticket.key"
+
+    @property
     def label_sets(self) -> Path:
         """The folder of registered label sets."""
         return self.state / "label_sets"

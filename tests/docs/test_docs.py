@@ -65,6 +65,9 @@ ELSEWHERE = {
     "check": "tests/pipeline/study/test_suites.py",
     "gc": "tests/pipeline/workspace/test_gc.py",
     "service": "tests/pipeline/cli/test_service.py",
+    "serve": "tests/pipeline/service/test_together.py",
+    "arrive": "tests/pipeline/cli/test_remote.py",
+    "next": "tests/pipeline/cli/test_remote.py",
 }
 """Commands of ours that the documentation calls with placeholders, or that take long: there they run, here they are parsed."""
 

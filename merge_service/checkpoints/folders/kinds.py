@@ -15,7 +15,7 @@ OPEN_CLIP, TRANSFORMERS, DIFFUSERS, ADAPTER = (
 )
 STANDARD = (OPEN_CLIP, TRANSFORMERS, DIFFUSERS, ADAPTER)
 """Names of weights, without suffix, that libraries look for, in the order in which one is preferred among several."""
-CONFIG, OPEN_CLIP_CONFIG = "config.json", "open_clip_config.json"
+CONFIG, OPEN_CLIP_CONFIG, ADAPTER_CONFIG = "config.json", "open_clip_config.json", "adapter_config.json"
 LIMIT = 1 << 24
 """Most bytes of a configuration."""
 

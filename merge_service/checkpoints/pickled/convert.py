@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from merge_service.checkpoints.folders.companions import Folder
+from merge_service.checkpoints.folders.kinds import ADAPTER, ADAPTER_CONFIG
 from merge_service.checkpoints.header import TensorInfo
 from merge_service.checkpoints.pickled.archive import Archive
 from merge_service.checkpoints.pickled.distributed import Assembled, distributed, is_distributed
@@ -103,7 +105,7 @@ def convert(
         for name, one in held.items()
         if name not in ties
     }
-    target = Target.of(out, [source], shard_bytes)
+    target = _adapter(source, out) or Target.of(out, [source], shard_bytes)
     with target.open(_Laid(layout), {"format": "pt", **ties}) as writer:
         for name in layout:
             writer.write_stored(name, 0, held[name].archive.stored(held[name].tensor))
@@ -112,6 +114,14 @@ def convert(
             f"written once, for two names: {', '.join(f'{alias} is {name}' for alias, name in list(ties.items())[:3])}"
         )
     return Converted(target.place(_Laid(layout)), len(layout), ties, (*notes, *target.notes))
+
+
+def _adapter(source: Path, out: Path) -> Target | None:
+    """The folder that an adapter is written to, with its configuration; None for models, and for a single file."""
+    config = (source if source.is_dir() else source.parent) / ADAPTER_CONFIG
+    if out.name.endswith(".safetensors") or not config.is_file() or ADAPTER not in _files(source)[0].name:
+        return None
+    return Target(out, out / f"{ADAPTER}.safetensors", Folder(ADAPTER, {ADAPTER_CONFIG: config}))
 
 
 def _consolidate(
@@ -146,7 +156,9 @@ def _files(source: Path) -> list[Path]:
             for name in _NAMES
             for suffix in (".bin.index.json", ".bin")
             if (source / f"{name}{suffix}").is_file()
-        ] or sorted(
+        ]
+        found = found or [one for one in [source / f"{ADAPTER}.bin"] if one.is_file()]
+        found = found or sorted(
             one for one in source.iterdir() if one.suffix in (".pt", ".pth", ".ckpt") and one.is_file()
         )
         if len(found) != 1:

@@ -37,7 +37,7 @@ MOST_INDEX_BYTES = 32 << 20
 WEIGHTS, INDEX = ".safetensors", ".safetensors.index.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 ID = "u-[0-9a-f]{24}"
-_SAID = "upload.json"
+_SAID, _TAKEN = "upload.json", "taken.json"
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,11 @@ class Upload:
         return sum(one.bytes for one in self.files)
 
     @property
+    def part_bytes(self) -> int:
+        """Bytes of every part but the last of a file."""
+        return PART_BYTES
+
+    @property
     def needs(self) -> int:
         """Bytes of disk until its arrival is taken: shards are joined into one file."""
         return self.bytes if len(self.files) == 1 else 2 * self.bytes
@@ -81,6 +86,14 @@ class Room:
     bytes: int
     uploads: int
     reserve: int
+
+
+@dataclass
+class Taking:
+    """An upload on its way into an arrival, which whoever takes it states."""
+
+    taken: Taken
+    arrival: str = ""
 
 
 class Uploads:
@@ -102,9 +115,10 @@ class Uploads:
         self._folder.mkdir(parents=True, exist_ok=True)
         with _locked(self._folder / ".lock"):
             self.sweep()
-            if (self._folder / upload.id).is_dir():
+            if self._read(self._folder / upload.id) is not None:
                 return upload, False
             self._check_room(upload)
+            shutil.rmtree(self._folder / upload.id, ignore_errors=True)
             self._create(upload)
         return upload, True
 
@@ -154,10 +168,19 @@ class Uploads:
                 partial.replace(mark)
             sync_directory(mark.parent)
 
+    def taken(self, number: str, token: str, request: str) -> str | None:
+        """The arrival that this upload of this token became by the same request, for two days."""
+        try:
+            found = json.loads((self._folder / number / _TAKEN).read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return str(found["arrival"]) if (found["token"], found["request"]) == (token, request) else None
+
     @contextlib.contextmanager
-    def taking(self, upload: Upload, experts: Experts) -> Iterator[Taken]:
+    def taking(self, upload: Upload, experts: Experts, request: str) -> Iterator[Taking]:
         """The bytes of a whole upload, as one file among those that come in; the upload is gone at the end, unless an error is raised.
 
+        What it became (`Taking.arrival`) is kept, since the answer to `request`, a digest, may be lost.
         Raises Refused if a part is missing, a file is not what was announced, or another request takes the same upload.
         """
         with self._working(upload, wait=False):
@@ -165,12 +188,18 @@ class Uploads:
                 raise Refused("upload.incomplete", "parts are missing; GET the upload to see which")
             taken = self._taken(upload, experts)
             point("upload.complete")
-            yield taken
+            found = Taking(taken)
+            yield found
             if not experts.is_there(
                 taken.sha256
             ):  # swept between the two, by a worker that had not read the arrival yet
                 self._taken(upload, experts)
-            self._remove(self._folder / upload.id)
+            place = self._folder / upload.id
+            body = {"token": upload.token, "request": request, "arrival": found.arrival}
+            with _locked(self._folder / ".lock"):
+                self._remove(place)
+                place.mkdir()
+                (place / _TAKEN).write_text(json.dumps(body), encoding="utf-8")
 
     def drop(self, upload: Upload) -> None:
         """Forget an upload and its bytes."""

@@ -44,9 +44,8 @@ class ExpertRows:
             for key, context in CONTEXTS.items()
             for source in step.spec.get(key, ())
         ]
-        settings = {
-            key: step.spec[key] for key in ("steps", "recipe", "engine", "weights") if key in step.spec
-        }
+        named = ("steps", "recipe", "engine", "weights")
+        settings: dict[str, object] = {key: step.spec[key] for key in named if key in step.spec}
         used = self._index.used_by(step.fingerprint)
         listed = ", ".join(used if len(used) <= 10 else [*used[:10], f"and {len(used) - 10} more"])
         tags = {

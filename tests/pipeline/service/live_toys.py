@@ -1,19 +1,25 @@
 """A toy service behind an application: experts come over HTTP, and the test does the work of the working process."""
 
 import base64
+import contextlib
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import uvicorn
 
 from merge_service.live import State
+from pipeline.service.app import create_app
 from pipeline.service.home import Home
 from pipeline.service.intake import uploads
+from pipeline.service.settings import Setup
 from tests.pipeline.service import toys
 from tests.pipeline.service.conftest import Service
+from tests.pipeline.service.outside import until
 
 
 @dataclass
@@ -73,3 +79,59 @@ class LiveService:
 
 def content_digest(data: bytes) -> str:
     return f"sha-256=:{base64.b64encode(hashlib.sha256(data).digest()).decode()}:"
+
+
+@dataclass
+class Reached:
+    """The application of a setup behind a port, and what came: method and path of every request."""
+
+    url: str
+    came: list[tuple[str, str]] = field(default_factory=list)
+
+    def puts(self) -> list[str]:
+        """The parts that came, by their addresses."""
+        return [path for method, path in self.came if method == "PUT"]
+
+
+@contextlib.contextmanager
+def reached(setup: Setup) -> Iterator[Reached]:
+    """Listen on a free port of loopback, in a thread."""
+    app, found = create_app(setup), Reached("")
+
+    async def counted(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            found.came.append((scope["method"], scope["path"]))
+        await app(scope, receive, send)
+
+    server = uvicorn.Server(uvicorn.Config(counted, host="127.0.0.1", port=0, log_config=None, lifespan="on"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    until(lambda: server.started or not thread.is_alive())
+    found.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    try:
+        yield found
+    finally:
+        server.should_exit = True
+        thread.join(60)
+
+
+@contextlib.contextmanager
+def worked(out: Path) -> Iterator[None]:
+    """Do the work of the toy service in OUT, in a thread, as its working process would."""
+    ending = threading.Event()
+
+    def work() -> None:
+        home = Home.open(out)
+        with home.working():
+            worker = home.worker(toys.ToyScorer(home.store))
+            while not ending.is_set():
+                if not worker.step():
+                    ending.wait(0.02)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ending.set()
+        thread.join(60)

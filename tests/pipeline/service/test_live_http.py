@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from merge_service.checkpoints import Checkpoint
-from merge_service.live import Entry, chained, fold, parse
+from merge_service.live import Entry, Refused, chained, fold, parse
 from merge_service.live.values import canonical
 from pipeline.service.intake import uploads
+from pipeline.service.intake.tickets import Tickets
 from pipeline.service.verify import verify
 from tests.merge_service.toys import save
 from tests.pipeline.service import toys
@@ -25,7 +26,7 @@ Make = Callable[..., LiveService]
 @pytest.fixture
 def make_live(make_service: Callable[..., Service], tmp_path: Path) -> Make:
     def make(**configured: object) -> LiveService:
-        toys.home(tmp_path / "out", **configured)
+        toys.home(tmp_path / "out", configured.pop("strategy", "offline_merging"), **configured)
         return LiveService(make_service(out=tmp_path / "out"), tmp_path / "out", tmp_path)
 
     return make
@@ -57,7 +58,8 @@ def test_expert_arrives_in_parts_and_is_promoted(live: LiveService, tmp_path: Pa
     assert (one["status"], one["t"], one["owner"], one["license"]) == ("promoted", 1, "ann", "MIT")
     status = live.ask("GET", "/v1/status", "reader").json()["live"]
     assert status["served"]["arrival"] == one["id"] and status["t"] == 1 and status["backlog"] == {}
-    assert not list((live.home.place / "uploads").glob("u-*")) and not verify(live.out)
+    left = [one.name for one in (live.home.place / "uploads").glob("u-*/*")]
+    assert left == ["taken.json"] and not verify(live.out)  # what the upload became, and none of its bytes
 
 
 def test_champion_has_the_bytes_of_experts_that_came_without_http(live: LiveService, tmp_path: Path) -> None:
@@ -366,3 +368,82 @@ def test_candidate_is_the_challenger_while_it_is_judged(live: LiveService, tmp_p
     assert (
         part.status_code == 206 and len(part.content) == 8 and part.headers["etag"] == f'"{file["sha256"]}"'
     )
+
+
+# --- start tickets ----------------------------------------------------------------------------------------------------
+
+
+def following(tmp_path: Path, start: dict[str, object], task: str, live: LiveService) -> Path:
+    """An expert of a task that was trained from the weights of a start."""
+    place = tmp_path / f"start-{task}.safetensors"
+    weights = f"{start['place']}open_clip_model.safetensors"
+    halves = [
+        live.ask("GET", weights, "submitter", headers={"range": f"bytes={one}"}) for one in ("0-999", "1000-")
+    ]
+    assert [one.status_code for one in halves] == [206, 206]
+    place.write_bytes(b"".join(one.content for one in halves))
+    assert hashlib.sha256(place.read_bytes()).hexdigest() == start["sha256"]
+    by = toys.direction(task)
+    with Checkpoint.open(place) as opened:
+        moved = {
+            name: (opened.read(name).reshape(shape) + toys.SIZE * by.get(name, 0)).astype("float32")
+            for name, shape in toys.SHAPES.items()
+        }
+    return save(tmp_path / f"{task}.safetensors", moved)
+
+
+def test_expert_that_comes_back_with_a_ticket_has_a_known_start(make_live: Make, tmp_path: Path) -> None:
+    live = make_live(strategy="best_in_time", admission={"foreign_init": "quarantine", "max_staleness": 1})
+    started = live.ask("GET", "/v1/next?task=task1", "submitter").json()
+    assert started["sha256"] == live.home.log.state.base.sha256 and started["t"] == 0
+    first = live.ask("GET", "/v1/next?task=task0", "submitter").json()
+    expert = following(tmp_path, first, "task0", live)
+    came = live.arrive(expert, "task0", init_ticket=first["ticket"]).json()["id"]
+    live.work()
+    second = live.ask("GET", "/v1/next?task=task1", "submitter").json()
+    assert second["t"] == 1 and second["sha256"] != first["sha256"]
+    late = [live.ask("GET", f"/v1/next?task={task}", "submitter").json() for task in ("task2", "task3")]
+    expert = following(tmp_path, second, "task1", live)
+    other = live.arrive(expert, "task1", init_ticket=second["ticket"]).json()["id"]
+    state = live.work()
+    assert [state.shown(one) for one in (came, other)] == ["superseded", "promoted"], state.arrivals[other]
+    lineage = live.ask("GET", f"/v1/arrivals/{other}/lineage", "reader").json()
+    assert lineage["parents"] == lineage["ancestors"] == [came]
+    assert problem(live.ask("DELETE", f"/v1/arrivals/{came}?reason=x")) == "descendants.undecided"
+    unknown = live.arrive(toys.expert(tmp_path, "task4"), "task4").json()["id"]
+    third = live.arrive(following(tmp_path, late[0], "task2", live), "task2", init_ticket=late[0]["ticket"])
+    stale = live.arrive(following(tmp_path, late[1], "task3", live), "task3", init_ticket=late[1]["ticket"])
+    state = live.work()
+    assert state.arrivals[unknown].reasons == ("provenance.foreign_init",)
+    assert state.shown(third.json()["id"]) == "promoted"
+    assert state.arrivals[stale.json()["id"]].reasons == ("provenance.stale",)
+
+
+def test_tickets_of_others_are_refused_and_write_nothing(live: LiveService, tmp_path: Path) -> None:
+    path = toys.expert(tmp_path, "task0")
+    ticket = live.ask("GET", "/v1/next?task=task0", "submitter").json()["ticket"]
+    elsewhere = live.ask("GET", "/v1/next?task=task1", "submitter").json()["ticket"]
+    foreign = Tickets(tmp_path / "other.key", "toy").issue(1, "task0", "0" * 64)[0]
+    old = Tickets(live.app.setup.ticket_key, "another").issue(1, "task0", "0" * 64)[0]
+    length = live.home.log.state.seq
+    for text, code in {
+        elsewhere: "ticket.task", foreign: "ticket.invalid", old: "ticket.invalid", ticket[:-2]: "ticket.invalid",
+        "tms_.": "ticket.invalid", "tms_\u00e9.x": "ticket.invalid", ticket + "=": "ticket.invalid",
+    }.items():  # fmt: skip
+        assert problem(live.arrive(path, "task0", init_ticket=text)) == code, text
+    assert problem(live.arrive(path, "task0", init_ticket=ticket, init="base")) == "request.invalid"
+    assert live.home.log.state.seq == length and not incoming(live)
+    assert live.arrive(path, "task0", init_ticket=ticket).status_code == 202
+    other = toys.expert(tmp_path, "task0", 1)
+    assert problem(live.arrive(other, "task0", init_ticket=ticket)) == "ticket.used"
+    kept = b"".join(one.read_bytes() for one in (live.home.place / "log").glob("*.json"))
+    assert ticket.encode() not in kept
+    with pytest.raises(Refused, match="30 days"):
+        Tickets(live.app.setup.ticket_key, "toy").read(ticket, "task0", time.time() + 31 * 24 * 3600)
+
+
+def test_header_that_claims_gigabytes_is_quarantined(live: LiveService, tmp_path: Path) -> None:
+    path = tmp_path / "bomb.safetensors"
+    path.write_bytes((5 * 10**9).to_bytes(8, "little") + b"{}")
+    number = live.arrive(path, "task0").json()["id"]
+    assert live.work().arrivals[number].reasons[0].startswith("format.")

@@ -47,6 +47,8 @@ OPERATIONS = [
     ("POST", "/v1/arrivals/{number}/release"),
     ("POST", "/v1/arrivals/{number}/reject"),
     ("POST", "/v1/rollback"),
+    ("GET", "/v1/next"),
+    ("GET", "/v1/starts/{sha256}/files/{name}"),
     ("GET", "/v1/log"),
     ("GET", "/v1/log/head"),
     ("GET", "/v1/tokens"),
@@ -59,7 +61,7 @@ OPERATIONS = [
 ]
 
 
-QUICK = ("/v1/uploads", "/v1/arrivals", "/v1/rollback", "/v1/log", "/v1/tokens")
+QUICK = ("/v1/uploads", "/v1/arrivals", "/v1/rollback", "/v1/log", "/v1/tokens", "/v1/next", "/v1/starts")
 """Routes that are tried less often, since they share how bodies and names are read."""
 
 

@@ -30,6 +30,7 @@ from pipeline.service.http.live.schemas import (
     Status,
 )
 from pipeline.service.http.problems import Problem
+from pipeline.service.intake.tickets import digest_of
 from pipeline.service.tokens import Token
 
 Id = Annotated[str, Path(pattern="^a-[0-9]{6,12}$")]
@@ -131,20 +132,24 @@ def _arrive(live: Live, response: Response, token: Token, asked: Asked) -> Came:
     key = f"{token.id}:{asked.key}" if asked.key else ""
     if key in state.keys and key:
         return _known(state, response, key, asked)
-    check_bounds(token, body.task, body.owner)
+    owner = _owner(token, body.owner)
+    check_bounds(token, body.task, owner)
     operations, quota = live.operations(token), live.quota(token)
     operations.check_task(body.task)
+    if (before := live.uploads.taken(body.upload, token.id, asked.digest())) is not None:
+        return _again(state, response, before)
     upload = live.uploads.get(body.upload, token.id)
     if upload.task != body.task:
         raise Problem("request.invalid", "the upload was announced for another task")
     init, init_seq, ticket = _start(live, state, body)
     try:
-        with live.uploads.taking(upload, live.home.experts) as taken:
+        with live.uploads.taking(upload, live.home.experts, asked.digest()) as taking:
             data = Received(
-                body.task, taken.sha256, taken.bytes, init, body.owner, body.license, body.note, origin="upload",
+                body.task, taking.taken.sha256, taking.taken.bytes, init, owner, body.license, body.note, origin="upload",
                 ticket=ticket, init_seq=init_seq, key=key, body=asked.digest(), replaces=asked.replaces,
             )  # fmt: skip
             arrived = operations.received(data, quota)
+            taking.arrival = arrived.id
     except Refused as refused:
         if refused.code == "arrival.denied":
             live.uploads.drop(upload)
@@ -164,9 +169,14 @@ def _known(state: State, response: Response, key: str, asked: Asked) -> Came:
             "idempotency.reused",
             f"the Idempotency-Key came with another request, which became {known.arrival}",
         )
+    return _again(state, response, known.arrival)
+
+
+def _again(state: State, response: Response, number: str) -> Came:
+    """The arrival that this very request led to before."""
     response.status_code = 200
-    response.headers["location"] = f"/v1/arrivals/{known.arrival}"
-    return _came(state, known.arrival)
+    response.headers["location"] = f"/v1/arrivals/{number}"
+    return _came(state, number)
 
 
 def _came(state: State, number: str) -> Came:
@@ -175,9 +185,26 @@ def _came(state: State, number: str) -> Came:
 
 
 def _start(live: Live, state: State, body: ArrivalBody) -> tuple[str, int | None, str]:
-    """What training started from, the entry that it stands for, and the digest of the ticket."""
-    usual = "base" if live.home.config.timeline.init == "base" else "foreign"
-    return body.init or usual, None, ""
+    """What training started from, the entry that it stands for, and the digest of the ticket. Raises Refused, Problem."""
+    if body.init_ticket is None:
+        usual = "base" if live.home.config.timeline.init == "base" else "foreign"
+        return body.init or usual, None, ""
+    if body.init is not None:
+        raise Problem("request.invalid", "the ticket says what training started from; leave init out")
+    ticket = live.tickets.read(body.init_ticket, body.task)
+    init = "base" if ticket.init == state.base.sha256 else ticket.init
+    return init, ticket.seq, digest_of(body.init_ticket)
+
+
+def _owner(token: Token, stated: str | None) -> str:
+    """Whose expert it is. Raises Problem where it must be said."""
+    if stated is not None:
+        return stated
+    if token.owners is None:
+        return token.note or token.id
+    if len(token.owners) != 1:
+        raise Problem("request.invalid", f"owner is missing; the token is for {', '.join(token.owners)}")
+    return token.owners[0]
 
 
 def _ancestors(starts: Mapping[str, tuple[str, ...]], number: str) -> list[str]:

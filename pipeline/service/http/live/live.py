@@ -15,6 +15,7 @@ from merge_service.live import State, backlog
 from pipeline.service.home import Home
 from pipeline.service.http.problems import Problem
 from pipeline.service.http.schemas import Standing, VersionShown
+from pipeline.service.intake.tickets import Tickets
 from pipeline.service.intake.uploads import FOLDER, Room, Uploads
 from pipeline.service.operations import Operations, Quota
 from pipeline.service.settings import Setup
@@ -33,6 +34,7 @@ class Live:
     home: Home
     uploads: Uploads
     tokens: Tokens
+    tickets: Tickets
     ending: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
@@ -43,7 +45,8 @@ class Live:
         home = Home.open(setup.out)
         limits = home.config.limits
         room = Room(home.config.admission.max_bytes, limits.uploads, limits.reserve)
-        return cls(home, Uploads(home.place / FOLDER, room), Tokens(setup.tokens), ending)
+        tickets = Tickets(setup.ticket_key, home.config.name)
+        return cls(home, Uploads(home.place / FOLDER, room), Tokens(setup.tokens), tickets, ending)
 
     def state(self) -> State:
         """The newest state."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from fastapi import APIRouter
 
-from pipeline.service.http.live import acts, arrivals, history, tokens, uploads
+from pipeline.service.http.live import acts, arrivals, history, starts, tokens, uploads
 from pipeline.service.http.live.live import Live
 from pipeline.service.intake.uploads import PART_BYTES
 
@@ -20,4 +20,4 @@ BODIES: Mapping[str, int] = {
 
 def routers(live: Live) -> tuple[APIRouter, ...]:
     """The routers."""
-    return tuple(one.router(live) for one in (uploads, arrivals, acts, history, tokens))
+    return tuple(one.router(live) for one in (uploads, arrivals, acts, starts, history, tokens))

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from merge_service.live import Arrival, State
-from pipeline.service.http.schemas import Body, Digest, Text
+from pipeline.service.http.schemas import Body, Digest, File, Text
+from pipeline.service.intake.tickets import MOST
 from pipeline.service.intake.uploads import ID, MOST_FILES
 from pipeline.service.tokens import Role, Token
 
@@ -47,15 +48,30 @@ class UploadShown(BaseModel):
 
 
 class ArrivalBody(Body):
-    """An expert whose files were uploaded. Without a ticket, `init` is what its sender claims; by default the base where every expert
-    starts from it, else `foreign`."""
+    """An expert whose files were uploaded. `owner` is by default the only one that the token is for, else the token's own name. Without
+    a ticket, `init` is what its sender claims; by default the base where every expert starts from it, else `foreign`."""
 
     task: Short
     upload: UploadId
-    owner: Short
+    owner: Short | None = None
     license: Annotated[str, Field(max_length=200)] = ""
     note: Annotated[str, Field(max_length=1000)] = ""
     init: Literal["base", "foreign"] | None = None
+    init_ticket: Annotated[str, Field(max_length=MOST)] | None = None
+
+
+class Start(BaseModel):
+    """The weights that the next expert of a task starts from: `files` below the address `place`, the weights with `sha256`. The ticket
+    comes back with the expert, once, until `expires` (seconds since 1970). They are the start after entry `seq`, with `t` experts."""
+
+    ticket: str
+    expires: int
+    seq: int
+    t: int
+    sha256: Digest
+    strategy: dict[str, Any]
+    files: list[File]
+    place: str
 
 
 class Came(BaseModel):

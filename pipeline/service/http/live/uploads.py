@@ -16,7 +16,7 @@ from pipeline.service.http.door import require
 from pipeline.service.http.live.live import Live, check_bounds
 from pipeline.service.http.live.schemas import UploadBody, UploadShown
 from pipeline.service.http.problems import Problem
-from pipeline.service.intake.uploads import ID, PART_BYTES, Announced, Upload
+from pipeline.service.intake.uploads import ID, Announced, Upload
 from pipeline.service.tokens import Token
 
 Number = Annotated[str, Path(pattern=f"^{ID}$")]
@@ -90,4 +90,4 @@ def router(live: Live) -> APIRouter:
 
 
 def _shown(live: Live, upload: Upload) -> UploadShown:
-    return UploadShown(id=upload.id, part_bytes=PART_BYTES, missing=live.uploads.missing(upload))
+    return UploadShown(id=upload.id, part_bytes=upload.part_bytes, missing=live.uploads.missing(upload))

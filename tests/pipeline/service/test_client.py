@@ -1,0 +1,127 @@
+"""The client against a service behind a port: breaks, repetitions, and everything that it may ask."""
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from pipeline.service.client import Service, ServiceError
+from pipeline.service.client.connection import Connection
+from pipeline.service.home import Home
+from pipeline.service.intake import uploads
+from pipeline.service.settings import Setup
+from tests.pipeline.service import toys
+from tests.pipeline.service.conftest import set_up
+from tests.pipeline.service.live_toys import reached, worked
+from tests.serving_toys import LABELS, Zoo, picture
+
+Named = tuple[Setup, dict[str, str], Path]
+
+
+@pytest.fixture
+def named(zoo: Zoo, tmp_path: Path) -> Named:
+    """A toy service that does not run yet: its setup, its tokens and its directory."""
+    toys.home(tmp_path / "out")
+    setup, _, tokens = set_up(zoo, tmp_path / "state", out=tmp_path / "out")
+    return setup, tokens, tmp_path / "out"
+
+
+@pytest.fixture
+def cut(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Every third request is carried out, and its answer is lost; the addresses of those."""
+    lost, asked = list[str](), [0]
+    request: Callable[..., Any] = httpx2.Client.request
+
+    def broken(self: httpx2.Client, method: str, url: str, **given: Any) -> httpx2.Response:
+        answer = request(self, method, url, **given)
+        asked[0] += 1
+        if asked[0] % 3 == 0:
+            lost.append(f"{method} {url}")
+            raise httpx2.ReadError("cut")
+        return answer  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(httpx2.Client, "request", broken)
+    monkeypatch.setattr("pipeline.service.client.connection.FIRST_WAIT", 0.01)
+    yield lost
+
+
+def test_interrupted_upload_goes_on_after_a_restart_and_sends_at_most_one_part_again(
+    named: Named, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "PART_BYTES", 500)
+    setup, tokens, _ = named
+    path = toys.expert(tmp_path, "task0")
+    parts = -(-path.stat().st_size // 500)
+
+    def stop(there: int, every: int) -> None:
+        if there >= every / 2:
+            raise KeyboardInterrupt
+
+    with reached(setup) as first, Service(first.url, tokens["submitter"]) as service:
+        with pytest.raises(KeyboardInterrupt):
+            service.arrive(path, "task0", progress=stop)
+        assert 0 < len(first.puts()) < parts
+    with reached(setup) as second, Service(second.url, tokens["submitter"]) as service:
+        assert service.arrive(path, "task0").status == "received"
+    assert len(first.puts()) + len(second.puts()) <= parts + 1
+
+
+def test_experts_delivered_twice_shuffled_over_cut_connections_come_once(
+    named: Named, tmp_path: Path, cut: list[str]
+) -> None:
+    setup, tokens, out = named
+    experts = [(toys.expert(tmp_path, task), task) for task in toys.TASKS[:4]]
+    again = random.Random(1).sample(experts, len(experts))
+    with reached(setup) as at, worked(out), Service(at.url, tokens["submitter"]) as service:
+        ids = [service.arrive(path, task, owner="ann").id for path, task in experts]
+        found = [service.wait(one) for one in ids]
+        length = service.status().live
+        repeated = {service.arrive(path, task, owner="ann").id for path, task in again}
+        assert service.status().live == length and repeated == set(ids)
+    assert cut and [one.t for one in found] and found[-1].status == "promoted"
+    quiet = toys.home(tmp_path / "quiet")
+    for path, task in experts:
+        toys.arrive(quiet, path, task)
+    state = Home.open(out).log.state
+    assert state.served.sha256 == quiet.log.state.served.sha256
+    assert len(state.arrivals) == 4 and state.seq == quiet.log.state.seq
+
+
+def test_client_does_whatever_the_routes_do(named: Named, tmp_path: Path) -> None:
+    setup, tokens, out = named
+    with reached(setup) as at, worked(out), Service(at.url, tokens["operator"]) as service:
+        ids = []
+        for task in toys.TASKS[:2]:
+            start = service.next(task, tmp_path / task)
+            assert (tmp_path / task / "ticket").read_text().strip() == start.ticket
+            came = service.arrive(toys.expert(tmp_path, task), task, start.ticket, license="MIT", owner="ann")
+            ids.append(service.wait(came.id).id)
+        assert [one.status for one in service.arrivals()] == ["superseded", "promoted"]
+        assert [one.id for one in service.arrivals(task="task1")] == ids[1:]
+        assert service.lineage(ids[0]).descendants == []
+        assert service.rollback(1, "complaints").served.t == 1
+        with pytest.raises(ServiceError, match="head") as refused:
+            service.rollback(0, "x", if_head="0" * 64)
+        assert (refused.value.code, refused.value.status) == ("head.moved", 412)
+        assert service.remove(ids[0], "takedown", force=True, purge=True).status == "purged"
+        entries = [*service.log()]
+        assert [one.seq for one in entries] == [*range(1, len(entries) + 1)]
+        assert [one.seq for one in service.log(after=3)] == [one.seq for one in entries[3:]]
+        seen = service.classify([picture(0), picture(1)], LABELS, top=2)
+        assert len(seen.results) == 2 and len(seen.results[0].top) == 2
+        new = service.issue("submitter", owners=["bob"], per_day=1)
+        assert new.id in {one.id for one in service.tokens().tokens}
+        service.revoke(new.id)
+        with Service(at.url, new.token) as closed, pytest.raises(ServiceError, match=r"token\.revoked"):
+            closed.status()
+    with pytest.raises(ServiceError, match="does not answer"):
+        Service(at.url, tokens["reader"], patience=0.1).status()
+
+
+def test_answer_of_something_else_is_said_to_be_none_of_a_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(httpx2.Client, "request", lambda *_, **__: httpx2.Response(404, text="<html>"))
+    with pytest.raises(ServiceError, match="no answer of a service"):
+        Connection("http://127.0.0.1:1", "t").ask("GET", "/v1/status")
