@@ -81,7 +81,7 @@ class Merge:
         running-2 for the result of a fold after task 2, whatever that is.
         """
         named = names or {}
-        experts = [named.get(one.t, f"t{one.t}") for one in self.members if isinstance(one, Expert)]
+        experts = [named.get(one.t, expert_id(one.t)) for one in self.members if isinstance(one, Expert)]
         if self.result.form == "merge" or self.resumes:
             return tuple(experts)
         return f"running-{self.result.t - 1}", experts[-1]
@@ -155,11 +155,33 @@ def derivations(strategy: Strategy, t: int, *, last: bool = False) -> tuple["Mer
     Studies and the service both call this, so equal arrivals give equal merges. `last`: no task follows, so nothing is merged to
     start one from.
     """
+    return tuple(derivation(strategy, one) for one in results(strategy, t, last=last))
+
+
+def results(strategy: Strategy, t: int, *, last: bool = False) -> tuple[Merged, ...]:
+    """What `derivations` makes, without the members, which are as many as t."""
     if not needs_experts(strategy):
         return ()
     used = [deployed(strategy, t), *([] if last else [initial(strategy, t + 1)])]
     merged = {weights for weights in used if isinstance(weights, Merged)}
-    return tuple(_merge(strategy, one) for one in sorted(merged, key=lambda one: one.policy))
+    return tuple(sorted(merged, key=lambda one: one.policy))
+
+
+def derivation(strategy: Strategy, merged: Merged) -> Merge:
+    """How one of the results of a time step is made."""
+    params = params_for(strategy, merged)
+    members, resumes = parents(strategy, merged), _resumes(strategy, merged)
+    return Merge(merged, str(strategy.technique), params, members, resumes)
+
+
+def _resumes(strategy: Strategy, merged: Merged) -> bool:
+    """Whether a merge is a fold that continues a state."""
+    return merged.form == "fold" and strategy.technique is not None and _technique(strategy).resumes
+
+
+def expert_id(t: int) -> str:
+    """The id of the expert of task `t` in merges, where it has no other."""
+    return f"t{t}"
 
 
 def params_for(strategy: Strategy, merged: Merged) -> dict[str, Any]:
@@ -221,17 +243,6 @@ def _after(strategy: Strategy, rule: str, finished: int) -> Weights:
     return Merged("ema", finished)
 
 
-def _merge(strategy: Strategy, merged: Merged) -> Merge:
-    params = params_for(strategy, merged)
-    members, resumes = parents(strategy, merged), _resumes(strategy, merged)
-    return Merge(merged, str(strategy.technique), params, members, resumes)
-
-
-def _resumes(strategy: Strategy, merged: Merged) -> bool:
-    """Whether a merge is a fold that continues a state."""
-    return merged.form == "fold" and strategy.technique is not None and _technique(strategy).resumes
-
-
 def _technique(strategy: Strategy) -> Technique:
     if strategy.technique is None:
         raise TechniqueError(
@@ -285,6 +296,11 @@ def _check_carried(technique: Technique, strategy: Strategy, used: tuple[Policy,
     if isinstance(strategy.params.get("density"), list | tuple):
         raise TechniqueError(
             f"{technique.name}: density is one number in a study; a list with one per expert is for a merge of files"
+        )
+    if technique.learned:
+        raise TechniqueError(
+            f"{technique.name} merges with coefficients that must be learned for the experts of every t, and studies do not learn yet; "
+            "merge exported experts (temporal-merge learn, then temporal-merge merge --coefficients), or choose another technique"
         )
     if strategy.params.get("coefficients") is not None:
         raise TechniqueError(
