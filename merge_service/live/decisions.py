@@ -63,9 +63,8 @@ def receive(state: State, data: kinds.Received, actor: str) -> Draft | Known:
         first = arrival_called(state, state.tickets[data.ticket])
         if first.sha256 != data.sha256:
             raise Refused("ticket.used", f"the start ticket was used by {first.id}; ask for another")
-    for one in state.arrivals.values():
-        same = (one.sha256, one.task, one.init) == (data.sha256, data.task, data.init)
-        if same and one.status not in GONE:
+    for one in map(state.arrivals.__getitem__, state.index.by_digest.get(data.sha256, ())):
+        if (one.task, one.init) == (data.task, data.init) and one.status not in GONE:
             return Known(one.id)
     if data.replaces is not None and arrival_called(state, data.replaces).status != "accepted":
         raise Refused("arrival.state", f"{data.replaces} is not accepted, so it cannot be replaced")

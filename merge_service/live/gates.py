@@ -7,9 +7,9 @@ images; a margin says how much may be lost.
 Invariant: a verdict is a function of counts, margins and a seed. Where there is too little to decide, it says `undecided`.
 """
 
+from bisect import insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Literal
 
 from merge_service.live.entries import Verdict
@@ -117,10 +117,23 @@ def norms_out_of_bounds(
     return tuple(wrong)
 
 
-def medians(accepted: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The median of each norm over accepted experts."""
-    names = dict.fromkeys(name for one in accepted for name in one)
-    return {name: median([one[name] for one in accepted if name in one]) for name in names}
+class Medians:
+    """The median of each norm over experts that come one after another; one more costs what the second did."""
+
+    def __init__(self) -> None:
+        self.count, self._sorted = 0, dict[str, list[float]]()
+
+    def add(self, norms: Mapping[str, float]) -> None:
+        """One more expert."""
+        self.count += 1
+        for name, value in norms.items():
+            insort(self._sorted.setdefault(name, []), value)
+
+    def found(self) -> dict[str, float]:
+        """The median of each norm."""
+        return {
+            name: (one[(len(one) - 1) // 2] + one[len(one) // 2]) / 2 for name, one in self._sorted.items()
+        }
 
 
 def _mean(one: Judged, other: Judged, names: Sequence[str], seed: str) -> Interval:

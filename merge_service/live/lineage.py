@@ -26,9 +26,15 @@ def is_snapshot(t: int) -> bool:
     return t > 0 and (t % SNAPSHOT_EVERY == 0 or t & (t - 1) == 0)
 
 
+def snapshots(t: int) -> tuple[int, ...]:
+    """The snapshots at or before `t`."""
+    powers = (1 << power for power in range(t.bit_length()))
+    return (*(one for one in powers if one % SNAPSHOT_EVERY), *range(SNAPSHOT_EVERY, t + 1, SNAPSHOT_EVERY))
+
+
 def nearest_snapshot(t: int) -> int:
     """The newest snapshot at or before `t`; 0 if there is none."""
-    return next((at for at in range(t, 0, -1) if is_snapshot(at)), 0)
+    return max(snapshots(t), default=0)
 
 
 def removal_plan(places: tuple[Accepted, ...], arrivals: frozenset[str]) -> RemovalPlan:

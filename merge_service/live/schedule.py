@@ -4,10 +4,11 @@ Invariant: whoever reads the same state finds the same task, so a worker that ta
 arrival at a time is in the lane that merges; its order is that of admission.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from merge_service.live.state import QUEUED, Arrival, State
+from merge_service.live.state import Arrival, State
 
 What = Literal["check", "merge", "evaluate", "decide", "refold", "make"]
 
@@ -29,22 +30,19 @@ def next_task(state: State) -> Task | None:
         return Task("refold", state.removal.arrival)
     if state.asked is not None:
         return Task("make", t=state.asked.t)
-    lane = [one for one in state.arrivals.values() if one.status in QUEUED]
+    lane = [state.arrivals[name] for name in state.index.lane]
     if lane:
         return _of_lane(
             state, min(lane, key=lambda one: (one.status in ("admitted", "waiting"), one.queued or 0))
         )
-    new = next((one for one in state.arrivals.values() if one.status == "received"), None)
-    return None if new is None else Task("check", new.id)
+    new = next(iter(state.index.incoming), None)
+    return None if new is None else Task("check", new)
 
 
 def backlog(state: State) -> dict[str, int]:
     """How many arrivals are on their way, by status."""
-    found: dict[str, int] = {}
-    for one in state.arrivals.values():
-        if not one.is_final:
-            found[one.status] = found.get(one.status, 0) + 1
-    return found
+    incoming = {"received": len(state.index.incoming)} if state.index.incoming else {}
+    return {**incoming, **Counter(state.arrivals[name].status for name in state.index.lane)}
 
 
 def _of_lane(state: State, arrival: Arrival) -> Task:

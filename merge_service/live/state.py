@@ -5,7 +5,7 @@ however often they are read.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Literal, get_args
 
@@ -26,6 +26,8 @@ GONE = frozenset({"withdrawn", "removed", "purged"})
 """Taken back, before it was accepted or after."""
 QUEUED = frozenset({"admitted", "waiting", "merged", "evaluated", "canary"})
 """In the lane that merges, one at a time."""
+THERE = QUEUED | {"accepted", "held"}
+"""Of whose weights another expert may be a copy."""
 
 
 @dataclass(frozen=True)
@@ -149,11 +151,68 @@ class Token:
 
 
 @dataclass(frozen=True)
+class Index:
+    """Arrivals by what is asked of them, so that no question is put to every arrival that ever came.
+
+    `incoming` are those that are not checked yet, in the order they came, `lane` those that are being merged, and `there` those whose
+    weights are in a merge, in the lane or held: each maps ids to sha256. `by_digest` gives the arrivals that brought the same bytes,
+    `starts` the first time step that is deployed with these bytes.
+    """
+
+    incoming: Mapping[str, str] = field(default_factory=dict)
+    lane: Mapping[str, str] = field(default_factory=dict)
+    there: Mapping[str, str] = field(default_factory=dict)
+    by_digest: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    starts: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def waiting(self) -> int:
+        """How many arrivals are on their way."""
+        return len(self.incoming) + len(self.lane)
+
+    def put(self, one: Arrival, arrivals: Mapping[str, Arrival]) -> "Index":
+        """The index when `one` is as it is now; `arrivals` are all of them."""
+        incoming = _moved(self.incoming, one, one.status == "received")
+        if len(incoming) > len(self.incoming) and self.incoming:
+            last = arrivals[next(reversed(dict(self.incoming)))]
+            if one.seq < last.seq:  # released: it came before others that wait
+                incoming = dict(sorted(incoming.items(), key=lambda item: arrivals[item[0]].seq))
+        same = self.by_digest.get(one.sha256, ())
+        by_digest = self.by_digest if one.id in same else {**self.by_digest, one.sha256: (*same, one.id)}
+        lane = _moved(self.lane, one, one.status in QUEUED)
+        there = _moved(self.there, one, bool(one.expert) and one.status in THERE)
+        return Index(incoming, lane, there, by_digest, self.starts)
+
+    def follow(self, before: tuple[Accepted, ...], after: tuple[Accepted, ...]) -> "Index":
+        """The index when the accepted sequence is `after`, which was `before`."""
+        if after[: len(before)] == before:
+            starts, first = dict(self.starts), len(before)
+        else:
+            starts, first = {}, 0
+        for at in range(first, len(after)):
+            if after[at].version.sha256:
+                starts.setdefault(after[at].version.sha256, at + 1)
+        return replace(self, starts=starts)
+
+
+def _moved(kept: Mapping[str, str], one: Arrival, belongs: bool) -> Mapping[str, str]:
+    """The same ids with this one, or without it."""
+    if (one.id in kept) == belongs:
+        return kept
+    if belongs:
+        return {**kept, one.id: one.sha256}
+    left = dict(kept)
+    del left[one.id]
+    return left
+
+
+@dataclass(frozen=True)
 class State:
     """The whole service after entry `seq`, whose sha256 is `head`.
 
     `sequence` holds the accepted experts in order; place i is time step i + 1. `config` is as it was set last. `denied` maps digests
-    that are refused to the arrival that brought them. `tickets` maps start tickets to the arrival they came back with.
+    that are refused to the arrival that brought them. `tickets` maps start tickets to the arrival they came back with. `index` follows from
+    the rest (`indexed`).
     """
 
     seq: int = 0
@@ -173,6 +232,7 @@ class State:
     tickets: Mapping[str, str] = field(default_factory=dict)
     tokens: Mapping[str, Token] = field(default_factory=dict)
     uploads: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    index: Index = field(default_factory=Index)
 
     @property
     def t(self) -> int:
@@ -197,7 +257,8 @@ class State:
     @property
     def challenger(self) -> Arrival | None:
         """The arrival whose candidate is being judged."""
-        return next((one for one in self.arrivals.values() if one.status in ("evaluated", "canary")), None)
+        lane = (self.arrivals[name] for name in self.index.lane)
+        return next((one for one in lane if one.status in ("evaluated", "canary")), None)
 
     def version(self, t: int) -> Version:
         """What is deployed after `t` accepted experts. Raises `LookupError`."""
@@ -213,6 +274,15 @@ class State:
         if one.t == self.served.t:
             return "promoted"
         return "superseded" if one.t < self.served.t else "rolled_back"
+
+
+def indexed(state: State) -> State:
+    """The same with its arrivals in the order they came, and their index made from nothing."""
+    arrivals = dict(sorted(state.arrivals.items(), key=lambda item: item[1].seq))
+    index = Index().follow((), state.sequence)
+    for one in arrivals.values():
+        index = index.put(one, arrivals)
+    return replace(state, arrivals=arrivals, index=index)
 
 
 def linked(root: str, places: tuple[Accepted, ...]) -> tuple[str, ...]:

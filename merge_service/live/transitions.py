@@ -59,9 +59,20 @@ def _the(state: State, entry: Entry, *allowed: str) -> Arrival:
 
 
 def _put(state: State, arrival: Arrival, **changes: Any) -> State:
-    return replace(
-        state, arrivals={**state.arrivals, arrival.id: replace(arrival, **changes)} if changes else state.arrivals
-    )  # fmt: skip
+    return _with(state, replace(arrival, **changes))
+
+
+def _with(state: State, *arrivals: Arrival) -> State:
+    """The same with these arrivals as they are now."""
+    every, index = {**state.arrivals, **{one.id: one for one in arrivals}}, state.index
+    for one in arrivals:
+        index = index.put(one, every)
+    return replace(state, arrivals=every, index=index)
+
+
+def _sequenced(state: State, sequence: tuple[Accepted, ...]) -> State:
+    """The same with this accepted sequence."""
+    return replace(state, sequence=sequence, index=state.index.follow(state.sequence, sequence))
 
 
 def _started(state: State, entry: Entry, data: kinds.ServiceStarted) -> State:
@@ -96,7 +107,7 @@ def _received(state: State, entry: Entry, data: kinds.Received) -> State:
     )
     keys = {**state.keys, data.key: Key(arrival.id, data.body, entry.time_ms)} if data.key else state.keys
     tickets = {**state.tickets, data.ticket: arrival.id} if data.ticket else state.tickets
-    return replace(state, arrivals={**state.arrivals, arrival.id: arrival}, keys=keys, tickets=tickets)
+    return replace(_with(state, arrival), keys=keys, tickets=tickets)
 
 
 def _admitted(state: State, entry: Entry, data: kinds.Admitted) -> State:
@@ -150,7 +161,7 @@ def _promoted(state: State, entry: Entry, data: kinds.Promoted) -> State:
         data.scored,
     )  # fmt: skip
     after = _put(state, arrival, status="accepted", t=state.t + 1, accepted_seq=entry.seq, reasons=())
-    return _serve(replace(after, sequence=(*state.sequence, place)), data.version)
+    return _serve(_sequenced(after, (*state.sequence, place)), data.version)
 
 
 def _replaced(state: State, entry: Entry, data: kinds.Replaced) -> State:
@@ -167,7 +178,7 @@ def _replaced(state: State, entry: Entry, data: kinds.Replaced) -> State:
         after, state.arrivals[data.old],
         status="removed", left_seq=entry.seq, t=None, reasons=(f"replaced.{arrival.id}",), decided="keep",
     )  # fmt: skip
-    return _serve(replace(after, sequence=places), data.version)
+    return _serve(_sequenced(after, places), data.version)
 
 
 def _candidate(state: State, entry: Entry, version: Version) -> Arrival:
@@ -247,7 +258,7 @@ def _removed(state: State, entry: Entry, data: kinds.Removed) -> State:
                 decided=data.descendants,
             )  # fmt: skip
     places = _renewed(state, stay, gone[0], Version(len(stay), "", ""), None)
-    after = replace(after, sequence=places, removal=removal, asked=None)
+    after = replace(_sequenced(after, places), removal=removal, asked=None)
     return _numbered(after)
 
 
@@ -283,24 +294,22 @@ def _known(state: State, entry: Entry, version: Version, scored: kinds.Scored | 
         raise _refuse(entry, f"t = {version.t} is {known.sha256}, not {version.sha256}")
     at, places = version.t - 1, state.sequence
     found = replace(places[at], version=version, scored=scored or places[at].scored)
-    return replace(state, sequence=(*places[:at], found, *places[at + 1 :]))
+    return _sequenced(state, (*places[:at], found, *places[at + 1 :]))
 
 
 def _restored(state: State, data: kinds.Rejected) -> State:
     """The end of a removal that a gate refused: everything is as it was before."""
     removal = state.removal
     assert removal is not None
-    prior = {one.id: replace(one, reasons=data.reasons, detail=data.detail) for one in removal.prior}
-    after = replace(state, sequence=removal.before, removal=None, arrivals={**state.arrivals, **prior})
+    prior = (replace(one, reasons=data.reasons, detail=data.detail) for one in removal.prior)
+    after = replace(_sequenced(_with(state, *prior), removal.before), removal=None)
     return _numbered(after)
 
 
 def _numbered(state: State) -> State:
     """The same with t of accepted arrivals as their places are now."""
-    places = {
-        one.arrival: replace(state.arrivals[one.arrival], t=at) for at, one in enumerate(state.sequence, 1)
-    }
-    return replace(state, arrivals={**state.arrivals, **places})
+    places = (replace(state.arrivals[one.arrival], t=at) for at, one in enumerate(state.sequence, 1))
+    return _with(state, *places)
 
 
 def _purged(state: State, entry: Entry, data: kinds.Purged) -> State:
@@ -311,9 +320,9 @@ def _purged(state: State, entry: Entry, data: kinds.Purged) -> State:
         raise _refuse(entry, f"{arrival.id} has the digest {arrival.sha256}")
     users = [
         one.id
-        for one in state.arrivals.values()
-        if one.sha256 == arrival.sha256 and one.id != arrival.id and (one.status in QUEUED | {"accepted", "received"})
-    ]  # fmt: skip
+        for one in map(state.arrivals.__getitem__, state.index.by_digest[arrival.sha256])
+        if one.id != arrival.id and one.status in QUEUED | {"accepted", "received"}
+    ]
     if users:
         raise _refuse(entry, f"{users[0]} has the same bytes and is {state.shown(users[0])}; remove it first")
     after = _put(state, arrival, status="purged", detail=data.reason)

@@ -6,7 +6,7 @@ live service, whose sequence of experts grows and loses some.
 
 from merge_service.moved import names_from
 from merge_service.service.actors import Merger
-from merge_service.service.sequence import Folder, Origin, Place, merges_at
+from merge_service.service.sequence import Folder, Origin, Place
 from merge_service.service.service import Arrival, MergeService, Moment
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "Moment",
     "Origin",
     "Place",
-    "merges_at",
 ]
 
 __getattr__ = names_from("merge_service.service.service")

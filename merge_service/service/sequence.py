@@ -6,7 +6,7 @@ state of another sequence is never taken for this one. The state of a fold is th
 
 Invariant: what is made has the bytes of `combine` of the experts in their order, whichever states were there; a state counts only if it
 has the checksum that was written after it. Which merges there are, of which members, under which ids, is decided by
-`timelines.derivations`, as in a study.
+`timelines.results` and `derivation`, as in a study.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 from merge_service.checkpoints import ties
@@ -30,7 +29,7 @@ from merge_service.merging.derivation import Derivation, Member, Operator, Out, 
 from merge_service.merging.report import MergeReport
 from merge_service.merging.streaming import States, advance, merge_all
 from merge_service.timelines import time as timeline
-from merge_service.timelines.time import Base, Expert, Merge, Merged, Strategy
+from merge_service.timelines.time import Base, Expert, Merged, Strategy
 
 _sound: set[tuple[str, int, int, int]] = set()
 
@@ -56,10 +55,9 @@ class Origin:
 
 @dataclass(frozen=True)
 class Growing:
-    """A merge of all experts in places, under these ids, by an operator, into `out`."""
+    """A merge of all experts in places by an operator, into `out`."""
 
     operator: Operator
-    ids: tuple[str, ...]
     places: Sequence[Place]
     out: Path
 
@@ -74,16 +72,16 @@ class Folder:
 
     def make(self, merged: Merged, places: Sequence[Place], out: Path) -> MergeReport:
         """Write `merged`, of all of `places`, into the directory or file `out`. Raises what `combine` raises."""
-        made = _merge(self.origin.strategy, merged)
-        if made is None or not places or merged.t != len(places):
+        strategy = self.origin.strategy
+        if merged.t != len(places) or merged not in timeline.results(strategy, merged.t):
             raise TechniqueError(f"the strategy makes no {merged.policy} merge of {len(places)} experts")
         if merged.policy == "ema":
             return self._fold(places, out)
-        operator, ids = Operator.of(made.technique, made.params, "merge"), made.ids()
+        operator = Operator.of(str(strategy.technique), timeline.params_for(strategy, merged), "merge")
         if "stream" not in operator.technique.forms:
-            every = tuple(map(self._named, ids, places))
+            every = tuple(self._named(t, one) for t, one in enumerate(places, 1))
             return merge_all(Derivation(operator, self.origin.base, every), Out(out, hashed=True), self._way)
-        growing = Growing(operator, ids, places, out)
+        growing = Growing(operator, places, out)
         try:
             return self._stream(growing, self._start(places, "all"))
         except ties.BrokenTie:
@@ -108,7 +106,7 @@ class Folder:
         for at in range(start, count):
             after = self._state(places[at].chain, "all")
             last = Out(what.out, hashed=True) if at == count - 1 else None
-            one = Derivation(what.operator, self.origin.base, (self._named(what.ids[at], places[at]),))
+            one = Derivation(what.operator, self.origin.base, (self._named(at + 1, places[at]),))
             report = advance(one, States(before, after), last, self._way, tied=tied)
             self._mark(after, {"crc": report.state or ""})
             if before is not None and start < at and not is_snapshot(at):
@@ -124,15 +122,15 @@ class Folder:
             experts = [stack.enter_context(Checkpoint.open(self.origin.expert(one.sha256))) for one in places]
             return ties.tie(base, experts)
 
-    def _named(self, name: str, place: Place) -> Member:
-        return Member(name, self.origin.expert(place.sha256), place.sha256)
+    def _named(self, t: int, place: Place) -> Member:
+        return Member(timeline.expert_id(t), self.origin.expert(place.sha256), place.sha256)
 
     def _fold(self, places: Sequence[Place], out: Path) -> MergeReport:
         report, count, start = None, len(places), self._start(places, "ema")
         for t in range(start + 1, count + 1):
-            merge = _merge(self.origin.strategy, Merged("ema", t))
-            if merge is None:
+            if Merged("ema", t) not in timeline.results(self.origin.strategy, t):
                 continue  # the first expert itself is the running model
+            merge = timeline.derivation(self.origin.strategy, Merged("ema", t))
             ids = merge.ids()
             members = tuple(
                 replace(self._member(one, places), id=name) for one, name in zip(merge.members, ids)
@@ -187,17 +185,6 @@ class Folder:
         if found == stated:
             _sound.add(_key(state))
         return bool(found == stated)
-
-
-@lru_cache(maxsize=4)
-def merges_at(strategy: Strategy, t: int) -> tuple[Merge, ...]:
-    """`timelines.derivations`, whose members are as many as t: made once for an arrival."""
-    return timeline.derivations(strategy, t)
-
-
-def _merge(strategy: Strategy, merged: Merged) -> Merge | None:
-    """The merge that makes `merged`; None if the strategy makes none there."""
-    return next((one for one in merges_at(strategy, merged.t) if one.result == merged), None)
 
 
 def _sum_of(state: Path) -> Path:

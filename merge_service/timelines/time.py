@@ -81,7 +81,7 @@ class Merge:
         running-2 for the result of a fold after task 2, whatever that is.
         """
         named = names or {}
-        experts = [named.get(one.t, f"t{one.t}") for one in self.members if isinstance(one, Expert)]
+        experts = [named.get(one.t, expert_id(one.t)) for one in self.members if isinstance(one, Expert)]
         if self.result.form == "merge" or self.resumes:
             return tuple(experts)
         return f"running-{self.result.t - 1}", experts[-1]
@@ -155,11 +155,33 @@ def derivations(strategy: Strategy, t: int, *, last: bool = False) -> tuple["Mer
     Studies and the service both call this, so equal arrivals give equal merges. `last`: no task follows, so nothing is merged to
     start one from.
     """
+    return tuple(derivation(strategy, one) for one in results(strategy, t, last=last))
+
+
+def results(strategy: Strategy, t: int, *, last: bool = False) -> tuple[Merged, ...]:
+    """What `derivations` makes, without the members, which are as many as t."""
     if not needs_experts(strategy):
         return ()
     used = [deployed(strategy, t), *([] if last else [initial(strategy, t + 1)])]
     merged = {weights for weights in used if isinstance(weights, Merged)}
-    return tuple(_merge(strategy, one) for one in sorted(merged, key=lambda one: one.policy))
+    return tuple(sorted(merged, key=lambda one: one.policy))
+
+
+def derivation(strategy: Strategy, merged: Merged) -> Merge:
+    """How one of the results of a time step is made."""
+    params = params_for(strategy, merged)
+    members, resumes = parents(strategy, merged), _resumes(strategy, merged)
+    return Merge(merged, str(strategy.technique), params, members, resumes)
+
+
+def _resumes(strategy: Strategy, merged: Merged) -> bool:
+    """Whether a merge is a fold that continues a state."""
+    return merged.form == "fold" and strategy.technique is not None and _technique(strategy).resumes
+
+
+def expert_id(t: int) -> str:
+    """The id of the expert of task `t` in merges, where it has no other."""
+    return f"t{t}"
 
 
 def params_for(strategy: Strategy, merged: Merged) -> dict[str, Any]:
@@ -219,17 +241,6 @@ def _after(strategy: Strategy, rule: str, finished: int) -> Weights:
     if finished == 1 and strategy.ema_seed == "first_expert":
         return Expert(1)
     return Merged("ema", finished)
-
-
-def _merge(strategy: Strategy, merged: Merged) -> Merge:
-    params = params_for(strategy, merged)
-    members, resumes = parents(strategy, merged), _resumes(strategy, merged)
-    return Merge(merged, str(strategy.technique), params, members, resumes)
-
-
-def _resumes(strategy: Strategy, merged: Merged) -> bool:
-    """Whether a merge is a fold that continues a state."""
-    return merged.form == "fold" and strategy.technique is not None and _technique(strategy).resumes
 
 
 def _technique(strategy: Strategy) -> Technique:

@@ -18,6 +18,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import PlainTextResponse
 from starlette.types import ASGIApp
 
+from pipeline.service import page
 from pipeline.service.http import inference, label_sets, models
 from pipeline.service.http.door import Door, Guard, require
 from pipeline.service.http.inference import Inference
@@ -84,14 +85,25 @@ def create_app(
     install(app)
     challenger = live.challenger if live else (lambda: None)
     own = (inference.router(parts), label_sets.router(parts), models.router(followed, setup.home, challenger))
-    of_live = live_routes.routers(live) if live else ()
+    of_live = (*live_routes.routers(live), page.router(_page(setup, live))) if live else ()
     for router in (*own, *of_live, _state(setup, parts, metrics, live), *routers):
         app.include_router(router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return Door(
         app,
-        Guard(setup.listen, limits, Tokens(setup.tokens), metrics, {**live_routes.BODIES, **(bodies or {})}),
+        Guard(
+            setup.listen,
+            limits,
+            Tokens(setup.tokens),
+            metrics,
+            {**live_routes.BODIES, **page.BODIES, **(bodies or {})},
+        ),
     )
+
+
+def _page(setup: Setup, live: Live) -> page.Page:
+    tls = setup.listen.tls is not None or setup.listen.behind_proxy
+    return page.Page(live.home, live.tokens, setup.state, secure=tls)
 
 
 def _state(setup: Setup, parts: Inference, metrics: Metrics, live: Live | None) -> APIRouter:

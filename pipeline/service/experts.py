@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +78,8 @@ class Experts:
     def __init__(self, store: Store, base: Record, incoming: Path) -> None:
         self.store, self.base, self.incoming = store, base, incoming
         self._records: dict[str, Record] = {}
-        self._sketches: dict[str, np.ndarray] = {}
+        self._rows: dict[str, int] = {}
+        self._sketches = np.zeros((64, WIDTH), np.float32)
 
     def take(self, source: Path, max_bytes: int) -> Taken:
         """Copy a checkpoint (file, shards, directory) in, durably. Raises UserError for what is no safetensors, or too large."""
@@ -143,15 +144,28 @@ class Experts:
             raise CorruptArtifact(f"the expert {sha256} is not in {self.store.where}")
         return self.store.open_verified(record)
 
-    def sketch(self, sha256: str) -> np.ndarray:
-        """The sketch of an expert's task vector, of length 1: float32 [WIDTH]."""
-        if sha256 not in self._sketches:
-            record = self.record(sha256)
-            if record is None:
-                raise CorruptArtifact(f"the expert {sha256} is not in {self.store.where}")
-            sketch = base64.b64decode(record.result["sketch"])
-            self._sketches[sha256] = unit(np.frombuffer(sketch, np.float32, WIDTH))
-        return self._sketches[sha256]
+    def alike(self, sha256: str, others: Set[str], cosine: float) -> list[str]:
+        """The experts among `others` whose task vector has at least this cosine with that of an expert, the nearest first.
+
+        Raises CorruptArtifact for an expert that is gone.
+        """
+        for one in {sha256, *others} - self._rows.keys():
+            self._add(one)
+        found = self._sketches @ self._sketches[self._rows[sha256]]
+        names = [*self._rows]  # by row
+        near = sorted((-float(found[row]), names[row]) for row in np.flatnonzero(found > cosine))
+        return [one for _, one in near if one in others and one != sha256]
+
+    def _add(self, sha256: str) -> None:
+        """Keep the sketch of an expert's task vector, of length 1, as a row of one matrix that grows by doubling."""
+        record = self.record(sha256)
+        if record is None:
+            raise CorruptArtifact(f"the expert {sha256} is not in {self.store.where}")
+        row, sketch = len(self._rows), base64.b64decode(record.result["sketch"])
+        if row == len(self._sketches):
+            self._sketches = np.concatenate([self._sketches, np.zeros_like(self._sketches)])
+        self._sketches[row] = unit(np.frombuffer(sketch, np.float32, WIDTH))
+        self._rows[sha256] = row
 
     def admit(self, sha256: str) -> Record:
         """Check an incoming file and put it into the store. Raises `CheckpointError` for one that cannot be merged."""
@@ -186,18 +200,20 @@ class Experts:
             str(self.base.path), "the base"
         )
 
-    def sweep(self, wanted: frozenset[str], done: frozenset[str]) -> None:
-        """Remove incoming files of arrivals that are `done` and not `wanted`, and those that nobody has spoken of for two days."""
+    def sweep(self, wanted: Set[str], known: Set[str]) -> None:
+        """Remove incoming files of arrivals that are `known` and not `wanted`, and those that nobody has spoken of for two days."""
         for path in self.incoming.glob("*") if self.incoming.is_dir() else ():
             name = path.name.removesuffix(".safetensors")
             stale = name not in wanted and time.time() - path.lstat().st_mtime > STALE_SECONDS
-            if stale or (name in done and name not in wanted):
+            if stale or (name in known and name not in wanted):
                 path.unlink(missing_ok=True)
 
     def forget(self, sha256: str) -> None:
         """Drop what is held in memory of an expert."""
         self._records.pop(sha256, None)
-        self._sketches.pop(sha256, None)
+        if sha256 in self._rows:
+            self._rows.clear()  # they are read again
+            self._sketches[:] = 0
 
     def _coming(self, sha256: str) -> Path:
         return self.incoming / f"{sha256}.safetensors"

@@ -15,6 +15,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from merge_service.faults import point
 from merge_service.live import (
@@ -23,12 +24,14 @@ from merge_service.live import (
     BrokenLog,
     Draft,
     Entry,
+    Index,
     State,
     apply,
     canonical,
     chained,
     digest,
     entry_of,
+    indexed,
     of_plain,
     parse,
     plain,
@@ -173,7 +176,7 @@ class Log:
         return [self._parsed(line, f"{key}, line {at}", first + at - 1) for at, line in enumerate(lines, 1)]
 
     def _keep_up(self, state: State) -> None:
-        if state.seq % SNAPSHOT_EVERY == 0:
+        if _is_kept(state.seq):
             self._write_snapshot(state)
         if state.seq % SEGMENT == 0:
             self._seal(state.seq - SEGMENT + 1)
@@ -190,7 +193,8 @@ class Log:
             self.shelf.remove(_single(seq))
 
     def _write_snapshot(self, state: State) -> None:
-        body = {"seq": state.seq, "head": state.head, "state": plain(state)}
+        bare = plain(replace(state, index=Index()))
+        body = {"seq": state.seq, "head": state.head, "state": bare}
         point("snapshot.write")
         self.shelf.write(SNAPSHOT, canonical({**body, "sha256": digest(body)}))
 
@@ -202,7 +206,7 @@ class Log:
             stated = body.pop("sha256")
             state = of_plain(State, body["state"])
             sound = stated == digest(body) and (state.seq, state.head) == (body["seq"], body["head"])
-            return state if sound else None
+            return indexed(state) if sound else None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 
@@ -214,6 +218,11 @@ class Log:
                 break
             state = apply(state, entry)
         return state
+
+
+def _is_kept(seq: int) -> bool:
+    """Whether the state after an entry is kept: after ever more of them, since writing it takes as long as there are arrivals."""
+    return seq % max(SNAPSHOT_EVERY, (1 << seq.bit_length()) // 8) == 0
 
 
 def _first(seq: int) -> int:

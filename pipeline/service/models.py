@@ -13,9 +13,9 @@ from pathlib import Path
 from merge_service.checkpoints import WEIGHTS_FILE
 from merge_service.faults import point
 from merge_service.files import Made
-from merge_service.live import State, Version, is_snapshot, link
-from merge_service.service import Folder, Origin, Place, merges_at
-from merge_service.timelines import Base, Expert, Merged, Strategy, Weights, deployed, initial
+from merge_service.live import Accepted, Following, State, Version, link, snapshots
+from merge_service.service import Folder, Origin, Place
+from merge_service.timelines import Base, Expert, Merged, Strategy, Weights, deployed, initial, results
 from pipeline.errors import CorruptArtifact, NondeterminismError
 from pipeline.kinds.specs import SequenceSpec
 from pipeline.kinds.table import KINDS
@@ -38,6 +38,11 @@ class Models:
             strategy, store.open_verified(base), base.sha256(WEIGHTS_FILE) or "", self.experts.path
         )
         self.folder = Folder(origin, states)
+        self._places = Following(list[Place], lambda kept, _, one: kept.append(Place(one.sha256, one.chain)))
+
+    def places(self, state: State, sequence: tuple[Accepted, ...] | None = None) -> list[Place]:
+        """A sequence, by default the accepted one, as places."""
+        return [*self._places.of(state, sequence)]
 
     def version(self, places: Sequence[Place], t: int) -> Version:
         """What is deployed after the first `t` places; made if it is not in the store. Raises what a merge raises."""
@@ -54,8 +59,8 @@ class Models:
 
     def prepare_start(self, places: Sequence[Place]) -> None:
         """Make the weights that the next expert starts from, if they are merged: a study makes them with the arrival too."""
-        for merge in merges_at(self.strategy, len(places)):
-            self._made(merge.result, places)
+        for result in results(self.strategy, len(places)):
+            self._made(result, places)
 
     def start(self, places: Sequence[Place]) -> Record | None:
         """What the next expert is trained from, after these; None if it is not in the store now."""
@@ -68,7 +73,7 @@ class Models:
     def restore(self, state: State, version: Version) -> None:
         """Make a version of the accepted sequence again if it was dropped. Raises NondeterminismError if other bytes come out."""
         if not self.is_there(version.fingerprint):
-            made = self.version(places_of(state), version.t)
+            made = self.version(self.places(state), version.t)
             if made != version:
                 raise NondeterminismError(
                     f"t = {version.t} was {version.sha256} ({version.fingerprint[:16]}) and is now {made.sha256} "
@@ -81,11 +86,8 @@ class Models:
         The newest `keep_warm` versions and what is served stay; every other one can be made again.
         """
         newest = [one.version.fingerprint for one in state.sequence[-keep_warm:]]
-        starts = (
-            [self._named(merge.result, places_of(state))[1] for merge in merges_at(self.strategy, state.t)]
-            if state.t
-            else []
-        )
+        made = results(self.strategy, state.t) if state.t else ()
+        starts = [self._named(one, self.places(state))[1] for one in made]
         wanted = {*newest, *starts, state.served.fingerprint, candidate.fingerprint if candidate else ""}
         if type(self.store) is Store:
             for digits in (
@@ -93,8 +95,8 @@ class Models:
             ):
                 if not any(name.startswith(digits) for name in wanted):
                     self.drop(SequenceSpec.kind, digits)
-        chains = {one.chain for at, one in enumerate(state.sequence, 1) if is_snapshot(at) or at == state.t}
-        self.folder.keep_only(frozenset(chains))
+        chains = frozenset(state.sequence[t - 1].chain for t in (*snapshots(state.t), state.t) if t)
+        self.folder.keep_only(chains)
 
     def drop(self, kind: str, digits: str) -> None:
         """Remove an artifact, by the first digits of its fingerprint, from a store in a directory."""
@@ -143,7 +145,7 @@ class Models:
 
 
 def places_of(state: State) -> list[Place]:
-    """The accepted sequence as places."""
+    """The accepted sequence as places, made anew: for threads, which share no `Models.places`."""
     return [Place(one.sha256, one.chain) for one in state.sequence]
 
 

@@ -121,7 +121,7 @@ class Operations:
 
     def check_room(self, state: State) -> None:
         """Raise Refused if as many arrivals wait as may."""
-        waiting = sum(not one.is_final for one in state.arrivals.values())
+        waiting = state.index.waiting
         if waiting >= self.home.config.limits.waiting:
             raise Refused("limit.waiting", f"{waiting} arrivals wait already; send it again later")
 
@@ -186,7 +186,5 @@ class Operations:
     def _held_since(self, init: str) -> int | None:
         """The entry since which the weights with this sha256 are what the next expert starts from; None if they never were."""
         state = self.home.log.refresh()
-        for one in state.sequence:
-            if init == one.version.sha256:
-                return state.arrivals[one.arrival].accepted_seq
-        return None
+        t = state.index.starts.get(init)
+        return None if t is None else state.arrivals[state.sequence[t - 1].arrival].accepted_seq

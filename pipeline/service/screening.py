@@ -5,20 +5,20 @@ reasons that it names.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
-
-import numpy as np
 
 from merge_service.errors import CheckpointError
 from merge_service.live import (
+    Accepted,
     Admitted,
     Arrival,
+    Following,
     Held,
+    Medians,
     Quarantined,
     State,
     Verdict,
-    medians,
     norms_out_of_bounds,
     score,
     solo,
@@ -41,6 +41,7 @@ class Screening:
     config: ServiceConfig
     experts: Experts
     scorer: Scorer
+    usual: Following[dict[str, Medians]] = field(default_factory=lambda: Following(_no_medians, _accepted))
 
     def screen(self, state: State, arrival: Arrival) -> Found:
         """What becomes of an arrival. Raises what an evaluation raises."""
@@ -100,16 +101,12 @@ class Screening:
         if twin is not None:
             return self._unless_waived(arrival, "geometry.copy", f"it is a copy of {twin}", figures)
         kind = start_of(state, arrival)
-        usual = [
-            state.arrivals[one.arrival].figures
-            for one in state.sequence
-            if start_of(state, state.arrivals[one.arrival]) == kind
-        ]
-        reference = medians(usual) if len(usual) >= bounds.fewest else self.config.gates.geometry.reference
+        usual = self.usual.of(state)[kind]
+        reference = usual.found() if usual.count >= bounds.fewest else self.config.gates.geometry.reference
         if not reference and "geometry.no_reference" not in arrival.waived:
             return Held(
                 ("geometry.no_reference",),
-                f"only {len(usual)} experts of this kind of start are accepted and {bounds.fewest} are needed to say what is usual; "
+                f"only {usual.count} experts of this kind of start are accepted and {bounds.fewest} are needed to say what is usual; "
                 "state gates.geometry.reference, or release it",
                 figures,
             )
@@ -151,28 +148,20 @@ class Screening:
     def _start(self, state: State, arrival: Arrival, names: Sequence[str]) -> tuple[str, Sequence[str]]:
         """The fingerprint of the weights that training started from, and the datasets to score them on; the base if unknown."""
         every = self.scorer.sets.every
-        for one in state.sequence:
-            if one.version.sha256 == arrival.init and one.version.fingerprint:
-                return one.version.fingerprint, every
-            if one.sha256 == arrival.init:  # the newest expert itself, with init latest
-                return one.expert, every
-        return state.base.fingerprint, every
+        t = state.index.starts.get(arrival.init)
+        if t is not None:
+            return state.version(t).fingerprint, every
+        same = map(state.arrivals.__getitem__, state.index.by_digest.get(arrival.init, ()))
+        newest = next((one for one in same if one.status == "accepted"), None)  # itself, with init latest
+        return newest.expert if newest else state.base.fingerprint, every
 
     def _copy_of(self, state: State, arrival: Arrival) -> str | None:
         """An accepted arrival, or one in the lane, whose task vector this one has."""
-        others = [
-            one
-            for one in state.arrivals.values()
-            if one.id != arrival.id and one.expert and one.status in _COPIES and one.id != arrival.replaces
-        ]
-        same = next((one.id for one in others if one.sha256 == arrival.sha256), None)
-        if same is not None or not others:
-            return same
-        found = np.stack([self.experts.sketch(one.sha256) for one in others]) @ self.experts.sketch(
-            arrival.sha256
-        )
-        nearest = int(np.argmax(found))
-        return others[nearest].id if found[nearest] > self.config.bounds.copy else None
+        there, index = state.index.there, state.index
+        alike = self.experts.alike(arrival.sha256, set(there.values()), self.config.bounds.copy)
+        names = (name for sha256 in (arrival.sha256, *alike) for name in index.by_digest[sha256])
+        own = (arrival.id, arrival.replaces)
+        return next((name for name in names if name in there and name not in own), None)
 
     @staticmethod
     def _unless_waived(
@@ -181,7 +170,14 @@ class Screening:
         return None if reason in arrival.waived else Quarantined((reason,), text, figures)
 
 
-_COPIES = frozenset({"accepted", "admitted", "waiting", "merged", "evaluated", "canary", "held"})
+def _no_medians() -> dict[str, Medians]:
+    return {kind: Medians() for kind in ("base", "merged", FOREIGN)}
+
+
+def _accepted(kept: dict[str, Medians], state: State, one: Accepted) -> None:
+    """Count the norms of an accepted expert among those of its kind of start."""
+    arrival = state.arrivals[one.arrival]
+    kept[start_of(state, arrival)].add(arrival.figures)
 
 
 def start_of(state: State, arrival: Arrival) -> Literal["base", "merged", "foreign"]:

@@ -17,7 +17,6 @@ from pipeline.kinds.specs import SequenceSpec
 from pipeline.plan.steps import Step
 from pipeline.service.home import SERVICE, Home
 from pipeline.service.log import LOG, SEALED
-from pipeline.service.models import places_of
 from pipeline.store.artifact import RECORD_FILE, Record
 from pipeline.store.local import Store
 from pipeline.store.open import store_at
@@ -85,7 +84,7 @@ def replay(out: Path, target: Path) -> Replayed:
 
 def _made_again(home: Home, state: State) -> Replayed:
     """Every version of the accepted sequence, merged from nothing."""
-    places, found = places_of(state), list[Version]()
+    places, found = home.models.places(state), list[Version]()
     for t in range(1, state.t + 1):
         made, stated = home.models.version(places[:t], t), state.version(t)
         if stated.fingerprint and made != stated:

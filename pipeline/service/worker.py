@@ -10,9 +10,11 @@ from collections.abc import Callable
 from merge_service.errors import CheckpointError
 from merge_service.faults import point
 from merge_service.live import (
+    Accepted,
     Arrival,
     Draft,
     Evaluated,
+    Following,
     Held,
     Judged,
     Merged,
@@ -35,7 +37,7 @@ from pipeline.errors import CorruptArtifact
 from pipeline.service.config import ServiceConfig
 from pipeline.service.experts import Experts
 from pipeline.service.log import Log
-from pipeline.service.models import Models, placed, places_of
+from pipeline.service.models import Models, placed
 from pipeline.service.scoring import Scorer, scored
 from pipeline.service.screening import Screening
 
@@ -49,6 +51,8 @@ class Worker:
         self.config, self.log, self.experts, self.models, self.scorer = config, log, experts, models, scorer
         self._screening = Screening(config, experts, scorer)
         self._purged: set[str] = set()
+        self._first = Following(dict[str, str], _first)
+        self._best = Following(list[tuple[float, int]], _better)
 
     def step(self) -> bool:
         """Do the next thing and append its entry; False if there is nothing to do. Raises what the work raises."""
@@ -88,7 +92,7 @@ class Worker:
 
     def _merge(self, state: State, arrival: Arrival) -> None:
         place = self._place(state, arrival)
-        places = _with(state, arrival, place)
+        places = self._with(state, arrival, place)
         version = self.models.version(places, len(places))
         self.models.prepare_start(places)
         self._append(Merged(version, state.chain, place), arrival)
@@ -99,30 +103,30 @@ class Worker:
             return arrival.replaces
         if self.config.same_task == "add":
             return None
-        return next((one.arrival for one in state.sequence if one.task == arrival.task), None)
+        return self._first.of(state).get(arrival.task)
 
     def _evaluate(self, state: State, arrival: Arrival) -> None:
         sets = self.scorer.sets
         if not sets.every:
             self._append(Evaluated(None, ()), arrival)
             return
-        places = _with(state, arrival, arrival.place)
+        places = self._with(state, arrival, arrival.place)
         candidate = self.models.version(places, len(places))
         judged = self.scorer.judged(candidate.fingerprint, sets.every)
-        verdicts = self._gates(state, judged, [one.task for one in state.sequence])
+        verdicts = self._gates(state, judged)
         self._append(Evaluated(scored(judged, sets), verdicts), arrival)
 
-    def _gates(self, state: State, judged: Judged, tasks: list[str]) -> tuple[Verdict, ...]:
+    def _gates(self, state: State, judged: Judged) -> tuple[Verdict, ...]:
         """The candidate against the champion, and against the best accepted time step."""
         sets = self.scorer.sets
         before = state.sequence if state.removal is None else state.removal.before
-        places = placed(state.root, [one.sha256 for one in before])
-        known = [(one.scored.mean or 0.0, t) for t, one in enumerate(before, 1) if one.scored]
-        best, champion = max(known)[1] if known else len(before), len(before)
+        places = self.models.places(state, before)
+        known, champion = self._best.of(state, before), len(before)
+        best = known[0][1] if known else champion
         versions = {t: before[t - 1].version if t else state.base for t in (best, champion)}
         answers = {t: self._judged(version, places) for t, version in versions.items()}
         return merge_gates(
-            judged, answers[champion], answers[best], sets.of(tasks), sets.held_out,
+            judged, answers[champion], answers[best], sets.of([*self._first.of(state)]), sets.held_out,
             self.config.margins,
         )  # fmt: skip
 
@@ -184,7 +188,7 @@ class Worker:
 
     def _refold(self, state: State) -> None:
         """Make the accepted state again without what was removed, and serve it."""
-        removal, places, sets = state.removal, places_of(state), self.scorer.sets
+        removal, places, sets = state.removal, self.models.places(state), self.scorer.sets
         assert removal is not None
         newest = self.models.version(places, len(places))
         point("remove.mid")
@@ -196,7 +200,7 @@ class Worker:
             newest, scored(judged, sets) if judged else None, True, None if served == newest else served
         )
         if judged and not removal.force:
-            verdicts = self._gates(state, judged, [one.task for one in state.sequence])
+            verdicts = self._gates(state, judged)
             failed = [one for one in verdicts if one.verdict == "fail"]
             if failed:
                 reasons = tuple(f"regression.{one.gate}" for one in failed)
@@ -208,7 +212,7 @@ class Worker:
         """Make the weights of a time step that a removal changed, and serve them."""
         asked = state.asked
         assert asked is not None
-        version = self.models.version(places_of(state), asked.t)
+        version = self.models.version(self.models.places(state), asked.t)
 
         def decide(now: State) -> Draft | None:
             same = now.asked == asked and now.chain == state.chain
@@ -237,17 +241,26 @@ class Worker:
             self._sweep()
 
     def _sweep(self) -> None:
-        arrivals = self.log.state.arrivals.values()
-        wanted = frozenset(one.sha256 for one in arrivals if one.status == "received")
-        self.experts.sweep(wanted, frozenset(one.sha256 for one in arrivals) - wanted)
+        index = self.log.state.index
+        self.experts.sweep(frozenset(index.incoming.values()), index.by_digest.keys())
+
+    def _with(self, state: State, arrival: Arrival, place: str | None) -> list[Place]:
+        """The accepted sequence with an arrival at its end, or in the place of another."""
+        if place is None:
+            return [*self.models.places(state), *placed(state.chain, [arrival.sha256])]
+        digests = [arrival.sha256 if one.arrival == place else one.sha256 for one in state.sequence]
+        return placed(state.root, digests)
 
 
-def _with(state: State, arrival: Arrival, place: str | None) -> list[Place]:
-    """The accepted sequence with an arrival at its end, or in the place of another."""
-    if place is None:
-        return [*places_of(state), *placed(state.chain, [arrival.sha256])]
-    digests = [arrival.sha256 if one.arrival == place else one.sha256 for one in state.sequence]
-    return placed(state.root, digests)
+def _first(kept: dict[str, str], state: State, one: Accepted) -> None:
+    """Keep the first arrival of every task."""
+    kept.setdefault(one.task, one.arrival)
+
+
+def _better(kept: list[tuple[float, int]], state: State, one: Accepted) -> None:
+    """Keep the best mean of scores, and of equal ones the newest, with its time step."""
+    if one.scored is not None:
+        kept[:] = [max([*kept, (one.scored.mean or 0.0, one.version.t)])]
 
 
 def _said(verdicts: list[Verdict]) -> str:

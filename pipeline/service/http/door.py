@@ -21,6 +21,8 @@ from pipeline.service.tokens import Role, Token, TokenRefused, Tokens
 
 OPEN = ("/openapi.json", "/problems/")
 """Paths that need no token: they say what is in the documentation."""
+PAGE = "/page/"
+"""Below this, and at /, a person signs in; the page itself looks at the session."""
 PROBES = ("/healthz", "/readyz", "/metrics")
 _CHALLENGE = {"www-authenticate": "Bearer"}
 _CLOSE = {"connection": "close"}
@@ -121,7 +123,8 @@ class Door:
         """Put the token into the scope. Raises Problem where one is needed and none, or none that is valid, was sent."""
         sent = headers.get(b"authorization", [])
         path: str = scope["path"]
-        open_ = path.startswith(OPEN) or (path in PROBES and self._guard.listen.probes_are_open)
+        open_ = path == "/" or path.startswith((*OPEN, PAGE))
+        open_ = open_ or (path in PROBES and self._guard.listen.probes_are_open)
         if not sent and open_:
             return
         try:

@@ -9,10 +9,12 @@ import pytest
 
 from merge_service.checkpoints import open_weights
 from merge_service.checkpoints.adapters import updates
+from merge_service.engine import Split
 from merge_service.errors import CheckpointError, UserError
-from merge_service.merge import advance, merge
+from merge_service.merge import advance, merge, retract
 from merge_service.similarity import similarity
 from tests.merge_service.adapters import peft_cases
+from tests.merge_service.parts import here
 from tests.merge_service.toys import load, save
 
 
@@ -80,6 +82,49 @@ def test_stream_of_adapters_has_the_bytes_of_their_merge(tmp_path) -> None:
         "ties", {}, base, adapters[1], out, expert_id="b", state_in=tmp_path / "1", state_out=tmp_path / "2"
     )
     assert out.read_bytes() == (tmp_path / "all.safetensors").read_bytes()
+
+
+def test_merge_of_adapters_in_parts_has_the_bytes_of_the_merge(tmp_path) -> None:
+    base = peft_cases.base(tmp_path)
+    adapters = [peft_cases.adapter(tmp_path, "plain"), plus(base, peft_cases.adapter(tmp_path, "dora"))]
+    outs = [tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"]
+    for out, split in zip(outs, (None, Split(2, here))):
+        merge("ties", {"density": 0.5}, base, adapters, out, ids=["a", "b"], split=split)
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+
+
+def test_adapter_is_taken_out_of_a_stream_again(tmp_path) -> None:
+    base = peft_cases.base(tmp_path)
+    adapters = [peft_cases.adapter(tmp_path, case) for case in ("plain", "rslora")]
+    state, params = None, {"scale": 0.5}
+    for number, path in enumerate(adapters):
+        after = tmp_path / f"{number}.state"
+        advance(
+            "task_arithmetic",
+            params,
+            base,
+            path,
+            None,
+            expert_id=str(number),
+            state_in=state,
+            state_out=after,
+        )
+        state = after
+    assert state is not None
+    out = tmp_path / "left.safetensors"
+    retract(
+        "task_arithmetic",
+        params,
+        base,
+        adapters[0],
+        out,
+        expert_id="0",
+        state_in=state,
+        state_out=tmp_path / "s",
+    )
+    merge("task_arithmetic", params, base, adapters[1:], tmp_path / "one.safetensors", ids=["1"])
+    found, want = load(out), load(tmp_path / "one.safetensors")
+    assert all(np.allclose(found[name], want[name], atol=1e-6) for name in want)
 
 
 def test_small_update_of_a_bfloat16_base_is_not_rounded_away(tmp_path) -> None:

@@ -11,10 +11,10 @@ from merge_service.live import (
     Bounds,
     Judged,
     Margins,
+    Medians,
     Paired,
     bootstrap,
     mcnemar,
-    medians,
     merge_gates,
     norms_out_of_bounds,
     outcome,
@@ -116,8 +116,11 @@ def test_what_cannot_be_told_is_undecided() -> None:
 
 
 def test_norms_are_bounded_by_medians_of_what_was_accepted() -> None:
-    reference = medians([{"norm": 1.0, "norm.text": 0.5}, {"norm": 3.0, "norm.text": 0.6}, {"norm": 2.0}])
-    assert reference == {"norm": 2.0, "norm.text": 0.55}
+    usual = Medians()
+    for norms in ({"norm": 1.0, "norm.text": 0.5}, {"norm": 3.0, "norm.text": 0.6}, {"norm": 2.0}):
+        usual.add(norms)
+    reference = usual.found()
+    assert usual.count == 3 and reference == {"norm": 2.0, "norm.text": 0.55}
     bounds = Bounds()
     assert norms_out_of_bounds({"norm": 8.0, "norm.text": 0.14}, reference, bounds) == ()
     assert norms_out_of_bounds({"norm": 8.1, "norm.text": 0.13}, reference, bounds) == (

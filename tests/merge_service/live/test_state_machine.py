@@ -39,6 +39,7 @@ from merge_service.live import (
     chained,
     entry_of,
     fold,
+    indexed,
     link,
     next_task,
     of_plain,
@@ -209,6 +210,8 @@ def check(state: State) -> None:
         shown = [state.shown(one.arrival) for one in state.sequence]
         assert shown.count("promoted") == (state.served.t > 0)
     assert not {one.sha256 for one in state.sequence} & state.denied.keys()
+    made_anew = indexed(state)
+    assert made_anew == state and [*made_anew.index.incoming] == [*state.index.incoming]
 
 
 @settings(max_examples=300, deadline=None)

@@ -47,6 +47,15 @@ def incoming(live: LiveService) -> set[str]:
     return {one.name for one in (live.home.place / "incoming").glob("*")}
 
 
+def test_page_is_at_the_root_of_the_application_and_no_part_of_the_api(live: LiveService) -> None:
+    client = live.app.client
+    assert 'name="token"' in client.get("/").text
+    client.post("/page/login", data={"token": live.app.tokens["operator"]})
+    assert "No expert has arrived yet" in client.get("/").text
+    assert "/page/" not in client.get("/openapi.json").text
+    assert client.get("/v1/arrivals").status_code == 401  # a cookie opens the page alone
+
+
 def test_expert_arrives_in_parts_and_is_promoted(live: LiveService, tmp_path: Path) -> None:
     path = toys.expert(tmp_path, "task0")
     came = live.arrive(path, "task0", license="MIT", note="first")
