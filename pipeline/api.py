@@ -16,6 +16,7 @@ from merge_service.errors import UserError
 from merge_service.techniques import Param, Technique, nearest, register, technique
 from pipeline.errors import speaks_python
 from pipeline.merging.arrivals import Arrivals
+from pipeline.merging.learn import learn
 from pipeline.study.config import Study
 from pipeline.study.config import load_study as read_study
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from workers.evidence import Measured
 
 __all__ = [
-    "Arrivals", "Param", "Run", "Service", "Study", "Technique", "UserError", "evaluate", "import_data", "init", "load_study", "measure", "merge", "merge_files", "merge_recipe", "open_run", "plan",
+    "Arrivals", "Param", "Run", "Service", "Study", "Technique", "UserError", "evaluate", "import_data", "init", "learn", "load_study", "measure", "merge", "merge_files", "merge_recipe", "open_run", "plan",
     "register", "run", "technique", "techniques", "trajectory",
 ]  # fmt: skip
 

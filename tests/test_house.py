@@ -29,6 +29,7 @@ FLOORS: dict[str, tuple[set[str], ...]] = {
         {"models"},
         {"training", "scoring"},
         {"evidence", "serving"},
+        {"learning"},
         {"actors", "pretrain"},
     ),
     "cluster": (),

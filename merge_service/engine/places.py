@@ -47,15 +47,21 @@ class Places:
             gain=gain,
             start=span.start,
             columns=task.columns(span.name),
-            weight=self._weight(span.name, order),
+            weight=self._weight(span.name, expert),
             evidence=self._evidence(expert, span) if task.rule.measured else None,
         )
 
-    def _weight(self, name: str, order: int) -> float:
-        if not self._is_weighed:
+    def _weight(self, name: str, expert: Input) -> float:
+        order = expert.order
+        if not self._is_weighed and not self.task.rule.learned:
             return 1.0
         if (name, order) not in self._weights:
-            self._weights[name, order] = coefficient(self.task.params, order, name) or 0.0
+            found = (
+                coefficient(self.task.params, order, name)
+                if self._is_weighed
+                else self._learned(expert, name)
+            )
+            self._weights[name, order] = found or 0.0
         return self._weights[name, order]
 
     def _evidence(self, expert: Input, span: Span) -> np.ndarray | None:
@@ -70,3 +76,14 @@ class Places:
         if scalar or "seed" not in task.params:
             return None
         return tensor_key(task.params["seed"], expert.id, name)
+
+    def _learned(self, expert: Input, name: str) -> float:
+        """The learned coefficient of an expert in a tensor; where none was learned, the one that learning began with."""
+        found = expert.evidence
+        assert found is not None
+        if self.task.anatomy.is_scale(name) and name not in found.checkpoint.tensors:
+            return 0.0
+        factors = found.factors(name)
+        if factors is None:
+            return float(of_expert(found.about.parameters.get("start", 0.0), expert.order))
+        return float(factors[expert.order - 1])

@@ -52,6 +52,10 @@ class WholeTensor:
         evidence = self._experts[order].evidence
         return None if evidence is None else evidence.get(self.name + suffix)
 
+    def factors(self) -> Array | None:
+        evidence = next((one.evidence for one in self._experts.values()), None)
+        return None if evidence is None else evidence.factors(self.name)
+
     def statistics_norm(self, order: int) -> float:
         evidence = self._experts[order].evidence
         return 0.0 if evidence is None else evidence.norm

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from merge_service.checkpoints.weights import Weights
 from merge_service.errors import TechniqueError
 from merge_service.merging.derivation import Member, Operator
-from merge_service.statistics import Statistics, beside
+from merge_service.statistics import COEFFICIENTS, Statistics, beside
 from merge_service.techniques.definition import Evidence
 
 Evidences = Sequence[Statistics | None]
@@ -35,6 +35,8 @@ def gather(
         )
     if asked is None:
         return [None] * len(members)
+    if asked.of == "learned":
+        return _learned(stack, name, base, members, opened)
     return [
         stack.enter_context(_open(asked, name, member, base if asked.of == "base" else weights))
         for member, weights in zip(members, opened)
@@ -67,3 +69,49 @@ def _open(asked: Evidence, technique: str, member: Member, measured: Weights | N
         found.checkpoint.close()
         raise
     return found
+
+
+def _learned(
+    stack: contextlib.ExitStack,
+    technique: str,
+    base: Weights | None,
+    members: Sequence[Member],
+    opened: Sequence[Weights],
+) -> Evidences:
+    """The one file of coefficients of all members. Raises `TechniqueError` if there is none, or it is of others."""
+    files = {member.statistics for member in members}
+    if None in files or len(files) > 1:
+        raise TechniqueError(
+            f"{technique} merges with coefficients that were learned for these experts together; give the one file (--coefficients FILE), or "
+            f"learn it: temporal-merge learn {technique} EXPERT... --base BASE --study STUDY.yaml --tasks TASK,... --out FILE"
+        )
+    found = [stack.enter_context(Statistics(file)) for file in files if file is not None]
+    for one in found:
+        _check_learned(one, technique, base, opened)
+    return found * len(members)
+
+
+def _check_learned(
+    found: Statistics, technique: str, base: Weights | None, opened: Sequence[Weights]
+) -> None:
+    about, path = found.about, found.path
+    if found.kind != COEFFICIENTS:
+        raise TechniqueError(
+            f"{path} holds statistics of kind {found.kind}, and {technique} needs coefficients"
+        )
+    if about.technique not in (None, technique):
+        raise TechniqueError(f"{path} was learned for {about.technique}, not for {technique}")
+    counts = {info.shape[0] for info in found.checkpoint.tensors.values() if info.shape}
+    many = len(about.experts) or (counts.pop() if len(counts) == 1 else len(opened))
+    if many != len(opened):
+        raise TechniqueError(f"{path} was learned for {many} experts, and there are {len(opened)}")
+    for number, (sha256, weights) in enumerate(zip(about.experts, opened), 1):
+        if sha256 != weights.digests()[1]:
+            raise TechniqueError(
+                f"{path} was learned for other experts: number {number} is not {weights.path}; give the experts in their order there, or "
+                f"learn again"
+            )
+    if base is not None and about.base_sha256 and about.base_sha256 != base.digests()[1]:
+        raise TechniqueError(
+            f"{path} was learned with another base than {base.path}; give that one, or learn again"
+        )

@@ -90,7 +90,13 @@ def _remarks(task: MergeTask) -> Iterator[str]:
     lacking = [name for name, _ in task.combined if _lacks(task, name)]
     if lacking:
         yield f"without statistics of every expert, {len(lacking)} tensors are averaged or left out of what was measured: {some(lacking)}"
-    unknown = [one.id for one in task.inputs if one.evidence and one.evidence.about.expert_sha256 is None]
+    learned = task.inputs[0].evidence if task.inputs and task.technique.learned else None
+    if learned is not None and not learned.about.experts:
+        yield f"{learned.path} does not say for which experts it was learned, so that was not checked"
+    if learned is not None and learned.about.parameters.get("adapted_on") == "test":
+        yield f"{learned.path} was adapted on test images: scores of this model on them are those of test-time adaptation"
+    measured = [] if learned is not None else task.inputs
+    unknown = [one.id for one in measured if one.evidence and one.evidence.about.expert_sha256 is None]
     if unknown:
         yield f"statistics of {some(unknown)} do not say of which weights they are, so that was not checked"
     if task.tied and task.inputs:
@@ -108,7 +114,9 @@ def _remarks(task: MergeTask) -> Iterator[str]:
 
 def _lacks(task: MergeTask, name: str) -> bool:
     """Whether a tensor is one that the rule uses statistics of, and some expert has none."""
-    measured = [one.evidence for one in task.inputs if one.evidence is not None]
+    measured = [
+        one.evidence for one in task.inputs if one.evidence is not None and not task.technique.learned
+    ]
     rule: Any = task.rule
     wanted = measured and (not task.whole or rule.wants(task.facts(name)))
     return bool(wanted) and any(name not in one.checkpoint.tensors for one in measured)

@@ -4,6 +4,9 @@ A safetensors file. Its metadata has `statistics` (the kind), `version`, `exampl
 all), `parameters` (JSON) and `expert_sha256`, the sha256 of the weights that were measured (and `expert_content`, of their tensors). K-FAC has a second tensor per
 parameter, `NAME:out`. Files of parts of the data are combined by means weighted with rows.
 
+Learned coefficients are such a file too: one for all experts of a merge, whose metadata names the technique and the sha256 of every
+expert. Tensors are [N], [N, columns] or as large as the parameter; `*` stands for parameters without one of their own.
+
 Invariant: a statistic is used with the weights that it was measured on and with no others, as far as the file names them.
 """
 
@@ -22,9 +25,10 @@ from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.writer import CheckpointWriter
 from merge_service.errors import CorruptCheckpoint, NonFiniteCheckpoint, TechniqueError
 
-KINDS = ("gram", "fisher", "kfac", "gradient", "layer_gram")
+COEFFICIENTS = "coefficients"
+KINDS = ("gram", "fisher", "kfac", "gradient", "layer_gram", COEFFICIENTS)
 MEASURED = KINDS[:4]
-"""Those of one checkpoint; `layer_gram` is of all experts of a merge together."""
+"""Those of one checkpoint; `layer_gram` and `coefficients` are of all experts of a merge together."""
 VERSION = 1
 OUT = ":out"
 """What K-FAC appends to a parameter's name for the factor of the output's gradients."""
@@ -35,7 +39,8 @@ class About:
     """What a statistic is of: its kind, the rows behind every mean by name, the examples, and the sha256 of the weights.
 
     `expert_content` is the digest of the weights' tensors apart from names, order and file, so that weights that were stored again are
-    recognised. `parameters` are those of the measurement.
+    recognised. `parameters` are those of the measurement. Of learned coefficients, `technique` is what merges with them, `experts` and
+    `base_sha256` the sha256 of the weights that they were learned with, `losses` the loss before every step.
     """
 
     kind: str
@@ -44,6 +49,10 @@ class About:
     expert_sha256: str | None = None
     expert_content: str | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    technique: str | None = None
+    experts: tuple[str, ...] = ()
+    base_sha256: str | None = None
+    losses: tuple[float, ...] = ()
 
     def metadata(self) -> dict[str, str]:
         """The metadata of the file."""
@@ -54,7 +63,14 @@ class About:
             "rows": json.dumps(dict(self.rows), sort_keys=True),
             "parameters": json.dumps(dict(self.parameters), sort_keys=True),
         }
-        of = {"expert_sha256": self.expert_sha256, "expert_content": self.expert_content}
+        of = {
+            "expert_sha256": self.expert_sha256,
+            "expert_content": self.expert_content,
+            "technique": self.technique,
+            "base_sha256": self.base_sha256,
+            "experts": json.dumps(self.experts) if self.experts else None,
+            "losses": json.dumps(self.losses) if self.losses else None,
+        }
         return {**said, **{key: value for key, value in of.items() if value is not None}}
 
 
@@ -64,7 +80,8 @@ class Statistics:
     def __init__(self, path: Path | str) -> None:
         self.checkpoint = Checkpoint.open(path)
         said = self.checkpoint.metadata
-        self.path, self.kind = Path(path), said.get("statistics", "")
+        self.path = Path(path)
+        self.kind = said.get("statistics", COEFFICIENTS if "technique" in said else "")
         try:
             rows = json.loads(said.get("rows", "{}"))
             every = rows if isinstance(rows, dict) else dict.fromkeys(self.checkpoint.tensors, rows)
@@ -75,6 +92,10 @@ class Statistics:
                 said.get("expert_sha256"),
                 said.get("expert_content"),
                 dict(json.loads(said.get("parameters", "{}"))),
+                said.get("technique"),
+                tuple(map(str, json.loads(said.get("experts", "[]")))),
+                said.get("base_sha256"),
+                tuple(map(float, json.loads(said.get("losses", "[]")))),
             )
             known = self.kind in KINDS and int(said.get("version", VERSION)) == VERSION
         except (TypeError, ValueError):
@@ -91,6 +112,10 @@ class Statistics:
         if info is None:
             return None
         return self.block(name, 0, info.numel).reshape(info.shape)
+
+    def factors(self, name: str) -> np.ndarray | None:
+        """Learned coefficients of a parameter, float64 [N] or [N, columns]: its own, else those of `*`; None where there are none."""
+        return self.get(name if name in self.checkpoint.tensors else "*")
 
     def block(self, name: str, start: int, stop: int) -> np.ndarray:
         """Elements start..stop of a flattened tensor. Raises `NonFiniteCheckpoint` as `get` does."""

@@ -36,13 +36,13 @@ class Origin:
 @dataclass(frozen=True)
 class Evidence:
     """A measurement that a technique needs of every expert (`of` the expert's weights, or of the base on the expert's data; of
-    all experts together, for one merge).
+    all experts together, for one merge). `learned`: it is a file of coefficients of all experts together.
 
     `when` is a parameter and the value at which it is needed; always without it. `labels`: the data must have them.
     """
 
     kind: str
-    of: Literal["expert", "base", "experts"] = "expert"
+    of: Literal["expert", "base", "experts", "learned"] = "expert"
     labels: bool = False
     when: tuple[str, str] | None = None
 
@@ -87,6 +87,11 @@ class Technique:
     def needs(self) -> frozenset[str]:
         """What the technique needs besides experts: {"base"} or nothing."""
         return frozenset({"base"}) if self.space == "task_vectors" else frozenset()
+
+    @property
+    def learned(self) -> bool:
+        """Whether it merges with coefficients that must be learned first, for these experts."""
+        return any(one.of == "learned" for one in self.evidence)
 
     def asked(self, params: Mapping[str, Any]) -> Evidence | None:
         """The measurement that is needed with these parameters."""
@@ -167,9 +172,13 @@ class Technique:
         """Warnings about growth without bound when the technique is used with these axes of TIME.
 
         Under EMA initialization an expert already holds the running model, so a fold that adds task vectors multiplies the past
-        by 2*scale at every task (and one that averages them by scale); with init: all it is 1 + scale.
+        by 2*scale at every task (and one that averages them by scale); with init: all it is 1 + scale. Nothing is known of learned factors.
         """
-        if self.space != "task_vectors" or "ema" not in (init, deploy, "ema" if init == "all" else ""):
+        if (
+            self.learned
+            or self.space != "task_vectors"
+            or "ema" not in (init, deploy, "ema" if init == "all" else "")
+        ):
             return []
         resolved = self.resolve(params, "fold" if "ema" in (init, deploy) else "merge")
         factor, word = self.scale.largest(resolved)

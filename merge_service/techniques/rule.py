@@ -32,7 +32,7 @@ class Combining:
     None if there is none. `whole`: tensors are computed whole, not span by span. `local`: what `prepare` computes for tensors that
     share thresholds depends on no others. `averages`: the rule is already a mean of weights, so running statistics need no other
     rule. `adds`: task vectors are summed, not averaged. `masks_scalars`: random draws also apply to tensors of one number without
-    a shape. `measured`: blocks come with what was measured of the expert in them.
+    a shape. `measured`: blocks come with what was measured of the expert in them. `learned`: with learned factors of the expert.
     `streams`: false for parameters with which a technique that streams does not.
     """
 
@@ -45,6 +45,7 @@ class Combining:
     adds = False
     masks_scalars = False
     measured = False
+    learned = False
     streams = True
 
     def __init__(self, params: Params) -> None:
@@ -125,6 +126,9 @@ class Tensor(Protocol):
 
     def statistic(self, order: int, suffix: str = "") -> Array | None:
         """What was measured of an expert's tensor, float64 in the statistic's own shape; None where nothing was."""
+
+    def factors(self) -> Array | None:
+        """Learned coefficients of the tensor, float64 [N] or [N, columns]; None where there are none."""
 
     def statistics_norm(self, order: int) -> float:
         """The L2 norm of all statistics of an expert, over the whole model."""

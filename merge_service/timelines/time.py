@@ -297,6 +297,11 @@ def _check_carried(technique: Technique, strategy: Strategy, used: tuple[Policy,
         raise TechniqueError(
             f"{technique.name}: density is one number in a study; a list with one per expert is for a merge of files"
         )
+    if technique.learned:
+        raise TechniqueError(
+            f"{technique.name} merges with coefficients that must be learned for the experts of every t, and studies do not learn yet; "
+            "merge exported experts (temporal-merge learn, then temporal-merge merge --coefficients), or choose another technique"
+        )
     if strategy.params.get("coefficients") is not None:
         raise TechniqueError(
             f"{technique.name}: coefficients belong to one list of experts, and a study merges a list at every t; use weights"

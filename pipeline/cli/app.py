@@ -39,6 +39,7 @@ PANELS = {
         cli_files.publish,
         cli_files.evaluate,
         cli_files.measure,
+        cli_merging.learn,
         cli_files.techniques,
         cli_files.check,
     ),

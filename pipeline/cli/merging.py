@@ -13,6 +13,7 @@ import typer
 from merge_service.errors import UserError
 from pipeline.cli.adapters import OutAdapter, Rank, show
 from pipeline.cli.options import (
+    AdaptOnTest,
     AnyBase,
     AsJson,
     AsStudy,
@@ -23,15 +24,18 @@ from pipeline.cli.options import (
     Dtype,
     Force,
     KeepThresholds,
+    LearningParameters,
     Measurements,
     MergedOut,
     Modules,
     Named,
+    Overrides,
     Parameters,
     Parity,
     ShardSize,
     StripPrefix,
     Threads,
+    WarmStart,
     Workers,
     WorkersAddress,
     print_json,
@@ -148,6 +152,72 @@ def _place(out: Path | None, adapter: Path | None, rank: int | None) -> Path:
     found = out or adapter
     assert found is not None
     return found
+
+
+def learn(
+    method: Annotated[
+        str,
+        typer.Argument(
+            metavar="METHOD", help="adamerging, supermerge, dam, concrete, concrete_safe or tinting."
+        ),
+    ],
+    experts: Annotated[
+        list[Path], typer.Argument(metavar="EXPERT...", help="Checkpoints, in the order of the merge.")
+    ],
+    base: Annotated[
+        Path, typer.Option("--base", metavar="FILE", help="The checkpoint that the experts started from.")
+    ],
+    study: Annotated[
+        Path, typer.Option("--study", metavar="STUDY.yaml", help="Says which data and which model.")
+    ],
+    tasks: Annotated[
+        str,
+        typer.Option(
+            "--tasks",
+            metavar="a,b",
+            help="The tasks whose training splits are used; for dam and tinting those of the experts, in their order.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The file of coefficients.")],
+    params: LearningParameters = None,
+    warm_start: WarmStart = None,
+    adapt_on_test: AdaptOnTest = False,
+    device: Annotated[
+        str, typer.Option("--device", metavar="NAME", help="A torch device such as cuda.")
+    ] = "cpu",
+    overrides: Overrides = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Learn the coefficients of a merge on images of its tasks; then merge with --coefficients FILE.
+
+    Without labels (supermerge: with labels), on the training splits. Run it again after an interruption: it goes on, to the bit.
+
+    Example: temporal-merge learn adamerging e1.safetensors e2.safetensors --base base.safetensors --study s.yaml --tasks animals,flowers --out c.safetensors
+    """
+    from pipeline.cli.show_files import parameters_from
+    from pipeline.merging.learning import OfTasks, learn_tasks, listed
+    from pipeline.study.config import load_study
+    from workers.learning import Wanted
+
+    if out.exists() and not force:
+        raise UserError(f"--out {out} is there already; give another --out, or replace it with --force")
+    given = {**parameters_from(params or []), "device": device}
+    if adapt_on_test:
+        given["adapted_on"] = "test"
+    wanted = Wanted.of(method, given)
+    what = OfTasks(experts, base, load_study(study, overrides or []), listed(tasks), out, warm_start)
+    found = learn_tasks(wanted, what)
+    losses = found.losses
+    answer = {"out": str(out), "method": method, "technique": found.about.technique, "experts": len(experts), "steps": len(losses),
+              "first_loss": losses[0] if losses else None, "last_loss": losses[-1] if losses else None,
+              "adapted_on": wanted.adapted_on}  # fmt: skip
+    if as_json:
+        print_json(answer)
+        return
+    moved = f", loss {losses[0]:.4g} to {losses[-1]:.4g}" if losses else ""
+    on = "; on TEST images: scores on them are those of test-time adaptation" * adapt_on_test
+    print(f"{out}: {len(found)} coefficients of {len(experts)} experts after {len(losses)} steps{moved}{on}")
 
 
 def _by_recipe(

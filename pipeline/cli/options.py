@@ -132,6 +132,27 @@ Coefficients = Annotated[
         "JSON with lists. For techniques that have the parameter.",
     ),
 ]
+LearningParameters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--param", metavar="p=v", help="A parameter of the method (steps, start, ...); may be repeated."
+    ),
+]
+WarmStart = Annotated[
+    Path | None,
+    typer.Option(
+        "--warm-start",
+        metavar="FILE",
+        help="Coefficients learned before: experts that they know begin with theirs.",
+    ),
+]
+AdaptOnTest = Annotated[
+    bool,
+    typer.Option(
+        "--adapt-on-test",
+        help="Learn on the unlabelled test images, as published; the file and every merge with it are marked.",
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(

@@ -1,9 +1,13 @@
 """A file of coefficients: factors of the experts' task vectors by tensor name or pattern, one per expert in their order.
 
-Invariant: what a merge depends on are the numbers, which its parameters hold; not the file.
+A person's own table becomes parameters of the merge. A learned file goes to the technique that it was learned for, with the
+parameters that it was learned with.
+
+Invariant: what a merge depends on are the numbers, not the name or the place of the file.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,8 @@ import yaml
 
 from merge_service.checkpoints import Checkpoint
 from merge_service.errors import UserError
+from merge_service.statistics import Statistics
+from merge_service.techniques import get
 
 MOST = 1 << 24
 """Bytes of a file that is text."""
@@ -44,3 +50,27 @@ def _of_tensors(file: Path) -> dict[str, list[float]]:
                     f"{file}: {name} is {info.dtype} {list(info.shape)}; coefficients are one float per expert, [N]"
                 )
         return {name: [float(one) for one in held.read(name)] for name in held.tensors}
+
+
+def with_learned(
+    technique: str, params: Mapping[str, Any], experts: int
+) -> tuple[dict[str, Any], list[Path | str | None]]:
+    """Parameters and statistics of a merge with a learned file (`params["coefficients"]`): what it was learned with is filled in.
+
+    Raises UserError if there is no such file, or a parameter contradicts it.
+    """
+    file = Path(params["coefficients"])
+    left = {key: value for key, value in params.items() if key != "coefficients"}
+    if not file.is_file():
+        raise UserError(
+            f"{file} does not exist; learn it: temporal-merge learn {technique} EXPERT... --out {file}"
+        )
+    known = {one.name for one in get(technique).params}
+    with Statistics(file) as held:
+        learned = {key: value for key, value in held.about.parameters.items() if key in known}
+    for key, value in learned.items():
+        if key in left and left[key] != value:
+            raise UserError(
+                f"{technique}: {key} = {left[key]!r}, and {file} was learned with {value!r}; leave {key} out, or learn again"
+            )
+    return {**learned, **left}, [file] * experts

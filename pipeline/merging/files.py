@@ -5,7 +5,7 @@ Invariant: an input is never overwritten, and nothing in `Execution` changes a b
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,11 +69,7 @@ def merge_files(what: FileMerge, how: Execution = Execution()) -> "MergeReport":
             raise UserError(f"--out {what.out} is one of the inputs and would be lost; give another --out")
     if not what.replace:
         refuse_to_replace(what.out)
-    params = dict(what.params)
-    if isinstance(params.get("coefficients"), str | Path):
-        from pipeline.merging.coefficients import read_coefficients
-
-        params["coefficients"] = read_coefficients(Path(params["coefficients"]))
+    what = settled(what)
     split = None
     if how.workers > 1 or how.address:
         from pipeline.merging.split import split_over
@@ -88,7 +84,7 @@ def merge_files(what: FileMerge, how: Execution = Execution()) -> "MergeReport":
         ids, sha256 = names, dict(zip(names, map(sha256_of, what.experts)))
     return combine(
         what.technique,
-        translate_merge(what.technique, params, what.parity, len(what.experts)),
+        translate_merge(what.technique, what.params, what.parity, len(what.experts)),
         what.base,
         what.experts,
         what.out,
@@ -105,6 +101,20 @@ def merge_files(what: FileMerge, how: Execution = Execution()) -> "MergeReport":
         dtype=what.dtype,
         texts=what.texts,
     )
+
+
+def settled(what: FileMerge) -> FileMerge:
+    """The merge with what its file of coefficients says in place of the file; any other merge as it is. Raises UserError."""
+    given = what.params.get("coefficients")
+    if not isinstance(given, str | Path):
+        return what
+    from merge_service.techniques import get
+    from pipeline.merging.coefficients import read_coefficients, with_learned
+
+    if get(what.technique).learned:
+        params, files = with_learned(what.technique, what.params, len(what.experts))
+        return replace(what, params=params, statistics=files)
+    return replace(what, params={**what.params, "coefficients": read_coefficients(Path(given))})
 
 
 def refuse_to_replace(out: Path) -> None:

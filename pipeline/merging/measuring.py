@@ -41,7 +41,7 @@ def measure_task(asked: "Asked", what: OfTask) -> "Measured":
 
     ensure_data(what.study)
     study = what.study.resolved()
-    task = _task(study, what.task)
+    task = task_of(study, what.task)
     root, cache = str(Path(study.data_root).absolute()), cache_of(study)
     with tempfile.TemporaryDirectory() as place, named_as_given(Path(place), what.checkpoint):
         directory, _ = weights_directory(what.checkpoint, study, Path(place))
@@ -53,14 +53,14 @@ def measure_task(asked: "Asked", what: OfTask) -> "Measured":
         return measure(replace(asked, examples=asked.most), where, inputs)
 
 
-def _task(study: Study, name: str) -> StreamTask:
+def task_of(study: Study, name: str) -> StreamTask:
     """The task of this name in the study's streams."""
     tasks = [task for stream in gather(study).streams.values() for task in stream.tasks]
     for task in tasks:
         if task.name == name:
             return task
     names = list(dict.fromkeys(task.name for task in tasks))
-    raise UserError(f"--task {name!r}{nearest(name, names)}: the study's tasks are {', '.join(names)}")
+    raise UserError(f"task {name!r}{nearest(name, names)}: the study's tasks are {', '.join(names)}")
 
 
 def _head(study: Study) -> Path:

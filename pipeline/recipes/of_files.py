@@ -8,7 +8,7 @@ Invariant: carrying the recipe out gives the bytes of the merge.
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pipeline.merging.files import FileMerge
+from pipeline.merging.files import FileMerge, settled
 
 if TYPE_CHECKING:
     from pipeline.recipes.model import Recipe
@@ -41,4 +41,5 @@ def with_texts(what: FileMerge) -> FileMerge:
         return what
     from pipeline.recipes.card import beside
 
+    what = settled(what)
     return replace(what, texts=beside(recipe_of(what)))

@@ -9,10 +9,12 @@ from merge_service import techniques
 from merge_service.anatomy.linear import linear_of
 from merge_service.checkpoints import Checkpoint
 from merge_service.statistics import About, beside, write
-from merge_service.techniques.families import importance, matching, regression, subspaces
+from merge_service.techniques.families import importance, learned, matching, regression, subspaces
 
+GIVEN = tuple(name for name in techniques.names() if not techniques.get(name).learned)
+"""Techniques that need no file that was learned for all experts together; those that do are tested in `statistics/test_learned.py`."""
 BY_GOLDEN = {
-    one.name for family in (subspaces, regression, importance, matching) for one in family.TECHNIQUES
+    one.name for family in (subspaces, regression, importance, matching, learned) for one in family.TECHNIQUES
 }
 """Techniques whose second version are the golden vectors of `statistics/test_golden_data.py`."""
 

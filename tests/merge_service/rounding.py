@@ -3,6 +3,7 @@
 from merge_service.techniques.families import (
     arcs,
     importance,
+    learned,
     matching,
     projections,
     regression,
@@ -13,7 +14,7 @@ from merge_service.techniques.families import (
 
 BY_LIBRARY = frozenset(
     one.name
-    for family in (spectra, projections, subspaces, regression, importance, matching)
+    for family in (spectra, projections, subspaces, regression, importance, matching, learned)
     for one in family.TECHNIQUES
 ) | {"pcb"}
 """Techniques whose functions (exp, tanh, eigenvectors) numpy and torch round differently."""

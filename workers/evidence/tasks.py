@@ -1,6 +1,6 @@
 """Measures models on rows of tasks' data: training splits in the preprocessing of evaluation, without augmentation.
 
-Invariant: which rows are drawn depends on the number of samples, `examples` and `seed` alone, and no split but a training split is read.
+Invariant: which rows are drawn depends on the number of samples, `examples` and `seed` alone. A measurement reads training splits only.
 """
 
 import itertools
@@ -44,15 +44,21 @@ def measure_models(job: MeasureJob) -> MeasureResult:
 
 
 def inputs_of(
-    asked: Asked, sources: Sequence[Source], model: Path, cache: str, head: Path | None = None
+    asked: Asked,
+    sources: Sequence[Source],
+    model: Path,
+    cache: str,
+    head: Path | None = None,
+    split: str = TRAIN,
 ) -> Inputs:
     """Drawn pictures of a task with their texts (gram), or with classes and labels; `model` says how pictures and texts are read.
 
-    `head`: the base whose class embeddings and temperature stand for the text tower. Raises UserError.
+    `head`: the base whose class embeddings and temperature stand for the text tower. `split` is the one that may be read. Raises
+    UserError.
     """
-    wrong = [source for source in sources if source.split != TRAIN]
+    wrong = [source for source in sources if source.split != split]
     if wrong:
-        raise UserError(f"{wrong[0].dataset}: statistics are of training splits, never of {wrong[0].split}")
+        raise UserError(f"{wrong[0].dataset}: images are those of the {split} split, not of {wrong[0].split}")
     look = preprocess_cfg(model)
     parts = [load(source, look["size"], cache, look) for source in sources]
     sizes = [len(part) for part in parts]

@@ -13,6 +13,7 @@ from merge_service.techniques.families import (
     balance,
     elections,
     importance,
+    learned,
     lines,
     matching,
     projections,
@@ -39,6 +40,7 @@ FAMILIES = (
     regression,
     importance,
     matching,
+    learned,
 )
 """In the order of the documentation."""
 TECHNIQUES = tuple(technique for family in FAMILIES for technique in family.TECHNIQUES)

@@ -9,7 +9,7 @@ from merge_service import techniques
 from merge_service.engine import fused as loops
 from merge_service.engine.compute import Compute
 from merge_service.merge import merge
-from tests.merge_service import plain_extra, toys
+from tests.merge_service import measured, plain_extra, toys
 from tests.merge_service.toys import Files
 
 FURTHER = [n for n in plain_extra.TECHNIQUES if n != "dare_ties"]
@@ -20,7 +20,7 @@ def files(tmp_path: Path) -> Files:
     return Files(tmp_path)
 
 
-@pytest.mark.parametrize("name", [n for n in techniques.names() if n != "slerp"])
+@pytest.mark.parametrize("name", [n for n in measured.GIVEN if n != "slerp"])
 def test_fused_loops_give_the_bits_of_the_definitions(
     files: Files, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,7 +33,7 @@ def room(where: Path, count: int) -> tuple[Path, list[Path]]:
     return paths[0], paths[1:]
 
 
-@pytest.mark.parametrize("name", techniques.names())
+@pytest.mark.parametrize("name", measured.GIVEN)
 def test_merge_on_a_device_has_the_bytes_of_the_compiled_loops(tmp_path: Path, name: str) -> None:
     base, experts = room(tmp_path, techniques.get(name).arity or 3)
     for path in experts:

@@ -65,7 +65,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 CASES: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in techniques.names() if not techniques.get(name).ordered),
+    *((name, {}) for name in measured.GIVEN if not techniques.get(name).ordered),
     ("average", {"schedule": "linear", "logit_scale": "base"}),
     ("average", {"logit_scale": "unclamped"}),
     ("ties", {"density": 0.5, "granularity": "model", "count_frozen": False}),

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from merge_service import techniques
 from merge_service.errors import (
     CorruptCheckpoint,
     IncompatibleCheckpoint,
@@ -13,7 +12,7 @@ from merge_service.errors import (
     TechniqueError,
 )
 from merge_service.merge import advance, merge
-from tests.merge_service import toys
+from tests.merge_service import measured, toys
 from tests.merge_service.toys import Files
 
 
@@ -24,7 +23,7 @@ def files(tmp_path: Path) -> Files:
 
 @pytest.mark.fault("F17")
 @pytest.mark.parametrize(("bad", "threads"), [(np.nan, 1), (np.inf, 3), (-np.inf, 1)])
-@pytest.mark.parametrize("name", techniques.names())
+@pytest.mark.parametrize("name", measured.GIVEN)
 def test_a_non_finite_expert_stops_the_merge_and_touches_nothing(
     files: Files, name: str, bad: float, threads: int
 ) -> None:

@@ -34,7 +34,7 @@ PARAMS = {
     "nearswap": {"threshold": 0.5},
 }
 UNCLAMPED = {"logit_scale"}
-NOTHING = {name: techniques.get(name).scale.name for name in techniques.names()} | {
+NOTHING = {name: techniques.get(name).scale.name for name in measured.GIVEN} | {
     "average": "weight",
     "regmean": "weight",
     "fisher": "weight",
@@ -52,7 +52,7 @@ def obey(law: str):
 
     Mirrored experts have other statistics than the experts, so that P7 and P8 say nothing of techniques that use any.
     """
-    names = [n for n in techniques.names() if law not in techniques.get(n).breaks]
+    names = [n for n in measured.GIVEN if law not in techniques.get(n).breaks]
     mirrors = law in ("P7", "P8")
     return pytest.mark.parametrize("name", [n for n in names if not (mirrors and techniques.get(n).evidence)])
 
@@ -118,7 +118,7 @@ def same_bits(one: dict, other: dict) -> None:
         assert one[name].dtype == other[name].dtype and one[name].tobytes() == other[name].tobytes(), name
 
 
-@pytest.mark.parametrize("name", techniques.names())
+@pytest.mark.parametrize("name", measured.GIVEN)
 @quick
 @given(model=models)
 def test_p1_nothing_merged_is_the_base_to_the_bit(where: Path, name: str, model) -> None:
@@ -197,7 +197,7 @@ def test_p5_and_p13_a_stream_writes_the_bytes_of_the_batch(where: Path, name: st
         state = target
 
 
-@pytest.mark.parametrize("name", techniques.names())
+@pytest.mark.parametrize("name", measured.GIVEN)
 def test_p6_blocks_and_threads_change_no_bit(where: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "GATHER", 1 << 10)
     room = Room(where, 5, 3, 2, name)
@@ -260,7 +260,7 @@ def test_p10_results_stay_between_the_experts_and_the_base(where: Path, name: st
         assert np.all(result[tensor] <= stack.max(axis=0) + 1e-6), tensor
 
 
-@pytest.mark.parametrize("name", techniques.names())
+@pytest.mark.parametrize("name", measured.GIVEN)
 def test_p11_form_integers_and_metadata_are_kept(where: Path, name: str) -> None:
     room = Room(where, 11, 2, 64, name)
     other = room.experts[-1] | {"position_ids": np.zeros(6, np.int64)}
@@ -276,7 +276,7 @@ def test_p11_form_integers_and_metadata_are_kept(where: Path, name: str) -> None
     assert record["technique"] == name and record["inputs"] == [{"id": i} for i in room.ids]
 
 
-@pytest.mark.parametrize("name", techniques.names())
+@pytest.mark.parametrize("name", measured.GIVEN)
 def test_p12_an_expert_counts_once(where: Path, name: str) -> None:
     room = Room(where, 12, 2, 64, name)
     with pytest.raises(TechniqueError, match="'t1' is given twice"):
@@ -303,7 +303,7 @@ def test_p12_an_expert_counts_once(where: Path, name: str) -> None:
     assert not (where / "x.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", techniques.names())
+@pytest.mark.parametrize("name", measured.GIVEN)
 def test_p14_only_the_seed_decides_what_is_random(where: Path, name: str) -> None:
     room = Room(where, 14, 3, 64, name)
     same_bits(room.merge(), room.merge())
@@ -312,7 +312,7 @@ def test_p14_only_the_seed_decides_what_is_random(where: Path, name: str) -> Non
         assert any(other[n].tobytes() != v.tobytes() for n, v in room.merge(seed=0).items())
 
 
-@pytest.mark.parametrize("name", [n for n in techniques.names() if has(n, "count_frozen")])
+@pytest.mark.parametrize("name", [n for n in measured.GIVEN if has(n, "count_frozen")])
 def test_p15_frozen_tensors_change_nothing_when_they_do_not_count(where: Path, name: str) -> None:
     room = Room(where, 15, 3, 64, name)
     params = {"count_frozen": False, "granularity": "tower"}

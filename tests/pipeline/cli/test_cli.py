@@ -71,7 +71,7 @@ def test_help_of_a_command_has_an_example_that_the_command_line_takes(name: str,
 
 
 def test_technique_names_are_completed(cli) -> None:
-    assert technique_names("ti") == ["ties"]
+    assert technique_names("ti") == ["ties", "tinting"]
     assert set(technique_names("")) == set(techniques.names())
 
 

@@ -4,8 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import temporal_merge as tm
 from tests.merge_service.statistics import golden
@@ -85,3 +86,42 @@ def test_measure_command_measures_the_training_split_of_a_task(kind: str, cli, t
     assert cli(*asked, "--task", "letters").code == 2  # the file is there
     wrong = cli(*asked, "--task", "letter", "--force")
     assert wrong.code == 2 and "did you mean letters" in wrong.err
+
+
+def test_learn_command_learns_on_the_training_split_of_tasks(cli, tmp_path: Path) -> None:
+    base, rng = Path("configs/models/tiny-clip"), np.random.default_rng(0)
+    start = load_file(base / "open_clip_model.safetensors")
+    experts = [tmp_path / f"e{number}.safetensors" for number in (1, 2)]
+    for expert in experts:
+        noisy = {
+            name: one + rng.normal(0, 0.01, one.shape).astype(np.float32) if one.ndim else one
+            for name, one in start.items()
+        }
+        save_file(noisy, expert)
+    out = tmp_path / "c.safetensors"
+    asked = ("learn", "adamerging", *experts, "--base", base, "--study", "configs/smoke.yaml", "--out", out)
+    few = ("--param", "steps=2", "--param", "batch_size=4", "--param", "examples=8")
+    answer = cli(*asked, *few, "--tasks", "letters,skin_tone", "--json")
+    assert answer.code == 0, answer.err
+    found = json.loads(answer.out)
+    assert found["steps"] == 2 and found["experts"] == 2 and found["adapted_on"] == "training"
+    merged = tmp_path / "merged"
+    said = ("--coefficients", out, "--base", base, "--out", merged, *experts)
+    assert cli("merge", "--technique", "adamerging", *said).code == 0
+    assert (merged / "open_clip_model.safetensors").is_file()
+    assert cli(*asked, *few, "--tasks", "letters,skin_tone").code == 2  # the file is there
+    wrong = cli(*asked, "--tasks", "letter", "--force")
+    assert wrong.code == 2 and "did you mean letters" in wrong.err
+    few = ("--param", "steps=0", "--param", "examples=4")
+    marked = cli(*asked, *few, "--tasks", "letters", "--force", "--adapt-on-test")
+    assert marked.code == 0 and "TEST images" in marked.out
+
+
+def test_study_with_a_technique_that_must_learn_is_refused(cli, tmp_path: Path) -> None:
+    study, text = tmp_path / "study.yaml", Path("configs/smoke.yaml").read_text()
+    learned = "[{init: base, deploy: all, technique: adamerging}]"
+    study.write_text(text.replace("[offline_merging, best_in_time]", learned))
+    answer = cli("plan", study)
+    assert (
+        answer.code == 2 and "studies do not learn yet" in answer.err and "temporal-merge learn" in answer.err
+    )

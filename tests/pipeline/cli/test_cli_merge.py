@@ -73,7 +73,7 @@ def test_merge_as_a_process_gives_the_golden_vector_and_says_what_it_did(tmp_pat
     np.testing.assert_array_equal(np.concatenate([merged[name] for name, _, _ in tensors]), expected)
 
 
-@pytest.mark.parametrize("name", techniques.names())
+@pytest.mark.parametrize("name", measured.GIVEN)
 def test_every_technique_merges_from_the_command_line_as_from_python(name: str, cli, tmp_path: Path) -> None:
     in_blocks = next(case for case in CASES if "tensors" in case)
     base, experts, _, _ = golden_files(in_blocks, tmp_path)
@@ -320,7 +320,7 @@ def test_commands_print_on_a_terminal_that_has_ascii_only(tmp_path: Path) -> Non
     )
     assert missing.returncode == 2 and "größe.safetensors does not exist".encode() in missing.stderr
     assert run_in_ascii("report", tmp_path / "näh").returncode == 2
-    for name in techniques.names():
+    for name in measured.GIVEN:
         assert list(_spelled_out(techniques.get(name).formula)) == []
 
 
