@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PURE := cluster merge_service pipeline workers temporal_merge.py temporal_merge_command.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults soak mutants reproduce reproduce-quick when-ema audit browser check format docs clean
+.PHONY: help demo serve-demo test faults soak mutants reproduce reproduce-quick when-ema audit browser check format docs clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -20,6 +20,9 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 demo: $(VENV)/.installed ## six tasks under seven strategies on real images, about five minutes on two cores
 	$(BIN)/temporal-merge run configs/demo.yaml
 	$(BIN)/temporal-merge report runs/demo
+
+serve-demo: $(VENV)/.installed ## a live service from beginning to end: six experts arrive, one is removed, another time step served; some minutes
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh configs/serve_demo.sh
 
 test: $(VENV)/.installed ## the whole test suite, on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile

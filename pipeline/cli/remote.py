@@ -6,6 +6,7 @@ argument, which other users of the machine could read.
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -265,8 +266,12 @@ def rollback(url: str | None, t: int, reason: str, hold: bool) -> None:
     """Serve the model of another time step."""
     with connected(url) as service:
         live = service.rollback(t, reason, hold)
-    said = f", and t = {live.asked} is made" if live.asked is not None else ""
-    print(f"t = {live.served.t} of {live.t} is served, sha256 {live.served.sha256}{said}")
+        while (
+            live.asked is not None and (now := service.status().live) is not None
+        ):  # weights that must be made first
+            live = now
+            time.sleep(0.2)
+    print(f"t = {live.served.t} of {live.t} is served, sha256 {live.served.sha256}")
 
 
 def remove(url: str | None, as_json: bool, done: "Callable[[Service], ArrivalShown]") -> None:

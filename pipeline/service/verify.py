@@ -13,11 +13,12 @@ from merge_service.errors import UserError
 from merge_service.files import Made
 from merge_service.live import BrokenLog, State, Version
 from pipeline.errors import CorruptArtifact, NondeterminismError, StoreError
-from pipeline.kinds.specs import SequenceSpec
+from pipeline.kinds.specs import EvaluateSpec, SequenceSpec
 from pipeline.plan.steps import Step
 from pipeline.service.home import SERVICE, Home
 from pipeline.service.log import LOG, SEALED
 from pipeline.store.artifact import RECORD_FILE, Record
+from pipeline.store.audit import lineage
 from pipeline.store.local import Store
 from pipeline.store.open import store_at
 
@@ -39,9 +40,9 @@ def verify(out: Path) -> list[str]:
         home = Home.open(out)
     except (BrokenLog, CorruptArtifact) as error:
         return [str(error)]
-    state = home.log.state
+    state, dropped = home.log.state, _of_dropped(home)
     return [
-        *home.store.verify(),
+        *(text for text in home.store.verify() if text not in dropped),
         *_lost(home, state),
         *_wrong_versions(home, state),
         *(f"{text}; it is made again when it is needed" for text in home.models.folder.damaged()),
@@ -108,6 +109,17 @@ def _lost(home: Home, state: State) -> list[str]:
         for t, one in enumerate(state.sequence, 1)
         if home.experts.record(one.sha256) is None
     ]
+
+
+def _of_dropped(home: Home) -> frozenset[str]:
+    """What an audit says of answers whose model was dropped. They are kept: the model is made again, with the same bytes."""
+    found = home.store.find
+    lost = [
+        one
+        for one in home.store.records(EvaluateSpec.kind)
+        if any(found(input) is None for input in one.inputs.values())
+    ]
+    return frozenset(text for one in lost for text in lineage(home.store, one))
 
 
 def _wrong_versions(home: Home, state: State) -> list[str]:

@@ -12,6 +12,9 @@ from merge_service.checkpoints import WEIGHTS_FILE
 from merge_service.live import Judged, Refused, Removed
 from merge_service.service import Folder, Origin
 from merge_service.timelines import Merged, deployed
+from pipeline.kinds.specs import EvaluateSpec
+from pipeline.kinds.table import KINDS
+from pipeline.service.experts import step_of
 from pipeline.service.models import placed
 from pipeline.service.operations import Operations
 from pipeline.service.verify import replay, verify
@@ -182,3 +185,18 @@ def test_replay_into_an_empty_place_serves_the_same_bytes_and_goes_on(name: str,
         toys.arrive(one, toys.expert(tmp_path, TEN[6]), TEN[6])
     assert served_bytes(again) == served_bytes(service)
     assert verify(tmp_path / "new") == verify(tmp_path / "out") == []
+
+
+def test_verify_passes_over_answers_of_a_model_that_was_dropped(tmp_path: Path) -> None:
+    service = toys.home(tmp_path / "out", serving={"keep_warm": 1})
+    toys.arrive(service, toys.expert(tmp_path, "task0"), "task0")
+    model = service.log.state.served.fingerprint
+    spec = EvaluateSpec(
+        version=KINDS[EvaluateSpec.kind].revision, model=model, datasets=[], fraction=1.0, seed=0, device="cpu", details=[]
+    )  # fmt: skip
+    service.store.make(step_of(spec, "answers", "answers"), lambda _: {})
+    for task in ("task1", "task2"):
+        toys.arrive(service, toys.expert(tmp_path, task), task)
+    if service.store.find(model) is not None:
+        service.models.drop("sequence", model[:16])
+    assert service.store.find(model) is None and service.store.verify() and verify(tmp_path / "out") == []
