@@ -8,9 +8,10 @@ from merge_service.merging.adapters.concatenate import concatenate
 from merge_service.merging.adapters.extract import extract
 from merge_service.merging.adapters.written import Written
 from merge_service.merging.derivation import Member, Operator, Out, Rules, Way
-from merge_service.merging.jobs import MergeJob
+from merge_service.merging.jobs import MergeJob, TakeJob
 from merge_service.merging.parts import Group, Seen, combine_groups
 from merge_service.merging.report import MergeReport
+from merge_service.merging.taking import check_expert, copy_beside, said_of
 from merge_service.merging.vector import WIDTH, TaskVector, task_vector, unit
 
 __all__ = [
@@ -23,12 +24,16 @@ __all__ = [
     "Out",
     "Rules",
     "Seen",
+    "TakeJob",
     "TaskVector",
     "Way",
     "Written",
+    "check_expert",
     "combine_groups",
     "concatenate",
+    "copy_beside",
     "extract",
+    "said_of",
     "task_vector",
     "unit",
 ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from merge_service.merging.derivation import Member
@@ -31,3 +32,16 @@ class MergeJob:
     origin: Origin | None = None
     any_base: bool = False
     held: Literal["files", "recipe"] = "files"
+
+
+@dataclass(frozen=True)
+class TakeJob:
+    """Take in an expert that was trained elsewhere: the file `source`, which must have this sha256, with the files of the base directory
+    (`beside`) that go with weights.
+    """
+
+    label: str
+    source: Path
+    sha256: str
+    base: Path
+    beside: tuple[str, ...]

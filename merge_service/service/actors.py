@@ -13,8 +13,9 @@ from merge_service.faults import point
 from merge_service.files import Made
 from merge_service.merging.combine import combine
 from merge_service.merging.derivation import Derivation, Operator, Out, Rules, Way
-from merge_service.merging.jobs import MergeJob
+from merge_service.merging.jobs import MergeJob, TakeJob
 from merge_service.merging.stream import StreamCache
+from merge_service.merging.taking import take
 from merge_service.techniques.definition import Form
 from merge_service.techniques.own import load
 
@@ -25,8 +26,10 @@ class Merger:
     def __init__(self) -> None:
         self._states: dict[str | None, StreamCache] = {}
 
-    def run(self, job: MergeJob, step: Any, store: Any) -> Any:
-        """Merge, commit, and return the record."""
+    def run(self, job: MergeJob | TakeJob, step: Any, store: Any) -> Any:
+        """Merge, or take an expert in; commit, and return the record."""
+        if isinstance(job, TakeJob):
+            return store.make(step, lambda stage: take(job, stage))
         if job.origin is not None:
             load(job.technique, job.origin)
 

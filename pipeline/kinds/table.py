@@ -53,10 +53,10 @@ KINDS = {
     for row in (
         StepKind(BaseSpec.kind, 1, BaseSpec, BaseResult, weight=0.0),
         StepKind(TrainSpec.kind, 1, TrainSpec, TrainResult, weight=100.0, trains=True),
+        StepKind(ExpertSpec.kind, 1, ExpertSpec, ExpertResult, weight=1.0, seldom=True),
         StepKind(MeasureSpec.kind, 1, MeasureSpec, MeasureResult, weight=3.0, weights=False, seldom=True),
         StepKind(MergeSpec.kind, 1, MergeSpec, MergeResult, weight=1.0),
         StepKind(EvaluateSpec.kind, 1, EvaluateSpec, EvaluateResult, weight=3.0, scores=True, weights=False),
-        StepKind(ExpertSpec.kind, 1, ExpertSpec, ExpertResult, weight=0.0, planned=False),
         StepKind(SequenceSpec.kind, 1, SequenceSpec, MergeResult, weight=1.0, planned=False),
     )
 }

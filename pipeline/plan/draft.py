@@ -13,7 +13,7 @@ from merge_service import timelines as timeline
 from merge_service.techniques import Evidence
 from merge_service.techniques import get as technique_called
 from merge_service.timelines import Base, Expert, Merged, Weights
-from pipeline.kinds.specs import MergeSpec, SourceSpec, Spec, TrainSpec
+from pipeline.kinds.specs import ExpertSpec, MergeSpec, SourceSpec, Spec, TrainSpec
 from pipeline.kinds.table import KINDS
 from pipeline.plan.measuring import Measured, Measurer, Measuring
 from pipeline.plan.steps import BASE, RECORD_BYTES, TRAIN, About, Point, Step, World, total_gflops
@@ -116,11 +116,28 @@ class Draft:
         )
         fp = planner.experts.get(known)
         if fp is None:
-            fp = planner.experts[known] = self._train(t, task, start, replays and t > 1, steps)
+            given = bool(self.world.experts)
+            fp = self._given(t, task) if given else self._train(t, task, start, replays and t > 1, steps)
+            planner.experts[known] = fp
             planner.own_task(fp, task)
         self.experts[t] = fp
         self.experts_used.add(fp)
         return fp
+
+    def _given(self, t: int, task: StreamTask) -> str:
+        """The expert that the study gives for a task."""
+        world = self.world
+        spec = ExpertSpec(KINDS["expert"].revision, world.experts[task.name], world.base.fingerprint)
+        about = About(
+            f"t{t}-{task.name}-given",
+            f"t{t} {task.name}: given expert",
+            t,
+            task.name,
+            disk_bytes=world.facts.weights_bytes + RECORD_BYTES,
+            base=world.base.fingerprint,
+            model=world.model,
+        )
+        return self.planner.add(spec, about)
 
     def _train(self, t: int, task: StreamTask, start: Weights, replays: bool, steps: int) -> str:
         planner, world = self.planner, self.world

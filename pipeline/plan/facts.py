@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from merge_service.checkpoints import CONFIG_FILE, Checkpoint
-from merge_service.errors import IncompatibleCheckpoint, UserError
+from merge_service.errors import CheckpointError, IncompatibleCheckpoint, UserError
 from merge_service.timelines import needs_experts
 from pipeline.errors import PlanError
 from pipeline.identity import canonical, fingerprint
@@ -108,7 +108,22 @@ def gather(study: Study, provisional: bool = False) -> Facts:
         streams=streams,
         missing=missing + absent,
         notes=tuple(text for name, found in surveys.items() for text in notes(datasets[name], found)),
+        experts={task: hash_file(given_file(task, path)) for task, path in study.experts.items()},
     )
+
+
+def given_file(task: str, path: str) -> Path:
+    """The weights file of an expert that is given. Raises UserError if there is none, or several shards."""
+    try:
+        with Checkpoint.open(path) as found:
+            parts = found.files
+    except (CheckpointError, OSError) as error:
+        raise UserError(f"experts.{task}: {error}") from None
+    if len(parts) != 1:
+        raise UserError(
+            f"experts.{task}: {path} is in {len(parts)} shards; write it as one file first (temporal-merge convert)"
+        )
+    return parts[0]
 
 
 def _surveys(study: Study, datasets: Iterable[str], cache: Path) -> dict[str, dict[str, Survey]]:

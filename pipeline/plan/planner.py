@@ -154,7 +154,7 @@ class Planner:
         served = {point.deployed for point in points}
         self._used.append(
             {
-                "train": len(draft.experts_used),
+                "expert" if world.experts else "train": len(draft.experts_used),
                 "measure": len(draft.measured),
                 "merge": len(draft.merges_used),
                 "evaluate": len(served | draft.experts_used),
@@ -312,11 +312,19 @@ class Planner:
                 facts.weights, facts.config, cell.model.config, facts.weights_bytes + RECORD_BYTES
             )
             self.worlds[key] = World(
-                cell.model.config, facts, base, stream, stream.fingerprint, self.facts.datasets
+                cell.model.config,
+                facts,
+                base,
+                stream,
+                stream.fingerprint,
+                self.facts.datasets,
+                self.facts.experts,
             )
         return self.worlds[key]
 
     def _length(self, cell: Cell, world: World) -> int:
+        if world.experts:
+            return 0
         what, facts = cell.recipe.trainable, world.facts
         ratio = facts.memory_ratio.get(what)
         if ratio is None and cell.budget.total_gflops is not None:

@@ -94,7 +94,8 @@ class Facts:
     """All inputs of a plan beside the study. They contain no paths.
 
     `models` and `streams` are keyed by the fingerprint of the section that names them (`key_of`). `missing` are
-    datasets of which only the description is known: enough to plan with, not to run. `notes` are remarks on the data.
+    datasets of which only the description is known: enough to plan with, not to run. `notes` are remarks on the data. `experts` are the
+    sha256 of the experts that are given, by task.
     """
 
     datasets: Mapping[str, DatasetFacts]
@@ -102,6 +103,7 @@ class Facts:
     streams: Mapping[str, Stream]
     missing: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    experts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +145,7 @@ class About:
 
 @dataclass(frozen=True)
 class World:
-    """What the trajectories of one model and one stream share."""
+    """What the trajectories of one model and one stream share. `experts` are the sha256 of those that are given, by task."""
 
     model: str
     facts: ModelFacts
@@ -151,6 +153,7 @@ class World:
     stream: Stream
     stream_id: str
     datasets: Mapping[str, DatasetFacts]
+    experts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -332,7 +332,7 @@ def _step(
     plan: Plan, trajectory: TrajectoryPlan, point: Point, scores: Scores, store: Records
 ) -> dict[str, Any]:
     accumulated, retained = ka(scores, plan.adaptation), zs(scores, plan.held_out)
-    expert = store.record("train", point.train) if point.train else None
+    expert = store.record(plan.steps[point.train].kind, point.train) if point.train else None
     merged = store.record("merge", point.merge) if point.merge else None
     own = store.record("evaluate", point.own) if point.own else None
     return {

@@ -14,7 +14,7 @@ from cluster.capacity import Shape
 from cluster.pool import Pool, Terms
 from merge_service.service import Merger
 from merge_service.techniques import get as technique_called
-from pipeline.kinds.results import EvaluateResult, MeasureResult, MergeResult, TrainResult
+from pipeline.kinds.results import EvaluateResult, ExpertResult, MeasureResult, MergeResult, TrainResult
 from pipeline.kinds.specs import MergeSpec
 from pipeline.plan.steps import Step
 from pipeline.run.jobs import Job, Jobs
@@ -92,6 +92,10 @@ def _merge_lane(step: Step, resources: Resources, series: Series) -> Lane:
     return Lane(name, step.kind, name, Shape(1, 0), 1, resources.merging.memory)
 
 
+def _take_lane(step: Step, resources: Resources, series: Series) -> Lane:
+    return Lane("take", step.kind, "take", Shape(1, 0), 1, resources.merging.memory)
+
+
 def _workers(lane: Lane, patient: bool) -> Pool:
     shape, device = lane.shape, "cuda" if lane.shape.gpus else "cpu"
     return Pool(
@@ -114,6 +118,10 @@ def _merged(result: MergeResult) -> str:
     return "merged" if norm is None else f"norm {norm:.3f}"
 
 
+def _taken(result: ExpertResult) -> str:
+    return f"norm {result['norms']['norm']:.3f}"
+
+
 def _measured(result: MeasureResult) -> str:
     rows = sum(result["examples"])
     return f"{result['tensors']} tensors over {rows} samples, {result['bytes'] / 1e6:.1f} MB"
@@ -128,6 +136,10 @@ CARRIERS = {
     "train": Carrier(
         "an expert", "experts", _train_lane, _workers, lambda jobs, step: jobs.train(step),
         lambda step, resources: resources.of(step.model).experts.timeout, _trained,
+    ),
+    "expert": Carrier(
+        "a given expert", "merging", _take_lane, _mergers, lambda jobs, step: jobs.take(step),
+        lambda step, resources: resources.merging.timeout, _taken,
     ),
     "measure": Carrier(
         "a measurement", "evaluation", _evaluate_lane, _workers, lambda jobs, step: jobs.measure(step),

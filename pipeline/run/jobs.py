@@ -10,19 +10,19 @@ from typing import Any
 
 from merge_service.checkpoints import WEIGHTS_FILE
 from merge_service.engine import thresholds_rule
-from merge_service.merging import Member, MergeJob
+from merge_service.merging import Member, MergeJob, TakeJob
 from merge_service.techniques import get
 from pipeline.errors import StoreError
 from pipeline.identity import fingerprint
-from pipeline.kinds.specs import EvaluateSpec, MeasureSpec, MergeSpec, SourceSpec, TrainSpec
-from pipeline.plan.facts import cache_of
+from pipeline.kinds.specs import EvaluateSpec, ExpertSpec, MeasureSpec, MergeSpec, SourceSpec, TrainSpec
+from pipeline.plan.facts import cache_of, given_file
 from pipeline.plan.steps import Step
 from pipeline.store.artifact import AtCommit, Record
 from pipeline.study.sections_resources import ModelResources
 from pipeline.workspace.workspace import Workspace
 from workers.jobs import EngineSpec, EvaluateJob, MeasureJob, Reading, Source, TrainJob
 
-Job = TrainJob | MeasureJob | MergeJob | EvaluateJob
+Job = TrainJob | TakeJob | MeasureJob | MergeJob | EvaluateJob
 
 
 class Jobs:
@@ -65,6 +65,14 @@ class Jobs:
             asked_limits=tuple(self._asked.get(step.fingerprint, {}).values()),
             limits=str(workspace.limits),
         )
+
+    def take(self, step: Step) -> TakeJob:
+        """The job of a step that takes in a given expert."""
+        spec, workspace = ExpertSpec.of(step.spec), self.workspace
+        base = self._record("base", spec.base)
+        source = given_file(step.task, workspace.study.experts[step.task])
+        beside = tuple(name for name in base.files if name != WEIGHTS_FILE)
+        return TakeJob(step.label, source.absolute(), spec.weights, base.path, beside)
 
     def merge(self, step: Step) -> MergeJob:
         """The job of a step that merges experts."""

@@ -22,8 +22,6 @@ from merge_service.checkpoints import (
     WEIGHTS_FILE,
     Checkpoint,
     CheckpointWriter,
-    admit,
-    check_finite,
     locate,
     sha256_of,
 )
@@ -38,7 +36,7 @@ from merge_service.errors import (
     UserError,
 )
 from merge_service.files import Made, sync_directory, sync_file, temporary
-from merge_service.merging import WIDTH, task_vector, unit
+from merge_service.merging import WIDTH, check_expert, copy_beside, said_of, task_vector, unit
 from pipeline.errors import CorruptArtifact
 from pipeline.files.disk import room_for
 from pipeline.identity import step_fingerprint
@@ -175,19 +173,13 @@ class Experts:
         file, weights = self._coming(sha256), self.store.open_verified(self.base) / WEIGHTS_FILE
         if not file.is_file():
             raise CheckpointError("its bytes are not there any more; send it again")
-        _check_tensors(weights, file)
+        check_expert(weights, file)
         vector, step = task_vector(weights, file), self.step(sha256)
         with self.store.staged(step) as stage:
             _link(file, stage / WEIGHTS_FILE)
-            for name in self.base.files:
-                if name not in (WEIGHTS_FILE, RECORD_FILE):
-                    (stage / name).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(self.base.path / name, stage / name)
-            result = {
-                "norms": dict(vector.norms),
-                "unchanged": vector.unchanged,
-                "sketch": base64.b64encode(vector.sketch.tobytes()).decode(),
-            }
+            names = [name for name in self.base.files if name not in (WEIGHTS_FILE, RECORD_FILE)]
+            copy_beside(self.base.path, names, stage)
+            result = said_of(vector)
             found = sha256_of(stage / WEIGHTS_FILE)
             if found != sha256:
                 raise CorruptCheckpoint(f"{file} no longer has the sha256 that it came with")
@@ -227,22 +219,6 @@ def reason_of(error: CheckpointError) -> str:
 def _check_size(path: Path, size: int, most: int) -> None:
     if size > most:
         raise UserError(f"{path} has {size:,} bytes; admission.max_bytes allows {most:,}")
-
-
-def _check_tensors(base: Path, expert: Path) -> None:
-    """Raise `CheckpointError` unless an expert has the tensors of the base, of the same types, and finite numbers."""
-    with Checkpoint.open(base) as reference, Checkpoint.open(expert) as candidate:
-        notes = admit(reference, candidate, "the expert")
-        if notes:
-            raise IncompatibleCheckpoint(f"its tensors are not named as the base's: {notes[0]}")
-        other = [
-            f"{name} is {info.dtype}, not {reference.tensors[name].dtype}"
-            for name, info in candidate.tensors.items()
-            if info.dtype != reference.tensors[name].dtype or info.shape != reference.tensors[name].shape
-        ]
-        if other:
-            raise IncompatibleCheckpoint(f"its tensors do not have the base's types: {'; '.join(other[:10])}")
-        check_finite(candidate, "the expert")
 
 
 def _joined(index: Path, target: Path, most: int) -> None:

@@ -27,9 +27,11 @@ from pipeline.study.grid import (
     expand,
     flatten,
     forbidden_data,
+    misfits_of_given,
     problems_beside_others,
 )
 from pipeline.study.mistakes import Problem, nearest, short, validate
+from pipeline.study.places import Place
 from pipeline.study.sections import (
     BUDGETS,
     BudgetSection,
@@ -76,6 +78,7 @@ class Study(Section):
     recipe: Recipe = Recipe()
     budget: BudgetSection
     grid: dict[str, list[Any]]
+    experts: dict[Name, Place] = {}
     evaluation: EvaluationSection = EvaluationSection()
     statistics: StatisticsSection = StatisticsSection()
     resources: ResourcesSection = ResourcesSection()
@@ -241,7 +244,8 @@ class Study(Section):
         """Problems between the grid and the tasks and roles."""
         roles = self.roles
         problems = self._unknown_datasets(roles) + self._unknown_models() + self._misgrouped(roles)
-        if any(timeline.needs_experts(cell.strategy) for cell in self.cells):
+        problems += misfits_of_given(self.experts, self.cells, [self.filled(one) for one in self.streams])
+        if any(timeline.needs_experts(cell.strategy) for cell in self.cells) and not self.experts:
             problems += _lost_shares(self.recipe, length_of(self.filled(self.stream)), self.engine.world)
         learnt = sorted(set(roles.held_out) & set(self.learnt))
         if learnt:
@@ -259,7 +263,7 @@ class Study(Section):
         return problems
 
     def _misfits_of(self, cell: Cell, roles: Roles) -> Iterator[Problem]:
-        share = cell.recipe.mixture.pretraining
+        share = 0.0 if self.experts else cell.recipe.mixture.pretraining
         if share > 0 and not roles.pretraining and timeline.needs_experts(cell.strategy):
             text = f"{cell.name} takes a share of {share:g} from it, but it is empty; name datasets or set the share to 0"
             yield Problem("data.pretraining", text)
@@ -381,6 +385,8 @@ def study_from(raw: Mapping[str, Any], where: str = "study", overrides: Sequence
             if key == "grid":
                 grid, problems = flatten(value)
     _fill_from_grid(tree, grid)
+    if tree.get("experts") and "budget" not in tree:  # nothing is trained
+        tree["budget"] = {"steps_per_task": 1}
     study, wrong = validate(Study, {**tree, "grid": grid})
     problems += [_axis_meant(problem, tree) for problem in wrong]
     if all(problem.key != "grid" for problem in problems):

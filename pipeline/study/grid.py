@@ -165,6 +165,39 @@ def forbidden_data(cell: Cell) -> str | None:
     )
 
 
+def misfits_of_given(
+    experts: Mapping[str, str], cells: Sequence[Cell], streams: Sequence[StreamSection]
+) -> Iterator[Problem]:
+    """Problems of experts that are given by task: every task needs one, of one base, and nothing is trained."""
+    if not experts:
+        return
+    tasks = list(dict.fromkeys(task for stream in streams for task in stream.tasks or ()))
+    if any(stream.chunks is not None or stream.file is not None for stream in streams):
+        yield Problem(
+            "experts",
+            "belong to datasets, and a stream cuts these into chunks; leave stream.chunks and stream.file out",
+        )
+        return
+    for name in experts:
+        if name not in tasks:
+            yield Problem(
+                f"experts.{name}",
+                f"is no task of a stream{nearest(name, tasks)}; they are {', '.join(tasks)}",
+            )
+    lacking = [task for task in tasks if task not in experts]
+    if lacking:
+        yield Problem(
+            "experts",
+            f"has no checkpoint for {', '.join(lacking)}; give one for every task, or none to train all",
+        )
+    if len({fingerprint(cell.model.model_dump(mode="json")) for cell in cells}) > 1:
+        yield Problem("grid.model", "given experts belong to one base; leave the axis out")
+    for cell in cells:
+        if cell.strategy.joint or (needs_experts(cell.strategy) and cell.strategy.init != "base"):
+            text = "trains its experts from other weights than the base, and the experts are given; use init: base, or leave experts out"
+            yield Problem(f"grid.strategies ({cell.name})", text)
+
+
 def with_values(section: Any, name: str, values: Mapping[str, Any]) -> tuple[Any, list[Problem]]:
     """A section with some of its keys (dotted; "" is the whole section) replaced, validated as if it had been written so."""
     raw = values[""] if "" in values else section.model_dump(mode="json")

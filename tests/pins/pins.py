@@ -92,7 +92,8 @@ def _plan(name: str) -> list[Any]:
         filled = study.filled(section)
         classes = {name: [f"{name}-{i}" for i in range(12)] for name in datasets_of(filled)}
         streams[key_of(section)] = make_stream(filled, classes)
-    plan = make_plan(study, Facts(datasets, models, streams))
+    experts = {task: fingerprint([task, path]) for task, path in study.experts.items()}
+    plan = make_plan(study, Facts(datasets, models, streams, experts=experts))
     trajectories = [
         [t.id, t.base, [[p.train, p.merge, p.deployed, p.evaluate] for p in t.points]]
         for t in plan.trajectories

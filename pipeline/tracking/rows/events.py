@@ -270,7 +270,7 @@ class Projection:
         files = self._described.files(checkpoint)
         body = {
             "name": self.index.model_names[trajectory.id, point.t],
-            "type": "expert" if record.kind == "train" else "merged",
+            "type": "expert" if record.kind in ("train", "expert") else "merged",
             "step": point.t,
             "params": {**searchable, **flat(trajectory.params, "technique.")},
             "tags": {

@@ -35,13 +35,17 @@ class ExpertRows:
             "budget": budget_text(trajectory.budget),
             "seed": str(trajectory.seed),
         }
-        data = {key: " ".join(s["dataset"] for s in step.spec[key]) or None for key in ("update", "buffer")}
+        data = {
+            key: " ".join(s["dataset"] for s in step.spec.get(key, ())) or None
+            for key in ("update", "buffer")
+        }
         datasets = [
             {"name": source["dataset"], "digest": source["digest"][:DIGEST_CHARACTERS], "context": context}
             for key, context in CONTEXTS.items()
-            for source in step.spec[key]
+            for source in step.spec.get(key, ())
         ]
-        settings = {key: step.spec[key] for key in ("steps", "recipe", "engine")}
+        named = ("steps", "recipe", "engine", "weights")
+        settings: dict[str, object] = {key: step.spec[key] for key in named if key in step.spec}
         used = self._index.used_by(step.fingerprint)
         listed = ", ".join(used if len(used) <= 10 else [*used[:10], f"and {len(used) - 10} more"])
         tags = {
@@ -64,7 +68,7 @@ class ExpertRows:
         note = (
             f"The expert of **{point.task}** (t={point.t}), used by {len(used)} of the study's trajectories."
         )
-        start = self._index.model_of(step.inputs["init"])
+        start = self._index.model_of(step.inputs.get("init", step.base))
         checkpoint = Checkpoint(record, point.t, point.task)
         body = {
             "name": self._index.expert_model_names[step.fingerprint],
@@ -91,10 +95,15 @@ class ExpertRows:
         metrics = Metrics(record.created_ms)
         for index, value in result.get("loss") or []:
             metrics.add("loss", value, int(index))
+        metrics.add("task_vector_norm", result.get("norms", {}).get("norm"), t)
         for name in ("steps", "samples", "samples_per_second", "task_vector_norm"):
             metrics.add(name, result.get(name), t)
         metrics.add("gflops", result.get("gflops", step.gflops), t)
-        metrics.add("train_seconds", result.get("seconds", record.seconds), t)
+        metrics.add(
+            "train_seconds" if step.kind == "train" else "take_seconds",
+            result.get("seconds", record.seconds),
+            t,
+        )
         _add_usage(metrics, result.get("system") or {})
         return [
             self.run(step, record.created_ms - int(record.seconds * 1000)),

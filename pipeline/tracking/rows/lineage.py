@@ -117,7 +117,9 @@ class Lineage:
         total, experts = self._experts(record.fingerprint)
         names = [f"t={expert['t']} {expert['task']}" for expert in experts]
         shown = ", ".join(names if total <= 12 else [f"{total} experts, the last", *names[-3:]])
-        what = {"merge": "merged from", "train": "the expert of"}.get(record.kind)
+        what = {"merge": "merged from", "train": "the expert of", "expert": "the given expert of"}.get(
+            record.kind
+        )
         lines = [f"- {what}: {shown}"] if what else []
         return "\n".join(
             [*lines, f"- sha256: `{record.sha256(WEIGHTS_FILE)}`", f"- kept at: `{self.place(record)}`"]
@@ -161,7 +163,7 @@ class Lineage:
             step = self._steps.get(fingerprint)
             if step is None or not KINDS[step.kind].weights:
                 self._merged[fingerprint] = 0, []
-            elif step.kind == "train":
+            elif step.kind in ("train", "expert"):
                 self._merged[fingerprint] = 1, [self._expert(step)]
             else:
                 sources = [self._experts(source) for source in dict.fromkeys(step.inputs.values())]
@@ -177,5 +179,5 @@ class Lineage:
             "task": step.task,
             "fingerprint": step.fingerprint,
             "sha256": record.sha256(WEIGHTS_FILE) if record is not None else None,
-            "init": BASE if step.inputs["init"] in self._bases else step.inputs["init"],
+            "init": BASE if step.inputs.get("init", step.base) in self._bases else step.inputs["init"],
         }

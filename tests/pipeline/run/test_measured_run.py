@@ -10,6 +10,7 @@ import pytest
 
 import temporal_merge as tm
 from merge_service.checkpoints import WEIGHTS_FILE, Checkpoint
+from merge_service.errors import UserError
 from merge_service.merge import fold
 from merge_service.service import Merger
 from merge_service.statistics import Statistics
@@ -35,12 +36,13 @@ STRATEGIES: list[Any] = [
 ]
 
 
-def carried_out(workspace: Workspace) -> dict[str, Record]:
-    """Every step but evaluations by the actors that a cluster would have, one after another."""
+def carried_out(workspace: Workspace, scored: bool = False) -> dict[str, Record]:
+    """Every step, evaluations only if `scored`, by the actors that a cluster would have, one after another."""
     workspace.prepare()
-    jobs, actors = Jobs(workspace), {"merge": Merger()}
+    merger = Merger()
+    jobs, actors = Jobs(workspace), {"merge": merger, "expert": merger}
     worker = Worker(0, 1, 1, "cpu")
-    for step in (one for one in workspace.plan.steps.values() if one.kind != "evaluate"):
+    for step in (one for one in workspace.plan.steps.values() if scored or one.kind != "evaluate"):
         job = CARRIERS[step.kind].job(jobs, step)
         workspace.keep(actors.get(step.kind, worker).run(job, step, workspace.store))
     return {fp: record for fp in workspace.plan.steps if (record := workspace.known(fp)) is not None}
@@ -183,3 +185,53 @@ def test_cost_of_measuring_is_counted_for_every_trajectory_that_uses_it(ran: Any
     assert by_name["average"] < by_name["regmean"] == by_name["lot"] < by_name["regmean_plus"]
     summary = workspace.summary()
     assert summary["steps"]["measure"]["unique"] == summary["steps"]["measure"]["cached"] == 14
+
+
+def test_given_experts_are_merged_and_scored_like_trained_ones(
+    ran: Any, world: World, tmp_path: Path
+) -> None:
+    workspace, _ = ran
+    spec = MergeSpec.of(last_merge(workspace, "regmean").spec)
+    given = {task: str(workspace.weights(fp)) for task, (_, fp) in zip(TASKS, spec.members)}
+    strategies = [{"init": "base", "deploy": "all", "technique": ["regmean", "average"]}]
+    stated = {
+        "name": "given",
+        "grid": {"strategies": strategies},
+        "statistics": {"examples": 20},
+        "budget": None,
+    }
+    file = world.study(**stated, experts=given)
+    file.write_text(file.read_text().replace("budget: null\n", ""))
+    again = Workspace.open(file, out=tmp_path / "out")
+    assert (
+        again.summary()["steps"]["train"]["unique"] == 0 and again.summary()["steps"]["expert"]["unique"] == 3
+    )
+    records = carried_out(again, scored=True)
+    for technique in ("regmean", "average"):
+        old, new = last_merge(workspace, technique), last_merge(again, technique)
+        assert workspace.known(old.fingerprint).sha256(WEIGHTS_FILE) == records[new.fingerprint].sha256(
+            WEIGHTS_FILE
+        )
+    answer = again.write_results()
+    assert answer["complete"]
+    for one in answer["trajectories"]:
+        scores = [step["scores"] for step in one["steps"]]
+        gains = [scores[-1][task] - scores[t][task] for t, task in enumerate(TASKS[:-1], start=1)]
+        assert one["steps"][-1]["bwt"] == pytest.approx(np.mean(gains))  # the final less the just-learned
+    assert again.store.verify() == []
+
+
+def test_given_experts_must_fit_tasks_and_strategies(ran: Any, world: World, tmp_path: Path) -> None:
+    workspace, _ = ran
+    base = str(workspace.weights(next(iter(workspace.plan.bases))))
+    every = dict.fromkeys(TASKS, base)
+    for change, text in (
+        ({"experts": {TASKS[0]: base}}, f"has no checkpoint for {TASKS[1]}, {TASKS[2]}"),
+        ({"experts": {**every, "rde": base}}, "experts.rde: is no task of a stream"),
+        ({"experts": every, "grid": {"strategies": ["best_in_time"]}}, "use init: base"),
+        ({"experts": {**every, TASKS[0]: str(tmp_path / "none.safetensors")}}, f"experts.{TASKS[0]}: "),
+    ):
+        with pytest.raises(UserError, match=text):
+            Workspace.open(
+                world.study(**{"grid": {"strategies": STRATEGIES[:1]}, **change}), out=tmp_path / "o"
+            )
