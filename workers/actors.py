@@ -17,7 +17,7 @@ import ray
 from merge_service.checkpoints import WEIGHTS_FILE
 from merge_service.engine import keep_thresholds
 from merge_service.faults import point
-from workers.jobs import EvaluateJob, MeasureJob, TrainJob
+from workers.jobs import EvaluateJob, LearnJob, MeasureJob, TrainJob
 
 
 class Store(Protocol):
@@ -61,7 +61,7 @@ class Worker:
 
         join_group(self.rank, self.world, *place, self.device)
 
-    def run(self, job: TrainJob | EvaluateJob | MeasureJob, step: Any, store: Store) -> Any:
+    def run(self, job: TrainJob | EvaluateJob | MeasureJob | LearnJob, step: Any, store: Store) -> Any:
         """Execute one step; rank 0 commits it and returns the record, other ranks return None."""
         if isinstance(job, TrainJob):
             return self._train(job, step, store)
@@ -91,13 +91,18 @@ class Worker:
         return record
 
 
-def _work(job: EvaluateJob | MeasureJob, stage: Path) -> Mapping[str, Any]:
+def _work(job: EvaluateJob | MeasureJob | LearnJob, stage: Path) -> Mapping[str, Any]:
     """The work of one process, which writes its files into `stage`; its result."""
     if isinstance(job, MeasureJob):
         from workers.evidence.tasks import measure_models
 
         point("measure.start")
         return measure_models(replace(job, out=str(stage)))
+    if isinstance(job, LearnJob):
+        from workers.learning.sources import learn_merge
+
+        point("learn.start")
+        return learn_merge(replace(job, out=str(stage)))
     from workers.scoring.evaluate import evaluate
 
     point("evaluate.start")

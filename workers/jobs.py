@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NotRequired, TypedDict
 
 Reading = Literal["decoded", "encoded", "auto"]
+COEFFICIENTS_FILE = "coefficients.safetensors"
+"""The file of a learning."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,29 @@ class MeasureJob:
     out: str = ""
 
 
+@dataclass(frozen=True)
+class LearnJob:
+    """Learn the coefficients with which `models` (weights directories, oldest first) are merged on `base`, into coefficients.safetensors.
+
+    `params` are those of `learning.Wanted` beside device. `data` are the training splits of each task. `before` is a file of coefficients
+    from which models that it knows begin, "" for none. `scratch` outlives a crash: learning goes on from there.
+    """
+
+    fingerprint: str
+    label: str
+    method: str
+    params: Mapping[str, Any]
+    base: str
+    models: tuple[str, ...]
+    data: tuple[tuple[Source, ...], ...]
+    scratch: str
+    before: str = ""
+    threads: int = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+    cache: str = ""
+    out: str = ""
+
+
 class TrainResult(TypedDict):
     """A record of a training, as every rank returns it.
 
@@ -160,5 +185,15 @@ class MeasureResult(TypedDict):
 
     examples: list[int]
     tensors: int
+    bytes: int
+    seconds: float
+
+
+class LearnResult(TypedDict):
+    """A learning: images of all tasks together, steps, the first and the last loss (none without steps), bytes, and the seconds."""
+
+    examples: int
+    steps: int
+    loss: list[float]
     bytes: int
     seconds: float

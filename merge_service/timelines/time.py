@@ -297,10 +297,9 @@ def _check_carried(technique: Technique, strategy: Strategy, used: tuple[Policy,
         raise TechniqueError(
             f"{technique.name}: density is one number in a study; a list with one per expert is for a merge of files"
         )
-    if technique.learned:
+    if technique.learned and strategy.params.get("adapted_on") == "test":
         raise TechniqueError(
-            f"{technique.name} merges with coefficients that must be learned for the experts of every t, and studies do not learn yet; "
-            "merge exported experts (temporal-merge learn, then temporal-merge merge --coefficients), or choose another technique"
+            f"{technique.name}: adapted_on: test marks a merge of files; a study learns on training splits, so leave adapted_on out"
         )
     if strategy.params.get("coefficients") is not None:
         raise TechniqueError(
@@ -320,11 +319,21 @@ def measured(strategy: Strategy) -> tuple[Evidence, ...]:
     asked = (
         _technique(strategy).asked(params_for(strategy, Merged(policy, 1))) for policy in policies(strategy)
     )
-    return tuple(dict.fromkeys(one for one in asked if one is not None))
+    return tuple(dict.fromkeys(one for one in asked if one is not None and one.of != "learned"))
+
+
+def learns(strategy: Strategy) -> bool:
+    """Whether the merges of a strategy have coefficients that must be learned first, for their experts."""
+    return bool(policies(strategy)) and strategy.technique is not None and _technique(strategy).learned
 
 
 def check_served(strategy: Strategy) -> None:
     """Raise `TechniqueError` for a strategy of which a service, which has no data and no states of folds, cannot make the merges."""
+    if learns(strategy):
+        raise TechniqueError(
+            f"{strategy.technique} merges with coefficients that must be learned for the experts of every t, which a service does not do; "
+            "merge files (temporal-merge learn, then temporal-merge merge --coefficients), or choose another technique"
+        )
     if asked := measured(strategy):
         raise TechniqueError(
             f"{strategy.technique} needs measurements ({asked[0].kind}) of every expert, which a service does not make; merge files "

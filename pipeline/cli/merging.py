@@ -198,7 +198,7 @@ def learn(
     from pipeline.cli.show_files import parameters_from
     from pipeline.merging.learning import OfTasks, learn_tasks, listed
     from pipeline.study.config import load_study
-    from workers.learning import Wanted
+    from workers.learning.wanted import Wanted
 
     if out.exists() and not force:
         raise UserError(f"--out {out} is there already; give another --out, or replace it with --force")

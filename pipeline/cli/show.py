@@ -53,6 +53,8 @@ def show_plan(workspace: Any, summary: Mapping[str, Any]) -> None:
         cost += f" (one by one {naive:,.0f})"
     if summary.get("gflops_measuring"):
         cost += f", {summary['gflops_measuring']:,.0f} of them to measure experts"
+    if summary.get("gflops_learning"):
+        cost += f", {summary['gflops_learning']:,.0f} of them to learn merges"
     console.print(f"still to do: {cost}, {_room(summary)} in {workspace.out}")
     if summary["seconds"]:
         work, longest = (duration(summary["seconds"][key]) for key in ("work", "longest_chain"))

@@ -2,9 +2,9 @@
 
 from typing import NotRequired, TypedDict
 
-from workers.jobs import EvaluateResult, MeasureResult, TrainResult
+from workers.jobs import EvaluateResult, LearnResult, MeasureResult, TrainResult
 
-__all__ = ["BaseResult", "EvaluateResult", "MeasureResult", "MergeResult", "TrainResult"]
+__all__ = ["BaseResult", "EvaluateResult", "LearnResult", "MeasureResult", "MergeResult", "TrainResult"]
 
 
 class BaseResult(TypedDict):

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, NotRequired, Protocol, Self, TypedDict
 
+from workers.jobs import COEFFICIENTS_FILE
+
 BASE = "base"
 
 
@@ -104,7 +106,7 @@ class MergeSpec:
     """One merge of `members` (id, fingerprint), oldest first, on a base, in a form, by a technique with resolved parameters.
 
     `source` is the digest of the file that defines a user's own technique, None for techniques of the catalogue. `statistics` are
-    (id, fingerprint of the measurement) of every member, where the technique needs one.
+    (id, fingerprint of the measurement, or of what was learned for all) of every member, where the technique needs one.
     """
 
     kind: ClassVar[str] = "merge"
@@ -165,6 +167,33 @@ class MeasureSpec(_Fields):
     def file_of(self, model: str) -> str:
         """The file of the artifact that has the statistic of a model; the only one where a base stands for an expert."""
         return f"{1 + (self.models.index(model) if model in self.models else 0)}.safetensors"
+
+
+@dataclass(frozen=True)
+class LearnSpec(_Fields):
+    """The coefficients with which `models`, oldest first, are merged on a base, learned by a method from `data`, the splits of each task.
+
+    `params` are the method's without the device. `before` is the learn step from whose coefficients models that it has begin, "" where
+    none does. `engine` are the kind of device and the threads.
+    """
+
+    kind: ClassVar[str] = "learn"
+    version: int
+    method: str
+    params: Mapping[str, Any]
+    base: str
+    models: Sequence[str]
+    data: Sequence[Sequence[SourceSpec]]
+    before: str
+    engine: Mapping[str, Any]
+
+    def inputs(self) -> dict[str, str]:
+        models = {f"model {number}": model for number, model in enumerate(self.models, start=1)}
+        return {BASE: self.base, **models, **({"before": self.before} if self.before else {})}
+
+    def file_of(self, model: str) -> str:
+        """The file of the artifact that a merge reads for a model: the one for all of them."""
+        return COEFFICIENTS_FILE
 
 
 @dataclass(frozen=True)

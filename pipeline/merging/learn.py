@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import speaks_python
 
 if TYPE_CHECKING:
-    from workers.learning import Learned
+    from workers.learning.learn import Learned
 
 
 @speaks_python
@@ -33,8 +33,9 @@ def learn(
     coefficients by name, with `losses`, and writes them to `out`. Raises UserError.
     """
     from workers.evidence.asked import Inputs
-    from workers.learning import Wanted, Where
-    from workers.learning import learn as learned
+    from workers.learning.learn import Where
+    from workers.learning.learn import learn as learned
+    from workers.learning.wanted import Wanted
 
     warm, config, every = params.pop("warm_start", None), params.pop("model", None), params.pop("every", 50)
     wanted = Wanted.of(method, params)

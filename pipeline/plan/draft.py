@@ -6,6 +6,7 @@ different streams are one.
 """
 
 import hashlib
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -15,8 +16,9 @@ from merge_service.techniques import get as technique_called
 from merge_service.timelines import Base, Expert, Merged, Weights
 from pipeline.kinds.specs import ExpertSpec, MergeSpec, SourceSpec, Spec, TrainSpec
 from pipeline.kinds.table import KINDS
+from pipeline.plan.learning import Learner, Learning
 from pipeline.plan.measuring import Measured, Measurer, Measuring
-from pipeline.plan.steps import BASE, RECORD_BYTES, TRAIN, About, Point, Step, World, total_gflops
+from pipeline.plan.steps import BASE, RECORD_BYTES, TRAIN, About, Point, Step, World
 from pipeline.study.config import Roles, Study
 from pipeline.study.grid import Cell
 from pipeline.study.streams import Part, Stream, StreamTask
@@ -55,6 +57,8 @@ class Draft:
         self.merges_used: set[str] = set()
         self.recipe, self.recipe_text = planner.recipe(cell.recipe)
         self.measurers: dict[Evidence, Measurer] = {}
+        engine = planner.measuring_engine(world.model)
+        self.learner = Learner(planner.add, world, Learning(cell.learning, engine))
 
     def points(self) -> list[Point]:
         """The points from t = 0 to the end of the stream; adds all of their steps."""
@@ -77,14 +81,9 @@ class Draft:
         return points
 
     @property
-    def measured(self) -> set[str]:
-        """The steps that measure something for this cell."""
-        return {step for one in self.measurers.values() for step in one.used}
-
-    @property
-    def measuring_gflops(self) -> float | None:
-        """What these cost."""
-        return total_gflops(one.gflops for one in self.measurers.values())
+    def measured(self) -> Mapping[str, float | None]:
+        """The steps that measure something for this cell, with their GFLOPs."""
+        return {step: cost for one in self.measurers.values() for step, cost in one.used.items()}
 
     def _fingerprint(self, weights: Weights) -> str:
         if isinstance(weights, Base):
@@ -205,6 +204,8 @@ class Draft:
         asked = technique_called(merge.technique).asked(merge.params)
         if asked is None:
             return []
+        if asked.of == "learned":
+            return [*zip(merge.ids(), itertools.repeat(self._learned(merge)))]
         if asked not in self.measurers:
             engine = self.planner.measuring_engine(self.world.model)
             how = Measuring(asked, self.cell.statistics, engine)
@@ -220,6 +221,15 @@ class Draft:
             every = zip(experts, models, tasks, data)
             steps = [measurer.of(one.t, model, task, of) for one, model, task, of in every]
         return [*zip(merge.ids(), steps)]
+
+    def _learned(self, merge: timeline.Merge) -> str:
+        """The learn step of a merge, on the tasks whose data the strategy may read: those so far, or the new one alone."""
+        t, replays = merge.result.t, self.cell.recipe.mixture.buffer > 0
+        tasks = self.tasks[:t] if replays else self.tasks[t - 1 : t]
+        data = [self.planner.sources(task.parts, _parts_of(task), TRAIN) for task in tasks]
+        return self.learner.of(
+            merge, tasks, Measured([*map(self._fingerprint, merge.members)], data, merge.params)
+        )
 
     def _how(self, start: Weights) -> str:
         if isinstance(start, Base):

@@ -78,13 +78,12 @@ def measure_spec(measuring: Measuring, what: Measured, base: str) -> MeasureSpec
 
 
 class Measurer:
-    """Adds the measure steps of one cell. `used` are these, and `gflops` is what they cost."""
+    """Adds the measure steps of one cell. `used` are these, with their GFLOPs."""
 
     def __init__(self, add: Callable[[Spec, About], str], world: World, measuring: Measuring) -> None:
         self._add, self._world, self._measuring = add, world, measuring
         self._known: dict[int, str] = {}
-        self.used: set[str] = set()
-        self.gflops: float | None = 0.0
+        self.used: dict[str, float | None] = {}
 
     def of(self, t: int, expert: str, task: StreamTask, data: Sequence[SourceSpec]) -> str:
         """The step that measures the expert of task t, or the base on its data."""
@@ -113,37 +112,53 @@ class Measurer:
             model=world.model,
         )
         fingerprint = self._add(spec, about)
-        if fingerprint not in self.used:
-            self.used.add(fingerprint)
-            known = self.gflops is not None and about.gflops is not None
-            self.gflops = (self.gflops or 0.0) + (about.gflops or 0.0) if known else None
+        self.used[fingerprint] = about.gflops
         return fingerprint
 
     def _cost(self, tasks: Sequence[StreamTask]) -> float | None:
         """GFLOPs; None if the cost of a training sample was not measured."""
-        costs = self._world.facts.gflops_per_sample
-        if not costs:
+        sample, how, found = sample_cost(self._world), self._measuring, 0.0
+        if sample is None:
             return None
-        sample, how, found = costs.get("all", max(costs.values())), self._measuring, 0.0
         for task in tasks:
-            there = [self._world.datasets[part.dataset].samples.get(TRAIN, 0) for part in task.parts]
-            rows = min(how.examples, sum(there) or how.examples)
-            classes = sum(self._classes(part.dataset, part.classes) for part in task.parts)
-            passes = classes if how.params().get("labels") == "expectation" else 1
-            found += PASSES[how.asked.kind] * sample * rows * passes
+            passes = classes_of(self._world, task) if how.params().get("labels") == "expectation" else 1
+            found += PASSES[how.asked.kind] * sample * rows_of(self._world, task, how.examples) * passes
         return found
-
-    def _classes(self, dataset: str, some: Sequence[str] | None) -> int:
-        return len(some) if some is not None else max(1, self._world.datasets[dataset].classes)
 
     def _check(self, tasks: Sequence[StreamTask]) -> None:
         """Raise PlanError for a task on whose data this statistic cannot be measured."""
         if not self._measuring.by_classes:
             return
-        parts = [(task.name, part.dataset) for task in tasks for part in task.parts]
-        for task, dataset in parts:
-            if self._world.datasets[dataset].kind != "classification":
-                raise PlanError(
-                    f"task {task}: {self._measuring.asked.kind} takes gradients of class scores, and {dataset} has captions and no "
-                    "classes; choose a technique that needs gram or no data, or take the task out of the stream"
-                )
+        what = f"{self._measuring.asked.kind} takes gradients of class scores"
+        refuse_captions(self._world, tasks, what, "gram or no data")
+
+
+def sample_cost(world: World) -> float | None:
+    """GFLOPs of a forward and a backward pass of one sample; None if that was not measured."""
+    costs = world.facts.gflops_per_sample
+    return costs.get("all", max(costs.values())) if costs else None
+
+
+def rows_of(world: World, task: StreamTask, most: int) -> int:
+    """How many rows are drawn of the training split of a task."""
+    there = sum(world.datasets[part.dataset].samples.get(TRAIN, 0) for part in task.parts)
+    return min(most, there or most)
+
+
+def classes_of(world: World, task: StreamTask) -> int:
+    """How many classes a task has."""
+    return sum(
+        len(part.classes) if part.classes is not None else max(1, world.datasets[part.dataset].classes)
+        for part in task.parts
+    )
+
+
+def refuse_captions(world: World, tasks: Sequence[StreamTask], what: str, instead: str) -> None:
+    """Raise PlanError for a task with captions; `what` needs classes, and `instead` is what other techniques need."""
+    parts = [(task.name, part.dataset) for task in tasks for part in task.parts]
+    for task, dataset in parts:
+        if world.datasets[dataset].kind != "classification":
+            raise PlanError(
+                f"task {task}: {what}, and {dataset} has captions and no classes; choose a technique that needs {instead}, or take the "
+                "task out of the stream"
+            )

@@ -156,6 +156,7 @@ class Planner:
             {
                 "expert" if world.experts else "train": len(draft.experts_used),
                 "measure": len(draft.measured),
+                "learn": len(draft.learner.used),
                 "merge": len(draft.merges_used),
                 "evaluate": len(served | draft.experts_used),
             }
@@ -163,7 +164,8 @@ class Planner:
         for expert in draft.experts_used:
             self._scored_on.setdefault(expert, {})[cell.split] = None
         cost = draft.gflops(steps * length if draft.experts_used else 0)
-        self.naive_gflops = total_gflops((self.naive_gflops, cost, draft.measuring_gflops))
+        seeing = (*draft.measured.values(), *draft.learner.used.values())
+        self.naive_gflops = total_gflops((self.naive_gflops, cost, *seeing))
         return TrajectoryPlan(
             id=cell.id,
             group=cell.group,
@@ -245,7 +247,7 @@ class Planner:
         return self._engines[model]
 
     def measuring_engine(self, model: str) -> Mapping[str, object]:
-        """The device and threads on which experts of a model are measured, in the form of a spec."""
+        """The device and threads on which experts of a model are measured and merges learned, in the form of a spec."""
         threads = self.study.resources.of(model).evaluation.threads or 1
         return {"device": self.study.evaluation_device_of(model), "threads": threads}
 

@@ -32,6 +32,8 @@ def settings_of(cell: Cell, world: World, evaluation: Mapping[str, object]) -> d
         sections["budget"] = cell.budget.model_dump(mode="json")
     if timeline.measured(cell.strategy):
         sections["statistics"] = dict(cell.statistics)
+    if timeline.learns(cell.strategy):
+        sections["learning"] = dict(cell.learning)
     return flat_settings({**sections, "evaluation": {"split": cell.split, **evaluation}})
 
 

@@ -213,13 +213,15 @@ class StepCounts(TypedDict):
 
 
 class Summary(TypedDict):
-    """What a plan would run (`Plan.summary`). `gflops_measuring` is the part of `gflops` that measures experts, where any are."""
+    """What a plan would run (`Plan.summary`). `gflops_measuring` is the part of `gflops` that measures experts, `gflops_learning` that
+    which learns merges, where there are any."""
 
     study: str
     trajectories: int
     steps: dict[str, StepCounts]
     gflops: float | None
     gflops_measuring: NotRequired[float | None]
+    gflops_learning: NotRequired[float | None]
     disk_bytes: int
     gflops_naive: float | None
     critical_path: dict[str, int]
@@ -333,9 +335,14 @@ class Plan:
             "missing": list(self.missing),
             "splits": list(self.splits),
         }
-        if "measure" in present:
-            spent = total_gflops(step.gflops for step in ahead.values() if step.kind == "measure")
-            found["gflops_measuring"] = spent
+        spent = {
+            kind: total_gflops(step.gflops for step in ahead.values() if step.kind == kind)
+            for kind in present
+        }
+        if "measure" in spent:
+            found["gflops_measuring"] = spent["measure"]
+        if "learn" in spent:
+            found["gflops_learning"] = spent["learn"]
         return found
 
     @property

@@ -14,7 +14,14 @@ from cluster.capacity import Shape
 from cluster.pool import Pool, Terms
 from merge_service.service import Merger
 from merge_service.techniques import get as technique_called
-from pipeline.kinds.results import EvaluateResult, ExpertResult, MeasureResult, MergeResult, TrainResult
+from pipeline.kinds.results import (
+    EvaluateResult,
+    ExpertResult,
+    LearnResult,
+    MeasureResult,
+    MergeResult,
+    TrainResult,
+)
 from pipeline.kinds.specs import MergeSpec
 from pipeline.plan.steps import Step
 from pipeline.run.jobs import Job, Jobs
@@ -127,6 +134,11 @@ def _measured(result: MeasureResult) -> str:
     return f"{result['tensors']} tensors over {rows} samples, {result['bytes'] / 1e6:.1f} MB"
 
 
+def _learned(result: LearnResult) -> str:
+    moved = ", loss {:.3f} to {:.3f}".format(*result["loss"]) if result["loss"] else ""
+    return f"{result['steps']} steps on {result['examples']} samples{moved}"
+
+
 def _scored(result: EvaluateResult) -> str:
     scores = result["scores"]
     return f"mean of {len(scores)} scores {sum(scores.values()) / len(scores):.3f}"
@@ -144,6 +156,10 @@ CARRIERS = {
     "measure": Carrier(
         "a measurement", "evaluation", _evaluate_lane, _workers, lambda jobs, step: jobs.measure(step),
         lambda step, resources: resources.of(step.model).evaluation.timeout, _measured,
+    ),
+    "learn": Carrier(
+        "a learned merge", "evaluation", _evaluate_lane, _workers, lambda jobs, step: jobs.learn(step),
+        lambda step, resources: resources.of(step.model).evaluation.timeout, _learned,
     ),
     "merge": Carrier(
         "a merge", "merging", _merge_lane, _mergers, lambda jobs, step: jobs.merge(step),

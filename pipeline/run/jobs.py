@@ -14,15 +14,23 @@ from merge_service.merging import Member, MergeJob, TakeJob
 from merge_service.techniques import get
 from pipeline.errors import StoreError
 from pipeline.identity import fingerprint
-from pipeline.kinds.specs import EvaluateSpec, ExpertSpec, MeasureSpec, MergeSpec, SourceSpec, TrainSpec
+from pipeline.kinds.specs import (
+    EvaluateSpec,
+    ExpertSpec,
+    LearnSpec,
+    MeasureSpec,
+    MergeSpec,
+    SourceSpec,
+    TrainSpec,
+)
 from pipeline.plan.facts import cache_of, given_file
 from pipeline.plan.steps import Step
 from pipeline.store.artifact import AtCommit, Record
 from pipeline.study.sections_resources import ModelResources
 from pipeline.workspace.workspace import Workspace
-from workers.jobs import EngineSpec, EvaluateJob, MeasureJob, Reading, Source, TrainJob
+from workers.jobs import EngineSpec, EvaluateJob, LearnJob, MeasureJob, Reading, Source, TrainJob
 
-Job = TrainJob | TakeJob | MeasureJob | MergeJob | EvaluateJob
+Job = TrainJob | TakeJob | MeasureJob | LearnJob | MergeJob | EvaluateJob
 
 
 class Jobs:
@@ -111,6 +119,24 @@ class Jobs:
             cache=self._cache,
         )
 
+    def learn(self, step: Step) -> LearnJob:
+        """The job of a step that learns the coefficients of a merge."""
+        spec, workspace = LearnSpec.of(step.spec), self.workspace
+        return LearnJob(
+            fingerprint=step.fingerprint,
+            label=step.label,
+            method=spec.method,
+            params=spec.params,
+            base=str(workspace.weights(spec.base)),
+            models=tuple(str(workspace.weights(model)) for model in spec.models),
+            data=tuple(self._sources(sources, "decoded") for sources in spec.data),
+            scratch=str(workspace.scratch / step.fingerprint),
+            before=str(workspace.weights(spec.before) / spec.file_of(spec.before)) if spec.before else "",
+            threads=spec.engine["threads"],
+            device=spec.engine["device"],
+            cache=self._cache,
+        )
+
     def evaluate(self, step: Step) -> EvaluateJob:
         """The job of a step that scores a model."""
         spec, workspace = EvaluateSpec.of(step.spec), self.workspace
@@ -164,8 +190,9 @@ class Jobs:
         member, step = self._member(name, expert), dict(merge.statistics).get(name)
         if step is None:
             return member
-        spec = MeasureSpec.of(self.workspace.plan.steps[step].spec)
-        record, file = self._record(f"{spec.statistic} of {name}", step), spec.file_of(expert)
+        made = self.workspace.plan.steps[step]
+        spec = LearnSpec.of(made.spec) if made.kind == LearnSpec.kind else MeasureSpec.of(made.spec)
+        record, file = self._record(made.label, step), spec.file_of(expert)
         return replace(member, statistics=record.path / file, statistics_sha256=record.sha256(file))
 
     def _resources(self, step: Step) -> ModelResources:

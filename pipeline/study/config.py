@@ -27,7 +27,7 @@ from pipeline.study.grid import (
     expand,
     flatten,
     forbidden_data,
-    misfits_of_given,
+    misfits_of_cells,
     problems_beside_others,
 )
 from pipeline.study.mistakes import Problem, nearest, short, validate
@@ -38,6 +38,7 @@ from pipeline.study.sections import (
     DataSection,
     EvaluationSection,
     GroupsSection,
+    LearningSection,
     ModelSection,
     Name,
     ScheduleSection,
@@ -81,6 +82,7 @@ class Study(Section):
     experts: dict[Name, Place] = {}
     evaluation: EvaluationSection = EvaluationSection()
     statistics: StatisticsSection = StatisticsSection()
+    learning: LearningSection = LearningSection()
     resources: ResourcesSection = ResourcesSection()
     schedule: ScheduleSection = ScheduleSection()
     tracking: TrackingSection = TrackingSection()
@@ -90,7 +92,7 @@ class Study(Section):
     def expansion(self) -> Expansion:
         """The cells of the grid, with its problems and warnings."""
         settings = Settings(
-            self.model, self.stream, self.recipe, self.budget, self.evaluation, self.statistics
+            self.model, self.stream, self.recipe, self.budget, self.evaluation, self.statistics, self.learning
         )
         return expand(self.grid, settings)
 
@@ -244,7 +246,7 @@ class Study(Section):
         """Problems between the grid and the tasks and roles."""
         roles = self.roles
         problems = self._unknown_datasets(roles) + self._unknown_models() + self._misgrouped(roles)
-        problems += misfits_of_given(self.experts, self.cells, [self.filled(one) for one in self.streams])
+        problems += misfits_of_cells(self.experts, self.cells, [self.filled(one) for one in self.streams])
         if any(timeline.needs_experts(cell.strategy) for cell in self.cells) and not self.experts:
             problems += _lost_shares(self.recipe, length_of(self.filled(self.stream)), self.engine.world)
         learnt = sorted(set(roles.held_out) & set(self.learnt))

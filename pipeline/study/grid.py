@@ -1,7 +1,7 @@
 """The cells of a study's grid: one for every strategy, every setting of every axis, and every seed.
 
-Keys of `grid` are `strategies`, `seed`, any dotted key of the sections `model`, `stream`, `recipe`, `budget` and `statistics`, and
-`evaluation.split`, each with a list of values; `model`, `stream` and `recipe.mixture` also as a whole.
+Keys of `grid` are `strategies`, `seed`, any dotted key of the sections `model`, `stream`, `recipe`, `budget`, `statistics` and
+`learning`, and `evaluation.split`, each with a list of values; `model`, `stream` and `recipe.mixture` also as a whole.
 Invariant: cells are in the order of the file (strategies outermost, seeds innermost), each with a unique id, and every
 cell can be planned. Settings that are equivalent for a strategy are one cell, whose name and axes leave out what has no
 effect. Seeds are never joined, because they are repetitions and not settings.
@@ -14,10 +14,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from merge_service.techniques import get as technique_called
-from merge_service.timelines import Strategy, measured, needs_experts
+from merge_service.timelines import Strategy, learns, measured, needs_experts, policies
 from pipeline.identity import fingerprint
 from pipeline.study.mistakes import Problem, leaf_keys, nearest, short, validate
-from pipeline.study.sections import BUDGETS, BudgetSection, EvaluationSection, ModelSection, StatisticsSection
+from pipeline.study.sections import (
+    BUDGETS,
+    BudgetSection,
+    EvaluationSection,
+    LearningSection,
+    ModelSection,
+    StatisticsSection,
+)
 from pipeline.study.sections_stream import StreamSection
 from pipeline.study.strategies import NamedStrategy, read_strategies, trait_label
 from workers.training.recipe import Mixture, Recipe
@@ -30,6 +37,7 @@ SECTIONS: dict[str, Any] = {
     "budget": BudgetSection,
     "evaluation": EvaluationSection,
     "statistics": StatisticsSection,
+    "learning": LearningSection,
 }
 WHOLE = ("model", "stream")
 """Sections that can be an axis as a whole: a value replaces the entire section, including its defaults."""
@@ -51,6 +59,7 @@ class Settings:
     budget: BudgetSection
     evaluation: EvaluationSection
     statistics: StatisticsSection
+    learning: LearningSection
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,7 @@ class Cell:
     axes: Mapping[str, Any]
     split: str
     statistics: StatisticsSection
+    learning: LearningSection
     parity: str | None = None
 
 
@@ -144,6 +154,7 @@ def problems_beside_others(tree: Mapping[str, Any], grid: Mapping[str, Sequence[
         "budget": BudgetSection(steps_per_task=1),
         "evaluation": EvaluationSection(),
         "statistics": StatisticsSection(),
+        "learning": LearningSection(),
     }
     usable = dict(grid)
     for name, section in SECTIONS.items():
@@ -157,15 +168,39 @@ def problems_beside_others(tree: Mapping[str, Any], grid: Mapping[str, Sequence[
 def forbidden_data(cell: Cell) -> str | None:
     """What the merges of a cell would read that its strategy may not: old data, without a replay of old data. None if nothing."""
     together = any(one.of == "experts" for one in measured(cell.strategy))
-    if not together or cell.recipe.mixture.buffer > 0:
+    learned = learns(cell.strategy) and "all" in policies(cell.strategy)
+    if not (together or learned) or cell.recipe.mixture.buffer > 0:
         return None
+    what = "learns a merge of" if learned else "measures"
+    instead = "a technique that needs data of the new task only"
     return (
-        f"{cell.strategy.technique} measures all experts on images of every task so far, and mixture.buffer: 0 allows no old data; give "
-        "it a mixture with a buffer, or choose a technique that needs data of the new task only"
+        f"{cell.strategy.technique} {what} all experts on images of every task so far, and mixture.buffer: 0 allows no old data; give "
+        f"it a mixture with a buffer, or choose {'a fold of adamerging (deploy: ema), or ' if learned else ''}{instead}"
     )
 
 
-def misfits_of_given(
+def misfits_of_cells(
+    experts: Mapping[str, str], cells: Sequence[Cell], streams: Sequence[StreamSection]
+) -> Iterator[Problem]:
+    """Problems of all cells together: keys of learning that none of those that learn takes, and experts that do not fit."""
+    learned = [cell for cell in cells if learns(cell.strategy)]
+    used = {key for cell in learned for key in _taken(cell)}
+    for key in dict.fromkeys(
+        key for cell in learned for key in cell.learning.model_dump() if key not in used
+    ):
+        named = ", ".join(dict.fromkeys(str(cell.strategy.technique) for cell in learned))
+        yield Problem(f"learning.{key}", f"has no effect with {named} in this study; leave it out")
+    yield from _misfits_of_given(experts, cells, streams)
+
+
+def _taken(cell: Cell) -> set[str]:
+    """The keys of learning that bear on a cell that learns."""
+    technique = str(cell.strategy.technique)
+    warm = {"warm_start"} if "all" in policies(cell.strategy) else set()
+    return {*cell.learning.given(technique), *warm, *(("safe",) if technique == "concrete" else ())}
+
+
+def _misfits_of_given(
     experts: Mapping[str, str], cells: Sequence[Cell], streams: Sequence[StreamSection]
 ) -> Iterator[Problem]:
     """Problems of experts that are given by task: every task needs one, of one base, and nothing is trained."""
@@ -297,19 +332,21 @@ def _cells(
                 yield Cell(
                     label, group, name, strategy,
                     settings.model, settings.stream, recipe, settings.budget, seed, chosen, settings.evaluation.split,
-                    settings.statistics, named.written.parity,
+                    settings.statistics, settings.learning, named.written.parity,
                 )  # fmt: skip
 
 
 def _has_effect(key: str, strategy: Strategy, settings: Settings) -> bool:
     """Whether an axis has an effect for a strategy.
 
-    How experts are measured has none where nothing is.
+    How experts are measured has none where nothing is, and how coefficients are learned none where none are.
     A strategy that trains nothing has no recipe and no budget. One with its own mixture does not use the study's. Given
     weights are not drawn from a seed.
     """
     if key.startswith("statistics."):
         return bool(measured(strategy))
+    if key.startswith("learning."):
+        return learns(strategy)
     if key == "model.seed":
         return settings.model.pretrained is None
     if not needs_experts(strategy):

@@ -25,6 +25,7 @@ from pipeline.study.addresses import refuse_secret
 from pipeline.study.places import Folder, Place
 from workers.data.encoded.addresses import plain
 from workers.jobs import Reading
+from workers.learning.wanted import COMMON, METHODS
 from workers.models.configuration import Preprocess
 from workers.training.recipe import Mixture
 
@@ -215,7 +216,16 @@ class EvaluationSection(Section):
         return self.precision
 
 
-class StatisticsSection(Section):
+class _Sparse(Section):
+    """A section of which only what is not the default is written, so that a study without it reads as before there was such a section."""
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        return {key: value for key, value in values.items() if value != type(self).model_fields[key].default}
+
+
+class StatisticsSection(_Sparse):
     """How experts are measured for techniques that see data, on rows of their own task's training split.
 
     `examples` null is the kind's own number (256; 128 for gradients), drawn with `seed`. `labels`: of which classes gradients are taken
@@ -229,11 +239,41 @@ class StatisticsSection(Section):
     towers: Literal["both", "image"] = "both"
     precision: Literal["fp32", "bf16"] = "fp32"
 
-    @model_serializer(mode="wrap")
-    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Only what is not the default, so that a study without it is written, and tracked, as it was before there was such a section."""
-        values: dict[str, Any] = handler(self)
-        return {key: value for key, value in values.items() if value != type(self).model_fields[key].default}
+
+class LearningSection(_Sparse):
+    """How the coefficients of learned merges are learned, on training splits; null is the method's own default (`docs/learned.md`).
+
+    `warm_start`: experts that were merged at the time step before begin with their coefficients of then. `safe`: concrete masks are
+    learned against triggers, too. `start` of concrete is the technique's `scale`. No key bears on a technique that learns nothing.
+    """
+
+    steps: int | None = Field(default=None, ge=0, lt=2**31)
+    learning_rate: float | None = Field(default=None, gt=0)
+    batch_size: int | None = Field(default=None, ge=1, le=1_000_000)
+    examples: int | None = Field(default=None, ge=1, le=1_000_000)
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    start: float | None = None
+    towers: Literal["image", "both"] = "image"
+    granularity: Literal["tensor", "model"] | None = None
+    clamp: bool | None = None
+    weigh: Literal["equal", "classes"] | None = None
+    temperature: float | None = Field(default=None, gt=0)
+    similarity: float | None = Field(default=None, ge=0)
+    safe: bool = False
+    adversarial_weight: float | None = Field(default=None, ge=0)
+    trigger_rate: float | None = Field(default=None, gt=0)
+    warm_start: bool = True
+
+    def method(self, technique: str) -> str:
+        """The way to learn what a technique merges with."""
+        return "concrete_safe" if self.safe and technique == "concrete" else technique
+
+    def given(self, technique: str) -> dict[str, Any]:
+        """The stated values that bear on it. What the technique itself has is none of them."""
+        row = METHODS[self.method(technique)]
+        own = ("start", "temperature") if row.technique == "concrete" else ()
+        known = {*COMMON, *row.takes}.difference(own)
+        return {key: value for key, value in self if value is not None and key in known}
 
 
 class MaxRunning(Section):
@@ -241,14 +281,19 @@ class MaxRunning(Section):
 
     train: int | None = Field(default=None, ge=1, le=1_000_000)
     measure: int | None = Field(default=None, ge=1, le=1_000_000)
+    learn: int | None = Field(default=None, ge=1, le=1_000_000)
     merge: int | None = Field(default=None, ge=1, le=1_000_000)
     evaluate: int | None = Field(default=None, ge=1, le=1_000_000)
 
     @model_serializer(mode="wrap")
     def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A study without a limit for measurements is written as it was before there were any."""
+        """A study without a limit for measuring and learning is written as it was before there were any."""
         values: dict[str, Any] = handler(self)
-        return {key: value for key, value in values.items() if key != "measure" or value is not None}
+        return {
+            key: value
+            for key, value in values.items()
+            if key not in ("measure", "learn") or value is not None
+        }
 
 
 class ScheduleSection(Section):

@@ -7,7 +7,7 @@ changes no bit.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +38,7 @@ class Where:
     """Files: the experts in their order, the base, the result; `config` names the architecture of a base without a configuration.
 
     `warm_start` are coefficients that were learned before, from which known experts begin. A checkpoint lies beside the result, written
-    `every` so many steps.
+    `every` so many steps. `tell` is called after every step with its number and the loss before it.
     """
 
     experts: Sequence[Path]
@@ -47,6 +47,7 @@ class Where:
     config: str | None = None
     warm_start: Path | None = None
     every: int = EVERY
+    tell: Callable[[int, float], None] | None = None
 
     @property
     def progress(self) -> Path | None:
@@ -242,6 +243,8 @@ def carry_out(run: Run, wanted: Wanted, where: Where, identity: str) -> list[flo
         aside.counts = {name: counts[name] for name in aside.counts}
     for step in range(len(losses), wanted.steps):
         losses.append(run.step(step))
+        if where.tell is not None:
+            where.tell(step + 1, losses[-1])
         if (step + 1) % where.every == 0 and step + 1 < wanted.steps:
             progress.save(run.groups(), {**run.adam.counts, **(aside.counts if aside else {})}, losses)
     return losses

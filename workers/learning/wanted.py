@@ -132,6 +132,8 @@ class Wanted:
         starts = self.start if isinstance(self.start, tuple) else (self.start,)
         fits = all(_is_number(one) for one in starts) or (self.start is None and self.method == "dam")
         self._require("start", fits, "a number, or one per expert")
+        if self.row.loss == "heads":
+            self._require("towers", self.towers == "image", "image: a head of each task stands for its texts")
         if self.row.technique == "concrete" or self.fold:
             self._require("start", not isinstance(self.start, tuple), "one number")
         if self.row.loss == "labels":

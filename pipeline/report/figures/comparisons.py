@@ -127,15 +127,17 @@ def sharing(summary: Mapping[str, Any]) -> Figure:
     names = {
         "train": "Experts trained",
         "measure": "Measurements",
+        "learn": "Learned merges",
         "merge": "Merges",
         "evaluate": "Evaluations",
     }
     counted = {name: summary["steps"][kind] for kind, name in names.items() if kind in summary["steps"]}
     rows = [(name, one["unique"], one["naive"]) for name, one in counted.items()]
-    measures = "Measurements" in counted
+    seeing = {"Measurements": "measuring", "Learned merges": "learning"}
+    words = ["Training", *(word for name, word in seeing.items() if name in counted)]
     rows.append(
         (
-            f"Training{' and measuring' if measures else ''} (GFLOPs)",
+            f"{' and '.join(words)} (GFLOPs)",
             summary["gflops"],
             summary["gflops_naive"],
         )

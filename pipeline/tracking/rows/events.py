@@ -215,8 +215,19 @@ class Projection:
         metrics.add("merge_seconds", result.get("merge_seconds", record.seconds), point.t)
         metrics.add("merged_norm", result.get("merged_norm"), point.t)
         metrics.add("cosine_with_expert", result.get("cosine"), point.t)
+        self._add_learned(metrics, record, point.t)
         model = model_key(trajectory, point) if point.merge == point.deployed else None
         return self.rows.log(trajectory_key(trajectory), f"t{point.t}/merge", metrics, model)
+
+    def _add_learned(self, metrics: Metrics, merge: Record, t: int) -> None:
+        """What learning the coefficients of a merge took, and how far the loss fell."""
+        for fingerprint in {*merge.inputs.values()} & self._records.keys() & self._plan.steps.keys():
+            step, result = self._plan.steps[fingerprint], self._records[fingerprint].result
+            if step.kind == "learn":
+                for name, value in zip(("learning/first_loss", "learning/last_loss"), result["loss"]):
+                    metrics.add(name, value, t)
+                metrics.add("learning/seconds", result["seconds"], t)
+                metrics.add("learning/gflops", step.gflops, t)
 
     def _over_time_rows(self, trajectory: TrajectoryPlan) -> list[Row]:
         """Forgetting and backward transfer at every further t up to which all evaluations are done."""

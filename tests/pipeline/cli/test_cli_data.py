@@ -117,11 +117,11 @@ def test_learn_command_learns_on_the_training_split_of_tasks(cli, tmp_path: Path
     assert marked.code == 0 and "TEST images" in marked.out
 
 
-def test_study_with_a_technique_that_must_learn_is_refused(cli, tmp_path: Path) -> None:
+def test_study_with_a_technique_that_must_learn_is_planned(cli, tmp_path: Path) -> None:
     study, text = tmp_path / "study.yaml", Path("configs/smoke.yaml").read_text()
     learned = "[{init: base, deploy: all, technique: adamerging}]"
     study.write_text(text.replace("[offline_merging, best_in_time]", learned))
-    answer = cli("plan", study)
-    assert (
-        answer.code == 2 and "studies do not learn yet" in answer.err and "temporal-merge learn" in answer.err
-    )
+    answer = cli("plan", study, "--json")
+    assert answer.code == 0, answer.err
+    found = json.loads(answer.out)
+    assert found["steps"]["learn"]["unique"] == 2 and 0 < found["gflops_learning"] < found["gflops"]

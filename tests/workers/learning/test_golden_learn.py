@@ -9,8 +9,10 @@ from tests.merge_service.statistics import golden
 from tests.workers.learning import golden_runs
 from workers.evidence.asked import Asked
 from workers.evidence.network import open_model
-from workers.learning import Wanted, learn, losses
+from workers.learning import losses
 from workers.learning.blends import put
+from workers.learning.learn import learn
+from workers.learning.wanted import Wanted
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from merge_service.errors import UserError
 from merge_service.statistics import Statistics
 from tests.merge_service.statistics import golden
 from tests.workers.learning import golden_runs
-from workers.learning import METHODS, Wanted
-from workers.learning import learn as learned
 from workers.learning.learn import Run
+from workers.learning.learn import learn as learned
 from workers.learning.trimmed import trimmed
+from workers.learning.wanted import METHODS, Wanted
 
 CASE = golden.case("adamerging-learn")
 BASE = golden.FOLDER / CASE["base"]
