@@ -119,7 +119,7 @@ def test_learn_command_learns_on_the_training_split_of_tasks(cli, tmp_path: Path
 
 def test_study_with_a_technique_that_must_learn_is_planned(cli, tmp_path: Path) -> None:
     study, text = tmp_path / "study.yaml", Path("configs/smoke.yaml").read_text()
-    learned = "[{init: base, deploy: all, technique: adamerging}]"
+    learned = "[{init: base, deploy: ema, technique: adamerging}]"
     study.write_text(text.replace("[offline_merging, best_in_time]", learned))
     answer = cli("plan", study, "--json")
     assert answer.code == 0, answer.err
