@@ -9,7 +9,10 @@ from tests.pipeline.plan_toys import REPLAY, facts, make_plan, study
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    strategies = ["best_in_time", {"init": "base", "deploy": "all", "technique": ["ties", "regmean", "adamerging"]}]
+    strategies = [
+        "best_in_time",
+        {"init": "base", "deploy": "all", "technique": ["ties", "regmean", "adamerging"]},
+    ]
     return make_plan(study(strategies, 3, recipe={"mixture": REPLAY}), facts())
 
 
