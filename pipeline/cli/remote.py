@@ -50,8 +50,10 @@ def serve(
     found = read_config(config, overrides or [])
     if check:
         strategy = found.timeline
-        text = f"{config}: service {found.name}: init {strategy.init}, deploy {strategy.deploy}"
-        _print(as_json, {"name": found.name, "init": strategy.init, "deploy": strategy.deploy}, text)
+        merged = f" by {strategy.technique}" if strategy.technique else ""
+        text = f"{config}: service {found.name}: init {strategy.init}, deploy {strategy.deploy}{merged}"
+        body = {"init": strategy.init, "deploy": strategy.deploy, "technique": strategy.technique}
+        _print(as_json, {"name": found.name, **body}, text)
         return
     if as_json:
         raise UserError("--json is for the answer of --check; a service that runs answers at /v1/status")
@@ -86,7 +88,7 @@ def arrive(
     Example: temporal-merge arrive expert --task letters --license MIT --wait
     """
     said = {"owner": owner, "license": license, "note": note}
-    proof = ticket.read_text(encoding="utf-8").strip() if ticket else None
+    proof = _ticket(ticket) if ticket else None
     with connected(url) as service:
         came = service.arrive(
             checkpoint, task, proof, _progress, **{key: value for key, value in said.items() if value}
@@ -96,6 +98,16 @@ def arrive(
             return
         print(f"{came.id} ({task}) came", file=sys.stderr)
         say(service.wait(came.id), as_json)
+
+
+def _ticket(file: Path) -> str:
+    """The text of a ticket. Raises UserError."""
+    from merge_service.errors import UserError
+
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"--ticket {file} is no file of text; give the one that `next` has written") from None
 
 
 def next(

@@ -44,39 +44,6 @@ Arrival = Annotated[str, typer.Argument(metavar="ARRIVAL", help="The id of an ar
 Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, for the log.")]
 
 
-def check(
-    config: Annotated[Path, typer.Argument(metavar="SERVICE.yaml", help="A configuration.")],
-    overrides: Overrides = None,
-) -> None:
-    """Check a configuration, and say what the service would be.
-
-    Example: temporal-merge service check configs/service.yaml
-    """
-    from pipeline.service.config import read_config
-
-    found = read_config(config, overrides or [])
-    strategy = found.timeline
-    merged = f" by {strategy.technique}" if strategy.technique else ""
-    print(f"{config}: service {found.name}: init {strategy.init}, deploy {strategy.deploy}{merged}")
-
-
-def serve(
-    config: Annotated[Path, typer.Argument(metavar="SERVICE.yaml", help="A configuration.")],
-    out: ServiceDir,
-    overrides: Overrides = None,
-) -> None:
-    """Serve what the gates let through, and work on what arrives, until Ctrl-C. The same command goes on where it ended.
-
-    Experts come by `service arrive` from another terminal. docs/serving.md says how to ask for answers.
-
-    Example: temporal-merge service serve configs/service.yaml --out service/zoo
-    """
-    from pipeline.service.config import read_config
-    from pipeline.service.processes.together import serve as served
-
-    served(out, read_config(config, overrides or []))
-
-
 def arrive(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="CHECKPOINT", help="A weights directory, file or index of shards.")
@@ -434,6 +401,6 @@ def _arrival(state: "State", name: str) -> dict[str, Any]:
 
 
 COMMANDS = (
-    check, serve, arrive, work, status, arrivals, show, log, release, reject, rollback, remove, remote.tokens, verify,
+    arrive, work, status, arrivals, show, log, release, reject, rollback, remove, remote.tokens, verify,
     replay,
 )  # fmt: skip
