@@ -86,7 +86,11 @@ def test_mistakes_end_with_two_and_say_what_to_do(out: Path, tmp_path: Path, cli
     (tmp_path / "wrong.yaml").write_text(
         "name: zoo\nmodel: {config: tiny-clip}\nstrategy: best_in_time\ngate: {}\n"
     )
+    (tmp_path / "tracked.yaml").write_text(
+        "name: zoo\nmodel: {config: tiny-clip}\nstrategy: best_in_time\ntracking: {uri: 'http://mlflow'}\n"
+    )
     for line, *says in [
+        (["check", tmp_path / "tracked.yaml"], "tracking: the MLflow registry is not there yet"),
         (["status", "--out", tmp_path / "none"], "holds no service"),
         (["show", "a-000099", "--out", out], "no arrival a-000099"),
         (["rollback", "7", "--reason", "x", "--out", out], "no t = 7"),
