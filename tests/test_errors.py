@@ -22,6 +22,7 @@ MADE_WITH = {
     "ConfigError": (["recipe.lr: is missing", "name: is missing"],),
     "NondeterminismError": ("two results differ", "/one", "/two"),
     "PictureRefused": ("picture.unreadable", "it is cut"),
+    "ServiceError": ("arrival.unknown", 404, "there is no such arrival"),
     "StorageFull": ("no room", 100, 7),
     "WeightsRefused": ("weights.missing", "it is gone"),
 }

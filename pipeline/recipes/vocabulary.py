@@ -103,11 +103,7 @@ class _Words:
     def worded(self) -> Worded:
         """The rows of every model, and what goes with them."""
         if self.is_bare:
-            if (
-                len(set(self.sizes.values())) == 1
-                and self.asked.source in ("base", "union")
-                and not self.asked.tokens
-            ):
+            if len(set(self.sizes.values())) == 1 and self.asked.source == "base" and not self.asked.tokens:
                 return Worded()
             raise UserError(
                 f"tokenizer: {self.models[0]} has no tokenizer.json, nor has any other model; vocabularies cannot be compared"

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 1280, 900
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator["Browser"]:
+    """Chromium, for one file of tests: while it is driven, an event loop runs in this thread, and `asyncio.run` is refused."""
     from playwright.sync_api import sync_playwright
 
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
