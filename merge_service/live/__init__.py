@@ -61,6 +61,7 @@ from merge_service.live.gates import (
 )
 from merge_service.live.lineage import (
     RemovalPlan,
+    ancestors,
     descendants,
     is_snapshot,
     nearest_snapshot,
@@ -134,6 +135,7 @@ __all__ = [
     "UploadCompleted",
     "Verdict",
     "Version",
+    "ancestors",
     "apply",
     "arrival_called",
     "arrival_id",

@@ -77,6 +77,16 @@ def descendants(state: State, strategy: Strategy, arrival: str) -> tuple[str, ..
     return tuple(name for name in state.arrivals if name in tainted and name != arrival)
 
 
+def ancestors(state: State, strategy: Strategy, arrival: str) -> tuple[str, ...]:
+    """Every arrival that the start of this one held, at first or second hand, in the order they came."""
+    every, found, waiting = parents(state, strategy), set[str](), [arrival]
+    while waiting:
+        new = set(every[waiting.pop()]) - found
+        found |= new
+        waiting += new
+    return tuple(name for name in state.arrivals if name in found)
+
+
 def _placed(state: State, arrival: Arrival) -> int:
     """The entry by which the place of an arrival in the sequence came to be; a replacement takes the place of another."""
     while arrival.place is not None:

@@ -35,6 +35,14 @@ def serve(
         Path | None, typer.Option("--out", metavar="DIR", help="Where everything goes; default service/NAME.")
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Only check the configuration.")] = False,
+    suggest_gates: Annotated[
+        Path | None,
+        typer.Option(
+            "--suggest-gates",
+            metavar="STUDY_OUT",
+            help="Only print margins for the gates, read off a finished study of the same strategy.",
+        ),
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -48,10 +56,21 @@ def serve(
     from pipeline.service.config import read_config
 
     found = read_config(config, overrides or [])
+    if suggest_gates is not None:
+        from pipeline.results.margins import Wanted, block, losses
+        from pipeline.results.over_time import read_finished
+
+        if as_json:
+            raise UserError("--suggest-gates prints YAML for the configuration; leave --json out")
+        wanted = Wanted(found.timeline, found.model.config, found.gates.split)
+        print(block(losses(read_finished(suggest_gates), wanted), str(suggest_gates), wanted))
+        return
     if check:
         strategy = found.timeline
-        text = f"{config}: service {found.name}: init {strategy.init}, deploy {strategy.deploy}"
-        _print(as_json, {"name": found.name, "init": strategy.init, "deploy": strategy.deploy}, text)
+        merged = f" by {strategy.technique}" if strategy.technique else ""
+        text = f"{config}: service {found.name}: init {strategy.init}, deploy {strategy.deploy}{merged}"
+        body = {"init": strategy.init, "deploy": strategy.deploy, "technique": strategy.technique}
+        _print(as_json, {"name": found.name, **body}, text)
         return
     if as_json:
         raise UserError("--json is for the answer of --check; a service that runs answers at /v1/status")
@@ -86,7 +105,7 @@ def arrive(
     Example: temporal-merge arrive expert --task letters --license MIT --wait
     """
     said = {"owner": owner, "license": license, "note": note}
-    proof = ticket.read_text(encoding="utf-8").strip() if ticket else None
+    proof = _ticket(ticket) if ticket else None
     with connected(url) as service:
         came = service.arrive(
             checkpoint, task, proof, _progress, **{key: value for key, value in said.items() if value}
@@ -96,6 +115,16 @@ def arrive(
             return
         print(f"{came.id} ({task}) came", file=sys.stderr)
         say(service.wait(came.id), as_json)
+
+
+def _ticket(file: Path) -> str:
+    """The text of a ticket. Raises UserError."""
+    from merge_service.errors import UserError
+
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"--ticket {file} is no file of text; give the one that `next` has written") from None
 
 
 def next(

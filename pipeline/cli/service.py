@@ -17,7 +17,6 @@ from pipeline.cli.remote import Url, is_remote
 
 if TYPE_CHECKING:
     from merge_service.live import Entry, State
-    from pipeline.service.config import ServiceConfig
     from pipeline.service.home import Home
 
 app = typer.Typer(
@@ -43,56 +42,6 @@ ConfigFile = Annotated[
 ]
 Arrival = Annotated[str, typer.Argument(metavar="ARRIVAL", help="The id of an arrival, e.g. a-000003.")]
 Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, for the log.")]
-
-
-def check(
-    config: Annotated[Path, typer.Argument(metavar="SERVICE.yaml", help="A configuration.")],
-    overrides: Overrides = None,
-    suggest_gates: Annotated[
-        Path | None,
-        typer.Option(
-            "--suggest-gates",
-            metavar="STUDY_OUT",
-            help="Print margins for the gates instead, read off a finished study of the same strategy.",
-        ),
-    ] = None,
-) -> None:
-    """Check a configuration, and say what the service would be.
-
-    With --suggest-gates it prints the margins that nine in ten honest arrivals of a study keep, as YAML for the configuration.
-
-    Example: temporal-merge service check configs/service.yaml --suggest-gates runs/orders
-    """
-    from pipeline.service.config import read_config
-
-    found = read_config(config, overrides or [])
-    if suggest_gates is not None:
-        from pipeline.results.margins import Wanted, block, losses
-        from pipeline.results.over_time import read_finished
-
-        wanted = Wanted(found.timeline, found.model.config, found.gates.split)
-        print(block(losses(read_finished(suggest_gates), wanted), str(suggest_gates), wanted))
-        return
-    strategy = found.timeline
-    merged = f" by {strategy.technique}" if strategy.technique else ""
-    print(f"{config}: service {found.name}: init {strategy.init}, deploy {strategy.deploy}{merged}")
-
-
-def serve(
-    config: Annotated[Path, typer.Argument(metavar="SERVICE.yaml", help="A configuration.")],
-    out: ServiceDir,
-    overrides: Overrides = None,
-) -> None:
-    """Serve what the gates let through, and work on what arrives, until Ctrl-C. The same command goes on where it ended.
-
-    Experts come by `service arrive` from another terminal. docs/serving.md says how to ask for answers.
-
-    Example: temporal-merge service serve configs/service.yaml --out service/zoo
-    """
-    from pipeline.service.config import read_config
-    from pipeline.service.processes.together import serve as served
-
-    served(out, read_config(config, overrides or []))
 
 
 def arrive(
@@ -126,9 +75,10 @@ def arrive(
 
     Example: temporal-merge service arrive expert --task letters --license MIT --out service/zoo --config configs/service.yaml
     """
+    from pipeline.service.home import Home
     from pipeline.service.operations import Operations, Sender
 
-    home = _open(out, _config(config, overrides))
+    home = Home.open(out, _config(config, overrides))
     name = Operations(home).arrive(checkpoint, Sender(task, owner, license, note, init, replaces))
     state = _work(home, lambda state: state.arrivals[name].is_final)
     _show(state, name, as_json)
@@ -141,7 +91,9 @@ def work(out: ServiceDir, config: ConfigFile = None, overrides: Overrides = None
 
     Example: temporal-merge service work --out service/zoo
     """
-    _say(_work(_open(out, _config(config, overrides))))
+    from pipeline.service.home import Home
+
+    _say(_work(Home.open(out, _config(config, overrides))))
 
 
 def status(out: MaybeDir = None, url: Url = None, as_json: AsJson = False) -> None:
@@ -154,8 +106,9 @@ def status(out: MaybeDir = None, url: Url = None, as_json: AsJson = False) -> No
         return
     assert out is not None
     from merge_service.live import backlog, plain
+    from pipeline.service.home import Home
 
-    state = _open(out).log.state
+    state = Home.open(out).log.state
     if as_json:
         print_json(
             {
@@ -177,7 +130,9 @@ def arrivals(out: MaybeDir = None, url: Url = None, as_json: AsJson = False) -> 
         remote.arrivals(url, as_json)
         return
     assert out is not None
-    state = _open(out).log.state
+    from pipeline.service.home import Home
+
+    state = Home.open(out).log.state
     if as_json:
         print_json([_arrival(state, name) for name in state.arrivals])
         return
@@ -196,8 +151,9 @@ def show(arrival: Arrival, out: MaybeDir = None, url: Url = None, as_json: AsJso
         return
     assert out is not None
     from merge_service.live import arrival_called
+    from pipeline.service.home import Home
 
-    state = _open(out).log.state
+    state = Home.open(out).log.state
     arrival_called(state, arrival)
     _show(state, arrival, as_json)
 
@@ -372,11 +328,13 @@ def _entries(out: Path | None, url: str | None, after: int) -> "Iterator[Entry]"
         with remote.connected(url) as service:
             yield from service.log(after)
         return
+    from pipeline.service.home import Home
+
     assert out is not None
-    yield from _open(out).log.entries(after)
+    yield from Home.open(out).log.entries(after)
 
 
-def _config(config: Path | None, overrides: list[str] | None) -> "ServiceConfig | None":
+def _config(config: Path | None, overrides: list[str] | None) -> Any:
     from merge_service.errors import UserError
     from pipeline.service.config import read_config
 
@@ -385,10 +343,10 @@ def _config(config: Path | None, overrides: list[str] | None) -> "ServiceConfig 
     return None if config is None else read_config(config, overrides or [])
 
 
-def _open(out: Path, config: "ServiceConfig | None" = None) -> "Home":
+def _open(out: Path) -> "Home":
     from pipeline.service.home import Home
 
-    return Home.open(out, config)
+    return Home.open(out)
 
 
 def _work(home: "Home", until: Any = lambda _: False) -> "State":
@@ -443,6 +401,6 @@ def _arrival(state: "State", name: str) -> dict[str, Any]:
 
 
 COMMANDS = (
-    check, serve, arrive, work, status, arrivals, show, log, release, reject, rollback, remove, remote.tokens, verify,
+    arrive, work, status, arrivals, show, log, release, reject, rollback, remove, remote.tokens, verify,
     replay,
 )  # fmt: skip

@@ -3,7 +3,7 @@
 OUT/trajectory.json says which checkpoints and options the models in OUT are of. The same command goes on with what is missing; other
 windows and shapes of the same checkpoints are added; anything else needs to replace what is there.
 
-Invariant: OUT never mixes averages of different checkpoints.
+Invariant: the record in OUT never mixes averages of different checkpoints.
 """
 
 import json

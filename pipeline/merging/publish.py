@@ -11,17 +11,19 @@ The name of an adapter ends with digits of its weights' sha256, so a name never 
 Invariant: nothing is reported as published that the server did not confirm.
 """
 
+import http.client
 import json
 import os
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from merge_service.checkpoints import sha256_of
 from merge_service.errors import UserError
 from pipeline.errors import speaks_python
+from pipeline.study.addresses import server_at
 
 SERVERS = ("vllm", "sglang", "llamacpp")
 _DIGITS = 12
@@ -58,8 +60,7 @@ def publish(what: Publication) -> Published:
     """Load it into the server. Raises UserError for what that server cannot load while it runs, or with the server's answer."""
     if what.to not in SERVERS:
         raise UserError(f"--to {what.to}: there is no such server; choose of {', '.join(SERVERS)}")
-    if not what.url.startswith(("http://", "https://")):
-        raise UserError(f"--url {what.url}: give http://HOST:PORT of the server")
+    what = replace(what, url=server_at(what.url, "name the variable with its token by --key-from"))
     if not what.source.exists():
         raise UserError(f"{what.source} is not there")
     if what.to == "llamacpp":
@@ -72,7 +73,9 @@ def publish(what: Publication) -> Published:
         answer = _asked(what, route, {"lora_name": name, "lora_path": path})
         _confirm(what, route, answer)
         if what.to == "vllm":
-            listed = [one.get("id") for one in _asked(what, "/v1/models", None).get("data", ())]
+            models = _asked(what, "/v1/models", None)
+            held = models.get("data") if isinstance(models, dict) else None
+            listed = [one.get("id") for one in held or () if isinstance(one, dict)]
             if name not in listed:
                 raise UserError(
                     f"{what.url}{route} answered, but {name} is not among its models: {', '.join(map(str, listed[:5]))}"
@@ -153,7 +156,7 @@ def _asked(what: Publication, route: str, body: Any) -> Any:
             raise UserError(f"--key-from {what.key}: this environment variable is not set")
         headers["Authorization"] = f"Bearer {token}"
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(what.url.rstrip("/") + route, data, headers)
+    request = urllib.request.Request(what.url + route, data, headers)
     try:
         with _opener().open(request, timeout=what.timeout) as answer:
             text = answer.read(_LIMIT).decode(errors="replace")
@@ -161,7 +164,7 @@ def _asked(what: Publication, route: str, body: Any) -> Any:
         said = error.read(2000).decode(errors="replace").strip()
         hint = _HINTS.get((what.to, error.code), "")
         raise UserError(f"{what.url}{route} answered {error.code}: {said or error.reason}{hint}") from None
-    except (urllib.error.URLError, OSError) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise UserError(
             f"{what.url} does not answer ({getattr(error, 'reason', error)}); is the server running there?"
         ) from None

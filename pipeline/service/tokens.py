@@ -2,6 +2,7 @@
 
 A token is `tmk_<id>_<43 characters>`: 256 random bits. Its sha256 is compared in constant time, so neither the file nor the time of an
 answer gives it away; 256 bits need no slow hash. Processes read the file anew when it changed, so a revoked token ends at once.
+The keys that tickets and sessions are signed with are files of the same kind (`key_in`).
 Invariant: a token itself is written nowhere but in the file of the first one, which only its owner can read.
 """
 
@@ -14,12 +15,12 @@ import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from merge_service.files import replace_whole, sync_directory
+from merge_service.files import prepared, replace_whole, sync_directory
 from pipeline.errors import ConfigError
 
 Role = Literal["reader", "submitter", "operator"]
@@ -27,6 +28,7 @@ ROLES: tuple[Role, ...] = ("reader", "submitter", "operator")
 """Each may do what those before it may."""
 FORM = re.compile(r"tmk_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
 DAY = 24 * 3600
+_KEY_BYTES = 32
 _NOBODY = hashlib.sha256(b"").hexdigest()
 
 
@@ -48,6 +50,11 @@ class Token:
     def may(self, role: Role) -> bool:
         """Whether this token's role includes another."""
         return ROLES.index(self.role) >= ROLES.index(role)
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether it sees figures of gates and the log: one that is bound to owners is a stranger's, who could fit an expert to them."""
+        return self.may("operator") or self.owners is None
 
     @property
     def is_operator(self) -> bool:
@@ -177,6 +184,16 @@ def drafted(
         note=note,
         **dict(bounds or {}),
     )
+
+
+def key_in(file: Path) -> bytes:
+    """The secret key in a file that only its owner reads; it is made where it is missing, and of several writers the first counts."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with prepared(file, secrets.token_bytes(_KEY_BYTES), mode=0o600) as made, suppress(FileExistsError):
+            os.link(made, file)
+        sync_directory(file.parent)
+    return file.read_bytes()
 
 
 def _token(found: dict[str, Any]) -> Token:

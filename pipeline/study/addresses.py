@@ -9,6 +9,8 @@ import re
 from importlib.metadata import entry_points
 from urllib.parse import unquote, unquote_plus, urlsplit
 
+from merge_service.errors import UserError
+
 _HOLDS = ("password", "passwd", "passphrase", "secret", "token", "apikey", "accesskey", "accountkey", "sharedkey", "privatekey",
           "credential", "signature")  # fmt: skip
 """A parameter is a secret if its name contains one of these, whatever else it contains (`sslpassword`,
@@ -76,6 +78,24 @@ def refuse_secret(key: str, address: str, instead: str, *, queries: bool = True)
         raise ValueError(f"{key}: {error}") from None
     if found:
         raise ValueError(f"{key} holds a secret ({found}), which would end up in files; {instead}")
+
+
+def server_at(address: str, instead: str) -> str:
+    """The address of a server that requests go to, without / at its end; `instead` says where a secret belongs.
+
+    Raises UserError for another scheme than http and https, and, without the address, for one that may hold a secret.
+    """
+    try:
+        found = secret_in(address)
+    except ValueError as error:
+        raise UserError(f"the address of the server: {error}") from None
+    if found:
+        raise UserError(
+            f"the address of the server holds a secret ({found}), which messages would show; {instead}"
+        )
+    if not address.startswith(("http://", "https://")):
+        raise UserError(f"{address} is no address of a server: give http://HOST:PORT or https://HOST:PORT")
+    return address.rstrip("/")
 
 
 def refuse_unusable_tracker(address: str) -> None:

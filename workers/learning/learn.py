@@ -168,6 +168,8 @@ def check_counts(wanted: Wanted, where: Where, inputs: Sequence[Inputs]) -> None
     """Raise UserError for a number of experts or tasks that the method cannot use."""
     if not where.experts:
         raise UserError(f"{wanted.method} needs at least one expert")
+    if not isinstance(where.every, int) or where.every < 1:
+        raise UserError(f"every = {where.every!r} is no number of steps between checkpoints: 1 or more")
     if wanted.row.each and len(inputs) != len(where.experts):
         raise UserError(
             f"{wanted.method} compares every expert on its own task: {len(inputs)} tasks for {len(where.experts)} experts; give one each"

@@ -16,6 +16,7 @@ import numpy as np
 from merge_service.checkpoints.adapters.updates import Update, group_of
 from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.dtypes import encode
+from merge_service.checkpoints.folders.kinds import ADAPTER_CONFIG
 from merge_service.checkpoints.views.view import View
 from merge_service.checkpoints.weights import Weights
 
@@ -131,7 +132,7 @@ class Adapted(View):
 
 
 def _configuration(file: Path) -> str:
-    beside = file.parent / "adapter_config.json"
+    beside = file.parent / ADAPTER_CONFIG
     return hashlib.sha256(beside.read_bytes()).hexdigest() if beside.is_file() else ""
 
 

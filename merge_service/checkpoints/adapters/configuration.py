@@ -78,7 +78,7 @@ class AdapterConfig:
                 bool(found.get("use_dora")),
                 {str(key): tuple(map(int, value)) for key, value in (tokens if isinstance(tokens, dict) else {"": tokens}).items()},
             )  # fmt: skip
-        except (ValueError, TypeError, AttributeError, re.error) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
             raise AdapterCheckpoint(f"{path}: {error}") from None
 
     def rank_of(self, module: str) -> int:

@@ -69,6 +69,17 @@ def distributed(source: Path, key: str | None, notes: list[str]) -> dict[str, As
         raise CorruptCheckpoint(f"{path} is above the limit of {_LIMIT} bytes")
     with path.open("rb") as stream:
         tree = read(stream, path, RECORDS)
+    try:
+        return _described(tree, source, key, notes)
+    except (AttributeError, IndexError, KeyError, TypeError):
+        raise CorruptCheckpoint(
+            f"{path} does not describe a checkpoint of torch.distributed.checkpoint"
+        ) from None
+
+
+def _described(tree: Any, source: Path, key: str | None, notes: list[str]) -> dict[str, Assembled]:
+    """The model's tensors in a description; what it lacks raises as a lookup does."""
+    path = source / METADATA
     if not isinstance(tree, Record) or not isinstance(tree.part("state_dict_metadata"), Mapping):
         raise CorruptCheckpoint(f"{path} does not describe a checkpoint of torch.distributed.checkpoint")
     held = {
@@ -177,7 +188,30 @@ def _assembled(
         raise CorruptCheckpoint(
             f"{source}: the pieces of {name} hold {covered} of its {math.prod(shape)} elements"
         )
+    if (twice := _overlapping(pieces)) is not None:
+        raise CorruptCheckpoint(
+            f"{source}: the piece of {name} at {list(twice.offsets)} overlaps another, so others are missing"
+        )
     return Assembled(NUMBERS[dtype.name], tuple(shape), tuple(pieces))
+
+
+def _overlapping(pieces: Sequence[Piece]) -> Piece | None:
+    """A piece that shares an element with another; None if none does. Linear in pieces that are cut along one axis."""
+    if len(pieces) < 2:
+        return None
+    axis = max(range(len(pieces[0].offsets)), key=lambda at: len({one.offsets[at] for one in pieces}))
+    near: list[Piece] = []
+    for piece in sorted(pieces, key=lambda one: one.offsets[axis]):
+        near = [one for one in near if one.offsets[axis] + one.sizes[axis] > piece.offsets[axis]]
+        if any(_meet(one, piece) for one in near):
+            return piece
+        near.append(piece)
+    return None
+
+
+def _meet(one: Piece, other: Piece) -> bool:
+    spans = zip(one.offsets, one.sizes, other.offsets, other.sizes)
+    return all(a < b + more and b < a + size for a, size, b, more in spans)
 
 
 def _values(piece: Piece, dtype: str) -> np.ndarray:

@@ -53,6 +53,16 @@ def zero(source: Path, notes: list[str]) -> dict[str, Flat]:
 
     Raises `CheckpointError` for folders with tensor parallelism or experts of their own, and if files of ranks are missing.
     """
+    try:
+        return _together(source, notes)
+    except (AttributeError, IndexError, KeyError, TypeError):
+        raise CorruptCheckpoint(
+            f"{source} does not hold what ZeRO saves: its files have other entries"
+        ) from None
+
+
+def _together(source: Path, notes: list[str]) -> dict[str, Flat]:
+    """As of `zero`; an entry that is missing, or is something else, raises as a lookup does."""
     folder = _folder(source)
     if folder != source:
         notes.append(f"taken from {folder.name}, which is the latest")
@@ -97,7 +107,7 @@ def _folder(source: Path) -> Path:
     if not latest.is_file():
         return source
     tag = latest.read_text(encoding="utf-8", errors="replace").strip()
-    if Path(tag).name != tag or not (source / tag).is_dir():
+    if Path(tag).name != tag or tag == ".." or not (source / tag).is_dir():
         raise CheckpointError(f"{latest} names {tag[:100]!r}, which is no folder beside it")
     return source / tag
 

@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from merge_service.checkpoints.adapters.updates import Form
 from merge_service.checkpoints.folders.kinds import ADAPTER, ADAPTER_CONFIG
 from merge_service.checkpoints.writer import CheckpointWriter
 from merge_service.errors import CheckpointError
-from merge_service.files.leftovers import temporary
+from merge_service.files import replace_whole
 
 _PREFIX = "base_model.model."
 
@@ -95,12 +94,16 @@ def write(out: Path, base: Path, parts: Iterable[Factors]) -> tuple[int, int, in
         "init_lora_weights": True,
     }
     out.mkdir(parents=True, exist_ok=True)
-    _put(out / ADAPTER_CONFIG, config)
+    weights = out / f"{ADAPTER}.safetensors"
     layout = {name: ("F32", value.shape) for name, value in tensors.items()}
-    with CheckpointWriter(out / f"{ADAPTER}.safetensors", layout, {"format": "pt"}) as writer:
+    with CheckpointWriter(weights, layout, {"format": "pt"}) as writer:
         for name, value in tensors.items():
             writer.write(name, 0, np.ascontiguousarray(value, np.float32).reshape(-1))
-    return len(ranks), rank, (out / f"{ADAPTER}.safetensors").stat().st_size
+        weights.unlink(
+            missing_ok=True
+        )  # those of an earlier adapter, which the new configuration does not describe
+        replace_whole(out / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
+    return len(ranks), rank, weights.stat().st_size
 
 
 def _is_unclear(one: Factors, packed: set[str]) -> bool:
@@ -124,12 +127,3 @@ def _outer(module: str, packed: set[str]) -> str | None:
     """The attention whose output projection this is, if its q, k and v are adapted as one tensor: peft then wraps both together."""
     outer, _, last = module.rpartition(".")
     return outer if last == "out_proj" and outer in packed else None
-
-
-def _put(path: Path, config: dict[str, Any]) -> None:
-    whole = temporary(path)
-    try:
-        whole.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        whole.replace(path)
-    finally:
-        whole.unlink(missing_ok=True)

@@ -6,12 +6,15 @@ Invariant: a request that may have been carried out is sent again only if a seco
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
+from pydantic import BaseModel, ValidationError
 
 from merge_service.errors import UserError
+from pipeline.study.addresses import server_at
 
+Shape = TypeVar("Shape", bound=BaseModel)
 FIRST_WAIT, LAST_WAIT = 0.2, 10.0
 PASSING = frozenset({408, 409, 429, 502, 503, 504})
 """Statuses after which the same request may be answered otherwise, if Retry-After says when."""
@@ -44,9 +47,7 @@ class Connection:
     """A service at a URL, with a token. `patience` are the seconds for which a service that does not answer is tried again."""
 
     def __init__(self, url: str, token: str, patience: float = 60.0, timeout: float = 600.0) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise UserError(f"{url} is no address of a service: it begins with http:// or https://")
-        self.url, self.patience = url.rstrip("/"), patience
+        self.url, self.patience = server_at(url, "give the plain address and the token"), patience
         self._client = httpx2.Client(
             base_url=self.url, timeout=httpx2.Timeout(timeout, connect=10.0), headers={"authorization": f"Bearer {token}"}
         )  # fmt: skip
@@ -55,8 +56,18 @@ class Connection:
         """Close all connections."""
         self._client.close()
 
+    def read(
+        self, shape: type[Shape], method: str, path: str, sent: Sent = Sent(), again: bool = True
+    ) -> Shape:
+        """The answer as a value. Raises what `ask` does, and ServiceError `answer.unknown` for what is no answer of a service."""
+        answer = self.ask(method, path, sent, again)
+        try:
+            return shape.model_validate_json(answer.content)
+        except ValidationError:
+            raise refusal(answer, f"{method} {path.partition('?')[0]}") from None
+
     def ask(self, method: str, path: str, sent: Sent = Sent(), again: bool = True) -> httpx2.Response:
-        """The answer, whose status is below 400. With `again` a request whose answer was lost is sent again.
+        """The answer, of which the service says that it is one (2xx); redirects are not followed. With `again` a request whose answer was lost is sent again.
 
         Raises ServiceError for a refusal, and, with the code `unreachable`, where nobody answers.
         """
@@ -75,7 +86,7 @@ class Connection:
                 time.sleep(wait)
                 wait = min(2 * wait, LAST_WAIT)
                 continue
-            if answer.status_code < 400:
+            if answer.status_code < 300:
                 return answer
             later = answer.headers.get("retry-after", "")
             if answer.status_code in PASSING and later.isdigit() and time.monotonic() + int(later) < until:
@@ -90,8 +101,7 @@ def refusal(answer: httpx2.Response, what: str) -> ServiceError:
         body = answer.json()
         return ServiceError(str(body["code"]), answer.status_code, f"{body['code']}: {body['detail']}")
     except (ValueError, KeyError, TypeError):
-        return ServiceError(
-            "answer.unknown",
-            answer.status_code,
-            f"{what}: {answer.status_code}, which is no answer of a service",
-        )
+        to = answer.headers.get("location", "")[:200]
+        said = f" (a redirect to {to}, which is not followed: give the address that it leads to)" * bool(to)
+        text = f"{what}: {answer.status_code}, which is no answer of a service{said}"
+        return ServiceError("answer.unknown", answer.status_code, text)

@@ -51,7 +51,7 @@ def upload(
         "task": task,
         "files": [{"name": one.path.name, "bytes": one.bytes, "sha256": one.sha256} for one in files],
     }
-    shown = UploadShown.model_validate(connection.ask("POST", "/v1/uploads", Sent(json=body)).json())
+    shown = connection.read(UploadShown, "POST", "/v1/uploads", Sent(json=body))
     every, size = sum(one.bytes for one in files), shown.part_bytes
     missing = [(one, part) for one in files for part in _parts(shown, one.path.name)]
     there = every - sum(min(size, one.bytes - part * size) for one, part in missing)
@@ -75,6 +75,10 @@ def download(connection: Connection, address: str, path: Path, file: File) -> No
             answer = connection.ask("GET", address, Sent(headers={"range": f"bytes={there}-{last}"}))
             stream.write(answer.content if answer.status_code == 206 else answer.content[there:])
             stream.flush()
+            if stream.tell() == there:
+                raise ServiceError(
+                    "answer.unknown", answer.status_code, f"{address} gave no bytes from {there} on"
+                )
     with partial.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != file.sha256:

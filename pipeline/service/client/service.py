@@ -22,6 +22,7 @@ from pipeline.service.http.live.schemas import (
     ArrivalShown,
     Came,
     Lineage,
+    LogPage,
     Start,
     TokenIssuedShown,
     TokenList,
@@ -83,15 +84,12 @@ class Service:
         method, path = (
             ("PUT", f"/v1/arrivals/{replaces}/replacement") if replaces else ("POST", "/v1/arrivals")
         )
-        answer = self._to.ask(
-            method, path, Sent(json=body, headers={"idempotency-key": secrets.token_hex(16)})
-        )
-        return Came.model_validate(answer.json())
+        sent = Sent(json=body, headers={"idempotency-key": secrets.token_hex(16)})
+        return self._to.read(Came, method, path, sent)
 
     def show(self, arrival: str, wait: int = 0) -> ArrivalShown:
         """One arrival; after `wait` seconds at most once it is decided."""
-        answer = self._to.ask("GET", f"/v1/arrivals/{arrival}", Sent(params={"wait": wait}))
-        return ArrivalShown.model_validate(answer.json())
+        return self._to.read(ArrivalShown, "GET", f"/v1/arrivals/{arrival}", Sent(params={"wait": wait}))
 
     def wait(self, arrival: str, seconds: float | None = None) -> ArrivalShown:
         """One arrival, once the service has decided about it. Raises TimeoutError after `seconds`."""
@@ -110,14 +108,14 @@ class Service:
         after: str | None = None
         while True:
             params = {key: value for key, value in {**asked, "after": after}.items() if value is not None}
-            page = ArrivalPage.model_validate(self._to.ask("GET", "/v1/arrivals", Sent(params=params)).json())
+            page = self._to.read(ArrivalPage, "GET", "/v1/arrivals", Sent(params=params))
             yield from page.arrivals
             if (after := page.next) is None:
                 return
 
     def lineage(self, arrival: str) -> Lineage:
         """What an arrival was trained from, and what was trained from it."""
-        return Lineage.model_validate(self._to.ask("GET", f"/v1/arrivals/{arrival}/lineage").json())
+        return self._to.read(Lineage, "GET", f"/v1/arrivals/{arrival}/lineage")
 
     def release(self, arrival: str, reason: str) -> ArrivalShown:
         """Let an arrival go on in spite of why it was stopped."""
@@ -130,9 +128,7 @@ class Service:
     def rollback(self, t: int, reason: str, hold: bool = False, if_head: str | None = None) -> Standing:
         """Serve time step `t`. With `if_head` only if the log still ends with it."""
         body = {"t": t, "reason": reason, "hold": hold, **({"if_head": if_head} if if_head else {})}
-        return Standing.model_validate(
-            self._to.ask("POST", "/v1/rollback", Sent(json=body), again=False).json()
-        )
+        return self._to.read(Standing, "POST", "/v1/rollback", Sent(json=body), again=False)
 
     def remove(
         self, arrival: str, reason: str, descendants: str = "none", force: bool = False, purge: bool = False
@@ -151,7 +147,7 @@ class Service:
         """What the next expert of a task starts from, with its ticket. With `out` its files come there, and the ticket as `ticket`; a
         download that was broken off goes on. Raises ServiceError `answer.unknown` for a file with another sha256.
         """
-        start = Start.model_validate(self._to.ask("GET", "/v1/next", Sent(params={"task": task})).json())
+        start = self._to.read(Start, "GET", "/v1/next", Sent(params={"task": task}))
         if out is not None:
             place = Path(out)
             place.mkdir(parents=True, exist_ok=True)
@@ -162,7 +158,7 @@ class Service:
 
     def status(self) -> Status:
         """What runs, and how the service stands."""
-        return Status.model_validate(self._to.ask("GET", "/v1/status").json())
+        return self._to.read(Status, "GET", "/v1/status")
 
     def log(self, after: int = 0) -> Iterator[Entry]:
         """The entries of the log from `after` on. Raises BrokenLog where one does not follow the one before."""
@@ -179,34 +175,32 @@ class Service:
         read = [one if isinstance(one, bytes) else Path(one).read_bytes() for one in images]
         files = [("image", (f"{at}", data, _media(data))) for at, data in enumerate(read)]
         fields: Mapping[str, Any] = {"labels": [*labels], **asked}
-        answer = self._to.ask("POST", "/v1/classify", Sent(files=files, data=fields))
-        return Classified.model_validate(answer.json())
+        return self._to.read(Classified, "POST", "/v1/classify", Sent(files=files, data=fields))
 
     def tokens(self) -> TokenList:
         """All tokens, without their secrets."""
-        return TokenList.model_validate(self._to.ask("GET", "/v1/tokens").json())
+        return self._to.read(TokenList, "GET", "/v1/tokens")
 
     def issue(self, role: str, days: float = 90, **bounds: Any) -> TokenIssuedShown:
         """A new token, whose text is in this answer only; `bounds`: tasks, owners, per_day, note."""
         body = {"role": role, "days": days, **bounds}
-        answer = self._to.ask("POST", "/v1/tokens", Sent(json=body), again=False)
-        return TokenIssuedShown.model_validate(answer.json())
+        return self._to.read(TokenIssuedShown, "POST", "/v1/tokens", Sent(json=body), again=False)
 
     def revoke(self, token: str) -> None:
         """End a token by its id."""
         self._to.ask("DELETE", f"/v1/tokens/{token}")
 
     def _act(self, path: str, body: Mapping[str, Any]) -> ArrivalShown:
-        return ArrivalShown.model_validate(self._to.ask("POST", path, Sent(json=body), again=False).json())
+        return self._to.read(ArrivalShown, "POST", path, Sent(json=body), again=False)
 
     def _entries(self, after: int) -> Iterator[Entry]:
         while True:
-            page = self._to.ask("GET", "/v1/log", Sent(params={"after": after, "limit": 500})).json()
-            for one in page["entries"]:
-                entry = parse(canonical(one), f"{self._to.url}, entry {one.get('seq', '?')}")
+            page = self._to.read(LogPage, "GET", "/v1/log", Sent(params={"after": after, "limit": 500}))
+            for one in page.entries:
+                entry = parse(canonical(one.model_dump()), f"{self._to.url}, entry {one.seq}")
                 after = entry.seq
                 yield entry
-            if not page["entries"]:
+            if not page.entries:
                 return
 
 

@@ -7,18 +7,16 @@ Invariant: a text that this service did not make, or made for another task, is r
 """
 
 import base64
-import contextlib
 import hashlib
 import hmac
 import json
-import os
 import secrets
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from merge_service.files import sync_directory, temporary
 from merge_service.live import Refused
+from pipeline.service.tokens import key_in
 
 DAYS = 30
 """How long a ticket is good for."""
@@ -72,23 +70,7 @@ class Tickets:
         return ticket
 
     def _sign(self, body: bytes) -> bytes:
-        return hmac.new(self._key(), body, hashlib.sha256).digest()
-
-    def _key(self) -> bytes:
-        """The key, which is made once: of two processes that make one, the first counts."""
-        if not self._file.exists():
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            partial = temporary(self._file)
-            handle = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(secrets.token_bytes(32))
-                stream.flush()
-                os.fsync(stream.fileno())
-            with contextlib.suppress(FileExistsError):
-                os.link(partial, self._file)
-            partial.unlink()
-            sync_directory(self._file.parent)
-        return self._file.read_bytes()
+        return hmac.new(key_in(self._file), body, hashlib.sha256).digest()
 
 
 def digest_of(text: str) -> str:

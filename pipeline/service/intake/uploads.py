@@ -22,7 +22,7 @@ from pathlib import Path
 
 from merge_service.errors import CheckpointError
 from merge_service.faults import point
-from merge_service.files import sync_directory, sync_file, temporary
+from merge_service.files import replace_whole, sync_directory, sync_file, temporary
 from merge_service.live import Refused, digest
 from pipeline.files.disk import free_bytes, room_for
 from pipeline.service.experts import Experts, Taken
@@ -147,7 +147,7 @@ class Uploads:
         if at is None:
             raise Refused("upload.part", "no such file was announced")
         expected = min(PART_BYTES, upload.files[at].bytes - part * PART_BYTES)
-        if len(data) != expected:
+        if len(data) != expected or expected < 1:
             said = f"part {part} of it has {expected:,} bytes" if expected > 0 else f"it has no part {part}"
             raise Refused("upload.part", f"{len(data):,} bytes came; {said}")
         place, sha256 = self._folder / upload.id, hashlib.sha256(data).hexdigest()
@@ -162,11 +162,7 @@ class Uploads:
             with room_for(f"part {part}", place):
                 _write(place / "data" / str(at), part * PART_BYTES, data)
                 point("upload.part")
-                partial = temporary(mark)
-                partial.write_text(sha256)
-                sync_file(partial)
-                partial.replace(mark)
-            sync_directory(mark.parent)
+                replace_whole(mark, sha256)
 
     def taken(self, number: str, token: str, request: str) -> str | None:
         """The arrival that this upload of this token became by the same request, for two days."""
@@ -199,7 +195,7 @@ class Uploads:
             with _locked(self._folder / ".lock"):
                 self._remove(place)
                 place.mkdir()
-                (place / _TAKEN).write_text(json.dumps(body), encoding="utf-8")
+                replace_whole(place / _TAKEN, json.dumps(body))
 
     def drop(self, upload: Upload) -> None:
         """Forget an upload and its bytes."""

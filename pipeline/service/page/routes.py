@@ -5,6 +5,7 @@ of the session it was shown in; an operation is decided on the newest state, by 
 """
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,7 @@ from pipeline.service.http.door import PAGE
 from pipeline.service.operations import Operations
 from pipeline.service.page import drawing, views
 from pipeline.service.page.sessions import COOKIE, SECONDS, Session, Sessions
-from pipeline.service.tokens import Token, TokenRefused, Tokens
+from pipeline.service.tokens import TokenRefused, Tokens
 
 ROOT = PAGE.rstrip("/")
 KEY_FILE = "page.key"
@@ -39,6 +40,7 @@ MOST_REASON = 1000
 BODIES: Mapping[str, int] = {PAGE: MOST_FORM_BYTES}
 """Bytes of a body below a path."""
 Descendants = Literal["none", "keep", "remove"]
+_T = re.compile("[0-9]{1,9}")
 _HERE = Path(__file__).parent
 refusals = logging.getLogger("temporal_merge.refused")
 
@@ -97,7 +99,7 @@ def router(page: Page) -> APIRouter:
         session = page.session(request)
         if session is None:
             return page.show("login.html", None, said="")
-        state, whole = page.state(), sees_all(session.token)
+        state, whole = page.state(), session.token.sees_all
         return page.show(
             "overview.html",
             session,
@@ -122,7 +124,7 @@ def router(page: Page) -> APIRouter:
         one = state.arrivals.get(number)
         if one is None:
             return page.problem(session, 404, "There is no such arrival.")
-        view = views.detail(state, page.home.config.timeline, one, sees_all(session.token))
+        view = views.detail(state, page.home.config.timeline, one, session.token.sees_all)
         picture = drawing.graph(number, view.above, view.below)
         return page.show("arrival.html", session, view=view, graph=picture)
 
@@ -165,7 +167,7 @@ def _acting(page: Page, routes: APIRouter) -> None:
     @routes.post(f"{ROOT}/rollback")
     async def rollback(request: Request) -> Response:
         def act(operations: Operations, form: Mapping[str, str]) -> None:
-            if not form.get("t", "").isdigit():
+            if not _T.fullmatch(form.get("t", "")):
                 raise Refused("request.invalid", "t must be a whole number")
             operations.roll_back(int(form["t"]), form["reason"], form.get("hold") == "yes")
 
@@ -179,11 +181,6 @@ def _acting(page: Page, routes: APIRouter) -> None:
         return await _act(
             page, request, lambda operations, form: act(operations, number, form), f"{ROOT}/arrivals/{number}"
         )
-
-
-def sees_all(token: Token) -> bool:
-    """Whether a token sees figures of gates: one that is bound to owners is a stranger's, who could fit an expert to them."""
-    return token.may("operator") or token.owners is None
 
 
 def same_origin(request: Request) -> bool:

@@ -7,18 +7,15 @@ Invariant: a form acts only with the mac of its own session (CSRF); a cookie tha
 
 import hashlib
 import hmac
-import os
 import secrets
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from merge_service.files import sync_directory, temporary
-from pipeline.service.tokens import Token, Tokens
+from pipeline.service.tokens import Token, Tokens, key_in
 
 COOKIE = "tm_session"
 SECONDS = 8 * 3600
-_KEY_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,7 @@ class Sessions:
     """The sessions of one service. `file` keeps the key, readable by its owner only. Raises OSError."""
 
     def __init__(self, tokens: Tokens, file: Path) -> None:
-        self._tokens, self._key = tokens, _key(file)
+        self._tokens, self._key = tokens, key_in(file)
 
     def begin(self, presented: str, now: float | None = None) -> str:
         """The cookie of a new session for a token. Raises TokenRefused."""
@@ -58,23 +55,3 @@ class Sessions:
 
     def _mac(self, what: str, text: str) -> str:
         return hmac.new(self._key, f"{what}\0{text}".encode(), hashlib.sha256).hexdigest()
-
-
-def _key(file: Path) -> bytes:
-    """The key in a file, which is made if it is not there; of several processes one makes it."""
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = temporary(file)
-        handle = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(secrets.token_bytes(_KEY_BYTES))
-            stream.flush()
-            os.fsync(stream.fileno())
-        try:
-            os.link(partial, file)
-        except FileExistsError:
-            pass
-        finally:
-            partial.unlink()
-        sync_directory(file.parent)
-    return file.read_bytes()

@@ -4,11 +4,11 @@ Invariant: a view holds text as it came; templates escape all of it. Figures of 
 to them (`whole`).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from merge_service.live import Arrival, Scored, State, Verdict, backlog, descendants, parents
+from merge_service.live import Arrival, Scored, State, Verdict, ancestors, backlog, descendants
 from merge_service.timelines import Strategy
 
 PER_PAGE = 50
@@ -125,7 +125,7 @@ def scored_of(state: State, one: Arrival) -> Scored | None:
 
 def detail(state: State, strategy: Strategy, one: Arrival, whole: bool) -> Detail:
     """One arrival with its gates, its lineage, and what may be done about it."""
-    above = _ancestors(parents(state, strategy), one.id)
+    above = ancestors(state, strategy, one.id)
     below = descendants(state, strategy, one.id)
     status, scored = one.status, scored_of(state, one)
     can = {
@@ -171,13 +171,3 @@ def _gate(found: Verdict, whole: bool) -> GateShown:
         f"{found.difference:+.3f}" if whole else "", f"{found.low:+.3f} to {found.high:+.3f}" if whole else "",
         f"{found.margin:g}",
     )  # fmt: skip
-
-
-def _ancestors(starts: Mapping[str, Iterable[str]], name: str) -> list[str]:
-    """All arrivals that the start of this one held at any hand, in the order they came."""
-    found, waiting = set[str](), [name]
-    while waiting:
-        new = set(starts[waiting.pop()]) - found
-        found |= new
-        waiting += new
-    return [one for one in starts if one in found]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from merge_service.checkpoints import open_weights
+from merge_service.checkpoints import CheckpointWriter, open_weights
 from merge_service.errors import UserError
 from merge_service.merge import merge
 from pipeline.merging.adapters import extract_adapter, merge_to_adapter
@@ -129,6 +129,22 @@ def test_matrices_of_gpt2_are_written_as_peft_has_them(tmp_path) -> None:
     )
     with pytest.raises(UserError, match=r"gate.*could not be told"):
         extract_adapter(model, base, 6, tmp_path / "mixed")
+
+
+def test_adapter_that_could_not_be_replaced_is_as_it_was(tmp_path, monkeypatch) -> None:
+    base, adapter = peft_cases.base(tmp_path), peft_cases.adapter(tmp_path, "patterns")
+    whole, out = save(tmp_path / "whole.safetensors", read(Path(f"{base}+{adapter}"))), tmp_path / "out"
+
+    def full(*_: object) -> None:
+        raise OSError("full")
+
+    extract_adapter(whole, base, 1, out)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="full"):
+        broken.setattr(CheckpointWriter, "write", full)
+        extract_adapter(whole, base, 2, out, force=True)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert extract_adapter(whole, base, 2, out, force=True).rank == 2
 
 
 def test_adapters_of_two_bases_do_not_add_up(tmp_path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from merge_service.checkpoints import Checkpoint, convert
 from merge_service.errors import CheckpointError, CorruptCheckpoint, ForeignCheckpoint
@@ -83,6 +84,27 @@ def test_class_in_the_description_is_refused_by_name_and_not_run(tmp_path: Path)
     place = saved(tmp_path, {"w": torch.ones(2)})
     (place / ".metadata").write_bytes(pickle.dumps({"x": Harm()}))
     with pytest.raises(CheckpointError, match="only tensors and dictionaries are read"):
+        convert(place, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("chunks", "said"),
+    [([(0, 2), (1, 2)], "overlaps another"), ([(0, 2), (0, 2)], "twice there"), ([(0, 2)], "hold 2 of its 4"),
+     ([None], "does not describe")],
+)  # fmt: skip
+def test_pieces_that_overlap_or_leave_gaps_are_refused(
+    tmp_path: Path, chunks: list[tuple[int, int] | None], said: str
+) -> None:
+    place = saved(tmp_path, {"w": torch.arange(4.0)})
+    described = dcp.FileSystemReader(place).read_metadata()
+    (info,) = described.storage_data.values()
+    described.state_dict_metadata["w"].chunks = [
+        one and ChunkStorageMetadata(torch.Size([one[0]]), torch.Size([one[1]])) for one in chunks
+    ]
+    described.storage_data = {MetadataIndex("w", torch.Size([at])): info for at in (0, 1)}
+    (place / ".metadata").write_bytes(pickle.dumps(described))
+    with pytest.raises(CorruptCheckpoint, match=said):
         convert(place, tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
 

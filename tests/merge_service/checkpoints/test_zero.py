@@ -120,4 +120,10 @@ def test_missing_ranks_and_other_parallelism_are_refused(tmp_path: Path) -> None
     short = write(tmp_path / "short", 3, 2, param_shapes=[{**SHAPES, "d": torch.Size([9])}])
     with pytest.raises(CorruptCheckpoint, match="ends within d"):
         convert(short, tmp_path / "out.safetensors")
+    odd = write(tmp_path / "odd", 2, 1, param_shapes=[None])
+    with pytest.raises(CorruptCheckpoint, match="other entries"):
+        convert(odd, tmp_path / "out.safetensors")
+    (short / "latest").write_text("..")
+    with pytest.raises(CheckpointError, match="no folder beside it"):
+        convert(short, tmp_path / "out.safetensors")
     assert not list(tmp_path.glob("*.safetensors"))

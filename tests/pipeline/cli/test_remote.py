@@ -69,12 +69,18 @@ def test_commands_say_what_they_lack(tmp_path: Path, cli: Cli, monkeypatch: pyte
     path = toys.expert(tmp_path, "task0")
     unnamed = cli("arrive", path, "--task", "task0")
     assert unnamed.code == 2 and "TEMPORAL_MERGE_URL" in unnamed.err
+    lost = cli("arrive", path, "--task", "task0", "--ticket", tmp_path / "none")
+    assert lost.code == 2 and "that `next` has written" in lost.err
     closed = cli("arrive", path, "--task", "task0", "--url", "http://127.0.0.1:1")
     assert closed.code == 2 and "TEMPORAL_MERGE_TOKEN" in closed.err
 
 
 def test_serve_checks_a_configuration_and_starts_nothing(tmp_path: Path, cli: Cli) -> None:
     file = tmp_path / "service.yaml"
-    file.write_text("name: zoo\nmodel: {config: tiny-clip}\nstrategy: offline_merging\nnonsense: 1\n")
+    file.write_text("name: zoo\nmodel: {config: tiny-clip}\nstrategy: offline_merging\ngate: {}\n")
     wrong = cli("serve", file, "--check")
-    assert wrong.code == 2 and "nonsense" in wrong.err
+    assert wrong.code == 2 and "service.yaml: gate: unknown key; did you mean gates?" in wrong.err
+    tracked = cli("serve", "configs/service.yaml", "--check", "--set", "tracking.uri=http://127.0.0.1:5000")
+    assert tracked.code == 2 and "tracking: the MLflow registry is not there yet" in tracked.err
+    right = cli("serve", "configs/service.yaml", "--check")
+    assert right.code == 0 and "service zoo: init base, deploy all by average" in right.out

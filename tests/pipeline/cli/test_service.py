@@ -83,19 +83,11 @@ def test_refused_experts_end_with_three_and_name_the_gate(out: Path, tmp_path: P
 
 
 def test_mistakes_end_with_two_and_say_what_to_do(out: Path, tmp_path: Path, cli: Cli) -> None:
-    (tmp_path / "wrong.yaml").write_text(
-        "name: zoo\nmodel: {config: tiny-clip}\nstrategy: best_in_time\ngate: {}\n"
-    )
-    (tmp_path / "tracked.yaml").write_text(
-        "name: zoo\nmodel: {config: tiny-clip}\nstrategy: best_in_time\ntracking: {uri: 'http://mlflow'}\n"
-    )
     for line, *says in [
-        (["check", tmp_path / "tracked.yaml"], "tracking: the MLflow registry is not there yet"),
         (["status", "--out", tmp_path / "none"], "holds no service"),
         (["show", "a-000099", "--out", out], "no arrival a-000099"),
         (["rollback", "7", "--reason", "x", "--out", out], "no t = 7"),
         (["release", "a-000003", "--reason", "x", "--out", out], "promoted"),
-        (["check", tmp_path / "wrong.yaml"], "wrong.yaml: gate: unknown key; did you mean gates?"),
         (["arrive", tmp_path / "nothing", "--task", "task1", "--out", out], "nothing"),
         (["remove", "a-000003", "--reason", "x", "--descendants", "burn", "--out", out], "keep or remove"),
         (["replay", out, "--out", out], "is there already"),
@@ -117,8 +109,3 @@ def test_verify_names_what_was_damaged_and_ends_with_one(out: Path, cli: Cli) ->
     entry.write_text(entry.read_text().replace("task0", "task9"))
     answer = cli("service", "verify", out)
     assert answer.code == 1 and "000000000003.json" in answer.out and state.seq > 3
-
-
-def test_configuration_of_the_repository_is_valid(cli: Cli) -> None:
-    answer = cli("service", "check", "configs/service.yaml")
-    assert answer.code == 0 and "service zoo: init base, deploy all by average" in answer.out

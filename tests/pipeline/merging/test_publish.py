@@ -1,6 +1,7 @@
 """Adapters and models handed to servers, against stubs that speak the documented requests of vLLM, SGLang and llama.cpp."""
 
 import json
+import socketserver
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -162,7 +163,22 @@ def test_llamacpp_scales_one_of_its_adapters_or_loads_a_model_of_a_router(tmp_pa
     assert stub.seen[-1][1:3] == ("/models/load", {"model": "c"})
 
 
-def test_refusals_of_servers_are_errors_with_their_words(adapter: Path, serve) -> None:
+@pytest.fixture
+def talkative() -> Iterator[str]:
+    """The address of a port that answers with something else than HTTP."""
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(1 << 16)
+            self.wfile.write(b"SSH-2.0-OpenSSH_9.6\r\n")
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_refusals_of_servers_are_errors_with_their_words(adapter: Path, talkative: str, serve) -> None:
     refusing = serve(
         {
             "POST /load_lora_adapter": lambda _: (
@@ -181,10 +197,14 @@ def test_refusals_of_servers_are_errors_with_their_words(adapter: Path, serve) -
     moved = serve({"POST /load_lora_adapter": lambda _: (307, "elsewhere")})
     with pytest.raises(UserError, match="answered 307"):
         publish(Publication(adapter, "sglang", moved.url))
+    wordy = serve({**vllm([]), "GET /v1/models": lambda _: (200, "not JSON")})
     for url, to, said in (
         ("ftp://x", "vllm", "give http"),
         (moved.url, "ollama", "no such server"),
         ("http://127.0.0.1:9", "vllm", "does not answer"),
+        (talkative, "vllm", "does not answer"),
+        (wordy.url, "vllm", "is not among its models: $"),
+        ("http://ann:hush@127.0.0.1:9", "vllm", "holds a secret .*--key-from"),
     ):
         with pytest.raises(UserError, match=said):
             publish(Publication(adapter, to, url))

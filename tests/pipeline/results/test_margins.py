@@ -201,7 +201,7 @@ def test_command_prints_the_block_or_the_reason(tmp_path: Path, cli: Any) -> Non
     out.mkdir()
 
     def asked() -> Any:
-        return cli("service", "check", config, "--suggest-gates", out)
+        return cli("serve", config, "--suggest-gates", out)
 
     assert asked().code == 2 and "holds no results.json" in asked().err
     (out / "results.json").write_text("{")

@@ -8,9 +8,12 @@ from typing import Any
 import httpx2
 import pytest
 
+from merge_service.errors import UserError
 from pipeline.service.client import Service, ServiceError
 from pipeline.service.client.connection import Connection
+from pipeline.service.client.sending import download
 from pipeline.service.home import Home
+from pipeline.service.http.schemas import File
 from pipeline.service.intake import uploads
 from pipeline.service.settings import Setup
 from tests.pipeline.service import toys
@@ -121,7 +124,34 @@ def test_client_does_whatever_the_routes_do(named: Named, tmp_path: Path) -> Non
         Service(at.url, tokens["reader"], patience=0.1).status()
 
 
-def test_answer_of_something_else_is_said_to_be_none_of_a_service(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(httpx2.Client, "request", lambda *_, **__: httpx2.Response(404, text="<html>"))
-    with pytest.raises(ServiceError, match="no answer of a service"):
-        Connection("http://127.0.0.1:1", "t").ask("GET", "/v1/status")
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (httpx2.Response(404, text="<html>"), "404, which is no answer of a service"),
+        (httpx2.Response(200, text="<html>"), "200, which is no answer of a service"),
+        (httpx2.Response(200, json={"service": 1}), "200, which is no answer of a service"),
+        (httpx2.Response(301, headers={"location": "https://other/"}), "a redirect to https://other/, which is not followed"),
+    ],
+)  # fmt: skip
+def test_answer_of_something_else_is_said_to_be_none_of_a_service(
+    answer: httpx2.Response, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(httpx2.Client, "request", lambda *_, **__: answer)
+    with pytest.raises(ServiceError, match=said):
+        Service("http://127.0.0.1:1", "t").status()
+
+
+def test_download_without_bytes_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(httpx2.Client, "request", lambda *_, **__: httpx2.Response(206, content=b""))
+    wanted = File(name="x", bytes=5, sha256="0" * 64)
+    with pytest.raises(ServiceError, match="gave no bytes from 0 on"):
+        download(Connection("http://127.0.0.1:1", "t"), "/v1/x", tmp_path / "x", wanted)
+    assert not (tmp_path / "x").exists()
+
+
+def test_address_of_a_service_that_holds_a_secret_is_refused_and_not_repeated() -> None:
+    with pytest.raises(UserError, match="holds a secret") as refused:
+        Service("http://ann:hush@127.0.0.1:1", "t")
+    assert "hush" not in str(refused.value)
+    with pytest.raises(UserError, match="is no address of a server"):
+        Service("127.0.0.1:8420", "t")

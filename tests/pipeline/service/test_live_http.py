@@ -91,6 +91,7 @@ def test_upload_goes_on_where_it_was_broken_off(live: LiveService, small_parts: 
         assert live.put(number, path.name, part, piece).status_code == 204
         assert live.put(number, path.name, part, piece).status_code == 204  # repeatable
     assert problem(live.put(number, path.name, 1, bytes(small_parts))) == "upload.conflict"
+    assert problem(live.put(number, path.name, last + 1, b"")) == "upload.part"
     asked = {"task": "task0", "upload": number, "owner": "ann"}
     assert problem(live.ask("POST", "/v1/arrivals", "submitter", json=asked)) == "upload.incomplete"
     again = live.announce(path, "task0")

@@ -111,6 +111,8 @@ def test_form_acts_only_with_the_mac_of_its_own_session_and_from_its_own_site(
         answer = client.post("/page/rollback", data={**body, "csrf": mine}, headers=headers)
         assert answer.status_code == 403
     assert client.post("/page/rollback", data={**body, "csrf": mine, "reason": " "}).status_code == 422
+    for odd in ("", "-1", "x", "²", "1" * 5000):
+        assert client.post("/page/rollback", data={**body, "t": odd, "csrf": mine}).status_code == 409
     assert home.log.refresh().seq == before
     answer = client.post("/page/rollback", data={**body, "csrf": mine, "hold": "yes"})
     assert answer.status_code == 200 and "On hold" in answer.text

@@ -20,7 +20,7 @@ from tests.servers import free_port
 from tests.world import ROOT
 
 TINY = ROOT / "configs/models/tiny-clip"
-COMMAND = (sys.executable, "-m", "pipeline.cli", "service")
+COMMAND = (sys.executable, "-m", "pipeline.cli")
 
 
 @dataclass
@@ -93,7 +93,7 @@ def test_expert_that_arrives_beside_is_served_without_a_restart(service: Service
     assert service.process.poll() is None, (tmp_path / "service.log").read_text()
     before = service.ask().headers["x-model-sha256"]
     came = subprocess.run(
-        [*COMMAND, "arrive", str(expert(tmp_path, 1)), "--task", "letters", "--out", str(service.out)],
+        [*COMMAND, "service", "arrive", str(expert(tmp_path, 1)), "--task", "letters", "--out", str(service.out)],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
     assert came.returncode == 0 and "promoted, t = 1" in came.stdout, came.stdout + came.stderr

@@ -157,6 +157,22 @@ def test_samples_in_a_bucket_are_those_of_the_folder(both: tuple[Source, Source]
 
 
 @pytest.mark.parametrize(
+    ("name", "says"), [("NoCredentialsError", "forbidden"), ("EndpointError", "cannot be read")]
+)
+def test_error_of_the_library_for_buckets_names_the_address(
+    name: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Bucket:
+        def cat_file(self, *_: object, **__: object) -> bytes:
+            raise type(name, (Exception,), {})("unable")
+
+    monkeypatch.setattr(remote, "_bucket", Bucket)
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.0)
+    with pytest.raises(ShardError, match=rf"s3://bucket/0\.tar: .*{says}.*{name}: unable"):
+        remote.read_range("s3://bucket/0.tar", 0, 1)
+
+
+@pytest.mark.parametrize(
     ("answers", "says"),
     [
         ([503] * 5, "cannot be read"),

@@ -272,6 +272,11 @@ def test_arrays_that_do_not_fit_are_refused(method: str, change: dict, words: st
         tm.learn(method, EXPERTS, arrays, base=BASE, model=golden_runs.config(CASE), **FEW)
 
 
+def test_checkpoint_after_no_steps_is_refused() -> None:
+    with pytest.raises(UserError, match="every = 0 is no number of steps"):
+        tm.learn("adamerging", EXPERTS, ARRAYS, base=BASE, model=golden_runs.config(CASE), every=0)
+
+
 def test_every_expert_needs_its_own_task_where_it_teaches() -> None:
     with pytest.raises(UserError, match="2 tasks for 3 experts"):
         tm.learn("dam", EXPERTS, ARRAYS[:2], base=BASE, model=golden_runs.config(CASE))

@@ -157,8 +157,15 @@ def _of_s3(address: str, offset: int, length: int) -> bytes:
         raise ShardError(
             address, "forbidden", str(error)[:200], "Check the credentials in the environment."
         ) from None
-    except (OSError, TimeoutError) as error:
-        raise _Again(f"{type(error).__name__}: {error!s:.200}") from None
+    except UserError:
+        raise
+    except Exception as error:  # botocore has errors of its own, which are no OSError
+        said = f"{type(error).__name__}: {error!s:.200}"
+        if "Credentials" in type(error).__name__:
+            raise ShardError(
+                address, "forbidden", said, "Give credentials in the environment of every node."
+            ) from None
+        raise _Again(said) from None
 
 
 @cache

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Path, Query
 
 from merge_service.live import Removed, arrival_called
 from pipeline.service.http.door import require
-from pipeline.service.http.live.live import Live, sees_all
+from pipeline.service.http.live.live import Live
 from pipeline.service.http.live.schemas import ArrivalShown, RemovalAsked, RollbackBody, Why
 from pipeline.service.http.problems import Problem
 from pipeline.service.http.schemas import Standing
@@ -56,7 +56,7 @@ def router(live: Live) -> APIRouter:
             await live.until(lambda state: state.removal is None, PURGE_WAIT)
             await asyncio.to_thread(_purge, live, number, token, asked.reason)
         state = live.state()
-        return ArrivalShown.of(state, state.arrivals[number], sees_all(token))
+        return ArrivalShown.of(state, state.arrivals[number], token.sees_all)
 
     return routes
 

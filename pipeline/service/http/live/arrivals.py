@@ -3,7 +3,6 @@
 Invariant: 202 says that bytes and entry are on disk. The same request again, by its key or by its bytes, is the same arrival.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -14,13 +13,14 @@ from merge_service.live import (
     Received,
     Refused,
     State,
+    ancestors,
     arrival_called,
     descendants,
     digest,
     parents,
 )
 from pipeline.service.http.door import require
-from pipeline.service.http.live.live import MOST_WAIT, Live, check_bounds, sees_all
+from pipeline.service.http.live.live import MOST_WAIT, Live, check_bounds
 from pipeline.service.http.live.schemas import (
     ArrivalBody,
     ArrivalPage,
@@ -86,7 +86,7 @@ def router(live: Live) -> APIRouter:
             if one.seq > first and status in (None, state.shown(one.id)) and task in (None, one.task)
         ]
         page = found[:limit]
-        shown = [ArrivalShown.of(state, one, sees_all(token)) for one in page]
+        shown = [ArrivalShown.of(state, one, token.sees_all) for one in page]
         return ArrivalPage(arrivals=shown, next=page[-1].id if len(found) > limit else None)
 
     @routes.get("/v1/arrivals/{number}", summary="One arrival; `wait` seconds for it to be decided")
@@ -94,7 +94,7 @@ def router(live: Live) -> APIRouter:
         number: Id, token: Annotated[Token, reader], wait: Annotated[int, Query(ge=0, le=MOST_WAIT)] = 0
     ) -> ArrivalShown:
         state = await live.until(lambda now: arrival_called(now, number).is_final, wait)
-        return ArrivalShown.of(state, state.arrivals[number], sees_all(token))
+        return ArrivalShown.of(state, state.arrivals[number], token.sees_all)
 
     @routes.get(
         "/v1/arrivals/{number}/lineage",
@@ -104,11 +104,10 @@ def router(live: Live) -> APIRouter:
     def lineage(number: Id) -> Lineage:
         state, strategy = live.state(), live.home.config.timeline
         arrival_called(state, number)
-        every = parents(state, strategy)
-        below = descendants(state, strategy, number)
         return Lineage(
-            id=number, parents=[*every[number]], ancestors=_ancestors(every, number), descendants=[*below]
-        )
+            id=number, parents=[*parents(state, strategy)[number]], ancestors=[*ancestors(state, strategy, number)],
+            descendants=[*descendants(state, strategy, number)],
+        )  # fmt: skip
 
     return routes
 
@@ -205,13 +204,3 @@ def _owner(token: Token, stated: str | None) -> str:
     if len(token.owners) != 1:
         raise Problem("request.invalid", f"owner is missing; the token is for {', '.join(token.owners)}")
     return token.owners[0]
-
-
-def _ancestors(starts: Mapping[str, tuple[str, ...]], number: str) -> list[str]:
-    """All arrivals that the start of this one held at any hand, in the order they came."""
-    found, waiting = set[str](), [number]
-    while waiting:
-        new = set(starts[waiting.pop()]) - found
-        found |= new
-        waiting += new
-    return [name for name in starts if name in found]

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Query
 
 from merge_service.live import plain
 from pipeline.service.http.door import require
-from pipeline.service.http.live.live import Live, sees_all
+from pipeline.service.http.live.live import Live
 from pipeline.service.http.live.schemas import EntryShown, HeadShown, LogPage
 from pipeline.service.http.problems import Problem
 from pipeline.service.tokens import Token
@@ -26,7 +26,7 @@ def router(live: Live) -> APIRouter:
         after: Annotated[int, Query(ge=0, lt=10**12)] = 0,
         limit: Annotated[int, Query(ge=1, le=MOST_ENTRIES)] = 100,
     ) -> LogPage:
-        if not sees_all(token):
+        if not token.sees_all:
             raise Problem("role.too_low", "a token that is bound to owners does not read the log")
         found = [EntryShown.model_validate(plain(one)) for one in islice(live.home.log.entries(after), limit)]
         return LogPage(entries=found, head=_head(live))

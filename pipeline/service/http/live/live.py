@@ -97,11 +97,6 @@ class Live:
         )  # fmt: skip
 
 
-def sees_all(token: Token) -> bool:
-    """Whether a token sees figures of gates and the log: one that is bound to owners is a stranger's, who could fit an expert to them."""
-    return token.may("operator") or token.owners is None
-
-
 def check_bounds(token: Token, task: str, owner: str | None = None) -> None:
     """Raise Problem for a task or an owner that the token is not for."""
     if token.tasks is not None and task not in token.tasks:
