@@ -107,7 +107,7 @@ def test_study_with_a_module_of_the_users_own_runs_on_a_cluster_that_has_no_such
     without = command("submit", study, *where)
     assert without.returncode == 2 and "halved_here" in without.stderr
     answer = command("submit", study, *where, "--module", module)
-    assert answer.returncode == 0, answer.stderr
+    assert answer.returncode == 0, answer.stdout + answer.stderr
     made = [json.loads(one.read_text())["spec"] for one in (out / "store" / "merge").glob("*/record.json")]
     sources = {spec.get("source") for spec in made if spec["technique"] == "halved_here"}
     assert sources == {hashlib.sha256(MODULE.encode()).hexdigest()}
