@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 
 from merge_service.errors import UserError
+from pipeline.results.over_time import read_finished
 from pipeline.study.config import load_study
 from pipeline.study.grid import Cell
 
@@ -101,12 +102,7 @@ def _read(path: Path) -> pd.DataFrame:
 
 
 def _rows(out: Path, name: str, commit: str) -> Iterator[dict[str, Any]]:
-    try:
-        answer = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{out} holds no results.json; run the study {name} first") from None
-    if not answer["complete"]:
-        raise UserError(f"{out}: study {name} is not finished; run it again to go on")
+    answer = read_finished(out)
     cells = {cell.id: cell for cell in load_study(out / "study.yaml").cells}
     for trajectory in answer["trajectories"]:
         steps = trajectory["steps"]

@@ -35,6 +35,14 @@ def serve(
         Path | None, typer.Option("--out", metavar="DIR", help="Where everything goes; default service/NAME.")
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Only check the configuration.")] = False,
+    suggest_gates: Annotated[
+        Path | None,
+        typer.Option(
+            "--suggest-gates",
+            metavar="STUDY_OUT",
+            help="Only print margins for the gates, read off a finished study of the same strategy.",
+        ),
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -48,6 +56,15 @@ def serve(
     from pipeline.service.config import read_config
 
     found = read_config(config, overrides or [])
+    if suggest_gates is not None:
+        from pipeline.results.margins import Wanted, block, losses
+        from pipeline.results.over_time import read_finished
+
+        if as_json:
+            raise UserError("--suggest-gates prints YAML for the configuration; leave --json out")
+        wanted = Wanted(found.timeline, found.model.config, found.gates.split)
+        print(block(losses(read_finished(suggest_gates), wanted), str(suggest_gates), wanted))
+        return
     if check:
         strategy = found.timeline
         merged = f" by {strategy.technique}" if strategy.technique else ""

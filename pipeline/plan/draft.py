@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from merge_service import timelines as timeline
 from merge_service.techniques import Evidence
 from merge_service.techniques import get as technique_called
-from merge_service.timelines import Base, Expert, Merged, Weights
+from merge_service.timelines import Base, Expert, Merged, Strategy, Weights
 from pipeline.kinds.specs import ExpertSpec, MergeSpec, SourceSpec, Spec, TrainSpec
 from pipeline.kinds.table import KINDS
 from pipeline.plan.learning import Learner, Learning
@@ -265,16 +265,13 @@ def together(tasks: Sequence[StreamTask]) -> tuple[Part, ...]:
     )
 
 
-def effective_params(cell: Cell) -> dict[str, object]:
-    """The resolved parameters of the technique, over all forms that a cell uses."""
-    if not timeline.policies(cell.strategy):
-        return {}
+def effective_params(strategy: Strategy) -> dict[str, object]:
+    """The resolved parameters of the technique, over all forms that a strategy uses."""
     params: dict[str, object] = {}
-    for policy in timeline.policies(cell.strategy):
-        resolved = timeline.params_for(cell.strategy, Merged(policy, 1))
-        params |= resolved
-    if cell.strategy.params.get("weights") is not None and "weights" in params:
-        params["weights"] = list(cell.strategy.params["weights"])
+    for policy in timeline.policies(strategy):
+        params |= timeline.params_for(strategy, Merged(policy, 1))
+    if strategy.params.get("weights") is not None and "weights" in params:
+        params["weights"] = list(strategy.params["weights"])
     return params
 
 

@@ -173,7 +173,7 @@ class Planner:
             init=cell.strategy.init,
             deploy=cell.strategy.deploy,
             technique=cell.strategy.technique if timeline.policies(cell.strategy) else None,
-            params=effective_params(cell),
+            params=effective_params(cell.strategy),
             ema_seed=cell.strategy.ema_seed if "ema" in timeline.policies(cell.strategy) else None,
             budget={"steps_per_task": steps, "multiplier": cell.budget.multiplier},
             seed=cell.seed,

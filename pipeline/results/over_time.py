@@ -14,6 +14,7 @@ from statistics import stdev
 from typing import Any, Protocol
 
 from merge_service.checkpoints import WEIGHTS_FILE
+from merge_service.errors import UserError
 from pipeline.files.disk import write_whole
 from pipeline.plan.draft import JOINT_TASK
 from pipeline.plan.settings import flat_settings
@@ -178,6 +179,23 @@ def sentence_of(found: Mapping[str, Any]) -> str:
 def write_results(path: Path, answer: Mapping[str, Any]) -> None:
     """Write `results.json`, as a whole or not at all."""
     write_whole(path, [*json.JSONEncoder(indent=1, allow_nan=False).iterencode(answer), "\n"], sync=True)
+
+
+def read_finished(out: Path) -> dict[str, Any]:
+    """`results.json` of a study that came to its end in OUT. Raises UserError if there is none, or the study is not finished."""
+    path = out / "results.json"
+    try:
+        answer = json.loads(path.read_text(encoding="utf-8"))
+        complete = answer["complete"] is True
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{out} holds no results.json; give the directory of a study that has run to its end"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); run the study again to rewrite it") from None
+    if not complete:
+        raise UserError(f"{out}: study {answer.get('study')} is not finished; run it again to go on")
+    return dict(answer)
 
 
 def table(answer: Mapping[str, Any]) -> list[dict[str, Any]]:

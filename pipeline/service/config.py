@@ -259,6 +259,12 @@ def _unusable(config: ServiceConfig) -> list[Problem]:
         found.append(
             Problem("admission.uris", "experts by URI are not there yet in this version; leave it out")
         )
+    if config.tracking != TrackingSection():
+        found.append(
+            Problem(
+                "tracking", "the MLflow registry is not there yet in this version; leave it out, or uri: null"
+            )
+        )
     if config.data is None and config.gates.solo.required:
         found.append(
             Problem(

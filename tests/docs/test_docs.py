@@ -28,6 +28,7 @@ from merge_service.techniques import forget_table
 from pipeline.cli.app import app
 from pipeline.recipes.carry_out import Output, merge_recipe
 from pipeline.recipes.read import read_recipe
+from pipeline.service.config import config_from
 from pipeline.study.config import study_from
 from pipeline.study.sections import BudgetSection, EvaluationSection, StrategySection
 from pipeline.study.sections_resources import ResourcesSection
@@ -289,7 +290,19 @@ def test_yaml_block_of_a_recipe_is_carried_out(
     )
 
 
-@pytest.mark.parametrize("block", [one for one in blocks("yaml") if not is_recipe(one)], ids=str)
+def is_service(block: Block) -> bool:
+    return block.page.name == "service.md"
+
+
+@pytest.mark.parametrize("block", [one for one in blocks("yaml") if is_service(one)], ids=str)
+def test_yaml_block_is_part_of_a_valid_service(block: Block) -> None:
+    whole = yaml.safe_load((ROOT / "configs" / "service.yaml").read_text())
+    config_from({**whole, **yaml.safe_load(block.text)}, str(block))
+
+
+@pytest.mark.parametrize(
+    "block", [one for one in blocks("yaml") if not (is_recipe(one) or is_service(one))], ids=str
+)
 def test_yaml_block_is_part_of_a_valid_study(block: Block) -> None:
     for fragment in fragments(block):
         tree = {**STUDY, **fragment}

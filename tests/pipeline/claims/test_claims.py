@@ -381,7 +381,7 @@ def test_studies_that_never_ran_are_refused_with_what_to_do(
 ) -> None:
     assert command.main(["--judge", "--page", str(tmp_path / "page.md")]) == 2
     assert "holds no rows of any study" in capsys.readouterr().err
-    with pytest.raises(UserError, match="run the study cells first"):
+    with pytest.raises(UserError, match=r"holds no results\.json; give the directory of a study"):
         read_run(tmp_path, "cells", "c")
 
 
