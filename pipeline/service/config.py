@@ -7,20 +7,21 @@ Invariant: a `ServiceConfig` is valid by itself. An unknown key, a value out of 
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from merge_service.checkpoints import bytes_of
 from merge_service.errors import CheckpointError, TechniqueError
 from merge_service.live import Bounds, Margins
 from merge_service.timelines import Strategy, check_served, needs_experts
 from pipeline.errors import ConfigError
+from pipeline.files.paths import expanded
 from pipeline.service.settings import ListenSection, ServingSection
 from pipeline.study.config import Study, study_from
 from pipeline.study.mistakes import Problem, validate
 from pipeline.study.sections import DataSection, ModelSection, Name, Names, Section, StrategySection, Text
-from pipeline.study.sections_tracking import TrackingSection
+from pipeline.study.sections_tracking import refuse_unusable
 from pipeline.study.strategies import read_strategies
 from pipeline.study.yaml_input import override, read, split_override
 
@@ -134,6 +135,20 @@ class ServiceResources(Section):
     batch_size: int = Field(default=256, ge=1, le=1_000_000)
 
 
+class RegistrySection(Section):
+    """MLflow, where versions and aliases are delivered: `uri` null delivers nothing. `model` is the name of the registered model, by
+    default the service's."""
+
+    uri: Annotated[Text, AfterValidator(expanded)] | None = None
+    experiment: Text = "temporal-merge"
+    model: Name | None = None
+
+    @model_validator(mode="after")
+    def _usable(self) -> Self:
+        refuse_unusable(self.uri)
+        return self
+
+
 class ServiceConfig(Section):
     """One live service: `strategy` is a preset's name or what a study has under grid.strategies, for one strategy."""
 
@@ -150,7 +165,7 @@ class ServiceConfig(Section):
     listen: ListenSection = ListenSection()
     limits: LimitsSection = LimitsSection()
     resources: ServiceResources = ServiceResources()
-    tracking: TrackingSection = TrackingSection()
+    tracking: RegistrySection = RegistrySection()
 
     @cached_property
     def timeline(self) -> Strategy:
@@ -258,12 +273,6 @@ def _unusable(config: ServiceConfig) -> list[Problem]:
     if config.admission.uris:
         found.append(
             Problem("admission.uris", "experts by URI are not there yet in this version; leave it out")
-        )
-    if config.tracking != TrackingSection():
-        found.append(
-            Problem(
-                "tracking", "the MLflow registry is not there yet in this version; leave it out, or uri: null"
-            )
         )
     if config.data is None and config.gates.solo.required:
         found.append(

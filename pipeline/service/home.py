@@ -1,7 +1,7 @@
 """A service in a directory OUT: its store, its log, and what is opened to work on it.
 
 Layout: `OUT/store` has base, experts, models and evaluations by fingerprint; `OUT/service/<name>/` has `log/`, `states/` (streaming states,
-a cache), `incoming/` (bytes that are not judged yet) and `worker.lock`.
+a cache), `incoming/` (bytes that are not judged yet), `worker.lock`, and `outbox.db` with what MLflow has not received.
 
 Invariant: the log and the experts and base in the store are the truth; everything else in OUT is made again when it is missing.
 """

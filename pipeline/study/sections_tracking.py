@@ -48,7 +48,12 @@ class TrackingSection(Section):
 
     @model_validator(mode="after")
     def _usable(self) -> Self:
-        if self.uri is not None:
-            refuse_secret("uri", self.uri, CREDENTIALS)
-            refuse_unusable_tracker(self.uri)
+        refuse_unusable(self.uri)
         return self
+
+
+def refuse_unusable(uri: str | None) -> None:
+    """Raise ValueError for the address of a tracker that holds a secret, or that MLflow cannot use."""
+    if uri is not None:
+        refuse_secret("uri", uri, CREDENTIALS)
+        refuse_unusable_tracker(uri)

@@ -30,5 +30,17 @@ def serve(out: Path, config: ServiceConfig) -> None:
         serving=config.serving,
         listen=config.listen,
     )
-    command = (sys.executable, "-m", "pipeline.service.processes.service_worker", str(out.absolute()))
-    run(setup, [Child("service", command, {"OMP_NUM_THREADS": str(config.resources.threads)}, nice=5)])
+    run(setup, workers(out, config))
+
+
+def workers(out: Path, config: ServiceConfig) -> list[Child]:
+    """The working process, and the one that delivers to MLflow if the configuration names a tracker."""
+
+    def command(name: str) -> tuple[str, ...]:
+        return (sys.executable, "-m", f"pipeline.service.processes.{name}", str(out.absolute()))
+
+    threads = {"OMP_NUM_THREADS": str(config.resources.threads)}
+    found = [Child("service", command("service_worker"), threads, nice=5)]
+    if config.tracking.uri is not None:
+        found.append(Child("registry", command("registry_worker"), {"OMP_NUM_THREADS": "1"}, nice=10))
+    return found

@@ -49,8 +49,7 @@ _BATCH = 90
 _REFUSALS = frozenset(
     {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "INVALID_STATE", "RESOURCE_CONFLICT"}
 )
-# A registry that does not exist, or that we may not write, must not block later rows.
-_REGISTRY = frozenset({"register", "alias"})
+_REGISTRY = frozenset({"register", "alias"})  # one that is missing, or read-only, must not block later rows
 _NO_REGISTRY = frozenset({"PERMISSION_DENIED", "FEATURE_DISABLED", "ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED"})
 
 
@@ -210,15 +209,7 @@ class MlflowSink:
         run_id = self._run_id(body["plan"], body["run"])
         models = {key: self._model_id(body["plan"], key) for *_, key in body["metrics"] if key is not None}
         metrics = [
-            Metric(
-                key,
-                value,
-                stamp,
-                step,
-                model_id=models.get(model),
-                dataset_name=dataset,
-                dataset_digest=digest,
-            )
+            Metric(key, value, stamp, step, models.get(model), dataset, digest)
             for key, value, step, stamp, dataset, digest, model in body["metrics"]
         ]
         tags = [RunTag(key, value) for key, value in body["tags"].items()]
@@ -302,7 +293,7 @@ class MlflowSink:
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            self._client.create_registered_model(name, description=REGISTERED_NOTE)
+            self._client.create_registered_model(name, description=body.get("about", REGISTERED_NOTE))
         version = self._version(name, model_id)
         if version is None:
             tags = {**body["tags"], MODEL_ID_TAG: model_id}
@@ -323,6 +314,15 @@ class MlflowSink:
             self._alias(body)
 
     def _alias(self, body: dict[str, Any]) -> None:
+        from mlflow.exceptions import MlflowException
+
+        if body["model"] is None:
+            try:
+                return self._client.delete_registered_model_alias(body["name"], body["alias"])
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                return None  # the registered model was deleted, and its aliases with it
         name, model_id = body["name"], self._model_id(body["plan"], body["model"])
         version = self._version(name, model_id)
         if version is None:

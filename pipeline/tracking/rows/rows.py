@@ -118,17 +118,18 @@ class Rows:
         kind = "model" if body["files"] else "manifest"
         return self._row(f"{kind}/{key}", {"op": "model", "model": key, "run": run, **body}, stamp)
 
-    def register(self, model: str, run: str, stamp: int, body: Mapping[str, Any]) -> Row:
-        """A version of a registered model. `body`: name, tags, note, parent (another run that shows it). A plan has one such row;
-        a later one supersedes it.
+    def register(
+        self, model: str, run: str, stamp: int, body: Mapping[str, Any], *, each: bool = False
+    ) -> Row:
+        """A version of a registered model. `body`: name, tags, note, parent (another run that shows it), about (the registered model).
+        A plan has one such row and a later one supersedes it, unless `each` model is a version.
         """
-        return self._row(
-            "register", {"op": "register", "model": model, "run": run, **body}, stamp, replace=True
-        )
+        key = f"register/{model}" if each else "register"
+        return self._row(key, {"op": "register", "model": model, "run": run, **body}, stamp, replace=not each)
 
-    def alias(self, model: str, stamp: int, name: str, alias: str) -> Row:
-        """Set `name@alias` to the version of a model. All plans of an outbox share this row, so the alias belongs to the plan
-        that ended last.
+    def alias(self, model: str | None, stamp: int, name: str, alias: str) -> Row:
+        """Set `name@alias` to the version of a model; None removes the alias. All plans of an outbox share this row, so the alias
+        belongs to the plan that ended last.
         """
         body = {"op": "alias", "plan": self._plan, "model": model, "name": name, "alias": alias}
         return Row(f"alias/{name}@{alias}", body, stamp, replace=True)

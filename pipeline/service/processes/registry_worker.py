@@ -1,0 +1,49 @@
+"""The process that delivers a service's versions to MLflow: `python -m pipeline.service.processes.registry_worker OUT`, started by the
+supervisor where the configuration names a tracker.
+
+It is a process of its own, so neither merging nor serving waits for MLflow or holds its libraries. Invariant: it only reads the log.
+"""
+
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from pipeline.errors import TrackingError
+from pipeline.service.home import Home
+from pipeline.service.processes.child import when_orphaned
+from pipeline.service.registry.delivery import Registry
+
+POLL_SECONDS = 1.0
+
+
+def deliver(out: Path, ending: threading.Event) -> None:
+    """Deliver until `ending` is set. An outbox that cannot be written for now is tried again; raises TrackingError for a broken one."""
+    home = Home.open(out)
+    registry = Registry(home.place, home.log, home.config)
+    registry.tracker.start()
+    shown: str | None = None
+    while not ending.is_set():
+        trouble = registry.tracker.last_error
+        try:
+            registry.follow()
+        except TrackingError as error:
+            trouble = str(error)
+        if trouble != shown and trouble is not None:
+            print(f"registry: {trouble}", file=sys.stderr, flush=True)
+        shown = trouble
+        ending.wait(POLL_SECONDS)
+    registry.close()
+
+
+def main() -> None:
+    """Until SIGTERM or Ctrl-C, or until the supervisor is gone."""
+    ending = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ending.set())
+    when_orphaned(ending.set)
+    deliver(Path(sys.argv[1]), ending)
+
+
+if __name__ == "__main__":
+    main()
