@@ -193,8 +193,9 @@ class Tracker:
             return 0.0
         if not self._second_chance:
             return _IDLE_SECONDS
-        self._second_chance, self._refusal = False, None
+        # The rows first: `close` ends as soon as it sees refused rows alone and no chance ahead.
         self._outbox.retry_rejected(self._destination)
+        self._second_chance, self._refusal = False, None
         return 0.0
 
     def _mark(self, sent: Sent) -> None:
