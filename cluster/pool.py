@@ -422,7 +422,5 @@ def _failed(ref: Any) -> bool:
 def _reason(error: Exception) -> str:
     """Ray's message without its advice: the lines that say what happened to which process."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [
-        line for line in lines if "died" in line.lower() or "killed" in line.lower() or "oom" in line.lower()
-    ]
+    telling = [line for line in lines if re.search(r"died|killed|oom|^\w+error:", line, re.IGNORECASE)]
     return " ".join((telling or lines or [type(error).__name__])[:2])

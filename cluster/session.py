@@ -29,6 +29,9 @@ from cluster.local import LOOPBACK, start_local
 ANSWER_SECONDS = 10.0
 """Timeout for connecting to the head of a cluster; Ray itself would retry for minutes."""
 
+JOINS = "TEMPORAL_MERGE_JOINS"
+"""The environment variable of a job with the name of the cluster that runs it."""
+
 PROBE_SECONDS, LOST_SECONDS, HANG_SECONDS = 2.0, 15.0, 15.0
 """The interval between probes of a cluster's head, how long probes may fail, and how long a call of Ray may then hang."""
 
@@ -150,7 +153,12 @@ def _check_listening(address: str) -> None:
 def _environment(threads: int) -> dict[str, str]:
     """The environment of every worker process: explicit thread counts, no telemetry, no code from shards."""
     count = str(threads)
-    ours = {name: value for name, value in os.environ.items() if name.startswith("TEMPORAL_MERGE_")}
+    ours = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith("TEMPORAL_MERGE_")
+        and name != JOINS  # Ray refuses what a job's environment sets already
+    }
     return ours | {
         "OMP_NUM_THREADS": count,
         "MKL_NUM_THREADS": count,
@@ -198,10 +206,25 @@ def connect(address: str = "local", *, threads: int = 1, cpus: int | None = None
             "head was started with into the file that RAY_AUTH_TOKEN_PATH names (or ~/.ray/auth_token)"
         ) from error
     try:
+        if address == "auto":
+            _check_joined()
         yield Session(address, nodes_now())
     finally:
         with _signals_deferred():
             ray.shutdown()
+
+
+def _check_joined() -> None:
+    """Raise ClusterError in a job's driver that joined another cluster than the one that runs the job.
+
+    Ray's supervisor of a job looks for the newest head of its machine, not for its own.
+    """
+    wanted, found = os.environ.get(JOINS), ray.get_runtime_context().get_session_name()
+    if wanted not in (None, found):
+        raise ClusterError(
+            f"this job was submitted to the Ray cluster {wanted} and joined {found}: several heads run on this machine, and Ray "
+            "takes the newest; start each head with a `--temp-dir` of its own, then submit again"
+        )
 
 
 def _reload_token_mode() -> None:

@@ -25,7 +25,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
 from cluster.errors import ClusterError, ClusterLost
-from cluster.session import ANSWER_SECONDS, require_token
+from cluster.session import ANSWER_SECONDS, JOINS, require_token
 
 OLDEST_RAY = (2, 59)
 """The oldest supported Ray of a cluster; older ones have no token authentication."""
@@ -134,14 +134,20 @@ class Cluster:
 
     def submit(self, name: str, command: str, room: Path, metadata: dict[str, str]) -> None:
         with self._explained():
+            environment = {"working_dir": str(room), "env_vars": {JOINS: self._session()}}
             try:
                 self.client.submit_job(
-                    entrypoint=command, submission_id=name, runtime_env={"working_dir": str(room)}, metadata=metadata
-                )  # fmt: skip
+                    entrypoint=command, submission_id=name, runtime_env=environment, metadata=metadata
+                )
             except RuntimeError as error:
                 if "already exists" in str(error):
                     raise _Taken(name) from None
                 raise
+
+    def _session(self) -> str:
+        """The name that the cluster gave itself when its head started."""
+        found: str = self.client._do_request("GET", "/api/version").json()["session_name"]
+        return found
 
     def job(self, name: str) -> Job:
         with self._explained():

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,13 +98,15 @@ class Cluster:
         }
         self.address = f"127.0.0.1:{ports['port']}"
         self.dashboard = f"http://127.0.0.1:{ports['dashboard']}"
+        # Ray looks for "the newest head" in this folder, so that heads that share one take each other's jobs.
+        self._place = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
         command = [
             str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1",
             f"--port={ports['port']}", f"--node-manager-port={ports['node']}", f"--object-manager-port={ports['object']}",
             f"--dashboard-agent-listen-port={ports['agent']}", f"--ray-client-server-port={ports['client']}",
             f"--metrics-export-port={ports['metrics']}", f"--include-dashboard={str(dashboard).lower()}",
             f"--dashboard-port={ports['dashboard']}", "--disable-usage-stats",
-            f"--object-store-memory={128 * 2**20}",
+            f"--object-store-memory={128 * 2**20}", f"--temp-dir={self._place.name}",
         ]  # fmt: skip
         self.log = room / "ray.log"
         with self.log.open("wb") as log:
@@ -137,6 +140,7 @@ class Cluster:
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(20)
+        self._place.cleanup()
 
 
 def start(

@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 
-from cluster.session import ClusterError, check_address, connect
-from tests.world import ROOT
+from cluster.session import JOINS, ClusterError, check_address, connect
+from tests.world import ROOT, Cluster
 
 
 @pytest.mark.fault("F27")
@@ -90,3 +91,20 @@ def test_program_that_imported_ray_first_uses_a_token_all_the_same() -> None:
         [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert answer.stdout.split() == ["False", "True"], answer.stderr
+
+
+def test_job_that_joined_another_cluster_of_its_machine_is_refused(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    with connect("auto"):
+        here = ray.get_runtime_context().get_session_name()
+    monkeypatch.setenv(JOINS, here)
+    with connect("auto"):
+        pass
+    monkeypatch.setenv(JOINS, "session_of_another_head")
+    with (
+        pytest.raises(ClusterError, match=f"session_of_another_head and joined {here}.*--temp-dir"),
+        connect("auto"),
+    ):
+        pass

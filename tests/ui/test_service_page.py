@@ -122,7 +122,7 @@ def test_operator_rolls_back_and_removes_by_keyboard_and_decides_about_descendan
     page.get_by_label("Reason").fill("complaints")
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelector('dd strong').textContent === 't = 1'")
+    page.locator("dd strong", has_text="t = 1").first.wait_for()
     assert home.log.refresh().served.t == 1
 
     first, *later = home.log.state.arrivals
@@ -137,7 +137,7 @@ def test_operator_rolls_back_and_removes_by_keyboard_and_decides_about_descendan
         page.screenshot(path=f"{shots}/remove.png", full_page=True)
     page.get_by_label("remove them too").check()
     page.locator("#remove-reason").press("Enter")
-    page.wait_for_function("document.querySelector('h1 .status').textContent === 'removed'")
+    page.locator("h1 .status", has_text="removed").wait_for()
     state = toys.work(home)
     assert {state.arrivals[name].status for name in (first, *later)} == {"removed"} and state.served.t == 0
 
