@@ -94,6 +94,19 @@ def reject(state: State, arrival: str, reason: str, actor: str) -> Draft:
     return Draft(kinds.Rejected(("operator",), reason), arrival, actor)
 
 
+def promote(state: State, arrival: str, reason: str, actor: str) -> Draft | None:
+    """Serve what an accepted arrival brought, which undoes a rollback; or let a held one go on. None if it is served already."""
+    one = arrival_called(state, arrival)
+    if one.status == "held":
+        return release(state, arrival, reason, actor)
+    if one.t is None:
+        raise Refused(
+            "arrival.state",
+            f"{arrival} is {state.shown(arrival)}; an accepted or a held arrival can be promoted",
+        )
+    return roll_back(state, one.t, reason, actor)
+
+
 def roll_back(state: State, t: int, reason: str, actor: str, hold: bool = False) -> Draft | None:
     """Serve time step `t`; None if it is served already, with the same `hold`."""
     if state.removal is not None:

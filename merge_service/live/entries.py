@@ -136,6 +136,21 @@ class Waiting:
 
 
 @dataclass(frozen=True)
+class Batched:
+    """The arrivals of `also`, in this order, are merged and judged with the entry's own arrival, which comes first, as one candidate."""
+
+    also: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Halved:
+    """The candidate of a batch is not accepted as a whole: none of its arrivals is in a batch of more than `most` from now on."""
+
+    most: int
+    detail: str
+
+
+@dataclass(frozen=True)
 class Merged:
     """A candidate was built beside the accepted state, which `on` names by its chain; in `place` of another arrival if given."""
 
@@ -270,13 +285,14 @@ class Note:
 
 
 Data = (
-    ServiceStarted | ConfigSet | UploadCompleted | Received | Admitted | Quarantined | Waiting | Merged | Evaluated
+    ServiceStarted | ConfigSet | UploadCompleted | Received | Admitted | Quarantined | Waiting | Batched | Halved | Merged | Evaluated
     | CanaryStarted | Promoted | Held | Rejected | RolledBack | Removed | Replaced | Purged | Released | TokenIssued
     | TokenRevoked | Note
 )  # fmt: skip
 KINDS: dict[str, type] = {
     "service_started": ServiceStarted, "config_set": ConfigSet, "upload_completed": UploadCompleted,
-    "received": Received, "admitted": Admitted, "quarantined": Quarantined, "waiting": Waiting, "merged": Merged,
+    "received": Received, "admitted": Admitted, "quarantined": Quarantined, "waiting": Waiting, "batched": Batched,
+    "halved": Halved, "merged": Merged,
     "evaluated": Evaluated, "canary_started": CanaryStarted, "promoted": Promoted, "held": Held, "rejected": Rejected,
     "rolled_back": RolledBack, "removed": Removed, "replaced": Replaced, "purged": Purged, "released": Released,
     "token_issued": TokenIssued, "token_revoked": TokenRevoked, "note": Note,

@@ -57,7 +57,7 @@ def held_by_start(state: State, strategy: Strategy, arrival: Arrival) -> tuple[s
         and one.accepted_seq <= arrival.init_seq
         and (one.left_seq is None or one.left_seq > arrival.init_seq)
     ]
-    there.sort(key=lambda one: _placed(state, one))
+    there.sort(key=lambda one: (_placed(state, one), one.queued or 0))  # a batch was accepted by one entry
     return tuple(one.id for one in (there[-1:] if strategy.init == "latest" else there))
 
 
@@ -75,6 +75,21 @@ def descendants(state: State, strategy: Strategy, arrival: str) -> tuple[str, ..
         if tainted & set(start):
             tainted.add(name)
     return tuple(name for name in state.arrivals if name in tainted and name != arrival)
+
+
+def to_retrain(state: State) -> tuple[str, ...]:
+    """The arrivals that were removed with an ancestor, to be trained again, as far as no expert of their task was accepted since."""
+    newest = dict[str, int]()
+    for one in state.arrivals.values():
+        newest[one.task] = max(newest.get(one.task, 0), one.accepted_seq or 0)
+    return tuple(
+        one.id
+        for one in state.arrivals.values()
+        if one.decided == "retrain"
+        and one.reasons[1:]
+        and one.accepted_seq
+        and newest[one.task] < (one.left_seq or 0)
+    )
 
 
 def ancestors(state: State, strategy: Strategy, arrival: str) -> tuple[str, ...]:

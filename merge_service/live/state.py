@@ -26,6 +26,8 @@ GONE = frozenset({"withdrawn", "removed", "purged"})
 """Taken back, before it was accepted or after."""
 QUEUED = frozenset({"admitted", "waiting", "merged", "evaluated", "canary"})
 """In the lane that merges, one at a time."""
+IN_LINE = frozenset({"admitted", "waiting"})
+"""Of these, those whose candidate is not begun."""
 THERE = QUEUED | {"accepted", "held"}
 """Of whose weights another expert may be a copy."""
 
@@ -33,8 +35,8 @@ THERE = QUEUED | {"accepted", "held"}
 @dataclass(frozen=True)
 class Arrival:
     """One expert that came, sent by `actor` (a token's id, or `local`). `expert` names its artifact once it is admitted. `queued` is the
-    entry by which it got its place in the lane. `accepted_seq` and `left_seq` are the entries by which it came into the accepted
-    sequence and left it.
+    entry by which it got its place in the lane. `batch` are the arrivals that its candidate holds after it, and it is in none of more than
+    `most`. `accepted_seq` and `left_seq` are the entries by which it came into the accepted sequence and left it.
     """
 
     id: str
@@ -65,6 +67,8 @@ class Arrival:
     candidate: Version | None = None
     on: str = ""
     place: str | None = None
+    batch: tuple[str, ...] = ()
+    most: int | None = None
     queued: int | None = None
     t: int | None = None
     accepted_seq: int | None = None
@@ -156,14 +160,19 @@ class Index:
 
     `incoming` are those that are not checked yet, in the order they came, `lane` those that are being merged, and `there` those whose
     weights are in a merge, in the lane or held: each maps ids to sha256. `by_digest` gives the arrivals that brought the same bytes,
-    `starts` the first time step that is deployed with these bytes.
+    `by_owner` and `by_actor` those of one owner and of one sender, in the order they came up to entry `last`. `starts` gives the first
+    time step that is deployed with these bytes, `tasks` the first arrival of each accepted task.
     """
 
     incoming: Mapping[str, str] = field(default_factory=dict)
     lane: Mapping[str, str] = field(default_factory=dict)
     there: Mapping[str, str] = field(default_factory=dict)
     by_digest: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    by_owner: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    by_actor: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    last: int = 0
     starts: Mapping[str, int] = field(default_factory=dict)
+    tasks: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def waiting(self) -> int:
@@ -181,18 +190,28 @@ class Index:
         by_digest = self.by_digest if one.id in same else {**self.by_digest, one.sha256: (*same, one.id)}
         lane = _moved(self.lane, one, one.status in QUEUED)
         there = _moved(self.there, one, bool(one.expert) and one.status in THERE)
-        return Index(incoming, lane, there, by_digest, self.starts)
+        after = replace(self, incoming=incoming, lane=lane, there=there, by_digest=by_digest)
+        if one.seq <= self.last:
+            return after
+        owner, actor = _more(self.by_owner, one.owner, one.id), _more(self.by_actor, one.actor, one.id)
+        return replace(after, by_owner=owner, by_actor=actor, last=one.seq)
 
     def follow(self, before: tuple[Accepted, ...], after: tuple[Accepted, ...]) -> "Index":
         """The index when the accepted sequence is `after`, which was `before`."""
         if after[: len(before)] == before:
-            starts, first = dict(self.starts), len(before)
+            starts, tasks, first = dict(self.starts), dict(self.tasks), len(before)
         else:
-            starts, first = {}, 0
+            starts, tasks, first = {}, {}, 0
         for at in range(first, len(after)):
+            tasks.setdefault(after[at].task, after[at].arrival)
             if after[at].version.sha256:
                 starts.setdefault(after[at].version.sha256, at + 1)
-        return replace(self, starts=starts)
+        return replace(self, starts=starts, tasks=tasks)
+
+
+def _more(kept: Mapping[str, tuple[str, ...]], key: str, name: str) -> Mapping[str, tuple[str, ...]]:
+    """The same with one more name of a key."""
+    return {**kept, key: (*kept.get(key, ()), name)}
 
 
 def _moved(kept: Mapping[str, str], one: Arrival, belongs: bool) -> Mapping[str, str]:

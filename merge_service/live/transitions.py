@@ -12,6 +12,7 @@ from typing import Any
 from merge_service.live import entries as kinds
 from merge_service.live.entries import BrokenLog, Entry, Version
 from merge_service.live.state import (
+    IN_LINE,
     QUEUED,
     Accepted,
     Arrival,
@@ -129,8 +130,41 @@ def _waiting(state: State, entry: Entry, data: kinds.Waiting) -> State:
     return _put(state, _the(state, entry, "admitted"), status="waiting", reasons=(data.reason,))
 
 
+def _batched(state: State, entry: Entry, data: kinds.Batched) -> State:
+    arrival = _the(state, entry, *QUEUED)
+    if arrival.id in data.also or len(set(data.also)) < len(data.also):
+        raise _refuse(entry, "an arrival is in a batch once")
+    for name in data.also:
+        if name not in state.arrivals or state.arrivals[name].status not in IN_LINE:
+            raise _refuse(entry, f"{name} does not wait to be merged")
+    return _put(
+        state, arrival, status="admitted", batch=data.also, candidate=None, on="", place=None, scored=None
+    )
+
+
+def _halved(state: State, entry: Entry, data: kinds.Halved) -> State:
+    arrival = _the(state, entry, "evaluated", "canary")
+    if not 1 <= data.most <= len(arrival.batch):
+        raise _refuse(entry, f"a batch of {len(arrival.batch) + 1} cannot be halved to {data.most}")
+    alone = tuple(one for one in arrival.verdicts if one.gate.startswith("solo"))
+    first = replace(
+        arrival,
+        status="admitted",
+        batch=(),
+        most=data.most,
+        candidate=None,
+        on="",
+        scored=None,
+        verdicts=alone,
+    )
+    also = (replace(state.arrivals[name], most=data.most) for name in arrival.batch)
+    return _with(state, first, *also)
+
+
 def _merged(state: State, entry: Entry, data: kinds.Merged) -> State:
     arrival = _the(state, entry, *QUEUED)
+    if arrival.batch and data.place is not None:
+        raise _refuse(entry, "what takes the place of another is in no batch")
     if data.on != state.chain:
         raise _refuse(entry, "the candidate was built on a state that is not the accepted one any more")
     if data.place is not None and data.place not in {one.arrival for one in state.sequence}:
@@ -156,12 +190,18 @@ def _promoted(state: State, entry: Entry, data: kinds.Promoted) -> State:
     arrival = _candidate(state, entry, data.version)
     if arrival.place is not None:
         raise _refuse(entry, f"the candidate stands in the place of {arrival.place}; that is a replacement")
-    place = Accepted(
-        arrival.id, arrival.task, arrival.expert, arrival.sha256, link(state.chain, arrival.sha256), data.version,
-        data.scored,
-    )  # fmt: skip
-    after = _put(state, arrival, status="accepted", t=state.t + 1, accepted_seq=entry.seq, reasons=())
-    return _serve(_sequenced(after, (*state.sequence, place)), data.version)
+    after, places, chain = state, list(state.sequence), state.chain
+    judged = tuple(one for one in arrival.verdicts if not one.gate.startswith("solo"))
+    for name in (arrival.id, *arrival.batch):
+        one, chain = state.arrivals[name], link(chain, state.arrivals[name].sha256)
+        last, t = name == (arrival.id, *arrival.batch)[-1], len(places) + 1
+        version, scored = (data.version, data.scored) if last else (Version(t, "", ""), None)
+        places.append(Accepted(one.id, one.task, one.expert, one.sha256, chain, version, scored))
+        verdicts = one.verdicts if one is arrival else (*one.verdicts, *judged)
+        after = _put(
+            after, one, status="accepted", t=t, accepted_seq=entry.seq, reasons=(), verdicts=verdicts
+        )
+    return _serve(_sequenced(after, tuple(places)), data.version)
 
 
 def _replaced(state: State, entry: Entry, data: kinds.Replaced) -> State:
@@ -188,6 +228,8 @@ def _candidate(state: State, entry: Entry, version: Version) -> Arrival:
         raise _refuse(entry, "the accepted state has changed since the candidate was built")
     if arrival.candidate != version:
         raise _refuse(entry, "the version is not that of the candidate")
+    if gone := [name for name in arrival.batch if state.arrivals[name].status not in IN_LINE]:
+        raise _refuse(entry, f"{gone[0]} is {state.shown(gone[0])}, and the candidate holds it")
     return arrival
 
 
@@ -212,7 +254,7 @@ def _serve(state: State, version: Version) -> State:
 
 
 def _held(state: State, entry: Entry, data: kinds.Held) -> State:
-    arrival = _the(state, entry, "received", "evaluated", "canary")
+    arrival = _the(state, entry, "received", *IN_LINE, "evaluated", "canary")
     figures = dict(data.figures) or arrival.figures
     return _put(state, arrival, status="held", reasons=data.reasons, detail=data.detail, figures=figures)
 
@@ -254,12 +296,17 @@ def _removed(state: State, entry: Entry, data: kinds.Removed) -> State:
         status: Status = "removed" if one.status == "accepted" else "withdrawn"
         if one.status not in ("removed", "purged"):
             after = _put(
-                after, one, status=status, left_seq=entry.seq, t=None, reasons=("removed",), detail=data.reason,
+                after, one, status=status, left_seq=entry.seq, t=None, reasons=_why(arrival, one), detail=data.reason,
                 decided=data.descendants,
             )  # fmt: skip
     places = _renewed(state, stay, gone[0], Version(len(stay), "", ""), None)
     after = replace(_sequenced(after, places), removal=removal, asked=None)
     return _numbered(after)
+
+
+def _why(removed: Arrival, one: Arrival) -> tuple[str, ...]:
+    """The reasons of an arrival that leaves: it was asked for, or descends from the one that was."""
+    return ("removed",) if one is removed else ("removed", f"descends_from.{removed.id}")
 
 
 def _refolded(state: State, entry: Entry, data: kinds.Promoted) -> State:
@@ -335,7 +382,15 @@ def _released(state: State, entry: Entry, data: kinds.Released) -> State:
     if not arrival.expert:
         return _put(state, arrival, status="received", waived=waived)
     return _put(
-        state, arrival, status="admitted", waived=waived, queued=entry.seq, candidate=None, on="", place=None
+        state,
+        arrival,
+        status="admitted",
+        waived=waived,
+        queued=entry.seq,
+        candidate=None,
+        on="",
+        place=None,
+        batch=(),
     )
 
 
@@ -363,6 +418,7 @@ def _noted(state: State, entry: Entry, data: kinds.Note) -> State:
 _RULES: Mapping[type, Callable[[State, Entry, Any], State]] = {
     kinds.ServiceStarted: _started, kinds.ConfigSet: _config, kinds.UploadCompleted: _uploaded,
     kinds.Received: _received, kinds.Admitted: _admitted, kinds.Quarantined: _quarantined, kinds.Waiting: _waiting,
+    kinds.Batched: _batched, kinds.Halved: _halved,
     kinds.Merged: _merged, kinds.Evaluated: _evaluated, kinds.CanaryStarted: _canary, kinds.Promoted: _promoted,
     kinds.Held: _held, kinds.Rejected: _rejected, kinds.RolledBack: _rolled_back, kinds.Removed: _removed,
     kinds.Replaced: _replaced, kinds.Purged: _purged, kinds.Released: _released, kinds.TokenIssued: _token,

@@ -256,16 +256,7 @@ def status(url: str | None, as_json: bool) -> None:
     if as_json or live is None:
         print_json(found.model_dump())
         return
-    served = live.served
-    print(f"service {found.service}: t = {served.t} of {live.t} is served, sha256 {served.sha256}")
-    if served.arrival:
-        print(f"it came with {served.arrival}")
-    if live.on_hold:
-        print("promotion is on hold")
-    if live.removal:
-        print(f"the removal of {live.removal} is under way")
-    for name, count in live.backlog.items():
-        print(f"{count} {name}")
+    print("\n".join(live.lines()))
 
 
 def arrivals(url: str | None, as_json: bool) -> None:

@@ -105,18 +105,11 @@ def status(out: MaybeDir = None, url: Url = None, as_json: AsJson = False) -> No
         remote.status(url, as_json)
         return
     assert out is not None
-    from merge_service.live import backlog, plain
-    from pipeline.service.home import Home
+    from pipeline.service.http.schemas import Standing
 
-    state = Home.open(out).log.state
+    state = _open(out).log.state
     if as_json:
-        print_json(
-            {
-                "name": state.name, "seq": state.seq, "head": state.head, "served": plain(state.served), "t": state.t,
-                "on_hold": state.on_hold, "removal": state.removal.arrival if state.removal else None,
-                "backlog": backlog(state),
-            }
-        )  # fmt: skip
+        print_json(Standing.of(state).model_dump())
         return
     _say(state)
 
@@ -198,6 +191,24 @@ def release(
     _show(_work(home), arrival, as_json)
 
 
+def promote(
+    arrival: Arrival, reason: Reason, out: MaybeDir = None, url: Url = None, as_json: AsJson = False
+) -> None:
+    """Serve what an accepted arrival brought, which undoes a rollback; or let a held one go on.
+
+    Example: temporal-merge service promote a-000003 --reason "complaints are settled" --out service/zoo
+    """
+    if is_remote(out, url):
+        remote.act(url, as_json, lambda service: service.promote(arrival, reason))
+        return
+    assert out is not None
+    from pipeline.service.operations import Operations
+
+    home = _open(out)
+    Operations(home).promote(arrival, reason)
+    _show(_work(home), arrival, as_json)
+
+
 def reject(
     arrival: Arrival, reason: Reason, out: MaybeDir = None, url: Url = None, as_json: AsJson = False
 ) -> None:
@@ -247,8 +258,8 @@ def remove(
         str,
         typer.Option(
             "--descendants",
-            metavar="keep|remove",
-            help="What becomes of experts that were trained from weights that held it.",
+            metavar="keep|remove|retrain",
+            help="What becomes of experts that were trained from weights that held it; retrain: removed, and listed to be trained again.",
         ),
     ] = "none",
     force: Annotated[bool, typer.Option("--force", help="Also if a gate fails without it.")] = False,
@@ -265,15 +276,15 @@ def remove(
     from merge_service.live import Removed
     from pipeline.service.operations import Operations
 
-    if descendants not in ("none", "keep", "remove"):
-        raise UserError(f"--descendants {descendants}: choose keep or remove")
+    if descendants not in ("none", "keep", "remove", "retrain"):
+        raise UserError(f"--descendants {descendants}: choose keep, remove or retrain")
     if is_remote(out, url):
         return remote.remove(
             url, as_json, lambda service: service.remove(arrival, reason, descendants, force, purge)
         )
     assert out is not None
     home = _open(out)
-    decided: Literal["none", "keep", "remove"] = descendants  # type: ignore[assignment]
+    decided: Literal["none", "keep", "remove", "retrain"] = descendants  # type: ignore[assignment]
     Operations(home).remove(arrival, Removed(reason, force, decided))
     state = _work(home)
     if purge and state.arrivals[arrival].status != "accepted":
@@ -351,31 +362,21 @@ def _open(out: Path) -> "Home":
 
 def _work(home: "Home", until: Any = lambda _: False) -> "State":
     """Work until there is nothing to do, or `until` says so; where a running service does the work, wait for it."""
-    from merge_service.live import next_task
     from pipeline.service.home import Busy
 
     try:
         with home.working():
             return home.worker().run(until)
     except Busy:
-        while not until(state := home.log.refresh()) and next_task(state) is not None:
+        while not until(state := home.log.refresh()) and home.next_task(state) is not None:
             time.sleep(0.2)
         return state
 
 
 def _say(state: "State") -> None:
-    from merge_service.live import backlog
+    from pipeline.service.http.schemas import Standing
 
-    served = state.served
-    print(f"service {state.name}: t = {served.t} of {state.t} is served, sha256 {served.sha256}")
-    if served.arrival:
-        print(f"it came with {served.arrival} ({state.arrivals[served.arrival].task})")
-    if state.on_hold:
-        print("promotion is on hold")
-    if state.removal:
-        print(f"the removal of {state.removal.arrival} is under way")
-    for name, count in backlog(state).items():
-        print(f"{count} {name}")
+    print("\n".join(Standing.of(state).lines()))
 
 
 def _show(state: "State", name: str, as_json: bool) -> None:
@@ -401,6 +402,6 @@ def _arrival(state: "State", name: str) -> dict[str, Any]:
 
 
 COMMANDS = (
-    arrive, work, status, arrivals, show, log, release, reject, rollback, remove, remote.tokens, verify,
+    arrive, work, status, arrivals, show, log, release, promote, reject, rollback, remove, remote.tokens, verify,
     replay,
 )  # fmt: skip

@@ -4,6 +4,7 @@ Invariant: a `ServiceConfig` is valid by itself. An unknown key, a value out of 
 `ConfigError` that names file and key. Model, strategy and name are for the whole life of a service; everything else may be set anew.
 """
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from merge_service.checkpoints import bytes_of
 from merge_service.errors import CheckpointError, TechniqueError
-from merge_service.live import Bounds, Margins
+from merge_service.live import Bounds, Lane, Margins
 from merge_service.timelines import Strategy, check_served, needs_experts
 from pipeline.errors import ConfigError
 from pipeline.files.paths import expanded
@@ -35,6 +36,25 @@ def _size(value: Any) -> Any:
         raise ValueError(str(error)) from None
 
 
+_SPAN = re.compile(r"([0-9]{1,9})(s|m|h|d)")
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def _seconds(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    found = _SPAN.fullmatch(value)
+    if found is None:
+        raise ValueError(
+            f"{value!r} is no time; write seconds, or a whole number with s, m, h or d, as in 90s or 2h"
+        )
+    return int(found[1]) * _UNITS[found[2]]
+
+
+def _by(value: Any) -> Any:
+    return {"by": value} if isinstance(value, str) else value
+
+
 def _no_canary(value: Any) -> Any:
     if value is None:
         return None
@@ -42,6 +62,8 @@ def _no_canary(value: Any) -> Any:
 
 
 Size = Annotated[int, BeforeValidator(_size), Field(ge=1, le=10**15)]
+Span = Annotated[float, BeforeValidator(_seconds), Field(ge=0, le=10**9)]
+"""A time in seconds."""
 Share = Annotated[float, Field(ge=0, le=1)]
 NotYet = Annotated[None, BeforeValidator(_no_canary)]
 
@@ -51,6 +73,18 @@ class TasksSection(Section):
 
     open: bool = True
     list: Names = ()
+
+
+class OrderSection(Section):
+    """In which order arrivals are merged: as they were admitted, or `declared`, by the places of their tasks in tasks.list.
+
+    In a declared order an arrival waits for the tasks before its own. With `holes: skip` it waits for `patience`, counted from when it
+    came, and tasks that are missing then are passed over.
+    """
+
+    by: Literal["arrival", "declared"] = "arrival"
+    holes: Literal["wait", "skip"] = "wait"
+    patience: Span = 86400
 
 
 class AdmissionSection(Section):
@@ -150,7 +184,10 @@ class RegistrySection(Section):
 
 
 class ServiceConfig(Section):
-    """One live service: `strategy` is a preset's name or what a study has under grid.strategies, for one strategy."""
+    """One live service: `strategy` is a preset's name or what a study has under grid.strategies, for one strategy.
+
+    Up to `batch` arrivals are merged and judged as one candidate; if that fails, it is halved until those that fail are alone.
+    """
 
     name: Name
     model: ModelSection
@@ -159,6 +196,8 @@ class ServiceConfig(Section):
     tasks: TasksSection = TasksSection()
     admission: AdmissionSection = AdmissionSection()
     same_task: Literal["replace", "add", "best"] = "best"
+    order: Annotated[OrderSection, BeforeValidator(_by)] = OrderSection()
+    batch: int = Field(default=1, ge=1, le=1024)
     gates: GatesSection = GatesSection()
     promotion: PromotionSection = PromotionSection()
     serving: ServingSection = ServingSection()
@@ -174,6 +213,14 @@ class ServiceConfig(Section):
         if problems:
             raise ConfigError([f"service {self.name}: {one.key}: {one.text}" for one in problems])
         return found[0]
+
+    @property
+    def lane(self) -> Lane:
+        """In which order, and how many at a time, arrivals are merged."""
+        if self.order.by == "arrival":
+            return Lane(batch=self.batch)
+        patience = int(1000 * self.order.patience) if self.order.holes == "skip" else None
+        return Lane(self.tasks.list, patience, self.batch)
 
     @property
     def margins(self) -> Margins:
@@ -279,6 +326,23 @@ def _unusable(config: ServiceConfig) -> list[Problem]:
             Problem(
                 "data",
                 "is missing, so no gate can score anything; name a suite or a root, or say gates.solo.required: false",
+            )
+        )
+    if config.order.by == "declared" and (config.tasks.open or not config.tasks.list):
+        found.append(
+            Problem(
+                "order",
+                "declared is the order of tasks.list: name all tasks there, and say tasks.open: false",
+            )
+        )
+    if config.order.by == "declared" and config.same_task == "add":
+        found.append(
+            Problem("order", "declared has one place for each task; choose same_task: best or replace")
+        )
+    if config.batch > 1 and config.promotion.mode == "manual":
+        found.append(
+            Problem(
+                "batch", "arrivals that a person promotes one by one are judged one by one; leave batch out"
             )
         )
     if not config.tasks.open and not config.tasks.list:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from merge_service.checkpoints import WEIGHTS_FILE
 from merge_service.errors import UserError
-from merge_service.live import ConfigSet, Draft, ServiceStarted, State, Version, plain
+from merge_service.live import ConfigSet, Draft, ServiceStarted, State, Task, Version, next_task, plain
 from pipeline.errors import ConfigError, CorruptArtifact
 from pipeline.files.disk import NO_LOCKS
 from pipeline.kinds.specs import BASE
@@ -101,6 +101,10 @@ class Home:
         if scorer is None:
             scorer = StoreScorer(self.config, self.store, self.base) if self.config.data else NoScorer()
         return Worker(self.config, self.log, self.experts, self.models, scorer)
+
+    def next_task(self, state: State) -> Task | None:
+        """What there is to do now."""
+        return next_task(state, self.config.lane, self.log.now_ms())
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:

@@ -82,6 +82,10 @@ class Log:
         """The state after the newest entry that was read."""
         return self._state
 
+    def now_ms(self) -> int:
+        """Unix time in milliseconds, by the clock of the entries."""
+        return int(self._now() * 1000)
+
     def refresh(self) -> State:
         """Read what is new. Raises `BrokenLog`."""
         with self._lock:
@@ -101,7 +105,7 @@ class Log:
                 draft = decide(state)
                 if draft is None:
                     return None
-                entry = entry_of(draft, state.seq + 1, state.head, int(self._now() * 1000))
+                entry = entry_of(draft, state.seq + 1, state.head, self.now_ms())
                 after = apply(state, entry)
                 point("log.before_append")
                 if self._create(entry):

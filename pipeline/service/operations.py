@@ -5,6 +5,7 @@ finds in the log what is asked of it.
 """
 
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from merge_service.live import (
     State,
     TokenIssued,
     TokenRevoked,
+    promote,
     purge,
     receive,
     reject,
@@ -70,9 +72,18 @@ class Quota:
         return max(0, min(self.owner - mine, self.owner if self.token is None else self.token - sent))
 
     def _counts(self, state: State, data: Received, actor: str) -> tuple[int, int]:
-        """Arrivals of 24 hours, of this owner and of this token."""
-        today = [one for one in state.arrivals.values() if one.time_ms > self.now_ms - DAY_MS]
-        return sum(one.owner == data.owner for one in today), sum(one.actor == actor for one in today)
+        """Arrivals of 24 hours, of this owner and of this token; counted from the newest on, and no further than is allowed."""
+        index = state.index
+        return (
+            self._today(state, index.by_owner.get(data.owner, ()), self.owner),
+            self._today(
+                state, index.by_actor.get(actor, ()), self.owner if self.token is None else self.token
+            ),
+        )
+
+    def _today(self, state: State, names: tuple[str, ...], most: int) -> int:
+        times = (state.arrivals[name].time_ms for name in reversed(names))
+        return sum(1 for _ in islice(takewhile(lambda time_ms: time_ms > self.now_ms - DAY_MS, times), most))
 
 
 class Arrived(NamedTuple):
@@ -128,6 +139,10 @@ class Operations:
     def release(self, arrival: str, reason: str) -> Entry | None:
         """Let an arrival go on in spite of why it was stopped; a held candidate is promoted by this. Raises Refused."""
         return self._append(lambda state: release(state, arrival, reason, self.actor))
+
+    def promote(self, arrival: str, reason: str) -> Entry | None:
+        """Serve what an accepted arrival brought, or let a held one go on. Raises Refused."""
+        return self._append(lambda state: promote(state, arrival, reason, self.actor))
 
     def reject(self, arrival: str, reason: str) -> Entry | None:
         """Refuse a held arrival. Raises Refused."""

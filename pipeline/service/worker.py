@@ -10,11 +10,14 @@ from collections.abc import Callable
 from merge_service.errors import CheckpointError
 from merge_service.faults import point
 from merge_service.live import (
+    LATE,
     Accepted,
     Arrival,
+    Batched,
     Draft,
     Evaluated,
     Following,
+    Halved,
     Held,
     Judged,
     Merged,
@@ -26,6 +29,9 @@ from merge_service.live import (
     State,
     Verdict,
     Version,
+    Waiting,
+    awaited,
+    in_turn,
     merge_gates,
     next_task,
     outcome,
@@ -51,7 +57,6 @@ class Worker:
         self.config, self.log, self.experts, self.models, self.scorer = config, log, experts, models, scorer
         self._screening = Screening(config, experts, scorer)
         self._purged: set[str] = set()
-        self._first = Following(dict[str, str], _first)
         self._best = Following(list[tuple[float, int]], _better)
 
     def step(self) -> bool:
@@ -59,7 +64,7 @@ class Worker:
         state = self.log.refresh()
         self._purge(state)
         self.models.restore(state, state.served.version)
-        task = next_task(state)
+        task = next_task(state, self.config.lane, self.log.now_ms())
         if task is None:
             return False
         if task.what == "refold":
@@ -90,8 +95,20 @@ class Worker:
         self._append(found, arrival)
         self._sweep()
 
+    def _wait(self, state: State, arrival: Arrival) -> None:
+        missing = awaited(state, self.config.lane, arrival)
+        self._append(Waiting(f"order.waits_for.{missing[0]}"), arrival)
+
+    def _late(self, state: State, arrival: Arrival) -> None:
+        text = "a later task of the declared order is accepted already; released, it comes after all others"
+        self._append(Held((LATE,), text), arrival)
+
     def _merge(self, state: State, arrival: Arrival) -> None:
         place = self._place(state, arrival)
+        also = () if place else self._batch(state, arrival)
+        if also != arrival.batch:
+            self._append(Batched(also), arrival)
+            return
         places = self._with(state, arrival, place)
         version = self.models.version(places, len(places))
         self.models.prepare_start(places)
@@ -103,7 +120,24 @@ class Worker:
             return arrival.replaces
         if self.config.same_task == "add":
             return None
-        return self._first.of(state).get(arrival.task)
+        return state.index.tasks.get(arrival.task)
+
+    def _batch(self, state: State, first: Arrival) -> tuple[str, ...]:
+        """The arrivals that are merged and judged with this one as one candidate."""
+        line = in_turn(state, self.config.lane, self.log.now_ms())
+        if first.waived or state.on_hold or not line or line[0].id != first.id:
+            return ()
+        most, tasks, found = self.config.batch, {first.task}, [first]
+        for one in line[1:]:
+            again = self.config.same_task != "add" and one.task in tasks
+            if again or one.waived or self._place(state, one) is not None:
+                break
+            most = min(most, *(each.most or most for each in (*found, one)))
+            if len(found) == most:
+                break
+            found.append(one)
+            tasks.add(one.task)
+        return tuple(one.id for one in found[1:])
 
     def _evaluate(self, state: State, arrival: Arrival) -> None:
         sets = self.scorer.sets
@@ -126,7 +160,7 @@ class Worker:
         versions = {t: before[t - 1].version if t else state.base for t in (best, champion)}
         answers = {t: self._judged(version, places) for t, version in versions.items()}
         return merge_gates(
-            judged, answers[champion], answers[best], sets.of([*self._first.of(state)]), sets.held_out,
+            judged, answers[champion], answers[best], sets.of([*state.index.tasks]), sets.held_out,
             self.config.margins,
         )  # fmt: skip
 
@@ -139,7 +173,9 @@ class Worker:
             return self.scorer.judged(made.fingerprint, self.scorer.sets.every)
 
     def _decide(self, state: State, arrival: Arrival) -> None:
-        found = self._decision(state, arrival)
+        found: EntryData = self._decision(state, arrival)
+        if arrival.batch and isinstance(found, Held | Rejected):
+            found = Halved((len(arrival.batch) + 2) // 2, found.detail)
         if isinstance(found, Promoted | Replaced):
             point("promote.before_append")
         self._append(found, arrival)
@@ -221,13 +257,15 @@ class Worker:
         self.log.append(decide)
 
     def _append(self, data: EntryData, arrival: Arrival) -> None:
-        """Append what became of an arrival, unless something else became of it in the meantime."""
+        """Append what became of an arrival and its batch, unless something else became of them in the meantime."""
         before = self.log.state
+        others = data.also if isinstance(data, Batched) else arrival.batch
 
         def decide(now: State) -> Draft | None:
             same = now.arrivals[arrival.id] == arrival and (now.chain, now.removal, now.on_hold) == (
                 before.chain, before.removal, before.on_hold,
             )  # fmt: skip
+            same = same and all(now.arrivals[name] == before.arrivals[name] for name in others)
             return Draft(data, arrival.id) if same else None
 
         self.log.append(decide)
@@ -245,16 +283,12 @@ class Worker:
         self.experts.sweep(frozenset(index.incoming.values()), index.by_digest.keys())
 
     def _with(self, state: State, arrival: Arrival, place: str | None) -> list[Place]:
-        """The accepted sequence with an arrival at its end, or in the place of another."""
+        """The accepted sequence with an arrival and its batch at its end, or in the place of another."""
         if place is None:
-            return [*self.models.places(state), *placed(state.chain, [arrival.sha256])]
+            batch = (state.arrivals[name].sha256 for name in arrival.batch)
+            return [*self.models.places(state), *placed(state.chain, [arrival.sha256, *batch])]
         digests = [arrival.sha256 if one.arrival == place else one.sha256 for one in state.sequence]
         return placed(state.root, digests)
-
-
-def _first(kept: dict[str, str], state: State, one: Accepted) -> None:
-    """Keep the first arrival of every task."""
-    kept.setdefault(one.task, one.arrival)
 
 
 def _better(kept: list[tuple[float, int]], state: State, one: Accepted) -> None:
@@ -271,5 +305,5 @@ def _said(verdicts: list[Verdict]) -> str:
 
 
 _WORK: dict[str, Callable[[Worker, State, Arrival], None]] = {
-    "check": Worker._check, "merge": Worker._merge, "evaluate": Worker._evaluate, "decide": Worker._decide,
+    "check": Worker._check, "wait": Worker._wait, "late": Worker._late, "merge": Worker._merge, "evaluate": Worker._evaluate, "decide": Worker._decide,
 }  # fmt: skip

@@ -121,6 +121,10 @@ class Service:
         """Let an arrival go on in spite of why it was stopped."""
         return self._act(f"/v1/arrivals/{arrival}/release", {"reason": reason})
 
+    def promote(self, arrival: str, reason: str) -> ArrivalShown:
+        """Serve what an accepted arrival brought, which undoes a rollback; or let a held one go on."""
+        return self._act(f"/v1/arrivals/{arrival}/promote", {"reason": reason})
+
     def reject(self, arrival: str, reason: str) -> ArrivalShown:
         """Refuse a held candidate."""
         return self._act(f"/v1/arrivals/{arrival}/reject", {"reason": reason})

@@ -69,7 +69,7 @@ CODES: dict[str, tuple[int, str, str]] = {
     "t.unknown": (404, "There is no such time step", "GET /v1/status says how many experts are accepted."),
     "head.moved": (412, "The log has gone on since", "Look again, and decide on what is there now."),
     "removal.running": (409, "A removal is under way", "Send the same request again after it."),
-    "descendants.undecided": (409, "Later experts were trained from weights that held it", "Decide about them: descendants=keep or remove."),
+    "descendants.undecided": (409, "Later experts were trained from weights that held it", "Decide about them: descendants=keep, remove or retrain."),
     "tokens.unknown": (404, "There is no token with this id", "GET /v1/tokens lists them."),
     "tokens.last": (409, "It is the last operator token", "Issue another one first."),
     "range.unsatisfiable": (416, "The file has no such bytes", "The Content-Range header has its length."),

@@ -3,10 +3,12 @@
 Invariant: a text that passed a schema can be encoded as UTF-8 and is bounded; an answer names the model that gave it.
 """
 
+from collections.abc import Iterator
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from merge_service.live import State, backlog, to_retrain
 from workers.serving.labels import DEFAULT_TEMPLATES
 from workers.serving.served import Served
 
@@ -153,16 +155,19 @@ class Serves(BaseModel):
 
 
 class VersionShown(BaseModel):
-    """What is deployed after t experts; `sha256` is empty where it must be made again first."""
+    """What is deployed after t experts; `arrival` brought it, for `task`. `sha256` is empty where it must be made again first."""
 
     t: int
     sha256: str
     arrival: str
+    task: str
 
 
 class Standing(BaseModel):
-    """How the service stands after entry `seq` of its log. `t` counts the accepted experts, `backlog` arrivals on their way."""
+    """How the service `name` stands after entry `seq` of its log. `t` counts the accepted experts, `backlog` arrivals on their way;
+    `retrain` are arrivals that were removed with an ancestor and are to be trained again."""
 
+    name: str
     seq: int
     head: str
     t: int
@@ -172,6 +177,33 @@ class Standing(BaseModel):
     removal: str | None
     asked: int | None
     backlog: dict[str, int]
+    retrain: list[str]
+
+    @classmethod
+    def of(cls, state: State) -> "Standing":
+        """How it stands by a state of the log."""
+        served, challenger, arrival = state.served, state.challenger, state.served.arrival
+        task = state.arrivals[arrival].task if arrival else ""
+        return cls(
+            name=state.name, seq=state.seq, head=state.head, t=state.t, on_hold=state.on_hold, backlog=backlog(state),
+            served=VersionShown(t=served.t, sha256=served.sha256, arrival=arrival or "", task=task),
+            challenger=challenger.id if challenger else None,
+            removal=state.removal.arrival if state.removal else None,
+            asked=state.asked.t if state.asked else None, retrain=[*to_retrain(state)],
+        )  # fmt: skip
+
+    def lines(self) -> Iterator[str]:
+        """What a person reads."""
+        yield f"service {self.name}: t = {self.served.t} of {self.t} is served, sha256 {self.served.sha256}"
+        if self.served.arrival:
+            yield f"it came with {self.served.arrival} ({self.served.task})"
+        if self.on_hold:
+            yield "promotion is on hold"
+        if self.removal:
+            yield f"the removal of {self.removal} is under way"
+        yield from (f"{count} {name}" for name, count in self.backlog.items())
+        if self.retrain:
+            yield f"to be trained again: {', '.join(self.retrain)}"
 
 
 class Status(BaseModel):

@@ -232,7 +232,7 @@ async def _form(request: Request) -> dict[str, str]:
 def _remove(operations: Operations, number: str, form: Mapping[str, str]) -> None:
     descendants = form.get("descendants", "none")
     if descendants not in get_args(Descendants):
-        raise Refused("request.invalid", "descendants must be none, keep or remove")
+        raise Refused("request.invalid", "descendants must be none, keep, remove or retrain")
     data = Removed(form["reason"], form.get("force") == "yes", cast(Descendants, descendants))
     operations.remove(number, data)
 

@@ -6,8 +6,11 @@ Invariant: without a supervisor nothing here has an effect.
 """
 
 import os
+import signal
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 PIPE = "TEMPORAL_MERGE_SUPERVISOR"
 """Variable of the environment: the descriptor of the pipe."""
@@ -18,3 +21,13 @@ def when_orphaned(then: Callable[[], object]) -> None:
     if PIPE in os.environ:
         pipe = int(os.environ[PIPE])
         threading.Thread(target=lambda: (os.read(pipe, 1), then()), name="orphaned", daemon=True).start()
+
+
+def until_ended(work: Callable[[Path, threading.Event], None]) -> None:
+    """Do the work of a process on the directory that its command line names. The event is set by SIGTERM or Ctrl-C, and when the
+    supervisor has ended."""
+    ending = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ending.set())
+    when_orphaned(ending.set)
+    work(Path(sys.argv[1]), ending)

@@ -4,14 +4,13 @@ supervisor where the configuration names a tracker.
 It is a process of its own, so neither merging nor serving waits for MLflow or holds its libraries. Invariant: it only reads the log.
 """
 
-import signal
 import sys
 import threading
 from pathlib import Path
 
 from pipeline.errors import TrackingError
 from pipeline.service.home import Home
-from pipeline.service.processes.child import when_orphaned
+from pipeline.service.processes.child import until_ended
 from pipeline.service.registry.delivery import Registry
 
 POLL_SECONDS = 1.0
@@ -36,14 +35,5 @@ def deliver(out: Path, ending: threading.Event) -> None:
     registry.close()
 
 
-def main() -> None:
-    """Until SIGTERM or Ctrl-C, or until the supervisor is gone."""
-    ending = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ending.set())
-    when_orphaned(ending.set)
-    deliver(Path(sys.argv[1]), ending)
-
-
 if __name__ == "__main__":
-    main()
+    until_ended(deliver)

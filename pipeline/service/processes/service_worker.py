@@ -5,8 +5,6 @@ when it is restarted.
 Invariant: the head states only what the log says is served, and only while its file is in the store.
 """
 
-import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,7 +13,7 @@ from merge_service.checkpoints import WEIGHTS_FILE
 from merge_service.live import State, Version
 from pipeline.service.home import Home
 from pipeline.service.intake.uploads import FOLDER, Room, Uploads
-from pipeline.service.processes.child import when_orphaned
+from pipeline.service.processes.child import until_ended
 from workers.serving.served import HeadFile, Served
 
 HEAD = "head.json"
@@ -73,14 +71,5 @@ def work(out: Path, ending: threading.Event) -> None:
                 ending.wait(POLL_SECONDS)
 
 
-def main() -> None:
-    """Until SIGTERM or Ctrl-C, after the step that runs, or until the supervisor is gone."""
-    ending = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ending.set())
-    when_orphaned(ending.set)
-    work(Path(sys.argv[1]), ending)
-
-
 if __name__ == "__main__":
-    main()
+    until_ended(work)

@@ -12,14 +12,18 @@ from hypothesis import given, settings
 from merge_service.live import (
     FINAL,
     KINDS,
+    LATE,
     Admitted,
+    Batched,
     BrokenLog,
     Data,
     Draft,
     Entry,
     Evaluated,
+    Halved,
     Held,
     Known,
+    Lane,
     Merged,
     Note,
     Promoted,
@@ -35,10 +39,12 @@ from merge_service.live import (
     State,
     Verdict,
     Version,
+    Waiting,
     apply,
     chained,
     entry_of,
     fold,
+    in_turn,
     indexed,
     link,
     next_task,
@@ -62,7 +68,8 @@ BASE = Version(0, "base", "base-sha")
 class Service:
     """A worker without files: it makes versions up from chains."""
 
-    def __init__(self) -> None:
+    def __init__(self, rules: Lane = Lane()) -> None:
+        self.rules = rules
         self.state, self.entries = State(), list[Entry]()
         self.say(Draft(ServiceStarted("toy", BASE, plain(STRATEGY), 1)))
 
@@ -77,7 +84,7 @@ class Service:
 
     def work(self, fate: int) -> None:
         """One step of a worker; `fate` says what it finds."""
-        task, state = next_task(self.state), self.state
+        task, state = next_task(self.state, self.rules, fate), self.state
         if task is None:
             return
         if task.what == "make":
@@ -109,21 +116,35 @@ class Service:
                 if fate % 7 < 2 and not arrival.waived
                 else Admitted(f"e-{arrival.sha256}", {})
             )
+        if what == "wait":
+            return Waiting("order.waits_for.another")
+        if what == "late":
+            return Held((LATE,), "")
         if what == "merge":
             place = (
                 arrival.replaces
                 if arrival.replaces and state.arrivals[arrival.replaces].status == "accepted"
                 else None
             )
+            line = [one.id for one in in_turn(state, self.rules, fate) if not one.replaces]
+            also = (
+                ()
+                if place or name not in line[:1]
+                else tuple(line[1 : min(self.rules.batch, arrival.most or 9)])
+            )
+            if also != arrival.batch:
+                return Batched(also)
             digests = [one.sha256 for one in state.sequence]
             if place:
                 digests[[one.arrival for one in state.sequence].index(place)] = arrival.sha256
             else:
-                digests.append(arrival.sha256)
+                digests += [arrival.sha256, *(state.arrivals[one].sha256 for one in arrival.batch)]
             return Merged(version_of(state.root, digests), state.chain, place)
         if what == "evaluate":
             return Evaluated(Scored("ev", {}, 0.5, None, None, None), (Verdict("drift", "pass", 0, 0, 0, 0),))
         assert arrival.candidate is not None
+        if arrival.batch and (fate % 5 < 2 or state.on_hold):
+            return Halved((len(arrival.batch) + 2) // 2, "")
         if fate % 5 == 0:
             return Rejected(("regression.x",), "")
         if fate % 5 == 1 or state.on_hold:
@@ -186,6 +207,8 @@ ASKS: dict[str, Ask] = {
     ),
     "note": lambda service, number: service.say(Draft(Note("x"))),
 }
+TASKS = ("task2", "task0", "task3", "task1")
+RULES = (Lane(), Lane(batch=3), Lane(TASKS), Lane(TASKS, 1), Lane(TASKS, 30, 2))
 SCRIPTS = st.lists(
     st.tuples(st.sampled_from(["arrive", "work", "work", "work", "work", *ASKS]), st.integers(0, 60)),
     max_size=120,
@@ -215,11 +238,11 @@ def check(state: State) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(SCRIPTS)
+@given(SCRIPTS, st.sampled_from(RULES))
 def test_any_interleaving_keeps_the_state_whole_and_ends_when_nothing_is_asked(
-    script: list[tuple[str, int]],
+    script: list[tuple[str, int]], rules: Lane
 ) -> None:
-    service = Service()
+    service = Service(rules)
     for what, number in script:
         before = service.state
         try:
@@ -227,11 +250,12 @@ def test_any_interleaving_keeps_the_state_whole_and_ends_when_nothing_is_asked(
         except Refused:
             assert service.state is before
         check(service.state)
-    for _ in range(6 * len(service.state.arrivals) + 6):
+    for _ in range(12 * len(service.state.arrivals) + 12):
         service.work(2)
         check(service.state)
-    assert next_task(service.state) is None
-    assert all(one.status in FINAL for one in service.state.arrivals.values())
+    assert next_task(service.state, rules, 2) is None
+    left = {"waiting"} if rules.order else set()
+    assert all(one.status in FINAL | left for one in service.state.arrivals.values())
     assert fold(chained(service.entries)) == service.state
     assert of_plain(State, plain(service.state)) == service.state
     assert [parse(entry.text, "here") for entry in service.entries] == service.entries

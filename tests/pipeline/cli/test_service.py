@@ -89,7 +89,10 @@ def test_mistakes_end_with_two_and_say_what_to_do(out: Path, tmp_path: Path, cli
         (["rollback", "7", "--reason", "x", "--out", out], "no t = 7"),
         (["release", "a-000003", "--reason", "x", "--out", out], "promoted"),
         (["arrive", tmp_path / "nothing", "--task", "task1", "--out", out], "nothing"),
-        (["remove", "a-000003", "--reason", "x", "--descendants", "burn", "--out", out], "keep or remove"),
+        (
+            ["remove", "a-000003", "--reason", "x", "--descendants", "burn", "--out", out],
+            "keep, remove or retrain",
+        ),
         (["replay", out, "--out", out], "is there already"),
     ]:
         answer = cli("service", *line)

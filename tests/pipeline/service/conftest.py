@@ -65,9 +65,14 @@ def make_service(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     with ExitStack() as stack:
 
         def make(**changes: Any) -> Service:
+            ending = changes.pop("ending", None)
             setup, head, tokens = set_up(zoo, tmp_path_factory.mktemp("service"), **changes)
             client = stack.enter_context(
-                TestClient(create_app(setup), base_url="http://localhost", raise_server_exceptions=True)
+                TestClient(
+                    create_app(setup, ending=ending),
+                    base_url="http://localhost",
+                    raise_server_exceptions=True,
+                )
             )
             return Service(client, setup, head, tokens)
 

@@ -1,12 +1,17 @@
 """What one more arrival costs does not grow with the arrivals before it: instructions of Python, and bytes, are counted."""
 
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pytest
+
+from merge_service.live import Draft, Received, Refused, ServiceStarted, State, Version, apply, entry_of
 from pipeline.service.home import Home
-from pipeline.service.operations import Operations
+from pipeline.service.operations import DAY_MS, Operations, Quota
 from pipeline.service.scoring import NoScorer
 from tests.pipeline.service import toys
 from tests.pipeline.service.test_thousand import unlike
@@ -16,6 +21,9 @@ MORE_INSTRUCTIONS = 20
 """Instructions for one more expert that came before. A search through all arrivals by one comparison takes more."""
 MORE_BYTES = 130
 """An id and a sha256, in the header of a file."""
+PASSES = 6
+"""How often an arrival passes over the names in headers: they are read once and written twice (state and model), each time as a text
+within a text."""
 
 
 class Instructions:
@@ -38,6 +46,26 @@ class Instructions:
         sys.settrace(self._before)
 
 
+class Texts:
+    """Characters of JSON that are read or written meanwhile, which C does, so `Instructions` does not see it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        dumps, loads = json.dumps, json.loads
+
+        def written(*given: Any, **options: Any) -> str:
+            text = dumps(*given, **options)
+            self.count += len(text)
+            return text
+
+        def read(text: str | bytes, *given: Any, **options: Any) -> Any:
+            self.count += len(text)
+            return loads(text, *given, **options)
+
+        monkeypatch.setattr(json, "dumps", written)
+        monkeypatch.setattr(json, "loads", read)
+
+
 def sizes(service: Home) -> tuple[int, int]:
     """Bytes of the newest model and of the streaming state it was made from."""
     state = service.log.state
@@ -47,7 +75,10 @@ def sizes(service: Home) -> tuple[int, int]:
     return record.bytes, kept.stat().st_size
 
 
-def test_arrival_executes_as_much_and_writes_no_more_but_a_name_after_seventy_others(tmp_path: Path) -> None:
+def test_arrival_executes_as_much_and_writes_no_more_but_a_name_after_seventy_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, passed = Texts(monkeypatch), list[int]()
     strategy = {"init": "base", "deploy": "all", "technique": "average"}
     service = toys.home(tmp_path / "out", strategy, same_task="add")
     operations, counted, written = Operations(service), list[int](), list[tuple[int, int]]()
@@ -59,13 +90,32 @@ def test_arrival_executes_as_much_and_writes_no_more_but_a_name_after_seventy_ot
                 operations.arrive(path, sender)
                 worker.run()
                 continue
+            before = texts.count
             with Instructions() as instructions:
                 operations.arrive(path, sender)
                 worker.run()
             counted.append(instructions.count)
+            passed.append(texts.count - before)
             written.append(sizes(service))
     more = LATE - EARLY
     assert service.log.state.t == LATE + 1
     assert counted[0] > 50_000
     assert counted[1] - counted[0] < MORE_INSTRUCTIONS * more, counted
     assert all(late - early < MORE_BYTES * more for early, late in zip(*written)), written
+    assert passed[1] - passed[0] < PASSES * MORE_BYTES * more, passed
+
+
+def test_quota_counts_as_far_as_it_allows_however_many_came_before() -> None:
+    state, counted = State(), list[int]()
+    start = ServiceStarted("toy", Version(0, "f", "s"), {}, 1)
+    state = apply(state, entry_of(Draft(start), 1, state.head, 0))
+    quota = Quota(owner=5, token=None, now_ms=2 * DAY_MS)
+    for number in range(200):
+        data = Received(f"task{number}", f"{number}", 1, "base", "ann")
+        if number in (10, 199):
+            with Instructions() as instructions, pytest.raises(Refused, match="5 are allowed"):
+                quota.check(state, data, "t-1")
+            counted.append(instructions.count)
+            assert replace(quota, now_ms=4 * DAY_MS).left(state, data, "t-1") == 5
+        state = apply(state, entry_of(Draft(data, actor="t-1"), state.seq + 1, state.head, 2 * DAY_MS))
+    assert counted[0] == counted[1]

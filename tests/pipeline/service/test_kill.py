@@ -8,6 +8,7 @@ import pytest
 
 from merge_service.checkpoints import WEIGHTS_FILE
 from pipeline.service import log as logs
+from pipeline.service.intake import uploads
 from pipeline.service.log import Log
 from pipeline.service.shelf import Directory
 from pipeline.service.verify import verify
@@ -53,3 +54,23 @@ def test_worker_killed_at_a_point_is_followed_by_one_that_ends_alike(
     assert verify(tmp_path / "out") == []
     left = [path.name for path in (tmp_path / "out/service/toy/incoming").iterdir()]
     assert left == []
+
+
+@pytest.mark.parametrize(("point", "nth"), [("upload.part", 3), ("upload.complete", 1)])
+def test_upload_killed_at_a_point_goes_on_and_is_one_arrival(
+    point: str, nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "PART_BYTES", toys.SMALL_PART)
+    faults = {point: {"at": nth, "marker": str(tmp_path / "fired")}}
+    assert toys.child(tmp_path / "out", tmp_path, faults=faults, what="sent") == -signal.SIGKILL
+    again, parts = toys.sent(tmp_path / "out", tmp_path)
+    every = -(-toys.expert(tmp_path, toys.TASKS[0]).stat().st_size // toys.SMALL_PART)
+    assert parts == [
+        *range(nth - 1 if point == "upload.part" else every, every)
+    ]  # the one that was cut off, and those after it
+    (arrival,) = again.log.state.arrivals.values()
+    assert again.log.state.shown(arrival.id) == "promoted" and verify(tmp_path / "out") == []
+    length = again.log.state.seq
+    final, more = toys.sent(tmp_path / "out", tmp_path)  # its answer was lost
+    assert (final.log.state.seq, more) == (length, [])
+    assert [*(again.place / "incoming").iterdir()] == []

@@ -1,6 +1,7 @@
 """Experts over HTTP: uploads that go on after breaks, arrivals that are durable and come once, operations, log and tokens."""
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -321,6 +322,48 @@ def test_log_is_read_whole_and_its_chain_holds(live: LiveService, tmp_path: Path
     assert fold(chained(found)) == live.home.log.state and found[-1].sha256 == page["head"]["sha256"]
 
 
+def test_events_are_the_entries_after_the_last_that_was_seen(live: LiveService, tmp_path: Path) -> None:
+    live.arrive(toys.expert(tmp_path, "task0"), "task0")
+    live.work()
+    head = live.ask("GET", "/v1/log/head", "reader").json()["seq"]
+    for asked, first in (({"params": {"after": 0, "wait": 0}}, 1), ({"params": {"wait": 0}}, head + 1),
+                         ({"params": {"wait": 0}, "headers": {"last-event-id": "2"}}, 3)):  # fmt: skip
+        answer = live.ask("GET", "/v1/events", "reader", **asked)
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        events = [
+            dict(line.split(": ", 1) for line in one.split("\n"))
+            for one in answer.text.split("\n\n")
+            if one.startswith("id")
+        ]
+        assert [int(one["id"]) for one in events] == [*range(first, head + 1)]
+        found = [parse(canonical(json.loads(one["data"])), "event") for one in events]
+        assert [one.kind for one in found] == [one["event"] for one in events]
+    bound, _ = live.issue("reader", owners=["ann"])
+    assert problem(live.ask("GET", "/v1/events?wait=0", bound)) == "role.too_low"
+
+
+def test_promotion_undoes_a_rollback_and_lets_a_held_arrival_go_on(make_live: Make, tmp_path: Path) -> None:
+    live = make_live()
+    ids = [live.arrive(toys.expert(tmp_path, task), task).json()["id"] for task in ("task0", "task1")]
+    live.work()
+    live.ask("POST", "/v1/rollback", json={"t": 1, "hold": True, "reason": "x"})
+    held = live.arrive(toys.expert(tmp_path, "task2"), "task2").json()["id"]
+    live.work()
+    answer = live.ask("POST", f"/v1/arrivals/{ids[1]}/promote", json={"reason": "settled"})
+    assert answer.status_code == 200 and answer.json()["status"] == "promoted"
+    assert not live.home.log.refresh().on_hold
+    assert live.ask("POST", f"/v1/arrivals/{held}/promote", json={"reason": "x"}).status_code == 200
+    assert live.work().served.arrival == held
+    live.ask("DELETE", f"/v1/arrivals/{held}?reason=x&force=true")
+    live.work()
+    refused = live.ask("POST", f"/v1/arrivals/{held}/promote", json={"reason": "x"})
+    assert (refused.status_code, problem(refused)) == (409, "arrival.state")
+    assert (
+        problem(live.ask("POST", f"/v1/arrivals/{held}/promote", "submitter", json={"reason": "x"}))
+        == "role.too_low"
+    )
+
+
 def test_tokens_are_issued_once_bounded_and_revoked(live: LiveService, tmp_path: Path) -> None:
     text, number = live.issue(tasks=["task0"], owners=["ann"], per_day=1, note="ann's machine")
     listed = live.ask("GET", "/v1/tokens").text
@@ -427,6 +470,14 @@ def test_expert_that_comes_back_with_a_ticket_has_a_known_start(make_live: Make,
     assert state.arrivals[unknown].reasons == ("provenance.foreign_init",)
     assert state.shown(third.json()["id"]) == "promoted"
     assert state.arrivals[stale.json()["id"]].reasons == ("provenance.stale",)
+    asked = f"/v1/arrivals/{came}?reason=x&force=true&descendants=retrain"
+    assert live.ask("DELETE", asked).status_code == 202
+    assert live.work().sequence == ()
+    anew = [other, third.json()["id"]]  # what was accepted; the stale one never was
+    assert live.ask("GET", "/v1/status", "reader").json()["live"]["retrain"] == anew
+    live.arrive(toys.expert(tmp_path, "task1", 1), "task1", init="base")
+    live.work()
+    assert live.ask("GET", "/v1/status", "reader").json()["live"]["retrain"] == anew[1:]
 
 
 def test_tickets_of_others_are_refused_and_write_nothing(live: LiveService, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The description of the API holds: whatever is sent, no answer of 500 and none outside the description."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -45,12 +46,14 @@ OPERATIONS = [
     ("GET", "/v1/arrivals/{number}/lineage"),
     ("PUT", "/v1/arrivals/{number}/replacement"),
     ("POST", "/v1/arrivals/{number}/release"),
+    ("POST", "/v1/arrivals/{number}/promote"),
     ("POST", "/v1/arrivals/{number}/reject"),
     ("POST", "/v1/rollback"),
     ("GET", "/v1/next"),
     ("GET", "/v1/starts/{sha256}/files/{name}"),
     ("GET", "/v1/log"),
     ("GET", "/v1/log/head"),
+    ("GET", "/v1/events"),
     ("GET", "/v1/tokens"),
     ("POST", "/v1/tokens"),
     ("DELETE", "/v1/tokens/{number}"),
@@ -61,7 +64,16 @@ OPERATIONS = [
 ]
 
 
-QUICK = ("/v1/uploads", "/v1/arrivals", "/v1/rollback", "/v1/log", "/v1/tokens", "/v1/next", "/v1/starts")
+QUICK = (
+    "/v1/uploads",
+    "/v1/arrivals",
+    "/v1/rollback",
+    "/v1/log",
+    "/v1/tokens",
+    "/v1/next",
+    "/v1/starts",
+    "/v1/events",
+)
 """Routes that are tried less often, since they share how bodies and names are read."""
 
 
@@ -69,7 +81,9 @@ QUICK = ("/v1/uploads", "/v1/arrivals", "/v1/rollback", "/v1/log", "/v1/tokens",
 def small(make_service: Callable[..., Service], tmp_path_factory: pytest.TempPathFactory) -> Service:
     out, limits = tmp_path_factory.mktemp("live"), {"set_prompts": 500}
     toys.home(out)
-    return make_service(out=out, serving={"max_wait_ms": 0, "max_batch": 8}, limits=limits)
+    ending = threading.Event()
+    ending.set()  # nothing waits, whatever is asked
+    return make_service(out=out, ending=ending, serving={"max_wait_ms": 0, "max_batch": 8}, limits=limits)
 
 
 def test_every_operation_is_tried(small: Service) -> None:

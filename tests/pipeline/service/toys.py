@@ -16,12 +16,13 @@ import numpy as np
 
 from merge_service.checkpoints import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, sha256_of
 from merge_service.faults import VARIABLE
-from merge_service.live import Judged, Removed, State, digest
+from merge_service.live import Draft, Judged, Received, Removed, State, digest
 from pipeline.errors import CorruptArtifact
 from pipeline.plan.planner import base_step
 from pipeline.service import log as logs
 from pipeline.service.config import ServiceConfig, config_from
 from pipeline.service.home import Home
+from pipeline.service.intake import uploads
 from pipeline.service.operations import Operations, Sender
 from pipeline.service.scoring import Sets
 from pipeline.store.artifact import Record
@@ -38,6 +39,8 @@ SHAPES = {
 SIZE = 4.0
 """The norm of an honest task vector."""
 SAMPLES = 400
+SMALL_PART = 1000
+"""Bytes of a part of an upload, in this file run as a program."""
 TASKS = tuple(f"task{number}" for number in range(12))
 HELD_OUT = ("held_a", "held_b")
 
@@ -143,16 +146,21 @@ def work(service: Home, until: Any = lambda _: False) -> State:
         return service.worker(ToyScorer(service.store)).run(until)
 
 
+def withdrawn(arrival: str) -> Draft:
+    """What takes an arrival back that is not accepted."""
+    return Draft(Removed("tests"), arrival)
+
+
 def said(service: Home) -> list[tuple[str, str | None, object]]:
     """The log without what may differ: kinds, arrivals and data."""
     return [(entry.kind, entry.arrival, entry.data) for entry in service.log.entries()]
 
 
-def child(*arguments: Any, faults: dict[str, Any] | None = None) -> int:
-    """The exit code of this file run as a program, negative for a signal."""
+def child(*arguments: Any, faults: dict[str, Any] | None = None, what: str = "story") -> int:
+    """The exit code of this file run as a program that does `what`, negative for a signal."""
     environment = {**os.environ, VARIABLE: json.dumps(faults or {})}
     return subprocess.run(
-        [sys.executable, "-m", __spec__.name, *map(str, arguments)], env=environment
+        [sys.executable, "-m", __spec__.name, what, *map(str, arguments)], env=environment
     ).returncode  # type: ignore[name-defined]
 
 
@@ -177,6 +185,29 @@ def story(out: Path, room: Path) -> Home:
     return opened
 
 
+def sent(out: Path, room: Path) -> tuple[Home, list[int]]:
+    """One expert comes as an upload in parts, as the routes take it, and is merged: the parts that were sent now, by number. What
+    is done already is found done."""
+    parts, size = list[int](), uploads.PART_BYTES
+    opened, path = home(out), expert(room, TASKS[0])
+    data, announced = path.read_bytes(), uploads.Announced(path.name, path.stat().st_size, sha256_of(path))
+    every = uploads.Uploads(opened.place / uploads.FOLDER, uploads.Room(10**9, 4, 0))
+    upload, _ = every.open("token", TASKS[0], [announced])
+    if every.taken(upload.id, "token", "request") is None:
+        for first, last in every.missing(upload).get(path.name, []):
+            for part in range(first, last + 1):
+                every.put(upload, path.name, part, data[part * size : (part + 1) * size])
+                parts.append(part)
+        with every.taking(upload, opened.experts, "request") as taking:
+            data_of = Received(
+                TASKS[0], taking.taken.sha256, taking.taken.bytes, "base", "ann", origin="upload"
+            )
+            taking.arrival = Operations(opened, "token").received(data_of).id
+    work(opened)
+    return opened, parts
+
+
 if __name__ == "__main__":
     small_log()
-    story(*map(Path, sys.argv[1:]))
+    uploads.PART_BYTES = SMALL_PART
+    {"story": story, "sent": sent}[sys.argv[1]](*map(Path, sys.argv[2:]))

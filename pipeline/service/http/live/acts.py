@@ -1,4 +1,4 @@
-"""Routes of operations: release, reject, roll back, remove. Each appends one entry; what work it needs is done by the working process.
+"""Routes of operations: release, promote, reject, roll back, remove. Each appends one entry; what work it needs is done by the working process.
 
 Invariant: an operation is decided on the newest state, and with `if_head` on the very state that its caller saw.
 """
@@ -31,6 +31,14 @@ def router(live: Live) -> APIRouter:
     )
     def release(number: Id, why: Why, token: Annotated[Token, operator]) -> ArrivalShown:
         live.operations(token, why.if_head).release(number, why.reason)
+        return _shown(live, number)
+
+    @routes.post(
+        "/v1/arrivals/{number}/promote",
+        summary="Serve what an accepted arrival brought; let a held one go on",
+    )
+    def promote(number: Id, why: Why, token: Annotated[Token, operator]) -> ArrivalShown:
+        live.operations(token, why.if_head).promote(number, why.reason)
         return _shown(live, number)
 
     @routes.post("/v1/arrivals/{number}/reject", summary="Refuse a held candidate")

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 from merge_service.checkpoints import WEIGHTS_FILE
 from merge_service.errors import UserError
-from merge_service.live import State, backlog
+from merge_service.live import State
 from pipeline.service.home import Home
 from pipeline.service.http.problems import Problem
-from pipeline.service.http.schemas import Standing, VersionShown
+from pipeline.service.http.schemas import Standing
 from pipeline.service.intake.tickets import Tickets
 from pipeline.service.intake.uploads import FOLDER, Room, Uploads
 from pipeline.service.operations import Operations, Quota
@@ -86,15 +86,7 @@ class Live:
 
     def standing(self) -> Standing:
         """How the service stands."""
-        state = self.state()
-        served, challenger = state.served, state.challenger
-        return Standing(
-            seq=state.seq, head=state.head, t=state.t, on_hold=state.on_hold, backlog=backlog(state),
-            served=VersionShown(t=served.t, sha256=served.sha256, arrival=served.arrival or ""),
-            challenger=challenger.id if challenger else None,
-            removal=state.removal.arrival if state.removal else None,
-            asked=state.asked.t if state.asked else None,
-        )  # fmt: skip
+        return Standing.of(self.state())
 
 
 def check_bounds(token: Token, task: str, owner: str | None = None) -> None:

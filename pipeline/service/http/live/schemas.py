@@ -21,7 +21,7 @@ Status = Literal[
     "received", "admitted", "waiting", "merged", "evaluated", "canary", "promoted", "superseded", "rolled_back", "held",
     "quarantined", "rejected", "withdrawn", "removed", "purged",
 ]  # fmt: skip
-Descendants = Literal["none", "keep", "remove"]
+Descendants = Literal["none", "keep", "remove", "retrain"]
 
 
 class UploadFile(Body):
