@@ -112,10 +112,10 @@ def test_quota_counts_as_far_as_it_allows_however_many_came_before() -> None:
     quota = Quota(owner=5, token=None, now_ms=2 * DAY_MS)
     for number in range(200):
         data = Received(f"task{number}", f"{number}", 1, "base", "ann")
-        if number in (10, 199):
+        if number in (9, 10, 199):  # the first time compiles the pattern
             with Instructions() as instructions, pytest.raises(Refused, match="5 are allowed"):
                 quota.check(state, data, "t-1")
             counted.append(instructions.count)
             assert replace(quota, now_ms=4 * DAY_MS).left(state, data, "t-1") == 5
         state = apply(state, entry_of(Draft(data, actor="t-1"), state.seq + 1, state.head, 2 * DAY_MS))
-    assert counted[0] == counted[1]
+    assert counted[1] == counted[2]
