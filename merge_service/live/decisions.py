@@ -85,24 +85,27 @@ def release(state: State, arrival: str, reason: str, actor: str) -> Draft:
 
 
 def reject(state: State, arrival: str, reason: str, actor: str) -> Draft:
-    """An operator refuses a held arrival."""
+    """An operator refuses a held arrival, or a candidate that is a canary."""
     one = arrival_called(state, arrival)
-    if one.status != "held" or not one.expert:
+    if one.status not in ("held", "canary") or not one.expert:
         raise Refused(
-            "arrival.state", f"{arrival} is {state.shown(arrival)}; only a held candidate can be rejected"
+            "arrival.state",
+            f"{arrival} is {state.shown(arrival)}; only a held candidate or a canary can be rejected",
         )
     return Draft(kinds.Rejected(("operator",), reason), arrival, actor)
 
 
 def promote(state: State, arrival: str, reason: str, actor: str) -> Draft | None:
-    """Serve what an accepted arrival brought, which undoes a rollback; or let a held one go on. None if it is served already."""
+    """Serve what an accepted arrival brought, which undoes a rollback; or let a held one, or a canary, go on. None if it is served already."""
     one = arrival_called(state, arrival)
     if one.status == "held":
         return release(state, arrival, reason, actor)
+    if one.status == "canary":
+        return Draft(kinds.CanaryEnded(0, ()), arrival, actor)
     if one.t is None:
         raise Refused(
             "arrival.state",
-            f"{arrival} is {state.shown(arrival)}; an accepted or a held arrival can be promoted",
+            f"{arrival} is {state.shown(arrival)}; an accepted arrival, a held one or a canary can be promoted",
         )
     return roll_back(state, one.t, reason, actor)
 

@@ -169,11 +169,21 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class CanaryStarted:
-    """A share of requests goes to the candidate until there are enough of them, or it is too late."""
+    """The candidate answers a share of requests too, until there are enough of them, or it is too late. What it says is returned, or with
+    `shadow` only compared."""
 
     share: float
     requests: int
     deadline_ms: int
+    shadow: bool = False
+
+
+@dataclass(frozen=True)
+class CanaryEnded:
+    """What the gates say of how the candidate answered `requests` real requests; none of them where somebody ended it."""
+
+    requests: int
+    verdicts: tuple[Verdict, ...]
 
 
 @dataclass(frozen=True)
@@ -286,14 +296,14 @@ class Note:
 
 Data = (
     ServiceStarted | ConfigSet | UploadCompleted | Received | Admitted | Quarantined | Waiting | Batched | Halved | Merged | Evaluated
-    | CanaryStarted | Promoted | Held | Rejected | RolledBack | Removed | Replaced | Purged | Released | TokenIssued
+    | CanaryStarted | CanaryEnded | Promoted | Held | Rejected | RolledBack | Removed | Replaced | Purged | Released | TokenIssued
     | TokenRevoked | Note
 )  # fmt: skip
 KINDS: dict[str, type] = {
     "service_started": ServiceStarted, "config_set": ConfigSet, "upload_completed": UploadCompleted,
     "received": Received, "admitted": Admitted, "quarantined": Quarantined, "waiting": Waiting, "batched": Batched,
     "halved": Halved, "merged": Merged,
-    "evaluated": Evaluated, "canary_started": CanaryStarted, "promoted": Promoted, "held": Held, "rejected": Rejected,
+    "evaluated": Evaluated, "canary_started": CanaryStarted, "canary_ended": CanaryEnded, "promoted": Promoted, "held": Held, "rejected": Rejected,
     "rolled_back": RolledBack, "removed": Removed, "replaced": Replaced, "purged": Purged, "released": Released,
     "token_issued": TokenIssued, "token_revoked": TokenRevoked, "note": Note,
 }  # fmt: skip

@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from merge_service.live.entries import Verdict
-from merge_service.live.statistics import Answers, Interval, Paired, bootstrap, mcnemar, pairs, together
+from merge_service.live.statistics import (
+    Answers,
+    Interval,
+    Paired,
+    bootstrap,
+    mcnemar,
+    pairs,
+    proportion,
+    together,
+)
 from merge_service.live.values import digest
 
 Outcome = Literal["pass", "fail", "undecided"]
@@ -96,6 +105,56 @@ def merge_gates(
     every = [*accumulated, *held_out]
     if every:
         found.append(verdict("drift", _mean(candidate, best, every, seed), margins.drift))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a candidate did on real requests, which the champion answered too. Of `requests`, it gave no finite answer to `failed`; of
+    `pictures` that were classified, both said the same of `agreed`. Its answers took `seconds` together, the champion's `usual`."""
+
+    requests: int = 0
+    failed: int = 0
+    pictures: int = 0
+    agreed: int = 0
+    seconds: float = 0.0
+    usual: float = 0.0
+
+    def __add__(self, other: "Observed") -> "Observed":
+        return Observed(
+            self.requests + other.requests, self.failed + other.failed, self.pictures + other.pictures,
+            self.agreed + other.agreed, self.seconds + other.seconds, self.usual + other.usual,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """What a candidate may do on real requests: fail to answer this share, agree with the champion on no less than `agreement`, and
+    take `slower` times as long."""
+
+    failed: float = 0.01
+    agreement: float = 0.5
+    slower: float = 2.0
+
+
+def canary_gates(observed: Observed, allowed: Tolerances) -> tuple[Verdict, ...]:
+    """Whether the candidate may be served, by what it did on real requests; undecided where nothing was asked.
+
+    Differences are losses against a candidate that always answers, agrees, and is as quick.
+    """
+    if not observed.requests:
+        return (Verdict("canary.requests", "undecided", 0.0, -1.0, 1.0, 0.0),)
+    failed = proportion(observed.failed, observed.requests)
+    found = [
+        verdict("canary.failed", Interval(-failed.difference, -failed.high, -failed.low), allowed.failed)
+    ]
+    if observed.pictures:
+        agreed = proportion(observed.agreed, observed.pictures)
+        lost = Interval(agreed.difference - 1, agreed.low - 1, agreed.high - 1)
+        found.append(verdict("canary.agreement", lost, 1 - allowed.agreement))
+    if observed.usual:
+        slower = 1 - observed.seconds / observed.usual
+        found.append(verdict("canary.slower", Interval(slower, slower, slower), allowed.slower - 1))
     return tuple(found)
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from merge_service.live.state import IN_LINE, Arrival, State
 
-What = Literal["check", "wait", "late", "merge", "evaluate", "decide", "refold", "make"]
+What = Literal["check", "wait", "late", "merge", "evaluate", "watch", "decide", "refold", "make"]
 
 LATE = "order.late"
 """The reason of an arrival whose place in the declared order is passed."""
@@ -54,7 +54,9 @@ def next_task(state: State, rules: Lane = Lane(), now_ms: int = 0) -> Task | Non
         return Task("make", t=state.asked.t)
     lane = [state.arrivals[name] for name in state.index.lane]
     if begun := [one for one in lane if one.status not in IN_LINE]:
-        return _begun(state, min(begun, key=lambda one: one.queued or 0))
+        task = _begun(state, min(begun, key=lambda one: one.queued or 0))
+        idle = task.what == "watch" and state.index.incoming
+        return Task("check", next(iter(state.index.incoming))) if idle else task
     ready = in_turn(state, rules, now_ms)
     new = next(iter(state.index.incoming), None)
     if new is not None and (rules.order or len(ready) < rules.batch):
@@ -102,7 +104,7 @@ def _begun(state: State, arrival: Arrival) -> Task:
     whole = all(state.arrivals[name].status in IN_LINE for name in arrival.batch)
     if arrival.on != state.chain or not whole:
         return Task("merge", arrival.id)
-    return Task("evaluate" if arrival.status == "merged" else "decide", arrival.id)
+    return Task({"merged": "evaluate", "canary": "watch"}.get(arrival.status, "decide"), arrival.id)  # type: ignore[arg-type]
 
 
 def _is_late(state: State, rules: Lane, arrival: Arrival) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Literal, get_args
 
-from merge_service.live.entries import GENESIS, Scored, Verdict, Version
+from merge_service.live.entries import GENESIS, CanaryStarted, Scored, Verdict, Version
 from merge_service.live.values import digest
 
 NO_BASE = Version(0, "", "")
@@ -36,7 +36,7 @@ THERE = QUEUED | {"accepted", "held"}
 class Arrival:
     """One expert that came, sent by `actor` (a token's id, or `local`). `expert` names its artifact once it is admitted. `queued` is the
     entry by which it got its place in the lane. `batch` are the arrivals that its candidate holds after it, and it is in none of more than
-    `most`. `accepted_seq` and `left_seq` are the entries by which it came into the accepted sequence and left it.
+    `most`. `trial` is that of its candidate on real requests, begun by entry `tried`. `accepted_seq` and `left_seq` are the entries by which it came into the accepted sequence and left it.
     """
 
     id: str
@@ -69,6 +69,8 @@ class Arrival:
     place: str | None = None
     batch: tuple[str, ...] = ()
     most: int | None = None
+    trial: CanaryStarted | None = None
+    tried: int | None = None
     queued: int | None = None
     t: int | None = None
     accepted_seq: int | None = None

@@ -68,6 +68,11 @@ def mcnemar(paired: Paired) -> Interval:
     return Interval(paired.difference, share * (2 * low - 1), share * (2 * high - 1))
 
 
+def proportion(successes: int, n: int) -> Interval:
+    """A share of n >= 1 with its exact (Clopper-Pearson) interval."""
+    return Interval(successes / n, *_clopper_pearson(successes, n))
+
+
 def bootstrap(datasets: Sequence[Sequence[Paired]], seed: str) -> Interval:
     """The interval of a mean difference over datasets, each the mean of its directions, by resampling images within each.
 

@@ -170,7 +170,15 @@ def _merged(state: State, entry: Entry, data: kinds.Merged) -> State:
     if data.place is not None and data.place not in {one.arrival for one in state.sequence}:
         raise _refuse(entry, f"{data.place} has no place in the accepted sequence")
     return _put(
-        state, arrival, status="merged", candidate=data.candidate, on=data.on, place=data.place, scored=None
+        state,
+        arrival,
+        status="merged",
+        candidate=data.candidate,
+        on=data.on,
+        place=data.place,
+        scored=None,
+        trial=None,
+        tried=None,
     )
 
 
@@ -181,7 +189,12 @@ def _evaluated(state: State, entry: Entry, data: kinds.Evaluated) -> State:
 
 
 def _canary(state: State, entry: Entry, data: kinds.CanaryStarted) -> State:
-    return _put(state, _the(state, entry, "evaluated"), status="canary")
+    return _put(state, _the(state, entry, "evaluated"), status="canary", trial=data, tried=entry.seq)
+
+
+def _canary_ended(state: State, entry: Entry, data: kinds.CanaryEnded) -> State:
+    arrival = _the(state, entry, "canary")
+    return _put(state, arrival, status="evaluated", verdicts=(*arrival.verdicts, *data.verdicts))
 
 
 def _promoted(state: State, entry: Entry, data: kinds.Promoted) -> State:
@@ -419,7 +432,7 @@ _RULES: Mapping[type, Callable[[State, Entry, Any], State]] = {
     kinds.ServiceStarted: _started, kinds.ConfigSet: _config, kinds.UploadCompleted: _uploaded,
     kinds.Received: _received, kinds.Admitted: _admitted, kinds.Quarantined: _quarantined, kinds.Waiting: _waiting,
     kinds.Batched: _batched, kinds.Halved: _halved,
-    kinds.Merged: _merged, kinds.Evaluated: _evaluated, kinds.CanaryStarted: _canary, kinds.Promoted: _promoted,
+    kinds.Merged: _merged, kinds.Evaluated: _evaluated, kinds.CanaryStarted: _canary, kinds.CanaryEnded: _canary_ended, kinds.Promoted: _promoted,
     kinds.Held: _held, kinds.Rejected: _rejected, kinds.RolledBack: _rolled_back, kinds.Removed: _removed,
     kinds.Replaced: _replaced, kinds.Purged: _purged, kinds.Released: _released, kinds.TokenIssued: _token,
     kinds.TokenRevoked: _revoked, kinds.Note: _noted,

@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Response
@@ -35,6 +36,7 @@ from workers.serving.decoding import Decoder, PictureLimits
 from workers.serving.labels import LabelSets
 from workers.serving.served import Head, HeadFile, Served
 from workers.serving.serving import Observers, Serving
+from workers.serving.trials import Trials
 
 VERSION = "1"
 REFUSALS = (400, 401, 403, 404, 408, 409, 412, 413, 415, 421, 422, 429, 500, 503, 507)
@@ -69,12 +71,17 @@ def create_app(
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
         await parts.serving.start(followed)  # before the first connection is accepted: until then they wait
-        following = asyncio.create_task(parts.serving.follow(followed))
-        following.add_done_callback(_report)
+        following = [asyncio.create_task(parts.serving.follow(followed))]
+        if isinstance(followed, HeadFile):
+            tell = partial(Trials(setup.trials).write, f"{place()}-{os.getpid()}")
+            following.append(asyncio.create_task(parts.serving.follow_trials(followed.trial, tell)))
+        for one in following:
+            one.add_done_callback(_report)
         try:
             yield
         finally:
-            following.cancel()
+            for one in following:
+                one.cancel()
             await parts.serving.close()
             parts.decoder.close()
 

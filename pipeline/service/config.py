@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from merge_service.checkpoints import bytes_of
 from merge_service.errors import CheckpointError, TechniqueError
-from merge_service.live import Bounds, Lane, Margins
+from merge_service.live import Bounds, CanaryStarted, Lane, Margins, Tolerances
 from merge_service.timelines import Strategy, check_served, needs_experts
 from pipeline.errors import ConfigError
 from pipeline.files.paths import expanded
@@ -55,17 +55,10 @@ def _by(value: Any) -> Any:
     return {"by": value} if isinstance(value, str) else value
 
 
-def _no_canary(value: Any) -> Any:
-    if value is None:
-        return None
-    raise ValueError("canaries and shadows are not there yet in this version; leave the key out")
-
-
 Size = Annotated[int, BeforeValidator(_size), Field(ge=1, le=10**15)]
 Span = Annotated[float, BeforeValidator(_seconds), Field(ge=0, le=10**9)]
 """A time in seconds."""
 Share = Annotated[float, Field(ge=0, le=1)]
-NotYet = Annotated[None, BeforeValidator(_no_canary)]
 
 
 class TasksSection(Section):
@@ -130,6 +123,15 @@ class GeometrySection(Section):
     reference: dict[Text, float] = {}
 
 
+class CanarySection(Section):
+    """What a candidate may do on real requests: fail this share, agree with the champion on no less than `agreement` of the pictures, and
+    take `slower` times as long."""
+
+    failed: Share = 0.01
+    agreement: Share = 0.5
+    slower: float = Field(default=2.0, ge=1)
+
+
 class GatesSection(Section):
     """The gates. `fraction` of the samples is scored, drawn with `seed`; `split` is test or val."""
 
@@ -138,18 +140,44 @@ class GatesSection(Section):
     held_out: HeldOutSection = HeldOutSection()
     geometry: GeometrySection = GeometrySection()
     drift: Share = 0.05
+    canary: CanarySection = CanarySection()
     undecided: Literal["hold", "reject", "pass"] = "hold"
     fraction: float = Field(default=1.0, gt=0, le=1)
     seed: int = Field(default=0, ge=0, lt=2**31)
     split: Literal["test", "val"] = "test"
 
 
+class TrialSection(Section):
+    """A candidate answers this share of real requests as well, until there are so many, or for so long."""
+
+    share: float = Field(default=0.1, gt=0, le=1)
+    requests: int = Field(default=500, ge=1, le=10**9)
+    deadline: Span = 3600
+
+
 class PromotionSection(Section):
-    """Whether what passes all gates is served at once, or held for a person."""
+    """Whether what passes all gates is served at once, or held for a person; and after a trial on real requests: as a `canary`, whose
+    answers are returned, or as a `shadow`, whose answers are only compared."""
 
     mode: Literal["auto", "manual"] = "auto"
-    canary: NotYet = None
-    shadow: NotYet = None
+    canary: TrialSection | None = None
+    shadow: TrialSection | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if self.canary and self.shadow:
+            raise ValueError(
+                "canary and shadow: give one of them; a canary is compared with what is served too"
+            )
+        return self
+
+    def trial(self, now_ms: int) -> CanaryStarted | None:
+        """The trial of a candidate that passed all gates now."""
+        found = self.canary or self.shadow
+        if found is None:
+            return None
+        deadline = now_ms + int(1000 * found.deadline)
+        return CanaryStarted(found.share, found.requests, deadline, self.shadow is not None)
 
 
 class LimitsSection(Section):
@@ -229,6 +257,12 @@ class ServiceConfig(Section):
         return Margins(
             gates.solo.min_gain, gates.accumulated.margin, gates.accumulated.worst, gates.held_out.margin, gates.drift
         )  # fmt: skip
+
+    @property
+    def tolerances(self) -> Tolerances:
+        """What a candidate may do on real requests."""
+        found = self.gates.canary
+        return Tolerances(found.failed, found.agreement, found.slower)
 
     @property
     def bounds(self) -> Bounds:

@@ -1,6 +1,6 @@
 """A service in a directory OUT: its store, its log, and what is opened to work on it.
 
-Layout: `OUT/store` has base, experts, models and evaluations by fingerprint; `OUT/service/<name>/` has `log/`, `states/` (streaming states,
+Layout: `OUT/store` has base, experts, models and evaluations by fingerprint; `OUT/service/<name>/` has `log/`, `trials/` (what candidates did on real requests), `states/` (streaming states,
 a cache), `incoming/` (bytes that are not judged yet), `worker.lock`, and `outbox.db` with what MLflow has not received.
 
 Invariant: the log and the experts and base in the store are the truth; everything else in OUT is made again when it is missing.
@@ -34,6 +34,8 @@ from pipeline.service.worker import Worker
 from pipeline.store.artifact import Record
 from pipeline.store.local import Store
 from pipeline.store.open import store_at
+from workers.serving.trials import FOLDER as TRIALS
+from workers.serving.trials import Trials
 
 FORMAT = 1
 SERVICE = "service"
@@ -100,7 +102,7 @@ class Home:
         """What does the work; hold `working` meanwhile. Reads the data, unless a scorer is given."""
         if scorer is None:
             scorer = StoreScorer(self.config, self.store, self.base) if self.config.data else NoScorer()
-        return Worker(self.config, self.log, self.experts, self.models, scorer)
+        return Worker(self.config, self.log, self.experts, self.models, scorer, Trials(self.place / TRIALS))
 
     def next_task(self, state: State) -> Task | None:
         """What there is to do now."""

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from pipeline.errors import ConfigError
 from pipeline.study.sections import Section
+from workers.serving.trials import FOLDER
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, le=3600)]
@@ -129,6 +130,11 @@ class Setup(Section):
     def ticket_key(self) -> Path:
         """The file of the key that start tickets are signed with."""
         return self.state / "ticket.key"
+
+    @property
+    def trials(self) -> Path:
+        """The folder of what candidates did on real requests."""
+        return self.head.parent / FOLDER
 
     @property
     def label_sets(self) -> Path:

@@ -14,6 +14,7 @@ from merge_service.live import (
     Accepted,
     Arrival,
     Batched,
+    CanaryEnded,
     Draft,
     Evaluated,
     Following,
@@ -31,6 +32,7 @@ from merge_service.live import (
     Version,
     Waiting,
     awaited,
+    canary_gates,
     in_turn,
     merge_gates,
     next_task,
@@ -46,15 +48,23 @@ from pipeline.service.log import Log
 from pipeline.service.models import Models, placed
 from pipeline.service.scoring import Scorer, scored
 from pipeline.service.screening import Screening
+from workers.serving.trials import Trials
 
 
 class Worker:
     """Does the work of a service, one step at a time. One process at a time may run one (`Home.working`)."""
 
     def __init__(
-        self, config: ServiceConfig, log: Log, experts: Experts, models: Models, scorer: Scorer
+        self,
+        config: ServiceConfig,
+        log: Log,
+        experts: Experts,
+        models: Models,
+        scorer: Scorer,
+        trials: Trials,
     ) -> None:
         self.config, self.log, self.experts, self.models, self.scorer = config, log, experts, models, scorer
+        self._trials = trials
         self._screening = Screening(config, experts, scorer)
         self._purged: set[str] = set()
         self._best = Following(list[tuple[float, int]], _better)
@@ -71,6 +81,8 @@ class Worker:
             self._refold(state)
         elif task.what == "make":
             self._make(state)
+        elif task.what == "watch":
+            return self._watch(state, state.arrivals[task.arrival])
         else:
             self._do(task.what, state, state.arrivals[task.arrival])
         return True
@@ -176,24 +188,45 @@ class Worker:
         found: EntryData = self._decision(state, arrival)
         if arrival.batch and isinstance(found, Held | Rejected):
             found = Halved((len(arrival.batch) + 2) // 2, found.detail)
+        trial = self.config.promotion.trial(self.log.now_ms())
+        if trial and isinstance(found, Promoted | Replaced) and not _was_tried(arrival):
+            self._trials.clear()
+            found = trial
         if isinstance(found, Promoted | Replaced):
             point("promote.before_append")
         self._append(found, arrival)
         if isinstance(found, Promoted | Replaced):
             point("promote.after_append")
-        self.models.tidy(self.log.state, self.config.serving.keep_warm)
+        self._tidy()
+
+    def _watch(self, state: State, arrival: Arrival) -> bool:
+        """End a trial on real requests that has seen enough, or whose time is over; False while it goes on."""
+        assert arrival.trial is not None
+        observed = self._trials.read(trial_key(arrival))
+        verdicts = canary_gates(observed, self.config.tolerances)
+        fails = any(one.gate == "canary.failed" and one.verdict == "fail" for one in verdicts)
+        enough = observed.requests >= arrival.trial.requests or self.log.now_ms() >= arrival.trial.deadline_ms
+        if not (fails or enough):  # clients must not wait for a candidate that gives no answers
+            return False
+        self._append(CanaryEnded(observed.requests, verdicts), arrival)
+        return True
+
+    def _tidy(self) -> None:
+        state = self.log.state
+        tried = state.challenger.candidate if state.challenger else None
+        self.models.tidy(state, self.config.serving.keep_warm, tried)
 
     def _decision(self, state: State, arrival: Arrival) -> Promoted | Replaced | Held | Rejected:
         left = [
             one
             for one in arrival.verdicts
             if not one.gate.startswith("solo")
-            and not {f"regression.{one.gate}", f"undecided.{one.gate}"} & set(arrival.waived)
+            and not {_failed(one), f"undecided.{one.gate}"} & set(arrival.waived)
         ]
         verdict = outcome(left)
         failed = [one for one in left if one.verdict == "fail"]
         if verdict == "fail":
-            return Rejected(tuple(f"regression.{one.gate}" for one in failed), _said(failed))
+            return Rejected(tuple(map(_failed, failed)), _said(failed))
         if arrival.place and not arrival.replaces and (worse := self._not_better(state, arrival)):
             return worse
         open_ = [one for one in left if one.verdict == "undecided"]
@@ -242,7 +275,7 @@ class Worker:
                 reasons = tuple(f"regression.{one.gate}" for one in failed)
                 found = Rejected(reasons, f"{_said(failed)}; remove it all the same with --force")
         self._append(found, state.arrivals[removal.arrival])
-        self.models.tidy(self.log.state, self.config.serving.keep_warm)
+        self._tidy()
 
     def _make(self, state: State) -> None:
         """Make the weights of a time step that a removal changed, and serve them."""
@@ -289,6 +322,21 @@ class Worker:
             return [*self.models.places(state), *placed(state.chain, [arrival.sha256, *batch])]
         digests = [arrival.sha256 if one.arrival == place else one.sha256 for one in state.sequence]
         return placed(state.root, digests)
+
+
+def _failed(one: Verdict) -> str:
+    """The reason of an arrival that a gate has stopped."""
+    return one.gate if one.gate.startswith("canary.") else f"regression.{one.gate}"
+
+
+def _was_tried(arrival: Arrival) -> bool:
+    """Whether a candidate was on trial, or was released from where its trial had led."""
+    return arrival.tried is not None or any("canary." in one or "promotion." in one for one in arrival.waived)
+
+
+def trial_key(arrival: Arrival) -> str:
+    """The name of the trial of an arrival's candidate."""
+    return f"{arrival.id}-{arrival.tried}"
 
 
 def _better(kept: list[tuple[float, int]], state: State, one: Accepted) -> None:

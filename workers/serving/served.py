@@ -4,6 +4,7 @@ A process polls its `Head` and serves what the head says, and nothing else. `Hea
 Invariant: a reader of the file sees one statement or the next, never parts of both.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -35,6 +36,32 @@ class Served:
         return cls(t, str(found["arrival"]), str(found["sha256"]), Path(found["path"]), seq)
 
 
+@dataclass(frozen=True)
+class Trial:
+    """The candidate `served` answers this share of requests as well; what it says is returned, or with `shadow` only compared. `key` names
+    the trial."""
+
+    served: Served
+    share: float
+    shadow: bool
+    key: str
+
+    def takes(self, session: str) -> bool:
+        """Whether a request of this session is in the share; always the same for the same session."""
+        drawn = int.from_bytes(hashlib.sha256(f"{self.key} {session}".encode()).digest()[:8], "big")
+        return drawn < self.share * 2**64
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `from_json` reads them."""
+        return {**asdict(self), "served": self.served.to_json()}
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> "Trial":
+        """Raises KeyError, TypeError or ValueError for anything that `to_json` does not give."""
+        served = Served.from_json(found["served"])
+        return cls(served, float(found["share"]), bool(found["shadow"]), str(found["key"]))
+
+
 class Head(Protocol):
     """Says which weights are served. Both methods are called often, so they must be quick, and must not raise."""
 
@@ -46,14 +73,14 @@ class Head(Protocol):
 
 
 class HeadFile:
-    """A head in a JSON file: {"current": ..., "kept": [...]}.
+    """A head in a JSON file: {"current": ..., "kept": [...], "trial": ...}.
 
     A file that is missing or cannot be read leaves the last statement in force.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._read: tuple[tuple[int, int, int] | None, Served | None, tuple[Served, ...]] = (None, None, ())
+        self._read: _Read = (None, None, (), None)
 
     def current(self) -> Served | None:
         """As of `Head`."""
@@ -63,12 +90,19 @@ class HeadFile:
         """As of `Head`."""
         return self._now()[2]
 
-    def write(self, current: Served | None, kept: Sequence[Served] = ()) -> None:
+    def trial(self) -> Trial | None:
+        """The candidate that is tried on real requests now."""
+        return self._now()[3]
+
+    def write(self, current: Served | None, kept: Sequence[Served] = (), trial: Trial | None = None) -> None:
         """Replace the statement. Raises OSError."""
-        body = {"current": current and current.to_json(), "kept": [one.to_json() for one in kept]}
+        body = {
+            "current": current and current.to_json(), "kept": [one.to_json() for one in kept],
+            "trial": trial and trial.to_json(),
+        }  # fmt: skip
         replace_whole(self._path, json.dumps(body))
 
-    def _now(self) -> tuple[tuple[int, int, int] | None, Served | None, tuple[Served, ...]]:
+    def _now(self) -> "_Read":
         """What was read last, read anew if the file is another one; threads may ask at once."""
         try:
             state = self._path.stat()
@@ -79,7 +113,12 @@ class HeadFile:
                 kept = tuple(Served.from_json(one) for one in found.get("kept", ()))
                 if current is not None and current not in kept:
                     kept = (*kept, current)
-                self._read = (stamp, current, kept)
+                trial = Trial.from_json(found["trial"]) if found.get("trial") else None
+                self._read = (stamp, current, kept, trial)
         except (OSError, ValueError, KeyError, TypeError):
             pass
         return self._read
+
+
+_Read = tuple[tuple[int, int, int] | None, Served | None, tuple[Served, ...], Trial | None]
+"""What tells one file from another, and its statement."""

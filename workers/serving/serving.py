@@ -6,6 +6,7 @@ Invariant: weights that cannot be served change nothing but `standing`; an answe
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -17,10 +18,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from merge_service.live import Observed
 from workers.serving.batcher import Batcher, Batching, Busy
 from workers.serving.labels import LabelSet, LabelSets
-from workers.serving.served import Head, Served
+from workers.serving.served import Head, Served, Trial
 from workers.serving.snapshot import Answer, Snapshot, WeightsRefused, Work
+from workers.serving.trying import Trying
 
 POLL_SECONDS = 0.2
 FIRST_RETRY, LAST_RETRY = 1.0, 60.0
@@ -75,6 +78,7 @@ class Serving:
         self._loading = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._embedding = ThreadPoolExecutor(1, thread_name_prefix="labels")
         self._swapping = asyncio.Lock()
+        self._trying = Trying(partial(self._run, self._loading, self._loaded), batching)
         self._preparing: dict[tuple[int, str], asyncio.Future[Any]] = {}
 
     @property
@@ -88,6 +92,7 @@ class Serving:
         Where that cannot be loaded, a process that was just started serves the newest of the kept weights that can.
         """
         self._batcher.start()
+        self._trying.start()
         current = head.current()
         kept = sorted(head.kept(), key=lambda served: -served.seq)
         problem = None
@@ -137,10 +142,30 @@ class Serving:
                 self.standing, refused = Standing(self.standing.served, wanted), None
             await asyncio.sleep(every)
 
-    async def answer(self, work: Work) -> Answer:
-        """Raises NothingServed, Busy, Closed, and FloatingPointError where the model's numbers are not finite."""
+    async def follow_trials(
+        self,
+        wanted: Callable[[], Trial | None],
+        tell: Callable[[str, Observed], None],
+        every: float = POLL_SECONDS,
+    ) -> None:
+        """Try on real requests what is wanted, for ever, and tell by its key what was observed."""
+        while True:
+            with contextlib.suppress(OSError):  # it is told again
+                await self._trying.follow(wanted(), tell)
+            await asyncio.sleep(every)
+
+    async def answer(self, work: Work, session: str = "") -> Answer:
+        """The answer of what is served, or of a candidate that is tried on requests of this session (any text).
+
+        Raises NothingServed, Busy, Closed, and FloatingPointError where the model's numbers are not finite.
+        """
         if self._snapshot is None:
             raise NothingServed
+        return await (
+            self._trying.answer(work, self._usual) if self._trying.takes(session) else self._usual(work)
+        )
+
+    async def _usual(self, work: Work) -> Answer:
         if work.labels is not None:
             await self.prepare(work.labels)
         return await self._batcher.submit(work)
@@ -165,6 +190,7 @@ class Serving:
     async def close(self) -> None:
         """Answer what waits, and end."""
         await self._batcher.close()
+        await self._trying.close()
         for pool in (self._loading, self._embedding):
             pool.shutdown(wait=False, cancel_futures=True)
 

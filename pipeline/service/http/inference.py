@@ -5,6 +5,7 @@ Invariant: a request is answered by one snapshot, which the headers name; a clie
 """
 
 import asyncio
+import secrets
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
@@ -184,7 +185,8 @@ async def _decoded(model: Inference, files: list[bytes]) -> np.ndarray:
 async def _answered(request: Request, model: Inference, work: Work) -> Answer:
     """The model's answer. Raises Problem."""
     try:
-        return await _while_connected(request, model.serving.answer(work), model.limits.answer_s)
+        answering = model.serving.answer(work, _session(request))
+        return await _while_connected(request, answering, model.limits.answer_s)
     except NothingServed:
         raise busy("model.none", 5) from None
     except Busy as error:
@@ -195,6 +197,11 @@ async def _answered(request: Request, model: Inference, work: Work) -> Answer:
         raise busy("service.slow", 5) from None
     except FloatingPointError:
         raise Problem("model.not_finite") from None
+
+
+def _session(request: Request) -> str:
+    """What decides whether a candidate answers: the same session is always answered by the same model."""
+    return request.headers.get("x-session") or request.headers.get("x-request-id") or secrets.token_hex(8)
 
 
 async def _while_connected(request: Request, asked: Awaitable[T], seconds: float) -> T:

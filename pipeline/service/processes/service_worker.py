@@ -14,7 +14,8 @@ from merge_service.live import State, Version
 from pipeline.service.home import Home
 from pipeline.service.intake.uploads import FOLDER, Room, Uploads
 from pipeline.service.processes.child import until_ended
-from workers.serving.served import HeadFile, Served
+from pipeline.service.worker import trial_key
+from workers.serving.served import HeadFile, Served, Trial
 
 HEAD = "head.json"
 POLL_SECONDS = 0.2
@@ -32,15 +33,28 @@ class Statement:
     def write(self) -> None:
         """State what the log says now. A version whose file is not made yet leaves the last statement in force. Raises OSError."""
         state = self._home.log.state
-        if (known := (state.served, state.chain)) == self._last:
+        trial = self._trial(state)
+        if (known := (state.served, state.chain, trial)) == self._last:
             return
         current = self._of(state, state.served.version)
         if current is None:
             return
         newest = range(max(0, state.t - self._home.config.serving.keep_warm) + 1, state.t + 1)
         kept = [self._of(state, state.version(t)) for t in newest]
-        self._file.write(current, [one for one in kept if one is not None])
+        self._file.write(current, [one for one in kept if one is not None], trial)
         self._last = known
+
+    def _trial(self, state: State) -> Trial | None:
+        """The candidate that is tried on real requests now."""
+        one = state.challenger
+        if one is None or one.status != "canary" or one.trial is None or one.candidate is None:
+            return None
+        record = self._home.store.find(one.candidate.fingerprint)
+        if record is None:
+            return None
+        file = (record.path / WEIGHTS_FILE).absolute()
+        served = Served(one.candidate.t, one.id, one.candidate.sha256, file, one.tried or 0)
+        return Trial(served, one.trial.share, one.trial.shadow, trial_key(one))
 
     def _of(self, state: State, version: Version) -> Served | None:
         record = self._home.store.find(version.fingerprint) if version.fingerprint else None
