@@ -94,7 +94,7 @@ from merge_service.live.state import (
     indexed,
     link,
 )
-from merge_service.live.statistics import Answers, Interval, Paired, bootstrap, mcnemar, score
+from merge_service.live.statistics import Answers, Interval, Paired, bootstrap, mcnemar, proportion, score
 from merge_service.live.transitions import apply, fold, served_after
 from merge_service.live.values import canonical, digest, of_plain, plain
 
@@ -187,6 +187,7 @@ __all__ = [
     "parse",
     "plain",
     "promote",
+    "proportion",
     "purge",
     "receive",
     "reject",
