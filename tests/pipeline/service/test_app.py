@@ -397,7 +397,7 @@ def test_defect_is_a_problem_without_its_details(
 
     one = make_service()
 
-    async def defect(self: Any, work: Any) -> Any:
+    async def defect(self: Any, work: Any, session: str) -> Any:
         raise KeyError("/tmp/secret.py")
 
     monkeypatch.setattr(Serving, "answer", defect)
