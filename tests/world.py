@@ -123,7 +123,11 @@ class Cluster:
                 }
                 | (environment or {}),
             )
-        self._wait()
+        try:
+            self._wait()
+        except BaseException:
+            self.stop()
+            raise
 
     def _wait(self, seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds

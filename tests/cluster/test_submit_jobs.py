@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def test_mistake_that_only_the_cluster_can_see_ends_with_two_and_a_later_attempt
 
 
 def test_study_with_a_module_of_the_users_own_runs_on_a_cluster_that_has_no_such_file(
-    undisturbed: Path, world: World, head: Cluster, tmp_path: Path, cli: Callable[..., Any]
+    undisturbed: Path, world: World, head: Cluster, tmp_path: Path
 ) -> None:
     module, out = tmp_path / "halved_here.py", tmp_path / "out"
     module.write_text(MODULE)
@@ -104,8 +104,8 @@ def test_study_with_a_module_of_the_users_own_runs_on_a_cluster_that_has_no_such
     strategy = {"init": "base", "deploy": "all", "technique": "halved_here"}
     study = world.study(grid={"strategies": [*STRATEGIES, strategy]})
     where = ("--address", head.dashboard, "--out", out)
-    without = cli("submit", study, *where)
-    assert without.code == 2 and "halved_here" in without.err
+    without = command("submit", study, *where)
+    assert without.returncode == 2 and "halved_here" in without.stderr
     answer = command("submit", study, *where, "--module", module)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     made = [json.loads(one.read_text())["spec"] for one in (out / "store" / "merge").glob("*/record.json")]

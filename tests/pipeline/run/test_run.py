@@ -340,12 +340,12 @@ def test_interrupted_run_ends_with_130_and_its_rerun_finishes(
         [*line, "--address", cluster.address], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"RAY_AUTH_MODE": "token"},
     )  # fmt: skip
-    deadline = time.monotonic() + 120
-    # The first workers take seconds to start, and all steps together hardly longer, so this limit is enough.
-    while not read_driver(out).get("running") and time.monotonic() < deadline:
+    while not read_driver(out).get("running"):
+        assert driver.poll() is None, driver.communicate()
         time.sleep(0.05)
-    running = json.loads(cli("status", out, "--json").out)
-    assert running["state"] == "running" and running["steps"]["running"] >= 1
+    while not (running := json.loads(cli("status", out, "--json").out))["steps"]["running"]:
+        assert driver.poll() is None, running  # between two steps
+    assert running["state"] == "running"
     driver.send_signal(signal.SIGINT)
     _, said = driver.communicate(timeout=60)
     assert driver.returncode == 130, said
