@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from workers.data.share import Share
+from workers.data.share import Share, copy_rows
 from workers.feed.device import Host
 from workers.feed.pixels import Pixels
 
@@ -72,9 +72,6 @@ class InOrder:
         ):  # consecutive: a view of the memory map, copied at once
             out[...] = self._images[rows[0] : rows[-1] + 1]
         else:
-            # Not at the top: it needs Pillow, which is not there where only a card is measured.
-            from workers.data.decode import copy_rows
-
             copy_rows(self._images, rows, out)
 
 
