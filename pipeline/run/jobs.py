@@ -25,7 +25,7 @@ from pipeline.kinds.specs import (
 )
 from pipeline.plan.facts import cache_of, given_file
 from pipeline.plan.steps import Step
-from pipeline.store.artifact import AtCommit, Record
+from pipeline.store.artifact import MergedAs, Record
 from pipeline.study.sections_resources import ModelResources
 from pipeline.workspace.workspace import Workspace
 from workers.jobs import EngineSpec, EvaluateJob, LearnJob, MeasureJob, Reading, Source, TrainJob
@@ -36,7 +36,7 @@ Job = TrainJob | TakeJob | MeasureJob | LearnJob | MergeJob | EvaluateJob
 class Jobs:
     """Creates the jobs of one plan; common values are looked up once. `held` says how a merge is committed."""
 
-    def __init__(self, workspace: Workspace, held: Callable[[Step], AtCommit] = lambda _: "files") -> None:
+    def __init__(self, workspace: Workspace, held: Callable[[Step], MergedAs] = lambda _: "files") -> None:
         self.workspace, self._held = workspace, held
         self._cache = str(cache_of(workspace.study).absolute())
         self._asked: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {}
