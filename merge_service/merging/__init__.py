@@ -6,6 +6,7 @@ and named before a block is computed; a report says what was done. `merge_servic
 
 from merge_service.merging.adapters.concatenate import concatenate
 from merge_service.merging.adapters.extract import extract
+from merge_service.merging.adapters.knots import merge_in_shared_basis
 from merge_service.merging.adapters.written import Factors, Written
 from merge_service.merging.adapters.written import write as write_adapter
 from merge_service.merging.derivation import Member, Operator, Out, Rules, Way
@@ -35,6 +36,7 @@ __all__ = [
     "concatenate",
     "copy_beside",
     "extract",
+    "merge_in_shared_basis",
     "said_of",
     "task_vector",
     "unit",
