@@ -358,8 +358,7 @@ def _impossible(recipe: Recipe, engine: EngineSpec) -> Iterator[Problem]:
     if recipe.tf32 and engine.device == "cpu":
         yield Problem("recipe.tf32", "is a format of GPUs, and resources.experts.gpus is 0; remove one")
     if recipe.adapter is not None and engine.kind != "torch":
-        text = "is trained by plain torch in one process, and resources.experts ask for DeepSpeed; give engine: torch, workers: 1, zero_stage: 0"
-        yield Problem("recipe.adapter", text)
+        yield Problem("recipe.adapter", "is trained by one process of plain torch; give engine: torch")
     if engine.zero_stage == 3 and (recipe.ema is not None or recipe.compile):
         key = "ema" if recipe.ema is not None else "compile"
         text = "needs parameters that are whole on every worker, and resources.experts.zero_stage: 3 spreads them"

@@ -180,7 +180,7 @@ def test_settings_of_an_adapter_are_part_of_the_steps_identity(world: World) -> 
     [
         (
             {"resources": {"experts": {"zero_stage": 2}}},
-            "recipe.adapter: is trained by plain torch in one process",
+            "recipe.adapter: is trained by one process of plain torch",
         ),
         ({"recipe": RECIPE | {"adapter": {"rnak": 4}}}, "did you mean recipe.adapter.rank"),
         ({"recipe": RECIPE | {"adapter": {"kind": "dora"}}}, "dora"),
