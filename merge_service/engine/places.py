@@ -65,7 +65,7 @@ class Places:
         return self._weights[name, order]
 
     def _evidence(self, expert: Input, span: Span) -> np.ndarray | None:
-        if expert.evidence is None or span.name not in expert.evidence.checkpoint.tensors:
+        if expert.evidence is None or not expert.evidence.holds(span.name):
             return None
         return expert.evidence.block(span.name, span.start, span.stop)
 
@@ -82,7 +82,7 @@ class Places:
         found = expert.evidence
         if found is None:  # no merge: thresholds of a new expert, on which factors do not bear
             return 1.0
-        if self.task.anatomy.is_scale(name) and name not in found.checkpoint.tensors:
+        if self.task.anatomy.is_scale(name) and not found.holds(name):
             return 0.0
         factors = found.factors(name)
         if factors is None:
