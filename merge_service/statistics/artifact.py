@@ -16,7 +16,7 @@ Invariant: a statistic is used with the weights that it was measured on and with
 import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -76,6 +76,24 @@ class About:
             "losses": json.dumps(self.losses) if self.losses else None,
         }
         return {**said, **{key: value for key, value in of.items() if value is not None}}
+
+
+@dataclass(frozen=True, eq=False)
+class Numbers(Mapping[str, np.ndarray]):
+    """What was measured or learned: its tensors by name (float64), what it is of, and the file it was written to."""
+
+    tensors: Mapping[str, np.ndarray]
+    about: About
+    out: Path | None = None
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 class Statistics:
