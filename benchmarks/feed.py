@@ -240,7 +240,7 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
     loader = passes(pictures, args.loader_batch, args.cores)
     for number in range(args.rounds + 1):  # the first fills the page cache and starts processes
         steps = range(args.steps * number, args.steps * (number + 1))
-        few = range(max(1, args.steps // 4) * number, max(1, args.steps // 4) * (number + 1))
+        few, some = (range(part * number, part * (number + 1)) for part in (args.few, args.some))
         values = {
             "decoded_per_s": fed(shares, steps, args.cores),
             "memcpy_per_s": memcpy(shares, args.steps, args.cores),
@@ -248,7 +248,7 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
             "decoder_per_s": decoder(files, stored, few, args.cores),
             "decode_only_per_s": decoder(files, stored, few, args.cores, resize=False),
             "dataloader_per_s": loader(),
-            "busy": busy(shares, steps, args.cores, args.takes),
+            "busy": busy(shares, some, args.cores, args.takes),
         }
         for key, value in values.items():
             found[key] += [value] if number else []
@@ -263,7 +263,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=2048, help="in the dataset, default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--loader-batch", type=int, default=64, help="of torch's DataLoader")
-    parser.add_argument("--steps", type=int, default=12, help="of each contender in a round")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=96,
+        help="of decoded pictures in a round; buffers are new in the first ones",
+    )
+    parser.add_argument("--some", type=int, default=12, help="steps of the pretended device in a round")
+    parser.add_argument("--few", type=int, default=3, help="steps of encoded pictures in a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--cores", type=int, default=os.cpu_count() or 1, help="threads or processes of every contender"
@@ -297,7 +304,17 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if isinstance(args.json, str):
         settings = {
             n: getattr(args, n)
-            for n in ("pictures", "batch_size", "loader_batch", "steps", "rounds", "cores", "takes")
+            for n in (
+                "pictures",
+                "batch_size",
+                "loader_batch",
+                "steps",
+                "some",
+                "few",
+                "rounds",
+                "cores",
+                "takes",
+            )
         }
         record.save(Path(args.json), settings, {"rounds": found, "ratios": ratios})
     print(

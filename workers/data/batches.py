@@ -7,13 +7,14 @@ make up one global batch, which does not depend on `world`.
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 
 from merge_service.errors import UserError
-from workers.data.decode import Samples, height_and_width, load
+from workers.data.decode import Samples, copy_rows, height_and_width, load
 from workers.data.encoded.pictures import Pictures
 from workers.data.mixture import SOURCES, batch_counts, batch_indices, generator
 from workers.data.prompts import Tokenizer, prompts
@@ -83,13 +84,16 @@ class Batches:
 
     def read(self, share: Share, start: int, stop: int, out: np.ndarray) -> None:
         """Copy pictures start..stop of a share, uint8 [H, W, 3] each, into the rows of `out`."""
-        parts, rows = share.parts[start:stop].tolist(), share.rows[start:stop].tolist()
-        for number, (row, part, at) in enumerate(zip(out, parts, rows, strict=True), start):
+        parts, rows = share.parts[start:stop], share.rows[start:stop]
+        edges = [0, *(np.flatnonzero(np.diff(parts)) + 1).tolist(), len(parts)]
+        for first, last in pairwise(edges):  # runs of one part
+            part = int(parts[first])
             stored = self._stored[part]
             if stored is None:
-                row[...] = self._parts[part].images[at]
+                copy_rows(self._parts[part].images, rows[first:last], out[first:last])
             else:
-                stored.cut(at, share.pieces[number].tolist(), row)
+                for number in range(first, last):
+                    stored.cut(int(rows[number]), share.pieces[start + number].tolist(), out[number])
 
     def _crops(self, parts: np.ndarray, rows: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """`boxes` and `pieces` of a `Share`: each picture is cropped either on the device or from its original."""

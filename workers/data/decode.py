@@ -46,14 +46,28 @@ class Rows:
     """Selected rows of an array, copied on access, so that a class-filtered split shares the memory map."""
 
     def __init__(self, array: np.ndarray, index: np.ndarray):
-        self._array, self._index = array, index
+        self.array, self.index = array, index
         self.shape, self.dtype = (len(index), *array.shape[1:]), array.dtype
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self.index)
 
     def __getitem__(self, key: Any) -> np.ndarray:
-        return self._array[self._index[key]]
+        return self.array[self.index[key]]
+
+
+def copy_rows(images: Union[np.ndarray, Rows, "Pictures"], rows: np.ndarray, out: np.ndarray) -> None:
+    """Copy pictures `rows` (valid indices) into `out`, uint8 [len(rows), H, W, 3] and contiguous.
+
+    Of an array it is one call that lets other threads run; a call per picture makes them wait for each other.
+    """
+    if isinstance(images, Rows):
+        images, rows = images.array, images.index[rows]
+    if isinstance(images, np.ndarray):
+        images.take(rows, axis=0, out=out, mode="clip")  # other modes copy twice
+        return
+    for row, at in zip(out, rows.tolist(), strict=True):
+        row[...] = images[at]
 
 
 @dataclass(frozen=True, eq=False)
