@@ -113,6 +113,7 @@ def measured(job: dict[str, Any]) -> dict[str, float]:
 def published_gram(model: Any, inputs: Any) -> None:
     """Hooks on linear modules of the image tower, a sum of x^T x for each."""
     import torch
+
     from workers.evidence.passes import encode_images
 
     sums: dict[str, torch.Tensor] = {}
@@ -136,6 +137,7 @@ def published_gram(model: Any, inputs: Any) -> None:
 def published_fisher(model: Any, inputs: Any) -> None:
     """The squared gradient of sqrt(p) log p summed over a batch, for all weights of the image tower."""
     import torch
+
     from workers.evidence.passes import classifier
 
     scores, named = classifier(model, inputs, "image"), list(model.model.visual.parameters())

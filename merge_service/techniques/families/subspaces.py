@@ -73,7 +73,7 @@ def projected(running: Array, new: Array, mean: Array, *, params: Params, xp: An
     """DOP (NeurIPS 2025) of two task vectors, (m, n): the minimum of Σ w_i (|S_i U_i^T (W - W_i)|^2 + |(W - W_i) V_i S_i|^2).
 
     `weight` is the new expert's. U, S, V of each are cut where the cumulated share of singular values reaches `energy` (the one that
-    crosses it is dropped, as released); `space` leaves only the terms with U (left) or V (right). Directions that neither expert
+    crosses it is dropped, as released); `directions` leaves only the terms with U (left) or V (right). Directions that neither expert
     constrains keep `mean`. As released it is `iterations` steps of Adam from the mean instead, `solver` adam with these weights and
     mgda with weights that move (`_descended`).
     """
@@ -94,11 +94,11 @@ class _Hold:
     @classmethod
     def of(cls, tau: Array, params: Params, xp: Any) -> "_Hold":
         """Of a task vector, along its directions."""
-        space = params["space"]
+        which = params["directions"]
         left, values, across = _leading(tau, min(tau.shape), xp)
         below = xp.cumsum(values, 0) < params["energy"] * values.sum()
         left, across = left[:, below] * values[below], across[:, below] * values[below]
-        return cls(wide(tau, xp), left @ left.T * (space != "right"), across @ across.T * (space != "left"))
+        return cls(wide(tau, xp), left @ left.T * (which != "right"), across @ across.T * (which != "left"))
 
     def pull(self, at: Array) -> Array:
         """Half the gradient at `at`."""
@@ -227,7 +227,7 @@ TECHNIQUES = (
             Param("iterations", "int", 200, "steps of adam and mgda", 0),
             Param("learning_rate", "float", 1e-4, "of adam and mgda", 0),
             Param(
-                "space",
+                "directions",
                 "choice",
                 "both",
                 "along which directions of a matrix the two are held: of outputs (left), of inputs (right), or both",

@@ -53,7 +53,7 @@ def released(space: str, moving: bool) -> np.ndarray:
 @pytest.mark.parametrize("space", ["both", "left", "right"])
 @pytest.mark.parametrize("solver", ["adam", "mgda"])
 def test_iteration_of_dop_is_the_released_one(solver: str, space: str) -> None:
-    got = projected(RUNNING, NEW, MEAN, params={**PARAMS, "solver": solver, "space": space}, xp=np)
+    got = projected(RUNNING, NEW, MEAN, params={**PARAMS, "solver": solver, "directions": space}, xp=np)
     np.testing.assert_allclose(got, released(space, solver == "mgda"), rtol=0, atol=1e-12)
     assert abs(got - MEAN).max() > 1e-3
 
@@ -61,7 +61,7 @@ def test_iteration_of_dop_is_the_released_one(solver: str, space: str) -> None:
 @pytest.mark.parametrize("space", ["both", "left", "right"])
 def test_minimum_of_dop_has_no_slope_and_equal_models_stay(space: str) -> None:
     slopes, losses = [], held(space)
-    params = {**PARAMS, "solver": "exact", "space": space}
+    params = {**PARAMS, "solver": "exact", "directions": space}
     for at in (MEAN, projected(RUNNING, NEW, MEAN, params=params, xp=np)):
         leaf = torch.tensor(at, requires_grad=True)
         one, two = losses(leaf)
