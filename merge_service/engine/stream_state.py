@@ -8,6 +8,8 @@ id twice.
 """
 
 import json
+import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,10 @@ METADATA_KEY = "temporal_merge"
 FORMAT = 3
 MAX_EXPERTS = 2**16 - 1
 """Votes are counted in 16 bits."""
+
+
+class NoRoom(Exception):
+    """A streaming state would take room on the disk that is needed for something else. The merge is possible without it."""
 
 
 class StreamState:
@@ -126,6 +132,13 @@ def state_writer(
     }
     said = {METADATA_KEY: json.dumps(record, sort_keys=True)}
     return CheckpointWriter(path, task.layout(), said, Digest(Checksum), durable)
+
+
+def check_room(path: Path, task: MergeTask, reserve: int) -> None:
+    """Raise `NoRoom` unless the state that `task` leaves fits at `path` and `reserve` bytes stay free."""
+    size = sum(math.prod(shape) * int(dtype[1:]) // 8 for dtype, shape in task.layout().values())
+    if shutil.disk_usage(path.parent).free < size + reserve:
+        raise NoRoom(str(path))
 
 
 def _identity(technique: Technique, params: Mapping[str, Any], base: Weights, experts: int) -> dict[str, Any]:

@@ -156,7 +156,8 @@ class Way:
     """Execution options of a merge; they never change a tensor of the result.
 
     `keep_thresholds` as of `thresholds_cache`; `split` divides the work over processes. Files that are not `durable` are not synced:
-    they are caches, or the caller syncs them.
+    they are caches, or the caller syncs them. `reserve`: bytes that a streaming state must leave free on its disk; None writes a state
+    whatever is free.
     """
 
     execution: Execution = field(default_factory=Execution)
@@ -164,6 +165,7 @@ class Way:
     keep_thresholds: Keep = False
     split: Split | None = None
     durable: bool = True
+    reserve: int | None = None
 
 
 @dataclass(frozen=True)

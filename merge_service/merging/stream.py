@@ -6,6 +6,8 @@ Continuing from the state of the previous merge is linear, and gives the same bi
 Every state has its checksum beside it, so a process that starts where another ended continues from there and does not read every
 expert again.
 
+A state is kept only where there is room for it.
+
 Invariant: the result never depends on held states. A state is trusted by the process that wrote it, and by others if its checksum is
 right; every other state is rebuilt from the experts.
 """
@@ -23,6 +25,7 @@ from pathlib import Path
 
 from merge_service.checkpoints import ties
 from merge_service.checkpoints.adapters.opening import open_weights
+from merge_service.engine.stream_state import NoRoom
 from merge_service.files.digest import checksum_of
 from merge_service.files.leftovers import is_abandoned, owner_mark
 from merge_service.merging.derivation import Derivation, Member, Operator, Out, PathLike, Rules, Way
@@ -57,16 +60,34 @@ class StreamCache:
         self._held: dict[str, _Held] = {}
 
     def merge(
-        self, derivation: Derivation, base_sha256: str, out: PathLike, rules: Rules = Rules()
+        self,
+        derivation: Derivation,
+        base_sha256: str,
+        out: PathLike,
+        rules: Rules = Rules(),
+        reserve: int = 0,
     ) -> MergeReport:
-        """The merge of a derivation, to the byte; cheap if all its members but the last were merged just before."""
+        """The merge of a derivation, to the byte; cheap if all its members but the last were merged just before.
+
+        No state is kept that would not leave `reserve` bytes free: such a merge reads all of its members.
+        """
         operator, target = derivation.operator, Out(Path(out), hashed=True)
         way = replace(self._way, rules=rules)
         if "stream" not in operator.technique.forms or not derivation.members:
             return merge_all(derivation, target, way)
-        steps = partial(self._advance, derivation, target, way, _lineage(operator, base_sha256))
+        lineage = _lineage(operator, base_sha256)
         try:
-            return steps(self._longest(_lineage(operator, base_sha256), derivation.members))
+            return self._by_states(derivation, target, replace(way, reserve=reserve), lineage)
+        except NoRoom:
+            held = self._held.pop(lineage, None)
+            if held is not None:
+                _remove(held.path)
+            return merge_all(derivation, target, way)
+
+    def _by_states(self, derivation: Derivation, out: Out, way: Way, lineage: str) -> MergeReport:
+        steps = partial(self._advance, derivation, out, way, lineage)
+        try:
+            return steps(self._longest(lineage, derivation.members))
         except ties.BrokenTie:
             with ExitStack() as stack:
                 anchor, *newest_first = (

@@ -17,7 +17,7 @@ from merge_service.checkpoints.target import Target
 from merge_service.engine.assembly import assemble
 from merge_service.engine.compute import Compute, site_of
 from merge_service.engine.retraction import check_bytes, retraction
-from merge_service.engine.stream_state import Ends, StreamState, state_writer
+from merge_service.engine.stream_state import Ends, StreamState, check_room, state_writer
 from merge_service.engine.task import Input, MergeTask
 from merge_service.engine.thresholds_cache import KeptThresholds
 from merge_service.errors import TechniqueError
@@ -50,7 +50,7 @@ def advance(
     `known` is the lineage entry of the expert, by default its id and sha256. `tied` are the ties that hold in all experts of a
     stream (`ties.tie`), if they are known at the first one. Besides what `combine` raises: `TechniqueError` when the state
     belongs to another technique, parameters or base, or holds this id; `BrokenTie` when the experts so far hold two names as one
-    tensor and this one does not.
+    tensor and this one does not; `NoRoom` when the state would not leave `way.reserve` bytes free.
     """
     began = time.perf_counter()
     operator, (member,) = derivation.operator, derivation.members
@@ -70,6 +70,8 @@ def advance(
         arrival = Input(member.id, len(seen) + 1, newest, measured)
         task = MergeTask.of(operator.technique, operator.params, anchor, [arrival], same)
         site = site_of(way.execution.device)
+        if way.reserve is not None:
+            check_room(states.after, task, way.reserve)
         if held:
             held.check_layout(task)
         sha256 = known.sha256

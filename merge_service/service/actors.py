@@ -53,7 +53,9 @@ class Merger:
         if form == "fold" and not operator.technique.resumes:
             report = combine(derivation, Out(out, hashed=True), self._way(job))
         else:
-            report = self._states_of(job).merge(derivation, job.base.sha256 or "", out, Rules(job.any_base))
+            report = self._states_of(job).merge(
+                derivation, job.base.sha256 or "", out, Rules(job.any_base), job.reserve
+            )
         assert report.geometry is not None
         notes = {"notes": [*report.notes]} if report.notes else {}
         return Made({"merge_seconds": report.seconds, **asdict(report.geometry), **notes}, report.sha256)

@@ -74,9 +74,8 @@ def carry_out(
     workspace = Workspace.of(study, out)
     for warning in workspace.study.warnings:
         complain("warning", warning, WARNING)
-    for name in {
-        step.spec["technique"] for step in workspace.plan.steps.values() if "technique" in step.spec
-    }:
+    steps = workspace.plan.steps.values()
+    for name in {step.spec["technique"] for step in steps if "technique" in step.spec}:
         check_importable(technique_called(name))
     events = Events(workspace.out)
     with (
@@ -161,7 +160,8 @@ class _Drive:
         )
         self.pools = Pools(self.lanes.pools(patient=self.capacity is None), self.capacity)
         self.keeping = Keeping(workspace, self.schedule.done)
-        self.jobs, self.timeline = Jobs(workspace, self.keeping.held), Timeline(workspace.out)
+        self.jobs = Jobs(workspace, self.keeping.held, self.keeping.reserve)
+        self.timeline = Timeline(workspace.out)
         self.deadlines, self.head = Deadlines(self.study, workspace.scratch), Head()
         self.others = Others(workspace, strict_versions)
         self.running: dict[Call, Step] = {}
@@ -251,8 +251,12 @@ class _Drive:
         if text:
             self._note("versions", text)
         self.progress.started(step.fingerprint, f"{step.label} (by another driver)")
+        self._done(step, record, None)
+
+    def _done(self, step: Step, record: Record, took: float | None) -> None:
         self.schedule.finish(step.fingerprint)
-        self.untold.append((step, record, None))
+        self.keeping.finished(step)
+        self.untold.append((step, record, took))
 
     def _check_others(self) -> None:
         """Check the steps that other drivers carry out: each is done, or free to be carried out here.
@@ -288,10 +292,8 @@ class _Drive:
         except Exception as error:
             self._retry_or_fail(step, error)
         else:
-            self.schedule.finish(step.fingerprint)
             self.workspace.keep(record)
-            took = self.timeline.step(step, call.usages, call.group.name)
-            self.untold.append((step, record, took))
+            self._done(step, record, self.timeline.step(step, call.usages, call.group.name))
 
     def _off(self, call: Call) -> Step:
         """End the bookkeeping of a call that no longer runs. Returns its step."""
@@ -306,7 +308,6 @@ class _Drive:
             step, record, took = self.untold.pop(0)
             self.tracking.committed(step, record)
             self.progress.standings.finished(record)
-            self.keeping.finished(step)
             self.progress.finished(step.fingerprint, CARRIERS[step.kind].headline(record.result), took)
             for note in record.result.get("notes", ()):
                 self.events.add("note", f"{step.label}: {note}", step=step.fingerprint)

@@ -34,10 +34,16 @@ Job = TrainJob | TakeJob | MeasureJob | LearnJob | MergeJob | EvaluateJob
 
 
 class Jobs:
-    """Creates the jobs of one plan; common values are looked up once. `held` says how a merge is committed."""
+    """Creates the jobs of one plan; common values are looked up once. `held` says how a merge is committed, `reserve` how many bytes
+    the steps ahead need on the disk."""
 
-    def __init__(self, workspace: Workspace, held: Callable[[Step], AtCommit] = lambda _: "files") -> None:
-        self.workspace, self._held = workspace, held
+    def __init__(
+        self,
+        workspace: Workspace,
+        held: Callable[[Step], AtCommit] = lambda _: "files",
+        reserve: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.workspace, self._held, self._reserve = workspace, held, reserve
         self._cache = str(cache_of(workspace.study).absolute())
         self._asked: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {}
         for step in workspace.plan.steps.values():
@@ -99,6 +105,7 @@ class Jobs:
             origin=get(spec.technique).origin,
             any_base=merging.any_base or self._drifts(spec),
             held=self._held(step),
+            reserve=self._reserve(),
         )
 
     def measure(self, step: Step) -> MeasureJob:

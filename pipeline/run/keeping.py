@@ -44,7 +44,9 @@ class Keeping:
         self._done = {fp for fp in self._passing if fp in done}
         self._dropped: set[str] = set()
         self._dropping: set[str] = set()
-        self._at_once = self._limit(done) if self._passing else AT_ONCE
+        room = disk(workspace.plan, self._steps.keys() - set(done), workspace.kept)
+        self._needs = room.least
+        self._at_once = room.merges_at_once(workspace.store.free_bytes()) if self._passing else AT_ONCE
         self._others = Others(workspace.store, workspace.plan, workspace.out)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="recipes") if self._on else None
         self.notes: dict[str, str] = {}
@@ -82,11 +84,19 @@ class Keeping:
         waiting = {fp for fp in self._done & self._scored if self._readers[fp]}
         return self._scored if len(begun | waiting) >= self._at_once else ()
 
+    def reserve(self) -> int:
+        """Bytes that the steps ahead need at a time, where `OUT` and the store share a disk; else 0."""
+        store, out = self.workspace.store, self.workspace.out
+        together = store.free_bytes() is not None and store.root.stat().st_dev == out.stat().st_dev
+        return self._needs if together else 0
+
     def finished(self, step: Step) -> None:
         """Record a finished step, and drop merges that only this step still needed."""
         if step.fingerprint in self._passing:
             self._done.add(step.fingerprint)
             self._drop_if_free(step.fingerprint)
+        else:
+            self._needs -= step.disk_bytes
         for source in step.inputs.values():
             if source in self._passing:
                 self._readers[source].discard(step.fingerprint)
@@ -125,11 +135,6 @@ class Keeping:
         if record is None or self._others.want(fingerprint):
             return None
         return store.recipes.drop(record)
-
-    def _limit(self, done: Collection[str]) -> int:
-        """How many merges may wait to be scored, by the room on the disk."""
-        room = disk(self.workspace.plan, self._steps.keys() - set(done), self.workspace.kept)
-        return room.merges_at_once(self.workspace.store.free_bytes())
 
 
 def finish_keeping(workspace: Workspace, results: Mapping[str, object]) -> list[str]:

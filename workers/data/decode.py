@@ -62,7 +62,7 @@ def copy_rows(images: Union[np.ndarray, Rows, "Pictures"], rows: np.ndarray, out
     Of an array it is one call that lets other threads run; a call per picture makes them wait for each other.
     """
     if isinstance(images, Rows):
-        images, rows = images.array, images.index[rows]
+        rows, images = images.index[rows], images.array
     if isinstance(images, np.ndarray):
         images.take(rows, axis=0, out=out, mode="clip")  # other modes copy twice
         return

@@ -204,6 +204,24 @@ def test_cached_states_change_no_byte_whatever_was_asked_before(
     assert not list((tmp_path / "scratch").iterdir())
 
 
+@pytest.mark.parametrize("technique", ["average", "ties", "opcm"])
+def test_state_that_leaves_too_little_room_is_not_kept_and_changes_no_byte(
+    technique: str, stream: list[Path], tmp_path: Path
+) -> None:
+    shas = [sha256_of(path / WEIGHTS_FILE) for path in stream]
+    members = [Member(f"t{t}", path, sha) for t, (path, sha) in enumerate(zip(stream[1:4], shas[1:4]), 1)]
+    roomy, full = StreamCache(tmp_path / "roomy"), StreamCache(tmp_path / "full")
+    operator, free = Operator.of(technique, {}, "merge"), shutil.disk_usage(tmp_path).free
+    for count, reserve in ((1, 0), (2, free), (3, free)):
+        derivation = Derivation(operator, stream[0], tuple(members[:count]))
+        for cache, left in ((roomy, 0), (full, reserve)):
+            cache.merge(derivation, shas[0], tmp_path / "out.safetensors", reserve=left)
+            (tmp_path / "out.safetensors").rename(tmp_path / f"{left > 0}.safetensors")
+        made = [(tmp_path / f"{one}.safetensors").read_bytes() for one in {False, reserve > 0}]
+        assert made[0] == made[-1]
+        assert len([*(tmp_path / "full").rglob("*.safetensors")]) == (reserve == 0)
+
+
 def test_an_arrival_reads_only_the_newest_expert(stream: list[Path], tmp_path: Path) -> None:
     copies = [Path(shutil.copytree(path, tmp_path / path.name)) for path in stream]
     with MergeService(STRATEGIES[0], copies[0], tmp_path / "scratch") as service:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from merge_service.checkpoints import WEIGHTS_FILE
-from pipeline.plan.keeping import AT_ONCE, kept_merges
+from pipeline.plan.keeping import AT_ONCE, disk, kept_merges
 from pipeline.plan.steps import Plan, Step
 from pipeline.run.keeping import Keeping, finish_keeping
 from pipeline.store.artifact import Record
@@ -118,6 +118,18 @@ def test_on_a_small_disk_one_merge_waits_and_none_starts_while_one_is_dropped(
         assert begun.wait(60) and set(keeping.must_wait([])) == passing
         end.set()
     assert not keeping.must_wait([])
+
+
+def test_room_that_the_steps_ahead_need_shrinks_by_what_is_done(full: tuple[Store, Plan]) -> None:
+    store, plan = full
+    for keep in ("none", "all"):
+        room = disk(plan, plan.steps, kept_merges(plan, SimpleNamespace(keep=keep, anchors=0)))
+        with Keeping(workspace(store, plan, keep), ()) as keeping:
+            assert keeping.reserve() == room.least
+            for step in plan.steps.values():
+                keeping.finished(step)
+            assert keeping.reserve() == room.least - room.kept
+    assert room.least == room.kept
 
 
 def test_merge_that_another_study_keeps_or_may_read_stays(full: tuple[Store, Plan], tmp_path: Path) -> None:

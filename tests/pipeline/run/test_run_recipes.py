@@ -1,6 +1,8 @@
 """A whole run that keeps no merge: the results of one that keeps all, and every model on request."""
 
 import json
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,57 @@ def test_plan_says_what_stays_and_what_all_would_take(world: World, tmp_path: Pa
     assert lean["disk_bytes"] < lean["disk_least_bytes"] <= lean["disk_peak_bytes"]
     said = cli("plan", world.study(), "--out", tmp_path, "--set", "storage.keep=none").out
     assert "are used at most; storage.keep: all would take" in " ".join(said.split())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mounts file systems in memory of a fixed size, where this process may."""
+    mounted: list[Path] = []
+
+    def mount(size: int) -> Path:
+        place = tmp_path / f"disk-{len(mounted)}"
+        place.mkdir()
+        words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)]
+        try:
+            subprocess.run(words, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"nothing can be mounted here: {error}")
+        mounted.append(place)
+        return place
+
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def test_study_runs_where_one_merge_fits_at_a_time(
+    undisturbed: Path,
+    world: World,
+    cluster: Cluster,
+    tmp_path: Path,
+    small_disk: Callable[[int], Path],
+    cli,
+) -> None:
+    techniques = ["average", "task_arithmetic", "magmax"]
+    strategy = {"init": "base", "deploy": "all", "technique": techniques}
+    study = world.study(grid={"strategies": [strategy]}, storage={"keep": "none"})
+    planned = json.loads(cli("plan", study, "--out", tmp_path / "out", "--json").out)
+    (base,) = (undisturbed / "store" / "base").glob(f"*/{WEIGHTS_FILE}")
+    disk = small_disk(planned["disk_least_bytes"] + base.stat().st_size + (1 << 20))
+    answer = command(
+        "run",
+        study,
+        "--out",
+        tmp_path / "out",
+        "--address",
+        cluster.address,
+        "--set",
+        f"storage.store={disk}/store",
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert "stays as a file" not in answer.stderr
+    records = [json.loads(path.read_text()) for path in (disk / "store").glob("merge/*/record.json")]
+    assert len(records) == len(techniques) * 3 and not [*(disk / "store" / "merge").glob(f"*/{WEIGHTS_FILE}")]
 
 
 def test_more_of_the_study_reads_the_merges_it_needs_and_keeping_all_makes_files_of_them(
