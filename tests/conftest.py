@@ -20,6 +20,7 @@ pytest.register_assert_rewrite("tests.faults.harness", "tests.world")
 
 from pipeline.cli.app import _main  # noqa: E402
 from pipeline.tracking.mlflow.local import LOCAL_DB, make_local_store  # noqa: E402
+from tests.lanes import pytest_xdist_make_scheduler  # noqa: E402, F401  (a hook of pytest)
 from tests.matrix import (  # noqa: E402, F401  (hooks of pytest)
     pytest_addoption,
     pytest_collection_modifyitems,

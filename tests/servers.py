@@ -9,10 +9,15 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
+from itertools import cycle, islice
 from pathlib import Path
 
 PATIENCE_SECONDS = 240
+
+PORTS, BLOCK = range(20_000, 32_000), 64
+"""The ports of servers of tests, above those of Ray's workers (10,002 to 19,999), and how many a process has for itself."""
 
 
 @contextmanager
@@ -53,10 +58,29 @@ def mlflow_at(port: int | None, home: Path) -> Iterator[str]:
 
 
 def free_port() -> int:
-    """A port on which no process listens at present."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port on which no process listens, and which no other process takes before its server does: it is of this process's
+    own block, below the ports that the system gives to whoever names none.
+    """
+    _, ports = _block_of_this_process()
+    for port in islice(ports, BLOCK):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise AssertionError("servers that tests of this process left hold every port of its block")
+
+
+@cache
+def _block_of_this_process() -> tuple[socket.socket, Iterator[int]]:
+    """The socket that holds the block, because it is bound to the block's first port; and the other ports, round and round."""
+    for first in range(PORTS.start, PORTS.stop, BLOCK):
+        guard = socket.socket()
+        try:
+            guard.bind(("", first))
+        except OSError:
+            guard.close()
+        else:
+            return guard, cycle(range(first + 1, first + BLOCK))
+    raise AssertionError(f"other processes hold every block of ports from {PORTS.start} to {PORTS.stop}")
 
 
 def _wait(url: str, process: subprocess.Popen, log: Path) -> None:

@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -103,38 +102,47 @@ MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS, MAX_MODULES = 450, 70, 6, 15
 PERSONIFIED = re.compile(r"\b(?:told|knocks|farewell|dies|deaf|hears|believes)\b", re.IGNORECASE)
 """Words for people. Software is passed values, ends, and reads; a module opening says so."""
 
-every_module = pytest.mark.parametrize("path", house.modules(), ids=str)
+
+def test_modules_import_only_what_their_rooms_may() -> None:
+    wrong = [
+        f"{path} imports {name}"
+        for path in house.modules()
+        for name in sorted({found.split(".")[0] for found in house.imports(path)})
+        if (name in house.ROOMS and name not in ALLOWED_ROOMS[path.parts[0]])
+        or (name in HEAVY and not HEAVY[name](path))
+    ]
+    assert not wrong
 
 
-@every_module
-def test_module_imports_only_what_its_room_may(path: Path) -> None:
-    for name in {found.split(".")[0] for found in house.imports(path)}:
-        if name in house.ROOMS:
-            assert name in ALLOWED_ROOMS[path.parts[0]], f"{path} imports room {name}"
-        if name in HEAVY:
-            assert HEAVY[name](path), f"{path} imports {name}"
+def test_modules_import_only_from_floors_below_their_own() -> None:
+    floors = {
+        (room, part): floor
+        for room, all_floors in FLOORS.items()
+        for floor, parts in enumerate(all_floors)
+        for part in parts
+    }
+    wrong = [
+        f"{path} imports {other}"
+        for path in house.modules()
+        for other in sorted(house.imported_modules(path))
+        for mine, below in [[(one.parts[0], house.part(one)) for one in (path, other)]]
+        if mine != below and mine[0] == below[0] and {mine, below} <= floors.keys()
+        and floors[below] >= floors[mine]
+    ]  # fmt: skip
+    assert not wrong
 
 
-@every_module
-def test_module_imports_only_from_floors_below_its_own(path: Path) -> None:
-    floors = {part: floor for floor, parts in enumerate(FLOORS.get(path.parts[0], ())) for part in parts}
-    mine = floors.get(house.part(path))
-    if mine is None:
-        return
-    for other in house.imported_modules(path):
-        if other.parts[0] == path.parts[0] and house.part(other) in floors:
-            same = house.part(other) == house.part(path)
-            assert same or floors[house.part(other)] < mine, f"{path} imports {other}"
-
-
-@every_module
-def test_other_rooms_import_only_names_that_a_folder_of_merging_lists(path: Path) -> None:
+def test_other_rooms_import_only_names_that_a_folder_of_merging_lists() -> None:
     """The folders of `merge_service` list their public names; the other rooms do not yet."""
-    for module, name in house.imported_names(path):
-        room, *rest = module.split(".")
-        if room == "merge_service" != path.parts[0] and rest and (house.ROOT / room / rest[0]).is_dir():
-            listed = importlib.import_module(f"{room}.{rest[0]}").__all__
-            assert len(rest) == 1 and name in listed, f"{path} imports {module} {name}"
+    wrong = [
+        f"{path} imports {module} {name}"
+        for path in house.modules()
+        for module, name in house.imported_names(path)
+        for room, *rest in [module.split(".")]
+        if room == "merge_service" != path.parts[0] and rest and (house.ROOT / room / rest[0]).is_dir()
+        if len(rest) != 1 or name not in importlib.import_module(f"{room}.{rest[0]}").__all__
+    ]
+    assert not wrong
 
 
 @pytest.mark.parametrize("room", FLOORS)
@@ -166,14 +174,29 @@ def test_tests_stand_in_the_folders_of_what_they_test(room: str) -> None:
         assert (house.ROOT / place).is_dir(), f"{path}: {room} has no such folder"
 
 
-@every_module
-def test_module_is_short_and_says_why_it_exists(path: Path) -> None:
-    assert len(house.source(path).splitlines()) <= MAX_LINES
-    if house.tree(path).body:
-        assert ast.get_docstring(house.tree(path)), f"{path} does not say why it exists"
-    for name, function in house.functions(path):
-        length = (function.end_lineno or 0) - function.lineno + 1
-        assert length <= MAX_FUNCTION_LINES, f"{path}: {name} has {length} lines"
+def test_modules_and_functions_are_short() -> None:
+    long = [
+        f"{path}: {name} has {length} lines"
+        for path in house.modules()
+        for name, length, most in [
+            ("it", len(house.source(path).splitlines()), MAX_LINES),
+            *(
+                (name, (one.end_lineno or 0) - one.lineno + 1, MAX_FUNCTION_LINES)
+                for name, one in house.functions(path)
+            ),
+        ]
+        if length > most
+    ]
+    assert not long
+
+
+def test_modules_say_why_they_exist() -> None:
+    silent = [
+        str(path)
+        for path in house.modules()
+        if house.tree(path).body and not ast.get_docstring(house.tree(path))
+    ]
+    assert not silent
 
 
 def test_module_openings_describe_software_and_not_people() -> None:

@@ -107,6 +107,7 @@ class Cluster:
             f"--metrics-export-port={ports['metrics']}", f"--include-dashboard={str(dashboard).lower()}",
             f"--dashboard-port={ports['dashboard']}", "--disable-usage-stats",
             f"--object-store-memory={128 * 2**20}", f"--temp-dir={self._place.name}",
+            "--no-monitor", "--include-log-monitor=false",  # neither machines nor logs are for anybody here
         ]  # fmt: skip
         self.log = room / "ray.log"
         with self.log.open("wb") as log:
@@ -122,7 +123,11 @@ class Cluster:
                 }
                 | (environment or {}),
             )
-        self._wait()
+        try:
+            self._wait()
+        except BaseException:
+            self.stop()
+            raise
 
     def _wait(self, seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds

@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -56,14 +55,14 @@ def test_what_is_no_address_is_refused(address: str) -> None:
         check_address(address)
 
 
-def test_silent_address_is_refused_at_once() -> None:
+def test_silent_address_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("Ray would try for minutes"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-        started = time.monotonic()
         with pytest.raises(ClusterError, match="no Ray cluster answers there") as caught, connect(address):
             pass
-    assert time.monotonic() - started < 30 and address in str(caught.value)
+    assert address in str(caught.value)
 
 
 @pytest.mark.fault("F27")

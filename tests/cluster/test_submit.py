@@ -20,6 +20,7 @@ from merge_service.errors import UserError
 from pipeline.errors import ConfigError
 from pipeline.run.submit import _exit_code, _why, key_of, relative_files, shipment, submit_study
 from pipeline.study.config import load_study
+from tests.servers import free_port
 from tests.world import World
 
 MODULE = """
@@ -78,9 +79,9 @@ def test_remote_dashboard_without_token_authentication_is_refused(monkeypatch: p
     check_dashboard("http://10.1.2.3:8265")
 
 
-def test_silent_address_is_refused_at_once(free_port: int) -> None:
+def test_silent_address_is_refused_at_once() -> None:
     with pytest.raises(ClusterError, match="nothing answers there"):
-        Cluster(f"http://127.0.0.1:{free_port}")
+        Cluster(f"http://127.0.0.1:{free_port()}")
 
 
 def test_server_that_is_no_dashboard_is_named(web_server: str) -> None:
@@ -89,9 +90,9 @@ def test_server_that_is_no_dashboard_is_named(web_server: str) -> None:
 
 
 def test_address_of_the_command_line_wins_over_the_environment(
-    web_server: str, free_port: int, monkeypatch: pytest.MonkeyPatch
+    web_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", f"http://127.0.0.1:{free_port}")
+    monkeypatch.setenv("RAY_ADDRESS", f"http://127.0.0.1:{free_port()}")
     with pytest.raises(ClusterError, match="no Ray dashboard"):
         Cluster(web_server)
 
@@ -349,13 +350,6 @@ def test_exit_code_is_that_of_the_run(state: str, code: int | None, expected: in
 def test_job_whose_driver_was_killed_says_what_to_do_about_memory(code: int | None, message: str) -> None:
     said = _why(Job("x.1", "failed", True, code, message, {}))
     assert "memory runs out" in said and "resources.experts.memory" in said and "submit again" in said
-
-
-@pytest.fixture
-def free_port() -> int:
-    from tests.world import free_port
-
-    return free_port()
 
 
 @pytest.fixture

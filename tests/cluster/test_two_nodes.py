@@ -17,4 +17,4 @@ from tests.cluster.two_nodes import scenario
 def test_study_submitted_to_two_nodes_survives_its_client_and_equals_the_local_run(tmp_path: Path) -> None:
     seen = scenario(tmp_path)
     print(seen)
-    assert seen["job"].endswith(".1") and seen["identical_artifacts"] > 50
+    assert seen["job"].endswith(".1") and seen["identical_artifacts"] > 25

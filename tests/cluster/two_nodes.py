@@ -21,7 +21,7 @@ from typing import Any
 from pipeline.run.trace import read_timeline
 from tests.cluster.nodes import DASHBOARD, NEEDS, TwoNodes, possible, two_nodes
 from tests.faults.harness import process_facts, wait_until
-from tests.world import STRATEGIES, artifacts, command, make_world
+from tests.world import artifacts, command, make_world
 
 
 def scenario(home: Path) -> dict[str, Any]:
@@ -33,7 +33,6 @@ def scenario(home: Path) -> dict[str, Any]:
     shutil.copy(home / "model.json", seat / "models" / "tiny.json")
     study = world.study(
         model={"config": "models/tiny.json", "pretrained": None},
-        grid={"strategies": STRATEGIES, "seed": [0, 1]},
     )
     out, local = home / "shared" / "out", home / "local"
     seen: dict[str, Any] = {}

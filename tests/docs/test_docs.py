@@ -5,6 +5,7 @@ The language of a block decides its test: `python` is run, `yaml` is (a part of)
 """
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -178,13 +179,21 @@ def test_commands_that_are_parsed_here_run_elsewhere() -> None:
 # --- a place where the documentation is true --------------------------------------------------------------------------
 
 
+def linked(source: str, target: str) -> None:
+    """Copy a file of a run; weights, which nothing changes in place, as a link: a run holds hundreds of megabytes of them."""
+    if source.endswith(".safetensors"):
+        os.link(source, target)
+    else:
+        shutil.copy2(source, target)
+
+
 @pytest.fixture
 def desk(world: World, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory as the pages assume it: the demo's study and its run (here a tiny one), and checkpoints."""
     (tmp_path / "configs").mkdir()
     shutil.copyfile(world.study(), tmp_path / "configs" / "demo.yaml")
     (tmp_path / "configs" / "fomo_in_flux").symlink_to(ROOT / "configs" / "fomo_in_flux")
-    shutil.copytree(undisturbed, tmp_path / "runs" / "demo")
+    shutil.copytree(undisturbed, tmp_path / "runs" / "demo", copy_function=linked)
     rng = np.random.default_rng(0)
     for name in ("base", "e1", "e2", "e3", "new", "a", "b", "c"):
         tensors = {"visual.w": rng.normal(size=(4, 4)).astype(np.float32), "v": rng.normal(size=8).astype(np.float32)}  # fmt: skip

@@ -153,10 +153,10 @@ def test_a_header_of_half_a_million_tensors_costs_neither_time_nor_memory(tmp_pa
         + b"}"
     )
     path = raw_file(tmp_path / "many.safetensors", many)
-    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.thread_time()
     with pytest.raises(CorruptCheckpoint, match="values, above the limit"):
         Checkpoint.open(path)
-    assert time.process_time() - began < 0.2
+    assert time.thread_time() - began < 0.2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
 
 

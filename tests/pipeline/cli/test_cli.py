@@ -130,10 +130,10 @@ STUDY_MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 @pytest.mark.parametrize("mistake", ["unknown key", "misspelt technique", "impossible density"])
 def test_run_refuses_a_mistake_in_the_study_before_it_writes_anything(
-    mistake: str, world: World, tmp_path: Path
+    mistake: str, world: World, tmp_path: Path, cli
 ) -> None:
     changes, says = STUDY_MISTAKES[mistake]
-    refused(command("run", world.study(**changes), "--out", tmp_path / "out"), *says)
+    refused(cli("run", world.study(**changes), "--out", tmp_path / "out"), *says)
     assert not list(tmp_path.iterdir())
 
 
@@ -143,9 +143,11 @@ def test_plan_refuses_the_same_mistakes(mistake: str, world: World, cli) -> None
     refused(cli("plan", world.study(**changes)), *says)
 
 
-def test_run_refuses_a_missing_shard_by_name_before_it_writes_anything(world: World, tmp_path: Path) -> None:
+def test_run_refuses_a_missing_shard_by_name_before_it_writes_anything(
+    world: World, tmp_path: Path, cli
+) -> None:
     data, path = damaged(world, tmp_path, "green/train/0.tar", flip=False)
-    refused(command("run", world.study(data=data), "--out", tmp_path / "out"), f"{path}: missing")
+    refused(cli("run", world.study(data=data), "--out", tmp_path / "out"), f"{path}: missing")
     assert not (tmp_path / "out").exists()
 
 

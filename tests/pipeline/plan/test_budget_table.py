@@ -28,7 +28,6 @@ MODELS = {  # steps per task at 20 tasks if a step costs three forward passes, f
     "ViT-B-32": 3964,
     "ViT-B-16": 1426,
     "ViT-L-14": 334,
-    "ViT-H-14": 154,
     "ViT-g-14": 101,
 }
 

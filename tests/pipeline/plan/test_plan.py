@@ -118,9 +118,9 @@ def test_whole_grid_shares_as_the_closed_formula_says_and_plans_quickly() -> Non
         tasks,
     )
     raw["grid"] |= {"budget.multiplier": [0.5, 1], "seed": [0, 1]}
-    began = time.process_time()
+    began = time.thread_time()
     plan = make_plan(study_from(raw).resolved(), facts())
-    assert time.process_time() - began < 2
+    assert time.thread_time() - began < 2
     assert len(plan.trajectories) == 4 * 3 * techniques * budgets * seeds
     parallel, sequential = tasks, tasks - 1
     assert count(plan, "train") == budgets * seeds * (parallel + sequential + 2 * techniques * sequential)

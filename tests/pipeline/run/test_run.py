@@ -99,9 +99,9 @@ def test_verify_passes_and_names_the_artifact_with_a_flipped_byte(
     content[-7] ^= 1
     path.chmod(0o644)
     path.write_bytes(content)
-    answer = command("verify", copy)
-    assert answer.returncode == 1
-    assert str(path.parent.relative_to(copy / "store")) in answer.stdout and "1 problems" in answer.stdout
+    answer = cli("verify", copy)
+    assert answer.code == 1
+    assert str(path.parent.relative_to(copy / "store")) in answer.out and "1 problems" in answer.out
 
 
 def test_thresholds_that_merges_ask_for_are_kept_per_expert_and_outside_the_store(undisturbed: Path) -> None:
@@ -231,7 +231,7 @@ def pictures(place: Path) -> tuple[list, list[int], list[str], list[str]]:
 
 
 def test_finished_run_started_again_does_nothing_and_starts_no_cluster(
-    undisturbed: Path, world: World
+    undisturbed: Path, world: World, cli
 ) -> None:
     def stamps() -> dict[Path, int]:
         """When each file was written; only the study's registration may change."""
@@ -243,7 +243,7 @@ def test_finished_run_started_again_does_nothing_and_starts_no_cluster(
     answer = command("run", world.study(), "--out", undisturbed, "--address", "127.0.0.1:1")
     assert answer.returncode == 0, answer.stderr
     assert "best_in_time" in answer.stdout and "temporal-merge ui" in answer.stdout
-    told = json.loads(command("run", world.study(), "--out", undisturbed, "--json").stdout)
+    told = json.loads(cli("run", world.study(), "--out", undisturbed, "--json").out)
     assert told["complete"] and told["tracker_pending"] == 0
     assert told["best"] in {row["group"] for row in told["standings"]}
     assert stamps() == before
@@ -251,7 +251,7 @@ def test_finished_run_started_again_does_nothing_and_starts_no_cluster(
 
 @pytest.mark.fault("F2", "F4")
 def test_scratch_that_a_killed_worker_left_of_a_finished_step_goes_with_the_next_run(
-    undisturbed: Path, world: World
+    undisturbed: Path, world: World, cli
 ) -> None:
     """A worker that is killed with its driver may have committed its expert without removing its checkpoints."""
     done = json.loads(next((undisturbed / "store" / "train").glob("*/record.json")).read_text())[
@@ -259,8 +259,8 @@ def test_scratch_that_a_killed_worker_left_of_a_finished_step_goes_with_the_next
     ]
     left = undisturbed / "scratch" / done / "checkpoints" / "step-000000002"
     left.mkdir(parents=True)
-    answer = command("run", world.study(), "--out", undisturbed, "--address", "127.0.0.1:1")
-    assert answer.returncode == 0, answer.stderr
+    answer = cli("run", world.study(), "--out", undisturbed, "--address", "127.0.0.1:1")
+    assert answer.code == 0, answer.err
     assert not (undisturbed / "scratch" / done).exists()
 
 
@@ -293,11 +293,11 @@ def test_technique_added_to_a_finished_study_trains_no_expert(
     assert len(results(out)["trajectories"]) == 5 and results(out)["complete"]
 
 
-def test_study_of_another_name_is_refused_on_the_same_out(undisturbed: Path, world: World) -> None:
+def test_study_of_another_name_is_refused_on_the_same_out(undisturbed: Path, world: World, cli) -> None:
     before = (undisturbed / "plan.json").read_bytes()
-    answer = command("run", world.study(name="other"), "--out", undisturbed)
-    assert answer.returncode == 2 and answer.stderr.count("\n") == 1
-    assert "'tiny'" in answer.stderr and "'other'" in answer.stderr and "another --out" in answer.stderr
+    answer = cli("run", world.study(name="other"), "--out", undisturbed)
+    assert answer.code == 2 and answer.err.count("\n") == 1
+    assert "'tiny'" in answer.err and "'other'" in answer.err and "another --out" in answer.err
     assert (undisturbed / "plan.json").read_bytes() == before
 
 
@@ -340,12 +340,12 @@ def test_interrupted_run_ends_with_130_and_its_rerun_finishes(
         [*line, "--address", cluster.address], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"RAY_AUTH_MODE": "token"},
     )  # fmt: skip
-    deadline = time.monotonic() + 120
-    # The first workers take seconds to start, and all steps together hardly longer, so this limit is enough.
-    while not read_driver(out).get("running") and time.monotonic() < deadline:
+    while not read_driver(out).get("running"):
+        assert driver.poll() is None, driver.communicate()
         time.sleep(0.05)
-    running = json.loads(cli("status", out, "--json").out)
-    assert running["state"] == "running" and running["steps"]["running"] >= 1
+    while not (running := json.loads(cli("status", out, "--json").out))["steps"]["running"]:
+        assert driver.poll() is None, running  # between two steps
+    assert running["state"] == "running"
     driver.send_signal(signal.SIGINT)
     _, said = driver.communicate(timeout=60)
     assert driver.returncode == 130, said

@@ -205,10 +205,10 @@ def test_hostile_file_is_refused_quickly_and_does_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = write(tmp_path / "study.yaml", HOSTILE[name])
-    began = time.process_time()
+    began = time.thread_time()
     with pytest.raises(ConfigError) as caught:
         load_study(path)
-    assert time.process_time() - began < 0.5
+    assert time.thread_time() - began < 0.5
     assert str(path) in str(caught.value)
     assert len(str(caught.value)) < 2000
     assert [entry.name for entry in tmp_path.iterdir()] == ["study.yaml"]

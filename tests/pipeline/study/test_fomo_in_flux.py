@@ -13,7 +13,6 @@ from pipeline.study.sections import BudgetSection
 from pipeline.study.strategies import read_strategies
 from pipeline.study.suites import Suite, read_suite_file
 from pipeline.study.yaml_input import read
-from tests.world import command
 from workers.training.recipe import REPLAY, Recipe
 
 ROOM = Path(__file__).parents[3] / "configs" / "fomo_in_flux"
@@ -123,12 +122,12 @@ def test_summed_steps_of_a_chain_stay_28400_at_every_horizon(tasks: int, steps: 
     assert math.isclose(found * tasks * 512, 14_540_800), "the samples of the multitask reference"
 
 
-def test_20_task_grid_is_planned_without_data_or_weights(tmp_path: Path) -> None:
+def test_20_task_grid_is_planned_without_data_or_weights(tmp_path: Path, cli) -> None:
     """28,400 steps per chain; by arithmetic one joint training and two mixtures of four chains that share their first expert."""
     missing = ["--set", f"data.root={tmp_path / 'nowhere'}", "--set", f"data.cache={tmp_path / 'cache'}"]
-    answer = command("plan", ROOM / "strategies.yaml", *missing, "--out", tmp_path / "out")
-    assert answer.returncode == 0, answer.stderr
-    trained = next(line.split() for line in answer.stdout.splitlines() if line.startswith("train"))
+    answer = cli("plan", ROOM / "strategies.yaml", *missing, "--out", tmp_path / "out")
+    assert answer.code == 0, answer.err
+    trained = next(line.split() for line in answer.out.splitlines() if line.startswith("train"))
     unique, naive = 1 + 2 * (4 * 20 - 3), 1 + 2 * (11 * 20)
     assert [int(count) for count in trained[1:3]] == [unique, naive]
-    assert "28,400" in answer.stdout and "provisional: 64 datasets" in answer.stdout
+    assert "28,400" in answer.out and "provisional: 64 datasets" in answer.out

@@ -184,12 +184,12 @@ def test_other_sample_counts_differ_but_do_not_keep_a_study_from_running(
     assert summary(suite, root, findings)["complete"]
 
 
-def test_command_ends_with_code_0_or_2_and_lists_the_same_in_json(world: World, tmp_path: Path) -> None:
+def test_command_ends_with_code_0_or_2_and_lists_the_same_in_json(world: World, tmp_path: Path, cli) -> None:
     suite = described_suite(tmp_path, world)
     whole = command("check", suite, "--root", world.home / "data")
     assert (whole.returncode, whole.stderr) == (0, "") and "are ready" in whole.stdout
-    none = command("check", suite, "--root", tmp_path / "nowhere", "--json")
-    answer = json.loads(none.stdout)
-    assert (none.returncode, none.stderr) == (2, "")
+    none = cli("check", suite, "--root", tmp_path / "nowhere", "--json")
+    answer = json.loads(none.out)
+    assert (none.code, none.err) == (2, "")
     assert not answer["complete"] and answer["usable"] == 0
     assert {found["what"] for found in answer["findings"]} == {"missing"}

@@ -13,7 +13,7 @@ from pipeline.errors import TrackingError
 from pipeline.plan.file import write
 from pipeline.tracking.mlflow.ui import WORD, WORD_HEADER
 from pipeline.tracking.mlflow.ui_server import check_port, serve
-from tests.world import free_port
+from tests.servers import free_port
 
 ROOT = Path(__file__).parents[3]
 SERVER = """

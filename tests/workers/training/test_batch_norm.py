@@ -2,7 +2,6 @@
 
 import json
 import math
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing
 
+from tests.servers import free_port
 from tests.workers.model_helpers import MODEL_CFG, apart
 from workers.jobs import EngineSpec
 from workers.models.model import export_base, load
@@ -71,9 +71,7 @@ def spread(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, model_cfg in MODELS.items():
         (root / f"{name}.json").write_text(json.dumps({"model_cfg": model_cfg}))
         export_base(str(root / f"{name}.json"), None, root / name, seed=1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     torch.multiprocessing.spawn(on_two_ranks, (port, str(root)), nprocs=2)
     return root
 

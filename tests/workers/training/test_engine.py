@@ -2,7 +2,6 @@
 
 import datetime
 import math
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from open_clip import ClipLoss
 
+from tests.servers import free_port
 from tests.workers.model_helpers import Toys, apart
 from workers.feed.device import Host
 from workers.jobs import EngineSpec
@@ -180,9 +180,7 @@ def test_clipping_is_torchs_to_the_bit(bound: float, look: bool) -> None:
 
 @pytest.mark.fault("F27")
 def test_ranks_meet_on_the_given_address_and_no_other() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     store = _meeting_point("127.0.0.1", port, 0, 1, datetime.timedelta(seconds=20))
     store.set("key", "value")
     listening = [

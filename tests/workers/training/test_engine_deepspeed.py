@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import json
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torch.multiprocessing
 
+from tests.servers import free_port
 from tests.workers.model_helpers import Toys, apart, make_toys, sha256
 from tests.workers.training.test_engine import batch
 from tests.workers.training.test_expert import Stop, stop_at
@@ -189,9 +189,7 @@ def spread(tmp_path_factory: pytest.TempPathFactory) -> Path:
     toys = make_toys(root)
     train_expert(toys.job(root / "alone", steps=4, clip=0.5))
     train_expert(toys.job(root / "average", steps=4, clip=0.5, ema=0.5))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     places = [(kind, stage, str(root / f"{kind} {stage}")) for kind, stage in PLACES]
     torch.multiprocessing.spawn(two_ranks, (port, str(root), places), nprocs=2)
     return root
