@@ -60,13 +60,13 @@ def keep(file: dict[str, Any]) -> str:
 
 
 def small_disk(file: dict[str, Any]) -> str:
-    """A ViT-B/16 study on a disk of the size that its plan states."""
+    """A study of ViT-B/16's size on a disk of the size that its plan states."""
     found = file["found"]
     steps, size = found["steps"], found["checkpoint"]
     more = found["disk"] / size - 1 - steps["train"]
     return (
-        f"A study of ViT-B/16 with random weights ({size / 1e9:.2f} GB a checkpoint; {steps['train']} experts, {steps['merge']} merges, "
-        f"{steps['evaluate']} evaluations) on a file system of {found['disk'] / 1e9:.2f} GB, the most that `plan` states for `keep: none`: base, experts and {more:.0f} checkpoints more. The study is "
+        f"A study of a ViT-B/16 for pictures of 32 px with random weights ({size / 1e9:.2f} GB a checkpoint; {steps['train']} experts, {steps['merge']} merges, "
+        f"{steps['evaluate']} evaluations) on a file system of {found['disk'] / 1e9:.2f} GB, what `plan` states for `keep: none`: base, experts and {more:.0f} checkpoints more. The study is "
         f"refused with `keep: all` (exit code {found['keep all']['exit']}), finished with `keep: none`, which left "
         f"{found['keep none']['disk'] / 1e9:.2f} GB in the store."
     )

@@ -1,7 +1,7 @@
 """What `storage.keep` costs: one study under each choice, its seconds, its disk, and whether its results are the same.
 
     python benchmarks/storage.py configs/demo.yaml [--keep all,none] [--rounds 2] [--set key=value ...]
-    python benchmarks/storage.py --small-disk 3        # as root: a ViT-B/16 study on a disk of base, experts and two merges
+    python benchmarks/storage.py --small-disk 3        # as root: a study of ViT-B/16's size on a disk of base, experts and two merges
 
 Runs alternate, each in a fresh OUT, so that nothing is reused. *Wall* is from the start of the first step to the end of the last, *CPU* that
 of all steps, *disk* the bytes of the store by inode after the run. A small disk is a file system in memory of a fixed size.
@@ -33,7 +33,6 @@ TASKS = ("skin_tone", "icon_style", "emoji_group")
 """Sets of few classes; with a locked text tower, their classifiers are made once and the time goes to checkpoints."""
 VIT: dict[str, Any] = {
     "name": "small-disk",
-    "model": {"config": "ViT-B-16", "pretrained": None},
     "data": {"held_out": ["digits8"], "pretraining": []},
     "recipe": {
         "lr": 1e-6,
@@ -152,17 +151,28 @@ def small_disk(size: int) -> Iterator[Path]:
 
 
 def bounded(experts: int, work: Path) -> dict[str, Any]:
-    """A ViT-B/16 study under `keep: none`, on a disk that holds the base, the experts and two merges."""
+    """A study of checkpoints of a ViT-B/16's size under `keep: none`, on a disk that holds the base, the experts and two merges.
+
+    The model reads pictures of 32 px and short texts, so that the time goes to checkpoints.
+    """
+    import open_clip
+
     from pipeline.workspace.workspace import Workspace
 
     with tempfile.TemporaryDirectory(dir=work) as room:
         study = Path(room) / "study.json.yaml"
         tasks = list(TASKS[:experts])
         data = {**VIT["data"], "root": str(ROOT / "data" / "mini"), "adaptation": tasks}
-        study.write_text(json.dumps({**VIT, "data": data, "stream": {"tasks": tasks}}))
+        model = open_clip.get_model_config("ViT-B-16")
+        assert model is not None
+        model["vision_cfg"]["image_size"], model["text_cfg"]["context_length"] = 32, 16
+        config = Path(room) / "model.json"
+        config.write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {}}))
+        own = {"data": data, "stream": {"tasks": tasks}, "model": {"config": str(config), "pretrained": None}}
+        study.write_text(json.dumps({**VIT, **own}))
         planned = Workspace.open(study, ["storage.keep=none"], Path(room) / "out", provisional=True)
         kinds = [step.kind for step in planned.plan.steps.values()]
-        checkpoint = 149_620_737 * 4
+        checkpoint = max(step.disk_bytes for step in planned.plan.steps.values())
         size = planned.summary()["disk_least_bytes"] + checkpoint + (64 << 20)  # and the base, and records
         answers = {}
         with small_disk(size) as disk_:

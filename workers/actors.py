@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import ray
 
@@ -23,8 +23,16 @@ from workers.jobs import EvaluateJob, LearnJob, MeasureJob, TrainJob
 class Store(Protocol):
     """The part of the store that an actor uses; the driver passes it with a job."""
 
-    def make(self, step: Any, work: Callable[[Path], Mapping[str, Any]]) -> Any:
-        """Check the inputs of a step, let `work` write the output into a directory, and commit it; returns the record."""
+    def make(
+        self,
+        step: Any,
+        work: Callable[[Path], Mapping[str, Any]],
+        *,
+        held: Literal["files", "adapter"] = "files",
+    ) -> Any:
+        """Check the inputs of a step, let `work` write the output into a directory, and commit it; returns the record. Of an expert with
+        an adapter only that stays.
+        """
 
     def open_inputs(self, step: Any) -> None:
         """Check a step's inputs."""
@@ -81,6 +89,7 @@ class Worker:
         record = store.make(
             step,
             lambda stage: train_expert(replace(job, out=str(stage)), rank=0, world=self.world, hooks=hooks),
+            held="adapter" if job.recipe.get("adapter") else "files",
         )
         for technique, params in job.asked_limits:
             keep_thresholds(

@@ -7,6 +7,8 @@ with its reason; nothing is skipped or padded to fit.
 
 from merge_service.checkpoints.adapters.opening import open_weights
 from merge_service.checkpoints.adapters.references import absolute, parts_of
+from merge_service.checkpoints.adapters.updates import on_grid
+from merge_service.checkpoints.adapters.whole import ADAPTER_FOLDER, write_adapted
 from merge_service.checkpoints.admission import admit, check_finite, spare_prefix
 from merge_service.checkpoints.buffers import buffers
 from merge_service.checkpoints.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, locate, sha256_of
@@ -22,6 +24,7 @@ from merge_service.checkpoints.weights import Named, Weights
 from merge_service.checkpoints.writer import CheckpointWriter
 
 __all__ = [
+    "ADAPTER_FOLDER",
     "CONFIG_FILE",
     "DTYPES",
     "WEIGHTS_FILE",
@@ -42,6 +45,7 @@ __all__ = [
     "entry",
     "locate",
     "of_groups",
+    "on_grid",
     "open_weights",
     "overwrites",
     "pack",
@@ -51,5 +55,6 @@ __all__ = [
     "spare_prefix",
     "unpack",
     "vocabulary_of",
+    "write_adapted",
     "written",
 ]

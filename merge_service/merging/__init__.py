@@ -6,7 +6,9 @@ and named before a block is computed; a report says what was done. `merge_servic
 
 from merge_service.merging.adapters.concatenate import concatenate
 from merge_service.merging.adapters.extract import extract
-from merge_service.merging.adapters.written import Written
+from merge_service.merging.adapters.knots import merge_in_shared_basis
+from merge_service.merging.adapters.written import Factors, Written
+from merge_service.merging.adapters.written import write as write_adapter
 from merge_service.merging.derivation import Member, Operator, Out, Rules, Way
 from merge_service.merging.jobs import MergeJob, TakeJob
 from merge_service.merging.parts import Group, Seen, combine_groups
@@ -16,6 +18,7 @@ from merge_service.merging.vector import WIDTH, TaskVector, task_vector, unit
 
 __all__ = [
     "WIDTH",
+    "Factors",
     "Group",
     "Member",
     "MergeJob",
@@ -33,7 +36,9 @@ __all__ = [
     "concatenate",
     "copy_beside",
     "extract",
+    "merge_in_shared_basis",
     "said_of",
     "task_vector",
     "unit",
+    "write_adapter",
 ]

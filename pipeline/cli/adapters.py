@@ -33,6 +33,14 @@ Rank = Annotated[
         show_default=False,
     ),
 ]
+Knots = Annotated[
+    bool,
+    typer.Option(
+        "--knots",
+        help="With --out-adapter: merge adapters in the singular directions that they share (KnOTS), by any technique; "
+        "with ties it is KnOTS-TIES.",
+    ),
+]
 
 
 def extract(

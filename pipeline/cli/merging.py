@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from merge_service.errors import UserError
-from pipeline.cli.adapters import OutAdapter, Rank, show
+from pipeline.cli.adapters import Knots, OutAdapter, Rank, show
 from pipeline.cli.options import (
     AdaptOnTest,
     AnyBase,
@@ -94,6 +94,7 @@ def merge(
     shard_size: ShardSize = None,
     out_adapter: OutAdapter = None,
     rank: Rank = None,
+    knots: Knots = False,
     keep_thresholds: KeepThresholds = False,
     modules: Modules = None,
     as_study: AsStudy = False,
@@ -117,11 +118,11 @@ def merge(
 
     use_modules(modules)
     how = Execution(threads, workers, address, device, shard_size, keep_thresholds)
-    place = _place(out, out_adapter, rank)
+    place = _place(out, out_adapter, "--rank" if rank is not None else "--knots" if knots else None)
     if technique is None:
         given = {
             "--base": base, "--set": overrides, "--parity": parity, "--id": named, "--strip-prefix": strip_prefix,
-            "--statistics": statistics, "--coefficients": coefficients, "--as-study": as_study, "--out-adapter": out_adapter,
+            "--statistics": statistics, "--coefficients": coefficients, "--as-study": as_study, "--out-adapter": out_adapter, "--knots": knots,
         }  # fmt: skip
         beside = {option for option, value in given.items() if value}
         _answer(_by_recipe(experts, beside, (place, force, dtype, any_base), how), as_json)
@@ -134,17 +135,17 @@ def merge(
         parity, ids_from(named or [], experts), strip_prefix, any_base, statistics, force, dtype, as_study=as_study,
     )  # fmt: skip
     if out_adapter is not None:
-        show(merge_to_adapter(what, rank, how), as_json)
+        show(merge_to_adapter(what, rank, how, knots), as_json)
         return
     report = merge_files(with_texts(what), how)
     found, why = compared(what, report.out or place, compare)
     _answer(report, as_json, found, why)
 
 
-def _place(out: Path | None, adapter: Path | None, rank: int | None) -> Path:
+def _place(out: Path | None, adapter: Path | None, option: str | None) -> Path:
     """Where the result goes. Raises UserError unless it is exactly one of the two."""
-    if adapter is None and rank is not None:
-        raise UserError("--rank is that of an adapter; give --out-adapter DIR with it")
+    if adapter is None and option is not None:
+        raise UserError(f"{option} is of an adapter; give --out-adapter DIR with it")
     if out is None and adapter is None:
         raise typer.BadParameter("Missing; give it, or --out-adapter", param_hint="--out")
     if out is not None and adapter is not None:

@@ -15,13 +15,15 @@ if TYPE_CHECKING:
     from merge_service.merging import Written
 
 
-def merge_to_adapter(what: FileMerge, rank: int | None, how: Execution = Execution()) -> "Written":
+def merge_to_adapter(
+    what: FileMerge, rank: int | None, how: Execution = Execution(), knots: bool = False
+) -> "Written":
     """Merge into an adapter of the base, in the folder `what.out`: without a rank by factors side by side, which is exact and needs
     adapters and a linear technique; with a rank the nearest adapter of the merged model, which lies beside the output meanwhile.
 
-    Raises UserError for options that an adapter has not.
+    With `knots` adapters are merged in a basis that they share, by any technique. Raises UserError for options that an adapter has not.
     """
-    from merge_service.merging import concatenate, extract
+    from merge_service.merging import concatenate, extract, merge_in_shared_basis
     from merge_service.timelines import translate_merge
 
     if what.base is None:
@@ -31,8 +33,12 @@ def merge_to_adapter(what: FileMerge, rank: int | None, how: Execution = Executi
     if wrong is not None:
         raise UserError(f"--out-adapter writes float32 factors in one file; leave {wrong} out")
     _check_folder(what.out, [what.base, *what.experts], what.replace)
+    if knots and rank is not None:
+        raise UserError("--knots gives the rank of all updates together, exactly; leave --rank out")
     if rank is None:
         params = translate_merge(what.technique, dict(what.params), what.parity, len(what.experts))
+        if knots:
+            return merge_in_shared_basis(what.technique, params, what.base, what.experts, what.out, what.ids)
         return concatenate(what.technique, params, what.base, what.experts, what.out)
     parent = what.out.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)

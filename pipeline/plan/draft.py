@@ -239,7 +239,7 @@ class Draft:
     def gflops(self, steps: int) -> float | None:
         """The cost of training an expert for `steps` steps, forward and backward."""
         recipe = self.cell.recipe
-        cost = self.world.facts.gflops_per_sample.get(recipe.trainable)
+        cost = self.world.facts.gflops_per_sample.get(recipe.trains)
         return None if cost is None else cost * recipe.batch_size * steps
 
 

@@ -32,6 +32,7 @@ from workers.data.manifest import SUITE_FILE, DatasetInfo, describe, folder, rea
 from workers.data.seen import content_digest, encoded_digest, notes, reads_encoded
 from workers.models.base import STATED, Base, check_temperature, configuration_of, find, is_path, temperature
 from workers.models.configuration import HUB, LOCAL, ModelError, own_configuration, read_configuration
+from workers.training.recipe import Recipe
 
 LARGE_BYTES = 10**9
 """Reading this much data takes so long that it is announced."""
@@ -319,16 +320,16 @@ def model_facts(study: Study, model: ModelSection, base: Base | None, notes: tup
     weights, config, size = base_identity(model, base)
     costs: dict[str, float] = {}
     ratios: dict[str, float] = {"all": 1.0}
-    for trainable in sorted({cell.recipe.trainable for cell in study.cells}):
+    for trains, recipe in sorted({cell.recipe.trains: cell.recipe for cell in study.cells}.items()):
         try:
-            cost = _cost(study, model, trainable, weights)
+            cost = _cost(study, model, recipe, weights)
         except ModelError:
             raise
         except UserError:
             if any(cell.budget.total_gflops is not None for cell in study.cells):
                 raise
             continue
-        costs[trainable], ratios[trainable] = cost["gflops_per_sample"], cost["memory_ratio"]
+        costs[trains], ratios[trains] = cost["gflops_per_sample"], cost["memory_ratio"]
         size = int(cost["weights_bytes"])
     _check_recipes(study, model, base)
     training = _training(study, model, base)
@@ -402,13 +403,13 @@ def base_identity(model: ModelSection, base: Base | None) -> tuple[str, str, int
     return whole, config, sum(part.stat().st_size for part in parts)
 
 
-def _cost(study: Study, section: ModelSection, trainable: str, weights: str) -> dict[str, float]:
-    """Costs, measured once per model and cached: GFLOPs per sample, memory relative to full fine-tuning, bytes of the weights.
+def _cost(study: Study, section: ModelSection, what: Recipe, weights: str) -> dict[str, float]:
+    """Costs of training what a recipe trains, measured once per model and cached: GFLOPs per sample, memory relative to full fine-tuning, bytes of the weights.
 
     Raises ModelError for weights that do not fit the network.
     """
-    recipe = study.recipe
-    key = [weights, section.config, trainable, recipe.precision, recipe.batch_size]
+    recipe, trainable, adapter = study.recipe, what.trainable, what.adapter
+    key = [weights, section.config, what.trains, recipe.precision, recipe.batch_size]
     kept = cache_of(study) / "costs" / f"{fingerprint(key)[:32]}.json"
     with suppress(ValueError):  # a file cut by a crash of the machine is measured again
         known: dict[str, float] = json.loads(recall(kept) or "")
@@ -418,7 +419,7 @@ def _cost(study: Study, section: ModelSection, trainable: str, weights: str) -> 
     model: str | Path = (local_base(section) if _is_there(section) else None) or section.config
     if isinstance(model, Path) and not (model / CONFIG_FILE).is_file():
         model = section.config
-    cost = measure(model, recipe.batch_size, trainable, recipe.precision)
+    cost = measure(model, recipe.batch_size, trainable, recipe.precision, adapter)
     source = local_base(section) if _is_there(section) else None
     if source is not None:
         try:
@@ -427,7 +428,7 @@ def _cost(study: Study, section: ModelSection, trainable: str, weights: str) -> 
             raise ModelError(f"model.pretrained: {error}") from error
     answer = {
         "gflops_per_sample": cost.gflops_per_sample,
-        "memory_ratio": memory_ratio(model, recipe.batch_size, trainable, recipe.precision),
+        "memory_ratio": memory_ratio(model, recipe.batch_size, trainable, recipe.precision, adapter),
         "weights_bytes": cost.weights_bytes,
     }
     remember(kept, json.dumps(answer), access_of(study))

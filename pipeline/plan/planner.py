@@ -327,7 +327,7 @@ class Planner:
     def _length(self, cell: Cell, world: World) -> int:
         if world.experts:
             return 0
-        what, facts = cell.recipe.trainable, world.facts
+        what, facts = cell.recipe.trains, world.facts
         ratio = facts.memory_ratio.get(what)
         if ratio is None and cell.budget.total_gflops is not None:
             raise PlanError(f"{cell.id}: the memory that training {what} takes was not measured")

@@ -74,7 +74,7 @@ class ModelFacts:
     """The identity and the training cost of a base model.
 
     `gflops_per_sample` (forward + backward) and `memory_ratio` (peak memory relative to training everything) are by
-    what is trained (all, image, text); they may be empty unless the budget is in GFLOPs. `weights_bytes` is the size of
+    what is trained (`Recipe.trains`); they may be empty unless the budget is in GFLOPs. `weights_bytes` is the size of
     a checkpoint. `resblocks`: whether both towers are open_clip's own transformers. `training` holds what the network
     determines of its training; other networks do not have it. `notes` are for display.
     """

@@ -25,7 +25,7 @@ from pipeline.kinds.specs import (
 )
 from pipeline.plan.facts import cache_of, given_file
 from pipeline.plan.steps import Step
-from pipeline.store.artifact import AtCommit, Record
+from pipeline.store.artifact import MergedAs, Record
 from pipeline.study.sections_resources import ModelResources
 from pipeline.workspace.workspace import Workspace
 from workers.jobs import EngineSpec, EvaluateJob, LearnJob, MeasureJob, Reading, Source, TrainJob
@@ -40,7 +40,7 @@ class Jobs:
     def __init__(
         self,
         workspace: Workspace,
-        held: Callable[[Step], AtCommit] = lambda _: "files",
+        held: Callable[[Step], MergedAs] = lambda _: "files",
         reserve: Callable[[], int] = lambda: 0,
     ) -> None:
         self.workspace, self._held, self._reserve = workspace, held, reserve

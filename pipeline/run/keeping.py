@@ -12,7 +12,7 @@ from typing import Self
 from pipeline.errors import StorageFull, StoreError
 from pipeline.plan.keeping import AT_ONCE, disk, only_scored, waiting_for
 from pipeline.plan.steps import Step
-from pipeline.store.artifact import AtCommit
+from pipeline.store.artifact import MergedAs
 from pipeline.store.recipes import IN_USE
 from pipeline.workspace.keeping import Others, droppable, kept_at_the_end
 from pipeline.workspace.workspace import StudySummary, Workspace
@@ -62,7 +62,7 @@ class Keeping:
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=error is not None)
 
-    def held(self, step: Step) -> AtCommit:
+    def held(self, step: Step) -> MergedAs:
         """How a merge is committed: as a recipe from the start if it is only scored here and such a merge was made again before."""
         fingerprint = step.fingerprint
         if fingerprint not in self._scored or not self.workspace.store.recipes.is_proven(step):

@@ -19,10 +19,13 @@ from pipeline.identity import fingerprint
 RECORD_FILE = "record.json"
 WEIGHTS_SUFFIX = ".safetensors"
 FORMAT = 1
-AtCommit = Literal["files", "recipe"]
-Held = Literal["files", "recipe", "packed"]
+MergedAs = Literal["files", "recipe"]
+AtCommit = Literal["files", "recipe", "adapter"]
+Held = Literal["files", "recipe", "packed", "adapter"]
 PACKED = "packed-"
 """How the name of the file begins that holds packed weights, beside the others; the fingerprint of their base follows."""
+ADAPTER = "adapter/"
+"""How the names of the files begin that are an expert's adapter (`merge_service.checkpoints.ADAPTER_FOLDER`)."""
 _MAX_RECORD_BYTES = 64 * 2**20
 
 
@@ -40,8 +43,8 @@ class Record:
     `files` has an entry for each file, by its path relative to the directory. `inputs` maps each role to the fingerprint of
     the step it came from, and `input_digests` to the digest of the bytes that were there. `created_ms` is Unix time in
     milliseconds, `seconds` the time the step took. `path` is the directory it was read from. `held` says whether the files are
-    kept ("files"), made again from the inputs whenever they are wanted ("recipe"), or kept as their difference from the base ("packed");
-    small files are kept either way.
+    kept ("files"), made again from the inputs whenever they are wanted ("recipe"), or kept as their difference from the base ("packed")
+    or from the weights that training began with ("adapter"); small files are kept either way.
     """
 
     kind: str
@@ -65,7 +68,7 @@ class Record:
 
     @property
     def is_made(self) -> bool:
-        """Whether the weights are made when they are wanted, be it from a recipe or from a packed file."""
+        """Whether the weights are made when they are wanted, be it from a recipe, a packed file or an adapter."""
         return self.held != "files"
 
     @property
@@ -81,12 +84,17 @@ class Record:
     @property
     def droppable(self) -> tuple[str, ...]:
         """The files that are made when they are wanted: the weights."""
-        return tuple(name for name in self.files if name.endswith(WEIGHTS_SUFFIX))
+        return tuple(filter(is_whole, self.files))
 
     def sha256(self, name: str) -> str | None:
         """sha256 of one file; None if the artifact has no such file."""
         entry = self.files.get(name)
         return None if entry is None else str(entry["sha256"])
+
+
+def is_whole(name: str) -> bool:
+    """Whether a file of an artifact holds whole weights, which an adapter does not."""
+    return name.endswith(WEIGHTS_SUFFIX) and not name.startswith(ADAPTER)
 
 
 def write_record(record: Record, directory: Path, name: str = RECORD_FILE) -> None:
@@ -204,7 +212,7 @@ def _check_types(record: Record) -> None:
     if not all(isinstance(text, str) for text in texts) or not all(type(n) in (int, float) for n in numbers):
         raise TypeError("kind, fingerprint and slug must be text, created_ms and seconds numbers")
     if record.held not in get_args(Held):
-        raise TypeError("held must be files or recipe")
+        raise TypeError(f"held must be one of {', '.join(get_args(Held))}")
     if not isinstance(record.spec, dict) or not isinstance(record.result, dict):
         raise TypeError("spec and result must be mappings")
     if not all(isinstance(one, dict) and all(isinstance(v, str) for v in one.values()) for one in maps):

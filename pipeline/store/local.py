@@ -28,7 +28,6 @@ from pipeline.kinds.table import KINDS
 from pipeline.store import audit
 from pipeline.store.artifact import (
     RECORD_FILE,
-    WEIGHTS_SUFFIX,
     AtCommit,
     FileEntry,
     Record,
@@ -36,6 +35,7 @@ from pipeline.store.artifact import (
     difference,
     differences,
     hash_file,
+    is_whole,
     list_files,
     read_record,
     write_record,
@@ -186,7 +186,7 @@ class Store:
     ) -> Record:
         """Carry out a step: check its inputs, let `work` write its output into a new directory, and commit that with the result.
 
-        A merge may be committed as a "recipe": its weights are cached from the start, and nothing syncs them.
+        A merge may be committed as a "recipe", an expert as an "adapter": weights are cached from the start, and nothing syncs them.
         Raises the errors of `open_inputs`, `staged`, `work` and `commit`; a step that fails leaves nothing behind.
         """
         with contextlib.ExitStack() as inputs:
@@ -200,8 +200,10 @@ class Store:
         with self.staged(step) as stage:
             result = work(stage)
             record = self.commit(step, stage, result, seconds=time.monotonic() - started, held=held)
-        if record.is_recipe:
+        if record.is_made:
             self.recipes.touch(record)
+        if record.held == "adapter":
+            self.recipes.trim(record)
         point(f"{step.kind}.after_commit")
         return record
 
@@ -415,7 +417,7 @@ def _sync_and_hash(stage: Path, held: AtCommit, known: Mapping[str, str]) -> dic
     (stage / RECORD_FILE).unlink(missing_ok=True)
     for name in list_files(stage):
         path = stage / name
-        if held == "files" or not name.endswith(WEIGHTS_SUFFIX):
+        if held == "files" or not is_whole(name):
             sync_file(path)
         files[name] = {"sha256": known.get(name) or hash_file(path), "bytes": path.stat().st_size}
     return files

@@ -26,7 +26,16 @@ from pipeline.errors import CorruptArtifact, NondeterminismError, StoreError
 from pipeline.files.ownership import file_lock, owner_mark
 from pipeline.identity import fingerprint as digest_of
 from pipeline.kinds.specs import MergeSpec, TrainSpec
-from pipeline.store.artifact import PACKED, RECORD_FILE, Held, Record, difference, read_record, write_record
+from pipeline.store.artifact import (
+    ADAPTER,
+    PACKED,
+    RECORD_FILE,
+    Held,
+    Record,
+    difference,
+    read_record,
+    write_record,
+)
 from pipeline.store.names import DIGITS
 from pipeline.store.versions import here
 
@@ -151,6 +160,9 @@ class Recipes:
         if record.held == "packed":
             self._unpack(record, out)
             return
+        if record.held == "adapter":
+            self._adapt(record, out)
+            return
         chain = [record]
         while (before := self._dropped_input(chain[-1])) is not None:
             chain.append(before)
@@ -175,7 +187,7 @@ class Recipes:
         return found
 
     def problems(self) -> list[str]:
-        """What is wrong with recipes and packed weights, found by making all of them again; nothing is kept of that."""
+        """What is wrong with recipes, packed weights and adapters, found by making all of them again; nothing is kept of that."""
         found = []
         for record in (*self.store.records(MergeSpec.kind), *self.store.records(TrainSpec.kind)):
             if record.is_made:
@@ -260,6 +272,24 @@ class Recipes:
         if found != record.sha256(name):
             raise CorruptArtifact(
                 f"{record.path}: its packed weights are damaged: {packed} holds those of another expert"
+            )
+
+    def _adapt(self, record: Record, out: Path) -> None:
+        """Make the weights of an expert, of those that its training began with and its adapter, into the new directory `out`."""
+        from merge_service.checkpoints import write_adapted
+
+        (name,), init = record.droppable, self._input(record, "init", record.inputs["init"])
+        out.mkdir()
+        with contextlib.ExitStack() as held:
+            before = self.opened(init, held) / init.droppable[0]
+            try:
+                write_adapted(before, record.path / ADAPTER.rstrip("/"), out / name)
+            except CheckpointError as error:
+                raise CorruptArtifact(f"{record.path}: {error}") from error
+        problem = difference(out, name, record.files[name])
+        if problem is not None:
+            raise CorruptArtifact(
+                f"{record.path}: its adapter is damaged: with {before} it makes other weights"
             )
 
     def _write(self, record: Record, before: str) -> None:

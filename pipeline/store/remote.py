@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from merge_service.faults import point
+from merge_service.files import Made
 from pipeline.errors import CorruptArtifact, StoreError, StoreUnwritable
 from pipeline.files.ownership import locked, owner_mark
 from pipeline.identity import fingerprint as digest_of
@@ -28,6 +29,7 @@ from pipeline.kinds.table import KINDS
 from pipeline.store import audit
 from pipeline.store.artifact import (
     RECORD_FILE,
+    AtCommit,
     Record,
     conflict,
     difference,
@@ -122,6 +124,12 @@ class ObjectStore(Store):
             if not self._is_whole(local):
                 self._fetch(local)
         return home
+
+    def make(
+        self, step: StepLike, work: Callable[[Path], Mapping[str, object] | Made], *, held: AtCommit = "files"
+    ) -> Record:
+        """Like that of a local store; every file is kept, weights that could be made again too."""
+        return super().make(step, work)
 
     def open_inputs(self, step: StepLike, held: contextlib.ExitStack | None = None) -> dict[str, Path]:
         for fingerprint in self.always if step.fingerprint not in self.always else ():  # a base needs no base

@@ -357,6 +357,8 @@ def _impossible(recipe: Recipe, engine: EngineSpec) -> Iterator[Problem]:
     """Keys of a recipe that its engine cannot carry out."""
     if recipe.tf32 and engine.device == "cpu":
         yield Problem("recipe.tf32", "is a format of GPUs, and resources.experts.gpus is 0; remove one")
+    if recipe.adapter is not None and engine.kind != "torch":
+        yield Problem("recipe.adapter", "is trained by one process of plain torch; give engine: torch")
     if engine.zero_stage == 3 and (recipe.ema is not None or recipe.compile):
         key = "ema" if recipe.ema is not None else "compile"
         text = "needs parameters that are whole on every worker, and resources.experts.zero_stage: 3 spreads them"

@@ -83,6 +83,9 @@ def _write(store: Store, record: Record, room: Path) -> bool:
     made = record.is_made and bool(store.recipes.missing(record))
     if made:
         store.recipes.rebuild(record, room)
+        for name in record.files.keys() - {*record.droppable}:
+            (room / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(record.path / name, room / name)
     else:
         shutil.copytree(store.open_verified(record), room, ignore=lambda _, names: {"record.json"} & {*names})
     wrong = [name for name, entry in record.files.items() if difference(room, name, entry) is not None]

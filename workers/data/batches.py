@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from merge_service.errors import UserError
-from workers.data.decode import Samples, copy_rows, height_and_width, load
+from workers.data.decode import Samples, height_and_width, load
 from workers.data.encoded.pictures import Pictures
 from workers.data.mixture import SOURCES, batch_counts, batch_indices, generator
 from workers.data.prompts import Tokenizer, prompts
-from workers.data.share import CROP_DRAWS, WHOLE, Share, crop_boxes, piece_boxes
+from workers.data.share import CROP_DRAWS, WHOLE, Share, copy_rows, crop_boxes, piece_boxes
 from workers.jobs import Source, TrainJob
 
 

@@ -30,6 +30,7 @@ from workers.data.encoded.addresses import check_allowed
 from workers.data.encoded.index import Split, index_of
 from workers.data.encoded.shards import Shards
 from workers.data.seen import reads_encoded
+from workers.data.share import Rows
 from workers.data.tarscan import IMAGE_SUFFIXES, ShardError
 from workers.jobs import Source
 
@@ -40,34 +41,6 @@ GEOMETRY = ("interpolation", "resize_mode", "fill_color")
 FORMAT = 2
 """The format of cache entries; increase it when their files or their content change."""
 CONTENT_FILES = ("images.npy", "labels.npy", "captions.json", "pictures.npy")
-
-
-class Rows:
-    """Selected rows of an array, copied on access, so that a class-filtered split shares the memory map."""
-
-    def __init__(self, array: np.ndarray, index: np.ndarray):
-        self.array, self.index = array, index
-        self.shape, self.dtype = (len(index), *array.shape[1:]), array.dtype
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, key: Any) -> np.ndarray:
-        return self.array[self.index[key]]
-
-
-def copy_rows(images: Union[np.ndarray, Rows, "Pictures"], rows: np.ndarray, out: np.ndarray) -> None:
-    """Copy pictures `rows` (valid indices) into `out`, uint8 [len(rows), H, W, 3] and contiguous.
-
-    Of an array it is one call that lets other threads run; a call per picture makes them wait for each other.
-    """
-    if isinstance(images, Rows):
-        rows, images = images.index[rows], images.array
-    if isinstance(images, np.ndarray):
-        images.take(rows, axis=0, out=out, mode="clip")  # other modes copy twice
-        return
-    for row, at in zip(out, rows.tolist(), strict=True):
-        row[...] = images[at]
 
 
 @dataclass(frozen=True, eq=False)

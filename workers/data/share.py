@@ -1,4 +1,4 @@
-"""The content of a batch as numbers: rows of splits, crop boxes, tokens. No picture is read here.
+"""The content of a batch as numbers: rows of splits, crop boxes, tokens. No picture is decoded here.
 
 The module needs numpy alone, so that code that feeds a device can use it without the rest of this project.
 Invariant: a box depends on its draws, the size of its picture and the crop settings only.
@@ -6,8 +6,12 @@ Invariant: a box depends on its draws, the size of its picture and the crop sett
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from workers.data.encoded.pictures import Pictures
 
 
 @dataclass(frozen=True)
@@ -80,3 +84,31 @@ def piece_boxes(
     top = np.where(none, (height - high) // 2, np.floor(draws[:, -2] * (height - high + 1)))
     left = np.where(none, (width - wide) // 2, np.floor(draws[:, -1] * (width - wide + 1)))
     return np.maximum(np.stack([top, left, high, wide], axis=1), [0, 0, 1, 1]).astype(np.int64)
+
+
+class Rows:
+    """Selected rows of an array, copied on access, so that a class-filtered split shares the memory map."""
+
+    def __init__(self, array: np.ndarray, index: np.ndarray):
+        self.array, self.index = array, index
+        self.shape, self.dtype = (len(index), *array.shape[1:]), array.dtype
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        return self.array[self.index[key]]
+
+
+def copy_rows(images: Union[np.ndarray, Rows, "Pictures"], rows: np.ndarray, out: np.ndarray) -> None:
+    """Copy pictures `rows` (valid indices) into `out`, uint8 [len(rows), H, W, 3] and contiguous.
+
+    Of an array it is one call that lets other threads run; a call per picture makes them wait for each other.
+    """
+    if isinstance(images, Rows):
+        rows, images = images.index[rows], images.array
+    if isinstance(images, np.ndarray):
+        images.take(rows, axis=0, out=out, mode="clip")  # other modes copy twice
+        return
+    for row, at in zip(out, rows.tolist(), strict=True):
+        row[...] = images[at]

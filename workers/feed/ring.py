@@ -10,15 +10,17 @@ import threading
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from workers.data.decode import Samples, copy_rows
-from workers.data.share import Share
+from workers.data.share import Share, copy_rows
 from workers.feed.device import Host
 from workers.feed.pixels import Pixels
+
+if TYPE_CHECKING:
+    from workers.data.decode import Samples
 
 
 class Batch(NamedTuple):
@@ -49,7 +51,7 @@ class Shares(Protocol):
 class InOrder:
     """Pictures `rows` of a split as they are, one after the other; `batch_size` at a time, the last batch may be smaller."""
 
-    def __init__(self, samples: Samples, rows: np.ndarray, batch_size: int) -> None:
+    def __init__(self, samples: "Samples", rows: np.ndarray, batch_size: int) -> None:
         self._images, self._rows, self._size = samples.images, rows, min(batch_size, max(1, len(rows)))
         height, width = samples.images.shape[1:3]
         self.shape = (self._size, int(height), int(width), 3)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from merge_service.anatomy import modality
 from merge_service.checkpoints import CONFIG_FILE, WEIGHTS_FILE
@@ -20,14 +22,15 @@ from workers.models.export import export_base
 from workers.models.network import create, tokenizer
 from workers.models.weights import fill, open_weights, recorded_ties, tied, write_weights
 
-__all__ = ["export_base", "load", "preprocess_cfg", "save", "set_trainable", "tokenizer"]
+__all__ = ["copy_beside", "export_base", "load", "preprocess_cfg", "save", "set_trainable", "tokenizer"]
 
 
 def set_trainable(model: torch.nn.Module, which: str) -> list[str]:
     """Freeze all parameters except those of `which` ("all", "image" or "text"); returns the names of the trainable ones.
 
     A frozen tower is put in evaluation mode as well, so that neither its parameters nor its running statistics change.
-    `logit_scale` belongs to the text tower (see `anatomy.modality`): an image-only expert keeps its initial temperature.
+    `logit_scale` belongs to the text tower (see `anatomy.modality`): an image-only expert keeps its initial temperature. Of a model with
+    adapters (`training.low_rank`) these alone are trainable, and no running statistics change.
     """
     assert which in ("all", "image", "text"), which
     model.train()
@@ -36,7 +39,24 @@ def set_trainable(model: torch.nn.Module, which: str) -> list[str]:
             module.eval()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(which in ("all", modality(name)))
+    if any(map(is_parametrized, model.modules())):
+        _freeze_all_but_adapters(model)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _freeze_all_but_adapters(model: torch.nn.Module) -> None:
+    adapters = {
+        id(p)
+        for m in model.modules()
+        if isinstance(m, ParametrizationList)
+        for one in m
+        for p in one.parameters()
+    }
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in adapters)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
 
 
 def load(directory: Path, device: str | torch.device = "cpu", weights: Path | None = None) -> torch.nn.Module:
@@ -89,6 +109,11 @@ def save(model_or_state: torch.nn.Module | Mapping[str, torch.Tensor], like: Pat
     else:
         state, ties = model_or_state, recorded_ties(like / WEIGHTS_FILE)
     write_weights(state, out / WEIGHTS_FILE, ties)
+    copy_beside(like, out)
+
+
+def copy_beside(like: Path, out: Path) -> None:
+    """Copy what goes with the weights in the directory `like`: configuration and tokenizer files."""
     for file in sorted(like.iterdir()):
         if file.name == CONFIG_FILE or is_tokenizer_file(file):
             shutil.copyfile(file, out / file.name)

@@ -120,16 +120,15 @@ def open_weights(file: Path) -> Checkpoint:
     return Checkpoint.open(file)
 
 
-def lengths(start: Path, state: Mapping[str, torch.Tensor]) -> tuple[float, float]:
-    """L2 norms of state - start and of start, over all float tensors of the weights directory `start` (tied ones once), summed in fp64."""
+def lengths(start: Path, end: Path) -> tuple[float, float]:
+    """L2 norms of end - start and of start, two weights directories, over all float tensors (tied ones once), summed in fp64."""
     moved = begun = 0.0
-    with open_weights(start / WEIGHTS_FILE) as checkpoint:
+    with open_weights(start / WEIGHTS_FILE) as checkpoint, open_weights(end / WEIGHTS_FILE) as after:
         ties = recorded(checkpoint)
         for name, info in checkpoint.tensors.items():
             if info.kind.is_float and name not in ties:
-                new = state[name].detach().reshape(-1).cpu().numpy()
                 old = checkpoint.read(name).astype(np.float64)
-                difference = new - old
+                difference = after.read(name) - old
                 moved += float(np.dot(difference, difference))
                 begun += float(np.dot(old, old))
     return float(np.sqrt(moved)), float(np.sqrt(begun))

@@ -26,9 +26,10 @@ from workers.models.model import set_trainable
 from workers.models.network import build
 from workers.models.weights import admit
 from workers.training.batch_norm import normalises_over_batch
+from workers.training.low_rank import attach
 from workers.training.objective import ContrastiveLoss, TwoTowers
 from workers.training.preparation import prepare
-from workers.training.recipe import Recipe
+from workers.training.recipe import Adapter, Recipe
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,13 @@ class Cost:
     peak_bytes: int
 
 
-def measure(model: str | Path, batch_size: int, trainable: str = "all", precision: str = "fp32") -> Cost:
+def measure(
+    model: str | Path,
+    batch_size: int,
+    trainable: str = "all",
+    precision: str = "fp32",
+    adapter: Adapter | None = None,
+) -> Cost:
     """The cost of a step of `batch_size` pairs, for a weights directory or any configuration that `export_base` accepts.
 
     Memory depends on `precision`, operations do not. Attention is counted as its fused kernel computes it: the backward pass
@@ -58,20 +65,26 @@ def measure(model: str | Path, batch_size: int, trainable: str = "all", precisio
     for locked towers). Raises UserError for an unknown configuration, or one that cannot be run without its weights.
     """
     configuration = json.dumps(configuration_of(str(model)), sort_keys=True)
-    return _measure(configuration, str(model), batch_size, trainable, precision)
+    return _measure(configuration, str(model), batch_size, trainable, precision, adapter)
 
 
-def memory_ratio(model: str | Path, batch_size: int, trainable: str, precision: str) -> float:
-    """Peak memory of training `trainable` divided by that of training both towers: the memory adjustment of a budget."""
-    locked = measure(model, batch_size, trainable, precision)
+def memory_ratio(
+    model: str | Path, batch_size: int, trainable: str, precision: str, adapter: Adapter | None = None
+) -> float:
+    """Peak memory of training `trainable`, or an adapter there, divided by that of training both towers: the memory adjustment of a budget."""
+    locked = measure(model, batch_size, trainable, precision, adapter)
     return locked.peak_bytes / measure(model, batch_size, "all", precision).peak_bytes
 
 
 @lru_cache(maxsize=64)
-def _measure(configuration: str, where: str, batch_size: int, trainable: str, precision: str) -> Cost:
+def _measure(
+    configuration: str, where: str, batch_size: int, trainable: str, precision: str, adapter: Adapter | None
+) -> Cost:
     found = json.loads(configuration)
     try:
         model = _without_storage(found, where)
+        if adapter is not None:
+            attach(model, adapter, trainable, 0, where)
         with FakeTensorMode():
             _make_fake(model)
             trained = set(set_trainable(model, trainable))

@@ -28,6 +28,7 @@ from workers.jobs import EngineSpec, TrainJob, TrainResult
 from workers.models.base import check_temperature
 from workers.models.model import load, preprocess_cfg, save, tokenizer
 from workers.models.weights import lengths
+from workers.training import low_rank
 from workers.training.checkpoints import Checkpoints, Due, LoopState, Progress
 from workers.training.engines.make import make_engine
 from workers.training.engines.protocol import Engine
@@ -63,7 +64,11 @@ def train_expert(job: TrainJob, rank: int = 0, world: int = 1, hooks: Hooks | No
             who = f"task {job.task!r} (t={job.t}): the model in {init}"
             check_temperature(float(model.get_parameter("logit_scale").detach().reshape(-1)[0]), who)
         prepare(
-            model, recipe, job.activation_checkpointing, f"task {job.task!r} (t={job.t}): the model in {init}"
+            model,
+            recipe,
+            job.activation_checkpointing,
+            f"task {job.task!r} (t={job.t}): the model in {init}",
+            job.seed,
         )
         preprocess = preprocess_cfg(init)
         shares = Batches(job, tokenizer(init), preprocess, rank, world)
@@ -77,7 +82,7 @@ def train_expert(job: TrainJob, rank: int = 0, world: int = 1, hooks: Hooks | No
             state = engine.weights()
         result["system"] = usage.samples
         if rank == 0:
-            result.update(_hand_over(job, state))
+            result.update(_hand_over(job, recipe, state))
         _fire(hooks or {}, "train.before_commit", job.steps)
     return result
 
@@ -235,16 +240,19 @@ def _check(job: TrainJob, recipe: Recipe, world: int) -> None:
         )
 
 
-def _hand_over(job: TrainJob, state: Mapping[str, torch.Tensor]) -> _Distances:
+def _hand_over(job: TrainJob, recipe: Recipe, state: Mapping[str, torch.Tensor]) -> _Distances:
     """Write the expert, check the written file against the base, and measure how far it is from the base and from its start."""
     out, base = Path(job.out), Path(job.base)
-    save(state, Path(job.init), out)
+    if recipe.adapter is None:
+        save(state, Path(job.init), out)
+    else:
+        low_rank.save(state, recipe.adapter, Path(job.init), out)
     who = f"the expert of task {job.task!r} (t={job.t})"
     with Checkpoint.open(base) as reference, Checkpoint.open(out) as expert:
         admit(reference, expert, who)
         check_finite(expert, who)
-    norm, _ = lengths(base, state)
-    drift, start = lengths(Path(job.init), state)
+    norm, _ = lengths(base, out)
+    drift, start = lengths(Path(job.init), out)
     return {"task_vector_norm": norm, "drift": drift, "relative_drift": drift / start if start else 0.0}
 
 

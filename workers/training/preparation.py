@@ -1,6 +1,6 @@
 """How a network is run while it is trained: patch dropout, a compiled image tower, activation checkpointing, the layout of pictures.
 
-All engines train the network that `prepare` leaves. Invariant: neither names nor shapes of tensors change, so weights are saved and
+All engines train the network that `prepare` leaves. Invariant: neither names nor shapes of tensors change (but for an adapter, `low_rank`), so weights are saved and
 merged as ever; what a network cannot do is refused, never left out.
 """
 
@@ -13,18 +13,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from merge_service.errors import UserError
 from workers.models.model import set_trainable
+from workers.training.low_rank import attach
 from workers.training.recipe import Recipe
 
 BACKEND = "inductor"
 """What compiles."""
 
 
-def prepare(model: torch.nn.Module, recipe: Recipe, checkpointing: bool, who: str) -> None:
+def prepare(model: torch.nn.Module, recipe: Recipe, checkpointing: bool, who: str, seed: int = 0) -> None:
     """Set up an open_clip model, in place, for training by a recipe; its trainable towers are then in training mode.
 
     With `checkpointing` the blocks of both towers keep their inputs only and are computed again for the backward pass. A text tower is not
-    compiled: the number of distinct texts changes from step to step. Raises UserError, which calls the model `who`.
+    compiled: the number of distinct texts changes from step to step. The factors of an adapter are drawn from `seed`. Raises UserError,
+    which calls the model `who`.
     """
+    if recipe.adapter is not None:
+        attach(model, recipe.adapter, recipe.trainable, seed, who)
     set_trainable(model, recipe.trainable)
     if recipe.accumulate > 1 and any(isinstance(m, _BatchNorm) and m.training for m in model.modules()):
         raise UserError(

@@ -5,10 +5,11 @@ the weights that come out, so it is part of an expert's fingerprint: nothing in 
 is placed, and every field that is left out has one fixed value. Importing this module must stay cheap (no torch).
 """
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
@@ -50,6 +51,30 @@ class Mixture(_Frozen):
 REPLAY = Mixture(pretraining=0.33, update=0.34, buffer=0.33)
 
 
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+class Adapter(_Frozen):
+    """An expert is the weights that it starts from plus low-rank products, which alone are trained (LoRA, Hu et al. 2021).
+
+    `alpha` null is the rank. A product counts alpha / rank times, with `rslora` alpha / sqrt(rank) (Kalajdzievski 2023). `targets` are
+    modules by path or by the end of it, or `all-linear`: every linear layer and every packed attention of the towers that are trained.
+    """
+
+    kind: Literal["lora"] = "lora"
+    rank: int = Field(default=16, ge=1, le=4096)
+    alpha: float | None = Field(default=None, gt=0, le=1e6)
+    rslora: bool = False
+    targets: Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)] = ("all-linear",)
+
+    @property
+    def scale(self) -> float:
+        """What a product of factors is multiplied by."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
 class Augment(_Frozen):
     """RandomResizedCrop of training images: area share and aspect ratio, each drawn between two bounds."""
 
@@ -76,7 +101,7 @@ class Recipe(_Frozen):
     (GradCache, Gao et al. 2021; open_clip's `accum_freq`). `ema` is the decay of an average of the weights over steps, which is then
     what the expert delivers. `patch_dropout` is the share of patches left out of every picture (FLIP, Li et al. 2023), instead of what
     the model's configuration says. `compile` compiles the image tower, `tf32` lets a GPU multiply with ten bits of mantissa,
-    `channels_last` lays pictures out pixel by pixel.
+    `channels_last` lays pictures out pixel by pixel. With an `adapter` only that is trained, and kept.
     """
 
     optimizer: Literal["adamw"] = "adamw"
@@ -98,11 +123,17 @@ class Recipe(_Frozen):
     compile: bool = False
     tf32: bool = False
     channels_last: bool = False
+    adapter: Adapter | None = None
 
     @property
     def asks_network(self) -> bool:
         """Whether not every network can be trained by it."""
-        return self.accumulate > 1 or self.patch_dropout is not None
+        return self.accumulate > 1 or self.patch_dropout is not None or self.adapter is not None
+
+    @property
+    def trains(self) -> str:
+        """What is trained, as a text by which costs are known: a tower or both, and the adapter if there is one."""
+        return self.trainable + ("" if self.adapter is None else f" {self.adapter.model_dump_json()}")
 
     @model_serializer(mode="wrap")
     def _as_it_was(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -128,11 +159,23 @@ class Recipe(_Frozen):
         return self
 
     @model_validator(mode="after")
+    def _adapter_agrees(self) -> Self:
+        if self.adapter is not None and self.ema is not None:
+            raise ValueError(
+                "ema and adapter exclude each other: products of averaged factors are not the average of the products; remove one"
+            )
+        if self.adapter is not None and self.compile:
+            raise ValueError(
+                "compile and adapter exclude each other: a compiled tower does not see that weights are made as they are read; remove one"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _betas_in_range(self) -> Self:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {list(self.betas)}; each must lie in [0, 1)")
         return self
 
 
-LATER = ("accumulate", "ema", "patch_dropout", "compile", "tf32", "channels_last")
+LATER = ("accumulate", "ema", "patch_dropout", "compile", "tf32", "channels_last", "adapter")
 """Keys that a recipe names only where they are used, so that recipes without them keep their fingerprints."""

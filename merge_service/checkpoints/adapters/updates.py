@@ -7,6 +7,7 @@ Invariant: a group of rows is always made whole and by products of the same shap
 that asks for it nor the thread.
 """
 
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -90,16 +91,17 @@ class LowRank:
         return np.add(made, base, out=made)
 
     def delta(self, first: int, last: int) -> np.ndarray:
-        """Rows first..last of what is added, float32."""
+        """Rows first..last of what is added, float64: sums of factors on a grid (`on_grid`) are exact, so no library decides a bit."""
         left, right = self.factors()
         made = left[first:last] @ right
-        return np.multiply(made, np.float32(self.scale), out=made)
+        return np.multiply(made, self.scale, out=made)
 
     def factors(self) -> tuple[np.ndarray, np.ndarray]:
-        """Both factors; a thread keeps those that it read last."""
+        """Both factors, float64; a thread keeps those that it read last."""
         held: tuple[LowRank, np.ndarray, np.ndarray] | None = getattr(_LAST, "factors", None)
         if held is None or held[0] is not self:
-            held = (self, np.ascontiguousarray(self.left()), np.ascontiguousarray(self.right()))
+            left, right = (np.ascontiguousarray(one(), np.float64) for one in (self.left, self.right))
+            held = (self, left, right)
             _LAST.factors = held
         return held[1], held[2]
 
@@ -141,6 +143,19 @@ class Dora:
 
 
 _LAST = threading.local()
+
+
+def on_grid(factor: np.ndarray, rank: int) -> np.ndarray:
+    """A factor rounded to whole multiples of a power of two, at most 2^22 of them, fewer above rank 512. Products of two such factors, and
+    sums of `rank` of them, are exact in float64, in whatever order and with whichever instructions a library adds them.
+    """
+    bits = min(22, (53 - math.ceil(math.log2(rank))) // 2)
+    largest = float(np.abs(factor).max(initial=0.0))
+    if not 0 < largest < math.inf:
+        return factor
+    step = math.ldexp(1.0, math.frexp(largest)[1] - bits)
+    made: np.ndarray = np.round(factor.astype(np.float64) / step) * step
+    return made.astype(np.float32)
 
 
 def groups(shape: tuple[int, int]) -> list[tuple[int, int]]:

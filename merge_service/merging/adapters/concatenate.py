@@ -46,13 +46,13 @@ def concatenate(
     with contextlib.ExitStack() as stack:
         origin = stack.enter_context(open_weights(base))
         opened = [stack.enter_context(open_weights(path, base)) for path in experts]
-        adapters = [_adapter(one, origin, path) for one, path in zip(opened, experts)]
+        adapters = [adapter_of(one, origin, path) for one, path in zip(opened, experts)]
         notes, _ = check_inputs(origin, adapters, shown(adapters, [None] * len(adapters)), Rules())
         factors = _factors(technique, params, origin, len(adapters))
         parts = []
         for name in dict.fromkeys(name for one in adapters for name in one.updates):
             found = [
-                (_low_rank(one, name), weight)
+                (low_rank(one, name), weight)
                 for one, weight in zip(adapters, factors[name])
                 if name in one.updates
             ]
@@ -64,7 +64,7 @@ def concatenate(
     return Written(out, modules, rank, size, notes=notes)
 
 
-def _adapter(weights: Weights, origin: Weights, path: Path) -> Adapted:
+def adapter_of(weights: Weights, origin: Weights, path: Path) -> Adapted:
     if not isinstance(weights, Adapted):
         raise TechniqueError(f"{path} is no adapter; give --rank for the nearest adapter of a rank")
     if weights.of.fingerprint() != origin.fingerprint():
@@ -83,7 +83,7 @@ def _adapter(weights: Weights, origin: Weights, path: Path) -> Adapted:
     return weights
 
 
-def _low_rank(one: Adapted, name: str) -> LowRank:
+def low_rank(one: Adapted, name: str) -> LowRank:
     update = one.updates[name]
     assert isinstance(update, LowRank)
     return update

@@ -58,8 +58,8 @@ class Written:
     notes: tuple[str, ...] = ()
 
 
-def write(out: Path, base: Path, parts: Iterable[Factors]) -> tuple[int, int, int]:
-    """Write the parts as an adapter of `base`; returns how many modules it has, their largest rank, and the bytes of its weights."""
+def write(out: Path, base: Path | str, parts: Iterable[Factors]) -> tuple[int, int, int]:
+    """Write the parts as an adapter of `base`, a path or a name; returns how many modules it has, their largest rank, and the bytes of its weights."""
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     every = list(parts)

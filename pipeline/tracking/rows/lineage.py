@@ -11,7 +11,7 @@ from typing import Any
 from merge_service.checkpoints import WEIGHTS_FILE
 from pipeline.kinds.table import KINDS
 from pipeline.plan.steps import BASE, Step
-from pipeline.store.artifact import Record
+from pipeline.store.artifact import ADAPTER, Record
 from pipeline.tracking.rows.names import OPENING
 
 _TAG_CHARACTERS = 4000
@@ -55,7 +55,7 @@ class Described:
         return {
             "manifest": manifest,
             "store": self.lineage.place(record),
-            "files": [] if absent else sorted(record.files),
+            "files": [] if absent else sorted(name for name in record.files if not name.startswith(ADAPTER)),
         }
 
     def _absent(self, checkpoint: Checkpoint) -> str | None:
