@@ -5,6 +5,7 @@ Invariant: a place does not depend on how tensors are cut, except for the start 
 
 import numpy as np
 
+from merge_service.anatomy.structure import modality
 from merge_service.blocks.masks import tensor_key
 from merge_service.blocks.questions import EVERYTHING, Findings
 from merge_service.blocks.spans import Span
@@ -65,7 +66,7 @@ class Places:
         return self._weights[name, order]
 
     def _evidence(self, expert: Input, span: Span) -> np.ndarray | None:
-        if expert.evidence is None or span.name not in expert.evidence.checkpoint.tensors:
+        if expert.evidence is None or not expert.evidence.holds(span.name):
             return None
         return expert.evidence.block(span.name, span.start, span.stop)
 
@@ -78,13 +79,18 @@ class Places:
         return tensor_key(task.params["seed"], expert.id, name)
 
     def _learned(self, expert: Input, name: str) -> float:
-        """The learned coefficient of an expert in a tensor; where none was learned, the one that learning began with."""
+        """The learned coefficient of an expert in a tensor; where none was learned, the one that learning began with.
+
+        Those of `*` were learned in the towers that learned alone.
+        """
         found = expert.evidence
         if found is None:  # no merge: thresholds of a new expert, on which factors do not bear
             return 1.0
-        if self.task.anatomy.is_scale(name) and name not in found.checkpoint.tensors:
+        if self.task.anatomy.is_scale(name) and not found.holds(name):
             return 0.0
-        factors = found.factors(name)
+        towers = found.about.parameters.get("learning", {}).get("towers", "both")
+        other = towers != "both" and modality(name) != towers and not found.holds(name)
+        factors = None if other else found.factors(name)
         if factors is None:
             return float(of_expert(found.about.parameters.get("start", 0.0), expert.order))
         return float(factors[expert.order - 1])

@@ -65,6 +65,9 @@ class MergeTask:
         reference = base or inputs[0].weights
         if tied is None:
             tied = tie(reference, [one.weights for one in inputs if one.weights is not reference])
+        for one in inputs:
+            if one.evidence is not None:
+                one.evidence.tie(tied)
         rule, mean = technique.rule(params), Mean(params)
         return cls(technique, params, base, tuple(inputs), tied, rule, mean)
 

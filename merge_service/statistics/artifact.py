@@ -4,6 +4,9 @@ A safetensors file. Its metadata has `statistics` (the kind), `version`, `exampl
 all), `parameters` (JSON) and `expert_sha256`, the sha256 of the weights that were measured (and `expert_content`, of their tensors). K-FAC has a second tensor per
 parameter, `NAME:out`. Files of parts of the data are combined by means weighted with rows.
 
+A tensor with several names has one statistic: what the file holds under any of these names. Two that differ are refused, because
+nothing says which of them is the tensor's.
+
 Learned coefficients are such a file too: one for all experts of a merge, whose metadata names the technique and the sha256 of every
 expert. Tensors are [N], [N, columns] or as large as the parameter; `*` stands for parameters without one of their own.
 
@@ -13,7 +16,7 @@ Invariant: a statistic is used with the weights that it was measured on and with
 import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from merge_service.checkpoints.checkpoint import Checkpoint
+from merge_service.checkpoints.ties import Ties
 from merge_service.checkpoints.writer import CheckpointWriter
 from merge_service.errors import CorruptCheckpoint, NonFiniteCheckpoint, TechniqueError
 
@@ -74,6 +78,24 @@ class About:
         return {**said, **{key: value for key, value in of.items() if value is not None}}
 
 
+@dataclass(frozen=True, eq=False)
+class Numbers(Mapping[str, np.ndarray]):
+    """What was measured or learned: its tensors by name (float64), what it is of, and the file it was written to."""
+
+    tensors: Mapping[str, np.ndarray]
+    about: About
+    out: Path | None = None
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
 class Statistics:
     """An open file of statistics; a context manager. Raises `CorruptCheckpoint` for a file that is none of this version."""
 
@@ -81,6 +103,8 @@ class Statistics:
         self.checkpoint = Checkpoint.open(path)
         said = self.checkpoint.metadata
         self.path = Path(path)
+        self._ties: Ties = {}
+        self._keys: dict[str, str | None] = {}
         self.kind = said.get("statistics", COEFFICIENTS if "technique" in said else "")
         try:
             rows = json.loads(said.get("rows", "{}"))
@@ -106,20 +130,54 @@ class Statistics:
                 "temporal-merge measure KIND CHECKPOINT --out FILE"
             )
 
+    def tie(self, ties: Ties) -> None:
+        """Take these names for one tensor each, as the merge does that uses the file."""
+        self._ties, self._keys = dict(ties), {}
+
+    def holds(self, name: str) -> bool:
+        """Whether there is something for a name, under it or under another name of the same tensor."""
+        return self._key(name) is not None
+
     def get(self, name: str) -> np.ndarray | None:
-        """The tensor of a name in float64, None where there is none. Raises `NonFiniteCheckpoint` naming the file and the key."""
-        info = self.checkpoint.tensors.get(name)
-        if info is None:
+        """The tensor of a name in float64, None where there is none.
+
+        Raises `NonFiniteCheckpoint` naming the file and the key, and `TechniqueError` for a tied tensor with two statistics.
+        """
+        key = self._key(name)
+        if key is None:
             return None
+        info = self.checkpoint.tensors[key]
         return self.block(name, 0, info.numel).reshape(info.shape)
 
     def factors(self, name: str) -> np.ndarray | None:
         """Learned coefficients of a parameter, float64 [N] or [N, columns]: its own, else those of `*`; None where there are none."""
-        return self.get(name if name in self.checkpoint.tensors else "*")
+        return self.get(name if self.holds(name) else "*")
+
+    def _key(self, name: str) -> str | None:
+        """The name under which the file holds what there is for a name."""
+        if name not in self._keys:
+            stem, out = (name[: -len(OUT)], OUT) if name.endswith(OUT) else (name, "")
+            leader = self._ties.get(stem, stem)
+            alike = [leader, *(alias for alias, other in self._ties.items() if other == leader)]
+            held = [one + out for one in alike if one + out in self.checkpoint.tensors]
+            for other in held[1:]:
+                if not self._same(held[0], other):
+                    raise TechniqueError(
+                        f"{self.path} holds two {self.kind} of one tensor, which the models have under the names {held[0]} and {other}; "
+                        "leave one of them out, or measure again"
+                    )
+            self._keys[name] = held[0] if held else None
+        return self._keys[name]
+
+    def _same(self, one: str, other: str) -> bool:
+        shapes = [self.checkpoint.tensors[name].shape for name in (one, other)]
+        return shapes[0] == shapes[1] and np.array_equal(
+            self.checkpoint.read(one), self.checkpoint.read(other)
+        )
 
     def block(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Elements start..stop of a flattened tensor. Raises `NonFiniteCheckpoint` as `get` does."""
-        values = self.checkpoint.read(name, start, stop).astype(np.float64)
+        """Elements start..stop of a flattened tensor that there is. Raises as `get` does."""
+        values = self.checkpoint.read(self._key(name) or name, start, stop).astype(np.float64)
         if not np.isfinite(values).all():
             raise NonFiniteCheckpoint(
                 f"{self.path} (statistics of kind {self.kind}): {name} holds NaN or infinity; measure again"
@@ -128,8 +186,8 @@ class Statistics:
 
     @cached_property
     def norm(self) -> float:
-        """The L2 norm of all numbers of the file together."""
-        tensors = (self.get(name) for name in self.checkpoint.tensors)
+        """The L2 norm of all numbers of the file together, those of a tied tensor once."""
+        tensors = (self.get(name) for name in dict.fromkeys(map(self._key, self.checkpoint.tensors)) if name)
         return math.sqrt(math.fsum(float((one * one).sum()) for one in tensors if one is not None))
 
     def check(self, kind: str, digests: tuple[str, str] | None, who: str) -> None:

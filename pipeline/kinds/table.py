@@ -57,7 +57,7 @@ KINDS = {
         StepKind(TrainSpec.kind, 1, TrainSpec, TrainResult, weight=100.0, trains=True),
         StepKind(ExpertSpec.kind, 1, ExpertSpec, ExpertResult, weight=1.0, seldom=True),
         StepKind(MeasureSpec.kind, 1, MeasureSpec, MeasureResult, weight=3.0, weights=False, seldom=True),
-        StepKind(LearnSpec.kind, 1, LearnSpec, LearnResult, weight=30.0, weights=False, seldom=True),
+        StepKind(LearnSpec.kind, 2, LearnSpec, LearnResult, weight=30.0, weights=False, seldom=True),
         StepKind(MergeSpec.kind, 1, MergeSpec, MergeResult, weight=1.0),
         StepKind(EvaluateSpec.kind, 1, EvaluateSpec, EvaluateResult, weight=3.0, scores=True, weights=False),
         StepKind(SequenceSpec.kind, 1, SequenceSpec, MergeResult, weight=1.0, planned=False),

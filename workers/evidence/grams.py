@@ -1,6 +1,7 @@
 """Gram matrices of inputs, E x x^T, of every linear map in a model; and what stands for them where an input is sparse.
 
-The token table has the share of each token, the weight of a norm the mean of its squared normalised input.
+The token table has the share of each token, the weight of a norm the mean of its squared normalised input. A tensor that acts in
+several ways (a token table that is the output layer too) has no one Gram matrix, and none is kept.
 
 Invariant: a Gram matrix is a mean over rows; sums of chunks are in float32, their sum in float64.
 """
@@ -23,9 +24,14 @@ class Grams:
         self.sums: Sums = {}
         self.rows: dict[str, int] = {}
         self.sizes: dict[str, int] = {}
+        self.ways: dict[str, set[str]] = {}
 
     def take(self, name: str, how: str, x: torch.Tensor, out: torch.Tensor, chosen: Any) -> None:
         """A `passes.Rows`."""
+        ways = self.ways.setdefault(name, set())
+        ways.add(how)
+        if len(ways) > 1:
+            return
         x = x if chosen is None else x[chosen]
         if how == "table":
             found = torch.bincount(x.reshape(-1), minlength=self.sizes[name]).double()
@@ -38,7 +44,11 @@ class Grams:
 
     def means(self) -> dict[str, torch.Tensor]:
         """Float64 on the CPU."""
-        return {name: (total / self.rows[name]).cpu() for name, total in self.sums.items()}
+        return {
+            name: (total / self.rows[name]).cpu()
+            for name, total in self.sums.items()
+            if len(self.ways[name]) == 1
+        }
 
 
 def gram(model: Opened, asked: Asked, inputs: Inputs) -> Grams:

@@ -4,7 +4,7 @@ Invariant: neither the worker nor how many rows fit at once changes a result bey
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,34 +14,20 @@ import torch
 
 from merge_service.anatomy import anatomy_of
 from merge_service.errors import UserError
-from merge_service.statistics import About, write
+from merge_service.statistics import About, Numbers, write
 from workers.evidence.asked import Asked, Inputs
 from workers.evidence.gradients import kfac, means, per_example
 from workers.evidence.grams import gram
 from workers.evidence.network import Opened, open_model, temperature_of
 
 
-@dataclass(frozen=True, eq=False)
-class Measured(Mapping[str, np.ndarray]):
-    """A statistic: its tensors by name (float64), what it is of, and the file it was written to."""
-
-    tensors: Mapping[str, np.ndarray]
-    about: About
-    out: Path | None = None
+class Measured(Numbers):
+    """A statistic by parameter name."""
 
     @property
     def rows(self) -> Mapping[str, int]:
         """The number of rows behind each mean."""
         return self.about.rows
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
 
 
 @dataclass(frozen=True)

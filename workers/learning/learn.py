@@ -7,17 +7,17 @@ changes no bit.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from merge_service.anatomy import modality
 from merge_service.checkpoints import sha256_of
 from merge_service.errors import UserError
-from merge_service.statistics import COEFFICIENTS, About, Statistics, write
+from merge_service.faults import point
+from merge_service.statistics import COEFFICIENTS, About, Numbers, Statistics, write
 from workers.evidence.asked import Asked, Inputs
 from workers.evidence.network import Opened, open_model, temperature_of
 from workers.learning.adam import Adam, Tensors
@@ -37,8 +37,8 @@ EVERY = 50
 class Where:
     """Files: the experts in their order, the base, the result; `config` names the architecture of a base without a configuration.
 
-    `warm_start` are coefficients that were learned before, from which known experts begin. A checkpoint lies beside the result, written
-    `every` so many steps. `tell` is called after every step with its number and the loss before it.
+    `warm_start` are coefficients that were learned before, from which known experts begin. A checkpoint is written `every` so many
+    steps, to `kept`, by default beside the result. `tell` is called after every step with its number and the loss before it.
     """
 
     experts: Sequence[Path]
@@ -47,35 +47,24 @@ class Where:
     config: str | None = None
     warm_start: Path | None = None
     every: int = EVERY
+    kept: Path | None = None
     tell: Callable[[int, float], None] | None = None
 
     @property
     def progress(self) -> Path | None:
-        """The checkpoint."""
-        return None if self.out is None else self.out.with_name(f"{self.out.stem}.learning.safetensors")
+        """The checkpoint, None to keep none."""
+        if self.kept is not None or self.out is None:
+            return self.kept
+        return self.out.with_name(f"{self.out.stem}.learning.safetensors")
 
 
-@dataclass(frozen=True, eq=False)
-class Learned(Mapping[str, np.ndarray]):
-    """Coefficients by parameter name (float64), what they are of, and the file they were written to."""
-
-    tensors: Mapping[str, np.ndarray]
-    about: About
-    out: Path | None = None
+class Learned(Numbers):
+    """Coefficients by parameter name."""
 
     @property
     def losses(self) -> tuple[float, ...]:
         """The loss before every step."""
         return self.about.losses
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
 
 
 @dataclass
@@ -209,7 +198,7 @@ def start(wanted: Wanted, members: Members, inputs: Sequence[Inputs], scale: flo
     for name, parameter in model.model.named_parameters():
         parameter.requires_grad_(name in learned)
         if name not in learned and modality(name) == "text" and name.rpartition(".")[2] != "logit_scale":
-            put(members, name, wanted.starts(len(members.experts)))
+            put(members, name, wanted.unlearned(len(members.experts)))
     return tasks_of(wanted, model, inputs, scale)
 
 
@@ -247,8 +236,10 @@ def carry_out(run: Run, wanted: Wanted, where: Where, identity: str) -> list[flo
         losses.append(run.step(step))
         if where.tell is not None:
             where.tell(step + 1, losses[-1])
+        point("learn.after_step")
         if (step + 1) % where.every == 0 and step + 1 < wanted.steps:
             progress.save(run.groups(), {**run.adam.counts, **(aside.counts if aside else {})}, losses)
+            point("learn.after_ckpt")
     return losses
 
 

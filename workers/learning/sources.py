@@ -4,7 +4,6 @@ Classes are embedded by the text tower that the merge begins with, with all prom
 alone, and one that was interrupted goes on in its scratch, to the bit.
 """
 
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -16,6 +15,8 @@ import torch
 from merge_service.checkpoints import WEIGHTS_FILE
 from merge_service.merge import merge
 from merge_service.merging import Rules
+from merge_service.statistics import COEFFICIENTS, About, write
+from merge_service.techniques import get
 from workers.evidence.asked import Asked
 from workers.evidence.tasks import TRAIN, inputs_of
 from workers.jobs import COEFFICIENTS_FILE, LearnJob, LearnResult, Source
@@ -34,9 +35,10 @@ def learn_merge(job: LearnJob) -> LearnResult:
     where = Where(
         [Path(model) / WEIGHTS_FILE for model in job.models],
         base / WEIGHTS_FILE,
-        scratch / COEFFICIENTS_FILE,
+        Path(job.out) / COEFFICIENTS_FILE,
         str(base),
         Path(job.before) if job.before else None,
+        kept=scratch / "learning.safetensors",
         tell=lambda step, loss: progress.tell(step, step * samples, loss),
     )
     torch.set_num_threads(job.threads)
@@ -44,12 +46,11 @@ def learn_merge(job: LearnJob) -> LearnResult:
         found = learn_sources(wanted, where, job.data, job.cache)
     finally:
         torch.set_num_threads(threads)
-    out = Path(shutil.move(scratch / COEFFICIENTS_FILE, Path(job.out) / COEFFICIENTS_FILE))
     return {
         "examples": found.about.examples,
         "steps": len(found.losses),
         "loss": [found.losses[0], found.losses[-1]] if found.losses else [],
-        "bytes": out.stat().st_size,
+        "bytes": (Path(job.out) / COEFFICIENTS_FILE).stat().st_size,
         "seconds": time.perf_counter() - started,
     }
 
@@ -71,14 +72,17 @@ def learn_sources(
 
 
 def _start(wanted: Wanted, where: Where, tasks: int, out: Path) -> Path:
-    """The merge that learning begins with, as a weights directory: its text tower is that of the result."""
-    starts = settled(wanted, tasks).starts(len(where.experts))
+    """The merge with no coefficient learned, as a weights directory: its text tower is that of the result."""
+    begun = settled(wanted, tasks)
     for file in Path(where.config or where.base.parent).iterdir():
         if file.is_file() and not file.name.endswith(".safetensors"):
             (out / file.name).symlink_to(file.absolute())
-    params = {"weights": starts, "scale": 1.0, "logit_scale": "base"}
+    nothing, said = out / f"nothing.{COEFFICIENTS_FILE}", begun.of_merge()
+    write(nothing, {}, About(COEFFICIENTS, {}, 0, parameters=said, technique=wanted.row.technique))
+    known = {one.name for one in get(wanted.row.technique).params}
     merge(
-        "task_arithmetic", params, where.base, where.experts, out / WEIGHTS_FILE,
-        ids=[f"e{number}" for number in range(len(starts))], rules=Rules(any_base=True), measure=False,
+        wanted.row.technique, {key: value for key, value in said.items() if key in known}, where.base,
+        where.experts, out / WEIGHTS_FILE, ids=[f"e{number}" for number in range(len(where.experts))],
+        rules=Rules(any_base=True), measure=False, statistics=[nothing] * len(where.experts),
     )  # fmt: skip
     return out

@@ -4,6 +4,7 @@ A method is a row: which technique merges with the result, which loss it has, an
 parameter that has no effect on a method is refused.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -168,6 +169,10 @@ class Wanted:
             )
         return found
 
+    def unlearned(self, experts: int) -> list[float]:
+        """The factor of every expert in tensors without coefficients, as the merge gives it: the mean (dam), or the first one."""
+        return [1 / experts] * experts if self.row.technique == "dam" else self.starts(experts)
+
     def said(self) -> dict[str, Any]:
         """The parameters that have an effect, as plain values."""
         names = [one.name for one in fields(self) if one.name in (*COMMON, *self.row.takes)]
@@ -176,8 +181,11 @@ class Wanted:
         }
 
     def of_merge(self) -> dict[str, Any]:
-        """The parameters of the merge that follows, and `start`, which parameters without coefficients keep."""
-        found: dict[str, Any] = {"start": list(self.start) if isinstance(self.start, tuple) else self.start}
+        """The parameters of the merge that follows, and `start`, which tensors without coefficients keep, in the unit of the file."""
+        start: Any = list(self.start) if isinstance(self.start, tuple) else self.start
+        if self.row.loss == "labels":  # the file holds w of tanh(w)
+            start = [math.atanh(one) for one in start] if isinstance(start, list) else math.atanh(start)
+        found: dict[str, Any] = {"start": start}
         if self.adapted_on != "training":
             found["adapted_on"] = self.adapted_on
         if self.method == "adamerging":

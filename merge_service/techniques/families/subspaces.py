@@ -4,7 +4,8 @@ The arithmetic of one matrix is in functions that take `xp`, numpy or torch. Sig
 values the result is not determined, by definition.
 """
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from merge_service.blocks.singular import spectrum, wide
@@ -12,7 +13,7 @@ from merge_service.techniques.definition import Technique
 from merge_service.techniques.families.spectra import SCOPE
 from merge_service.techniques.params import ATTENTION, LOGIT_SCALE, SCALE, WEIGHT, Param
 from merge_service.techniques.place import Array, State
-from merge_service.techniques.rule import Tensor, TensorRule
+from merge_service.techniques.rule import Params, Tensor, TensorRule
 
 
 class _OfMatrices(TensorRule):
@@ -51,9 +52,7 @@ class DualProjections(_OfMatrices):
     """DOP: the running model and the new expert, each held to its own weights along its leading directions."""
 
     def solved(self, tensor: Tensor, taus: list[Array], mean: Array) -> Array:
-        return tensor.solve(
-            projected, *taus, mean, weight=self.params["weight"], energy=self.params["energy"]
-        )
+        return tensor.solve(projected, *taus, mean, params=self.params)
 
 
 def decorrelated(*taus: Array, xp: Any) -> Array:
@@ -70,28 +69,90 @@ def decorrelated(*taus: Array, xp: Any) -> Array:
     return xp.asarray(left * xp.concatenate(values) @ right.T, dtype=taus[0].dtype)
 
 
-def projected(running: Array, new: Array, mean: Array, *, weight: float, energy: float, xp: Any) -> Array:
+def projected(running: Array, new: Array, mean: Array, *, params: Params, xp: Any) -> Array:
     """DOP (NeurIPS 2025) of two task vectors, (m, n): the minimum of Σ w_i (|S_i U_i^T (W - W_i)|^2 + |(W - W_i) V_i S_i|^2).
 
-    That is the Sylvester equation A W + W B = C, solved by eigenvectors of both sides. `weight` is the new expert's. U, S, V of each
-    are cut where the cumulated share of singular values reaches `energy` (the one that crosses it is dropped, as released).
-    Directions that neither constrains keep `mean`.
+    `weight` is the new expert's. U, S, V of each are cut where the cumulated share of singular values reaches `energy` (the one that
+    crosses it is dropped, as released); `directions` leaves only the terms with U (left) or V (right). Directions that neither expert
+    constrains keep `mean`. As released it is `iterations` steps of Adam from the mean instead, `solver` adam with these weights and
+    mgda with weights that move (`_descended`).
     """
-    outer, inner, right = 0.0, 0.0, 0.0
-    centre = wide(mean, xp)
-    for share, tau in ((1 - weight, running), (weight, new)):
-        full = wide(tau, xp)
+    held = [_Hold.of(tau, params, xp) for tau in (running, new)]
+    weights, centre = (1 - params["weight"], params["weight"]), wide(mean, xp)
+    find = _balanced if params["solver"] == "exact" else _descended
+    return xp.asarray(find(centre, held, weights, params, xp=xp), dtype=running.dtype)
+
+
+@dataclass(frozen=True)
+class _Hold:
+    """What holds the result to one model: |S U^T (W - target)|^2 + |(W - target) V S|^2, with A = U S^2 U^T and B = V S^2 V^T."""
+
+    target: Array
+    a: Array
+    b: Array
+
+    @classmethod
+    def of(cls, tau: Array, params: Params, xp: Any) -> "_Hold":
+        """Of a task vector, along its directions."""
+        which = params["directions"]
         left, values, across = _leading(tau, min(tau.shape), xp)
-        below = xp.cumsum(values, 0) < energy * values.sum()
+        below = xp.cumsum(values, 0) < params["energy"] * values.sum()
         left, across = left[:, below] * values[below], across[:, below] * values[below]
-        a, b = share * (left @ left.T), share * (across @ across.T)
-        outer, inner = outer + a, inner + b
-        right = right + a @ (full - centre) + (full - centre) @ b
+        return cls(wide(tau, xp), left @ left.T * (which != "right"), across @ across.T * (which != "left"))
+
+    def pull(self, at: Array) -> Array:
+        """Half the gradient at `at`."""
+        apart = at - self.target
+        return self.a @ apart + apart @ self.b
+
+
+def _balanced(
+    centre: Array, held: Sequence[_Hold], weights: Sequence[float], params: Params, *, xp: Any
+) -> Array:
+    """The minimum: the Sylvester equation A W + W B = C, by eigenvectors of both sides."""
+    right = -sum(weight * one.pull(centre) for weight, one in zip(weights, held))
+    outer, inner = (
+        sum(weight * side for weight, side in zip(weights, sides))
+        for sides in zip(*((one.a, one.b) for one in held))
+    )
     (rows, left), (columns, across) = xp.linalg.eigh(outer), xp.linalg.eigh(inner)
     divisor = xp.clip(rows, 0, None)[:, None] + xp.clip(columns, 0, None)[None, :]
     seen = divisor > float(divisor.max()) * max(divisor.shape) * 2.0**-52
     moved = xp.where(seen, left.T @ right @ across / xp.where(seen, divisor, 1), 0)
-    return xp.asarray(centre + left @ moved @ across.T, dtype=running.dtype)
+    return centre + left @ moved @ across.T
+
+
+def _descended(
+    centre: Array, held: Sequence[_Hold], weights: Sequence[float], params: Params, *, xp: Any
+) -> Array:
+    """Adam (.9, .999, 1e-8) as released. With mgda the weights move by 1 - .999 at every step, towards those for which the two
+    gradients, each divided by its loss, sum to the shortest vector.
+    """
+    found, first, second = centre, centre * 0, centre * 0
+    for step in range(1, params["iterations"] + 1):
+        pulls = [2 * one.pull(found) for one in held]
+        if params["solver"] == "mgda":
+            shortest = _shortest(found, held, pulls)
+            weights = [0.999 * weight + 0.001 * other for weight, other in zip(weights, shortest)]
+        gradient = sum(weight * pull for weight, pull in zip(weights, pulls))
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient * gradient
+        root = (second / (1 - 0.999**step)) ** 0.5
+        found = found - params["learning_rate"] * (first / (1 - 0.9**step)) / (root + 1e-8)
+    return found
+
+
+def _shortest(at: Array, held: Sequence[_Hold], pulls: Sequence[Array]) -> tuple[float, float]:
+    """The weights, from .001 to .999 and with sum 1, of two gradients over their losses whose sum is shortest."""
+    losses = [float(((at - one.target) * pull).sum()) / 2 for one, pull in zip(held, pulls)]
+    one, two = (pull / (loss or 1.0) for pull, loss in zip(pulls, losses))
+    squares, product = (float((one * one).sum()), float((two * two).sum())), float((one * two).sum())
+    if product >= squares[0]:
+        return 0.999, 0.001
+    if product >= squares[1]:
+        return 0.001, 0.999
+    share = (squares[1] - product) / (squares[0] + squares[1] - 2 * product)
+    return share, 1 - share
 
 
 def _leading(tau: Array, count: int, xp: Any) -> tuple[Array, Array, Array]:
@@ -160,8 +221,17 @@ TECHNIQUES = (
                 "solver",
                 "choice",
                 "exact",
-                "exact: the minimum itself (the released code: 200 steps of Adam)",
-                choices=("exact",),
+                "exact: the minimum itself; mgda: the released iteration, with weights that move; adam: with fixed ones",
+                choices=("exact", "adam", "mgda"),
+            ),
+            Param("iterations", "int", 200, "steps of adam and mgda", 0),
+            Param("learning_rate", "float", 1e-4, "of adam and mgda", 0),
+            Param(
+                "directions",
+                "choice",
+                "both",
+                "along which directions of a matrix the two are held: of outputs (left), of inputs (right), or both",
+                choices=("both", "left", "right"),
             ),
             replace(SCOPE, doc=f"which matrices: those {_ALL_MATRICES}"),
             ATTENTION,

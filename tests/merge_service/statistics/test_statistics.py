@@ -253,3 +253,54 @@ def test_parts_of_the_data_are_pooled_by_rows(tmp_path: Path) -> None:
     write(tmp_path / "other", {"w": np.eye(3)}, About("gram", {"w": 1}, 1, "b" * 64))
     with pytest.raises(TechniqueError, match="not parts of one measurement"):
         pooled([tmp_path / "x", tmp_path / "other"], tmp_path / "no")
+
+
+def tied_model(seed: int) -> dict[str, np.ndarray]:
+    """A model whose output layer is its embedding, and one more matrix."""
+    rng = np.random.default_rng(seed)
+    table, inner = rng.standard_normal((6, 4)), rng.standard_normal((4, 4))
+    named = {"embed.weight": table, "blocks.0.inner.weight": inner, "lm_head.weight": table}
+    return {name: one.astype(np.float32) for name, one in named.items()}
+
+
+@pytest.mark.parametrize("kept", [["embed.weight"], ["lm_head.weight"], ["embed.weight", "lm_head.weight"]])
+def test_tied_tensor_has_the_statistic_of_any_of_its_names_once(kept: list[str], tmp_path: Path) -> None:
+    models = [tied_model(seed) for seed in range(3)]
+    fishers = [{name: one**2 + 0.1 for name, one in tied_model(seed + 9).items()} for seed in (1, 2)]
+    files = [tmp_path / f"m{number}.safetensors" for number in range(3)]
+    for file, model in zip(files, models):
+        save_file(model, file)
+    given = [tmp_path / "f1", tmp_path / "f2"]
+    for file, fisher in zip(given, fishers):
+        save_file(
+            {name: fisher[name] for name in ["blocks.0.inner.weight", *kept]}, file, {"statistics": "fisher"}
+        )
+    out = tmp_path / "out.safetensors"
+    report = merge("fisher", {}, files[0], files[1:], out, rules=LOOSE, statistics=given)
+    assert not any("without statistics" in note for note in report.notes)
+    merged, own = load_file(out), ["embed.weight", "blocks.0.inner.weight"]
+    norms = [np.sqrt(sum((fisher[name].astype(float) ** 2).sum() for name in own)) for fisher in fishers]
+    for name in merged:
+        shares = [fisher[name].astype(float) / norm for fisher, norm in zip(fishers, norms)]
+        right = sum(share * model[name] for share, model in zip(shares, models[1:])) / sum(shares)
+        np.testing.assert_allclose(merged[name], right, rtol=1e-5, atol=1e-6)
+
+
+def test_tied_tensor_with_two_statistics_is_refused(tmp_path: Path) -> None:
+    files = [tmp_path / f"m{number}.safetensors" for number in range(2)]
+    for seed, file in enumerate(files):
+        save_file(tied_model(seed), file)
+    fisher = {name: one**2 for name, one in tied_model(5).items()}
+    fisher["lm_head.weight"] = fisher["lm_head.weight"] * 2
+    save_file(fisher, tmp_path / "f", {"statistics": "fisher"})
+    with pytest.raises(TechniqueError, match=r"two fisher of one tensor.*embed.weight and lm_head.weight"):
+        merge(
+            "fisher",
+            {},
+            files[0],
+            files[1:],
+            tmp_path / "out.safetensors",
+            rules=LOOSE,
+            statistics=[tmp_path / "f"],
+        )
+    assert not (tmp_path / "out.safetensors").exists()

@@ -11,6 +11,7 @@ from workers.evidence.asked import Asked, Inputs
 from workers.evidence.network import open_model, temperature_of
 from workers.learning.learn import Run, Where, run_of, start
 from workers.learning.members import opened
+from workers.learning.trimmed import trimmed
 from workers.learning.wanted import Wanted
 
 
@@ -32,7 +33,7 @@ def begun(case: dict, wanted: Wanted) -> Iterator[Run]:
     """The run before its first step, with the model filled."""
     files = where(case)
     model = open_model(files.base, Asked("gram"), files.config)
-    with opened(files.base, files.experts, model) as members:
+    with trimmed(wanted, files.base, files.experts) as experts, opened(files.base, experts, model) as members:
         tasks = start(wanted, members, inputs(case), temperature_of(files.base))
         run = run_of(wanted, files, members, tasks)
         run.blend.fill(0)
