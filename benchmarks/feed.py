@@ -270,7 +270,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="of decoded pictures in a round; buffers are new in the first ones",
     )
     parser.add_argument("--some", type=int, default=12, help="steps of the pretended device in a round")
-    parser.add_argument("--few", type=int, default=3, help="steps of encoded pictures in a round")
+    parser.add_argument("--few", type=int, default=12, help="steps of encoded pictures in a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--cores", type=int, default=os.cpu_count() or 1, help="threads or processes of every contender"

@@ -7,7 +7,7 @@ The other half of `kernels`, under the same rules. Invariant: counts are integer
 import numba as nb
 import numpy as np
 
-from merge_service.blocks.kernels import INFINITE, jit, load, pointer
+from merge_service.blocks.kernels import INFINITE, NOTHING, jit, load, pointer
 from merge_service.blocks.loops import F32, JOB, LANES, TERM
 
 _INFINITY = np.float32(np.inf)
@@ -29,9 +29,9 @@ def _magnitudes(job, terms, begin, size, base, x, bits):
             bad = np.int32(bad | np.int32(not moved[i] < _INFINITY))
         if not bad:  # a finite difference has finite parts
             return
-    if load(origin, kind, begin, size, base) >= INFINITE:
+    if load(origin, kind, begin, size, base, NOTHING) >= INFINITE:
         job[0].bad = 1
-    if load(address, other, begin, size, x) >= INFINITE:
+    if load(address, other, begin, size, x, NOTHING) >= INFINITE:
         terms[0].bad = 1
     for i in range(size):
         moved[i] = abs(x[i] - base[i])

@@ -13,6 +13,7 @@ for any span.
 
 import numba as nb
 import numpy as np
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -32,9 +33,13 @@ from merge_service.blocks.loops import (
     TERM,
 )
 
+PART, _LINE = 256, 64
+"""Numbers that are processed between two requests for what is read next, and bytes of a line of the processor's caches."""
 ZERO, _ONE = np.float32(0), np.float32(1)
 _INFINITY = np.float32(np.inf)
 _MAGNITUDE, INFINITE = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
+NOTHING = (0, 0)
+"""Of `load`, where nothing more is read, or it is there already."""
 jit = nb.njit(error_model="numpy", boundscheck=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
@@ -46,17 +51,75 @@ def pointer(typingctx, address):
     return types.voidptr(address), generate
 
 
+@intrinsic
+def _prefetch(typingctx, address):
+    def generate(context, builder, signature, arguments):
+        place, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [place, number, number, number])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [place], kind)
+        where = builder.inttoptr(arguments[0], place)
+        read, second_level, data = (ir.Constant(number, value) for value in (0, 2, 1))
+        builder.call(function, [where, read, second_level, data])
+        return context.get_dummy_value()
+
+    return types.void(address), generate
+
+
 @jit
-def load(address, kind, at, size, out):
-    """`size` numbers from element `at` on, as float32; the largest magnitude among them, by its bits."""
+def _width(kind):
+    return 4 if kind == F32 else (8 if kind == F64 else 2)
+
+
+@jit
+def _request(coming, first, stop):
+    """Have numbers `first` to `stop` of what is read next brought into the core's second-level cache, beside the work."""
+    address, width = coming
+    for at in range(first * width, stop * width, _LINE):
+        _prefetch(address + at)
+
+
+@jit
+def _copy(address, target, size):
+    """Copy `size` words; the largest magnitude among them."""
+    source = nb.carray(pointer(address), (size,), np.uint32)
+    words = nb.carray(pointer(target), (size,), np.uint32)
+    worst = np.uint32(0)
+    for i in range(size):
+        words[i] = source[i]
+        worst = max(worst, np.uint32(source[i] & _MAGNITUDE))
+    return worst
+
+
+@jit
+def _subtract(address, base, out):
+    """Numbers at `address` less `base`; the largest magnitude among them before."""
+    source = nb.carray(pointer(address), (out.size,), np.float32)
+    words = nb.carray(pointer(address), (out.size,), np.uint32)
+    worst = np.uint32(0)  # numba widens to 64 bits unless the type is given, which takes four times as long
+    for i in range(out.size):
+        out[i] = source[i] - base[i]
+        worst = max(worst, np.uint32(words[i] & _MAGNITUDE))
+    return worst
+
+
+@jit
+def load(address, kind, at, size, out, coming):
+    """`size` numbers from element `at` on, as float32; the largest magnitude among them, by its bits.
+
+    `coming` are the address of what is read next, and the bytes of a number there. Nothing faults if nothing is there. Without it a core
+    waits at the beginning of every page: processors look ahead within a page only.
+    """
+    if kind == F32:
+        worst = np.uint32(0)
+        for first in range(0, size, PART):
+            stop = min(first + PART, size)
+            _request(coming, first, stop)
+            part = _copy(address + (at + first) * 4, out.ctypes.data + first * 4, stop - first)
+            worst = max(worst, part)
+        return worst
     words = nb.carray(pointer(out.ctypes.data), (size,), np.uint32)
     worst = np.uint32(0)
-    if kind == F32:
-        source = nb.carray(pointer(address + at * 4), (size,), np.uint32)
-        for i in range(size):
-            words[i] = source[i]
-            worst = max(worst, np.uint32(source[i] & _MAGNITUDE))
-        return worst
+    _request(coming, 0, size)
     if kind == F64:
         doubles = nb.carray(pointer(address + at * 8), (size,), np.float64)
         for i in range(size):
@@ -75,19 +138,17 @@ def load(address, kind, at, size, out):
 
 
 @jit
-def _load_delta(address, kind, at, size, base, low, high, out):
-    """As `_load`, with `base` subtracted afterwards, and zero where the magnitude is not in `low`..`high`."""
+def _load_delta(address, kind, at, size, base, low, high, out, coming):
+    """As `load`, with `base` subtracted afterwards, and zero where the magnitude is not in `low`..`high`."""
     if kind == F32:
-        source = nb.carray(pointer(address + at * 4), (size,), np.float32)
-        words = nb.carray(pointer(address + at * 4), (size,), np.uint32)
         worst = np.uint32(0)
-        for i in range(
-            size
-        ):  # numba widens to 64 bits unless the type is given, which takes four times as long
-            out[i] = source[i] - base[i]
-            worst = max(worst, np.uint32(words[i] & _MAGNITUDE))
+        for first in range(0, size, PART):
+            stop = min(first + PART, size)
+            _request(coming, first, stop)
+            part = _subtract(address + (at + first) * 4, base[first:stop], out[first:stop])
+            worst = max(worst, part)
     else:
-        worst = load(address, kind, at, size, out)
+        worst = load(address, kind, at, size, out, coming)
         for i in range(size):
             out[i] = out[i] - base[i]
     if low > ZERO or high < _INFINITY:
@@ -239,9 +300,22 @@ def _moment(one, other, base, sums, size):
 def _add_moments(moments, wanted, newest, begin, done, base, x, sums, size):
     moments[0] += _moment(done, done, base, sums, size)
     if wanted > 1:
-        load(newest.address, newest.kind, begin, size, x)
+        load(newest.address, newest.kind, begin, size, x, NOTHING)
         moments[1] += _moment(x, x, base, sums, size)
         moments[2] += _moment(done, x, base, sums, size)
+
+
+@jit
+def _after(job, terms, k, begin):
+    """What is read after expert k of a block, as of `load`."""
+    if k + 1 < len(terms):
+        term = terms[k + 1]
+        return np.int64(term.address) + begin * _width(term.kind), _width(term.kind)
+    if job.delta or job.sums:
+        following = begin + LANES if job.delta else begin
+        return np.int64(job.base) + following * _width(job.kind), _width(job.kind)
+    term = terms[0]
+    return np.int64(term.address) + (begin + LANES) * _width(term.kind), _width(term.kind)
 
 
 @jit
@@ -276,13 +350,15 @@ def products(jobs, terms, count, partial, grains, work):
     job = jobs[0]
     for begin in range(0, job.size, LANES):
         size = min(LANES, job.size - begin)
-        if job.delta and load(job.base, job.kind, begin, size, base) >= INFINITE:
+        coming = _after(job, terms, -1, begin)
+        if job.delta and load(job.base, job.kind, begin, size, base, coming) >= INFINITE:
             jobs[0].bad = 1
         for k in range(count):
+            address, kind, coming = terms[k].address, terms[k].kind, _after(job, terms, k, begin)
             if job.delta:
-                worst = _load_delta(terms[k].address, terms[k].kind, begin, size, base, ZERO, _INFINITY, x[k])
+                worst = _load_delta(address, kind, begin, size, base, ZERO, _INFINITY, x[k], coming)
             else:
-                worst = load(terms[k].address, terms[k].kind, begin, size, x[k])
+                worst = load(address, kind, begin, size, x[k], coming)
             if worst >= INFINITE:
                 terms[k].bad = 1
         for k in range(count):
@@ -318,17 +394,20 @@ def blend(jobs, terms, count, state, rows, width, votes, voted, out, room, momen
         ballots = votes[at : at + size] if counted else votes[:0]
         if not job.whole:
             _clear(state, rows, ballots, size)
-        if job.delta and load(job.base, job.kind, begin, size, base) >= INFINITE:
+        coming = _after(job, terms, -1, begin)
+        if job.delta and load(job.base, job.kind, begin, size, base, coming) >= INFINITE:
             jobs[0].bad = 1
         for k in range(len(terms)):
-            term = terms[k]
+            term, coming = terms[k], _after(job, terms, k, begin)
             if job.delta:
-                worst = _load_delta(term.address, term.kind, begin, size, base, term.low, term.high, x)
+                worst = _load_delta(
+                    term.address, term.kind, begin, size, base, term.low, term.high, x, coming
+                )
                 if worst >= INFINITE:
                     terms[k].bad = 1
                 if term.limit:
                     _drop(x, term.key, job.start + begin, term.limit, term.gain, hashes, size)
-            elif load(term.address, term.kind, begin, size, x) >= INFINITE:
+            elif load(term.address, term.kind, begin, size, x, coming) >= INFINITE:
                 terms[k].bad = 1
             if rule == MEAN:
                 _add_mean(held, x, term, size)
@@ -356,8 +435,10 @@ def blend(jobs, terms, count, state, rows, width, votes, voted, out, room, momen
                 done[i] = held[i]
         if job.delta:
             _onto_base(base, done, job.factor, size)
-        elif job.sums and load(job.base, job.kind, begin, size, base) >= INFINITE:
-            jobs[0].bad = 1
+        elif job.sums:
+            coming = _after(job, terms, -1, begin + LANES)
+            if load(job.base, job.kind, begin, size, base, coming) >= INFINITE:
+                jobs[0].bad = 1
         if job.sums:
             _add_moments(
                 moments[begin // GRAIN], job.sums, terms[count - 1], begin, done, base, x, sums, size

@@ -8,6 +8,7 @@ import numpy as np
 from merge_service import techniques
 from merge_service.anatomy.linear import linear_of
 from merge_service.checkpoints import Checkpoint
+from merge_service.checkpoints.ties import recorded
 from merge_service.statistics import About, beside, write
 from merge_service.techniques.families import importance, learned, matching, regression, subspaces
 
@@ -33,8 +34,9 @@ def save(kind: str, path: Path, out: Path | None = None, **about) -> Path:
     """Statistics of a kind beside the checkpoint, or at `out`, for every tensor that has any."""
     tensors = {}
     with Checkpoint.open(path) as weights:
+        again = recorded(weights)  # a tensor has its statistics under one of its names
         for name, info in weights.tensors.items():
-            if info.kind.is_float and info.numel:
+            if info.kind.is_float and info.numel and name not in again:
                 rng = np.random.default_rng(
                     [zlib.crc32(weights.read(name).tobytes()), zlib.crc32(name.encode())]
                 )
