@@ -66,6 +66,7 @@ MANY_PARAMETERS = (
     "merge_service/techniques/own.py",
     "merge_service/blocks/kernels.py",
     "merge_service/blocks/counting.py",
+    "merge_service/blocks/reading.py",
 )
 """Public functions, which build values from their arguments, and compiled loops, which cannot take values."""
 DIRECTLY = {"workers": {"jobs", "actors"}, "pipeline": {"errors", "identity", "console", "api"}}

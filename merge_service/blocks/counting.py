@@ -7,10 +7,9 @@ The other half of `kernels`, under the same rules. Invariant: counts are integer
 import numba as nb
 import numpy as np
 
-from merge_service.blocks.kernels import INFINITE, NOTHING, jit, load, pointer
 from merge_service.blocks.loops import F32, JOB, LANES, TERM
+from merge_service.blocks.reading import INFINITE, INFINITY, NOTHING, jit, load, pointer
 
-_INFINITY = np.float32(np.inf)
 _COLUMNS = 256
 _ROWS = LANES // _COLUMNS
 
@@ -26,7 +25,7 @@ def _magnitudes(job, terms, begin, size, base, x, bits):
         bad = np.int32(0)
         for i in range(size):
             moved[i] = abs(second[i] - first[i])
-            bad = np.int32(bad | np.int32(not moved[i] < _INFINITY))
+            bad = np.int32(bad | np.int32(not moved[i] < INFINITY))
         if not bad:  # a finite difference has finite parts
             return
     if load(origin, kind, begin, size, base, NOTHING) >= INFINITE:

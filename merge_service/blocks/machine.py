@@ -24,7 +24,7 @@ from merge_service.files.leftovers import temporary
 if TYPE_CHECKING:
     from llvmlite.binding import TargetMachine
 
-SOURCES = ("kernels", "counting", "loops", "machine")
+SOURCES = ("reading", "kernels", "counting", "loops", "machine")
 """The modules in this folder whose text decides the code."""
 _DIGEST = 64
 _lock = threading.RLock()
