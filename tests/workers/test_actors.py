@@ -26,7 +26,8 @@ class Shelf:
     def __init__(self, room: Path) -> None:
         self.room = room
 
-    def make(self, step: Any, work: Callable[[Path], Any]) -> Any:
+    def make(self, step: Any, work: Callable[[Path], Any], *, held: str = "files") -> Any:
+        assert held == "files"
         work(self.room / "stage")
         (self.room / "stage").rename(self.room / "expert")
         digest = sha256_of(self.room / "expert")
