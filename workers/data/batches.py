@@ -85,8 +85,8 @@ class Batches:
     def read(self, share: Share, start: int, stop: int, out: np.ndarray) -> None:
         """Copy pictures start..stop of a share, uint8 [H, W, 3] each, into the rows of `out`."""
         parts, rows = share.parts[start:stop], share.rows[start:stop]
-        edges = [0, *(np.flatnonzero(np.diff(parts)) + 1).tolist(), len(parts)]
-        for first, last in pairwise(edges):  # runs of one part
+        starts = np.flatnonzero(np.diff(parts, prepend=-1)).tolist()  # of runs of one part
+        for first, last in pairwise([*starts, len(parts)]):
             part = int(parts[first])
             stored = self._stored[part]
             if stored is None:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from workers.data.decode import Samples
 
 
+PARTS = 4
+"""Parts of a batch for every loader, so that none waits long for the last one."""
+
+
 class Batch(NamedTuple):
     """A batch on the device: `images` float32 [b, 3, H, W]; `tokens` int64 [u, context], the distinct ones; `places` int64 [b],
     the row of `tokens` that belongs to each image. Without texts the last two are empty.
@@ -130,7 +134,8 @@ class _Slot:
         if hands is None:
             read(0, count)
         else:
-            edges = [count * number // loaders for number in range(loaders + 1)]
+            parts = PARTS * loaders
+            edges = [count * number // parts for number in range(parts + 1)]
             list(hands.map(read, edges, edges[1:]))
         arrays = {"boxes": share.boxes, "tokens": share.tokens, "places": share.places}
         sizes = {"images": count}
