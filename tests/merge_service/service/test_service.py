@@ -211,8 +211,8 @@ def test_state_that_leaves_too_little_room_is_not_kept_and_changes_no_byte(
     shas = [sha256_of(path / WEIGHTS_FILE) for path in stream]
     members = [Member(f"t{t}", path, sha) for t, (path, sha) in enumerate(zip(stream[1:4], shas[1:4]), 1)]
     roomy, full = StreamCache(tmp_path / "roomy"), StreamCache(tmp_path / "full")
-    operator, free = Operator.of(technique, {}, "merge"), shutil.disk_usage(tmp_path).free
-    for count, reserve in ((1, 0), (2, free), (3, free)):
+    operator, disk = Operator.of(technique, {}, "merge"), shutil.disk_usage(tmp_path).total
+    for count, reserve in ((1, 0), (2, disk), (3, disk)):
         derivation = Derivation(operator, stream[0], tuple(members[:count]))
         for cache, left in ((roomy, 0), (full, reserve)):
             cache.merge(derivation, shas[0], tmp_path / "out.safetensors", reserve=left)
