@@ -19,6 +19,7 @@ import numpy as np
 
 from merge_service.blocks.spans import Span
 from merge_service.checkpoints.checkpoint import Checkpoint
+from merge_service.checkpoints.dtypes import DTYPES
 from merge_service.checkpoints.ties import Ties, recorded
 from merge_service.checkpoints.weights import Weights
 from merge_service.checkpoints.writer import CheckpointWriter, Writer
@@ -136,7 +137,7 @@ def state_writer(
 
 def check_room(path: Path, task: MergeTask, reserve: int) -> None:
     """Raise `NoRoom` unless the state that `task` leaves fits at `path` and `reserve` bytes stay free."""
-    size = sum(math.prod(shape) * int(dtype[1:]) // 8 for dtype, shape in task.layout().values())
+    size = sum(math.prod(shape) * DTYPES[dtype].itemsize for dtype, shape in task.layout().values())
     if shutil.disk_usage(path.parent).free < size + reserve:
         raise NoRoom(str(path))
 

@@ -180,15 +180,7 @@ def release(
 
     Example: temporal-merge service release a-000003 --reason "checked by hand" --out service/zoo
     """
-    if is_remote(out, url):
-        remote.act(url, as_json, lambda service: service.release(arrival, reason))
-        return
-    assert out is not None
-    from pipeline.service.operations import Operations
-
-    home = _open(out)
-    Operations(home).release(arrival, reason)
-    _show(_work(home), arrival, as_json)
+    _decide("release", arrival, reason, out, url, as_json)
 
 
 def promote(
@@ -198,15 +190,7 @@ def promote(
 
     Example: temporal-merge service promote a-000003 --reason "complaints are settled" --out service/zoo
     """
-    if is_remote(out, url):
-        remote.act(url, as_json, lambda service: service.promote(arrival, reason))
-        return
-    assert out is not None
-    from pipeline.service.operations import Operations
-
-    home = _open(out)
-    Operations(home).promote(arrival, reason)
-    _show(_work(home), arrival, as_json)
+    _decide("promote", arrival, reason, out, url, as_json)
 
 
 def reject(
@@ -216,15 +200,7 @@ def reject(
 
     Example: temporal-merge service reject a-000003 --reason "not what it says" --out service/zoo
     """
-    if is_remote(out, url):
-        remote.act(url, as_json, lambda service: service.reject(arrival, reason))
-        return
-    assert out is not None
-    from pipeline.service.operations import Operations
-
-    home = _open(out)
-    Operations(home).reject(arrival, reason)
-    _show(home.log.state, arrival, as_json)
+    _decide("reject", arrival, reason, out, url, as_json, works=False)
 
 
 def rollback(
@@ -377,6 +353,27 @@ def _say(state: "State") -> None:
     from pipeline.service.http.schemas import Standing
 
     print("\n".join(Standing.of(state).lines()))
+
+
+def _decide(
+    verb: Literal["release", "promote", "reject"],
+    arrival: str,
+    reason: str,
+    out: Path | None,
+    url: str | None,
+    as_json: bool,
+    works: bool = True,
+) -> None:
+    """Carry out a decision about an arrival at a running service or in its directory, where what follows is done as well if it `works`."""
+    if is_remote(out, url):
+        remote.act(url, as_json, lambda service: getattr(service, verb)(arrival, reason))
+        return
+    assert out is not None
+    from pipeline.service.operations import Operations
+
+    home = _open(out)
+    getattr(Operations(home), verb)(arrival, reason)
+    _show(_work(home) if works else home.log.state, arrival, as_json)
 
 
 def _show(state: "State", name: str, as_json: bool) -> None:

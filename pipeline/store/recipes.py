@@ -26,16 +26,7 @@ from pipeline.errors import CorruptArtifact, NondeterminismError, StoreError
 from pipeline.files.ownership import file_lock, owner_mark
 from pipeline.identity import fingerprint as digest_of
 from pipeline.kinds.specs import MergeSpec, TrainSpec
-from pipeline.store.artifact import (
-    ADAPTER,
-    PACKED,
-    RECORD_FILE,
-    Held,
-    Record,
-    difference,
-    read_record,
-    write_record,
-)
+from pipeline.store.artifact import PACKED, RECORD_FILE, Held, Record, difference, read_record, write_record
 from pipeline.store.names import DIGITS
 from pipeline.store.versions import here
 
@@ -276,14 +267,14 @@ class Recipes:
 
     def _adapt(self, record: Record, out: Path) -> None:
         """Make the weights of an expert, of those that its training began with and its adapter, into the new directory `out`."""
-        from merge_service.checkpoints import write_adapted
+        from merge_service.checkpoints import ADAPTER_FOLDER, write_adapted
 
         (name,), init = record.droppable, self._input(record, "init", record.inputs["init"])
         out.mkdir()
         with contextlib.ExitStack() as held:
             before = self.opened(init, held) / init.droppable[0]
             try:
-                write_adapted(before, record.path / ADAPTER.rstrip("/"), out / name)
+                write_adapted(before, record.path / ADAPTER_FOLDER, out / name)
             except CheckpointError as error:
                 raise CorruptArtifact(f"{record.path}: {error}") from error
         problem = difference(out, name, record.files[name])

@@ -44,10 +44,7 @@ def concatenate(
             f"{technique} is not linear in the experts, so its result has no exact factors; give --rank for the nearest adapter of a rank"
         )
     with contextlib.ExitStack() as stack:
-        origin = stack.enter_context(open_weights(base))
-        opened = [stack.enter_context(open_weights(path, base)) for path in experts]
-        adapters = [adapter_of(one, origin, path) for one, path in zip(opened, experts)]
-        notes, _ = check_inputs(origin, adapters, shown(adapters, [None] * len(adapters)), Rules())
+        origin, adapters, notes = open_adapters(stack, base, experts)
         factors = _factors(technique, params, origin, len(adapters))
         parts = []
         for name in dict.fromkeys(name for one in adapters for name in one.updates):
@@ -64,7 +61,18 @@ def concatenate(
     return Written(out, modules, rank, size, notes=notes)
 
 
-def adapter_of(weights: Weights, origin: Weights, path: Path) -> Adapted:
+def open_adapters(
+    stack: contextlib.ExitStack, base: Path, experts: Sequence[Path]
+) -> tuple[Weights, list[Adapted], tuple[str, ...]]:
+    """The base, the adapters of it until `stack` is closed, and notes about them. Raises `TechniqueError` for anything else."""
+    origin = stack.enter_context(open_weights(base))
+    opened = [stack.enter_context(open_weights(path, base)) for path in experts]
+    adapters = [_adapter_of(one, origin, path) for one, path in zip(opened, experts)]
+    notes, _ = check_inputs(origin, adapters, shown(adapters, [None] * len(adapters)), Rules())
+    return origin, adapters, notes
+
+
+def _adapter_of(weights: Weights, origin: Weights, path: Path) -> Adapted:
     if not isinstance(weights, Adapted):
         raise TechniqueError(f"{path} is no adapter; give --rank for the nearest adapter of a rank")
     if weights.of.fingerprint() != origin.fingerprint():

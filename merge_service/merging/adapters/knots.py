@@ -15,17 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from merge_service.checkpoints.adapters.opening import open_weights
 from merge_service.checkpoints.adapters.references import absolute
 from merge_service.checkpoints.adapters.updates import Form, LowRank
 from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.writer import CheckpointWriter
 from merge_service.errors import CheckpointError, TechniqueError
-from merge_service.merging.adapters.concatenate import adapter_of, low_rank
+from merge_service.merging.adapters.concatenate import low_rank, open_adapters
 from merge_service.merging.adapters.written import Factors, Written, write
 from merge_service.merging.combine import combine
 from merge_service.merging.derivation import Derivation, Operator, Out, Rules, Way, members_of
-from merge_service.merging.intake import check_inputs, shown
 
 CUTOFF = 1e-5
 """Singular values up to this are taken for none, as in the authors' code."""
@@ -61,10 +59,7 @@ def merge_in_shared_basis(
             f"{technique} reads what was measured or learned in the model's own basis; leave --knots out"
         )
     with contextlib.ExitStack() as stack:
-        origin = stack.enter_context(open_weights(base))
-        opened = [stack.enter_context(open_weights(path, base)) for path in experts]
-        adapters = [adapter_of(one, origin, path) for one, path in zip(opened, experts)]
-        notes, _ = check_inputs(origin, adapters, shown(adapters, [None] * len(adapters)), Rules())
+        origin, adapters, notes = open_adapters(stack, base, experts)
         parts = []
         for name in dict.fromkeys(name for one in adapters for name in one.updates):
             updates = [low_rank(one, name) if name in one.updates else None for one in adapters]
