@@ -137,15 +137,8 @@ def measure(
 
     if out.exists() and not force:
         raise UserError(f"--out {out} is there already; give another --out, or replace it with --force")
-    given = {
-        "examples": examples,
-        "seed": seed,
-        "labels": labels,
-        "towers": towers,
-        "precision": precision,
-        "device": device,
-    }
-    asked = Asked.of(kind, {name: value for name, value in given.items() if value is not None})
+    given = {"examples": examples, "seed": seed, "labels": labels, "towers": towers, "precision": precision, "device": device}  # fmt: skip
+    asked = Asked.of(kind, given)
     found = measure_task(asked, OfTask(checkpoint, load_study(study, overrides or []), task, out))
     size = out.stat().st_size
     answer = {"out": str(out), "kind": kind, "examples": found.about.examples, "tensors": len(found), "bytes": size,

@@ -45,7 +45,8 @@ class Asked:
 
     @classmethod
     def of(cls, kind: str, given: Mapping[str, Any]) -> "Asked":
-        """What a person asks for. Raises UserError for an unknown kind or parameter, and one without effect on the kind."""
+        """What a person asks for; None is a default. Raises UserError for an unknown kind or parameter, and one without effect."""
+        given = {name: value for name, value in given.items() if value is not None}
         known = (*COMMON, *TAKES.get(kind, ()))
         for name in given if kind in TAKES else ():
             if name not in known:
