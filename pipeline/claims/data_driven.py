@@ -20,7 +20,7 @@ import yaml
 
 from merge_service.errors import UserError
 from pipeline.claims.figures import NAMES
-from pipeline.claims.judge import ALPHA, Claim, Judged, Part, judge, plain
+from pipeline.claims.judge import ALPHA, UNDECIDED, Claim, Judged, Part, judge, plain
 from pipeline.claims.page import WORDS, comparisons, effect, number
 from pipeline.claims.results import Findings, read_rows, read_run, write_rows
 from pipeline.report import style
@@ -141,6 +141,8 @@ def page(judged: Sequence[Judged], found: Findings, run: dict[str, Any]) -> str:
             "",
             f"**Budget.** All strategies train equally long. Measuring comes on top: {run['measuring']:.1%} of all GFLOPs of the study.",
             "",
+            _short(judged, found),
+            "",
             "| | question | verdict | settled by | effect [95 % interval] |",
             "|---|---|---|---|---|",
             *rows,
@@ -182,6 +184,21 @@ def page(judged: Sequence[Judged], found: Findings, run: dict[str, Any]) -> str:
             "",
         ]
     )  # fmt: skip
+
+
+def _short(judged: Sequence[Judged], found: Findings) -> str:
+    """The outcome in one paragraph, beside what replay is worth in the same study."""
+    decided = [one for one in judged if one.verdict != UNDECIDED]
+    effects = sorted(one.settled_by.mean for one in judged)
+    worth = [
+        number(float((scores(found, one, True) - scores(found, one, False)).mean()))
+        for one in ((*OFFLINE, "average"), TUNED_ON)
+    ]
+    return (
+        f"**In short.** {len(decided) or 'None'} of the {len(judged)} questions {'is' if len(decided) < 2 else 'are'} decided. The effects lie "
+        f"between {number(effects[0])} and {number(effects[-1])}. For comparison, replay is worth {worth[0]} to the offline average and {worth[1]} "
+        "to continual fine-tuning in the same study."
+    )
 
 
 def _question(one: Judged) -> list[str]:

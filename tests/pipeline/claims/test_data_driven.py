@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -84,3 +85,14 @@ def test_committed_effect_and_interval_follow_from_the_rows(key: str) -> None:
     assert kept["half_width"] == pytest.approx(half, rel=1e-6)
     shown = f"{fmean(apart):+.3f}".replace("0.", ".", 1)
     assert f"| {shown} ± " in (ROOT / PAGE).read_text()
+
+
+def test_numbers_of_the_advice_are_those_of_the_page() -> None:
+    advice = (
+        (ROOT / "docs" / "choosing.md")
+        .read_text()
+        .partition("## When is data worth it?")[2]
+        .partition("\n## ")[0]
+    )
+    numbers = re.findall(r"[+-]\.\d{3}(?: ± \.\d{3})?", advice)
+    assert len(numbers) == 6 and all(one in (ROOT / PAGE).read_text() for one in numbers)
