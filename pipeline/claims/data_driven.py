@@ -57,7 +57,7 @@ def gain(
     halves = [replay] if replay is not None else [False, True]
     return sum(
         scores(found, one, half, metric) - scores(found, other, half, metric) for half in halves
-    ) / len(halves)  # type: ignore[return-value]
+    ) / len(halves)
 
 
 def question(found: Findings, key: str, says: str, one: Strategy, other: Strategy) -> list[Part]:
