@@ -101,7 +101,7 @@ def evidence(file: dict[str, Any]) -> str:
     had, found = file["settings"], file["found"]
     rows = []
     for name, one in found.items():
-        if not isinstance(one, dict) or not one.get("answer"):
+        if not name.startswith("measure") or not one.get("answer"):
             continue
         answer = one["answer"]
         size = f"{answer['bytes'] / MB:,.0f}" if answer["bytes"] else "-"
@@ -111,7 +111,7 @@ def evidence(file: dict[str, Any]) -> str:
                 name.removeprefix("measure "),
                 f"{answer['seconds']:.0f}",
                 ratio,
-                f"{one['peak_bytes'] / MB:,.0f}",
+                f"{one['peak'] / MB:,.0f}",
                 size,
             ]
         )
