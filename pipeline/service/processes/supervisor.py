@@ -30,6 +30,8 @@ BACKLOG = 1024
 """Connections that wait until a process accepts them."""
 FIRST_WAIT, LAST_WAIT = 0.5, 30.0
 """Seconds before a child is started again, from its second end in a row on: twice as long each time."""
+SUPERVISOR = "supervisor"
+"""Its place among the processes that count."""
 STEADY_SECONDS = 60.0
 """A child that ran for so long counts as sound again."""
 ENDING_SECONDS = 40.0
@@ -174,8 +176,8 @@ def run(sock: socket.socket, setup: Setup, others: Sequence[Child] = ()) -> None
         print(f"the first operator token is in {setup.first_token}", flush=True)
     file = setup.state / "setup.json"
     replace_whole(file, setup.model_dump_json(), sync=False)
-    metrics.begin(setup.metrics)
-    os.environ |= {metrics.FOLDER: str(setup.metrics), metrics.PLACE: "supervisor"}
+    metrics.begin(setup.metrics, [SUPERVISOR, *map(str, range(setup.serving.workers))])
+    os.environ |= {metrics.FOLDER: str(setup.metrics), metrics.PLACE: SUPERVISOR}
     counted = metrics.Metrics().restarts
     host, port = sock.getsockname()[:2]
     scheme = "https" if setup.listen.tls else "http"
