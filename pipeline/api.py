@@ -335,22 +335,16 @@ def measure(
     `inputs` has what the kind needs of: images, floats [N, 3, H, W] as the model takes them or uint8 [N, H, W, 3]; tokens
     [M, context] (captions for gram, one prompt per class otherwise); labels [N]; head, frozen class embeddings [C, d], with which the
     image tower alone is measured, at the temperature of `base` (the checkpoint's own without one). Arrays are numpy or torch.
-    `params` are examples, seed, labels (sample, expectation, given), towers (image, both), precision (fp32, bf16), device, scope (all, blocks; of gram); `base`, a
-    checkpoint; and `model`, the architecture of a file without a configuration beside it. Returns the tensors by name, with `rows`, and
+    `params` are examples, seed, precision (fp32, bf16), device, of gram scope (all, blocks), of the others labels (sample, expectation,
+    given) and towers (image, both); `base`, a checkpoint; and `model`, the architecture of a file without a configuration beside it. Returns the tensors by name, with `rows`, and
     writes them to `out`. Raises UserError.
     """
     from workers.evidence import Asked, Inputs, Where
     from workers.evidence import measure as measured
 
     base, model = params.pop("base", None), params.pop("model", None)
-    known = [one.name for one in fields(Asked) if one.name != "kind"]
-    unknown = [name for name in params if name not in known]
-    if unknown:
-        raise UserError(
-            f"measure has no parameter {unknown[0]!r}{nearest(unknown[0], known)}; it has {', '.join(known)}"
-        )
     where = Where(Path(checkpoint), _path(base), _path(out), model)
-    return measured(Asked(kind, **params), where, Inputs.of(inputs))
+    return measured(Asked.of(kind, params), where, Inputs.of(inputs))
 
 
 @speaks_python

@@ -62,6 +62,12 @@ def members_of(
     """Members in this order, with the known hashes by id. Raises `TechniqueError` if there is not one id, and where statistics are
     given one of these, for each.
     """
+    if isinstance(statistics, str | Path | Mapping) or not all(
+        isinstance(one, str | Path | None) for one in statistics or ()
+    ):
+        raise TechniqueError(
+            "statistics is a list of files, one for each expert in their order; measure(..., out=FILE) writes one"
+        )
     measured = [None] * len(paths) if statistics is None else list(statistics)
     if len(measured) != len(paths):
         raise TechniqueError(

@@ -38,12 +38,15 @@ def gather(
     if asked.of == "learned":
         return _learned(stack, name, base, members, opened)
     return [
-        stack.enter_context(_open(asked, name, member, base if asked.of == "base" else weights))
+        stack.enter_context(_open(asked, name, member, (weights, base)))
         for member, weights in zip(members, opened)
     ]
 
 
-def _open(asked: Evidence, technique: str, member: Member, measured: Weights | None) -> Statistics:
+def _open(asked: Evidence, technique: str, member: Member, of: tuple[Weights, Weights | None]) -> Statistics:
+    """The statistics of a member: `of` are its weights and the base."""
+    weights, base = of
+    measured = base if asked.of == "base" else weights
     path = member.statistics or beside(member.path, asked.kind)
     if not path.is_file():
         if asked.of == "experts":
@@ -65,6 +68,7 @@ def _open(asked: Evidence, technique: str, member: Member, measured: Weights | N
         found.check(
             asked.kind, measured.digests() if known and measured is not None else None, str(member.path)
         )
+        found.check_tensors({name: info.numel for name, info in weights.tensors.items()}, str(member.path))
     except BaseException:
         found.checkpoint.close()
         raise

@@ -119,4 +119,4 @@ def _lacks(task: MergeTask, name: str) -> bool:
     ]
     rule: Any = task.rule
     wanted = measured and (not task.whole or rule.wants(task.facts(name)))
-    return bool(wanted) and not all(one.holds(name) for one in measured)
+    return bool(wanted) and not all(one.holds_all(name) for one in measured)

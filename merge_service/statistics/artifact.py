@@ -36,6 +36,8 @@ MEASURED = KINDS[:4]
 VERSION = 1
 OUT = ":out"
 """What K-FAC appends to a parameter's name for the factor of the output's gradients."""
+_ASYMMETRY = 2.0**-6
+"""Of the largest element: what rounding may do to the halves of a Gram matrix, and packing one half may not."""
 
 
 @dataclass(frozen=True)
@@ -138,16 +140,24 @@ class Statistics:
         """Whether there is something for a name, under it or under another name of the same tensor."""
         return self._key(name) is not None
 
+    def holds_all(self, name: str) -> bool:
+        """Whether there is all that a rule reads of a name: with K-FAC both factors."""
+        return self.holds(name) and (self.kind != "kfac" or self.holds(name + OUT))
+
     def get(self, name: str) -> np.ndarray | None:
         """The tensor of a name in float64, None where there is none.
 
-        Raises `NonFiniteCheckpoint` naming the file and the key, and `TechniqueError` for a tied tensor with two statistics.
+        Raises `NonFiniteCheckpoint` naming the file and the key, and `TechniqueError` for a tied tensor with two statistics, and for
+        numbers that no mean of squares can be.
         """
         key = self._key(name)
         if key is None:
             return None
         info = self.checkpoint.tensors[key]
-        return self.block(name, 0, info.numel).reshape(info.shape)
+        values = self.block(name, 0, info.numel).reshape(info.shape)
+        if self.kind in ("gram", "kfac", "layer_gram"):
+            self._check_products(key, values)
+        return values
 
     def factors(self, name: str) -> np.ndarray | None:
         """Learned coefficients of a parameter, float64 [N] or [N, columns]: its own, else those of `*`; None where there are none."""
@@ -182,7 +192,29 @@ class Statistics:
             raise NonFiniteCheckpoint(
                 f"{self.path} (statistics of kind {self.kind}): {name} holds NaN or infinity; measure again"
             )
+        if self.kind == "fisher" and (values < 0).any():
+            raise TechniqueError(
+                f"{self.path}: {name} holds numbers below zero, and means of squares have none; measure again"
+            )
         return values
+
+    def _check_products(self, key: str, values: np.ndarray) -> None:
+        """Raise `TechniqueError` for a matrix that is no mean of x x^T, up to the rounding of half precision."""
+        if values.ndim < 2:
+            squares, other = values, values
+        else:
+            squares = np.diagonal(values, axis1=-2, axis2=-1)
+            other = values.swapaxes(-1, -2)
+        if values.ndim and values.shape != other.shape:
+            raise TechniqueError(
+                f"{self.path}: {key} has shape {list(values.shape)}, and a Gram matrix is square; measure again"
+            )
+        low, apart = squares.min(initial=0.0), np.abs(values - other).max(initial=0.0)
+        if low < 0 or apart > _ASYMMETRY * np.abs(squares).max(initial=0.0):
+            wrong = "numbers below zero on its diagonal" if low < 0 else "two different halves"
+            raise TechniqueError(
+                f"{self.path}: {key} has {wrong}, and a Gram matrix has not (halves are stored whole); measure again"
+            )
 
     @cached_property
     def norm(self) -> float:
@@ -205,6 +237,20 @@ class Statistics:
                 f"{self.path} was measured on other weights than {who}: on sha256 {found[:16]}..., which is not {sha256[:16]}...; give the "
                 f"statistics in the order of the experts, or measure again: temporal-merge measure {kind} CHECKPOINT --out FILE"
             )
+
+    def check_tensors(self, shapes: Mapping[str, int], who: str) -> None:
+        """Raise `TechniqueError` if no tensor is of a name in `shapes` (elements by name), or one by element has another size."""
+        held = {name: info.numel for name, info in self.checkpoint.tensors.items()}
+        known = [name for name in held if name.removesuffix(OUT) in shapes]
+        if held and not known:
+            names = f"{next(iter(held))}, ...; {who} has {next(iter(shapes), 'nothing')}, ..."
+            raise TechniqueError(f"{self.path} holds nothing of any tensor of {who}: its names are {names}")
+        for name in known if self.kind in ("fisher", "gradient") else ():
+            if held[name] != shapes[name]:
+                raise TechniqueError(
+                    f"{self.path}: {name} has shape {list(self.checkpoint.tensors[name].shape)}, and the tensor of {who} has "
+                    f"{shapes[name]} elements; measure again"
+                )
 
     def __enter__(self) -> "Statistics":
         return self

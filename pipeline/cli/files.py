@@ -101,11 +101,13 @@ def measure(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the draw, and of sampled labels.")] = 0,
     labels: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "--labels", metavar="sample|expectation|given", help="Of which classes gradients are taken."
+            "--labels",
+            metavar="sample|expectation|given",
+            help="Of which classes gradients are taken (fisher, kfac). Default sample.",
         ),
-    ] = "sample",
+    ] = None,
     towers: Annotated[
         str | None,
         typer.Option(
@@ -135,7 +137,8 @@ def measure(
 
     if out.exists() and not force:
         raise UserError(f"--out {out} is there already; give another --out, or replace it with --force")
-    asked = Asked(kind, examples, seed, labels, towers, precision, device)  # type: ignore[arg-type]
+    given = {"examples": examples, "seed": seed, "labels": labels, "towers": towers, "precision": precision, "device": device}  # fmt: skip
+    asked = Asked.of(kind, given)
     found = measure_task(asked, OfTask(checkpoint, load_study(study, overrides or []), task, out))
     size = out.stat().st_size
     answer = {"out": str(out), "kind": kind, "examples": found.about.examples, "tensors": len(found), "bytes": size,

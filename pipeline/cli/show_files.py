@@ -18,21 +18,17 @@ from pipeline.merging.techniques import techniques_as_json
 
 
 def parameters_from(overrides: Sequence[str]) -> dict[str, Any]:
-    """`p=v` pairs as a mapping; values are read as YAML. Raises UserError."""
+    """`p=v` pairs as a mapping; values are read as those of a study. Raises UserError."""
     if not overrides:
         return {}
-    import yaml
+    from pipeline.study.yaml_input import parse
 
     answer = {}
     for text in overrides:
         key, found, value = text.partition("=")
         if not found or not key.strip():
             raise UserError(f"--set {text!r}: write parameter=value, e.g. --set density=0.2")
-        try:
-            answer[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            why = getattr(error, "problem", None) or str(error).splitlines()[0]
-            raise UserError(f"--set {text!r}: the value is not YAML ({why})") from None
+        answer[key.strip()] = parse(value, f"--set {text!r}")
     return answer
 
 

@@ -11,15 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from merge_service.checkpoints import Checkpoint
 from merge_service.errors import UserError
 from merge_service.statistics import Statistics
 from merge_service.techniques import get
+from pipeline.study.yaml_input import parse
 
-MOST = 1 << 24
-"""Bytes of a file that is text."""
+MOST = (1 << 24, 1 << 21)
+"""Bytes and values of a file that is text."""
 
 
 def read_coefficients(file: Path) -> dict[str, list[float]]:
@@ -28,12 +27,14 @@ def read_coefficients(file: Path) -> dict[str, list[float]]:
         raise UserError(f"{file} does not exist; give a file of coefficients (.safetensors, .yaml or .json)")
     if file.suffix == ".safetensors":
         return _of_tensors(file)
-    if file.stat().st_size > MOST:
+    if file.stat().st_size > MOST[0]:
         raise UserError(f"{file} is too large for a file of coefficients; check the path")
     try:
         text = file.read_text(encoding="utf-8")
-        found: Any = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        found: Any = json.loads(text) if file.suffix == ".json" else parse(text, str(file), MOST)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{file} is neither YAML nor JSON: {str(error).splitlines()[0]}") from None
     if not isinstance(found, dict):
         raise UserError(

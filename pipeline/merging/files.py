@@ -67,6 +67,10 @@ def merge_files(what: FileMerge, how: Execution = Execution()) -> "MergeReport":
     for path in (*what.experts, *([what.base] if what.base else [])):
         if overwrites(what.out, path):
             raise UserError(f"--out {what.out} is one of the inputs and would be lost; give another --out")
+    measured = what.statistics if isinstance(what.statistics, list | tuple) else [what.statistics]
+    read = [one for one in (*measured, what.params.get("coefficients")) if isinstance(one, str | Path)]
+    if any(what.out.resolve() == Path(one).resolve() for one in read):
+        raise UserError(f"--out {what.out} is one of the inputs and would be lost; give another --out")
     if not what.replace:
         refuse_to_replace(what.out)
     what = settled(what)

@@ -83,16 +83,15 @@ def read(path: Path) -> dict[str, Any]:
     return value
 
 
-def parse(data: bytes | str, where: str) -> Any:
-    """The value of one YAML document within the limits. Raises ConfigError."""
-    if len(data) > MAX_BYTES:
-        raise ConfigError(
-            f"{where} is larger than {MAX_BYTES // 1024} kB; a study file is small, check the path"
-        )
+def parse(data: bytes | str, where: str, most: tuple[int, int] = (MAX_BYTES, MAX_VALUES)) -> Any:
+    """The value of one YAML document within the limits: at most so many bytes and values. Raises ConfigError."""
+    size, values = most
+    if len(data) > size:
+        raise ConfigError(f"{where} is larger than {size // 1024} kB; such a file is small, check the path")
     text = ""
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
-        _check_events(text, where)
+        _check_events(text, where, values)
         loader = _Loader(text)
         try:
             value = loader.get_single_data()
@@ -160,7 +159,7 @@ def split_override(text: str) -> tuple[str, Any]:
     return key.strip(), parse(value, f"--set {key.strip()}")
 
 
-def _check_events(text: str, where: str) -> None:
+def _check_events(text: str, where: str, most: int) -> None:
     """Refuse aliases, tags, deep nesting and several documents before any value is built."""
     depth, documents = 0, 0
     for count, event in enumerate(yaml.parse(text, Loader=_Base)):
@@ -175,8 +174,8 @@ def _check_events(text: str, where: str) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
             raise ConfigError(f"{where}, line {line}: nested deeper than {MAX_DEPTH} levels")
-        if count > MAX_VALUES:
-            raise ConfigError(f"{where}, line {line}: holds more than {MAX_VALUES} values; a study is small")
+        if count > most:
+            raise ConfigError(f"{where}, line {line}: holds more than {most} values; such a file is small")
         documents += isinstance(event, yaml.DocumentStartEvent)
         if documents > 1:
             raise ConfigError(f"{where}, line {line}: holds more than one document (---); keep the first")

@@ -17,6 +17,14 @@ NAMES = ("images", "tokens", "labels", "head", "logit_scale")
 LABELS = ("sample", "expectation", "given")
 EXAMPLES = {"gradient": 128}
 """How many examples are drawn by default, where it is not 256."""
+COMMON = ("examples", "seed", "precision", "device")
+TAKES = {
+    "gram": ("scope",),
+    "fisher": ("labels", "towers"),
+    "kfac": ("labels", "towers"),
+    "gradient": ("labels", "towers"),
+}
+"""What bears on each kind besides `COMMON`; `gradient` takes the true labels and no others."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,22 @@ class Asked:
     device: str = "cpu"
     scope: Literal["all", "blocks"] = "all"
 
+    @classmethod
+    def of(cls, kind: str, given: Mapping[str, Any]) -> "Asked":
+        """What a person asks for; None is a default. Raises UserError for an unknown kind or parameter, and one without effect."""
+        given = {name: value for name, value in given.items() if value is not None}
+        known = (*COMMON, *TAKES.get(kind, ()))
+        for name in given if kind in TAKES else ():
+            if name not in known:
+                raise UserError(
+                    f"{kind} has no parameter {name!r}{_near(name, known)}; it has {', '.join(known)}"
+                )
+        if kind == "gradient" and given.get("labels", "given") != "given":
+            raise UserError(
+                f"gradient: labels = {given['labels']!r}, and it takes the true labels: leave labels out"
+            )
+        return cls(kind, **given)
+
     def __post_init__(self) -> None:
         if self.kind not in MEASURED:
             raise UserError(
@@ -49,8 +73,11 @@ class Asked:
             if getattr(self, name) not in allowed:
                 words = ", ".join(str(one) for one in allowed if one)
                 raise UserError(f"{self.kind}: {name} = {getattr(self, name)!r} is none of {words}")
-        if self.examples is not None and (not isinstance(self.examples, int) or self.examples < 1):
-            raise UserError(f"{self.kind}: examples = {self.examples!r} is not a whole number above 0")
+        for name, least in (("examples", 1), ("seed", 0)):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            if not whole and (name, value) != ("examples", None):
+                raise UserError(f"{self.kind}: {name} = {value!r} is not a whole number from {least} on")
 
     @property
     def most(self) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from merge_service.anatomy import anatomy_of
+from merge_service.checkpoints import overwrites
 from merge_service.errors import UserError
 from merge_service.statistics import About, Numbers, write
 from workers.evidence.asked import Asked, Inputs
@@ -46,6 +47,9 @@ def measure(asked: Asked, where: Where, inputs: Inputs) -> Measured:
     Raises UserError for inputs that are missing or do not fit the model, `CheckpointError` for weights that do not, and
     `NonFiniteCheckpoint` where the model gives NaN or infinity.
     """
+    for path in (where.checkpoint, *([where.base] if where.base else [])):
+        if where.out is not None and overwrites(where.out, path):
+            raise UserError(f"--out {where.out} is one of the inputs and would be lost; give another --out")
     if where.base is not None:
         inputs = dataclasses.replace(inputs, logit_scale=temperature_of(where.base))
     towers = _towers(asked, inputs)
@@ -105,13 +109,10 @@ def _require(asked: Asked, inputs: Inputs, towers: str) -> None:
     if asked.kind == "gradient" or (asked.kind != "gram" and asked.labels == "given"):
         needed = (*needed, "labels")
     lacking = [name for name in needed if getattr(inputs, name) is None]
-    if asked.kind == "gram" and inputs.images is None and inputs.tokens is None:
+    given = {name: len(one) for name in ("images", "tokens") if (one := getattr(inputs, name)) is not None}
+    if asked.kind == "gram" and not given:
         lacking = ["images"]
-    empty = [
-        name
-        for name in ("images", "tokens")
-        if name in needed and not lacking and not len(getattr(inputs, name))
-    ]
+    empty = [] if lacking else [name for name, count in given.items() if not count]
     if lacking or empty:
         raise UserError(
             f"{asked.kind} needs inputs[{(lacking or empty)[0]!r}]{' that is not empty' if empty else ''}"

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from merge_service.anatomy import modality
-from merge_service.checkpoints import sha256_of
+from merge_service.checkpoints import overwrites, sha256_of
 from merge_service.errors import UserError
 from merge_service.faults import point
 from merge_service.statistics import COEFFICIENTS, About, Numbers, Statistics, write
@@ -170,8 +170,7 @@ def check_counts(wanted: Wanted, where: Where, inputs: Sequence[Inputs]) -> None
         )
     if wanted.frozen >= len(where.experts) and wanted.frozen:
         raise UserError(f"frozen = {wanted.frozen} leaves nothing to learn of {len(where.experts)} experts")
-    lost = where.out and where.out.absolute() in {path.absolute() for path in (*where.experts, where.base)}
-    if lost:
+    if where.out and any(overwrites(where.out, path) for path in (*where.experts, where.base)):
         raise UserError(f"--out {where.out} is one of the inputs and would be lost; give another --out")
 
 

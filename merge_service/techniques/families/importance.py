@@ -10,7 +10,6 @@ from typing import Any
 
 from merge_service.blocks.questions import Ask, Findings, Quantity
 from merge_service.blocks.search import search
-from merge_service.errors import TechniqueError
 from merge_service.techniques.definition import Evidence, Technique
 from merge_service.techniques.params import AVERAGING, LOGIT_SCALE, SUM_SCALE, Param
 from merge_service.techniques.place import Array, Seen, State, View
@@ -33,15 +32,7 @@ class Fisher(TensorRule):
         found = tensor.statistic(order)
         if found is None:
             return
-        if found.size != tensor.numel:
-            raise TechniqueError(
-                f"statistics of {tensor.name}, expert {order}, have shape {list(found.shape)}, not that of the tensor; measure again"
-            )
         importance = found.reshape(-1)
-        if (importance < 0).any():
-            raise TechniqueError(
-                f"statistics of {tensor.name}, expert {order}, are below zero; a Fisher information is not: measure again"
-            )
         keep, take = parts(self.params, order)
         norm = tensor.statistics_norm(order) if self.params["normalize"] == "model" else 1.0
         new = take * (importance + self.params["floor"]) / (norm or 1.0)

@@ -163,7 +163,7 @@ def test_kfac_has_no_stream(tmp_path: Path) -> None:
 def changed(source: Path, out: Path, change) -> Path:
     tensors = load_file(source)
     change(tensors)
-    save_file(tensors, out, {"statistics": "gram"})
+    save_file(tensors, out, {"statistics": Statistics(source).kind})
     return out
 
 
@@ -207,6 +207,52 @@ def test_gram_of_another_width_is_refused(tmp_path: Path) -> None:
             rules=LOOSE,
             statistics=[bad, *GRAMS[1:]],
         )
+
+
+def of(kind: str) -> list[Path]:
+    return [golden.FOLDER / f"toy.{kind}{number}.safetensors" for number in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "kind", "change", "words"),
+    [
+        ("regmean", {}, "gram", lambda t: t.update({KEY: -t[KEY]}), f"{KEY} has numbers below zero"),
+        ("mats", {}, "gram", lambda t: t.update({KEY: np.tril(t[KEY])}), f"{KEY} has two different halves"),
+        ("lot", {}, "gram", lambda t: t.update({KEY: t[KEY][:-1]}), f"{KEY} has shape .* is square"),
+        ("mats", {"metric": "kfac"}, "kfac", lambda t: t.update({KEY + ":out": -t[KEY + ":out"]}), f"{KEY}:out has numb"),
+        ("fisher", {}, "fisher", lambda t: t.update({KEY: -t[KEY]}), f"{KEY} holds numbers below zero"),
+        ("mats", {"metric": "fisher"}, "fisher", lambda t: t.update({KEY: -t[KEY]}), f"{KEY} holds numbers below"),
+        ("fisher", {}, "fisher", lambda t: t.update({KEY: t[KEY][:-1]}), f"{KEY} has shape .* elements; measure again"),
+        ("tatr", {}, "gradient", lambda t: t.update({KEY: t[KEY][:-1]}), f"{KEY} has shape .* elements; measure again"),
+        ("regmean", {}, "gram", lambda t: [t.update({"model." + key: t.pop(key)}) for key in list(t)],
+         "holds nothing of any tensor of .*expert2.*: its names are model"),
+    ],
+)  # fmt: skip
+def test_numbers_that_cannot_be_measured_of_the_expert_are_refused_and_nothing_is_written(
+    name, params, kind, change, words, tmp_path: Path
+) -> None:
+    one, _, three = of(kind)
+    bad = changed(of(kind)[1], tmp_path / "bad.safetensors", change)
+    with pytest.raises(TechniqueError, match=words):
+        merge(
+            name, params, BASE, EXPERTS, tmp_path / "o.safetensors", rules=LOOSE, statistics=[one, bad, three]
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.safetensors"]
+
+
+def test_half_of_kfac_is_reported_as_none(tmp_path: Path) -> None:
+    one, two, three = of("kfac")
+    less = changed(two, tmp_path / "less.safetensors", lambda t: t.pop(KEY + ":out"))
+    report = merge(
+        "mats",
+        {"metric": "kfac"},
+        BASE,
+        EXPERTS,
+        tmp_path / "o.safetensors",
+        rules=LOOSE,
+        statistics=[one, less, three],
+    )
+    assert any("1 tensors are averaged" in note and KEY in note for note in report.notes)
 
 
 def test_singular_grams_are_finite_and_keep_the_anchor_outside_their_span(tmp_path: Path) -> None:

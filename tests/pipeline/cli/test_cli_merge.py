@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from merge_service import techniques
 from merge_service.merge import merge
 from pipeline import api
+from pipeline.cli.show_files import parameters_from
 from pipeline.console import spell_out
 from pipeline.merging.compare import _named
 from tests.merge_service import measured
@@ -121,7 +122,7 @@ MISTAKES = {
     "misspelt parameter": ("ties --base base --set densty=0.2 one two", ["'densty'", "did you mean density"]),
     "impossible density": ("ties --base base --set density=2 one two", ["density = 2", "0 < x <= 1"]),
     "no value": ("ties --base base --set density one two", ["--set 'density'", "--set density=0.2"]),
-    "not YAML": ("ties --base base --set density=[ one two", ["--set 'density=['", "not YAML"]),
+    "not YAML": ("ties --base base --set density=[ one two", ["--set 'density=['", "not valid YAML"]),
     "unknown technique": ("tiess --base base one two", ["'tiess'", "did you mean ties"]),
     "no such expert": ("average one nowhere", ["nowhere.safetensors does not exist"]),
     "no such base": ("ties --base nowhere one two", ["nowhere.safetensors does not exist"]),
@@ -138,6 +139,11 @@ MISTAKES = {
     ),
     "three for slerp": ("slerp one two base", ["slerp merges exactly 2 checkpoints, not 3"]),
 }
+
+
+def test_parameters_are_numbers_and_words_as_in_a_study() -> None:
+    given = parameters_from(["floor=1e-06", "weights=[5e-1, 2]", "scope=all", "trim=true", "seed=010"])
+    assert given == {"floor": 1e-6, "weights": [0.5, 2], "scope": "all", "trim": True, "seed": 10}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

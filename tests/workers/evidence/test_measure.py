@@ -155,11 +155,42 @@ def test_weights_that_give_nan_are_refused(model: Path) -> None:
         ("fisher", {"images": IMAGES, "head": HEAD}, {"label": "given"}, "did you mean labels"),
         ("gradient", {"images": IMAGES, "head": HEAD, "labels": LABELS + 2}, {}, "there are 3 classes"),
         ("gram", {"images": IMAGES}, {"examples": 0}, "examples = 0"),
+        ("gram", {"images": IMAGES}, {"seed": "a"}, "seed = 'a' is not a whole number"),
+        ("gram", {"images": IMAGES[:0]}, {}, "images.*not empty"),
+        ("gram", {"images": IMAGES, "tokens": TOKENS[:0]}, {}, "tokens.*not empty"),
+        ("gram", {"images": IMAGES}, {"labels": "given"}, "gram has no parameter 'labels'"),
+        ("fisher", {"images": IMAGES, "head": HEAD}, {"scope": "all"}, "fisher has no parameter 'scope'"),
+        (
+            "gradient",
+            {"images": IMAGES, "head": HEAD, "labels": LABELS},
+            {"labels": "sample"},
+            "takes the true labels",
+        ),
     ],
 )
 def test_mistakes_are_named(kind, inputs, params, words, model: Path) -> None:
     with pytest.raises(tm.UserError, match=words):
         tm.measure(kind, model, inputs, **params)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_checkpoint_is_never_written_over(whole: bool, model: Path) -> None:
+    file = model / "open_clip_model.safetensors"
+    before = file.read_bytes()
+    with pytest.raises(tm.UserError, match="one of the inputs and would be lost"):
+        tm.measure("gram", model if whole else file, {"images": IMAGES}, out=file)
+    assert file.read_bytes() == before
+
+
+def test_statistics_are_files_one_for_each_expert(model: Path, tmp_path: Path) -> None:
+    found = tm.measure("gram", model, {"images": IMAGES}, out=tmp_path / "one.safetensors")
+    for given in (found, tmp_path / "one.safetensors", [found]):
+        with pytest.raises(tm.UserError, match="statistics is a list of files"):
+            tm.merge("regmean", [model], model, tmp_path / "out", statistics=given)
+    with pytest.raises(tm.UserError, match="would be lost"):
+        tm.merge(
+            "regmean", [model], model, tmp_path / "one.safetensors", statistics=[tmp_path / "one.safetensors"]
+        )
 
 
 def test_examples_are_drawn_by_seed(model: Path, tmp_path: Path) -> None:
