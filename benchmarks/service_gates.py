@@ -34,7 +34,7 @@ from pipeline.service.worker import Worker
 from pipeline.store.open import store_at
 
 Tensors = dict[str, np.ndarray]
-HONEST = "honest"
+HONEST, OTHER, REPLAYED = "honest", "expert of another task", "expert of a later task that replayed this one"
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,22 @@ POISONS: Mapping[str, Callable[[Made], Tensors]] = {
 }
 
 
-def experts_of(study: Path, tasks: Sequence[str], seeds: Sequence[int] | None) -> dict[int, dict[str, Path]]:
-    """The weights of a study's experts that were trained from the base, by seed of the study and task; of these seeds, or all."""
+@dataclass(frozen=True)
+class Expert:
+    """The weights of an expert, and the datasets that it was trained on, by replay too."""
+
+    file: Path
+    seen: frozenset[str]
+
+
+Experts = dict[int, dict[str, Expert]]
+"""By seed of the study and task."""
+
+
+def experts_of(study: Path, tasks: Sequence[str], seeds: Sequence[int] | None) -> Experts:
+    """A study's experts that were trained from the base, by seed of the study and task; of these seeds, or all."""
     plan, store = read(study / "plan.json"), store_at(None, study)
-    found = dict[int, dict[str, Path]]()
+    found = Experts()
     for trajectory in plan.trajectories:
         if seeds is not None and trajectory.seed not in seeds:
             continue
@@ -107,8 +119,9 @@ def experts_of(study: Path, tasks: Sequence[str], seeds: Sequence[int] | None) -
                 raise SystemExit(
                     f"{study}: the expert of {point.task} for seed {trajectory.seed} is not there yet"
                 )
-            file = record.path / WEIGHTS_FILE
-            if known.setdefault(point.task, file) != file:
+            seen = frozenset(one["dataset"] for key in ("update", "buffer") for one in record.spec[key])
+            one = Expert(record.path / WEIGHTS_FILE, seen)
+            if known.setdefault(point.task, one) != one:
                 raise SystemExit(
                     f"{study} has several experts of {point.task} from the base; give a study of one recipe"
                 )
@@ -148,14 +161,18 @@ class Asked:
     """What is tried: the experts by seed and task, those of all seeds of the study, and the kinds of poisoned ones."""
 
     config: ServiceConfig
-    experts: Mapping[int, Mapping[str, Path]]
+    experts: Experts
     kinds: Sequence[str]
 
-    def wrong(self, seed: int, task: str) -> Path | None:
-        """An expert of the next task and another seed, to be sent as one of this task."""
-        tasks, others = [*self.experts[seed]], [one for one in self.experts if one != seed]
-        other = tasks[(tasks.index(task) + 1) % len(tasks)]
-        return self.experts[others[0]][other] if others and other != task else None
+    def wrong(self, seed: int, task: str) -> dict[str, Path]:
+        """Experts of the next seed and other tasks, to be sent as one of this task: one that never saw it, and one that replayed it."""
+        tasks, seeds = [*self.experts[seed]], [*self.experts]
+        place, other = tasks.index(task), seeds[(seeds.index(seed) + 1) % len(seeds)]
+        found = dict[str, Path]()
+        for name in [*tasks[place + 1 :], *tasks[:place]] if other != seed else ():
+            one = self.experts[other][name]
+            found.setdefault(REPLAYED if task in one.seen else OTHER, one.file)
+        return found
 
 
 @dataclass(frozen=True)
@@ -195,13 +212,14 @@ def honest(out: Path, asked: Asked, seed: int) -> Iterator[Row]:
     """The experts of one seed arrive in their order."""
     trier = Trier(out, asked.config, "honest")
     with trier.home.working():
-        for task, file in asked.experts[seed].items():
-            yield Row(seed, task, HONEST, trier.bring(file, task))
+        for task, one in asked.experts[seed].items():
+            yield Row(seed, task, HONEST, trier.bring(one.file, task))
 
 
 def poisoned(out: Path, asked: Asked, seed: int, task: str) -> Iterator[Row]:
     """Poisoned experts of a task arrive after the honest ones of all others."""
-    trier, experts = Trier(out, asked.config, task), asked.experts[seed]
+    trier = Trier(out, asked.config, task)
+    experts = {name: one.file for name, one in asked.experts[seed].items()}
     others = [one for one in experts if one != task]
     with trier.home.working():
         for one in others:
@@ -215,8 +233,11 @@ def poisoned(out: Path, asked: Asked, seed: int, task: str) -> Iterator[Row]:
             yield Row(seed, task, kind, found)
             if found.status == "accepted":
                 trier.forget(found)
-        if (wrong := asked.wrong(seed, task)) is not None:
-            yield Row(seed, task, "expert of another task", trier.bring(wrong, task))
+        for kind, file in asked.wrong(seed, task).items():
+            found = trier.bring(file, task)
+            yield Row(seed, task, kind, found)
+            if found.status == "accepted":
+                trier.forget(found)
 
 
 def rate(count: int, n: int) -> str:
