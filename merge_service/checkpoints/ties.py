@@ -18,12 +18,11 @@ Invariant: ties depend on the contents of all checkpoints of a merge, never on t
 """
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from merge_service.checkpoints.folders.kinds import CONFIG, read_json
+from merge_service.checkpoints.folders.heads import OUTPUT, is_source, shared_source, source_rank
 from merge_service.checkpoints.weights import Weights
 from merge_service.errors import IncompatibleCheckpoint, TechniqueError
 
@@ -31,13 +30,8 @@ Ties = Mapping[str, str]
 """The name that each alias stands for; such a name is never an alias itself."""
 KEY = "tied"
 
-_OUTPUT = re.compile(r"(?:^|\.)(?:lm_head|embed_out|proj_out|output|decoder|vocab_projector)\.weight$")
 _CHUNK = 1 << 20
 _SAMPLE = 8
-_SOURCE = (
-    re.compile(r"(?:^|\.)shared\."),
-    re.compile(r"(?:^|[._])(?:wte|embed(?!_out)\w*|word_embeddings)\b"),
-)
 
 
 class BrokenTie(TechniqueError):
@@ -64,6 +58,7 @@ def tie(reference: Weights, others: Sequence[Weights]) -> Ties:
         lend(other, {**ties, **missing, **ours, **_left_out(other, reference)})
         _name_alike(reference, other)
         _drop_copies(reference, other)
+    take_apart(reference, [name for other in others for name in other.tensors])
     for other in others:
         _lend_declared(reference, other)
         _refuse_half_tied(reference, other)
@@ -89,6 +84,14 @@ def lend(weights: Weights, ties: Ties) -> None:
         for name in group if held else ():
             if name not in weights.tensors:
                 weights.lend(name, held[0])
+
+
+def take_apart(reference: Weights, names: Iterable[str]) -> None:
+    """Add an output layer that is among these names to a reference whose configuration ties it to the embedding."""
+    source = shared_source(reference)
+    for output in dict.fromkeys(names) if source else ():
+        if OUTPUT.search(output) and output not in reference.tensors:
+            reference.lend(output, reference.tensors[str(source)])
 
 
 def recorded(checkpoint: Weights) -> Ties:
@@ -138,15 +141,32 @@ def check(checkpoint: Weights, ties: Ties, who: str) -> None:
 
 def keep(reference: Weights, newest: Weights, ties: Ties) -> Ties:
     """The ties of a stream that continues with another expert. Raises `BrokenTie` if the expert holds two tensors instead of one."""
+    held = set(reference.tensors)
     lend(newest, ties)
     tie(reference, [newest])  # adds and drops aliases of the expert
+    if further := reference.tensors.keys() - held:
+        raise _broken(min(further), "its embedding", newest)
     for alias, name in ties.items():
         if {alias, name} <= newest.tensors.keys() and not _same(newest, alias, name):
-            raise BrokenTie(
-                f"the experts so far hold {alias} and {name} as one tensor, {newest.path} as two; merge all experts at once, "
-                "or start again without a state"
-            )
+            raise _broken(alias, name, newest)
     return ties
+
+
+def _broken(alias: str, name: str, newest: Weights) -> BrokenTie:
+    return BrokenTie(
+        f"the experts so far hold {alias} and {name} as one tensor, {newest.path} as two; merge all experts at once, "
+        "or start again without a state"
+    )
+
+
+def apart(reference: Weights, ties: Ties) -> tuple[str, str] | None:
+    """An output layer and its embedding that are one tensor in the reference, and two in a merge with these ties."""
+    for output in [name for name in reference.tensors if OUTPUT.search(name) and _is_outside(name)]:
+        for source in [name for name in reference.tensors if is_source(name) and name != output]:
+            one = ties.get(output, output) == ties.get(source, source)
+            if not one and _same(reference, output, source) and not _is_constant(reference, source):
+                return output, source
+    return None
 
 
 def _alike(weights: Weights, known: set[str]) -> dict[tuple[str, tuple[int, ...]], list[str]]:
@@ -213,7 +233,7 @@ def _left_out(weights: Weights, reference: Weights | None = None) -> dict[str, s
 
 def _name_alike(reference: Weights, other: Weights) -> None:
     """Rename the tensor that is both embedding and output layer to the name that the reference kept, if each file kept another."""
-    for mine, theirs in ((_is_source, _OUTPUT.search), (_OUTPUT.search, _is_source)):
+    for mine, theirs in ((is_source, OUTPUT.search), (OUTPUT.search, is_source)):
         lacking = [name for name in reference.tensors if name not in other.tensors and mine(name)]
         extra = [name for name in other.tensors if name not in reference.tensors and theirs(name)]
         fits = (
@@ -222,11 +242,6 @@ def _name_alike(reference: Weights, other: Weights) -> None:
         )
         if fits:
             other.lend(lacking[0], other.tensors.pop(extra[0]))
-
-
-def _is_source(name: str) -> bool:
-    """Whether this is a usual name of an embedding that output layers share their weights with."""
-    return any(pattern.search(name) for pattern in _SOURCE)
 
 
 def _is_output_bias(alias: str, name: str) -> bool:
@@ -260,20 +275,18 @@ def _drop_copies(reference: Weights, other: Weights) -> None:
 
 
 def _lend_declared(reference: Weights, other: Weights) -> None:
-    """Lend the output layer that the reference holds to a checkpoint whose configuration says that its embedding is the output layer."""
-    config = other.path.parent / CONFIG
-    for output in [name for name in reference.tensors if name not in other.tensors and _OUTPUT.search(name)]:
-        shape = reference.tensors[output].shape
-        sources = [name for name, info in other.tensors.items() if _is_source(name) and info.shape == shape]
-        if len(sources) == 1 and (read_json(config) or {}).get("tie_word_embeddings") is True:
-            other.lend(output, other.tensors[sources[0]])
+    """Add an output layer that the reference holds to a checkpoint whose configuration says that its embedding is the output layer."""
+    source = shared_source(other)
+    for output in [name for name in reference.tensors if name not in other.tensors and OUTPUT.search(name)]:
+        if source and other.tensors[source].shape == reference.tensors[output].shape:
+            other.lend(output, other.tensors[source])
 
 
 def _refuse_half_tied(one: Weights, other: Weights) -> None:
     """Raise `IncompatibleCheckpoint` if one checkpoint leaves out an output layer, as a tie, that the other trained separately."""
-    for output in [name for name in other.tensors if name not in one.tensors and _OUTPUT.search(name)]:
+    for output in [name for name in other.tensors if name not in one.tensors and OUTPUT.search(name)]:
         for name, info in one.tensors.items():
-            if _is_source(name) and name in other.tensors and info.shape == other.tensors[output].shape:
+            if is_source(name) and name in other.tensors and info.shape == other.tensors[output].shape:
                 raise IncompatibleCheckpoint(
                     f"{other.path} holds {output} as a tensor of its own, {one.path} leaves it out, as models do that tie it to "
                     f"{name}; if that is so, write {one.path} with a copy of {name} under {output}, and merge again"
@@ -284,6 +297,6 @@ def _as_ties(group: Sequence[str]) -> dict[str, str]:
     """The ties of a group. Its name is the one that files keep when they leave out others: an embedding, else the first."""
     if not group:
         return {}
-    rank = [[not pattern.search(name) for pattern in _SOURCE] for name in group]
+    rank = [source_rank(name) for name in group]
     name = min(zip(rank, range(len(group)), group))[2]
     return {alias: name for alias in group if alias != name}

@@ -20,7 +20,7 @@ import numpy as np
 from merge_service.blocks.spans import Span
 from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.dtypes import DTYPES
-from merge_service.checkpoints.ties import Ties, recorded
+from merge_service.checkpoints.ties import Ties, recorded, take_apart
 from merge_service.checkpoints.weights import Weights
 from merge_service.checkpoints.writer import CheckpointWriter, Writer
 from merge_service.engine.task import MergeTask
@@ -63,7 +63,8 @@ class StreamState:
                 )
 
     def ties(self, base: Weights) -> Ties:
-        """The ties that hold in every expert of the state."""
+        """The ties that hold in every expert of the state; afterwards the base has an output layer of its own if the state has one."""
+        take_apart(base, [key.partition(":")[2] for key in self.checkpoint.tensors])
         ties = self.record.get("ties")
         return recorded(base) if ties is None else dict(ties)
 

@@ -57,7 +57,8 @@ def combine_weights(
     with contextlib.ExitStack() as stack:
         known, tied = taken_in(derivation, anchor, opened, way)
         measured = gather(stack, operator, anchor, derivation.members, opened)
-        site, target = site_of(way.execution.device), out.target(derivation.sources)
+        target = out.target(derivation.sources, ties.apart(anchor or opened[0], tied))
+        site = site_of(way.execution.device)
         task = MergeTask.of(
             operator.technique, operator.params, *_cast(target, anchor, opened, known, measured), tied
         )

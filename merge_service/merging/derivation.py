@@ -189,12 +189,15 @@ class Out:
     changes: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Path | None = None
 
-    def target(self, sources: Sequence[Path]) -> Target:
-        """The files to write; a directory takes what goes with the weights from the first source that has it."""
+    def target(self, sources: Sequence[Path], apart: tuple[str, str] | None = None) -> Target:
+        """The files to write; a directory takes what goes with the weights from the first source that has it. `apart`: an output layer and
+        an embedding that are no longer one tensor (`ties.apart`)."""
         found = Target.of(self.path, sources, self.shard_bytes, self.tokenizer)
         folder = found.folder
         if folder is not None and not folder.is_open_clip:
             folder = folder.written(texts=self.texts, changes=self.changes)
+            if apart is not None:
+                folder = folder.taken_apart(*apart)
         return replace(found, hashed=self.hashed, dtype=self.dtype, folder=folder)
 
 

@@ -22,7 +22,7 @@ from merge_service.blocks.questions import NOTHING
 from merge_service.checkpoints.adapters.opening import open_weights
 from merge_service.checkpoints.header import TensorInfo
 from merge_service.checkpoints.target import Target
-from merge_service.checkpoints.ties import Ties
+from merge_service.checkpoints.ties import Ties, apart
 from merge_service.checkpoints.views.rows import Reworded, Rows
 from merge_service.checkpoints.views.view import View
 from merge_service.checkpoints.weights import Weights
@@ -110,7 +110,8 @@ def combine_groups(
         known = _named(groups, ids, way)
         admitted = [_admit(group, known, stack, way, notes) for group in groups]
         _check_local(admitted)
-        target = out.target(_sources(groups))
+        separate = [pair for one in admitted if (pair := apart(one.reference, one.tied))]
+        target = out.target(_sources(groups), separate[0] if separate else None)
         whole = _Whole(_laid([target.reference(one.reference).tensors for one in admitted]))
         first = {"format": "pt", **admitted[0].reference.metadata}
         record = {"form": "merge", "inputs": [*known.values()], "versions": versions(), **about}

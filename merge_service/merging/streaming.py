@@ -76,7 +76,7 @@ def advance(
             held.check_layout(task)
         sha256 = known.sha256
         known = dataclasses.replace(known, inputs=[*seen, *known.inputs], notes=said)
-        target = out.target(derivation.sources) if out else None
+        target = out.target(derivation.sources, ties.apart(anchor, same)) if out else None
         found, notes = ready(task, way, KeptThresholds(task, way.keep_thresholds, sha256))
         done = _carry_on(Compute(task, found, site), Step(held, states.after, target, notes), known, way)
         return report_of(task, target, known, began, done)
@@ -107,7 +107,7 @@ def retract(derivation: Derivation, states: States, out: Out | None, way: Way = 
         staying = [entry for entry in held.inputs if entry["id"] != member.id]
         known = Lineage(staying, notes=said + unchecked)
         held.check_layout(task)
-        target = out.target(derivation.sources) if out else None
+        target = out.target(derivation.sources, ties.apart(anchor, same)) if out else None
         sha256 = Lineage.given(derivation.members).sha256
         found, notes = ready(task, way, KeptThresholds(task, way.keep_thresholds, sha256))
         done = _carry_on(Compute(task, found, Host()), Step(held, states.after, target, notes), known, way)

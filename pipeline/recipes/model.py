@@ -10,7 +10,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from merge_service.techniques import get
-from pipeline.recipes.settings import Setting, rules
+from pipeline.recipes.settings import TABLES, Setting, rules
 
 PER_EXPERT = ("weight", "density", "outliers", "epsilon")
 """Parameters that an expert may have for itself."""
@@ -53,8 +53,18 @@ def _named(value: Any) -> Any:
     return value
 
 
+def _parameters(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    for name, value in values.items():
+        if name not in TABLES:
+            try:
+                rules(value)
+            except ValueError as error:
+                raise ValueError(f"{name} {error}") from None
+    return values
+
+
 Model = Annotated[Expert, BeforeValidator(_named)]
-Parameters = Mapping[str, Settable]
+Parameters = Annotated[Mapping[str, Any], AfterValidator(_parameters)]
 
 
 class Slice(_Part):

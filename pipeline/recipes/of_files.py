@@ -15,17 +15,29 @@ if TYPE_CHECKING:
 
 
 def recipe_of(what: FileMerge) -> "Recipe":
-    """The recipe of a merge of files. Definitions of others (`parity`) become our own parameters."""
+    """The recipe of a merge of files. Definitions of others (`parity`) become our own parameters; what a list says of each expert stands
+    with the expert, because a list in a recipe is a gradient over depth. Raises UserError for a technique or parameter that does not exist.
+    """
+    from merge_service.techniques import get
     from merge_service.timelines import translate_merge
     from pipeline.recipes.model import Expert, Merge, Recipe
 
     params = dict(translate_merge(what.technique, what.params, what.parity, len(what.experts)))
+    get(what.technique).resolve(params, "merge", strict=True)
     weights = params.pop("weights", None) or [None] * len(what.experts)
+    each = isinstance(params.get("density"), list | tuple)
+    densities = params.pop("density") if each else [None] * len(what.experts)
     ids = what.ids or [None] * len(what.experts)
     measured = what.statistics or [None] * len(what.experts)
     experts = tuple(
-        Expert(model=str(path), id=name, weight=weight, statistics=None if file is None else str(file))
-        for path, name, weight, file in zip(what.experts, ids, weights, measured)
+        Expert(
+            model=str(path),
+            id=name,
+            weight=weight,
+            density=density,
+            statistics=None if file is None else str(file),
+        )
+        for path, name, weight, density, file in zip(what.experts, ids, weights, densities, measured)
     )
     merge = Merge(
         technique=what.technique, base=None if what.base is None else str(what.base), experts=experts, parameters=params,

@@ -15,7 +15,7 @@ from merge_service.errors import TechniqueError
 from merge_service.merging import Operator
 from merge_service.techniques import Technique, get
 from pipeline.recipes.model import PER_EXPERT, Expert
-from pipeline.recipes.settings import When, chained, is_uniform, value_at
+from pipeline.recipes.settings import TABLES, When, chained, is_uniform, value_at
 
 Choice = tuple[Operator, tuple[int, ...]]
 _SUMS = ("task_arithmetic", "breadcrumbs", "dare", "della_linear")
@@ -28,7 +28,8 @@ class Chooser:
         self, technique: str, levels: Sequence[Mapping[str, Any]], experts: Sequence[Expert]
     ) -> None:
         self.technique = get(technique)
-        names = dict.fromkeys(name for level in levels for name in level)
+        names = dict.fromkeys(name for level in levels for name in level if name not in TABLES)
+        self._tables = {name: level[name] for level in reversed(levels) for name in TABLES if name in level}
         self._shared = {name: chained(*(level.get(name) for level in levels)) for name in names}
         self._own = {
             name: [chained(getattr(one, name)) for one in experts]
@@ -36,9 +37,9 @@ class Chooser:
             if any(getattr(one, name) is not None for one in experts)
         }
         self._count = len(experts)
-        self.is_uniform = all(is_uniform(level[name]) for level in levels for name in level) and all(
-            is_uniform(getattr(one, name)) for one in experts for name in (*PER_EXPERT, "factor")
-        )
+        self.is_uniform = all(
+            is_uniform(level[name]) for level in levels for name in level if name in names
+        ) and all(is_uniform(getattr(one, name)) for one in experts for name in (*PER_EXPERT, "factor"))
 
     def at(self, name: str, t: float, theirs: Sequence[str]) -> Choice:
         """The choice for a tensor called `name` in the output and `theirs` in the experts, at depth t."""
@@ -47,7 +48,7 @@ class Chooser:
             key: tuple(self._one(key, rules, there, params, t) for rules, there in zip(found, theirs))
             for key, found in self._own.items()
         }
-        known = {key: value for key, value in params.items() if value is not None}
+        known = self._tables | {key: value for key, value in params.items() if value is not None}
         return _choice(
             self.technique.name, dumps(known, sort_keys=True), dumps(own, sort_keys=True), self._count
         )

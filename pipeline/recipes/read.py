@@ -54,8 +54,8 @@ def _ours(path: Path, documents: Sequence[Mapping[str, Any]]) -> Recipe:
     if recipe is None:
         bare = "merges" not in documents[0] and len(documents) == 1
         raise ConfigError(
-            [f"{path}: {one.key.removeprefix('merges[0]').lstrip('.') if bare else one.key}: "
-             f"{one.text.replace('merges[0].', '') if bare else one.text}" for one in problems]
+            [": ".join(filter(None, [str(path), one.key.removeprefix("merges[0]").lstrip("."), one.text.replace("merges[0].", "")]))
+             if bare else f"{path}: {one.key}: {one.text}" for one in problems]
         )  # fmt: skip
     return recipe
 

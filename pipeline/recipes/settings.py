@@ -14,6 +14,8 @@ from typing import Any
 Scalar = bool | int | float | str
 Setting = Any
 """A JSON value that `rules` accepts."""
+TABLES = ("coefficients",)
+"""Parameters that say for themselves which tensors they are for, and so are no settings."""
 
 
 @dataclass(frozen=True)

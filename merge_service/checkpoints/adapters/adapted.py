@@ -44,6 +44,11 @@ class Adapted(View):
         self.source, self.notes, self.updates = path, notes, dict(updates)
         self._adapter = adapter
         self._last = threading.local()
+        for name, info in self.tensors.items():
+            there, _ = self._at[info.offset]
+            if updates.get(name) is not updates.get(there):  # one tensor of the base, two here
+                self._at.append((name, 1.0))
+                self.tensors[name] = replace(info, offset=len(self._at) - 1)
         for name in updates:
             held = self.tensors.get(name)
             if held is None:

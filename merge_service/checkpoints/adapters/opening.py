@@ -21,6 +21,7 @@ from merge_service.checkpoints.adapters.names import Named, Parts
 from merge_service.checkpoints.adapters.references import Reference, folder_of
 from merge_service.checkpoints.adapters.updates import Copy, Dora, Factor, Form, LowRank, Patch, Update
 from merge_service.checkpoints.checkpoint import Checkpoint
+from merge_service.checkpoints.folders.heads import OUTPUT, head_of, shared_source
 from merge_service.checkpoints.folders.kinds import ADAPTER, ADAPTER_CONFIG
 from merge_service.checkpoints.ties import recorded
 from merge_service.checkpoints.unmergeable import check_mergeable
@@ -125,7 +126,9 @@ class _Reading:
         if config is None:
             named = names.kohya(self.adapter.tensors, self.base.tensors, path, self.notes)
         else:
-            named = self._placed(names.peft(self.adapter.tensors, path))
+            found = names.peft(self.adapter.tensors, path)
+            self._take_apart(found)
+            named = self._placed(found)
             if any(name.endswith("base_layer.out_proj.lora_A.weight") for name in self.adapter.tensors):
                 self.notes.append(
                     f"{path.parent.name}: the update of out_proj is added once, as LoRA defines it; peft up to 0.21.2 added it twice"
@@ -141,6 +144,40 @@ class _Reading:
         if not made:
             raise AdapterCheckpoint(f"{path} holds no tensors")
         return self._with_aliases(made)
+
+    def _take_apart(self, named: Named) -> None:
+        """Give the base an output layer of its own if it is tied to the embedding and the adapter changes either of them alone.
+
+        While such an adapter is trained, only the module that it names has its update; `merge_and_unload` of peft changes both.
+        Rows of tokens (`trainable_token_indices`) are the exception: peft trains them in both. Raises `AdapterCheckpoint` if the
+        output layer has no known name.
+        """
+        source = shared_source(self.base)
+        if source is None:
+            return
+        changed = {
+            *named.copies,
+            *(f"{one}.weight" for one in named.modules if "tokens" not in named.modules[one].roles),
+        }
+        outputs = [one for one in changed if OUTPUT.search(one) and one not in self.base.tensors]
+        if source not in changed and not outputs:
+            return
+        output = outputs[0] if outputs else head_of(self.base)
+        if output is None:
+            raise AdapterCheckpoint(
+                f"{self.adapter.path} changes {source} alone, which is also the output layer of {self.base.path}, and what that is called is "
+                "not known here; save the base with an output layer of its own (tie_word_embeddings: false), or merge in peft"
+            )
+        self.base.lend(output, self.base.tensors[source])
+        which = (
+            "both, each by its own part"
+            if outputs and source in changed
+            else f"{output if outputs else source} alone"
+        )
+        self.notes.append(
+            f"{folder_of(self.adapter.path).name}: the base ties {output} to {source}, the adapter changes {which}, as when it was trained; "
+            "peft's merge_and_unload would change the one tensor"
+        )
 
     def _placed(self, named: Named) -> Named:
         """The parts by the base's names. Raises `IncompatibleCheckpoint` naming a module that the base lacks."""

@@ -89,6 +89,12 @@ class Folder:
         """With these files and changes too."""
         return replace(self, texts={**self.texts, **texts}, changes={**self.changes, **changes})
 
+    def taken_apart(self, output: str, source: str) -> "Folder":
+        """With a configuration that no longer ties the output layer to the embedding, and a note of it."""
+        said = f"{output} and {source} were one tensor and are two in the result: config.json says tie_word_embeddings: false"
+        changes = {**self.changes, "tie_word_embeddings": False}
+        return replace(self, changes=changes, notes=(*self.notes, said))
+
     def write(self, out: Path, dtype: str | None) -> None:
         """Write the files into `out`; the configuration says that most floats are of this dtype."""
         for part, path in self.files.items():

@@ -38,6 +38,8 @@ _KEYS = (
     "params_ema",
 )
 _WRAPPERS = ("module.", "_orig_mod.", "_forward_module.")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".bin.index.json")
+_SAFE = (".safetensors", ".safetensors.index.json")
 _NAMES = ("pytorch_model", "open_clip_pytorch_model", "diffusion_pytorch_model")
 
 
@@ -150,6 +152,9 @@ def _consolidate(
 
 def _files(source: Path) -> list[Path]:
     """The pickles behind a path: itself, the shards of an index, or those of a directory under a usual name."""
+    names = [one.name for one in source.iterdir()] if source.is_dir() else [source.name]
+    if any(name.endswith(_SAFE) for name in names) and not any(name.endswith(_PICKLED) for name in names):
+        raise CheckpointError(f"{source} is safetensors already; it needs no conversion")
     if source.is_dir():
         found = [
             source / f"{name}{suffix}"

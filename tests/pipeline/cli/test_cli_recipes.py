@@ -31,6 +31,43 @@ def test_merge_of_folders_writes_a_recipe_that_makes_the_same_bytes_again(cli, r
     assert json.loads((room / "out/config.json").read_text())["torch_dtype"] == "float16"
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("ties", "density=[0.2, 0.9]"),
+        ("ties", "weights=[0.5, 1]"),
+        ("task_arithmetic", "coefficients={'*mlp*': [1, 0.5], '*': [0.25, 0.75]}"),
+    ],
+)
+def test_value_of_each_expert_is_in_the_recipe_beside_a_folder(
+    given: tuple[str, str], cli, room: Path
+) -> None:
+    technique, setting = given
+    first = cli(
+        "merge", "--technique", technique, "--base", "base", "--set", setting, "--out", "out", "a", "b"
+    )
+    assert first.code == 0, first.err
+    assert cli("merge", "out/merge.yaml", "--out", "again").code == 0
+    assert (room / "out/model.safetensors").read_bytes() == (room / "again/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (("averge",), "did you mean average"),
+        (("average", "--set", "weights=2"), "weights = 2 is not a list"),
+        (("average", "--set", "wieghts=[1, 2]"), "did you mean weights"),
+        (("ties", "--base", "base", "--set", "coefficients=1"), "coefficients = 1 is not"),
+    ],
+)
+def test_mistake_in_a_merge_into_a_folder_ends_with_code_2(
+    given: tuple[str, ...], said: str, cli, room: Path
+) -> None:
+    answer = cli("merge", "--technique", *given, "--out", "out", "a", "b")
+    assert answer.code == 2 and answer.err.startswith("error: ") and said in answer.err
+    assert not (room / "out").exists()
+
+
 def test_recipe_of_mergekit_is_merged_as_it_is(cli, room: Path) -> None:
     (room / "r.yml").write_text(MERGEKIT)
     answer = cli("merge", "r.yml", "--dtype", "float32", "--out", "out", "--json")
@@ -86,3 +123,9 @@ def test_pickle_is_converted_and_an_existing_file_kept(cli, room: Path) -> None:
     assert cli("convert", "m.ckpt", "m.safetensors").code == 2
     assert cli("convert", "m.ckpt", "m.safetensors", "--force").code == 0
     assert load_file(room / "m.safetensors")["w"].tolist() == [[1, 1], [1, 1]]
+
+
+def test_file_that_is_safetensors_already_is_not_converted(cli, room: Path) -> None:
+    for source in ("a/model.safetensors", "a"):
+        answer = cli("convert", source, "new.safetensors")
+        assert answer.code == 2 and "safetensors already" in answer.err
