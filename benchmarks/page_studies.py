@@ -72,10 +72,26 @@ def small_disk(file: dict[str, Any]) -> str:
     )
 
 
+def gates(file: dict[str, Any]) -> str:
+    """What the gates of a service say of honest and of poisoned experts."""
+    from service_gates import summary, under_defaults
+
+    settings, rows = file["settings"], file["found"]["rows"]
+    seeds, tasks = len(settings["seeds"]), len(settings["tasks"])
+    said = f"{len(rows)} experts of tiny-clip: {seeds} seeds, {tasks} tasks, the gates of `configs/{settings['config']}`."
+    found = under_defaults(rows)
+    default = (
+        f"With the margins that a configuration has by default, {found['passed']} of the {found.total()} honest experts would have passed, "
+        f"{found['undecided']} would have been held as undecided, and {found['failed']} rejected."
+    )
+    return f"{said}\n\n{summary(rows)}\n\n{default}"
+
+
 BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "sweep-report": ("study-report", sweep_report),
     "sweep-tracking": ("tracking", sweep_tracking),
     "keep": ("storage-sweep", keep),
     "small-disk": ("storage-small-disk", small_disk),
+    "service-gates": ("service-gates", gates),
 }
 """The file of results that each block is made from, and how."""

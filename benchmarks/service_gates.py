@@ -27,7 +27,7 @@ from merge_service.checkpoints import WEIGHTS_FILE
 from merge_service.live import Arrival, Removed, proportion
 from pipeline.kinds.specs import BASE
 from pipeline.plan.file import read
-from pipeline.service.config import ServiceConfig, read_config
+from pipeline.service.config import GatesSection, ServiceConfig, read_config
 from pipeline.service.home import Home
 from pipeline.service.operations import Operations, Sender
 from pipeline.service.worker import Worker
@@ -256,6 +256,29 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
         stopped = ", ".join(f"`{gate}` {count}" for gate, count in gates.most_common())
         lines.append(f"| {kind} | {rate(accepted, len(of))} | {stopped} |")
     return "\n".join(lines)
+
+
+def under_defaults(rows: Sequence[Mapping[str, Any]]) -> Counter[str]:
+    """How many honest experts would have passed, been undecided or failed with the margins that a configuration has by default, each
+    judged after the same others."""
+    gates = GatesSection()
+    margins = {
+        "held_out.mean": gates.held_out.margin,
+        "drift": gates.drift,
+        "accumulated.mean": gates.accumulated.margin,
+    }
+    found = Counter[str]()
+    for one in rows:
+        if one["kind"] == HONEST:
+            asked = [
+                (low, high, margins.get(gate, gates.accumulated.worst))
+                for gate, (_, _, low, high) in one["gates"].items()
+                if not gate.startswith("solo.")
+            ]
+            failed = any(high < -margin for _, high, margin in asked)
+            passed = all(low >= -margin for low, _, margin in asked)
+            found["failed" if failed else "passed" if passed else "undecided"] += 1
+    return found
 
 
 def main() -> None:
