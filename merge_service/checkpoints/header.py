@@ -104,7 +104,7 @@ def build_header(
 
 def check_readable(text: bytes, what: str) -> None:
     """Raise `CheckpointError` naming `what` if a header or an index would be refused by the code that reads it."""
-    if len(text) > HEADER_LIMIT or _values(text) > MAX_VALUES:
+    if len(text) > HEADER_LIMIT or _has_too_many(text):
         raise CheckpointError(
             f"{what} need {len(text)} bytes of JSON with up to {_values(text)} values; at most {HEADER_LIMIT} bytes and "
             f"{MAX_VALUES} values are read"
@@ -116,7 +116,7 @@ def parse_json(text: bytes, path: Path | os.PathLike[str]) -> dict[str, Any]:
 
     Parsed JSON can take 30 times the memory of its text. Every value follows a comma or a bracket, so these are counted first.
     """
-    if _values(text) > MAX_VALUES:
+    if _has_too_many(text):
         raise corrupt(path, f"its header may hold {_values(text)} values, above the limit of {MAX_VALUES}")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -134,6 +134,10 @@ def parse_json(text: bytes, path: Path | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise corrupt(path, "its header is not a JSON object")
     return value
+
+
+def _has_too_many(text: bytes) -> bool:
+    return len(text) > MAX_VALUES and _values(text) > MAX_VALUES
 
 
 def _values(text: bytes) -> int:

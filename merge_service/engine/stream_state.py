@@ -1,7 +1,8 @@
 """The state of a streaming merge on disk: what a technique keeps of the experts so far.
 
-A safetensors file with the state's arrays for every merged tensor (`<array>:<tensor>`); its metadata records technique,
-parameters, base and experts. The state is only a cache: merging the experts again gives the same bits.
+A safetensors file with the state's arrays for every merged tensor (`<array>:<tensor>`) and the text that names the experts (`inputs`,
+which as an array is copied where a header would be parsed); its metadata records technique, parameters and base. The state is only a
+cache: merging the experts again gives the same bits.
 
 Invariant: a state is continued only with the technique, parameters and base it was started with, and never takes the same expert
 id twice.
@@ -10,7 +11,7 @@ id twice.
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from merge_service.checkpoints.dtypes import DTYPES
 from merge_service.checkpoints.ties import Ties, recorded, take_apart
 from merge_service.checkpoints.weights import Weights
 from merge_service.checkpoints.writer import CheckpointWriter, Writer
+from merge_service.engine.inputs import Inputs
 from merge_service.engine.task import MergeTask
 from merge_service.errors import CorruptCheckpoint, TechniqueError
 from merge_service.files.digest import Checksum, Digest
@@ -31,7 +33,9 @@ from merge_service.techniques.params import nearest
 from merge_service.techniques.place import State
 
 METADATA_KEY = "temporal_merge"
-FORMAT = 3
+FORMAT, BEFORE = 4, 3
+"""What is written, and what is continued all the same: a state whose metadata names the experts."""
+NAMES = "inputs"
 MAX_EXPERTS = 2**16 - 1
 """Votes are counted in 16 bits."""
 
@@ -47,11 +51,16 @@ class StreamState:
         self.checkpoint = Checkpoint.open(path)
         try:
             self.record = json.loads(self.checkpoint.metadata[METADATA_KEY])
-            self.inputs: list[dict[str, str]] = self.record["inputs"]
-            if self.record["state"] != FORMAT:
-                raise KeyError
+            self.inputs = self._inputs()
         except (KeyError, TypeError, ValueError):
             raise CorruptCheckpoint(f"{path} is not the state of a streaming merge of this version") from None
+
+    def _inputs(self) -> Inputs:
+        if self.record["state"] == BEFORE:
+            return Inputs.of(self.record[NAMES])
+        if self.record["state"] != FORMAT:
+            raise KeyError
+        return Inputs(self.checkpoint.raw(NAMES).tobytes().decode())
 
     def check(self, technique: Technique, params: Mapping[str, Any], base: Weights) -> None:
         """Raise `TechniqueError` unless the state was made with this technique, these parameters and this base."""
@@ -70,7 +79,7 @@ class StreamState:
 
     def check_new(self, expert_id: str) -> None:
         """Raise `TechniqueError` if the id is taken or the state is full."""
-        if expert_id in [held["id"] for held in self.inputs]:
+        if self.inputs.has(expert_id):
             raise TechniqueError(
                 f"the expert {expert_id!r} is already in {self.checkpoint.path}; give each expert its own id"
             )
@@ -121,19 +130,24 @@ class Ends:
     keep: CheckpointWriter | None = None
 
 
-def state_writer(
-    path: Path | str, task: MergeTask, inputs: Sequence[Mapping[str, str]], durable: bool = True
-) -> CheckpointWriter:
+def state_writer(path: Path | str, task: MergeTask, inputs: Inputs, durable: bool = True) -> CheckpointWriter:
     """A writer for the state that `task` leaves after `inputs`; `durable` as of `CheckpointWriter`."""
     assert task.base is not None
     record = {
         "state": FORMAT,
         **_identity(task.technique, task.params, task.base, len(inputs)),
-        "inputs": list(inputs),
         **({"ties": dict(task.tied)} if task.tied != recorded(task.base) else {}),
     }
     said = {METADATA_KEY: json.dumps(record, sort_keys=True)}
-    return CheckpointWriter(path, task.layout(), said, Digest(Checksum), durable)
+    names = np.frombuffer(inputs.text.encode(), np.uint8)
+    layout = {**task.layout(), NAMES: ("U8", names.shape)}
+    writer = CheckpointWriter(path, layout, said, Digest(Checksum), durable)
+    try:
+        writer.write_stored(NAMES, 0, names)
+    except BaseException:
+        writer.abort()
+        raise
+    return writer
 
 
 def check_room(path: Path, task: MergeTask, reserve: int) -> None:

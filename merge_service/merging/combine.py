@@ -6,7 +6,6 @@ complete. Memory is a few blocks per thread, for any number of experts.
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from merge_service.checkpoints.weights import Weights
 from merge_service.checkpoints.writer import CheckpointWriter
 from merge_service.engine.assembly import assemble, assemble_in_turn
 from merge_service.engine.compute import Compute, site_of
+from merge_service.engine.inputs import spliced
 from merge_service.engine.prepare import prepare
 from merge_service.engine.stream_state import METADATA_KEY, Ends, effective
 from merge_service.engine.survey import Surveyor
@@ -136,4 +136,4 @@ def metadata(task: MergeTask, form: str, known: Lineage) -> dict[str, str]:
     }
     if task.technique.origin is not None:
         record["source"] = task.technique.origin.source
-    return {"format": "pt", **task.reference.metadata, METADATA_KEY: json.dumps(record, sort_keys=True)}
+    return {"format": "pt", **task.reference.metadata, METADATA_KEY: spliced(record)}

@@ -13,6 +13,7 @@ from typing import Any
 
 from merge_service.checkpoints.target import Target
 from merge_service.engine.assembly import Execution
+from merge_service.engine.inputs import Inputs
 from merge_service.engine.split import Split
 from merge_service.engine.thresholds_cache import Keep
 from merge_service.errors import TechniqueError
@@ -127,7 +128,7 @@ class Lineage:
     versions of the software. `notes` say what is unusual about the inputs.
     """
 
-    inputs: list[dict[str, str]]
+    inputs: Inputs
     about: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -139,7 +140,7 @@ class Lineage:
     @classmethod
     def given(cls, members: Sequence[Member]) -> "Lineage":
         """The lineage by the ids and hashes of the members."""
-        return cls([_entry(member) for member in members])
+        return cls(Inputs.of(_entry(member) for member in members))
 
 
 def _entry(member: Member) -> dict[str, str]:

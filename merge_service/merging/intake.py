@@ -21,6 +21,7 @@ from merge_service.checkpoints.admission import align, check_tensors
 from merge_service.checkpoints.relation import check_related
 from merge_service.checkpoints.unmergeable import check_integers, check_mergeable
 from merge_service.checkpoints.weights import Weights
+from merge_service.engine.inputs import Inputs
 from merge_service.engine.stream_state import MAX_EXPERTS
 from merge_service.errors import CheckpointError, TechniqueError
 from merge_service.merging.derivation import Derivation, Lineage, PathLike, Rules
@@ -141,7 +142,7 @@ def by_content(
     about: dict[str, Any] = {"versions": versions()}
     if base is not None:
         about["base"] = {"file": base.path.name, "sha256": found[-1][1]}
-    return Lineage(entries, about, tuple(notes))
+    return Lineage(Inputs.of(entries), about, tuple(notes))
 
 
 def shown(opened: Sequence[Weights], ids: Sequence[str | None]) -> list[str]:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,5 +89,5 @@ def _record(text: str | None) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _ids(inputs: Sequence[dict[str, str]]) -> list[str]:
+def _ids(inputs: Sequence[Mapping[str, str]]) -> list[str]:
     return [entry["id"] for entry in inputs]

@@ -16,6 +16,7 @@ from merge_service.checkpoints import ties
 from merge_service.checkpoints.target import Target
 from merge_service.engine.assembly import assemble
 from merge_service.engine.compute import Compute, site_of
+from merge_service.engine.inputs import Inputs
 from merge_service.engine.retraction import check_bytes, retraction
 from merge_service.engine.stream_state import Ends, StreamState, check_room, state_writer
 from merge_service.engine.task import Input, MergeTask
@@ -60,7 +61,7 @@ def advance(
         anchor, (newest,) = open_all(stack, derivation.base, [member.path], way.rules)
         assert anchor is not None
         held = stack.enter_context(StreamState(states.before)) if states.before is not None else None
-        seen = held.inputs if held else []
+        seen = held.inputs if held else Inputs.of([])
         if held:
             held.check(operator.technique, operator.params, anchor)
             held.check_new(member.id)
@@ -75,7 +76,7 @@ def advance(
         if held:
             held.check_layout(task)
         sha256 = known.sha256
-        known = dataclasses.replace(known, inputs=[*seen, *known.inputs], notes=said)
+        known = dataclasses.replace(known, inputs=seen.then(known.inputs), notes=said)
         target = out.target(derivation.sources, ties.apart(anchor, same)) if out else None
         found, notes = ready(task, way, KeptThresholds(task, way.keep_thresholds, sha256))
         done = _carry_on(Compute(task, found, site), Step(held, states.after, target, notes), known, way)
@@ -104,7 +105,7 @@ def retract(derivation: Derivation, states: States, out: Out | None, way: Way = 
         left, count = Input(member.id, order, leaving), len(held.inputs)
         task = retraction(operator.technique, operator.params, anchor, left, count, same)
         unchecked = check_bytes(held, order, leaving, member.sha256)
-        staying = [entry for entry in held.inputs if entry["id"] != member.id]
+        staying = Inputs.of(entry for entry in held.inputs if entry["id"] != member.id)
         known = Lineage(staying, notes=said + unchecked)
         held.check_layout(task)
         target = out.target(derivation.sources, ties.apart(anchor, same)) if out else None
@@ -161,7 +162,9 @@ def replay(derivation: Derivation, out: Out, way: Way = Way()) -> MergeReport:
             after = Path(place) / f"{number}.safetensors"
             one = dataclasses.replace(derivation, members=(dataclasses.replace(member, id=entry["id"]),))
             last = out if number == len(derivation.members) else None
-            report = advance(one, States(state, after), last, way, Lineage([entry], known.about), tied)
+            report = advance(
+                one, States(state, after), last, way, Lineage(Inputs.of([entry]), known.about), tied
+            )
             if state:
                 state.unlink()
             state = after

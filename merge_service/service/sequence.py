@@ -90,9 +90,9 @@ class Folder:
     def keep_only(self, chains: frozenset[str]) -> None:
         """Remove the states of all other chains, and what an ended writer left."""
         names = {chain[:32] for chain in chains}
-        for path in self.states.iterdir():
-            if path.name[:32] not in names:
-                path.unlink(missing_ok=True)
+        for entry in os.scandir(self.states):
+            if entry.name[:32] not in names:
+                Path(entry.path).unlink(missing_ok=True)
 
     def damaged(self) -> list[str]:
         """The states that do not have their checksum, which are made again when they are needed."""

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from merge_service.checkpoints import sha256_of
+from merge_service.engine.stream_state import StreamState
 from merge_service.errors import IncompatibleCheckpoint, TechniqueError
 from merge_service.merge import MergeReport, advance, merge, replace, retract
 from tests.merge_service import toys
@@ -244,4 +245,5 @@ def test_state_alone_can_be_reduced(stream: Stream) -> None:
         state_out=state,
     )
     assert not stream.out.exists()
-    assert [entry["id"] for entry in toys.made(state)["inputs"]] == ["b", "c", "d"]
+    with StreamState(state) as opened:
+        assert [entry["id"] for entry in opened.inputs] == ["b", "c", "d"]

@@ -21,9 +21,8 @@ MORE_INSTRUCTIONS = 20
 """Instructions for one more expert that came before. A search through all arrivals by one comparison takes more."""
 MORE_BYTES = 130
 """An id and a sha256, in the header of a file."""
-PASSES = 6
-"""How often an arrival passes over the names in headers: they are read once and written twice (state and model), each time as a text
-within a text."""
+PASSES = 1
+"""How often an arrival passes over the names with JSON: they are a text within the text of the model's header."""
 
 
 class Instructions:
