@@ -103,7 +103,7 @@ EXPECTED = {
     "sweep-tracking": "6.0 ms of CPU per model, and in all 0.4 %",
     "keep": "| `none` | 60 | 80 | 102 | 2.0 % |",
     "small-disk": "refused with `keep: all` (exit code 2), finished with `keep: none`",
-    "service-gates": "| noise | 0 of 1 (0.00 to 0.97) | `solo.no_gain` 1 |",
+    "service-gates": "| noise | 0 of 1 (0.00 to 0.98) | `solo.no_gain` 1 |",
     "merge-peers": "| `average` | 0.5 | 2.00 | 4.0 | took more than the 8192 MiB that it might | | 80, 80, - |",
     "memory": "| 8 experts | 80 |",
     "agreement": "| average, mergekit | 10 | 1 | 1e-07 | 1e-06 |",
