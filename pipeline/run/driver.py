@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cluster.capacity import Capacity
@@ -60,15 +60,24 @@ FATAL = (UserError, NondeterminismError, StorageFull, CodeMismatch)
 MEMORY_RETRIES = 2
 """Retries after a lack of memory: other work on the machine may have caused it, but hardly three times."""
 
+Beside = Callable[[Workspace], contextlib.AbstractContextManager[object]]
+"""What goes on beside a run, such as the delivery of its experts."""
+
 
 @steady()
 def carry_out(
-    study: Study, out: Path | None, address: str, *, strict_versions: bool = False, tell: Tell | None = None
+    study: Study,
+    out: Path | None,
+    address: str,
+    *,
+    strict_versions: bool = False,
+    tell: Tell | None = None,
+    beside: Beside = contextlib.nullcontext,
 ) -> tuple[Path, dict[str, object], Tracking]:
     """Run a study to its end, or from where it stopped. Returns OUT, the content of results.json, and the tracking.
 
     Writes nothing to stdout. `tell`, if given, is called on every change, instead of lines and a live view on stderr. With
-    `strict_versions` artifacts of other library versions are refused. Raises UserError (exit 2), StorageFull or StepFailed.
+    `strict_versions` artifacts of other library versions are refused. `beside` is entered for as long as steps run. Raises UserError (exit 2), StorageFull or StepFailed.
     """
     check_address(address)
     workspace = Workspace.of(study, out)
@@ -102,7 +111,7 @@ def carry_out(
             events.add("plan", note)
         print(outlook(summary), file=sys.stderr, flush=True)
         try:
-            with tracking:
+            with tracking, beside(workspace):
                 if len(done) < len(workspace.plan.steps):
                     Timeline(workspace.out).event("start", address=address)
                     with connect(address, threads=workspace.study.resources.experts.threads) as session:
