@@ -26,7 +26,7 @@ from pipeline.cli.options import (
 from pipeline.cli.remote import TOKEN, connected
 
 if TYPE_CHECKING:
-    from pipeline.run.driver import Beside
+    from pipeline.workspace.workspace import Beside
 
 Deliver = Annotated[
     str | None,

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.capacity import Capacity
@@ -43,7 +43,7 @@ from pipeline.study.config import Study
 from pipeline.tracking.session import Tracking
 from pipeline.workspace.lock import Running, Waited, driver_lock, write_driver, write_last
 from pipeline.workspace.registrations import retire
-from pipeline.workspace.workspace import Workspace
+from pipeline.workspace.workspace import Beside, Workspace
 
 TICK_SECONDS = 0.5
 LOOK_SECONDS = 5.0
@@ -60,24 +60,16 @@ FATAL = (UserError, NondeterminismError, StorageFull, CodeMismatch)
 MEMORY_RETRIES = 2
 """Retries after a lack of memory: other work on the machine may have caused it, but hardly three times."""
 
-Beside = Callable[[Workspace], contextlib.AbstractContextManager[object]]
-"""What goes on beside a run, such as the delivery of its experts."""
-
 
 @steady()
 def carry_out(
-    study: Study,
-    out: Path | None,
-    address: str,
-    *,
-    strict_versions: bool = False,
-    tell: Tell | None = None,
-    beside: Beside = contextlib.nullcontext,
-) -> tuple[Path, dict[str, object], Tracking]:
+    study: Study, out: Path | None, address: str, *,
+    strict_versions: bool = False, tell: Tell | None = None, beside: Beside = contextlib.nullcontext,
+) -> tuple[Path, dict[str, object], Tracking]:  # fmt: skip
     """Run a study to its end, or from where it stopped. Returns OUT, the content of results.json, and the tracking.
 
-    Writes nothing to stdout. `tell`, if given, is called on every change, instead of lines and a live view on stderr. With
-    `strict_versions` artifacts of other library versions are refused. `beside` is entered for as long as steps run. Raises UserError (exit 2), StorageFull or StepFailed.
+    Writes nothing to stdout. `tell`, if given, is called on every change, instead of lines and a live view on stderr. `beside` is entered
+    while steps run. With `strict_versions` artifacts of other library versions are refused. Raises UserError, StorageFull or StepFailed.
     """
     check_address(address)
     workspace = Workspace.of(study, out)
@@ -449,9 +441,8 @@ def _name(workspace: Workspace) -> str:
 
 
 def _ended(tracking: Tracking) -> str:
-    if not tracking.pending:
-        return "every step is done"
-    return f"every step is done; {tracking.pending} rows wait for the tracker ({tracking.trouble})"
+    rows = f"; {tracking.pending} rows wait for the tracker ({tracking.trouble})" if tracking.pending else ""
+    return f"every step is done{rows}"
 
 
 def _first_line(error: BaseException) -> str:
