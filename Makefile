@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PURE := cluster merge_service pipeline workers temporal_merge.py temporal_merge_command.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve-demo test faults soak mutants reproduce reproduce-quick when-ema audit browser check format docs clean
+.PHONY: help demo serve-demo test faults soak mutants reproduce reproduce-quick when-ema data-driven audit browser check format docs clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ reproduce-quick: $(VENV)/.installed ## one replicate of each study, about half a
 
 when-ema: $(VENV)/.installed ## when ema -> ema beats fine-tuning: runs what is missing, writes docs/when_ema.md; about four and a half hours on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pipeline.claims.when_ema $(if $(REPLICATES),--replicates $(REPLICATES)) $(if $(PIECES),--pieces $(PIECES)) $(if $(MINUTES),--minutes $(MINUTES))
+
+data-driven: $(VENV)/.installed ## what merges gain that see data: runs the study, writes docs/data_driven.md; about twenty minutes on two idle cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pipeline.claims.data_driven
 
 audit: $(VENV)/.installed ## known advisories of everything that is installed (asks an advisory service)
 	$(BIN)/python -m pip --disable-pip-version-check freeze --exclude-editable > $(VENV)/installed.txt

@@ -2,9 +2,11 @@
 
     python benchmarks/arrivals.py --techniques ties,average
     python benchmarks/arrivals.py --techniques ties --size tiny --plot arrivals.png
+    python benchmarks/arrivals.py --techniques regmean,fisher --experts 200 --span 10
 
 Every expert is its own file (a copy of one of a few). `advance` merges it into the running state. The file is deleted before the next
-expert comes, so that no arrival can read an earlier one. Only `advance` is measured: opening, arithmetic, and writing both files.
+expert comes, so that no arrival can read an earlier one. Only `advance` is measured: opening, arithmetic, and writing both files. Techniques
+that see data get a statistic that is made up, because no cost depends on its numbers.
 
 Invariant: bytes read are those of every file that the arrival opened, whole; bytes written are those of the files that it left.
 """
@@ -35,7 +37,7 @@ LINES = (
 )
 DISTINCT = 16  # experts that are made; making a new one takes as long as merging it
 SPAN = 20
-"""Arrivals that a ratio is taken over: the last ones of the stream beside the 2nd to the 21st of a new one."""
+"""Arrivals that a ratio is taken over by default: the last ones of the stream beside the 2nd to the 21st of a new one."""
 Arrival = dict[str, float]
 
 
@@ -71,6 +73,7 @@ class Stream:
         self.technique, self.size, self.threads, self.opened = technique, size, threads, opened
         inputs = make_inputs(folder.parent, size, DISTINCT)
         self.base, self.experts, self.folder = inputs.base, inputs.experts, clear(folder)
+        self.statistic = made_up_file(folder.parent, size, technique)
         self.arrivals: list[Arrival] = []
 
     def arrive(self) -> Arrival:
@@ -81,7 +84,12 @@ class Stream:
             for name in (f"expert-{number}", "merged", f"state-{number - 1}", f"state-{number}")
         )
         shutil.copyfile(self.experts[number % DISTINCT], expert)
-        inputs = [self.base, expert, *([before] if number > 1 else [])]
+        inputs = [
+            self.base,
+            expert,
+            *([before] if number > 1 else []),
+            *([self.statistic] if self.statistic else []),
+        ]
         with self.opened.watch():
             found = self._advance(expert, merged, before if number > 1 else None, after)
         opened = {Path(path).name for path in self.opened.paths}
@@ -102,10 +110,29 @@ class Stream:
         began, cpu = time.perf_counter(), time.process_time()
         advance(
             self.technique, {}, self.base, expert, merged, expert_id=expert.stem, state_in=before,
-            state_out=after, threads=self.threads,
+            state_out=after, threads=self.threads, statistics=self.statistic,
         )  # fmt: skip
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
         return {"seconds": seconds, "cpu": cpu, "memory": _peak_resident()}
+
+
+def made_up_file(place: Path, size: str, technique: str) -> Path | None:
+    """A statistic that the technique needs of an expert of this size; None if it needs none."""
+    import numpy as np
+    from evidence import made_up
+
+    from merge_service import techniques
+    from merge_service.statistics import About, write
+
+    one = techniques.get(technique)
+    needed = one.asked(one.resolve({}, "merge"))
+    if needed is None:
+        return None
+    file = place / size / f"{needed.kind}.safetensors"
+    if not file.exists():
+        shapes, rng = SIZES[size].shapes(), np.random.default_rng(0)
+        write(file, dict(made_up(needed.kind, shapes, rng)), About(needed.kind, {}, 1))
+    return file
 
 
 def _peak_resident() -> int:
@@ -122,11 +149,11 @@ def measure(technique: str, args: argparse.Namespace, opened: Opened) -> dict[st
         Stream(technique, args.size, args.threads, args.work / f"{name}-{os.getpid()}", opened)
         for name in ("long", "young")
     )
-    while len(long.arrivals) < args.experts - SPAN:
+    while len(long.arrivals) < args.experts - args.span:
         long.arrive()
     young.arrive()
-    pairs = [(long.arrive(), young.arrive()) for _ in range(SPAN)]
-    own = long.arrivals[1 : SPAN + 1]
+    pairs = [(long.arrive(), young.arrive()) for _ in range(args.span)]
+    own = long.arrivals[1 : args.span + 1]
     late, early = (_columns([pair[side] for pair in pairs]) for side in (0, 1))
     early["memory"] = [arrival["memory"] for arrival in own]
     for stream in (long, young):
@@ -176,6 +203,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--techniques", metavar="a,b,...", help="default: all that stream")
     parser.add_argument("--experts", type=int, default=1000)
+    parser.add_argument("--span", type=int, default=SPAN, help="arrivals that a ratio is taken over")
     parser.add_argument("--size", choices=SIZES, default="micro")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "temporal-merge-bench")
@@ -183,8 +211,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="PNG", help="the same drawn, of the last technique")
     record.add_json(parser)
     args = parser.parse_args(arguments)
-    if args.experts < 2 * SPAN + 1:
-        parser.error(f"--experts must be at least {2 * SPAN + 1}: early arrivals are compared with late ones")
+    if args.experts < 2 * args.span + 1:
+        parser.error(
+            f"--experts must be at least {2 * args.span + 1}: early arrivals are compared with late ones"
+        )
     args.techniques = args.techniques.split(",") if args.techniques else streaming()
     return args
 
@@ -198,7 +228,7 @@ def main() -> None:
         print(f"{technique}: {json.dumps(found[technique]['ratios'])}", flush=True)
     if args.plot:
         plot(found[technique]["all"], f"{technique}, {args.size} model: one arrival after another", args.plot)
-    settings = {name: getattr(args, name) for name in ("size", "experts", "threads")}
+    settings = {name: getattr(args, name) for name in ("size", "experts", "threads", "span")}
     nbytes = make_inputs(args.work, args.size, 0).nbytes
     record.save(args.json, settings | {"checkpoint_bytes": nbytes}, found)
 

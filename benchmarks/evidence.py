@@ -1,12 +1,14 @@
 """What it costs to measure an expert and to learn a merge, as multiples of a forward pass over the same inputs.
 
     python benchmarks/evidence.py --size vit-b-16 --images 64 --experts 4
+    python benchmarks/evidence.py --size vit-b-32 --images 256 --experts 1 --only "gram,published gram,fisher,published fisher"
 
 Weights and pictures are random, because no cost depends on them. Every line is a process of its own. The published ways of Gram
 matrices (hooks on linear modules, which do not see attention of open_clip) and of Fisher information (the squared gradient of a batch,
 which is another quantity) stand beside ours.
 
-Invariant: a ratio is of two times of one process, one after the other.
+Invariant: a ratio is of two times of one process, one after the other. Times are CPU seconds of all threads, so that a busy machine
+changes them little.
 """
 
 import argparse
@@ -65,10 +67,10 @@ def arrays(size: str, images: int, seed: int) -> dict[str, Any]:
 
 
 def timed(work: Callable[[], Any]) -> float:
-    """Seconds of one call."""
-    began = time.perf_counter()
+    """CPU seconds of one call."""
+    began = time.process_time()
     work()
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 def measured(job: dict[str, Any]) -> dict[str, float]:
@@ -172,11 +174,11 @@ def learned(job: dict[str, Any]) -> dict[str, float]:
                 encode_images(model, model.images(one))
 
     forward()
-    unit, ends = timed(forward), [time.perf_counter()]
+    unit, ends = timed(forward), [time.process_time()]
     out = Path(job["out"]) / "learned.safetensors"
     where = Where(
         [Path(one) for one in job["experts"]], Path(job["base"]), out, job["config"],
-        tell=lambda step, loss: ends.append(time.perf_counter()),
+        tell=lambda step, loss: ends.append(time.process_time()),
     )  # fmt: skip
     wanted = Wanted.of(job["kind"], {"steps": job["steps"] + 1, "batch_size": BATCH})
     learn(wanted, where, inputs)
@@ -201,11 +203,12 @@ def merged(job: dict[str, Any]) -> dict[str, float]:
     ids = [f"e{number}" for number in range(len(job["experts"]))]
 
     def run(technique: str, given: Any) -> float:
-        made = merge(
-            technique, {}, job["base"], job["experts"], place / "model.safetensors", ids=ids,
-            threads=job["threads"], statistics=given,
+        return timed(
+            lambda: merge(
+                technique, {}, job["base"], job["experts"], place / "model.safetensors", ids=ids,
+                threads=job["threads"], statistics=given,
+            )
         )  # fmt: skip
-        return made.seconds
 
     run("average", None)
     return {"seconds": run(job["kind"], statistics), "forward": run("average", None), "bytes": 0}
@@ -263,7 +266,7 @@ def main() -> None:
             "base": str(inputs.base), "experts": [str(one) for one in inputs.experts], "config": str(config),
         }  # fmt: skip
         print(
-            "| line | seconds | of a forward pass (merges: of an average) | peak MiB | file / checkpoint |\n|---|---|---|---|---|"
+            "| line | CPU seconds | of a forward pass (merges: of an average) | peak MiB | file / checkpoint |\n|---|---|---|---|---|"
         )
         for group, (_, names) in GROUPS.items():
             for name in names:

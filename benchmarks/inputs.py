@@ -78,6 +78,7 @@ SIZES: dict[str, Architecture | Few] = {
     "micro": Few(),
     "small": Architecture(256, 224, 16, 256, 6, 1024, 77, 256, 6),
     "tiny": Architecture(64, 32, 8, 96, 3, 192, 16, 64, 2),
+    "vit-b-32": Architecture(512, 224, 32, 768, 12, 3072, 77, 512, 12),
     "vit-b-16": Architecture(512, 224, 16, 768, 12, 3072, 77, 512, 12),
     "vit-l-14": Architecture(768, 224, 14, 1024, 24, 4096, 77, 768, 12),
 }

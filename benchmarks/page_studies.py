@@ -1,4 +1,5 @@
-"""The figures of whole studies: reports, tracking, and what `storage.keep` costs. `page.py` puts them on the pages.
+"""The figures of whole studies (reports, tracking, what `storage.keep` costs) and of merges that see data. `page.py` puts them on the
+pages.
 
 Invariant: as of `page.py`.
 """
@@ -72,10 +73,61 @@ def small_disk(file: dict[str, Any]) -> str:
     )
 
 
+def arrivals_statistics(file: dict[str, Any]) -> str:
+    """The last arrivals over the first ones, of techniques that see data."""
+    had, rows = file["settings"], []
+    for name, one in sorted(file["found"].items()):
+        ratios = [f"{one['ratios'][key]:.3f}" for key in ("read", "written", "memory")]
+        rows.append(
+            [f"`{name}`", f"{1e3 * median(one['early']['cpu']):.1f}", f"{one['ratios']['cpu']:.2f}", *ratios]
+        )
+    said = (
+        f"With statistics: {had['experts']} experts of {had['checkpoint_bytes']:,} bytes; the last {had['span']} arrivals beside arrivals 2 to "
+        f"{had['span'] + 1} of a new stream, medians of {had['span']} pairs."
+    )
+    columns = (
+        "technique",
+        "early arrival, CPU ms",
+        "late / early: CPU",
+        "bytes read",
+        "bytes written",
+        "memory",
+    )
+    return f"{said}\n\n{table(columns, rows)}"
+
+
+def evidence(file: dict[str, Any]) -> str:
+    """What measuring an expert costs, beside the published ways."""
+    had, found = file["settings"], file["found"]
+    rows = []
+    for name, one in found.items():
+        if not name.startswith("measure") or not one.get("answer"):
+            continue
+        answer = one["answer"]
+        size = f"{answer['bytes'] / MB:,.0f}" if answer["bytes"] else "-"
+        ratio = f"{answer['seconds'] / answer['forward']:.1f}"
+        rows.append(
+            [
+                name.removeprefix("measure "),
+                f"{answer['seconds']:.0f}",
+                ratio,
+                f"{one['peak'] / MB:,.0f}",
+                size,
+            ]
+        )
+    said = (
+        f"{had['images']} images (for `gram` as many captions too), random weights of {had['size']}'s shapes ({found['checkpoint_bytes'] / MB:,.0f} MB), "
+        f"{had['threads']} thread(s):"
+    )
+    return f"{said}\n\n{table(('statistic', 'CPU seconds', 'of a forward pass over the same inputs', 'peak, MB', 'file, MB'), rows)}"
+
+
 BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "sweep-report": ("study-report", sweep_report),
     "sweep-tracking": ("tracking", sweep_tracking),
     "keep": ("storage-sweep", keep),
     "small-disk": ("storage-small-disk", small_disk),
+    "arrivals-statistics": ("statistics-arrivals", arrivals_statistics),
+    "evidence": ("evidence-vit-b-32", evidence),
 }
 """The file of results that each block is made from, and how."""

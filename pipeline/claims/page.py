@@ -105,17 +105,12 @@ def _opening(judged: Sequence[Judged], about: About) -> list[str]:
 
 def _claim(one: Judged, judged: Sequence[Judged], found: Findings, about: About) -> list[str]:
     claim = one.claim
-    verdicts = dict(
-        zip((part.key for part in claim.deciding), zip(one.verdicts, one.p, strict=True), strict=True)
-    )
     lines = [
         f"## {claim.number}",
         "",
         f"**{claim.claim}: {one.verdict}.** The paper: {claim.paper}.",
         "",
-        "| comparison | effect [95 %] | each replicate | bar | p | |",
-        "|---|---|---|---|---|---|",
-        *(_row(part, verdicts.get(part.key)) for part in claim.parts),
+        *comparisons(one),
         "",
         *(line for fact in claim.facts for line in (fact, "")),
     ]
@@ -131,6 +126,17 @@ def _claim(one: Judged, judged: Sequence[Judged], found: Findings, about: About)
         if name != "ema_weights" or found.has(TUNING[0]):
             lines += [f"![{caption}]({about.folder}/{name}.svg)", "", f"*{caption}.*", ""]
     return lines
+
+
+def comparisons(one: Judged) -> list[str]:
+    """The table of a claim's comparisons."""
+    keys = (part.key for part in one.claim.deciding)
+    verdicts = dict(zip(keys, zip(one.verdicts, one.p, strict=True), strict=True))
+    return [
+        "| comparison | effect [95 %] | each replicate | bar | p | |",
+        "|---|---|---|---|---|---|",
+        *(_row(part, verdicts.get(part.key)) for part in one.claim.parts),
+    ]
 
 
 def _row(part: Part, decided: tuple[str, float] | None) -> str:

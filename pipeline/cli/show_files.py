@@ -83,7 +83,7 @@ def show_techniques(name: str | None) -> None:
     console = made_console()
     if name is None:
         table = Table(box=None, header_style="bold", pad_edge=False)
-        for column in ("technique", "forms", "needs", "data", "arrival", "parameters", "paper"):
+        for column in ("technique", "forms", "needs", "data", "state", "arrival", "parameters", "paper"):
             table.add_column(column)
         for one in techniques_as_json(None):
             parameters = ", ".join(f"{key}={entry['default']}" for key, entry in one["params"].items())
@@ -92,6 +92,7 @@ def show_techniques(name: str | None) -> None:
                 " ".join(one["forms"]),
                 " ".join(_needs(one)) or "-",
                 _data(one),
+                one["state"],
                 one["arrival"],
                 parameters,
                 one["paper"],

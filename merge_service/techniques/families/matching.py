@@ -219,7 +219,7 @@ TECHNIQUES = (
         portable=False,
         forms=frozenset({"merge", "stream"}),
         evidence=tuple(Evidence(kind, when=("metric", kind)) for kind in _METRICS[1:]),
-        keeps="sums of metrics and their products, float64 (kfac: all experts)",
+        keeps="as of regmean; identity and fisher 20 B per weight; kfac: all experts",
         breaks={
             "P1": "has no factor of the task vector; nothing merged is the base",
             "P2": "holds up to rounding",

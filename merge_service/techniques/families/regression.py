@@ -292,7 +292,7 @@ _OFF_DIAGONAL = Param(
     1,
 )
 _GRAM = (Evidence("gram"),)
-_SUMS = "Gram matrices and their products with the task vectors, float64"
+_SUMS = "4 B per weight; of matrices in blocks 8 B more, and 8 B per element of their Gram matrices"
 _RANK = "holds where every direction was seen; others keep the anchor"
 
 TECHNIQUES = (
@@ -392,7 +392,7 @@ TECHNIQUES = (
         rule=Wudi,
         portable=False,
         resumes=True,
-        keeps="Gram matrices of task vectors and their products, float64",
+        keeps=_SUMS,
         breaks={
             "P2": "adam stops before the minimum; exact holds up to rank",
             "P9": "what no expert moved is fitted with the rest of its matrix",

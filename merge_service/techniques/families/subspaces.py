@@ -1,4 +1,4 @@
-"""Leading singular directions of every task vector, made to fit each other (TSV-M), or as constraints on a fold (DOP).
+"""Leading singular directions of every task vector, made to fit each other (TSV-M), or as constraints on a fold (DOP, NUFILT).
 
 The arithmetic of one matrix is in functions that take `xp`, numpy or torch. Signs of singular vectors cancel; for equal singular
 values the result is not determined, by definition.
@@ -55,6 +55,29 @@ class DualProjections(_OfMatrices):
         return tensor.solve(projected, *taus, mean, params=self.params)
 
 
+class NullSpaceFilter(TensorRule):
+    """NUFILT: the running model and the new task vector without what would change the running one; other tensors are the running
+    model's.
+    """
+
+    floats = ()
+
+    def add(self, tensor: Tensor, state: State, order: int) -> None:
+        tensor.whole(order)  # numbers that are not finite are found where they have no effect too
+
+    def result(self, tensor: Tensor, state: State, count: int) -> Array:
+        running, new = tensor.orders[0], tensor.orders[-1]
+        if not tensor.pieces or (tensor.layer is None and self.params["scope"] == "blocks"):
+            return tensor.whole(running).copy()
+
+        def solve(piece: Any) -> Array:
+            taus = [tensor.matrix(order, piece) for order in (running, new)]
+            start = _drawn(f"{tensor.name}:{piece.start}", (self.params["rank"], taus[0].shape[1]))
+            return tensor.solve(filtered, *taus, tensor.put(start), params=self.params)
+
+        return self.by_matrix(tensor, tensor.pieces, solve)
+
+
 def decorrelated(*taus: Array, xp: Any) -> Array:
     """TSV-M (arXiv 2412.00081) of N task vectors, (m, n) all: polar(U) diag(S) polar(V)^T.
 
@@ -81,6 +104,57 @@ def projected(running: Array, new: Array, mean: Array, *, params: Params, xp: An
     weights, centre = (1 - params["weight"], params["weight"]), wide(mean, xp)
     find = _balanced if params["solver"] == "exact" else _descended
     return xp.asarray(find(centre, held, weights, params, xp=xp), dtype=running.dtype)
+
+
+def filtered(running: Array, new: Array, start: Array, *, params: Params, xp: Any) -> Array:
+    """NUFILT (arXiv 2509.21413) of two task vectors P and T, (m, n): P + T (I - V V^T) + T C.
+
+    V holds the `kept` leading right singular vectors of P, U the `own` leading ones of T. C makes the result act as T on U and as P
+    on V: the least squares fit, of least size (`exact`), or C = B A of `rank` after so many steps of Adam from B = 0, A = `start`
+    (`adam`, as released).
+    """
+    before, own = (_leading(tau, params[key], xp)[2] for tau, key in ((running, "kept"), (new, "own")))
+    old, fresh = wide(running, xp), wide(new, xp)
+    passed = old + fresh - fresh @ before @ before.T
+    seen = xp.concatenate([own, before], -1)
+    lacking = xp.concatenate([(fresh - passed) @ own, (old - passed) @ before], -1)
+    if params["solver"] == "exact":
+        left = _leading(new, min(new.shape), xp)[0]
+        more = left @ (left.T @ lacking @ _inverse(seen, xp))
+    else:
+        more = fresh @ _adapted(fresh, seen, lacking, wide(start, xp), params, xp)
+    return xp.asarray(passed + more, dtype=running.dtype)
+
+
+def _adapted(tau: Array, seen: Array, lacking: Array, a: Array, params: Params, xp: Any) -> Array:
+    """B A after Adam (.9, .999, 1e-8) on |lacking - tau B A seen|^2."""
+    found = [a.T * 0, a]
+    first, second = ([one * 0 for one in found] for _ in range(2))
+    for step in range(1, params["iterations"] + 1):
+        b, a = found
+        apart = 2 * tau.T @ (tau @ b @ (a @ seen) - lacking)
+        for at, gradient in enumerate((apart @ (a @ seen).T, b.T @ apart @ seen.T)):
+            first[at] = 0.9 * first[at] + 0.1 * gradient
+            second[at] = 0.999 * second[at] + 0.001 * gradient * gradient
+            root = (second[at] / (1 - 0.999**step)) ** 0.5
+            found[at] = found[at] - params["learning_rate"] * (first[at] / (1 - 0.9**step)) / (root + 1e-8)
+    return found[0] @ found[1]
+
+
+def _drawn(name: str, shape: tuple[int, int]) -> Array:
+    """Normal numbers of size .02 that depend on the name alone."""
+    import zlib
+
+    import numpy as np
+
+    return np.random.default_rng(zlib.crc32(name.encode())).normal(0, 0.02, shape)
+
+
+def _inverse(columns: Array, xp: Any) -> Array:
+    """The pseudoinverse, over singular values above 1e-10 of the largest."""
+    left, values, right = xp.linalg.svd(columns, full_matrices=False)
+    some = values > 1e-10 * float(values.max()) if len(values) else values > 0
+    return (right[some].T / values[some]) @ left[:, some].T
 
 
 @dataclass(frozen=True)
@@ -246,6 +320,56 @@ TECHNIQUES = (
             "P1": "has no factor of the task vector; nothing merged is the base",
             "P2": "holds up to rounding",
             "P3": "the new expert has its own weight",
+            "P4": "takes exactly two",
+            "P5": "takes exactly two",
+        },
+    ),
+    Technique(
+        "nufilt",
+        "W = running + τ (I - V Vᵀ) + τ C per matrix, V: leading right singular vectors of running - θ0, C: the result acts as τ on its "
+        "own leading ones, as running on V; other tensors: running",
+        "Null-Space Filtering for Data-Free Continual Model Merging (NUFILT), arXiv 2509.21413",
+        (
+            Param(
+                "kept",
+                "int",
+                128,
+                "directions of the running model's inputs that the new expert may not change",
+                0,
+            ),
+            Param(
+                "own",
+                "int",
+                8,
+                "directions of the new expert's inputs on which the result acts as it does",
+                0,
+            ),
+            Param(
+                "solver",
+                "choice",
+                "exact",
+                "exact: the least squares fit; adam: a product of low rank after some steps, as released",
+                choices=("exact", "adam"),
+            ),
+            Param("rank", "int", 64, "of the product (adam)", 1),
+            Param("iterations", "int", 50, "steps of adam", 0),
+            Param("learning_rate", "float", 1e-3, "of adam", 0),
+            replace(
+                SCOPE,
+                doc="which matrices: those in blocks, or all, tables too (released: those of attention and the first of an MLP)",
+            ),
+            ATTENTION,
+            LOGIT_SCALE,
+        ),
+        rule=NullSpaceFilter,
+        portable=False,
+        forms=frozenset({"merge", "fold"}),
+        arity=2,
+        breaks={
+            **_BREAKS,
+            "P1": "has no factor of the task vector; nothing merged is the base",
+            "P2": "holds up to rounding",
+            "P3": "the second checkpoint is the new one",
             "P4": "takes exactly two",
             "P5": "takes exactly two",
         },

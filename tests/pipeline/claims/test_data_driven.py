@@ -1,0 +1,98 @@
+"""What data buys: the study has what the questions compare, the rule is the page's, and the committed page follows from its rows."""
+
+import csv
+import json
+import math
+import re
+from pathlib import Path
+from statistics import fmean, stdev
+
+import pandas as pd
+import pytest
+from scipy.stats import t as student
+
+from pipeline.claims.data_driven import NAME, PAGE, STUDY, claims_of, figure, page
+from pipeline.claims.judge import EQUIVALENT, HOLDS, judge
+from pipeline.claims.results import COLUMNS, METRICS, STREAM, Findings, _described
+from pipeline.study.config import load_study
+
+ROOT = Path(__file__).parents[3]
+FOLDER = ROOT / PAGE.with_suffix("")
+RUN = {"steps_per_task": 60, "examples": 128, "measuring": 0.04, "machine": "a machine"}
+
+
+def invented(gain: float) -> Findings:
+    """Every trajectory of the study; techniques that see data gain so much, orders differ a little."""
+    rows = []
+    for cell in load_study(ROOT / STUDY).cells:
+        about = {
+            "id": cell.id,
+            "technique": cell.strategy.technique,
+            "model": "tiny-clip-s",
+            "stream": ["t"] * 5,
+        }
+        row = _described(about, cell)
+        order = int(row["replicate"][-1])
+        score = (
+            0.3 + 0.01 * order + (gain + 1e-4 * order) * (row["technique"] in ("regmean", "lot", "fisher"))
+        )
+        numbers = dict.fromkeys((*METRICS, *STREAM), score)
+        rows.append({**row, **numbers, "study": NAME, "over_time": "", "plan": "p", "commit": "c"})
+    return Findings(pd.DataFrame(rows, columns=list(COLUMNS)))
+
+
+@pytest.mark.parametrize(("gain", "verdict"), [(0.05, HOLDS), (0.0, EQUIVALENT)])
+def test_every_question_finds_its_trajectories_in_the_study_and_is_judged(gain: float, verdict: str) -> None:
+    found = invented(gain)
+    judged = judge(claims_of(found))
+    assert [one.verdict for one in judged] == [verdict] * 5
+    text = page(judged, found, RUN)
+    assert text.count(f"**{verdict}**") >= 10 and "4.0%" in text and "nan" not in text
+    assert figure(found).startswith("<svg")
+
+
+def rows() -> list[dict[str, str]]:
+    with (FOLDER / f"{NAME}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+COMPARED = {
+    "D1": ("base/all/regmean", "base/all/average"),
+    "D2": ("latest/all/regmean", "latest/all/average"),
+    "D3": ("latest/ema/regmean", "latest/ema/average"),
+    "D4": ("ema/ema/regmean", "ema/ema/average"),
+    "D5": ("ema/ema/regmean", "latest/latest/-"),
+}
+
+
+@pytest.mark.parametrize("key", COMPARED)
+def test_committed_effect_and_interval_follow_from_the_rows(key: str) -> None:
+    gm = {
+        (f"{row['init']}/{row['deploy']}/{row['technique']}", row["replay"], row["replicate"]): float(
+            row["gm"]
+        )
+        for row in rows()
+    }
+    orders = sorted({order for _, _, order in gm})
+    one, other = COMPARED[key]
+    apart = [
+        fmean(gm[one, replay, order] - gm[other, replay, order] for replay in ("False", "True"))
+        for order in orders
+    ]
+    kept = json.loads((FOLDER / "questions.json").read_text())[key]["parts"][0]
+    assert kept["bears_on_the_verdict"] and kept["effect"] == pytest.approx(fmean(apart), abs=1e-9)
+    half = student.ppf(0.975, len(orders) - 1) * stdev(apart) / math.sqrt(len(orders))
+    assert kept["half_width"] == pytest.approx(half, rel=1e-6)
+    shown = f"{fmean(apart):+.3f}".replace("0.", ".", 1)
+    assert f"| {shown} ± " in (ROOT / PAGE).read_text()
+
+
+def test_numbers_of_the_advice_are_those_of_the_page() -> None:
+    advice = (
+        (ROOT / "docs" / "choosing.md")
+        .read_text()
+        .partition("## When is data worth it?")[2]
+        .partition("\n## ")[0]
+    )
+    numbers = re.findall(r"[+-]\.\d{3}(?: ± \.\d{3})?", advice)
+    assert len(numbers) == 6 and all(one in (ROOT / PAGE).read_text() for one in numbers)
