@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PURE := cluster merge_service pipeline workers temporal_merge.py temporal_merge_command.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve-demo test faults soak mutants reproduce reproduce-quick when-ema data-driven audit browser check format docs clean
+.PHONY: help demo serve-demo test faults soak soak-service mutants reproduce reproduce-quick when-ema data-driven audit browser check format docs clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ faults: $(VENV)/.installed ## the whole fault matrix, with nodes lost and hosts 
 
 soak: $(VENV)/.installed ## twenty runs with three random faults each, about twenty minutes; RUNS and SEED may be set
 	$(BIN)/python -m tests.faults.soak --runs $(or $(RUNS),20) $(if $(SEED),--seed $(SEED))
+
+soak-service: $(VENV)/.installed ## the acceptance of the live service, row by row; ROWS="2 6", ARRIVALS and EXAMPLES may be set
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.pipeline.service.soak $(if $(ROWS),--rows $(ROWS)) $(if $(ARRIVALS),--arrivals $(ARRIVALS)) $(if $(EXAMPLES),--examples $(EXAMPLES))
 
 mutants: $(VENV)/.installed ## deliberately broken lines, each of which a test must catch, about ten minutes; ONLY="store outbox" for some
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants $(if $(ONLY),--only $(ONLY))

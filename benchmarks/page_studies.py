@@ -73,6 +73,21 @@ def small_disk(file: dict[str, Any]) -> str:
     )
 
 
+def gates(file: dict[str, Any]) -> str:
+    """What the gates of a service say of honest and of poisoned experts."""
+    from service_gates import summary, under_defaults
+
+    settings, rows = file["settings"], file["found"]["rows"]
+    seeds, tasks = len(settings["seeds"]), len(settings["tasks"])
+    said = f"{len(rows)} experts of tiny-clip: {seeds} seeds, {tasks} tasks, the gates of `configs/{settings['config']}`."
+    found = under_defaults(rows)
+    default = (
+        f"With the margins that a configuration has by default, {found['passed']} of the {found.total()} honest experts would have passed, "
+        f"{found['undecided']} would have been held as undecided, and {found['failed']} rejected."
+    )
+    return f"{said}\n\n{summary(rows)}\n\n{default}"
+
+
 def arrivals_statistics(file: dict[str, Any]) -> str:
     """The last arrivals over the first ones, of techniques that see data."""
     had, rows = file["settings"], []
@@ -127,6 +142,7 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "sweep-tracking": ("tracking", sweep_tracking),
     "keep": ("storage-sweep", keep),
     "small-disk": ("storage-small-disk", small_disk),
+    "service-gates": ("service-gates", gates),
     "arrivals-statistics": ("statistics-arrivals", arrivals_statistics),
     "evidence": ("evidence-vit-b-32", evidence),
 }

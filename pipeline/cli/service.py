@@ -75,10 +75,9 @@ def arrive(
 
     Example: temporal-merge service arrive expert --task letters --license MIT --out service/zoo --config configs/service.yaml
     """
-    from pipeline.service.home import Home
     from pipeline.service.operations import Operations, Sender
 
-    home = Home.open(out, _config(config, overrides))
+    home = _with(out, config, overrides)
     name = Operations(home).arrive(checkpoint, Sender(task, owner, license, note, init, replaces))
     state = _work(home, lambda state: state.arrivals[name].is_final)
     _show(state, name, as_json)
@@ -91,9 +90,7 @@ def work(out: ServiceDir, config: ConfigFile = None, overrides: Overrides = None
 
     Example: temporal-merge service work --out service/zoo
     """
-    from pipeline.service.home import Home
-
-    _say(_work(Home.open(out, _config(config, overrides))))
+    _say(_work(_with(out, config, overrides)))
 
 
 def status(out: MaybeDir = None, url: Url = None, as_json: AsJson = False) -> None:
@@ -321,13 +318,19 @@ def _entries(out: Path | None, url: str | None, after: int) -> "Iterator[Entry]"
     yield from Home.open(out).log.entries(after)
 
 
-def _config(config: Path | None, overrides: list[str] | None) -> Any:
+def _with(out: Path, config: Path | None, overrides: list[str] | None) -> "Home":
+    """The service in OUT, with a configuration if one is given."""
     from merge_service.errors import UserError
     from pipeline.service.config import read_config
+    from pipeline.service.home import Home, check_unserved
 
-    if config is None and overrides:
-        raise UserError("--set changes values of a configuration; give it with --config")
-    return None if config is None else read_config(config, overrides or [])
+    if config is None:
+        if overrides:
+            raise UserError("--set changes values of a configuration; give it with --config")
+        return Home.open(out)
+    found = read_config(config, overrides or [])
+    check_unserved(out, found)
+    return Home.open(out, found)
 
 
 def _open(out: Path) -> "Home":

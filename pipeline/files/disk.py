@@ -12,11 +12,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from merge_service.files import replace_whole, sweep
-from pipeline.errors import StorageFull, StoreError
+from pipeline.errors import StorageFull, StoreError, StoreUnwritable
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS})
 """What `flock` answers on a file system that has no locks (Lustre without `flock`, some FUSE and NFS mounts)."""
+_UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST})
 _FULL_TEXTS = ("No space left on device", "database or disk is full")
 
 
@@ -45,6 +46,26 @@ def room_for(what: str, place: Path, needed: int = 0) -> Iterator[None]:
             raise
         free = free_bytes(place)
         raise StorageFull(full_text(what, place, needed, free), needed, free) from error
+
+
+def unwritable(error: OSError, place: Path) -> StoreUnwritable | None:
+    """The error to raise instead, where a place that may not be written is what an error is about."""
+    if error.errno not in _UNWRITABLE:
+        return None
+    reason = error.strerror or str(error)
+    return StoreUnwritable(f"{place} cannot be written ({reason}); choose another --out or make it writable")
+
+
+@contextlib.contextmanager
+def written_below(place: Path, what: str) -> Iterator[None]:
+    """Turn errors of this block about a full disk, or a `place` that may not be written, into StorageFull and StoreUnwritable."""
+    with room_for(what, place):
+        try:
+            yield
+        except OSError as error:
+            if (refused := unwritable(error, place)) is None:
+                raise
+            raise refused from error
 
 
 def is_full(error: BaseException | None) -> bool:

@@ -242,6 +242,15 @@ class ServiceConfig(Section):
             raise ConfigError([f"service {self.name}: {one.key}: {one.text}" for one in problems])
         return found[0]
 
+    @cached_property
+    def taken(self) -> tuple[str, ...] | None:
+        """The tasks that experts may be submitted for; None for any, where no data says which there are. Raises ConfigError."""
+        if not self.tasks.open:
+            return self.tasks.list
+        if self.data is None:
+            return None
+        return tuple(dict.fromkeys((*self.tasks.list, *self.study().resolved().roles.adaptation)))
+
     @property
     def lane(self) -> Lane:
         """In which order, and how many at a time, arrivals are merged."""

@@ -1,7 +1,7 @@
 """A service in a directory OUT: its store, its log, and what is opened to work on it.
 
 Layout: `OUT/store` has base, experts, models and evaluations by fingerprint; `OUT/service/<name>/` has `log/`, `trials/` (what candidates did on real requests), `states/` (streaming states,
-a cache), `incoming/` (bytes that are not judged yet), `worker.lock`, and `outbox.db` with what MLflow has not received.
+a cache), `incoming/` (bytes that are not judged yet), `worker.lock` and `serve.lock`, and `outbox.db` with what MLflow has not received.
 
 Invariant: the log and the experts and base in the store are the truth; everything else in OUT is made again when it is missing.
 """
@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from merge_service.checkpoints import WEIGHTS_FILE
 from merge_service.errors import UserError
 from merge_service.live import ConfigSet, Draft, ServiceStarted, State, Task, Version, next_task, plain
 from pipeline.errors import ConfigError, CorruptArtifact
-from pipeline.files.disk import NO_LOCKS
+from pipeline.files.disk import NO_LOCKS, written_below
 from pipeline.kinds.specs import BASE
 from pipeline.plan.facts import base_identity, base_of, local_base, stated
 from pipeline.plan.planner import base_step
@@ -39,10 +40,11 @@ from workers.serving.trials import Trials
 
 FORMAT = 1
 SERVICE = "service"
+WORKER_LOCK, SERVE_LOCK = "worker.lock", "serve.lock"
 
 
 class Busy(UserError):
-    """Another process is the worker of this service."""
+    """Another process is the worker of this service, or serves it."""
 
 
 @dataclass(frozen=True)
@@ -110,27 +112,65 @@ class Home:
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """Be the only worker of this service on this file system. Raises Busy."""
-        handle = os.open(self.place / "worker.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
-        try:
-            self._lock(handle)
+        """Be the only worker of this service on this file system. Raises Busy, StoreUnwritable."""
+        name, out = self.config.name, self.out
+        text = f"another process works for the service {name} in {out}; what was asked for is in its log"
+        with _alone(self.place, WORKER_LOCK, text):
             self.store.sweep()
             self.log.tidy()
             yield
-        finally:
-            os.close(handle)
 
-    def _lock(self, handle: int) -> None:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(
-                f"another process works for the service {self.config.name} in {self.out}; what was asked for is in its log"
-            ) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            raise Busy(f"{self.out} is on a file system without file locks; choose another --out") from error
+
+@contextlib.contextmanager
+def serving(out: Path, config: ServiceConfig, patience: float) -> Iterator[None]:
+    """Be the only process that serves this service on this file system; one that is ending may take `patience` seconds for that.
+
+    Raises Busy, StoreUnwritable, StorageFull.
+    """
+    text = f"another `serve` runs the service {config.name} in {out}; end that one first, or choose another --out"
+    with _alone(out / SERVICE / config.name, SERVE_LOCK, text, patience):
+        yield
+
+
+def check_unserved(out: Path, config: ServiceConfig) -> None:
+    """Refuse a configuration that differs from that of the processes which serve OUT now, since they read theirs when they start.
+    Raises Busy.
+    """
+    place = out / SERVICE / config.name
+    if not (place / SERVE_LOCK).exists() or plain(Log.open(Directory(place)).state.config) == _body(config):
+        return
+    text = f"the service {config.name} in {out} runs with another configuration; leave --config out, or end the service first"
+    with _alone(place, SERVE_LOCK, text):
+        return
+
+
+@contextlib.contextmanager
+def _alone(place: Path, name: str, busy: str, patience: float = 0.0) -> Iterator[None]:
+    """Hold a lock file of a service. Raises Busy with the text `busy` if another process still holds it after `patience` seconds."""
+    until = time.monotonic() + patience
+    with written_below(place, name):
+        place.mkdir(parents=True, exist_ok=True)
+        handle = os.open(place / name, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+    try:
+        while not _locked(handle, place):
+            if time.monotonic() >= until:
+                raise Busy(busy)
+            time.sleep(0.1)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _locked(handle: int, place: Path) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        raise Busy(f"{place} is on a file system without file locks; choose another --out") from error
+    return True
 
 
 def _only(out: Path) -> str:
@@ -150,8 +190,13 @@ def _started(state: State, config: ServiceConfig, base: Record) -> Draft | None:
 
 
 def _configured(state: State, config: ServiceConfig) -> Draft | None:
-    body = config.model_dump(mode="json")
+    body = _body(config)
     return None if body == plain(state.config) else Draft(ConfigSet(body))
+
+
+def _body(config: ServiceConfig) -> dict[str, Any]:
+    """A configuration as the log has it."""
+    return config.model_dump(mode="json")
 
 
 def _check_same(state: State, config: ServiceConfig, place: Path) -> None:

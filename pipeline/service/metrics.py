@@ -1,12 +1,14 @@
 """Numbers of the serving processes for Prometheus, added up over the processes of one start.
 
 Each process writes files of its own in a common folder, named by its place and not by its process id, so a worker that was restarted
-goes on counting where it was, and there are never more files than places.
-Invariant: no label has values that a client can choose.
+goes on counting where it was, and there are never more files than places. Files are mapped into memory, and a page that has no block on
+a full disk ends the process that writes it (SIGBUS). So all blocks are taken before a process starts.
+Invariant: no label has values that a client can choose, so files never outgrow the blocks that they begin with.
 """
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,13 @@ import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from pipeline.files.disk import room_for
+
 FOLDER, PLACE = "PROMETHEUS_MULTIPROC_DIR", "TEMPORAL_MERGE_PLACE"
 """Variables of the environment: the common folder, and which of the processes this is."""
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
+_BYTES = {"counter": 1 << 19, "histogram": 1 << 19, "gauge_sum": 1 << 16, "gauge_mostrecent": 1 << 16}
+"""Bytes of each file of a place, by the prefix of its name; the library takes a file that is there as it is."""
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -67,7 +73,12 @@ def place() -> str:
     return os.environ.get(PLACE, "0")
 
 
-def begin(folder: Path) -> None:
-    """An empty common folder, for the processes that will be started; counters begin at zero."""
+def begin(folder: Path, places: Iterable[str]) -> None:
+    """A common folder for the processes that will be started at these places; counters begin at zero. Raises StorageFull, OSError."""
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    with room_for(folder.name, folder.parent):
+        folder.mkdir(parents=True)
+        for one in places:
+            for kind, size in _BYTES.items():
+                with (folder / f"{kind}_{one}.db").open("wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, size)

@@ -181,11 +181,10 @@ class Operations:
 
     def check_task(self, task: str) -> None:
         """Raise Refused for a task that nobody may submit for."""
-        tasks = self.home.config.tasks
-        if not tasks.open and task not in tasks.list:
+        taken = self.home.config.taken
+        if taken is not None and task not in taken:
             raise Refused(
-                "task.unknown",
-                f"task {task}: this service takes {', '.join(tasks.list)}{nearest(task, tasks.list)}",
+                "task.unknown", f"task {task}: this service takes {', '.join(taken)}{nearest(task, taken)}"
             )
 
     def _append(self, decide: Decide) -> Entry | None:

@@ -76,7 +76,7 @@ class StoreScorer:
         self._study, self._store, self._base, self._config = study.resolved(), store, base, config
         self._planner = Planner(self._study, gather(self._study))
         roles = self._study.roles
-        names = dict.fromkeys((*config.tasks.list, *(roles.adaptation if config.tasks.open else ())))
+        names = config.taken or ()
         unknown = [name for name in names if name not in (*roles.adaptation, *roles.held_out)]
         if unknown:
             raise ConfigError(

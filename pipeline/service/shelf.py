@@ -14,7 +14,7 @@ from typing import Protocol
 
 from merge_service.files import prepared, sync_directory
 from pipeline.errors import StoreError
-from pipeline.files.disk import room_for
+from pipeline.files.disk import written_below
 from pipeline.store.objects import Objects
 
 
@@ -88,9 +88,10 @@ class Directory:
     @contextlib.contextmanager
     def _written(self, path: Path, data: bytes) -> Iterator[Path]:
         """A temporary file beside `path` with these bytes, on disk; gone at the end unless it was renamed."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with room_for(path.name, path.parent), prepared(path, data) as target:
-            yield target
+        with written_below(path.parent, path.name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with prepared(path, data) as target:
+                yield target
 
 
 @dataclass(frozen=True)

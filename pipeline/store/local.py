@@ -21,8 +21,8 @@ from typing import Any, ClassVar, Protocol
 
 from merge_service.faults import point
 from merge_service.files import Made, sync_directory, sync_file
-from pipeline.errors import CorruptArtifact, StorageFull, StoreError, StoreUnwritable
-from pipeline.files.disk import free_bytes, full_text, is_full
+from pipeline.errors import CorruptArtifact, StorageFull, StoreError
+from pipeline.files.disk import free_bytes, full_text, is_full, unwritable
 from pipeline.files.ownership import is_abandoned, locked, owner_mark
 from pipeline.kinds.table import KINDS
 from pipeline.store import audit
@@ -44,8 +44,6 @@ from pipeline.store.lease import Files, Shelf
 from pipeline.store.names import DIGITS, Names, is_there
 from pipeline.store.recipes import Described, Recipes
 from pipeline.store.versions import here
-
-_UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 _sound: set[tuple[str, int, int, int]] = set()
 _verified: dict[tuple[str, int, int, int, int], str] = {}
@@ -403,12 +401,8 @@ class Store:
                 raise StorageFull(full_text(what, self.root, needed, free), needed, free) from error
             if foreign or not isinstance(error, OSError):
                 raise
-            if error.errno in _UNWRITABLE:
-                reason = error.strerror or str(error)
-                raise StoreUnwritable(
-                    f"{self.root} cannot be written ({reason}); choose another --out or make it writable"
-                ) from error
-            raise StoreError(f"{what}: {self.root} failed: {error}") from error
+            refused = unwritable(error, self.root) or StoreError(f"{what}: {self.root} failed: {error}")
+            raise refused from error
 
 
 def _sync_and_hash(stage: Path, held: AtCommit, known: Mapping[str, str]) -> dict[str, FileEntry]:

@@ -73,7 +73,7 @@ def read(path: Path) -> dict[str, Any]:
             data = stream.read(MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError(
-            f"{path} cannot be read: {error.strerror or error}; give the path of a study file"
+            f"{path} cannot be read: {error.strerror or error}; give the path of a file in YAML"
         ) from None
     value = parse(data, str(path))
     if not isinstance(value, dict):

@@ -12,6 +12,9 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from merge_service.errors import UserError
+from pipeline.console import complain
+
 PIPE = "TEMPORAL_MERGE_SUPERVISOR"
 """Variable of the environment: the descriptor of the pipe."""
 
@@ -25,9 +28,13 @@ def when_orphaned(then: Callable[[], object]) -> None:
 
 def until_ended(work: Callable[[Path, threading.Event], None]) -> None:
     """Do the work of a process on the directory that its command line names. The event is set by SIGTERM or Ctrl-C, and when the
-    supervisor has ended."""
+    supervisor has ended. A UserError is printed, and ends the process with exit code 2."""
     ending = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ending.set())
     when_orphaned(ending.set)
-    work(Path(sys.argv[1]), ending)
+    try:
+        work(Path(sys.argv[1]), ending)
+    except UserError as error:
+        complain("error", str(error))
+        sys.exit(2)

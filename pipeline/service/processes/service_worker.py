@@ -5,16 +5,17 @@ when it is restarted.
 Invariant: the head states only what the log says is served, and only while its file is in the store.
 """
 
+import contextlib
 import threading
 import time
 from pathlib import Path
 
 from merge_service.checkpoints import WEIGHTS_FILE
 from merge_service.live import State, Version
-from pipeline.service.home import Home
+from pipeline.service.home import Busy, Home
 from pipeline.service.intake.uploads import FOLDER, Room, Uploads
 from pipeline.service.processes.child import until_ended
-from pipeline.service.worker import trial_key
+from pipeline.service.worker import Worker, trial_key
 from workers.serving.served import HeadFile, Served, Trial
 
 HEAD = "head.json"
@@ -66,23 +67,35 @@ class Statement:
 
 
 def work(out: Path, ending: threading.Event) -> None:
-    """Work until `ending` is set. Raises Busy if another process works for this service, and what the work raises."""
+    """Work until `ending` is set. While another process works for this service, only its results are stated. Raises what the work
+    raises."""
     home = Home.open(out)
     statement = Statement(home)
     limits, swept = home.config.limits, 0.0
     uploads = Uploads(
         home.place / FOLDER, Room(home.config.admission.max_bytes, limits.uploads, limits.reserve)
     )
-    with home.working():
-        worker = home.worker()
+    with contextlib.ExitStack() as held:
+        worker: Worker | None = None
         while not ending.is_set():
-            busy = worker.step()
+            worker = worker or _begun(home, held)
+            busy = worker is not None and worker.step()
+            home.log.refresh()
             statement.write()
             if time.monotonic() > swept:
                 uploads.sweep()
                 swept = time.monotonic() + SWEEP_SECONDS
             if not busy:
                 ending.wait(POLL_SECONDS)
+
+
+def _begun(home: Home, held: contextlib.ExitStack) -> Worker | None:
+    """What does the work, until `held` ends; None while another process does it."""
+    try:
+        held.enter_context(home.working())
+    except Busy:
+        return None
+    return home.worker()
 
 
 if __name__ == "__main__":

@@ -30,10 +30,12 @@ BACKLOG = 1024
 """Connections that wait until a process accepts them."""
 FIRST_WAIT, LAST_WAIT = 0.5, 30.0
 """Seconds before a child is started again, from its second end in a row on: twice as long each time."""
+SUPERVISOR = "supervisor"
+"""Its place among the processes that count."""
 STEADY_SECONDS = 60.0
 """A child that ran for so long counts as sound again."""
-BIND_SECONDS = 40.0
-"""Patience with children of an earlier supervisor, which still answer what they accepted."""
+ENDING_SECONDS = 40.0
+"""Patience with an earlier supervisor or its children, which still answer what they accepted."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Child:
     nice: int = 0
 
 
-def listening(listen: ListenSection, patience: float = BIND_SECONDS) -> socket.socket:
+def listening(listen: ListenSection, patience: float = ENDING_SECONDS) -> socket.socket:
     """The listening socket of a service. Raises ConfigError."""
     listen.check()
     family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
@@ -166,27 +168,22 @@ class _Keeper:
                 self._process.send_signal(number)
 
 
-def run(setup: Setup, others: Sequence[Child] = ()) -> None:
-    """Serve a setup, with other processes beside, until SIGTERM or Ctrl-C. Raises UserError, OSError."""
-    setup.listen.check()
+def run(sock: socket.socket, setup: Setup, others: Sequence[Child] = ()) -> None:
+    """Serve a setup on a listening socket, with other processes beside, until SIGTERM or Ctrl-C. Raises UserError, OSError."""
     read_configuration(setup.home / CONFIG_FILE)
     setup.state.mkdir(parents=True, exist_ok=True)
-    sock = listening(setup.listen)
     if Tokens(setup.tokens).first(setup.first_token):
         print(f"the first operator token is in {setup.first_token}", flush=True)
     file = setup.state / "setup.json"
     replace_whole(file, setup.model_dump_json(), sync=False)
-    metrics.begin(setup.metrics)
-    os.environ |= {metrics.FOLDER: str(setup.metrics), metrics.PLACE: "supervisor"}
+    metrics.begin(setup.metrics, [SUPERVISOR, *map(str, range(setup.serving.workers))])
+    os.environ |= {metrics.FOLDER: str(setup.metrics), metrics.PLACE: SUPERVISOR}
     counted = metrics.Metrics().restarts
     host, port = sock.getsockname()[:2]
     scheme = "https" if setup.listen.tls else "http"
     print(f"listening on {scheme}://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     children = [*workers(setup, file, sock.fileno()), *others]
-    with sock:
-        asyncio.run(
-            supervise(sock, children, setup.limits.answer_s + 5, lambda name: counted.labels(name).inc())
-        )
+    asyncio.run(supervise(sock, children, setup.limits.answer_s + 5, lambda name: counted.labels(name).inc()))
 
 
 def _how(code: int) -> str:
@@ -194,4 +191,6 @@ def _how(code: int) -> str:
 
 
 if __name__ == "__main__":
-    run(Setup.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    given = Setup.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    with listening(given.listen) as listener:
+        run(listener, given)

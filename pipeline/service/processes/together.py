@@ -1,15 +1,17 @@
 """A service on one machine: serving processes and the working process around one socket, without Ray.
 
-Invariant: the same call on the same directory goes on where it ended, with the weights that the log says are served.
+Invariant: the same call on the same directory goes on where it ended, with the weights that the log says are served. A call that is
+refused, also because another one serves the directory or something else has the port, leaves the service as it is.
 """
 
+import socket
 import sys
 from pathlib import Path
 
 from pipeline.service.config import ServiceConfig
-from pipeline.service.home import Home
+from pipeline.service.home import Home, serving
 from pipeline.service.processes.service_worker import HEAD, Statement
-from pipeline.service.processes.supervisor import Child, run
+from pipeline.service.processes.supervisor import ENDING_SECONDS, Child, listening, run
 from pipeline.service.settings import Setup
 
 DOOR = "door"
@@ -18,8 +20,12 @@ DOOR = "door"
 
 def serve(out: Path, config: ServiceConfig) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises UserError, OSError."""
-    config.listen.check()
-    home = Home.open(out, config)
+    with serving(out, config, ENDING_SECONDS), listening(config.listen) as sock:
+        _serve(sock, Home.open(out, config))
+
+
+def _serve(sock: socket.socket, home: Home) -> None:
+    out, config = home.out, home.config
     Statement(home).write()
     setup = Setup(
         name=config.name,
@@ -30,7 +36,7 @@ def serve(out: Path, config: ServiceConfig) -> None:
         serving=config.serving,
         listen=config.listen,
     )
-    run(setup, workers(out, config))
+    run(sock, setup, workers(out, config))
 
 
 def workers(out: Path, config: ServiceConfig) -> list[Child]:

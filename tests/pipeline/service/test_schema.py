@@ -1,5 +1,6 @@
 """The description of the API holds: whatever is sent, no answer of 500 and none outside the description."""
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from schemathesis.specs.openapi.checks import (
 
 from tests.pipeline.service import toys
 from tests.pipeline.service.conftest import Service
+from tests.pipeline.service.soak import EXAMPLES
 
 CHECKS: list[Any] = [
     not_a_server_error, status_code_conformance, content_type_conformance, response_headers_conformance,
@@ -64,6 +66,8 @@ OPERATIONS = [
 ]
 
 
+MORE = int(os.environ.get(EXAMPLES, "1"))
+"""Times as many requests, and others each time, in the slow tier."""
 QUICK = (
     "/v1/uploads",
     "/v1/arrivals",
@@ -102,9 +106,9 @@ def test_answers_are_as_described_whatever_is_sent(
     operation = schema[path][method]
 
     @settings(
-        max_examples=6 if path.startswith(QUICK) else 20,
+        max_examples=MORE * (6 if path.startswith(QUICK) else 20),
         deadline=None,
-        derandomize=True,
+        derandomize=MORE == 1,
         phases=(Phase.explicit, Phase.generate),  # minutes would pass until a failure is shrunk
         database=None,
         suppress_health_check=list(HealthCheck),

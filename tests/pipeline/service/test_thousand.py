@@ -3,6 +3,7 @@
 Run by `make faults`. What one more arrival costs is counted in `test_flat.py`; CPU time is printed here, for `docs/service.md`.
 """
 
+import os
 import resource
 import time
 from pathlib import Path
@@ -18,8 +19,9 @@ from pipeline.service.operations import Operations
 from pipeline.service.scoring import NoScorer
 from tests.merge_service import toys as files
 from tests.pipeline.service import toys
+from tests.pipeline.service.soak import ARRIVALS
 
-COUNT = 1000
+COUNT = int(os.environ.get(ARRIVALS, "1000"))
 MEBIBYTES = 64
 MATRICES = ("transformer.resblocks.0.mlp.weight", "visual.transformer.resblocks.0.mlp.weight")
 
