@@ -12,6 +12,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -52,7 +53,9 @@ class Staged:
         owner = self.place / OWNER
         with contextlib.suppress(FileNotFoundError):
             mark = owner.read_text()
-            if mark != owner_mark() and not is_abandoned(mark, 0.0):
+            if mark != owner_mark() and not is_abandoned(
+                mark, math.inf
+            ):  # of another host or boot: nobody to ask
                 raise CheckpointError(
                     f"another process is writing {self.of.files[0].parent} now; wait for it, or give another --out"
                 )
