@@ -4,11 +4,11 @@ Invariant: importing this module stays cheap; a command imports what it needs wh
 """
 
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,6 +23,21 @@ from pipeline.cli.options import (
     print_json,
     use_modules,
 )
+from pipeline.cli.remote import TOKEN, connected
+
+if TYPE_CHECKING:
+    from pipeline.workspace.workspace import Beside
+
+Deliver = Annotated[
+    str | None,
+    typer.Option(
+        "--deliver", metavar="URL",
+        help=f"Send every expert that is trained to the live service there, in time-step order. The token is in ${TOKEN}.",
+    ),
+]  # fmt: skip
+License = Annotated[
+    str, typer.Option("--license", metavar="NAME", help="With --deliver: the licence of the experts.")
+]
 
 
 def run(
@@ -40,6 +55,8 @@ def run(
         ),
     ] = False,
     modules: Modules = None,
+    deliver: Deliver = None,
+    license: License = "",
     as_json: AsJson = False,
 ) -> None:
     """Run a study, or go on where it stopped; what is in OUT already is not done again.
@@ -54,9 +71,33 @@ def run(
 
     check_address(address)
     use_modules(modules)
-    answer = carry_out(load_study(study, overrides or []), out, address, strict_versions=strict_versions)
+    with _delivery(deliver, license) as beside:
+        found = load_study(study, overrides or [])
+        answer = carry_out(found, out, address, strict_versions=strict_versions, beside=beside)
     with suppress(ReaderGone):  # the study is done, even if its output is not read
         print_json(run_summary(*answer)) if as_json else print_results(*answer)
+
+
+def _delivering(url: str | None, license: str) -> list[str]:
+    """The options of a delivery. Raises UserError."""
+    from merge_service.errors import UserError
+
+    if license and url is None:
+        raise UserError("--license is said of experts that are delivered: give --deliver URL as well")
+    return [*(("--deliver", url) if url else ()), *(("--license", license) if license else ())]
+
+
+@contextmanager
+def _delivery(url: str | None, license: str) -> "Iterator[Beside]":
+    """What delivers the experts of a run; nothing without a URL. Raises UserError."""
+    _delivering(url, license)
+    if url is None:
+        yield nullcontext
+        return
+    from pipeline.service.client.delivery import Delivery
+
+    with connected(url) as service:
+        yield Delivery(service, {"license": license} if license else {})
 
 
 def plan(
@@ -116,6 +157,8 @@ def submit(
         typer.Option("--wait/--no-wait", help="Show its progress to the end, or print its id and leave."),
     ] = True,
     modules: Modules = None,
+    deliver: Deliver = None,
+    license: License = "",
     as_json: AsJson = False,
 ) -> None:
     """Run a study as a job on a Ray cluster; submitted again, it attaches to the running job.
@@ -125,11 +168,12 @@ def submit(
 
     Example: temporal-merge submit configs/demo.yaml --address http://head:8265 --out /shared/runs/demo --set data.root=/shared/data/mini
     """
-    from pipeline.run.submit import submit_study
+    from pipeline.run.submit import Along, submit_study
 
     use_modules(modules)
     show = (sys.stderr if as_json else sys.stdout) if wait else None
-    answer = submit_study(study, overrides or [], out, address, modules=modules or [], show=show)
+    along = Along(modules or [], _delivering(deliver, license))
+    answer = submit_study(study, overrides or [], out, address, along=along, show=show)
     if as_json:
         print_json(answer)
     elif not wait:

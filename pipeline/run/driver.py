@@ -43,7 +43,7 @@ from pipeline.study.config import Study
 from pipeline.tracking.session import Tracking
 from pipeline.workspace.lock import Running, Waited, driver_lock, write_driver, write_last
 from pipeline.workspace.registrations import retire
-from pipeline.workspace.workspace import Workspace
+from pipeline.workspace.workspace import Beside, Workspace
 
 TICK_SECONDS = 0.5
 LOOK_SECONDS = 5.0
@@ -63,12 +63,13 @@ MEMORY_RETRIES = 2
 
 @steady()
 def carry_out(
-    study: Study, out: Path | None, address: str, *, strict_versions: bool = False, tell: Tell | None = None
-) -> tuple[Path, dict[str, object], Tracking]:
+    study: Study, out: Path | None, address: str, *,
+    strict_versions: bool = False, tell: Tell | None = None, beside: Beside = contextlib.nullcontext,
+) -> tuple[Path, dict[str, object], Tracking]:  # fmt: skip
     """Run a study to its end, or from where it stopped. Returns OUT, the content of results.json, and the tracking.
 
-    Writes nothing to stdout. `tell`, if given, is called on every change, instead of lines and a live view on stderr. With
-    `strict_versions` artifacts of other library versions are refused. Raises UserError (exit 2), StorageFull or StepFailed.
+    Writes nothing to stdout. `tell`, if given, is called on every change, instead of lines and a live view on stderr. `beside` is entered
+    while steps run. With `strict_versions` artifacts of other library versions are refused. Raises UserError, StorageFull or StepFailed.
     """
     check_address(address)
     workspace = Workspace.of(study, out)
@@ -102,7 +103,7 @@ def carry_out(
             events.add("plan", note)
         print(outlook(summary), file=sys.stderr, flush=True)
         try:
-            with tracking:
+            with tracking, beside(workspace):
                 if len(done) < len(workspace.plan.steps):
                     Timeline(workspace.out).event("start", address=address)
                     with connect(address, threads=workspace.study.resources.experts.threads) as session:
@@ -440,9 +441,8 @@ def _name(workspace: Workspace) -> str:
 
 
 def _ended(tracking: Tracking) -> str:
-    if not tracking.pending:
-        return "every step is done"
-    return f"every step is done; {tracking.pending} rows wait for the tracker ({tracking.trouble})"
+    rows = f"; {tracking.pending} rows wait for the tracker ({tracking.trouble})" if tracking.pending else ""
+    return f"every step is done{rows}"
 
 
 def _first_line(error: BaseException) -> str:

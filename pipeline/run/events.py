@@ -26,7 +26,7 @@ class Event(TypedDict):
 
 
 class Events:
-    """Appends to the log of `out`. `kind` is one of start, warning, retry, lost, waiting, tracker, versions, failed, end."""
+    """Appends to the log of `out`. `kind` is one of start, warning, retry, lost, waiting, delivery, tracker, versions, failed, end."""
 
     def __init__(self, out: Path) -> None:
         self._path = out / FILE

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypedDict
 
@@ -75,32 +76,42 @@ class Starting(TypedDict):
     job: JobState
 
 
+@dataclass(frozen=True)
+class Along:
+    """What goes along with a study. `modules` are Python files with techniques of the user's own: the job gets a copy of each, and runs it
+    as `--module` does. `options` are further ones of `run`."""
+
+    modules: Sequence[Path] = ()
+    options: Sequence[str] = ()
+
+
 def submit_study(
     path: Path,
     overrides: Sequence[str],
     out: Path | None,
     url: str,
     *,
-    modules: Sequence[Path] = (),
+    along: Along = Along(),
     show: TextIO | None = None,
 ) -> Submitted:
     """Run a study on a cluster, or attach to its job if there is one.
 
-    `modules` are Python files with techniques of the user's own: the job gets a copy of each, and runs it as `--module` does.
     `show` gets the job's output to its end; without it the function returns at once. Raises UserError, ClusterError.
     """
     study = load_study(path, overrides)
     where = _shared_out(study, out)
     files = list(dict.fromkeys(relative_files(study)))
+    modules = along.modules
     sent = [*modules, *(file for path in files for file in _contents(path))]
     from cluster.submission import Cluster, check_dashboard
 
     check_dashboard(url)
     cluster = Cluster(url)
-    metadata = {"study": study.name, "out": str(where), "study_sha256": _digest(study, modules)}
+    metadata = {"study": study.name, "out": str(where), "study_sha256": _digest(study, along)}
     text = _written_out(study, path, overrides)
     sets = [part for one in overrides for part in ("--set", one)] if text is None else []
     sets += [part for module in modules for part in ("--module", module.name)]
+    sets += along.options
     command = f"{PYTHON} {shlex.join(['run', path.name, *sets, '--address', 'auto', '--out', str(where)])}"
     with shipment(path, files, text, modules) as room:
         job, attached = cluster.submit_or_attach(key_of(study.name, where), command, room, metadata)
@@ -306,11 +317,12 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _texts(item, f"{key}[{index}]")
 
 
-def _digest(study: Study, modules: Sequence[Path]) -> str:
-    """That of a study and of the modules that it runs with: a job with another one is another study's."""
+def _digest(study: Study, along: Along) -> str:
+    """That of a study and of what it runs with: a job with another one is another study's."""
     digest = hashlib.sha256(study.model_dump_json().encode())
-    for module in modules:
+    for module in along.modules:
         digest.update(module.read_bytes())
+    digest.update("\0".join(along.options).encode())
     return digest.hexdigest()
 
 

@@ -6,8 +6,8 @@ Invariant: opening a workspace writes nothing; `prepare` writes what a run needs
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -239,6 +239,10 @@ class Workspace:
             raise ConfigError(
                 f"{self.out} holds the study {there!r}, not {self.plan.study!r}; choose another --out"
             )
+
+
+Beside = Callable[[Workspace], AbstractContextManager[object]]
+"""What goes on in a workspace beside a run, such as the delivery of its experts."""
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from cluster.session import ClusterError
 from cluster.submission import Cluster, Job, _Seen, check_dashboard
 from merge_service.errors import UserError
 from pipeline.errors import ConfigError
-from pipeline.run.submit import _exit_code, _why, key_of, relative_files, shipment, submit_study
+from pipeline.run.submit import Along, _exit_code, _why, key_of, relative_files, shipment, submit_study
 from pipeline.study.config import load_study
 from tests.servers import free_port
 from tests.world import World
@@ -291,9 +291,10 @@ def test_module_goes_along_from_anywhere_and_another_one_is_another_version_of_t
             [],
             Path("/shared/out"),
             "http://127.0.0.1:8265",
-            modules=[Path("../halved_here.py")],
+            along=Along([Path("../halved_here.py")], ["--deliver", "http://127.0.0.1:8420"]),
         )
     (command, first, sent), (_, second, _) = asked
+    assert " --deliver http://127.0.0.1:8420 " in command
     assert " --module halved_here.py " in command and sent == MODULE
     assert first["study_sha256"] != second["study_sha256"]
 
