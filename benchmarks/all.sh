@@ -35,6 +35,7 @@ make merge-peers merge --size small --experts 4 --memory 8 --mergekit "$mergekit
     --techniques average,task_arithmetic,magmax,dare_ties,ties,iso_c
 make merge-agreement merge --experts 4 --repeats 1 --compare --mergekit "$mergekit" --fusionbench "$fusionbench" --work "$work" \
     --techniques average
+make merge-folders folders --repeats 2 --mergekit "${mergekit%/*}/mergekit-yaml" --work "$work"
 make feed feed --work "$memory/feed"
 make pool pool --work "$work/pool"
 make train train --steps 60 --stages 0 --rounds 3 --root "$root" --work "$work"

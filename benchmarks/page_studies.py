@@ -1,5 +1,5 @@
-"""The figures of whole studies (reports, tracking, what `storage.keep` costs) and of merges that see data. `page.py` puts them on the
-pages.
+"""The figures of whole studies (reports, tracking, what `storage.keep` costs), of folders, and of merges that see data. `page.py` puts them
+on the pages.
 
 Invariant: as of `page.py`.
 """
@@ -71,6 +71,25 @@ def small_disk(file: dict[str, Any]) -> str:
         f"refused with `keep: all` (exit code {found['keep all']['exit']}), finished with `keep: none`, which left "
         f"{found['keep none']['disk'] / 1e9:.2f} GB in the store."
     )
+
+
+def folders(file: dict[str, Any]) -> str:
+    """Folders of a language model, ours beside mergekit."""
+    had, machine = file["settings"], file["machine"]
+    rows = []
+    for name, runs in file["found"]["methods"].items():
+        cells = [f"`{name}`"]
+        for key, unit in (("wall", 1), ("cpu", 1), ("peak", 1 << 20)):
+            ours, theirs = (median(run[key] for run in runs[who]) / unit for who in ("ours", "mergekit"))
+            cells += [f"{ours:,.0f} / {theirs:,.0f}", f"{theirs / ours:.1f}"]
+        rows.append(cells)
+    said = (
+        f"Two experts of a Llama of {had['bytes'] / 1e9:.1f} GB in bfloat16, {had['threads']} threads, medians of {had['repeats']} whole "
+        f"processes with their imports, at nice {had['priority']} on a machine of {machine['cores']} cores of which other processes used "
+        f"{machine['cores_used_by_others']:.1f} meanwhile; mergekit {file['versions'].get('mergekit', {}).get('mergekit', '')}."
+    )
+    columns = ("method", "wall, s: ours / mergekit", "times", "CPU, s", "times", "peak, MiB", "times")
+    return f"{said}\n\n{table(columns, rows)}"
 
 
 def gates(file: dict[str, Any]) -> str:
@@ -145,6 +164,7 @@ def evidence(file: dict[str, Any]) -> str:
 
 
 BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "folders": ("merge-folders", folders),
     "sweep-report": ("study-report", sweep_report),
     "sweep-tracking": ("tracking", sweep_tracking),
     "keep": ("storage-sweep", keep),

@@ -27,6 +27,7 @@ from merge_service.checkpoints.weights import Weights
 from merge_service.checkpoints.writer import Layout, Writer
 from merge_service.errors import CheckpointError
 from merge_service.files.digest import Digest
+from merge_service.files.leftovers import sweep_parts
 
 
 class Laid(Protocol):
@@ -105,6 +106,7 @@ class Target:
     def open(self, reference: Laid, metadata: dict[str, str], durable: bool = True) -> Iterator[Writer]:
         """A writer with the layout of `reference`; the files beside the weights are written before these appear. `durable` as of
         `CheckpointWriter`; the index of shards is durable always."""
+        sweep_parts(self.weights)
         tensors = reference.tensors
         parts = self.parts(tensors)
         writer: SingleWriter | ShardedWriter
@@ -114,8 +116,12 @@ class Target:
         else:
             writer = ShardedWriter(self.weights, parts, metadata, self.hashed, durable)
         with writer:
-            yield Cast(writer, tensors, self.dtype) if self.dtype is not None else writer
+            yield self.casting(writer, tensors)
             self.write_companions(tensors)
+
+    def casting(self, writer: Writer, tensors: Mapping[str, TensorInfo]) -> Writer:
+        """A writer that takes blocks as a merge with these tensors computes them."""
+        return writer if self.dtype is None else Cast(writer, tensors, self.dtype)
 
     def write_companions(self, tensors: Mapping[str, TensorInfo]) -> None:
         """Write the files beside the weights, if the target is a directory."""

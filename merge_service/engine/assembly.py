@@ -17,7 +17,7 @@ from merge_service.blocks.questions import Findings
 from merge_service.blocks.spans import BLOCK, Span, run, spans
 from merge_service.checkpoints.buffers import buffers
 from merge_service.checkpoints.dtypes import decode, encode, stored_finite
-from merge_service.checkpoints.writer import Writer
+from merge_service.checkpoints.writer import CheckpointWriter, Writer
 from merge_service.engine.compute import Compute
 from merge_service.engine.prepare import Few, prepare
 from merge_service.engine.stream_state import Ends
@@ -51,6 +51,21 @@ Balance = dict[str, int]
 """Per group of tensors: elements that elected plus, minus those that elected minus."""
 
 
+@dataclass(frozen=True)
+class Votes:
+    """How the groups voted in some tensors, and those of which an element's sum cancelled exactly."""
+
+    balance: Balance
+    contested: frozenset[str]
+
+    @classmethod
+    def together(cls, parts: Sequence["Votes"]) -> "Votes":
+        """Of all parts."""
+        groups = {group for one in parts for group in one.balance}
+        balance = {group: sum(one.balance.get(group, 0) for one in parts) for group in groups}
+        return cls(balance, frozenset().union(*(one.contested for one in parts)))
+
+
 class Assembly:
     """Computes some tensors of a task. Others may be computed elsewhere; only `Balance`s have to be added up between.
 
@@ -77,11 +92,16 @@ class Assembly:
         if self.task.whole:
             self.of_whole = assemble_tensors(self.compute, self.tensors, self.ends, self.threads, self._keep)
         self.elections = run(self._make, self.over, self.threads)
+        return self.votes.balance
+
+    @property
+    def votes(self) -> Votes:
+        """How the groups voted in what was written."""
+        voted = list(zip((self.task.group(span.name) for span in self.over), self.elections))
         balance: Balance = {}
-        for span, election in zip(self.over, self.elections):
-            key = self.task.group(span.name)
-            balance[key] = balance.get(key, 0) + election.balance
-        return balance
+        for group, election in voted:
+            balance[group] = balance.get(group, 0) + election.balance
+        return Votes(balance, frozenset(group for group, election in voted if election.contested))
 
     def settle(self, balance: Balance) -> Moments:
         """Compute contested blocks again, given the votes of all groups; returns the moments of all blocks, if requested."""
@@ -169,6 +189,39 @@ class Assembly:
         return moments(reader.base(span), decoded, expert, self.compute.scratch)
 
 
+@dataclass(frozen=True)
+class Making:
+    """What some tensors of the output are made for: all of them, or a file's share (`names`), of which `total` are the votes of all groups
+    if they are known."""
+
+    names: frozenset[str] | None = None
+    total: Balance | None = None
+
+    def holds(self, name: str) -> bool:
+        """Whether a tensor is among them."""
+        return self.names is None or name in self.names
+
+    def decided(self, task: MergeTask, votes: Votes) -> tuple[Balance, frozenset[str]]:
+        """The votes by which contested elements are settled now, and the groups that have to wait for those of other files, which count
+        as plus until then."""
+        if self.total is not None or self.names is None:
+            return self.total or votes.balance, frozenset()
+        waiting = {group for group in votes.contested if not self._is_whole(task, group)}
+        return {**votes.balance, **dict.fromkeys(waiting, 1)}, frozenset(waiting)
+
+    def _is_whole(self, task: MergeTask, group: str) -> bool:
+        return all(self.holds(name) for name, _ in task.combined if task.group(name) == group)
+
+
+@dataclass(frozen=True)
+class Made:
+    """Tensors that are made: the moments of their blocks, their votes, and the groups whose contested elements still count as plus."""
+
+    moments: Moments
+    votes: Votes
+    waiting: frozenset[str] = frozenset()
+
+
 def assemble(compute: Compute, ends: Ends, execution: Execution) -> Geometry | None:
     """Compute and store every block, in the order of the output's data as far as it is known; returns where the merged model lies, if
     requested."""
@@ -180,27 +233,88 @@ def assemble(compute: Compute, ends: Ends, execution: Execution) -> Geometry | N
     return Geometry.of([*found, *whole.kept()]) if whole.measure else None
 
 
+def make_some(
+    compute: Compute, tensors: Sequence[tuple[str, int]], out: Writer, execution: Execution, making: Making
+) -> "Some":
+    """Compute and store these tensors of one file of several, of which not all names need to be in the file."""
+    mine = [one for one in tensors if making.names is None or one[0] in making.names]
+    echoes = [one for one in tensors if one not in mine]
+    ends = Ends(_InFile(out, making.names))
+    parts = [Assembly(compute, some, ends, execution) for some in (mine, echoes)]
+    for part in parts:
+        part.write()
+    return Some(parts[0], parts[1])
+
+
+@dataclass(frozen=True)
+class Some:
+    """Tensors of a file that are written, before votes are settled. `echoes` are other names of tensors that belong to another file: they
+    are made once more, and counted there."""
+
+    mine: Assembly
+    echoes: Assembly
+
+    @property
+    def votes(self) -> Votes:
+        """Of the tensors of this file; contested groups of the echoes too."""
+        own, other = self.mine.votes, self.echoes.votes
+        return Votes(own.balance, own.contested | other.contested)
+
+    def settle(self, decided: Balance) -> Moments:
+        """Compute contested blocks again; the moments of the tensors of this file."""
+        self.echoes.settle(decided)
+        return self.mine.settle(decided)
+
+
+class _InFile:
+    """The writer of one file, to which names of other files are nothing."""
+
+    def __init__(self, writer: Writer, names: frozenset[str] | None) -> None:
+        self._writer, self._names = writer, names
+
+    @property
+    def files(self) -> Sequence[CheckpointWriter]:
+        return self._writer.files
+
+    def write_stored(self, name: str, start: int, stored: np.ndarray) -> None:
+        if self._names is None or name in self._names:
+            self._writer.write_stored(name, start, stored)
+
+
 def assemble_in_turn(
     task: MergeTask, site: Host, found: Findings, ends: Ends, execution: Execution
 ) -> tuple[Geometry | None, Findings]:
-    """The same for a task of which nothing has been looked at (`MergeTask.in_turn`): a few tensors are surveyed, made and left behind, so
-    that a cold disk is read once. What was found beside what was known before."""
+    """The same as `assemble` for a task of which nothing has been looked at (`MergeTask.in_turn`): a few tensors are surveyed, made and left
+    behind, so that a cold disk is read once. What was found beside what was known before."""
+    made, found = make_in_turn(task, site, found, ends, execution)
+    last = Assembly(Compute(task, found, site), [], ends, execution)
+    return Geometry.of([*made.moments, *last.kept()]) if last.measure else None, found
+
+
+def make_in_turn(
+    task: MergeTask, site: Host, found: Findings, ends: Ends, execution: Execution, making: Making = Making()
+) -> tuple[Made, Findings]:
+    """The tensors of one file, or of all, by turns; each turn's groups are whole, so that no vote is left open."""
     assert ends.out is not None
-    copy(task, ends.out)
+    copy(task, ends.out, making)
     moments: list[Sequence[float]] = []
-    for tensors in batches(in_order(task)):
+    for tensors in batches(in_file(task, making)):
         few = Few(task, tensors)
         found = prepare(task, Surveyor(task, few.combined, execution.threads).answer, found, few)
-        part = Assembly(Compute(task, found, site), tensors, ends, execution)
-        moments += part.settle(part.write())
-    last = Assembly(Compute(task, found, site), [], ends, execution)
-    return Geometry.of([*moments, *last.kept()]) if last.measure else None, found
+        part = make_some(Compute(task, found, site), tensors, ends.out, execution, making)
+        moments += part.settle({**part.echoes.votes.balance, **part.mine.votes.balance})
+    return Made(moments, Votes({}, frozenset())), found
 
 
 def in_order(task: MergeTask) -> list[tuple[str, int]]:
     """The tensors of a task in the order in which a file holds them: wide numbers first."""
     infos = task.reference.tensors
     return sorted(task.merged, key=lambda tensor: -infos[tensor[0]].kind.itemsize)
+
+
+def in_file(task: MergeTask, making: Making) -> list[tuple[str, int]]:
+    """The tensors of which some name is in the file."""
+    return [one for one in in_order(task) if any(map(making.holds, (one[0], *task.aliases.get(one[0], ()))))]
 
 
 def batches(tensors: Sequence[tuple[str, int]]) -> Iterator[list[tuple[str, int]]]:
@@ -215,11 +329,15 @@ def batches(tensors: Sequence[tuple[str, int]]) -> Iterator[list[tuple[str, int]
         yield batch
 
 
-def copy(task: MergeTask, out: Writer) -> None:
-    """Store the tensors that are copied."""
-    for span in spans(task.copied, 1 << 20):
+def copy(task: MergeTask, out: Writer, making: Making = Making()) -> None:
+    """Store the tensors that are copied, or those of a file."""
+    held = _InFile(out, making.names)
+    for span in spans(
+        [one for one in task.copied if any(map(making.holds, (one[0], *task.aliases.get(one[0], ()))))],
+        1 << 20,
+    ):
         source = task.source if span.name in task.source.tensors else task.reference
-        _write(task, out, span, source.raw(span.name, span.start, span.stop))
+        _write(task, held, span, source.raw(span.name, span.start, span.stop))
 
 
 def _write(task: MergeTask, out: Writer, span: Span, stored: np.ndarray) -> None:

@@ -21,15 +21,16 @@ from typing import Any
 from merge_service.blocks.moments import Geometry, Moments
 from merge_service.blocks.questions import Answer, Findings, Question, together
 from merge_service.checkpoints.adapters.adapted import Adapted
-from merge_service.checkpoints.adapters.opening import Opened, open_weights
+from merge_service.checkpoints.adapters.opening import open_weights
 from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.header import TensorInfo
 from merge_service.checkpoints.ties import Ties
+from merge_service.checkpoints.views.cast import Cast
+from merge_service.checkpoints.views.view import View
 from merge_service.checkpoints.weights import Weights
-from merge_service.checkpoints.writer import CheckpointWriter, Slot, SlotWriter, Written
-from merge_service.engine.assembly import Assembly, Balance, Execution, copy
+from merge_service.checkpoints.writer import Slot, SlotWriter, Writer, Written
+from merge_service.engine.assembly import Balance, Execution, Made, Making, Votes, copy, in_file, make_some
 from merge_service.engine.compute import Compute, site_of
-from merge_service.engine.stream_state import Ends
 from merge_service.engine.survey import Surveyor
 from merge_service.engine.task import Input, MergeTask
 from merge_service.errors import CheckpointError
@@ -48,26 +49,30 @@ Hire = Callable[[Sequence["Part"]], contextlib.AbstractContextManager[Call]]
 @dataclass(frozen=True)
 class Source:
     """A checkpoint by absolute path, the fingerprint by which other machines recognise it, and how its names are changed
-    (`renames` and `lent` of `Checkpoint`).
+    (`renames` and `lent` of `Checkpoint`); `wide`: its floats are float32 at least (`View.widened`).
     """
 
     path: Path
     fingerprint: str
     renames: tuple[tuple[str, str], ...] = ()
     lent: Mapping[str, TensorInfo] = field(default_factory=dict)
+    wide: bool = False
 
     @classmethod
     def of(cls, checkpoint: Weights) -> "Source":
         """Raises `CheckpointError` for weights that no other process can open."""
+        wide = isinstance(checkpoint, View) and checkpoint.is_widened
+        if isinstance(checkpoint, View) and wide:
+            checkpoint = checkpoint.of
         if not isinstance(checkpoint, Checkpoint | Adapted):
             raise CheckpointError(
                 f"{checkpoint.path} is not a checkpoint on disk, so workers cannot read it; merge without --workers"
             )
         renames, lent = tuple(checkpoint.renames), dict(checkpoint.lent)
         path = checkpoint.source if isinstance(checkpoint, Adapted) else checkpoint.path.absolute()
-        return cls(path, checkpoint.fingerprint(), renames, lent)
+        return cls(path, checkpoint.fingerprint(), renames, lent, wide)
 
-    def open(self) -> Opened:
+    def open(self) -> Weights:
         """Raises `CheckpointError` naming this machine and the path unless the same file is here."""
         try:
             checkpoint = open_weights(self.path)
@@ -80,13 +85,15 @@ class Source:
             checkpoint.rename(old, new)
         for name, info in self.lent.items():
             checkpoint.lend(name, info)
-        return checkpoint
+        return View.widened(checkpoint) if self.wide else checkpoint
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one process needs to know of a merge: `params` are resolved, `tensors` names its share of the merged tensors."""
+    """What one process needs to know of a merge: `params` are resolved, `tensors` names its share of the merged tensors, `number` says
+    which of the parts it is."""
 
+    number: int
     technique: str
     params: Mapping[str, Any]
     base: Source | None
@@ -121,37 +128,55 @@ class Split:
         name, params, origin = task.technique.name, dict(task.params), task.technique.origin
         measured = tuple(one.evidence.path.absolute() if one.evidence else None for one in task.inputs)
         parts = [
-            Part(name, params, base, experts, tensors, task.tied, execution, origin, measured)
-            for tensors in cut(task, self.parts)
+            Part(number, name, params, base, experts, tensors, task.tied, execution, origin, measured)
+            for number, tensors in enumerate(cut(task, task.merged, self.parts))
         ]
         with self.hire(parts) as call:
             call("open")
-            yield Team(call)
+            yield Team(call, len(parts))
+
+
+@dataclass(frozen=True)
+class Stint:
+    """What the workers make together in one file: the names that each part computes, the file's open writer, and the dtype of floats in it
+    if it is not that of the merge."""
+
+    names: tuple[tuple[str, ...], ...]
+    slot: Slot
+    making: Making
+    dtype: str | None = None
 
 
 class Team:
     """The workers of all parts of a merge, for its coordinator."""
 
-    def __init__(self, call: Call) -> None:
-        self.call = call
+    def __init__(self, call: Call, parts: int) -> None:
+        self.call, self._parts = call, parts
 
     def answer(self, question: Question) -> Answer:
         """The answer for all tensors."""
         return together(self.call("answer", question))
 
     def assemble(
-        self, task: MergeTask, found: Findings, writer: CheckpointWriter, execution: Execution
+        self, task: MergeTask, found: Findings, writer: Writer, execution: Execution
     ) -> Geometry | None:
-        """As `assembly.assemble`, on the workers."""
-        copy(task, writer)
-        balances: list[Balance] = self.call("write", found, writer.slot())
-        total = {group: sum(votes.get(group, 0) for votes in balances) for group in task.group_sizes}
-        shares: list[Share] = self.call("settle", total)
+        """As `assembly.assemble`, on the workers, into one file."""
+        made = self.make(task, found, writer, Making())
+        return Geometry.of(made.moments) if execution.measures(task) else None
+
+    def make(self, task: MergeTask, found: Findings, writer: Writer, making: Making) -> Made:
+        """As `assembly.make_some`, settled, on the workers."""
+        (file,) = writer.files
+        copy(task, writer, making)
+        names = cut(task, in_file(task, making), self._parts)
+        names += [()] * (self._parts - len(names))
+        stint = Stint(tuple(names), file.slot(), making, writer.dtype if isinstance(writer, Cast) else None)
+        votes = Votes.together(self.call("write", found, stint))
+        decided, waiting = making.decided(task, votes)
+        shares: list[Share] = self.call("settle", decided)
         for share in shares:
-            writer.account(share.written)
-        if not execution.measures(task):
-            return None
-        return Geometry.of([row for share in shares for row in share.moments])
+            file.account(share.written)
+        return Made([row for share in shares for row in share.moments], votes, waiting)
 
 
 class PartWorker:
@@ -180,21 +205,23 @@ class PartWorker:
         """The answer for this part's tensors."""
         return self._surveyor.answer(question)
 
-    def write(self, found: Findings, slot: Slot) -> Balance:
-        """Compute and store this part's blocks, given the findings for all parts."""
+    def write(self, found: Findings, stint: Stint) -> Votes:
+        """Compute and store this part's blocks in a file, given the findings for all parts."""
         try:
-            self.writer = SlotWriter(slot)
+            self.writer = SlotWriter(stint.slot)
         except CheckpointError as error:
             raise _not_shared(str(error)) from None
+        infos, mine = self.task.reference.tensors, stint.names[self.part.number]
+        out = self.writer if stint.dtype is None else Cast(self.writer, infos, stint.dtype)
+        tensors = [(name, infos[name].numel) for name in mine]
         compute = Compute(self.task, found, self.site)
-        self.assembly = Assembly(compute, self.tensors, Ends(self.writer), self.part.execution)
-        balance = self.assembly.write()
+        self.some = make_some(compute, tensors, out, self.part.execution, stint.making)
         point("merge.part")
-        return balance
+        return self.some.votes
 
-    def settle(self, balance: Balance) -> Share:
+    def settle(self, decided: Balance) -> Share:
         """Compute contested blocks again, given the votes of all groups; sync; return what was done."""
-        moments = self.assembly.settle(balance)
+        moments = self.some.settle(decided)
         self.writer.close()
         return Share(moments, self.writer.written)
 
@@ -205,15 +232,15 @@ class PartWorker:
         return Surveyor(self.task, mine, self.part.execution.threads)
 
 
-def cut(task: MergeTask, parts: int) -> list[tuple[str, ...]]:
-    """The names of merged tensors in at most `parts` runs of about equal bytes, in the order of the output's data.
+def cut(task: MergeTask, tensors: Sequence[tuple[str, int]], parts: int) -> list[tuple[str, ...]]:
+    """The names of these tensors in at most `parts` runs of about equal bytes, in the order of the output's data.
 
     A tensor belongs to the part that holds its middle; empty parts are left out (but one always remains).
     """
     if parts < 1:
         raise ValueError(f"a merge has at least 1 part, not {parts}")
     infos = task.reference.tensors
-    names = sorted((name for name, _ in task.merged), key=lambda name: -infos[name].kind.itemsize)
+    names = sorted((name for name, _ in tensors), key=lambda name: -infos[name].kind.itemsize)
     total, before = sum(infos[name].nbytes for name in names), 0
     runs: dict[int, list[str]] = {}
     for name in names:

@@ -4,7 +4,14 @@ A reader of a name finds all of the file or none. Temporary files of a dead proc
 live process are never touched.
 """
 
-from merge_service.files.leftovers import is_abandoned, owner_mark, sweep, sweep_directory, temporary
+from merge_service.files.leftovers import (
+    is_abandoned,
+    is_parts_folder,
+    owner_mark,
+    sweep,
+    sweep_directory,
+    temporary,
+)
 from merge_service.files.made import Made
 from merge_service.files.sync import sync_directory, sync_file
 from merge_service.files.whole import prepared, replace_whole
@@ -12,6 +19,7 @@ from merge_service.files.whole import prepared, replace_whole
 __all__ = [
     "Made",
     "is_abandoned",
+    "is_parts_folder",
     "owner_mark",
     "prepared",
     "replace_whole",

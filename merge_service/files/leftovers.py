@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 import socket
 import time
 from functools import cache
@@ -19,6 +20,9 @@ from pathlib import Path
 _FOREIGN_AGE = 7 * 24 * 3600.0
 _FAMILY = re.compile(r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json|\.limits\.json)?$")
 
+_PARTS = re.compile(r"\.(.+)\.[0-9a-f]{16}\.parts")
+OWNER = "owner"
+"""The file in a folder of parts that says whose it is."""
 _TEMPORARY = re.compile(r"\..+\.([^.]+)\.[^.]+\.tmp")
 
 
@@ -38,6 +42,27 @@ def sweep(path: Path) -> None:
             found = shape.fullmatch(entry.name)
             if found and is_abandoned(found.group(4), time.time() - entry.stat().st_mtime):
                 Path(entry.path).unlink(missing_ok=True)
+
+
+def parts_folder(path: Path, identity: str) -> Path:
+    """The hidden folder beside `path` in which the parts of a file NAME.safetensors are made; `identity` is a digest of 16 digits."""
+    return path.with_name(f".{path.name.removesuffix('.safetensors')}.{identity}.parts")
+
+
+def is_parts_folder(path: Path) -> bool:
+    """Whether this is such a folder."""
+    return _PARTS.fullmatch(path.name) is not None and path.is_dir()
+
+
+def sweep_parts(path: Path, keep: Path | None = None) -> None:
+    """Remove the folders of parts of `path` whose makers are dead, except one that is to be gone on with."""
+    stem = path.name.removesuffix(".safetensors")
+    for found in list(path.parent.iterdir()) if path.parent.is_dir() else ():
+        named = _PARTS.fullmatch(found.name)
+        if named and named[1] == stem and found != keep and found.is_dir():
+            with contextlib.suppress(OSError):
+                if is_abandoned((found / OWNER).read_text(), 0.0):
+                    shutil.rmtree(found, ignore_errors=True)
 
 
 def sweep_directory(place: Path) -> None:

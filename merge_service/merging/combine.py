@@ -14,7 +14,7 @@ from merge_service.blocks.questions import Ask, Findings
 from merge_service.checkpoints import ties
 from merge_service.checkpoints.target import Target
 from merge_service.checkpoints.weights import Weights
-from merge_service.checkpoints.writer import CheckpointWriter
+from merge_service.checkpoints.writer import Writer
 from merge_service.engine.assembly import assemble, assemble_in_turn
 from merge_service.engine.compute import Compute, site_of
 from merge_service.engine.inputs import spliced
@@ -23,9 +23,9 @@ from merge_service.engine.stream_state import METADATA_KEY, Ends, effective
 from merge_service.engine.survey import Surveyor
 from merge_service.engine.task import Input, MergeTask
 from merge_service.engine.thresholds_cache import KeptThresholds
-from merge_service.errors import TechniqueError
 from merge_service.merging.derivation import Derivation, Lineage, Out, Way
 from merge_service.merging.evidence import gather
+from merge_service.merging.in_shards import Maker, make_staged
 from merge_service.merging.intake import by_content, check_count, check_inputs, open_all, shown
 from merge_service.merging.report import Done, MergeReport, report_of
 from merge_service.statistics import Statistics
@@ -38,9 +38,6 @@ def combine(derivation: Derivation, out: Out, way: Way = Way()) -> MergeReport:
     expert and tensor; `out` is then unchanged.
     """
     check_count(derivation)
-    if way.split is not None and (out.shard_bytes is not None or out.dtype is not None):
-        option = "--dtype" if out.shard_bytes is None else "--shard-size"
-        raise TechniqueError(f"workers write one file between them; leave {option} or --workers out")
     with contextlib.ExitStack() as stack:
         anchor, opened = open_all(stack, derivation.base, derivation.paths, way.rules)
         return combine_weights(derivation, anchor, opened, out, way)
@@ -67,7 +64,18 @@ def combine_weights(
             metadata(task, operator.form, known),
             KeptThresholds(task, way.keep_thresholds, known.sha256),
         )
-        if team is None and task.in_turn:
+        is_staged = way.durable and not out.hashed and len(target.parts(task.reference.tensors)) > 1
+        writer: Writer | None = None
+        if is_staged:
+            if team is not None or not task.in_turn:
+                found, notes = ready(task, way, memory, team.answer if team else None)
+            else:
+                found, notes = memory.recall(), ()
+            every = [weights for weights in (anchor, *opened) if weights is not None]
+            lies, found = make_staged(Maker(task, found, way, team), target, said, every)
+            if team is None and task.in_turn:
+                notes = memory.store(found)
+        elif team is None and task.in_turn:
             with target.open(task.reference, said, way.durable) as writer:
                 lies, found = assemble_in_turn(task, site, memory.recall(), Ends(writer), way.execution)
             notes = memory.store(found)
@@ -77,7 +85,6 @@ def combine_weights(
                 if team is None:
                     lies = assemble(Compute(task, found, site), Ends(writer), way.execution)
                 else:
-                    assert isinstance(writer, CheckpointWriter)
                     lies = team.assemble(task, found, writer, way.execution)
         return report_of(task, target, known, began, Done(lies, writer, notes))
 

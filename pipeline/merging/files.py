@@ -122,11 +122,25 @@ def settled(what: FileMerge) -> FileMerge:
 
 
 def refuse_to_replace(out: Path) -> None:
-    """Raise UserError if something exists at `out`: a file, a directory that is not empty, shards with their index."""
+    """Raise UserError if something exists at `out`: a file, a directory that is not empty, shards with their index.
+
+    A directory in which a merge into shards was stopped before it had an index may be gone on with.
+    """
+    from merge_service.files import is_parts_folder
+
     index = out.with_name(f"{out.name}.index.json")
     there = next((path for path in (out, index) if path.exists()), None)
-    if there is not None and not (there.is_dir() and not any(there.iterdir())):
-        raise UserError(f"--out {there} is there already; give another --out, or replace it with --force")
+    if there is None or (there.is_dir() and not any(there.iterdir())):
+        return
+    held = list(there.iterdir()) if there.is_dir() else []
+    if any(map(is_parts_folder, held)) and not any(_is_whole(one.name) for one in held):
+        return
+    raise UserError(f"--out {there} is there already; give another --out, or replace it with --force")
+
+
+def _is_whole(name: str) -> bool:
+    """Whether a file of this name makes a directory a model."""
+    return name.endswith(".index.json") or (name.endswith(".safetensors") and "-of-" not in name)
 
 
 def ids_from(named: Sequence[str], experts: Sequence[Path]) -> list[str | None]:

@@ -23,7 +23,7 @@ class Shardwise:
 
     def __init__(self, target: Target, reference: Laid, metadata: Mapping[str, str]) -> None:
         self.target, self.metadata = target, dict(metadata)
-        self._tensors = reference.tensors
+        self.tensors = reference.tensors
         self.parts = target.parts(reference.tensors)
         self.is_sharded = len(self.parts) > 1 or target.indexed
         self.files = shard_paths(target.weights, len(self.parts)) if self.is_sharded else [target.weights]
@@ -33,18 +33,23 @@ class Shardwise:
     @property
     def missing(self) -> list[int]:
         """The files that are not there yet, by their place in `parts`."""
-        return [at for at in range(len(self.parts)) if not self._is_made(at)]
+        return [at for at in range(len(self.parts)) if not self.is_made(at)]
 
     def writer(self, at: int) -> CheckpointWriter:
         """A writer of one file. What an older index or file of the same name says is no longer true: both are removed."""
+        self.forget_index()
+        return CheckpointWriter(self.files[at], self.parts[at], self.metadata)
+
+    def forget_index(self) -> None:
+        """Remove the index of an older model, durably."""
         if self._index.exists():
             self._index.unlink()
             sync_directory(self._index.parent)
-        return CheckpointWriter(self.files[at], self.parts[at], self.metadata)
 
-    def finish(self) -> Path:
+    def finish(self, companions: bool = True) -> Path:
         """Write the files beside the weights and the index, and remove another form of the same name; the path to read."""
-        self.target.write_companions(self._tensors)
+        if companions:
+            self.target.write_companions(self.tensors)
         if not self.is_sharded:
             self._index.unlink(missing_ok=True)
             remove_shards(self.target.weights, keep=set())
@@ -53,14 +58,14 @@ class Shardwise:
         if self.is_sharded:
             self.target.weights.unlink(missing_ok=True)
             remove_shards(self.target.weights, keep={file.name for file in self.files})
-        return self.target.place(_Laid(self._tensors))
+        return self.target.place(_Laid(self.tensors))
 
     def _is_indexed(self) -> bool:
         return self._index.is_file() and self._index.read_text(encoding="utf-8") == self._text
 
-    def _is_made(self, at: int) -> bool:
-        """Whether the file is there, whole, of this layout, and made of the same."""
-        file = self.files[at]
+    def is_made(self, at: int, file: Path | None = None) -> bool:
+        """Whether the file, by default under its name, is there, whole, of this layout, and made of the same."""
+        file = file or self.files[at]
         if not file.is_file():
             return False
         try:

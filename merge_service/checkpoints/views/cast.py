@@ -37,7 +37,7 @@ class Cast:
     """`Writer` in front of another: `tensors` are as the merge computes them, floats are written as `dtype`."""
 
     def __init__(self, writer: Writer, tensors: Mapping[str, TensorInfo], dtype: str) -> None:
-        self._writer, self._tensors, self._dtype = writer, tensors, dtype
+        self._writer, self._tensors, self.dtype = writer, tensors, dtype
 
     @property
     def files(self) -> Sequence[CheckpointWriter]:
@@ -47,12 +47,12 @@ class Cast:
     def write_stored(self, name: str, start: int, stored: np.ndarray) -> None:
         """As of `Writer`. Raises `NonFiniteCheckpoint` for a number that the dtype cannot hold."""
         info = self._tensors[name]
-        if cast(info, self._dtype) != info.dtype:
-            kind = DTYPES[self._dtype]
+        if cast(info, self.dtype) != info.dtype:
+            kind = DTYPES[self.dtype]
             with np.errstate(over="ignore"):
                 stored = encode(decode(stored, info.kind), kind)
             if not stored_finite(stored, kind):
                 raise NonFiniteCheckpoint(
-                    f"{name} has values that {self._dtype} cannot hold; write a wider dtype, bfloat16 or float32"
+                    f"{name} has values that {self.dtype} cannot hold; write a wider dtype, bfloat16 or float32"
                 )
         self._writer.write_stored(name, start, stored)

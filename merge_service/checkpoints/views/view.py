@@ -30,7 +30,7 @@ class View(Named):
         factors: Mapping[str, float] | None = None,
         wide: bool = False,
     ) -> None:
-        self.of, self.files = of, of.files
+        self.of, self.files, self.is_widened = of, of.files, False
         self._at: list[tuple[str, float]] = []
         places: dict[tuple[int, int, bool, float], int] = {}
         tensors: dict[str, TensorInfo] = {}
@@ -47,7 +47,9 @@ class View(Named):
     @classmethod
     def widened(cls, of: Weights) -> "View":
         """All tensors, floats of less than 32 bits as float32."""
-        return cls(of, {name: name for name in of.tensors}, wide=True)
+        made = cls(of, {name: name for name in of.tensors}, wide=True)
+        made.is_widened = True
+        return made
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """As of `Weights`."""

@@ -182,6 +182,20 @@ def test_killed_between_renames_no_index_points_at_a_mixture(files: Files, where
     assert sharded(files) == index and listed(index) == before and same(index, files.out)
 
 
+def test_killed_while_shards_are_made_the_old_model_stays_and_the_merge_goes_on(files: Files) -> None:
+    files.merge("ties")
+    index = sharded(files)
+    before = listed(index)
+    killed_at(files, "shards.made", 2)
+    assert same(index, files.out) and len(list(index.parent.glob(".m.*.parts/*.json"))) == 2
+    (room,) = index.parent.glob(".m.*.parts")
+    stamps = {one.name: one.stat().st_ino for one in room.glob("*.safetensors")}
+    merge("average", {}, files.start, files.paths, index.with_name("m.safetensors"), shard_bytes=80)
+    made = {one.name: one.stat().st_ino for one in index.parent.glob("m-*.safetensors")}
+    assert stamps.items() <= made.items() and not list(index.parent.glob(".m.*"))
+    assert listed(index) == before
+
+
 def test_shard_without_its_index_is_not_taken_for_a_model(files: Files) -> None:
     room = killed_at(files, "shards.published", 1).parent
     (only,) = room.glob("*.safetensors")
@@ -236,7 +250,9 @@ def test_sizes_are_decimal_and_nonsense_is_refused(files: Files) -> None:
 
 
 def test_failed_merge_leaves_no_shards(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("merge_service.engine.assembly.copy", lambda *_: (_ for _ in ()).throw(RuntimeError))
+    monkeypatch.setattr(
+        "merge_service.merging.in_shards.copy", lambda *_: (_ for _ in ()).throw(RuntimeError)
+    )
     with pytest.raises(RuntimeError):
         sharded(files)
     assert not list((files.room / "out").iterdir())

@@ -129,3 +129,36 @@ def test_file_that_is_safetensors_already_is_not_converted(cli, room: Path) -> N
     for source in ("a/model.safetensors", "a"):
         answer = cli("convert", source, "new.safetensors")
         assert answer.code == 2 and "safetensors already" in answer.err
+
+
+def test_merge_into_shards_that_was_stopped_goes_on_without_force_and_a_finished_one_does_not(
+    cli, room: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = (
+        "merge",
+        "--technique",
+        "ties",
+        "--base",
+        "base",
+        "--shard-size",
+        "1KB",
+        "--dtype",
+        "bfloat16",
+        "a",
+        "b",
+        "--out",
+    )
+    assert cli(*given, "whole").code == 0
+
+    def full(name: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("merge_service.checkpoints.folders.staged.point", full)
+        assert cli(*given, "out").code == 1
+    assert list((room / "out").glob(".model.*.parts/*.json"))
+    again = cli(*given, "out")
+    assert again.code == 0, again.err
+    for file in (room / "whole").glob("model*"):
+        assert (room / "out" / file.name).read_bytes() == file.read_bytes()
+    assert cli(*given, "out").code == 2
