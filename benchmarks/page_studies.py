@@ -94,9 +94,9 @@ def folders(file: dict[str, Any]) -> str:
 
 def gates(file: dict[str, Any]) -> str:
     """What the gates of a service say of honest and of poisoned experts."""
-    from service_gates import summary, under_defaults
+    from service_gates import OTHER, summary, under_defaults
 
-    settings, rows = file["settings"], file["found"]["rows"]
+    settings, rows = file["settings"], [one for one in file["found"]["rows"] if one["kind"] != OTHER]
     seeds, tasks = len(settings["seeds"]), len(settings["tasks"])
     said = f"{len(rows)} experts of tiny-clip: {seeds} seeds, {tasks} tasks, the gates of `configs/{settings['config']}`."
     found = under_defaults(rows)
@@ -105,6 +105,13 @@ def gates(file: dict[str, Any]) -> str:
         f"{found['undecided']} would have been held as undecided, and {found['failed']} rejected."
     )
     return f"{said}\n\n{summary(rows)}\n\n{default}"
+
+
+def gates_of_tasks(file: dict[str, Any]) -> str:
+    """What the gates of a service say of honest experts that are sent for another task."""
+    from service_gates import HONEST, summary
+
+    return summary([one for one in file["found"]["rows"] if one["kind"] != HONEST])
 
 
 def arrivals_statistics(file: dict[str, Any]) -> str:
@@ -163,6 +170,7 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "keep": ("storage-sweep", keep),
     "small-disk": ("storage-small-disk", small_disk),
     "service-gates": ("service-gates", gates),
+    "service-gates-tasks": ("service-gates-tasks", gates_of_tasks),
     "arrivals-statistics": ("statistics-arrivals", arrivals_statistics),
     "evidence": ("evidence-vit-b-32", evidence),
 }
