@@ -277,8 +277,8 @@ def merge(
 ) -> "MergeReport | dict[str, Any]":
     """Merge experts, oldest first: files into `out`, or state dicts into a new one of the same kind.
 
-    `params` are the technique's (see `techniques`), in the terms of `parity` if that is given (`merge_service.timelines.parity`). State dicts go through temporary files, so that their result is bit
-    for bit that of files; it has the names, dtypes and devices of the base (of the first expert without one). `ids` name the
+    `params` are the technique's (see `techniques`), in the terms of `parity` if that is given (`merge_service.timelines.parity`). The result of state dicts is bit for bit that of files, with the names, dtypes and devices of the base (of the first expert
+    without one). `ids` name the
     experts, whose names (and random masks) otherwise come from their content; `strip_prefix` is taken off tensor names that
     begin with it; with `any_base` experts that cannot have been trained from the base are merged all the same. `statistics` are the
     files of what was measured of each expert (see `measure`), for techniques that need it; of files EXPERT.KIND.safetensors beside the

@@ -70,9 +70,9 @@ class Packing:
     split: bool
 
     @classmethod
-    def of(cls, shapes: Shapes, beside: Path, *, split: bool) -> "Packing":
-        """The packing of a model with tensors of these shapes; `beside` is the path of its weights."""
-        return cls(shapes, _read(beside.parent / "config.json"), split)
+    def of(cls, shapes: Shapes, beside: Path | None, *, split: bool) -> "Packing":
+        """The packing of a model with tensors of these shapes; `beside` is the path of its weights, if they are in a file."""
+        return cls(shapes, _read(beside.parent / "config.json") if beside else {}, split)
 
     def matrices(self, name: str) -> list[Matrix]:
         """The matrices in a tensor; an empty list for a tensor that is no matrix."""

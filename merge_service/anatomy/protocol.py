@@ -40,8 +40,8 @@ class Anatomy(Protocol):
         do.
         """
 
-    def packing(self, beside: Path, *, split: bool) -> Packing:
-        """The matrices in every tensor of the weights at `beside`; with `split`, packed ones are taken apart."""
+    def packing(self, beside: Path | None, *, split: bool) -> Packing:
+        """The matrices in every tensor of the weights at `beside` (None: in memory); with `split`, packed ones are taken apart."""
 
     def linear(self, name: str) -> Linear | None:
         """How a parameter acts on its input; None for a shift, a scalar or a table of positions."""

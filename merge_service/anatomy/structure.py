@@ -84,7 +84,7 @@ class ByName:
         """The number of the block that a tensor is in, None outside blocks."""
         return self.block[name][1] if name in self.block else None
 
-    def packing(self, beside: Path, *, split: bool) -> Packing:
+    def packing(self, beside: Path | None, *, split: bool) -> Packing:
         """The matrices in tensors, as far as names, shapes and a `config.json` beside the weights tell."""
         return Packing.of(self.shapes, beside, split=split)
 

@@ -19,9 +19,10 @@ from merge_service.checkpoints.shards import bytes_of
 from merge_service.checkpoints.target import overwrites
 from merge_service.checkpoints.ties import Ties, entry, of_groups, recorded
 from merge_service.checkpoints.views.cast import WRITTEN, written
+from merge_service.checkpoints.views.memory import InMemory
 from merge_service.checkpoints.views.rows import Rows, vocabulary_of
 from merge_service.checkpoints.weights import Named, Weights
-from merge_service.checkpoints.writer import CheckpointWriter
+from merge_service.checkpoints.writer import CheckpointWriter, Layout
 
 __all__ = [
     "ADAPTER_FOLDER",
@@ -32,6 +33,8 @@ __all__ = [
     "Checkpoint",
     "CheckpointWriter",
     "Converted",
+    "InMemory",
+    "Layout",
     "Named",
     "Rows",
     "Ties",

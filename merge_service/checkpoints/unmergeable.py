@@ -36,7 +36,7 @@ def check_mergeable(checkpoint: Weights, who: str) -> None:
             f"the mean of factors is not the mean of updates. Give it on its base, BASE+{checkpoint.path}, or its folder with an "
             "adapter_config.json"
         )
-    shown = _codes(checkpoint) or _configured(checkpoint.path.parent)
+    shown = _codes(checkpoint) or (_configured(checkpoint.path.parent) if checkpoint.files else None)
     if shown is not None:
         raise _quantised(checkpoint, who, shown)
 

@@ -173,7 +173,7 @@ class MergeTask:
     def packing(self) -> Packing:
         """The matrices in the reference's tensors."""
         split = self.params.get("attention") == "split"
-        return self.anatomy.packing(self.reference.path, split=split)
+        return self.anatomy.packing(self.reference.path if self.reference.files else None, split=split)
 
     @cached_property
     def factors(self) -> Mapping[str, float]:

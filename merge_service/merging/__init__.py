@@ -9,6 +9,7 @@ from merge_service.merging.adapters.extract import extract
 from merge_service.merging.adapters.knots import merge_in_shared_basis
 from merge_service.merging.adapters.written import Factors, Written
 from merge_service.merging.adapters.written import write as write_adapter
+from merge_service.merging.combine import merge_in_memory
 from merge_service.merging.derivation import Member, Operator, Out, Rules, Way
 from merge_service.merging.jobs import MergeJob, TakeJob
 from merge_service.merging.parts import Group, Seen, combine_groups
@@ -36,6 +37,7 @@ __all__ = [
     "concatenate",
     "copy_beside",
     "extract",
+    "merge_in_memory",
     "merge_in_shared_basis",
     "said_of",
     "task_vector",

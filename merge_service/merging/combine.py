@@ -1,18 +1,23 @@
 """Merges all members of a derivation at once: every expert, or a running model and the newest one.
 
 Everything that can be validated is validated before a block is computed. The output is written once and published only when it is
-complete. Memory is a few blocks per thread, for any number of experts.
+complete; that of models in memory stays there. Memory is a few blocks per thread, for any number of experts.
 """
 
 import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from merge_service.blocks.questions import Ask, Findings
 from merge_service.checkpoints import ties
-from merge_service.checkpoints.target import Target
+from merge_service.checkpoints.target import Laid, Target
+from merge_service.checkpoints.views.memory import ArrayWriter, InMemory
 from merge_service.checkpoints.weights import Weights
 from merge_service.checkpoints.writer import Writer
 from merge_service.engine.assembly import assemble, assemble_in_turn
@@ -23,12 +28,15 @@ from merge_service.engine.stream_state import METADATA_KEY, Ends, effective
 from merge_service.engine.survey import Surveyor
 from merge_service.engine.task import Input, MergeTask
 from merge_service.engine.thresholds_cache import KeptThresholds
-from merge_service.merging.derivation import Derivation, Lineage, Out, Way
+from merge_service.merging.derivation import Derivation, Lineage, Operator, Out, Way, members_of
 from merge_service.merging.evidence import gather
 from merge_service.merging.in_shards import Maker, make_staged
-from merge_service.merging.intake import by_content, check_count, check_inputs, open_all, shown
+from merge_service.merging.intake import by_content, check_count, check_inputs, open_all, shown, strip
 from merge_service.merging.report import Done, MergeReport, report_of
 from merge_service.statistics import Statistics
+
+Arrays = dict[str, np.ndarray]
+"""All elements of every tensor in a row, as a file stores them."""
 
 
 def combine(derivation: Derivation, out: Out, way: Way = Way()) -> MergeReport:
@@ -87,6 +95,56 @@ def combine_weights(
                 else:
                     lies = team.assemble(task, found, writer, way.execution)
         return report_of(task, target, known, began, Done(lies, writer, notes))
+
+
+def merge_in_memory(
+    operator: Operator,
+    base: InMemory | None,
+    experts: Sequence[InMemory],
+    way: Way = Way(),
+    *,
+    ids: Sequence[str | None] | None = None,
+    statistics: Sequence[Path | str | None] | None = None,
+) -> Arrays:
+    """The elements of every tensor of the merged model, in a row, as stored in a file, with the base's dtypes (the first expert's without one).
+
+    For techniques that take experts one after another by a state on the disk (`Technique.ordered`) there is `streaming.replay`. Raises
+    what `merge_service.merge.merge` raises.
+    """
+    assert not operator.technique.ordered, operator.technique.name
+    members = members_of([one.path for one in experts], ids, None, statistics)
+    derivation = Derivation(operator, None if base is None else base.path, members)
+    check_count(derivation)
+    strip([*([] if base is None else [base]), *experts], way.rules)
+    out = _Out(Path("merged"))
+    combine_weights(derivation, base, experts, out, way)
+    return out.arrays
+
+
+@dataclass(frozen=True)
+class _Target(Target):
+    """Where the tensors of a merged model are kept: `arrays`, all elements of each in a row, as a file stores them."""
+
+    arrays: Arrays = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def open(self, reference: Laid, metadata: dict[str, str], durable: bool = True) -> Iterator[Writer]:
+        """A writer that keeps its tensors; they are there when it is closed."""
+        writer = ArrayWriter(self.parts(reference.tensors)[0])
+        yield writer
+        writer.close()
+        self.arrays.update(writer.arrays)
+
+
+@dataclass(frozen=True)
+class _Out(Out):
+    """A merged model that is kept in `arrays`."""
+
+    arrays: Arrays = field(default_factory=dict)
+
+    def target(self, sources: Sequence[Path], apart: tuple[str, str] | None = None) -> Target:
+        """The place of its tensors."""
+        return _Target(self.path, self.path, None, arrays=self.arrays)
 
 
 def _cast(

@@ -48,13 +48,18 @@ def _open(asked: Evidence, technique: str, member: Member, of: tuple[Weights, We
     weights, base = of
     measured = base if asked.of == "base" else weights
     path = member.statistics or beside(member.path, asked.kind)
-    if not path.is_file():
+    if not path.is_file() or (member.statistics is None and not weights.files):
         if asked.of == "experts":
             raise TechniqueError(
                 f"{technique} measures all experts together on images of every task; give these in Python: tm.merge({technique!r}, "
                 "experts, ..., inputs=[{'images': ...}, ...])"
             )
         which = "of the base on the data of" if asked.of == "base" else "of"
+        if not weights.files:
+            raise TechniqueError(
+                f"{technique} needs statistics of kind {asked.kind} {which} {member.path}; give their files: statistics=[...], one for each "
+                f"expert, in their order; measure({asked.kind!r}, ..., out=FILE) writes one"
+            )
         raise TechniqueError(
             f"{technique} needs statistics of kind {asked.kind} {which} {member.path}, and there is no file {path}; give it "
             f"(--statistics FILE, once per expert, in the order of the experts), or make it: temporal-merge measure {asked.kind} "

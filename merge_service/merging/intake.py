@@ -69,13 +69,17 @@ def open_all(
     """The base and the experts, open as long as `stack`; adapters are read on the base if they name none. Raises `CheckpointError` if no name has the prefix to strip."""
     anchor = stack.enter_context(open_weights(base)) if base is not None else None
     opened = [stack.enter_context(open_weights(path, base)) for path in experts]
-    every = [*([anchor] if anchor else []), *opened]
+    strip([*([anchor] if anchor else []), *opened], rules)
+    return anchor, opened
+
+
+def strip(every: Sequence[Weights], rules: Rules) -> None:
+    """Remove the prefix of the rules, if there is one, from all names. Raises `CheckpointError` if no name has it."""
     if rules.strip_prefix and not sum([weights.rename(rules.strip_prefix, "") for weights in every]):
         first = next(iter(every[0].tensors), "none")
         raise CheckpointError(
             f"no tensor name begins with the prefix {rules.strip_prefix!r} that is to be stripped; {every[0].path} has {first!r}"
         )
-    return anchor, opened
 
 
 def check_inputs(

@@ -1,18 +1,25 @@
-"""Merging models in memory, through temporary files, so that all forms of a model use the same arithmetic.
+"""Merging models in memory by the arithmetic of files, without files.
 
-Invariant: a tensor is written to its file and read back bit for bit, bfloat16 included; the inputs are never changed.
+Invariant: the result has the bits of a merge of files, bfloat16 included, and the ties of the base; the inputs are never changed.
 """
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from merge_service.checkpoints import DTYPES, Checkpoint, CheckpointWriter, Ties, entry, of_groups
+from merge_service.checkpoints import DTYPES, Checkpoint, CheckpointWriter, InMemory, Ties, entry, of_groups
 from merge_service.errors import CheckpointError
-from pipeline.merging.files import FileMerge, merge_files
+from pipeline.merging.files import FileMerge, merge_files, settled
+
+if TYPE_CHECKING:
+    from merge_service.checkpoints import Layout
+    from merge_service.merging import Operator
 
 _NUMPY = {kind.storage: name for name, kind in DTYPES.items() if name != "BF16" and not name.startswith("F8")}
 _TORCH = {
@@ -39,27 +46,87 @@ def merge_state_dicts(
 ) -> dict[str, Any]:
     """The merged state dict, with the names, kind, dtypes and devices of the base (of the first expert without one).
 
-    `options` are those of `pipeline.api.merge`. Names that share memory in the base share it in the result. Needs space for all
-    models among the temporary files. Raises UserError as a merge of files does, and CheckpointError for a value that is no
-    tensor, or has a dtype that checkpoints lack.
+    `options` are those of `pipeline.api.merge`. Names that share memory in the base share it in the result. Tensors of the host are read
+    in place, those of a device one at a time. A technique that takes experts one after another keeps its state and its inputs in
+    temporary files. Raises UserError as a merge of files does, and CheckpointError for a value that is no tensor, or has a dtype
+    that checkpoints lack.
     """
+    from merge_service.merging import Operator
+    from merge_service.timelines import translate_merge
+
+    reference = experts[0] if base is None and experts else base
+    models = {f"expert-{number}": one for number, one in enumerate(experts, 1)}
+    if base is not None:
+        models["base"] = base
+    layouts = {name: _layout(name, one) for name, one in models.items()}
+    what = settled(FileMerge(technique, params, None, [], Path("merged.safetensors"), **options))
+    resolved = translate_merge(technique, what.params, what.parity, len(experts))
+    operator = Operator.of(technique, resolved, "merge")
+    if reference is None or operator.technique.ordered:
+        return _through_files(what, base, experts)
+    shared = _shared_in_all(reference, experts)
+    tied = "base" if base is not None else "expert-1"
+    opened = {
+        name: _opened(name, one, layouts[name], shared if name == tied else {})
+        for name, one in models.items()
+    }
+    found = _merged(operator, opened, what)
+    prefix = what.strip_prefix or ""
+    own = {
+        key: _like(value, found[key.removeprefix(prefix)])
+        for key, value in reference.items()
+        if key not in shared
+    }
+    return {key.removeprefix(prefix): own[shared.get(key, key)] for key in reference}
+
+
+def _merged(operator: "Operator", opened: Mapping[str, InMemory], what: FileMerge) -> dict[str, np.ndarray]:
+    from merge_service.engine import Execution
+    from merge_service.merging import Rules, Way, merge_in_memory
+
+    way = Way(Execution(len(os.sched_getaffinity(0)), measure=False), Rules(what.any_base, what.strip_prefix))
+    experts = [one for name, one in opened.items() if name != "base"]
+    return merge_in_memory(
+        operator, opened.get("base"), experts, way, ids=what.ids, statistics=what.statistics
+    )
+
+
+def _through_files(
+    what: FileMerge, base: Mapping[str, Any] | None, experts: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The same by way of temporary files, for techniques whose merge is a stream of experts with a state."""
     reference = experts[0] if base is None else base
     with tempfile.TemporaryDirectory(prefix="temporal-merge-") as name:
         room = Path(name)
-        paths = [_saved(room, f"expert-{number}", one) for number, one in enumerate(experts, 1)]
-        start = None if base is None else _saved(room, "base", base)
+        paths = [
+            save(room / f"expert-{number}.safetensors", one, {}) for number, one in enumerate(experts, 1)
+        ]
         shared = _shared_in_all(reference, experts)
-        if shared:
-            _saved(room, "base" if start else "expert-1", reference, shared)
-        merge_files(FileMerge(technique, params, start, paths, room / "merged.safetensors", **options))
-        prefix = options.get("strip_prefix") or ""
+        start = None if base is None else save(room / "base.safetensors", base, shared)
+        merge_files(replace(what, base=start, experts=paths, out=room / "merged.safetensors"))
+        prefix = what.strip_prefix or ""
         with Checkpoint.open(room / "merged.safetensors") as merged:
             own = {
-                key: _like(value, merged.raw(key.removeprefix(prefix)))
+                key: _like(value, merged.raw(key.removeprefix(prefix)).copy())
                 for key, value in reference.items()
                 if key not in shared
             }
         return {key.removeprefix(prefix): own[shared.get(key, key)] for key in reference}
+
+
+def _opened(name: str, tensors: Mapping[str, Any], layout: "Layout", ties: Ties) -> InMemory:
+    """A state dict as weights. Tensors that lie in a row on the host are read where they are."""
+    elements = {
+        key: _stored(value) if _lies_in_a_row(value) else partial(_stored, value)
+        for key, value in tensors.items()
+    }
+    return InMemory(Path(name), layout, elements, {"format": "pt", **entry(ties)})
+
+
+def _lies_in_a_row(value: Any) -> bool:
+    if _is_torch(value):
+        return bool(value.device.type == "cpu" and value.is_contiguous())
+    return isinstance(value, np.generic) or bool(value.flags.c_contiguous and value.flags.aligned)
 
 
 def save(path: Path, tensors: Mapping[str, Any], ties: Ties | None = None) -> Path:
@@ -67,13 +134,7 @@ def save(path: Path, tensors: Mapping[str, Any], ties: Ties | None = None) -> Pa
 
     Raises CheckpointError for what is no state dict, or a value that is no tensor with numbers.
     """
-    name = path.name.removesuffix(".safetensors")
-    if not isinstance(tensors, Mapping):
-        hint = "; give its state_dict()" if hasattr(tensors, "state_dict") else ""
-        raise CheckpointError(
-            f"{name} is a {type(tensors).__name__}, not a state dict: tensors by name{hint}"
-        )
-    layout = {key: (_dtype(value, key, name), tuple(value.shape)) for key, value in tensors.items()}
+    layout = _layout(path.name.removesuffix(".safetensors"), tensors)
     shared = _shared_in_all(tensors, ()) if ties is None else ties
     with CheckpointWriter(path, layout, {"format": "pt", **entry(shared)}) as writer:
         for key, value in tensors.items():
@@ -81,8 +142,14 @@ def save(path: Path, tensors: Mapping[str, Any], ties: Ties | None = None) -> Pa
     return path
 
 
-def _saved(room: Path, name: str, tensors: Mapping[str, Any], ties: Ties | None = None) -> Path:
-    return save(room / f"{name}.safetensors", tensors, ties or {})
+def _layout(name: str, tensors: Mapping[str, Any]) -> "Layout":
+    """Dtype and shape by name. Raises CheckpointError for what is no state dict, or a value that is no tensor with numbers."""
+    if not isinstance(tensors, Mapping):
+        hint = "; give its state_dict()" if hasattr(tensors, "state_dict") else ""
+        raise CheckpointError(
+            f"{name} is a {type(tensors).__name__}, not a state dict: tensors by name{hint}"
+        )
+    return {key: (_dtype(value, key, name), tuple(value.shape)) for key, value in tensors.items()}
 
 
 def _shared_in_all(reference: Mapping[str, Any], experts: Sequence[Mapping[str, Any]]) -> Ties:
@@ -157,8 +224,8 @@ def _stored(value: Any) -> np.ndarray:
 
 
 def _like(reference: Any, stored: np.ndarray) -> Any:
-    """Elements of a file in the form of the reference, in their own memory."""
-    own = stored.copy().reshape(tuple(reference.shape))
+    """Elements as stored, which become the result's own memory, in the form of the reference."""
+    own = stored.reshape(tuple(reference.shape))
     if isinstance(reference, np.ndarray | np.generic):
         return own
     import torch

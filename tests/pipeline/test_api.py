@@ -15,6 +15,7 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
 import temporal_merge as tm
+from merge_service.checkpoints import Checkpoint, CheckpointWriter, InMemory
 from merge_service.errors import UserError
 from merge_service.techniques import get, names
 from pipeline.plan.file import write as write_plan
@@ -62,6 +63,69 @@ def test_state_dicts_give_the_bits_of_files_for_every_technique(
         assert value.dtype == base[name].dtype
         assert np.asarray(value).tobytes() == expected[name].tobytes(), name
         assert value.shape == base[name].shape
+
+
+def test_state_dicts_are_read_in_place_and_no_file_is_written_or_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(
+        '{"quantization_config": {"quant_method": "gptq"}, "num_attention_heads": 2}'
+    )
+    (tmp_path / "expert-1.fisher.safetensors").write_bytes(b"no statistics")
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.mkdtemp", lambda *_, **__: pytest.fail("a temporary folder was asked for"))
+    (tmp_path / "elsewhere").mkdir()
+    files = Files(tmp_path / "elsewhere")
+    copies = [{k: np.array(v) for k, v in one.items()} for one in (files.base, *files.experts)]
+    for value in (value for one in copies for value in one.values()):
+        value.flags.writeable = False
+    for technique in ("ties", "iso_c", "dare", "slerp"):
+        tm.merge(technique, copies[1:3], base=copies[0])
+    with pytest.raises(
+        UserError, match=r"fisher needs statistics of kind fisher of expert-1; give .*statistics=\["
+    ):
+        tm.merge("fisher", copies[1:3], base=copies[0])
+    assert [one for one in sorted(tmp_path.iterdir()) if one.name != "elsewhere"] == before
+
+
+def test_tensors_that_lie_otherwise_than_in_a_file_merge_to_the_same_bits() -> None:
+    rng = np.random.default_rng(0)
+    plain = [
+        {"a": rng.normal(size=(6, 4)).astype(np.float32), "b": rng.normal(size=9).astype(np.float16)}
+        for _ in range(3)
+    ]
+    turned = [{"a": np.asfortranarray(one["a"]), "b": np.repeat(one["b"], 2)[::2]} for one in plain]
+    strided = [{k: torch.from_numpy(v.copy()).flip(0).flip(0)[:] for k, v in one.items()} for one in turned]
+    strided[1]["a"] = torch.from_numpy(plain[1]["a"].T.copy()).t()
+    wanted = tm.merge("ties", plain[1:], base=plain[0], density=0.5)
+    for models in (turned, strided):
+        for name, value in tm.merge("ties", models[1:], base=models[0], density=0.5).items():
+            assert np.asarray(value).tobytes() == np.asarray(wanted[name]).tobytes(), name
+
+
+def test_weights_in_memory_are_named_and_hashed_as_the_file_of_the_same(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {
+        "b": rng.normal(size=(3, 5)).astype(np.float16),
+        "a": rng.normal(size=900).astype(np.float32),
+        "none": np.zeros((0, 2), np.float32),
+    }
+    layout = {name: ({2: "F16", 4: "F32"}[one.itemsize], one.shape) for name, one in arrays.items()}
+    held = InMemory(
+        Path("one"), layout, {name: one.reshape(-1) for name, one in arrays.items()}, {"format": "pt"}
+    )
+    with CheckpointWriter(tmp_path / "one.safetensors", layout, {"format": "pt"}) as writer:
+        for name, one in arrays.items():
+            writer.write_stored(name, 0, one.reshape(-1))
+    with Checkpoint.open(tmp_path / "one.safetensors") as file:
+        assert held.digests() == file.digests()
+        for name in arrays:
+            np.testing.assert_array_equal(held.read(name), file.read(name))
+            np.testing.assert_array_equal(held.raw(name, 1, 4), file.raw(name, 1, 4))
+        assert held.rename("a", "c") == 1
+        np.testing.assert_array_equal(held.read("c", 5, 9), arrays["a"][5:9])
+    assert held.address("c") == arrays["a"].ctypes.data
 
 
 def test_torch_state_dicts_in_half_precision_give_the_bits_of_files_and_stay_as_they_were(
