@@ -120,8 +120,8 @@ def again(homes: dict[float, Path]) -> dict[str, float]:
 @pytest.mark.parametrize("which", ["invented", "committed"])
 def test_every_effect_is_found_again_by_other_code(which: str, tmp_path: Path) -> None:
     folder = kept(tmp_path) if which == "invented" else COMMITTED / "numbers"
-    if not folder.is_dir():
-        pytest.skip("the study has no committed numbers yet")
+    if which == "committed" and not (COMMITTED / "verdicts.json").is_file():
+        pytest.skip("too few replicates are committed for a verdict yet")
     judged = judge_all(measures.core(read_numbers(folder), NAMES))
     parts = {
         answer.part.key: answer.part.values
