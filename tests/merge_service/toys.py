@@ -9,7 +9,14 @@ from merge_service.checkpoints import Checkpoint, CheckpointWriter
 from merge_service.merge import merge
 from tests.merge_service import measured
 
-NUMPY = {"F32": np.float32, "F64": np.float64, "F16": np.float16, "I64": np.int64, "BOOL": np.bool_}
+NUMPY = {
+    "F32": np.float32,
+    "F64": np.float64,
+    "F16": np.float16,
+    "I64": np.int64,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
 DTYPE = {np.dtype(kind): name for name, kind in NUMPY.items()}
 
 
