@@ -145,11 +145,7 @@ class CheckpointWriter:
 
     def settle(self) -> None:
         """Close the file, synced if it is durable; asserts that every element was written."""
-        written: Counter[str] = Counter()
-        for (name, _), size in self._done.items():
-            written[name] += size
-        missing = [name for name, info in self.tensors.items() if written[name] != info.numel]
-        if missing:
+        if missing := unwritten(self._done, self.tensors):
             self.abort()
             raise AssertionError(f"{self.path}: not every block of {missing[:3]} was written")
         self.wake()
@@ -244,6 +240,14 @@ class SlotWriter(CheckpointWriter):
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+
+def unwritten(done: Written, tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """The tensors of which some elements were not written."""
+    written: Counter[str] = Counter()
+    for (name, _), size in done.items():
+        written[name] += size
+    return [name for name, info in tensors.items() if written[name] != info.numel]
 
 
 def _preallocate(file: int, size: int) -> None:

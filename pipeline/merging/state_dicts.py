@@ -54,7 +54,7 @@ def merge_state_dicts(
     from merge_service.merging import Operator
     from merge_service.timelines import translate_merge
 
-    reference = experts[0] if base is None and experts else base
+    reference = experts[0] if base is None else base
     models = {f"expert-{number}": one for number, one in enumerate(experts, 1)}
     if base is not None:
         models["base"] = base
@@ -62,15 +62,16 @@ def merge_state_dicts(
     what = settled(FileMerge(technique, params, None, [], Path("merged.safetensors"), **options))
     resolved = translate_merge(technique, what.params, what.parity, len(experts))
     operator = Operator.of(technique, resolved, "merge")
-    if reference is None or operator.technique.ordered:
-        return _through_files(what, base, experts)
     shared = _shared_in_all(reference, experts)
-    tied = "base" if base is not None else "expert-1"
-    opened = {
-        name: _opened(name, one, layouts[name], shared if name == tied else {})
-        for name, one in models.items()
-    }
-    found = _merged(operator, opened, what)
+    if operator.technique.ordered:
+        found = _through_files(what, models, shared)
+    else:
+        tied = "base" if base is not None else "expert-1"
+        opened = {
+            name: _opened(name, one, layouts[name], shared if name == tied else {})
+            for name, one in models.items()
+        }
+        found = _merged(operator, opened, what)
     prefix = what.strip_prefix or ""
     own = {
         key: _like(value, found[key.removeprefix(prefix)])
@@ -92,26 +93,20 @@ def _merged(operator: "Operator", opened: Mapping[str, InMemory], what: FileMerg
 
 
 def _through_files(
-    what: FileMerge, base: Mapping[str, Any] | None, experts: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
+    what: FileMerge, models: Mapping[str, Mapping[str, Any]], shared: Ties
+) -> dict[str, np.ndarray]:
     """The same by way of temporary files, for techniques whose merge is a stream of experts with a state."""
-    reference = experts[0] if base is None else base
-    with tempfile.TemporaryDirectory(prefix="temporal-merge-") as name:
-        room = Path(name)
-        paths = [
-            save(room / f"expert-{number}.safetensors", one, {}) for number, one in enumerate(experts, 1)
-        ]
-        shared = _shared_in_all(reference, experts)
-        start = None if base is None else save(room / "base.safetensors", base, shared)
-        merge_files(replace(what, base=start, experts=paths, out=room / "merged.safetensors"))
-        prefix = what.strip_prefix or ""
-        with Checkpoint.open(room / "merged.safetensors") as merged:
-            own = {
-                key: _like(value, merged.raw(key.removeprefix(prefix)).copy())
-                for key, value in reference.items()
-                if key not in shared
-            }
-        return {key.removeprefix(prefix): own[shared.get(key, key)] for key in reference}
+    with tempfile.TemporaryDirectory(prefix="temporal-merge-") as place:
+        room = Path(place)
+        tied = "base" if "base" in models else "expert-1"
+        paths = {
+            name: save(room / f"{name}.safetensors", one, shared if name == tied else {})
+            for name, one in models.items()
+        }
+        experts, out = [path for name, path in paths.items() if name != "base"], room / "merged.safetensors"
+        merge_files(replace(what, base=paths.get("base"), experts=experts, out=out))
+        with Checkpoint.open(out) as merged:
+            return {name: merged.raw(name).copy() for name in merged.tensors}
 
 
 def _opened(name: str, tensors: Mapping[str, Any], layout: "Layout", ties: Ties) -> InMemory:

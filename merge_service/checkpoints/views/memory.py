@@ -8,17 +8,16 @@ Invariant: the numbers are those of a file of the same tensors, and so are diges
 import hashlib
 import threading
 import zlib
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from merge_service.checkpoints.checkpoint import SAMPLE
+from merge_service.checkpoints.checkpoint import samples
 from merge_service.checkpoints.dtypes import decode
 from merge_service.checkpoints.header import TensorInfo, build_header
 from merge_service.checkpoints.weights import Named
-from merge_service.checkpoints.writer import CheckpointWriter, Layout
+from merge_service.checkpoints.writer import CheckpointWriter, Layout, unwritten
 
 Elements = np.ndarray | Callable[[], np.ndarray]
 """All elements of a tensor in a row, as stored in a file: an array that is read in place, or a function that makes it."""
@@ -66,11 +65,8 @@ class InMemory(Named):
         """As of `Weights`."""
         digest = hashlib.sha256(self._head)
         for name, info in self._placed.items():
-            data = self._bytes(name) if info.numel else b""
-            for at in (
-                (0, (info.nbytes - SAMPLE) // 2, info.nbytes - SAMPLE) if info.nbytes > 3 * SAMPLE else (0,)
-            ):
-                digest.update(data[at : at + SAMPLE] if info.nbytes > 3 * SAMPLE else data)
+            for sample in samples(self._bytes(name) if info.numel else memoryview(b"")):
+                digest.update(sample)
         return digest.hexdigest()
 
     def digests(self) -> tuple[str, str]:
@@ -116,8 +112,5 @@ class ArrayWriter:
 
     def close(self) -> None:
         """Assert that every element was written."""
-        written: Counter[str] = Counter()
-        for (name, _), size in self._done.items():
-            written[name] += size
-        missing = [name for name, info in self._infos.items() if written[name] != info.numel]
+        missing = unwritten(self._done, self._infos)
         assert not missing, f"not every block of {missing[:3]} was written"
