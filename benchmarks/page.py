@@ -190,15 +190,7 @@ def arrivals() -> str:
         f"2 to {span + 1} of a new stream, medians of {span} pairs.\nEach arrival adds at most {max(grown):.0f} bytes to what the next one writes: "
         "its name in the list of experts, whatever the model's size."
     )
-    columns = (
-        "technique",
-        "early arrival, CPU ms",
-        "late / early: CPU",
-        "bytes read",
-        "bytes written",
-        "memory",
-    )
-    return f"{said}\n\n{table(columns, rows)}"
+    return f"{said}\n\n{table(page_studies.ARRIVALS, rows)}"
 
 
 # --- studies --------------------------------------------------------------------------------------------------------

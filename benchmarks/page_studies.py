@@ -11,6 +11,15 @@ from typing import Any
 from report import table
 
 MB = 1e6
+ARRIVALS = (
+    "technique",
+    "early arrival, CPU ms",
+    "late / early: CPU",
+    "bytes read",
+    "bytes written",
+    "memory",
+)
+"""The columns of what a late arrival costs beside an early one."""
 
 
 def sweep_report(file: dict[str, Any]) -> str:
@@ -126,15 +135,7 @@ def arrivals_statistics(file: dict[str, Any]) -> str:
         f"With statistics: {had['experts']} experts of {had['checkpoint_bytes']:,} bytes; the last {had['span']} arrivals beside arrivals 2 to "
         f"{had['span'] + 1} of a new stream, medians of {had['span']} pairs."
     )
-    columns = (
-        "technique",
-        "early arrival, CPU ms",
-        "late / early: CPU",
-        "bytes read",
-        "bytes written",
-        "memory",
-    )
-    return f"{said}\n\n{table(columns, rows)}"
+    return f"{said}\n\n{table(ARRIVALS, rows)}"
 
 
 def evidence(file: dict[str, Any]) -> str:

@@ -254,6 +254,13 @@ _BREAKS = {
     "P9": "singular vectors reach where no expert moved",
     "P10": "singular vectors are turned against each other",
 }
+_BREAKS_OF_TWO = {
+    **_BREAKS,
+    "P1": "has no factor of the task vector; nothing merged is the base",
+    "P2": "holds up to rounding",
+    "P4": "takes exactly two",
+    "P5": "takes exactly two",
+}
 _ALL_MATRICES = "in blocks, or all, tables of tokens and of positions too (as released)"
 
 TECHNIQUES = (
@@ -315,14 +322,7 @@ TECHNIQUES = (
         portable=False,
         forms=frozenset({"merge", "fold"}),
         arity=2,
-        breaks={
-            **_BREAKS,
-            "P1": "has no factor of the task vector; nothing merged is the base",
-            "P2": "holds up to rounding",
-            "P3": "the new expert has its own weight",
-            "P4": "takes exactly two",
-            "P5": "takes exactly two",
-        },
+        breaks={**_BREAKS_OF_TWO, "P3": "the new expert has its own weight"},
     ),
     Technique(
         "nufilt",
@@ -365,13 +365,6 @@ TECHNIQUES = (
         portable=False,
         forms=frozenset({"merge", "fold"}),
         arity=2,
-        breaks={
-            **_BREAKS,
-            "P1": "has no factor of the task vector; nothing merged is the base",
-            "P2": "holds up to rounding",
-            "P3": "the second checkpoint is the new one",
-            "P4": "takes exactly two",
-            "P5": "takes exactly two",
-        },
+        breaks={**_BREAKS_OF_TWO, "P3": "the second checkpoint is the new one"},
     ),
 )
