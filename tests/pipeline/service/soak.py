@@ -69,11 +69,11 @@ def outcome(row: Row, environment: dict[str, str]) -> str:
     """Run the tests of a row, whatever their marks: "passed", or what else came of them."""
     if not row.tests:
         return "no test"
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", *row.tests]
+    command = [sys.executable, "-m", "pytest", "-m", "", "-p", "no:cacheprovider", *row.tests]
     answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     counted = re.search(r"^(\d+ .*) in [\d.:]+s", answer.stdout, re.MULTILINE)
-    said = counted[1] if counted else "nothing ran"
-    if answer.returncode:
+    said = counted[1] if counted else "no count of tests"
+    if answer.returncode or counted is None:
         print(answer.stdout[-4000:], answer.stderr[-2000:], file=sys.stderr)
         return f"FAILED: {said}"
     return said
