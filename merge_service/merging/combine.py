@@ -72,28 +72,26 @@ def combine_weights(
             metadata(task, operator.form, known),
             KeptThresholds(task, way.keep_thresholds, known.sha256),
         )
-        is_staged = way.durable and not out.hashed and len(target.parts(task.reference.tensors)) > 1
-        writer: Writer | None = None
-        if is_staged:
-            if team is not None or not task.in_turn:
-                found, notes = ready(task, way, memory, team.answer if team else None)
-            else:
-                found, notes = memory.recall(), ()
-            every = [weights for weights in (anchor, *opened) if weights is not None]
-            lies, found = make_staged(Maker(task, found, way, team), target, said, every)
-            if team is None and task.in_turn:
-                notes = memory.store(found)
-        elif team is None and task.in_turn:
-            with target.open(task.reference, said, way.durable) as writer:
-                lies, found = assemble_in_turn(task, site, memory.recall(), Ends(writer), way.execution)
-            notes = memory.store(found)
+        in_turn = team is None and task.in_turn
+        notes: tuple[str, ...] = ()
+        if in_turn:
+            found = memory.recall()
         else:
             found, notes = ready(task, way, memory, team.answer if team else None)
+        writer: Writer | None = None
+        if way.durable and not out.hashed and len(target.parts(task.reference.tensors)) > 1:
+            every = [weights for weights in (anchor, *opened) if weights is not None]
+            lies, found = make_staged(Maker(task, found, way, team), target, said, every)
+        else:
             with target.open(task.reference, said, way.durable) as writer:
-                if team is None:
-                    lies = assemble(Compute(task, found, site), Ends(writer), way.execution)
-                else:
+                if team is not None:
                     lies = team.assemble(task, found, writer, way.execution)
+                elif in_turn:
+                    lies, found = assemble_in_turn(task, site, found, Ends(writer), way.execution)
+                else:
+                    lies = assemble(Compute(task, found, site), Ends(writer), way.execution)
+        if in_turn:
+            notes = memory.store(found)
         return report_of(task, target, known, began, Done(lies, writer, notes))
 
 

@@ -63,14 +63,11 @@ def merge_state_dicts(
     resolved = translate_merge(technique, what.params, what.parity, len(experts))
     operator = Operator.of(technique, resolved, "merge")
     shared = _shared_in_all(reference, experts)
+    ties = {"expert-1" if base is None else "base": shared}
     if operator.technique.ordered:
-        found = _through_files(what, models, shared)
+        found = _through_files(what, models, ties)
     else:
-        tied = "base" if base is not None else "expert-1"
-        opened = {
-            name: _opened(name, one, layouts[name], shared if name == tied else {})
-            for name, one in models.items()
-        }
+        opened = {name: _opened(name, one, layouts[name], ties.get(name, {})) for name, one in models.items()}
         found = _merged(operator, opened, what)
     prefix = what.strip_prefix or ""
     own = {
@@ -93,15 +90,13 @@ def _merged(operator: "Operator", opened: Mapping[str, InMemory], what: FileMerg
 
 
 def _through_files(
-    what: FileMerge, models: Mapping[str, Mapping[str, Any]], shared: Ties
+    what: FileMerge, models: Mapping[str, Mapping[str, Any]], ties: Mapping[str, Ties]
 ) -> dict[str, np.ndarray]:
     """The same by way of temporary files, for techniques whose merge is a stream of experts with a state."""
     with tempfile.TemporaryDirectory(prefix="temporal-merge-") as place:
         room = Path(place)
-        tied = "base" if "base" in models else "expert-1"
         paths = {
-            name: save(room / f"{name}.safetensors", one, shared if name == tied else {})
-            for name, one in models.items()
+            name: save(room / f"{name}.safetensors", one, ties.get(name, {})) for name, one in models.items()
         }
         experts, out = [path for name, path in paths.items() if name != "base"], room / "merged.safetensors"
         merge_files(replace(what, base=paths.get("base"), experts=experts, out=out))
