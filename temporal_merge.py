@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from merge_service.techniques import Param, Technique, register, technique
     from pipeline.api import (
         Arrivals,
+        AsyncService,
+        Delivery,
         Run,
         Service,
         Study,
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Arrivals",
+    "AsyncService",
+    "Delivery",
     "Param",
     "Run",
     "Service",
