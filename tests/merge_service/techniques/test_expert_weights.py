@@ -154,7 +154,7 @@ DENSE = [
 
 @pytest.mark.parametrize("name", DENSE)
 def test_density_of_each_expert(name: str, room, tmp_path: Path) -> None:
-    """Equal densities give the bytes of one; other ones thin each expert as alone; a stream is the merge."""
+    """Equal densities give the bytes of one; other ones thin each expert as alone; a stream, if there is one, is the merge."""
     extra = (
         {"outliers": 0.0} if "breadcrumbs" in name else {"epsilon": 0.1} if name.startswith("della") else {}
     )
@@ -166,6 +166,10 @@ def test_density_of_each_expert(name: str, room, tmp_path: Path) -> None:
     densities = [0.25, 0.5, 0.75]
     other = merged(room, name, tmp_path / "batch.safetensors", density=densities, **extra)
     assert any(other[key].tobytes() != value.tobytes() for key, value in one.items())
+    with pytest.raises(TechniqueError, match="2 entries but there are 3 experts"):
+        merged(room, name, tmp_path / "o.safetensors", density=[0.5, 0.5], **extra)
+    if "stream" not in techniques.get(name).forms:
+        return
     state = None
     for number, path in enumerate(room[1]):
         after = tmp_path / f"s{number}.safetensors"
@@ -175,8 +179,6 @@ def test_density_of_each_expert(name: str, room, tmp_path: Path) -> None:
         )  # fmt: skip
         state = after
     assert (tmp_path / "stream.safetensors").read_bytes() == (tmp_path / "batch.safetensors").read_bytes()
-    with pytest.raises(TechniqueError, match="2 entries but there are 3 experts"):
-        merged(room, name, tmp_path / "o.safetensors", density=[0.5, 0.5], **extra)
 
 
 def test_sums_with_densities_add_each_expert_thinned_by_its_own(room, tmp_path: Path) -> None:
