@@ -3,7 +3,6 @@
 from typing import Any
 
 from merge_service.techniques.definition import Technique
-from merge_service.techniques.families.sums import Weighed
 from merge_service.techniques.params import (
     CONSENSUS,
     COUNT_FROZEN,
@@ -88,7 +87,7 @@ class DisjointSums(Disjoint):
         state["plus"], state["minus"] = xp.where(some_plus, plus, 0), xp.where(some_minus, minus, 0)
 
 
-class WeightedElection(Weighed):
+class WeightedElection(Rule):
     """The same election over task vectors times their experts' weights; the mean divides by the weights of those that agree.
 
     The state also holds these weights, by their size, for each side.
