@@ -77,7 +77,8 @@ def combine_weights(
         if in_turn:
             found = memory.recall()
         else:
-            found, notes = ready(task, way, memory, team.answer if team else None)
+            ask = team or Surveyor(task, task.combined, way.execution.threads, site)
+            found, notes = ready(task, way, memory, ask.answer)
         writer: Writer | None = None
         if way.durable and not out.hashed and len(target.parts(task.reference.tensors)) > 1:
             every = [weights for weights in (anchor, *opened) if weights is not None]

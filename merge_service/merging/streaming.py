@@ -79,7 +79,7 @@ def advance(
         sha256 = known.sha256
         known = dataclasses.replace(known, inputs=seen.then(known.inputs), notes=said)
         target = out.target(derivation.sources, ties.apart(anchor, same)) if out else None
-        ask = Surveyor(task, task.combined, way.execution.threads, held).answer
+        ask = Surveyor(task, task.combined, way.execution.threads, site, held).answer
         found, notes = ready(task, way, KeptThresholds(task, way.keep_thresholds, sha256), ask)
         done = _carry_on(Compute(task, found, site), Step(held, states.after, target, notes), known, way)
         return report_of(task, target, known, began, done)

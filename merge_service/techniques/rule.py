@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from merge_service.anatomy.linear import Linear
 from merge_service.anatomy.packed import Matrix
-from merge_service.blocks.questions import Ask, Findings
+from merge_service.blocks.questions import Ask, Findings, Thresholds
 from merge_service.techniques.place import Array, Election, Place, State, View
 
 Params = Mapping[str, Any]
@@ -138,6 +138,9 @@ class Tensor(Protocol):
 
     def statistics_norm(self, order: int) -> float:
         """The L2 norm of all statistics of an expert, over the whole model."""
+
+    def thresholds(self, order: int) -> Thresholds:
+        """The thresholds of the tensor's group in an expert, as found in `prepare`; everything where none were looked for."""
 
     def blocks(self, order: int) -> Iterator[tuple[slice, Array]]:
         """An expert's task vector (its weights, if those are merged), block by block."""

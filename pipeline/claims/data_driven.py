@@ -266,7 +266,7 @@ def figure(found: Findings) -> str:
 def write(folder: Path, target: Path) -> list[str]:
     """Judge the rows in `folder` and write the page with its figure beside; returns a line per question. Raises UserError."""
     found = read_rows(folder, [*STUDIES])
-    judged, more, also = judge(claims_of(found)), list[str](), list[Judged]()
+    judged, more, also = judge(claims_of(found)), list[str](), tuple[Judged, ...]()
     (folder / "gm.svg").write_text(figure(found), encoding="utf-8")
     _answer(folder / "questions.json", judged)
     if found.has(learned.NAME):
@@ -283,7 +283,8 @@ def _answer(file: Path, judged: Sequence[Judged]) -> None:
 
 
 def _run(folder: Path, name: str) -> dict[str, Any]:
-    return json.loads(_run_file(folder, name).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    said: dict[str, Any] = json.loads(_run_file(folder, name).read_text(encoding="utf-8"))
+    return said
 
 
 def _run_file(folder: Path, name: str) -> Path:

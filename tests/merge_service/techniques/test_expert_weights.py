@@ -229,7 +229,7 @@ DENSE = [
 
 @pytest.mark.parametrize("name", DENSE)
 def test_density_of_each_expert(name: str, room, tmp_path: Path) -> None:
-    """Equal densities give the bytes of one; other ones thin each expert as alone; a stream is the merge."""
+    """Equal densities give the bytes of one; other ones thin each expert as alone; a stream, if there is one, is the merge."""
     extra = (
         {"outliers": 0.0} if "breadcrumbs" in name else {"epsilon": 0.1} if name.startswith("della") else {}
     )
