@@ -77,7 +77,9 @@ class Quantity:
     "magnitude" and "thinned" are those of one expert's task vector, before and after it is thinned out. Other names belong to a
     technique: `measure` computes the quantity of one expert from the blocks of all experts (`techniques.place.Seen`). `measure`
     must be a function of a module, because questions are sent to other processes. The groups of a `joint` quantity are best
-    counted in one pass. `given` holds earlier findings that the quantity depends on; quantities of one question share it.
+    counted in one pass. `given` holds earlier findings that the quantity depends on; quantities of one question share it. `tensors`, also a
+    function of a module, takes a whole tensor (`techniques.rule.Tensor`) instead and gives the numbers of every expert in it, of any
+    number, or None where the quantity has none.
     """
 
     name: str = "magnitude"
@@ -86,6 +88,7 @@ class Quantity:
     joint: bool = False
     given: Findings = NOTHING
     measure: Callable[[Any, int], Any] | None = None
+    tensors: "Callable[[Any], Sequence[np.ndarray] | None] | None" = None
 
     @property
     def word(self) -> "np.dtype":

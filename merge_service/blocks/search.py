@@ -77,8 +77,9 @@ def search(
     quests: dict[Key, list[_Quest | None]] = {}
     still: dict[Key, frozenset[str]] = {}
     keys = tuple(ranks)
-    for first in range(0, len(keys), SURVEYS):
-        surveys: Any = ask(Survey(keys[first : first + SURVEYS], count_frozen, quantity))
+    at_once = len(keys) if quantity.tensors else SURVEYS  # a whole tensor is worked on once for all experts
+    for first in range(0, len(keys), at_once or 1):
+        surveys: Any = ask(Survey(keys[first : first + at_once], count_frozen, quantity))
         for key, survey in surveys.items():
             quests[key] = [_quest(rank, survey, top, most) for rank in ranks[key](survey.total)]
             still[key] = survey.still

@@ -13,7 +13,7 @@ time.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 Array = Any
@@ -59,6 +59,30 @@ def cross(a: Array, b: Array, xp: Any) -> Array:
         first = wide(a[rows], xp)
         total = total + first.T @ (first if b is a else wide(b[rows], xp))
     return total
+
+
+def shared_frame(matrices: Sequence[Array], cutoff: float, xp: Any) -> tuple[Array, list[Array]]:
+    """U (m, k) and every S V_i^T (k, n) of the (m, n) matrices side by side, [A_1 .. A_N] = U S [V_1 .. V_N]^T, float64, in ascending order.
+
+    Singular values up to `cutoff` are left out, and those that a Gram matrix does not resolve (1e-8 of the largest).
+    """
+    full = [wide(one, xp) for one in matrices]
+    rows, columns = full[0].shape
+    if rows <= columns * len(full):
+        squares, vectors = xp.linalg.eigh(sum(one @ one.T for one in full))
+        basis = vectors[:, _seen(squares, cutoff)]
+        return basis, [basis.T @ one for one in full]
+    together = xp.concatenate(full, 1)
+    squares, vectors = xp.linalg.eigh(together.T @ together)
+    seen = _seen(squares, cutoff)
+    values, right = squares[seen] ** 0.5, vectors[:, seen]
+    turned = (right * values).T
+    parts = [turned[:, at : at + columns] for at in range(0, columns * len(full), columns)]
+    return together @ (right / values), parts
+
+
+def _seen(squares: Array, cutoff: float) -> Array:
+    return squares > max(cutoff, 1e-8 * max(float(squares[-1]), 0.0) ** 0.5) ** 2
 
 
 def wide(matrix: Array, xp: Any) -> Array:

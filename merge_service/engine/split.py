@@ -229,7 +229,7 @@ class PartWorker:
     def _surveyor(self) -> Surveyor:
         combined = {name for name, _ in self.task.combined}
         mine = [tensor for tensor in self.tensors if tensor[0] in combined]
-        return Surveyor(self.task, mine, self.part.execution.threads)
+        return Surveyor(self.task, mine, self.part.execution.threads, self.site)
 
 
 def cut(task: MergeTask, tensors: Sequence[tuple[str, int]], parts: int) -> list[tuple[str, ...]]:

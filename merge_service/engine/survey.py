@@ -10,12 +10,13 @@ threads or machines.
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
 from merge_service.blocks import loops
+from merge_service.blocks.device import Host
 from merge_service.blocks.questions import (
     Answer,
     Count,
@@ -37,11 +38,14 @@ from merge_service.blocks.spans import BLOCK as PRODUCTS_BLOCK
 from merge_service.blocks.spans import GRAIN, Scratch, Span, dots, run, spans, totals
 from merge_service.checkpoints.dtypes import decode
 from merge_service.checkpoints.weights import Weights
+from merge_service.engine.compute import Compute
 from merge_service.engine.fused import Fused, Magnitudes, fits
 from merge_service.engine.places import Places
 from merge_service.engine.reader import Reader
+from merge_service.engine.stream_state import StreamState
 from merge_service.engine.task import Input, MergeTask
-from merge_service.techniques.place import Place
+from merge_service.engine.whole import WholeTensor, on_one_thread
+from merge_service.techniques.place import Place, State
 
 BLOCK = 1 << 17
 """Elements per span of a counting pass: the base's elements stay in a core's cache while every expert is compared with them."""
@@ -54,9 +58,13 @@ class Blocks:
     """
 
     def __init__(
-        self, task: MergeTask, read: Callable[[int], np.ndarray], places: Mapping[int, Place]
+        self,
+        task: MergeTask,
+        read: Callable[[int], np.ndarray],
+        places: Mapping[int, Place],
+        state: Callable[[], State],
     ) -> None:
-        self.params, self.orders, self.place = task.params, list(places), places
+        self.params, self.orders, self.place, self._state = task.params, list(places), places, state
         self.read, self._held, self._made = read, dict[int, np.ndarray](), dict[Any, Any]()
 
     def one(self, order: int) -> np.ndarray:
@@ -75,6 +83,11 @@ class Blocks:
         """The places of all experts, in order."""
         return list(self.place.values())
 
+    @cached_property
+    def held(self) -> State:
+        """The state of the experts before these, empty where there were none."""
+        return self._state()
+
     def once(self, function: Callable[[Any, Sequence[Any], Sequence[Place]], Any]) -> Any:
         """`function(np, blocks, places)`, computed once for all experts."""
         if function not in self._made:
@@ -83,9 +96,18 @@ class Blocks:
 
 
 class Surveyor:
-    """Answers questions for `tensors` (name, number of elements) of a task, with `threads` threads."""
+    """Answers questions for `tensors` (name, number of elements) of a task, with `threads` threads, about its experts and those that a
+    stream has `held` so far. `site` is where whole tensors are worked on."""
 
-    def __init__(self, task: MergeTask, tensors: Iterable[tuple[str, int]], threads: int = 1) -> None:
+    def __init__(
+        self,
+        task: MergeTask,
+        tensors: Iterable[tuple[str, int]],
+        threads: int = 1,
+        site: Host = Host(),
+        held: StreamState | None = None,
+    ) -> None:
+        self.site, self.held = site, held
         self.task, self.reader, self.threads = task, Reader(task), threads
         self.scratch, self.lock = Scratch(), threading.Lock()
         self.tensors, self.groups = list(tensors), dict[str, list[tuple[str, int]]]()
@@ -100,6 +122,8 @@ class Surveyor:
             return Grams(self._grams())
         if isinstance(question, Sums):
             return self._sums(question)
+        if question.quantity.tensors is not None:
+            return self._of_tensors(question)
         if isinstance(question, Count):
             return self._count(question)
         found = run(partial(self._survey, question), question.keys, self.threads)
@@ -111,7 +135,8 @@ class Surveyor:
         found, still, total = [np.empty(0, quantity.word)], set(), 0
         for name, numel in self.groups.get(group, []):
             places = Places(self.task, quantity.given).all(Span(name, 0, numel))
-            blocks = Blocks(self.task, partial(self._draw, name, numel, stride), places)
+            drawn_state = partial(self._draw_state, name, numel, stride)
+            blocks = Blocks(self.task, partial(self._draw, name, numel, stride), places, drawn_state)
             with np.errstate(all="ignore"):
                 drawn = self._measure(quantity, order, blocks)
             if not question.count_frozen and not drawn.any() and not self._moved(name, numel, order):
@@ -120,6 +145,40 @@ class Surveyor:
             found.append(quantity.words(drawn))
             total += numel
         return Surveyed(total, np.concatenate(found), frozenset(still))
+
+    def _of_tensors(self, question: Survey | Count) -> Answer:
+        """The same of a quantity of whole tensors, each of which is worked on once for all experts."""
+        quantity, compute = question.quantity, Compute(self.task, question.quantity.given, self.site)
+        keys = question.keys if isinstance(question, Survey) else tuple(question.windows)
+        surveyed: dict[Key, Surveyed] = {key: Surveyed(0, np.empty(0, quantity.word)) for key in keys}
+        counted = (
+            {} if isinstance(question, Survey) else {k: Counted.none(w) for k, w in question.windows.items()}
+        )
+
+        def work(span: Span) -> list[tuple[Key, Surveyed]]:
+            assert quantity.tensors is not None
+            group = self.task.group(span.name)
+            of_experts = quantity.tensors(WholeTensor(compute, span.name))
+            drawn = []
+            for order, values in zip(self.inputs, of_experts or ()):
+                if (group, order) not in surveyed:
+                    continue
+                words = quantity.words(values)
+                if isinstance(question, Survey):
+                    sample = _picked(words, stride_of(self.task.group_sizes[group]))
+                    drawn.append(((group, order), Surveyed(words.size, sample)))
+                else:
+                    self._sift(words, question.windows[group, order], counted[group, order])
+            return drawn
+
+        groups = {group for group, _ in keys}
+        over = [Span(name, 0, numel) for group in groups for name, numel in self.groups.get(group, [])]
+        over.sort(key=lambda span: -span.size)
+        with on_one_thread():
+            for part in run(work, over, self.threads):
+                for key, one in part:
+                    surveyed[key] = surveyed[key] + one
+        return surveyed if isinstance(question, Survey) else counted
 
     def _draw(self, name: str, numel: int, stride: int, order: int) -> np.ndarray:
         """Runs of a task vector. Functions of an element's position take the runs for the tensor's beginning, which is still a
@@ -131,6 +190,15 @@ class Surveyor:
             self._base_runs[name] = _runs(self.task.base, name, numel, stride).astype(compute, copy=False)
         theirs = _runs(self.inputs[order].weights, name, numel, stride)
         return theirs.astype(compute, copy=False) - self._base_runs[name]
+
+    def _draw_state(self, name: str, numel: int, stride: int) -> State:
+        """The same runs of what a stream holds."""
+        if self.held is None:
+            return {}
+        return {
+            role: _runs(self.held.checkpoint, f"{role}:{name}", numel, stride)
+            for role in self.task.arrays(name)
+        }
 
     def _moved(self, name: str, numel: int, order: int) -> bool:
         return any(bool(self._delta(span, order).any()) for span in spans([(name, numel)], BLOCK))
@@ -183,12 +251,15 @@ class Surveyor:
         total: Counted,
     ) -> None:
         quantity = question.quantity
-        words = quantity.words(self._measure_span(quantity, span, order, blocks))
-        chosen = self.scratch.take("chosen", span.size, quantity.word)
+        self._sift(quantity.words(self._measure_span(quantity, span, order, blocks)), windows, total)
+
+    def _sift(self, words: np.ndarray, windows: Sequence[Window], total: Counted) -> None:
+        """Count numbers, as integers that keep their order, into windows."""
+        word = words.dtype.type
+        chosen = self.scratch.take("chosen", words.size, words.dtype)
         for number, window in enumerate(windows):
-            low = quantity.word.type(window.low)
             below, found = loops.sift(words, window.low, window.high, chosen)
-            places = ((chosen[:found] - low) >> quantity.word.type(window.shift)).astype(np.intp)
+            places = ((chosen[:found] - word(window.low)) >> word(window.shift)).astype(np.intp)
             with self.lock:
                 total.below[number] += below
                 np.add.at(total.bins[number], places, 1)
@@ -225,7 +296,15 @@ class Surveyor:
 
     def _blocks(self, span: Span, given: Findings) -> Blocks:
         rows = self.task.cover(span)
-        return Blocks(self.task, partial(self._delta, rows), Places(self.task, given).all(rows))
+        return Blocks(
+            self.task,
+            partial(self._delta, rows),
+            Places(self.task, given).all(rows),
+            partial(self._state, rows),
+        )
+
+    def _state(self, span: Span) -> State:
+        return {} if self.held is None else self.held.read(span, self.task.arrays(span.name))
 
     def _delta(self, span: Span, order: int) -> np.ndarray:
         return self.reader.delta(self.inputs[order], span)
@@ -296,7 +375,11 @@ class _Table:
 
 def _runs(weights: Weights, name: str, numel: int, stride: int) -> np.ndarray:
     """The first 16 of every `stride` elements, as numbers."""
-    raw, rows = weights.raw(name), numel // stride
+    return decode(_picked(weights.raw(name), stride), weights.tensors[name].kind)
+
+
+def _picked(raw: np.ndarray, stride: int) -> np.ndarray:
+    rows = raw.size // stride
     picked = raw[: rows * stride].reshape(rows, stride)[:, :RUN].reshape(-1)
     last = raw[rows * stride :] if stride == RUN else raw[rows * stride :][:RUN]
-    return decode(np.concatenate([picked, last]), weights.tensors[name].kind)
+    return np.concatenate([picked, last])

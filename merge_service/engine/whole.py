@@ -4,6 +4,7 @@ Invariant: the linear algebra of one tensor runs on one BLAS thread (its bits de
 threads.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 
 from merge_service.anatomy.packed import Matrix
 from merge_service.blocks.moments import Moments
+from merge_service.blocks.questions import EVERYTHING, Thresholds
 from merge_service.blocks.spans import BLOCK, Span, dots, run, spans
 from merge_service.engine.compute import Compute
 from merge_service.engine.stream_state import Ends, StreamState
@@ -60,6 +62,9 @@ class WholeTensor:
         evidence = self._experts[order].evidence
         return 0.0 if evidence is None else evidence.norm
 
+    def thresholds(self, order: int) -> Thresholds:
+        return self.compute.found.thresholds.get((self.task.group(self.name), order), EVERYTHING)
+
     def blocks(self, order: int) -> Iterator[tuple[slice, Array]]:
         for span in spans([(self.name, self.numel)], BLOCK):
             yield slice(span.start, span.stop), self._read(order, span)
@@ -99,12 +104,17 @@ class WholeTensor:
         return reader.delta(expert, span) if self.task.moves else reader.numbers(expert, span)
 
 
+def on_one_thread() -> contextlib.AbstractContextManager[object]:
+    """The context in which linear algebra runs on one thread per tensor, so that its bits do not depend on their number."""
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(1, user_api="blas")
+
+
 def assemble_tensors(
     compute: Compute, tensors: Sequence[tuple[str, int]], ends: Ends, threads: int, store: Store
 ) -> Moments:
     """Compute each of these tensors and pass it to `store`; returns all that `store` returned, as one list."""
-    from threadpoolctl import threadpool_limits
-
     task, held, keep = compute.task, ends.held, ends.keep
     rule: Any = task.rule
     count = len(held.inputs if held else []) + len(task.inputs)
@@ -124,9 +134,9 @@ def assemble_tensors(
         return store(span, tensor.onto_base(rule.result(tensor, state, count), 1.0))
 
     over = [Span(name, 0, numel) for name, numel in sorted(tensors, key=lambda item: -item[1])]
-    with threadpool_limits(1, user_api="blas"):
+    with on_one_thread():
         found = run(make, over, threads)
-    if not rule.totals or not over:
+    if not rule.totals or keep is None:
         return [part for parts in found for part in parts]
     length = _length(found, count, ends)
     over = [Span(name, 0, numel) for name, numel in tensors] if ends.out else []

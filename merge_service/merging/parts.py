@@ -253,6 +253,6 @@ def _assemble(task: MergeTask, ends: Ends, way: Way) -> float | None:
     if task.in_turn:
         lies, _ = assemble_in_turn(task, site, NOTHING, ends, way.execution)
     else:
-        found = prepare(task, Surveyor(task, task.combined, way.execution.threads).answer)
+        found = prepare(task, Surveyor(task, task.combined, way.execution.threads, site).answer)
         lies = assemble(Compute(task, found, site), ends, way.execution)
     return lies.merged_norm if lies else None

@@ -8,8 +8,9 @@ parameters and equal hashes.
 
 import difflib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from merge_service.errors import TechniqueError
@@ -24,7 +25,8 @@ class Param:
 
     `low` and `high` bound numbers inclusively, unless `above_low` excludes the lower end. A `floats` parameter is a list of
     numbers or None, a `table` a list of numbers by pattern of tensor names, or None. A `quiet` one is left out of the parameters of a merge where it has its default, so that merges without it are named
-    as before it existed. One with `each` may be a list with an entry for every expert.
+    as before it existed. One with `each` may be a list with an entry for every expert; `alone` says why one that others have for every
+    expert is one number here. A table whose numbers are at least 0 has weights of a mean, of which not all may be zero.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Param:
     forms: frozenset[str] = BOTH
     quiet: bool = False
     each: bool = False
+    alone: str = ""
 
     @property
     def range(self) -> str:
@@ -69,8 +72,9 @@ class Param:
         return self._number(value, owner)
 
     def _number(self, value: Any, owner: str) -> float | int:
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise self._wrong(value, owner)
+        value = int(value) if isinstance(value, Integral) else float(value)
         too_low = self.low is not None and (value < self.low or (self.above_low and value == self.low))
         too_high = abs(value) > sys.float_info.max or (self.high is not None and value > self.high)
         if too_low or too_high or value != value or (self.kind == "int" and value != int(value)):
@@ -78,16 +82,17 @@ class Param:
         return int(value) if self.kind == "int" else float(value) + 0.0
 
     def _choice(self, value: Any, owner: str) -> str:
-        if value not in self.choices:
+        if not isinstance(value, str) or value not in self.choices:
             raise self._wrong(value, owner, nearest(str(value), self.choices))
         return str(value)
 
     def _list(self, value: Any, owner: str) -> list[float] | None:
         if value is None:
             return None
-        if isinstance(value, str) or not isinstance(value, Iterable):
+        entries = _entries(value)
+        if entries is None:
             raise self._wrong(value, owner)
-        numbers = [float(self._number(item, owner)) for item in value]
+        numbers = [float(self._number(item, owner)) for item in entries]
         if not any(numbers):
             raise TechniqueError(f"{owner}: {self.name} = {value!r} has no weight above zero")
         return numbers
@@ -97,11 +102,16 @@ class Param:
             return None
         if not isinstance(value, Mapping) or not value:
             raise self._wrong(value, owner)
-        lists = {str(key): value[key] for key in sorted(value, key=str)}
-        for key, one in lists.items():
-            if isinstance(one, str) or not isinstance(one, Iterable):
-                raise self._wrong({key: one}, owner)
-        return {key: [float(self._number(item, owner)) for item in one] for key, one in lists.items()}
+        found: dict[str, list[float]] = {}
+        for key in sorted(value, key=str):
+            entries = _entries(value[key])
+            if entries is None:
+                raise self._wrong({str(key): value[key]}, owner)
+            found[str(key)] = [float(self._number(item, owner)) for item in entries]
+        nothing = [key for key, one in found.items() if self.low is not None and not any(one)]
+        if nothing:
+            raise TechniqueError(f"{owner}: {self.name} of {nothing[0]!r} has no weight above zero")
+        return found
 
     def _wrong(self, value: Any, owner: str, hint: str = "") -> TechniqueError:
         what = {
@@ -110,7 +120,22 @@ class Param:
             "floats": "a list of numbers",
             "table": "a list of numbers by pattern",
         }.get(self.kind, "one")
-        return TechniqueError(f"{owner}: {self.name} = {value!r} is not {what} of: {self.range}{hint}")
+        why = (
+            f"; it is one for all experts, because {self.alone}"
+            if self.alone and isinstance(value, list | tuple)
+            else ""
+        )
+        return TechniqueError(f"{owner}: {self.name} = {value!r} is not {what} of: {self.range}{hint}{why}")
+
+
+def _entries(value: Any) -> list[Any] | None:
+    """The entries of a list, a tuple or an array with an axis; None for what has no order, no entries or is text."""
+    if isinstance(value, str | bytes | Mapping | Set) or not isinstance(value, Iterable):
+        return None
+    try:
+        return list(value)
+    except TypeError:  # an array without an axis
+        return None
 
 
 def listed(value: Any) -> list[Any]:
@@ -142,11 +167,28 @@ LOGIT_SCALE = Param(
 )
 SCHEDULES = ("uniform", "linear", "sqrt", "quadratic", "cubic", "exp", "log")
 _MERGE = frozenset({"merge"})
+_OF_PATTERNS = (
+    "{pattern: [one per expert]}; of patterns that fit (* and ?) the name itself, else the longest, counts"
+)
+_TABLE = Param(
+    "coefficients",
+    "table",
+    None,
+    f"weights by tensor, normalised in each: {_OF_PATTERNS}. Excludes weights",
+    0,
+    forms=_MERGE,
+    quiet=True,
+)
+_WEIGHTS = Param(
+    "weights", "floats", None, "one weight per expert, normalised; excludes schedule", 0, forms=_MERGE
+)
 AVERAGING = (
-    Param("weights", "floats", None, "one weight per expert, normalised; excludes schedule", 0, forms=_MERGE),
+    _WEIGHTS,
     Param("schedule", "choice", "uniform", "weights that grow with time", choices=SCHEDULES, forms=_MERGE),
+    _TABLE,
     replace(WEIGHT, forms=frozenset({"fold"})),
 )
+SHARING = (replace(_WEIGHTS, doc="one weight per expert, normalised", quiet=True), _TABLE)
 COEFFICIENTS = Param(
     "weights",
     "floats",
@@ -159,8 +201,7 @@ COEFFICIENT_TABLE = Param(
     "coefficients",
     "table",
     None,
-    "factors of task vectors by tensor: {pattern: [one per expert]}; of patterns that fit (* and ?) the name itself, else the longest, "
-    "counts. Excludes weights",
+    f"factors of task vectors by tensor: {_OF_PATTERNS}. Excludes weights",
     forms=_MERGE,
     quiet=True,
 )

@@ -16,7 +16,7 @@ GIVEN = tuple(name for name in techniques.names() if not techniques.get(name).le
 """Techniques that need no file that was learned for all experts together; those that do are tested in `statistics/test_learned.py`."""
 BY_GOLDEN = {
     one.name for family in (subspaces, regression, importance, matching, learned) for one in family.TECHNIQUES
-}
+} | {"knots_ties"}
 """Techniques whose second version are the golden vectors of `statistics/test_golden_data.py`."""
 
 

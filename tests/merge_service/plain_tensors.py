@@ -1,6 +1,7 @@
 """The techniques that work on whole tensors, again in plain float64: full SVDs, whole vectors, no streaming state."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 
@@ -14,6 +15,7 @@ NAMES = (
     "svc_task_arithmetic",
     "opcm",
     "rapf",
+    "knots_ties",
 )
 
 
@@ -32,6 +34,8 @@ def merge(technique: str, params: dict, base: dict, experts: list[dict]) -> dict
     taus = [{n: m[n] - origin[n] for n in names} for m in models]
     if technique == "opcm":
         delta = _opcm(params, names, taus)
+    elif technique == "knots_ties":
+        delta = _knots(params, names, taus)
     elif technique == "model_stock":
         delta = {n: _stock(params, [tau[n] for tau in taus]) for n in names}
     elif technique == "svc_task_arithmetic":
@@ -213,3 +217,44 @@ def _projected(previous, tau, alpha):
     drop[:leading, :leading] = inner[:leading, :leading]
     np.fill_diagonal(drop, np.diag(inner))
     return tau - left @ drop @ right
+
+
+def _knots(params, names, taus):
+    """TIES over coordinates in the left singular vectors of all task vectors side by side; sums that cancel elect nothing."""
+    found, by_name = {n: _mean([tau[n] for tau in taus]) for n in names}, {}
+    for name in names:
+        if taus[0][name].ndim != 2 or (params["scope"] == "blocks" and ".resblocks." not in f".{name}"):
+            continue
+        pieces = [[tau[name]] for tau in taus]
+        if params["attention"] == "split" and name.endswith("attn.in_proj_weight"):
+            pieces = [np.split(tau[name], 3) for tau in taus]
+        for piece in zip(*pieces):
+            left, values, _ = np.linalg.svd(np.concatenate(piece, 1), full_matrices=False)
+            left = left[:, values > params["cutoff"]]
+            by_name.setdefault(name, []).append((left, [left.T @ tau for tau in piece]))
+    rows: dict = {}
+    for name, parts in by_name.items():
+        image, text = ("visual", "text") if params["granularity"] == "tower" else ("model", "model")
+        group = name if params["granularity"] == "tensor" else image if name.startswith("visual.") else text
+        rows.setdefault(group, []).append((name, parts))
+    for members in rows.values():
+        thinned = []
+        for at in range(len(taus)):
+            sizes = np.sort(np.abs(np.concatenate([c[at].ravel() for _, ps in members for _, c in ps])))
+            density = params["density"][at] if isinstance(params["density"], list) else params["density"]
+            k = int((1 - Fraction(str(density))) * sizes.size)
+            thinned.append(sizes[k - 1] if k else 0.0)
+        for name, parts in members:
+            made = []
+            for left, given in parts:
+                kept = np.array([np.where(np.abs(c) >= t * (1 - 1e-6), c, 0) for c, t in zip(given, thinned)])
+                signs = np.sign(kept.sum(0))
+                agreeing = np.where(np.sign(kept) == signs, kept, 0) * (signs != 0)
+                merged = agreeing.sum(0)
+                if params["consensus"] == "max":
+                    merged = np.abs(agreeing).max(0) * signs
+                elif params["consensus"] == "mean":
+                    merged = merged / np.maximum((agreeing != 0).sum(0), 1)
+                made.append(left @ merged)
+            found[name] = np.concatenate(made)
+    return {n: params["scale"] * value for n, value in found.items()}

@@ -1,10 +1,20 @@
-"""Elected signs: task vectors are thinned out, every element elects a sign, and the values that agree are combined (TIES)."""
+"""Elected signs: task vectors are thinned out, every element elects a sign, and the values that agree are combined (TIES).
 
+KnOTS elects over coordinates in the singular directions that the task vectors of a matrix share, not over elements.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+from merge_service.blocks.questions import Ask, Findings, Quantity
+from merge_service.blocks.search import search
+from merge_service.blocks.singular import shared_frame, wide
 from merge_service.techniques.definition import Technique
-from merge_service.techniques.families.sums import Weighed
+from merge_service.techniques.families.spectra import SCOPE
+from merge_service.techniques.families.subspaces import ALL_MATRICES, BREAKS, OfMatrices, is_solved
 from merge_service.techniques.params import (
+    ATTENTION,
     CONSENSUS,
     COUNT_FROZEN,
     DENSITY,
@@ -18,11 +28,12 @@ from merge_service.techniques.params import (
     SEED,
     WEIGHING,
     Param,
+    of_expert,
 )
-from merge_service.techniques.place import Array, Election, Place, State
-from merge_service.techniques.rule import Params, Rule
+from merge_service.techniques.place import Array, Election, Place, State, View
+from merge_service.techniques.rule import Params, Rule, Tensor
 from merge_service.techniques.shares import is_weighed
-from merge_service.techniques.thinning import AtRandom, Band, ByRank, TopMagnitudes
+from merge_service.techniques.thinning import AtRandom, Band, ByRank, TopMagnitudes, trim_ranks, within
 
 TRIM = Param(
     "trim",
@@ -36,6 +47,8 @@ TRIM = Param(
 )
 _ELECT = "θ = θ0 + scale · mean{τ̂_i : sign(τ̂_i) = sign(Σ_j τ̂_j)}"
 _NOT_IDENTITY = {"P2": "copies of one expert give its thinned-out task vector, not the expert"}
+_GROUPS = 4
+"""Groups whose thresholds are looked for at a time, which limits the memory for samples."""
 
 
 class Disjoint(Rule):
@@ -88,7 +101,7 @@ class DisjointSums(Disjoint):
         state["plus"], state["minus"] = xp.where(some_plus, plus, 0), xp.where(some_minus, minus, 0)
 
 
-class WeightedElection(Weighed):
+class WeightedElection(Rule):
     """The same election over task vectors times their experts' weights; the mean divides by the weights of those that agree.
 
     The state also holds these weights, by their size, for each side.
@@ -153,6 +166,70 @@ def elected(params: Params) -> Rule:
     return Disjoint(params) if params["consensus"] == "max" else DisjointSums(params)
 
 
+class SharedDirections(OfMatrices):
+    """KnOTS-TIES: TIES over coordinates in the singular directions that all task vectors of a matrix share."""
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self.elect = elected(params)
+        self.adds = self.elect.adds
+
+    def prepare(self, ask: Ask, view: View, found: Findings) -> Findings:
+        ranks = {order: trim_ranks(of_expert(self.params["density"], order)) for order in view.orders}
+        trimmed = [order for order in view.orders if ranks[order](10**9) != (None, None)]
+        groups = list(view.group_sizes) if trimmed else []
+        quantity = Quantity("coordinates", view.wide, tensors=coordinates)
+        for first in range(0, len(groups), _GROUPS):
+            unknown = {(group, o): ranks[o] for group in groups[first : first + _GROUPS] for o in trimmed}
+            found = found.with_(thresholds=search(unknown, ask, quantity, count_frozen=True))
+        return found
+
+    def solved(self, tensor: Tensor, taus: list[Array], mean: Array) -> Array:
+        places = [Place(order, thresholds=tensor.thresholds(order)) for order in tensor.orders]
+        return tensor.solve(tied, *taus, cutoff=self.params["cutoff"], rule=self.elect, places=places)
+
+
+def coordinates(tensor: Tensor) -> list[Array] | None:
+    """The magnitudes of every expert's coordinates in the shared directions of a tensor's matrices, flat; None outside the scope."""
+    if not is_solved(tensor):
+        return None
+    by_piece = []
+    for piece in tensor.pieces:
+        taus = [tensor.matrix(order, piece) for order in tensor.orders]
+        by_piece.append(tensor.solve(in_shared_directions, *taus, cutoff=tensor.params["cutoff"]))
+    parts: list[list[Array]] = [[] for _ in tensor.orders]
+    for stacked in by_piece:
+        for mine, one in zip(parts, stacked):
+            mine.append(abs(one.reshape(-1)))
+    return [_joined(mine) for mine in parts]
+
+
+def in_shared_directions(*taus: Array, cutoff: float, xp: Any) -> Array:
+    """S V_i^T of N task vectors, (m, n) all: (N, k, n), of their type. k is the number of singular values above `cutoff`."""
+    found = shared_frame(taus, cutoff, xp)[1]
+    return xp.asarray(xp.stack(found, 0), dtype=taus[0].dtype)
+
+
+def tied(*taus: Array, cutoff: float, rule: Rule, places: Sequence[Place], xp: Any) -> Array:
+    """KnOTS (arXiv 2410.19735, eq. 3 to 5) of N task vectors, (m, n) all: U times the election over the coordinates S V_i^T within the
+    thresholds of `places`. Coordinates whose sum cancels exactly elect nothing.
+    """
+    basis, found = shared_frame(taus, cutoff, xp)
+    own = [xp.asarray(one, dtype=taus[0].dtype) for one in found]
+    state: State = dict.fromkeys(rule.floats, own[0] * 0)
+    state |= {role: xp.where(own[0] != own[0], 1, 0) for role in rule.words}
+    for one, place in zip(own, places):
+        rule.add(xp, state, within(xp, one, place), place)
+    merged, _ = rule.result(xp, state, 0)
+    return xp.asarray(basis @ wide(merged, xp), dtype=taus[0].dtype)
+
+
+def _joined(parts: list[Array]) -> Array:
+    import numpy as np
+
+    return np.concatenate(parts)
+
+
 TECHNIQUES = (
     Technique(
         "ties",
@@ -192,5 +269,31 @@ TECHNIQUES = (
         rule=elected,
         thin=ByRank,
         breaks=_NOT_IDENTITY | {"P10": "kept values are divided by their probability"},
+    ),
+    Technique(
+        "knots_ties",
+        "θ = θ0 + scale · U M per matrix, [τ_1 .. τ_N] = U S [V_1 .. V_N]ᵀ, M: TIES over all S V_iᵀ; other tensors: mean",
+        "Model merging with SVD to tie the KnOTS, arXiv 2410.19735",
+        (
+            DENSITY,
+            CONSENSUS,
+            GRANULARITY,
+            Param(
+                "cutoff",
+                "float",
+                1e-5,
+                "singular values up to it are left out, as released (FusionBench 1e-4)",
+                0,
+            ),
+            replace(SCOPE, doc=f"which matrices: those {ALL_MATRICES}"),
+            SCALE,
+            ATTENTION,
+            LOGIT_SCALE,
+        ),
+        unweighed="directions are shared by experts that count alike",
+        rule=SharedDirections,
+        portable=False,
+        forms=frozenset({"merge"}),
+        breaks={**BREAKS, **_NOT_IDENTITY, "P5": "the shared directions are those of all experts"},
     ),
 )

@@ -16,7 +16,7 @@ from merge_service.techniques.place import Array, State
 from merge_service.techniques.rule import Params, Tensor, TensorRule
 
 
-class _OfMatrices(TensorRule):
+class OfMatrices(TensorRule):
     """A rule for matrices in its scope; other tensors are the mean. Reads the experts at the end."""
 
     floats = ("mean",)
@@ -26,8 +26,7 @@ class _OfMatrices(TensorRule):
         state["mean"] = x.copy() if order == 1 else mean - (mean - x) * mean.dtype.type(1 / order)
 
     def result(self, tensor: Tensor, state: State, count: int) -> Array:
-        outside = tensor.layer is None and self.params["scope"] == "blocks"
-        if outside or not tensor.pieces:
+        if not is_solved(tensor):
             return state["mean"].copy()
 
         def solve(piece: Any) -> Array:
@@ -41,14 +40,19 @@ class _OfMatrices(TensorRule):
         raise NotImplementedError
 
 
-class TaskSingularVectors(_OfMatrices):
+def is_solved(tensor: Tensor) -> bool:
+    """Whether a tensor consists of matrices in scope."""
+    return bool(tensor.pieces) and (tensor.layer is not None or tensor.params["scope"] != "blocks")
+
+
+class TaskSingularVectors(OfMatrices):
     """TSV-M: every expert has an equal number of directions, which are made orthogonal to those of the others."""
 
     def solved(self, tensor: Tensor, taus: list[Array], mean: Array) -> Array:
         return tensor.solve(decorrelated, *taus)
 
 
-class DualProjections(_OfMatrices):
+class DualProjections(OfMatrices):
     """DOP: the running model and the new expert, each held to its own weights along its leading directions."""
 
     def solved(self, tensor: Tensor, taus: list[Array], mean: Array) -> Array:
@@ -67,7 +71,7 @@ class NullSpaceFilter(TensorRule):
 
     def result(self, tensor: Tensor, state: State, count: int) -> Array:
         running, new = tensor.orders[0], tensor.orders[-1]
-        if not tensor.pieces or (tensor.layer is None and self.params["scope"] == "blocks"):
+        if not is_solved(tensor):
             return tensor.whole(running).copy()
 
         def solve(piece: Any) -> Array:
@@ -249,19 +253,19 @@ def _polar(columns: Array, xp: Any) -> Array:
     return left[:, some] @ right[some]
 
 
-_BREAKS = {
+BREAKS = {
     "P8": "holds, but singular vectors of equal singular values are not unique",
     "P9": "singular vectors reach where no expert moved",
     "P10": "singular vectors are turned against each other",
 }
 _BREAKS_OF_TWO = {
-    **_BREAKS,
+    **BREAKS,
     "P1": "has no factor of the task vector; nothing merged is the base",
     "P2": "holds up to rounding",
     "P4": "takes exactly two",
     "P5": "takes exactly two",
 }
-_ALL_MATRICES = "in blocks, or all, tables of tokens and of positions too (as released)"
+ALL_MATRICES = "in blocks, or all, tables of tokens and of positions too (as released)"
 
 TECHNIQUES = (
     Technique(
@@ -269,16 +273,17 @@ TECHNIQUES = (
         "θ = θ0 + scale · polar(U) S polar(V)ᵀ per matrix, U S V: the min(m, n) / N leading triplets of every τ_i; other tensors: mean",
         "TSV-Merge in Task Singular Vectors, arXiv 2412.00081",
         (
-            replace(SCOPE, doc=f"which matrices: those {_ALL_MATRICES}"),
+            replace(SCOPE, doc=f"which matrices: those {ALL_MATRICES}"),
             replace(SCALE, doc="factor of the merged task vector (alpha)"),
             ATTENTION,
             LOGIT_SCALE,
         ),
+        unweighed="every expert has the same number of directions",
         rule=TaskSingularVectors,
         portable=False,
         forms=frozenset({"merge"}),
         breaks={
-            **_BREAKS,
+            **BREAKS,
             "P2": "N copies of one expert keep its min(m, n) / N leading directions",
             "P5": "how many directions an expert has depends on their number",
         },
@@ -314,10 +319,11 @@ TECHNIQUES = (
                 "along which directions of a matrix the two are held: of outputs (left), of inputs (right), or both",
                 choices=("both", "left", "right"),
             ),
-            replace(SCOPE, doc=f"which matrices: those {_ALL_MATRICES}"),
+            replace(SCOPE, doc=f"which matrices: those {ALL_MATRICES}"),
             ATTENTION,
             LOGIT_SCALE,
         ),
+        unweighed="it takes a running model and a new one, and weight says how much the new one counts",
         rule=DualProjections,
         portable=False,
         forms=frozenset({"merge", "fold"}),
@@ -361,6 +367,7 @@ TECHNIQUES = (
             ATTENTION,
             LOGIT_SCALE,
         ),
+        unweighed="it takes a running model and a new one; kept and own say how much the new one counts",
         rule=NullSpaceFilter,
         portable=False,
         forms=frozenset({"merge", "fold"}),

@@ -40,6 +40,7 @@ VARIANTS = [
     ("sce", {"density": 0.5, "erase_unselected": False}),
     ("pcb", {"winsorize": 0.01}),
     ("pcb", {"inter_balance": "pairs", "granularity": "model"}),
+    ("knots_ties", {"scope": "matrices"}),
 ]
 
 
