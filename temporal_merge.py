@@ -2,7 +2,7 @@
 
     import temporal_merge as tm
 
-Invariant: importing this costs nothing; a name is looked up in `pipeline.api` when it is first used (PEP 562).
+Invariant: importing this costs nothing; a name is looked up when it is first used (PEP 562), in `pipeline.api` or where it is.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,7 @@ if TYPE_CHECKING:
     from merge_service.techniques import Param, Technique, register, technique
     from pipeline.api import (
         Arrivals,
-        AsyncService,
-        Delivery,
         Run,
-        Service,
         Study,
         evaluate,
         import_data,
@@ -31,6 +28,12 @@ if TYPE_CHECKING:
         techniques,
         trajectory,
     )
+    from pipeline.service.client import AsyncService, Service
+    from pipeline.service.client.delivery import Delivery
+
+CLIENT = "pipeline.service.client"
+ELSEWHERE = {"AsyncService": CLIENT, "Delivery": f"{CLIENT}.delivery", "Service": CLIENT}
+"""The clients of a live service, whose libraries a program of merges does without."""
 
 __all__ = [
     "Arrivals",
@@ -64,9 +67,9 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _check_packages()
-    from pipeline import api
+    from importlib import import_module
 
-    value = globals()[name] = getattr(api, name)
+    value = globals()[name] = getattr(import_module(ELSEWHERE.get(name, "pipeline.api")), name)
     return value
 
 

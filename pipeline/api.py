@@ -28,14 +28,13 @@ if TYPE_CHECKING:
     from pipeline.merging.along import Averaged
     from pipeline.plan.steps import Plan
     from pipeline.run.progress import Moment
-    from pipeline.service.client import AsyncService, Service
     from pipeline.service.client.delivery import Delivery
     from pipeline.workspace.export import Exported
     from workers.data.importing import Imported
     from workers.evidence import Measured
 
 __all__ = [
-    "Arrivals", "AsyncService", "Delivery", "Param", "Run", "Service", "Study", "Technique", "UserError", "evaluate", "import_data", "init", "learn", "load_study", "measure", "merge", "merge_files", "merge_recipe", "open_run", "plan",
+    "Arrivals", "Param", "Run", "Study", "Technique", "UserError", "evaluate", "import_data", "init", "learn", "load_study", "measure", "merge", "merge_files", "merge_recipe", "open_run", "plan",
     "register", "run", "technique", "techniques", "trajectory",
 ]  # fmt: skip
 
@@ -107,8 +106,9 @@ def run(
     from pipeline.run.driver import carry_out
 
     tell, beside = progress or bar_of_notebook(), deliver or nullcontext
-    answer = carry_out(study, _path(out), address, strict_versions=strict_versions, tell=tell, beside=beside)
-    return Run(answer[0])
+    return Run(
+        carry_out(study, _path(out), address, strict_versions=strict_versions, tell=tell, beside=beside)[0]
+    )
 
 
 @speaks_python
@@ -442,16 +442,3 @@ def techniques() -> list[dict[str, Any]]:
 
 def _path(out: PathLike | None) -> Path | None:
     return None if out is None else Path(out)
-
-
-def __getattr__(name: str) -> object:
-    """The clients of a live service, whose libraries a program of merges does without."""
-    if name == "Delivery":
-        from pipeline.service.client.delivery import Delivery
-
-        return Delivery
-    if name not in ("AsyncService", "Service"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from pipeline.service import client
-
-    return getattr(client, name)

@@ -239,7 +239,9 @@ def test_what_is_killed_comes_back_and_the_log_is_the_same(on_ray: OnRay) -> Non
         answered = sorted(one.ended for one in asked if one.status == 200)
         pause = max(later - earlier for earlier, later in pairwise(answered))
         lost[title] = len(failed(asked))
-        print(f"{title} killed: {lost[title]} requests of eight clients failed, {pause:.1f} s without an answer")
+        print(
+            f"{title} killed: {lost[title]} requests of eight clients failed, {pause:.1f} s without an answer"
+        )
         assert {one.sha256 for one in asked if one.status == 200} == {served}
     assert lost["ray::_Working"] == 0 and lost["ray::ServeController"] == 0
     assert sorted((on_ray.out / "service/zoo/log").glob("*.json")) == log
