@@ -236,7 +236,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--size",
-        choices=[name for name, one in SIZES.items() if isinstance(one, Architecture)],
+        choices=[name for name, one in SIZES.items() if type(one) is Architecture],
         default="tiny",
     )
     parser.add_argument("--images", type=int, default=64, help="of a statistic")
