@@ -50,5 +50,6 @@ make storage-sweep storage configs/sweep.yaml --work "$work" --set 'grid.seed=[0
     --set 'stream.tasks=[letters,scripts]'
 make statistics-arrivals arrivals --techniques regmean,lot,fisher,mats,tatr --experts 200 --span 10 --work "$memory"
 make evidence-vit-b-32 evidence --size vit-b-32 --images 32 --experts 1 --only "gram,published gram,fisher,published fisher" --work "$work"
+make regmean-vit-b-16 regmean --size vit-b-16 --experts 8 --rounds 3 --fusionbench "$fusionbench" --work "$work"
 make storage-small-disk storage --small-disk 3 --work "$work"
 .venv/bin/python benchmarks/page.py
