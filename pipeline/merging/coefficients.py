@@ -13,6 +13,7 @@ from typing import Any
 
 from merge_service.checkpoints import Checkpoint
 from merge_service.errors import UserError
+from merge_service.files import absence
 from merge_service.statistics import COEFFICIENTS, Statistics
 from merge_service.techniques import get
 from pipeline.study.yaml_input import parse
@@ -26,7 +27,7 @@ def read_coefficients(file: Path, technique: str) -> dict[str, list[float]]:
     that was learned for another technique, whose rules for names without coefficients are not these.
     """
     if not file.is_file():
-        raise UserError(f"{file} does not exist; give a file of coefficients (.safetensors, .yaml or .json)")
+        raise UserError(f"{file} {absence(file)}; give a file of coefficients (.safetensors, .yaml or .json)")
     if file.suffix == ".safetensors":
         return _of_tensors(file, technique)
     if file.stat().st_size > MOST[0]:
@@ -72,7 +73,7 @@ def with_learned(
     left = {key: value for key, value in params.items() if key != "coefficients"}
     if not file.is_file():
         raise UserError(
-            f"{file} does not exist; learn it: `temporal-merge learn {technique} EXPERT... --out {file}`"
+            f"{file} {absence(file)}; learn it: `temporal-merge learn {technique} EXPERT... --out {file}`"
         )
     known = {one.name for one in get(technique).params}
     with Statistics(file) as held:
