@@ -59,21 +59,12 @@ class Execution:
 
 def merge_files(what: FileMerge, how: Execution = Execution()) -> "MergeReport":
     """Merge files. Raises UserError, also if `out` is an input, or exists and may not be replaced."""
-    from merge_service.checkpoints import bytes_of, overwrites, sha256_of
+    from merge_service.checkpoints import bytes_of, sha256_of
     from merge_service.merge import merge as combine
     from merge_service.merging import Rules
     from merge_service.timelines import translate_merge
 
-    for path in (*what.experts, *([what.base] if what.base else [])):
-        if overwrites(what.out, path):
-            raise UserError(f"--out {what.out} is one of the inputs and would be lost; give another --out")
-    measured = what.statistics if isinstance(what.statistics, list | tuple) else [what.statistics]
-    read = [one for one in (*measured, what.params.get("coefficients")) if isinstance(one, str | Path)]
-    if any(what.out.resolve() == Path(one).resolve() for one in read):
-        raise UserError(f"--out {what.out} is one of the inputs and would be lost; give another --out")
-    if not what.replace:
-        refuse_to_replace(what.out)
-    what = settled(what)
+    what = checked(what)
     split = None
     if how.workers > 1 or how.address:
         from pipeline.merging.split import split_over
@@ -105,6 +96,22 @@ def merge_files(what: FileMerge, how: Execution = Execution()) -> "MergeReport":
         dtype=what.dtype,
         texts=what.texts,
     )
+
+
+def checked(what: FileMerge) -> FileMerge:
+    """The merge, settled. Raises UserError if `out` is an input, or exists and may not be replaced."""
+    from merge_service.checkpoints import overwrites
+
+    for path in (*what.experts, *([what.base] if what.base else [])):
+        if overwrites(what.out, path):
+            raise UserError(f"--out {what.out} is one of the inputs and would be lost; give another --out")
+    measured = what.statistics if isinstance(what.statistics, list | tuple) else [what.statistics]
+    read = [one for one in (*measured, what.params.get("coefficients")) if isinstance(one, str | Path)]
+    if any(what.out.resolve() == Path(one).resolve() for one in read):
+        raise UserError(f"--out {what.out} is one of the inputs and would be lost; give another --out")
+    if not what.replace:
+        refuse_to_replace(what.out)
+    return settled(what)
 
 
 def settled(what: FileMerge) -> FileMerge:

@@ -8,16 +8,18 @@ Invariant: the output has the bytes that either way gives; earlier merges of a c
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from merge_service.checkpoints import bytes_of, overwrites, written
 from merge_service.engine import Execution as Running
 from merge_service.errors import UserError
 from merge_service.merge import MergeReport
-from merge_service.merging import Out, Rules, Way, combine_groups
+from merge_service.merging import Group, MergePlan, Out, Rules, Way, combine_groups, plan_groups
 from pipeline.merging.files import Execution, FileMerge, merge_files, refuse_to_replace
+from pipeline.merging.planning import plan_files
 from pipeline.recipes.card import beside
 from pipeline.recipes.layers import made_of
 from pipeline.recipes.model import Merge, Recipe
@@ -66,8 +68,45 @@ def _made(directory: Path) -> Path:
     return directory
 
 
+def plan_recipe(recipe: Recipe, output: Output, how: Execution = Execution()) -> MergePlan:
+    """The plan of `merge_recipe`, for a recipe of one merge. Raises UserError, also for a chain: later merges read what is not there yet."""
+    if not output.replace:
+        refuse_to_replace(output.out)
+    *earlier, merge = recipe.merges
+    if earlier:
+        raise UserError(
+            f"a recipe of {len(recipe.merges)} merges is planned merge by merge, since later ones read what earlier ones make: write "
+            f"merge {earlier[0].name} into a recipe of its own"
+        )
+    work = _work(merge, output, {}, how)
+    if isinstance(work, FileMerge):
+        return plan_files(work, how)
+    return plan_groups(work.groups, merge.technique, work.out, work.way, work.ids)
+
+
 def _one(merge: Merge, output: Output, texts: Mapping[str, str], how: Execution) -> MergeReport:
     """Carry one merge out, whose models are paths."""
+    work = _work(merge, output, texts, how)
+    if isinstance(work, FileMerge):
+        return merge_files(work, how)
+    report = combine_groups(work.groups, work.about, work.out, work.way, work.ids)
+    return replace(report, notes=(*work.notes, *report.notes))
+
+
+@dataclass(frozen=True)
+class _Grouped:
+    """A merge whose tensors are not all made alike, ready to be carried out."""
+
+    groups: Sequence[Group]
+    about: Mapping[str, Any]
+    out: Out
+    way: Way
+    ids: Mapping[Path, str]
+    notes: Sequence[str]
+
+
+def _work(merge: Merge, output: Output, texts: Mapping[str, str], how: Execution) -> FileMerge | _Grouped:
+    """What a merge, whose models are paths, comes to."""
     dtype = output.dtype or merge.dtype
     for path in merge.models:
         if overwrites(output.out, Path(path)):
@@ -75,7 +114,7 @@ def _one(merge: Merge, output: Output, texts: Mapping[str, str], how: Execution)
     words = worded(merge)
     simple = None if words.rows or words.tokenizer or words.texts else _of_files(merge, output, texts)
     if simple is not None:
-        return merge_files(replace(simple, dtype=dtype), how)
+        return replace(simple, dtype=dtype)
     if any(one.statistics for one in merge.experts):
         raise UserError(
             "statistics belong to a merge of whole models; layers, parameters that differ between tensors, and other vocabularies cannot "
@@ -97,8 +136,7 @@ def _one(merge: Merge, output: Output, texts: Mapping[str, str], how: Execution)
     )  # fmt: skip
     ids = {Path(one.model): one.id for one in merge.experts if one.id}
     about = {"technique": merge.technique, "recipe": merge.model_dump(exclude_defaults=True, mode="json")}
-    report = combine_groups(made.groups, about, out, way, ids)
-    return replace(report, notes=(*words.notes, *report.notes))
+    return _Grouped(made.groups, about, out, way, ids, words.notes)
 
 
 def _of_files(merge: Merge, output: Output, texts: Mapping[str, str]) -> FileMerge | None:
