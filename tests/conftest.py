@@ -27,7 +27,7 @@ from tests.matrix import (  # noqa: E402, F401  (hooks of pytest)
     pytest_runtest_logreport,
     pytest_sessionfinish,
 )
-from tests.world import Cluster, World, command, make_world  # noqa: E402
+from tests.world import Cluster, World, command, end_started, make_world  # noqa: E402
 
 # A shell starts what runs in its background deaf to Ctrl-C, and a process hands that on to what it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -35,6 +35,12 @@ if (
     signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 ):  # started by nohup: what it starts here hears hang-ups again
     signal.signal(signal.SIGHUP, lambda *_: None)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    yield
+    end_started()
 
 
 @pytest.fixture(scope="session")

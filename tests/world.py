@@ -148,6 +148,9 @@ class Cluster:
         self._place.cleanup()
 
 
+_STARTED: list[subprocess.Popen[str]] = []
+
+
 def start(
     *arguments: Any,
     faults: dict[str, Any] | None = None,
@@ -161,12 +164,23 @@ def start(
         "RAY_AUTH_MODE": "token",
         "PYTHONPATH": str(ROOT),
     }
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "pipeline.cli", *map(str, arguments)],
         cwd=cwd, env=os.environ | ours | (environment or {}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=start_new_session,
         preexec_fn=_hear_hangups if start_new_session else None,
     )  # fmt: skip
+    _STARTED.append(process)
+    return process
+
+
+def end_started() -> None:
+    """Kill what `start` started and a test that failed has left running, so that no later test shares the machine with it."""
+    while _STARTED:
+        process = _STARTED.pop()
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 def _hear_hangups() -> None:

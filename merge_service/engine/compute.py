@@ -126,7 +126,7 @@ class Compute:
                 held.update((role, site.fetch(array)) for role, array in state.items())
             if not finish:
                 return Outcome(np.empty(0), Election(), [], ())
-            out, election = rule.result(xp, state, majority)
+            out, election = rule.result_at(xp, state, majority, places[task.orders[-1]])
             if base is not None:
                 factor = task.factors[span.name]
                 moved = out * factor if factor != 1 else out

@@ -12,7 +12,7 @@ from merge_service.blocks.spans import Span
 from merge_service.engine.task import Input, MergeTask
 from merge_service.techniques.params import of_expert
 from merge_service.techniques.place import Place
-from merge_service.techniques.shares import coefficient, is_weighed, share
+from merge_service.techniques.shares import is_weighed, share, weight_of
 
 
 class Places:
@@ -30,11 +30,11 @@ class Places:
         """The place of a span in one expert."""
         task, params, order, found = self.task, self.task.params, expert.order, self.found
         if span.name in task.statistics:
-            weighs = task.technique.space == "weights" or "weight" in params or "schedule" in params
+            weighs = task.technique.space == "weights" or "weight" in params or task.rule.weighs
             given = weighs and task.technique.origin is None
-            return Place(order, share(params, order) if given else 1 / order)
-        if task.technique.space == "weights":
-            return Place(order, share(params, order), found.turns.get((span.name, order)))
+            return Place(order, share(params, order, span.name) if given else 1 / order)
+        if task.technique.space == "weights" or (task.rule.weighs and self._is_weighed):
+            return Place(order, share(params, order, span.name), found.turns.get((span.name, order)))
         group = task.group(span.name), order
         gain = None if params.get("rescale") == "expectation" else found.gains.get((span.name, order), 1.0)
         return Place(
@@ -57,12 +57,10 @@ class Places:
         if not self._is_weighed and not self.task.rule.learned:
             return 1.0
         if (name, order) not in self._weights:
-            found = (
-                coefficient(self.task.params, order, name)
-                if self._is_weighed
-                else self._learned(expert, name)
+            learned = self.task.rule.learned
+            self._weights[name, order] = (
+                self._learned(expert, name) if learned else weight_of(self.task.params, order, name)
             )
-            self._weights[name, order] = found or 0.0
         return self._weights[name, order]
 
     def _evidence(self, expert: Input, span: Span) -> np.ndarray | None:

@@ -20,7 +20,7 @@ from merge_service.techniques.definition import Technique
 from merge_service.techniques.families.averages import Mean
 from merge_service.techniques.place import Array, Election, Place, State
 from merge_service.techniques.rule import Rule
-from merge_service.techniques.shares import leaving_share
+from merge_service.techniques.shares import is_weighed, leaving_share
 
 
 class Removing(Rule):
@@ -60,7 +60,8 @@ def retraction(
             f"{leaving.id!r} is the only expert of the state; without it there is only the base: start again without a state"
         )
     even = 1 / (count - 1)
-    share = leaving_share(params, leaving.order, count) if technique.space == "weights" else even
+    weighs = technique.space == "weights" or (rule.weighs and is_weighed(params))
+    share = leaving_share(params, leaving.order, count) if weighs else even
     alone = replace(leaving, order=1)  # the only expert of its task; `share` holds its weight
     return MergeTask(
         technique, without(params, leaving.order), base, (alone,), tied, Removing(rule, share), Removing(Mean(params), even)

@@ -10,7 +10,7 @@ threads or machines.
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -42,9 +42,10 @@ from merge_service.engine.compute import Compute
 from merge_service.engine.fused import Fused, Magnitudes, fits
 from merge_service.engine.places import Places
 from merge_service.engine.reader import Reader
+from merge_service.engine.stream_state import StreamState
 from merge_service.engine.task import Input, MergeTask
 from merge_service.engine.whole import WholeTensor, on_one_thread
-from merge_service.techniques.place import Place
+from merge_service.techniques.place import Place, State
 
 BLOCK = 1 << 17
 """Elements per span of a counting pass: the base's elements stay in a core's cache while every expert is compared with them."""
@@ -57,9 +58,13 @@ class Blocks:
     """
 
     def __init__(
-        self, task: MergeTask, read: Callable[[int], np.ndarray], places: Mapping[int, Place]
+        self,
+        task: MergeTask,
+        read: Callable[[int], np.ndarray],
+        places: Mapping[int, Place],
+        state: Callable[[], State],
     ) -> None:
-        self.params, self.orders, self.place = task.params, list(places), places
+        self.params, self.orders, self.place, self._state = task.params, list(places), places, state
         self.read, self._held, self._made = read, dict[int, np.ndarray](), dict[Any, Any]()
 
     def one(self, order: int) -> np.ndarray:
@@ -78,6 +83,11 @@ class Blocks:
         """The places of all experts, in order."""
         return list(self.place.values())
 
+    @cached_property
+    def held(self) -> State:
+        """The state of the experts before these, empty where there were none."""
+        return self._state()
+
     def once(self, function: Callable[[Any, Sequence[Any], Sequence[Place]], Any]) -> Any:
         """`function(np, blocks, places)`, computed once for all experts."""
         if function not in self._made:
@@ -86,12 +96,18 @@ class Blocks:
 
 
 class Surveyor:
-    """Answers questions for `tensors` (name, number of elements) of a task, with `threads` threads. `site` is where whole tensors are worked on."""
+    """Answers questions for `tensors` (name, number of elements) of a task, with `threads` threads, about its experts and those that a
+    stream has `held` so far. `site` is where whole tensors are worked on."""
 
     def __init__(
-        self, task: MergeTask, tensors: Iterable[tuple[str, int]], threads: int = 1, site: Host = Host()
+        self,
+        task: MergeTask,
+        tensors: Iterable[tuple[str, int]],
+        threads: int = 1,
+        site: Host = Host(),
+        held: StreamState | None = None,
     ) -> None:
-        self.site = site
+        self.site, self.held = site, held
         self.task, self.reader, self.threads = task, Reader(task), threads
         self.scratch, self.lock = Scratch(), threading.Lock()
         self.tensors, self.groups = list(tensors), dict[str, list[tuple[str, int]]]()
@@ -119,7 +135,8 @@ class Surveyor:
         found, still, total = [np.empty(0, quantity.word)], set(), 0
         for name, numel in self.groups.get(group, []):
             places = Places(self.task, quantity.given).all(Span(name, 0, numel))
-            blocks = Blocks(self.task, partial(self._draw, name, numel, stride), places)
+            drawn_state = partial(self._draw_state, name, numel, stride)
+            blocks = Blocks(self.task, partial(self._draw, name, numel, stride), places, drawn_state)
             with np.errstate(all="ignore"):
                 drawn = self._measure(quantity, order, blocks)
             if not question.count_frozen and not drawn.any() and not self._moved(name, numel, order):
@@ -173,6 +190,15 @@ class Surveyor:
             self._base_runs[name] = _runs(self.task.base, name, numel, stride).astype(compute, copy=False)
         theirs = _runs(self.inputs[order].weights, name, numel, stride)
         return theirs.astype(compute, copy=False) - self._base_runs[name]
+
+    def _draw_state(self, name: str, numel: int, stride: int) -> State:
+        """The same runs of what a stream holds."""
+        if self.held is None:
+            return {}
+        return {
+            role: _runs(self.held.checkpoint, f"{role}:{name}", numel, stride)
+            for role in self.task.arrays(name)
+        }
 
     def _moved(self, name: str, numel: int, order: int) -> bool:
         return any(bool(self._delta(span, order).any()) for span in spans([(name, numel)], BLOCK))
@@ -270,7 +296,15 @@ class Surveyor:
 
     def _blocks(self, span: Span, given: Findings) -> Blocks:
         rows = self.task.cover(span)
-        return Blocks(self.task, partial(self._delta, rows), Places(self.task, given).all(rows))
+        return Blocks(
+            self.task,
+            partial(self._delta, rows),
+            Places(self.task, given).all(rows),
+            partial(self._state, rows),
+        )
+
+    def _state(self, span: Span) -> State:
+        return {} if self.held is None else self.held.read(span, self.task.arrays(span.name))
 
     def _delta(self, span: Span, order: int) -> np.ndarray:
         return self.reader.delta(self.inputs[order], span)

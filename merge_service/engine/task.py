@@ -20,10 +20,12 @@ from merge_service.blocks.spans import Span
 from merge_service.checkpoints.buffers import buffers
 from merge_service.checkpoints.ties import Ties, tie
 from merge_service.checkpoints.weights import Weights
+from merge_service.errors import TechniqueError
 from merge_service.statistics import Statistics
 from merge_service.techniques.definition import Technique
 from merge_service.techniques.families.averages import Mean
 from merge_service.techniques.rule import Combining, Facts, Rule
+from merge_service.techniques.shares import weights_in
 from merge_service.techniques.thinning import KeepAll
 
 
@@ -69,7 +71,26 @@ class MergeTask:
             if one.evidence is not None:
                 one.evidence.tie(tied)
         rule, mean = technique.rule(params), Mean(params)
-        return cls(technique, params, base, tuple(inputs), tied, rule, mean)
+        made = cls(technique, params, base, tuple(inputs), tied, rule, mean)
+        made._refuse_uncovered()
+        return made
+
+    def _refuse_uncovered(self) -> None:
+        """Raise `TechniqueError` for a tensor of which the experts' coefficients say nothing. A temperature without any stays the base's
+        where task vectors are summed."""
+        if self.params.get("coefficients") is None:
+            return
+        lacking = [
+            name
+            for name, _ in self.merged
+            if weights_in(self.params, name, 1) is None
+            and (self.rule.weighs or not self.anatomy.is_scale(name))
+        ]
+        if lacking:
+            more = f" and {len(lacking) - 1} more tensors" * (len(lacking) > 1)
+            raise TechniqueError(
+                f"coefficients has no pattern for {lacking[0]}{more}; add one, such as '*' for all others"
+            )
 
     @property
     def reference(self) -> Weights:
@@ -207,6 +228,7 @@ class MergeTask:
         rule = self.combine_of(name)
         return {
             **dict.fromkeys(rule.floats, self.compute(name)),
+            **dict.fromkeys(rule.doubles, np.dtype(np.float64)),
             **dict.fromkeys(rule.words, np.dtype(np.uint32)),
         }
 

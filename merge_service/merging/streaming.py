@@ -19,6 +19,7 @@ from merge_service.engine.compute import Compute, site_of
 from merge_service.engine.inputs import Inputs
 from merge_service.engine.retraction import check_bytes, retraction
 from merge_service.engine.stream_state import Ends, StreamState, check_room, state_writer
+from merge_service.engine.survey import Surveyor
 from merge_service.engine.task import Input, MergeTask
 from merge_service.engine.thresholds_cache import KeptThresholds
 from merge_service.errors import TechniqueError
@@ -78,7 +79,8 @@ def advance(
         sha256 = known.sha256
         known = dataclasses.replace(known, inputs=seen.then(known.inputs), notes=said)
         target = out.target(derivation.sources, ties.apart(anchor, same)) if out else None
-        found, notes = ready(task, way, KeptThresholds(task, way.keep_thresholds, sha256))
+        ask = Surveyor(task, task.combined, way.execution.threads, site, held).answer
+        found, notes = ready(task, way, KeptThresholds(task, way.keep_thresholds, sha256), ask)
         done = _carry_on(Compute(task, found, site), Step(held, states.after, target, notes), known, way)
         return report_of(task, target, known, began, done)
 

@@ -62,6 +62,7 @@ class Technique:
     where a technique that is not built in is defined. `portable`: equal inputs give equal bits on every machine; false where
     singular vectors come from a linear algebra library. `evidence` is what must be measured first. `resumes`: a fold continues the
     state of the running model, which its weights alone do not give. `keeps` says what the state holds, where that is more than its arrays.
+    `unweighed` says why experts have no weights, where they have none.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Technique:
     evidence: tuple[Evidence, ...] = ()
     resumes: bool = False
     keeps: str = ""
+    unweighed: str = ""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -107,6 +109,8 @@ class Technique:
             if param.name == name:
                 return param
         known = [param.name for param in self.params]
+        if self.unweighed and name in ("weights", "coefficients"):
+            raise TechniqueError(f"{self.name} has no {name} of experts: {self.unweighed}; leave {name} out")
         raise TechniqueError(
             f"{self.name} has no parameter {name!r}{nearest(str(name), known)}; it has {', '.join(known)}"
         )
@@ -140,12 +144,16 @@ class Technique:
                 f"{self.name}: density {resolved['density']} + outliers {resolved['outliers']} is more than everything; "
                 "lower one of them"
             )
-        if resolved.get("weights") is not None and resolved.get("schedule", "uniform") != "uniform":
-            raise TechniqueError(f"{self.name}: give weights or a schedule, not both")
-        if resolved.get("weights") is not None and resolved.get("coefficients") is not None:
-            raise TechniqueError(f"{self.name}: give weights or coefficients, not both")
+        weighing = [
+            name
+            for name in ("weights", "coefficients", "schedule")
+            if resolved.get(name) not in (None, "uniform")
+        ]
+        if len(weighing) > 1:
+            raise TechniqueError(f"{self.name}: give {' or '.join(weighing)}, not both")
         self._refuse_chances(resolved)
-        if form == "stream" and not self.rule(resolved).streams:
+        rule = self.rule(resolved)
+        if form == "stream" and not (rule.streams and resolved.get("coefficients") is None):
             raise TechniqueError(
                 f"{self.name} with these parameters needs every expert at the end and has no stream form; merge all at once"
             )

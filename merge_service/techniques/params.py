@@ -24,7 +24,8 @@ class Param:
 
     `low` and `high` bound numbers inclusively, unless `above_low` excludes the lower end. A `floats` parameter is a list of
     numbers or None, a `table` a list of numbers by pattern of tensor names, or None. A `quiet` one is left out of the parameters of a merge where it has its default, so that merges without it are named
-    as before it existed. One with `each` may be a list with an entry for every expert.
+    as before it existed. One with `each` may be a list with an entry for every expert; `alone` says why one that others have for every
+    expert is one number here. A table whose numbers are at least 0 has weights of a mean, of which not all may be zero.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Param:
     forms: frozenset[str] = BOTH
     quiet: bool = False
     each: bool = False
+    alone: str = ""
 
     @property
     def range(self) -> str:
@@ -101,7 +103,11 @@ class Param:
         for key, one in lists.items():
             if isinstance(one, str) or not isinstance(one, Iterable):
                 raise self._wrong({key: one}, owner)
-        return {key: [float(self._number(item, owner)) for item in one] for key, one in lists.items()}
+        found = {key: [float(self._number(item, owner)) for item in one] for key, one in lists.items()}
+        nothing = [key for key, one in found.items() if self.low is not None and not any(one)]
+        if nothing:
+            raise TechniqueError(f"{owner}: {self.name} of {nothing[0]!r} has no weight above zero")
+        return found
 
     def _wrong(self, value: Any, owner: str, hint: str = "") -> TechniqueError:
         what = {
@@ -110,7 +116,12 @@ class Param:
             "floats": "a list of numbers",
             "table": "a list of numbers by pattern",
         }.get(self.kind, "one")
-        return TechniqueError(f"{owner}: {self.name} = {value!r} is not {what} of: {self.range}{hint}")
+        why = (
+            f"; it is one for all experts, because {self.alone}"
+            if self.alone and isinstance(value, list | tuple)
+            else ""
+        )
+        return TechniqueError(f"{owner}: {self.name} = {value!r} is not {what} of: {self.range}{hint}{why}")
 
 
 def listed(value: Any) -> list[Any]:
@@ -142,11 +153,28 @@ LOGIT_SCALE = Param(
 )
 SCHEDULES = ("uniform", "linear", "sqrt", "quadratic", "cubic", "exp", "log")
 _MERGE = frozenset({"merge"})
+_OF_PATTERNS = (
+    "{pattern: [one per expert]}; of patterns that fit (* and ?) the name itself, else the longest, counts"
+)
+_TABLE = Param(
+    "coefficients",
+    "table",
+    None,
+    f"weights by tensor, normalised in each: {_OF_PATTERNS}. Excludes weights",
+    0,
+    forms=_MERGE,
+    quiet=True,
+)
+_WEIGHTS = Param(
+    "weights", "floats", None, "one weight per expert, normalised; excludes schedule", 0, forms=_MERGE
+)
 AVERAGING = (
-    Param("weights", "floats", None, "one weight per expert, normalised; excludes schedule", 0, forms=_MERGE),
+    _WEIGHTS,
     Param("schedule", "choice", "uniform", "weights that grow with time", choices=SCHEDULES, forms=_MERGE),
+    _TABLE,
     replace(WEIGHT, forms=frozenset({"fold"})),
 )
+SHARING = (replace(_WEIGHTS, doc="one weight per expert, normalised", quiet=True), _TABLE)
 COEFFICIENTS = Param(
     "weights",
     "floats",
@@ -159,8 +187,7 @@ COEFFICIENT_TABLE = Param(
     "coefficients",
     "table",
     None,
-    "factors of task vectors by tensor: {pattern: [one per expert]}; of patterns that fit (* and ?) the name itself, else the longest, "
-    "counts. Excludes weights",
+    f"factors of task vectors by tensor: {_OF_PATTERNS}. Excludes weights",
     forms=_MERGE,
     quiet=True,
 )

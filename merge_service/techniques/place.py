@@ -84,6 +84,9 @@ class Seen(Protocol):
     def blocks(self) -> Sequence[Array]: ...
     @property
     def places(self) -> Sequence[Place]: ...
+    @property
+    def held(self) -> Mapping[str, Array]:
+        """The state of the experts before these, over the same elements; empty where there were none."""
 
     def once(self, function: Callable[[Any, Sequence[Array], Sequence[Place]], Any]) -> Any:
         """`function(xp, blocks, places)`, computed once for all experts."""

@@ -28,15 +28,16 @@ Places = Sequence[Place]
 class Combining:
     """Properties of rules of both kinds.
 
-    `floats` and `words` (uint32) name the state's arrays, which start at zero. `kernel` is the fused loop that does the same,
+    `floats`, `doubles` (float64) and `words` (uint32) name the state's arrays, which start at zero. `kernel` is the fused loop that does the same,
     None if there is none. `whole`: tensors are computed whole, not span by span. `local`: what `prepare` computes for tensors that
     share thresholds depends on no others. `averages`: the rule is already a mean of weights, so running statistics need no other
     rule. `adds`: task vectors are summed, not averaged. `masks_scalars`: random draws also apply to tensors of one number without
-    a shape. `measured`: blocks come with what was measured of the expert in them. `learned`: with learned factors of the expert.
+    a shape. `weighs`: experts have weights of a mean (`Place.share`). `measured`: blocks come with what was measured of the expert in them. `learned`: with learned factors of the expert.
     `streams`: false for parameters with which a technique that streams does not.
     """
 
     floats: tuple[str, ...] = ()
+    doubles: tuple[str, ...] = ()
     words: tuple[str, ...] = ()
     kernel: str | None = None
     whole = False
@@ -44,6 +45,7 @@ class Combining:
     averages = False
     adds = False
     masks_scalars = False
+    weighs = False
     measured = False
     learned = False
     streams = True
@@ -70,6 +72,10 @@ class Rule(Combining):
     def result(self, xp: Any, state: State, majority: int) -> tuple[Array, Election]:
         """The combined block. `majority` is the sign for elements whose vote is a tie."""
         raise NotImplementedError
+
+    def result_at(self, xp: Any, state: State, majority: int, place: Place) -> tuple[Array, Election]:
+        """The same for a rule that must know the `place` of the newest expert's block."""
+        return self.result(xp, state, majority)
 
 
 class Together(Rule):

@@ -1,4 +1,4 @@
-"""`python -m pipeline.claims.data_driven`: what data buys. Runs one study, keeps its rows, judges five questions, writes the page.
+"""`python -m pipeline.claims.data_driven`: what data buys. Runs two studies, keeps their rows, judges five questions of each, writes the page.
 
 The questions and their comparisons stand here as they were before the study was run. Invariant: the page is made from the kept
 rows alone, by the rule of `judge`.
@@ -19,6 +19,8 @@ import pandas as pd
 import yaml
 
 from merge_service.errors import UserError
+from pipeline.claims import data_driven_learned as learned
+from pipeline.claims.__main__ import commit
 from pipeline.claims.figures import NAMES
 from pipeline.claims.judge import ALPHA, UNDECIDED, Claim, Judged, Part, judge, plain
 from pipeline.claims.page import WORDS, comparisons, effect, number
@@ -29,6 +31,7 @@ from pipeline.report.page import svg_of
 STUDY = Path("configs/studies/data_driven.yaml")
 PAGE = Path("docs/data_driven.md")
 NAME = "data_driven"
+STUDIES = {NAME: STUDY, learned.NAME: learned.STUDY}
 SEES_DATA = ("regmean", "lot", "fisher")
 Strategy = tuple[str, str, str]
 """Initialization, deployment, technique."""
@@ -118,13 +121,14 @@ def named(strategy: Strategy) -> str:
     return NAMES[f"{init}/{deploy}"] if technique == "-" else f"{init} → {deploy} {technique}"
 
 
-def page(judged: Sequence[Judged], found: Findings, run: dict[str, Any]) -> str:
-    """The whole page in Markdown."""
+def page(judged: Sequence[Judged], found: Findings, run: dict[str, Any], more: Sequence[str] = ()) -> str:
+    """The whole page in Markdown; `more` are the lines of the second study."""
     rows = [
         f"| [{one.claim.number}](#{one.claim.number.lower()}) | {one.claim.claim} | **{one.verdict}** | {one.settled_by.says} | {effect(one.settled_by)} |"
         for one in judged
     ]
-    orders, tasks = found.rows["replicate"].nunique(), int(found.rows["tasks"].iloc[0])
+    own = found.final(NAME)
+    orders, tasks = own["replicate"].nunique(), int(own["tasks"].iloc[0])
     return "\n".join(
         [
             "# What does data buy?",
@@ -168,10 +172,11 @@ def page(judged: Sequence[Judged], found: Findings, run: dict[str, Any]) -> str:
             "|---|---|---|---|",
             *_scores(found),
             "",
+            *more,
             "## What was not tried",
             "",
-            "Learned merges (`adamerging` and others: a pass over all experts at every step), `tatr`, `mats`, `regmean_plus`, other numbers of images, other",
-            "weights of folds, other sizes of model, and other bases. The mini suite's tasks are small pictures of few classes.",
+            f"{'' if more else 'Learned merges, `tatr`, `mats`, '}`regmean_plus`, other numbers of images and of steps of learning, other weights of folds, other sizes",
+            "of model, and other bases. The mini suite's tasks are small pictures of few classes.",
             "",
             "## How this was made",
             "",
@@ -179,7 +184,7 @@ def page(judged: Sequence[Judged], found: Findings, run: dict[str, Any]) -> str:
             "make data-driven    # goes on where it stopped",
             "```",
             "",
-            f"Study: `{STUDY}` at commit `{found.rows['commit'].iloc[0]}`, {run['machine']}. Numbers of all {len(found.rows)} trajectories: [rows]({NAME}/{NAME}.csv);",
+            f"Study: `{STUDY}` at commit `{own['commit'].iloc[0]}`, {run['machine']}. Numbers of all {len(own)} trajectories: [rows]({NAME}/{NAME}.csv);",
             f"verdicts: [questions]({NAME}/questions.json). `python -m pipeline.claims.data_driven --judge` makes page and verdicts of the rows alone.",
             "",
         ]
@@ -228,7 +233,7 @@ def _scores(found: Findings) -> list[str]:
 
 def strategies(found: Findings) -> list[Strategy]:
     """Those that the rows hold, in their order."""
-    rows = found.rows[["init", "deploy", "technique"]].drop_duplicates()
+    rows = found.final(NAME)[["init", "deploy", "technique"]].drop_duplicates()
     return [(str(a), str(b), str(c)) for a, b, c in rows.itertuples(index=False)]
 
 
@@ -260,53 +265,74 @@ def figure(found: Findings) -> str:
 
 def write(folder: Path, target: Path) -> list[str]:
     """Judge the rows in `folder` and write the page with its figure beside; returns a line per question. Raises UserError."""
-    found = read_rows(folder, [NAME])
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    judged = judge(claims_of(found))
+    found = read_rows(folder, [*STUDIES])
+    judged, more, also = judge(claims_of(found)), list[str](), tuple[Judged, ...]()
     (folder / "gm.svg").write_text(figure(found), encoding="utf-8")
+    _answer(folder / "questions.json", judged)
+    if found.has(learned.NAME):
+        also = judge(learned.claims_of(found))
+        _answer(folder / f"{learned.NAME}_questions.json", also)
+        more = learned.section(also, found, _run(folder, learned.NAME))
+    target.write_text(page(judged, found, _run(folder, NAME), more), encoding="utf-8")
+    return [f"{one.claim.number} {one.verdict}: {one.claim.claim}" for one in (*judged, *also)]
+
+
+def _answer(file: Path, judged: Sequence[Judged]) -> None:
     answer = {one.claim.number: plain(one) for one in judged}
-    (folder / "questions.json").write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
-    target.write_text(page(judged, found, run), encoding="utf-8")
-    return [f"{one.claim.number} {one.verdict}: {one.claim.claim}" for one in judged]
+    file.write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
 
 
-def keep(out: Path, folder: Path, commit: str) -> None:
-    """The rows of a finished run, and what the page says of the run. Raises UserError if it is not finished."""
-    study = yaml.safe_load(STUDY.read_text(encoding="utf-8"))
-    write_rows(folder, read_run(out, NAME, commit))
+def _run(folder: Path, name: str) -> dict[str, Any]:
+    said: dict[str, Any] = json.loads(_run_file(folder, name).read_text(encoding="utf-8"))
+    return said
+
+
+def _run_file(folder: Path, name: str) -> Path:
+    return folder / ("run.json" if name == NAME else f"{name}_run.json")
+
+
+def keep(out: Path, folder: Path, name: str, commit: str) -> None:
+    """The rows of a finished run of a study, and what the page says of the run. Raises UserError if it is not finished."""
+    study = yaml.safe_load(STUDIES[name].read_text(encoding="utf-8"))
+    write_rows(folder, read_run(out, name, commit))
     said = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", "plan", str(STUDY), "--json"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "pipeline.cli", "plan", str(STUDIES[name]), "--json"], capture_output=True, text=True, check=True
     )  # fmt: skip
     plan = json.loads(said.stdout)
     run = {
         "steps_per_task": study["budget"]["steps_per_task"], "examples": study["statistics"]["examples"],
         "measuring": plan["gflops_measuring"] / plan["gflops"], "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }  # fmt: skip
-    (folder / "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    if "learning" in study:
+        run |= {
+            "learning_steps": study["learning"]["steps"],
+            "learning": plan["gflops_learning"] / plan["gflops"],
+        }
+    _run_file(folder, name).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+
+
+def _carry_out(study: Path, out: Path) -> None:
+    line = [sys.executable, "-m", "pipeline.cli", "run", str(study), "--out", str(out)]
+    if code := subprocess.run(line, stdout=subprocess.DEVNULL, check=False).returncode:
+        raise UserError(f"the study ended with exit code {code}; give the same command again to go on")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 2 on a UserError."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.claims.data_driven", description=__doc__.partition("\n")[0])  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("runs") / NAME, help="where the study runs (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--keep", metavar="COMMIT", help="keep the rows of a run in OUT that this commit made; run nothing")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="the folder in which each study has its own (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--only", choices=[*STUDIES], help="run or keep this study alone")
+    parser.add_argument("--keep", metavar="COMMIT", help="keep the rows of runs in OUT that this commit made; run nothing")  # fmt: skip
     parser.add_argument(
         "--judge", action="store_true", help="page and verdicts from the kept rows; run nothing"
     )
     options = parser.parse_args(arguments)
     folder = PAGE.with_suffix("")
     try:
-        if not (options.judge or options.keep):
-            from pipeline.claims.__main__ import commit
-
-            line = [sys.executable, "-m", "pipeline.cli", "run", str(STUDY), "--out", str(options.out)]
-            if code := subprocess.run(line, stdout=subprocess.DEVNULL, check=False).returncode:
-                raise UserError(
-                    f"the study ended with exit code {code}; give the same command again to go on"
-                )
-            options.keep = commit()
-        if options.keep:
-            keep(options.out, folder, options.keep)
+        for name in () if options.judge else (options.only,) if options.only else STUDIES:
+            if not options.keep:
+                _carry_out(STUDIES[name], options.out / name)
+            keep(options.out / name, folder, name, options.keep or commit())
         print("\n".join(write(folder, PAGE)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

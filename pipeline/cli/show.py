@@ -85,11 +85,11 @@ def _room(summary: Mapping[str, Any]) -> str:
         f"{summary[f'disk_{key}'] / 2**20:,.0f} MiB"
         for key in ("bytes", "least_bytes", "peak_bytes", "all_bytes")
     )
-    return (
-        stays
-        if stays == everything
-        else f"{stays} ({least} must be free, {peak} are used at most; storage.keep: all would take {everything})"
-    )
+    resume = summary["resume_bytes"] / 2**20
+    beside = f", for every expert in training up to {resume:,.0f} MiB more" if resume >= 1 else ""
+    if stays == everything:
+        return stays + beside
+    return f"{stays} ({least} must be free, {peak} are used at most; storage.keep: all would take {everything}){beside}"
 
 
 def _trajectories(plan: Plan) -> Table:

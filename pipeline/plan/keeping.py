@@ -4,11 +4,11 @@ A merge that is not kept is a recipe from the moment on at which no step of the 
 Invariant: pure; what is kept bears on no result, no fingerprint and no other study.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from pipeline.kinds.specs import EvaluateSpec, MergeSpec
+from pipeline.kinds.specs import EvaluateSpec, MergeSpec, TrainSpec
 from pipeline.plan.steps import Plan, Step
 from pipeline.store.recipes import not_portable
 
@@ -101,6 +101,22 @@ def disk(plan: Plan, ahead: Collection[str], kept: Collection[str]) -> Disk:
     largest = sorted((size[fp] for fp in scored), reverse=True)[:AT_ONCE]
     less = stays + series + proof
     return Disk(stays, less + sum(largest[:1]), less + sum(largest), total, max(largest, default=0))
+
+
+def resume_bytes(plan: Plan, ahead: Collection[str], pace: Callable[[Step], tuple[int, float]]) -> int:
+    """Bytes that one expert takes in scratch while it trains, at most: the checkpoint that it could go on from, and the next one.
+
+    Each has the trained weights, both moments of AdamW and, if the recipe has it, the average over steps. `pace` gives (steps, seconds)
+    between checkpoints. A partly trained model takes less.
+    """
+    trained = (plan.steps[fp] for fp in ahead if plan.steps[fp].kind == TrainSpec.kind)
+    return max((_checkpoints(step, *pace(step)) * step.disk_bytes for step in trained), default=0)
+
+
+def _checkpoints(expert: Step, every: int, seconds: float) -> int:
+    """The most that the checkpoints of one expert hold at a time, in copies of its weights."""
+    written = 2 if seconds else (expert.spec["steps"] - 1) // every if every else 0
+    return min(2, written) * (4 if expert.spec["recipe"].get("ema") else 3)
 
 
 def _copies(merge: Step) -> int:

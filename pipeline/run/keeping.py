@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from pipeline.errors import StorageFull, StoreError
+from pipeline.files.disk import free_bytes, full_text
 from pipeline.plan.keeping import AT_ONCE, disk, only_scored, waiting_for
 from pipeline.plan.steps import Step
 from pipeline.store.artifact import MergedAs
@@ -19,9 +20,21 @@ from pipeline.workspace.workspace import StudySummary, Workspace
 
 
 def check_room(workspace: Workspace, summary: StudySummary) -> None:
-    """Raise StorageFull unless the study fits; the message gives the size for each choice of `storage.keep`."""
+    """Raise StorageFull unless the study fits, and the checkpoints of one expert in training beside it.
+
+    The message gives the size for each choice of `storage.keep`.
+    """
+    name, least, resume = (
+        f"study {workspace.study.name}",
+        summary["disk_least_bytes"],
+        summary["resume_bytes"],
+    )
+    free = free_bytes(workspace.out)
+    if resume > free:
+        what = f"{name}, checkpoints of an expert in training (experts.checkpoint_every, 0 for none)"
+        raise StorageFull(full_text(what, workspace.scratch, resume, free), resume, free)
     try:
-        workspace.store.check_room(f"study {workspace.study.name}", summary["disk_least_bytes"])
+        workspace.store.check_room(name, least + (resume if _one_disk(workspace) else 0))
     except StorageFull as error:
         choices = ", ".join(f"{name} {size:,}" for name, size in workspace.disk_by_choice().items())
         raise StorageFull(
@@ -29,6 +42,11 @@ def check_room(workspace: Workspace, summary: StudySummary) -> None:
             error.needed,
             error.free,
         ) from None
+
+
+def _one_disk(workspace: Workspace) -> bool:
+    store, out = workspace.store, workspace.out
+    return store.free_bytes() is not None and store.root.stat().st_dev == out.stat().st_dev
 
 
 class Keeping:
@@ -86,9 +104,7 @@ class Keeping:
 
     def reserve(self) -> int:
         """Bytes that the steps ahead need at a time, where `OUT` and the store share a disk; else 0."""
-        store, out = self.workspace.store, self.workspace.out
-        together = store.free_bytes() is not None and store.root.stat().st_dev == out.stat().st_dev
-        return self._needs if together else 0
+        return self._needs if _one_disk(self.workspace) else 0
 
     def finished(self, step: Step) -> None:
         """Record a finished step, and drop merges that only this step still needed."""

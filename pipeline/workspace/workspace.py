@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError
 from pipeline.files.disk import clear_leftovers, write_whole
 from pipeline.plan.facts import base_for_now, cache_of, ensure_data, gather, local_base, stated
 from pipeline.plan.file import study_of, write
-from pipeline.plan.keeping import Disk, disk, kept_merges
+from pipeline.plan.keeping import Disk, disk, kept_merges, resume_bytes
 from pipeline.plan.planner import base_step, make_plan
 from pipeline.plan.prompt_notes import prompt_notes
 from pipeline.plan.steps import Facts, Plan, Step, Summary
@@ -42,12 +42,13 @@ class StudySummary(Summary):
     """What a study would run, and what to know of its bases and data.
 
     `disk_bytes` is what stays, `disk_least_bytes` what must be free, `disk_peak_bytes` the most that is taken at a time, `disk_all_bytes`
-    what keeping every merge would take.
+    what keeping every merge would take. `resume_bytes` is what one expert in training takes in OUT/scratch besides, at most.
     """
 
     disk_least_bytes: int
     disk_peak_bytes: int
     disk_all_bytes: int
+    resume_bytes: int
     notes: list[str]
 
 
@@ -110,15 +111,17 @@ class Workspace:
     def summary(self) -> StudySummary:
         """What would run."""
         found = self.plan.summary(self.store)
-        room = Disk(*[found["disk_bytes"]] * 4)
+        room, ahead = Disk(*[found["disk_bytes"]] * 4), self.plan.steps.keys() - self.done()
         if self.study.storage.keep != "all":
-            room = disk(self.plan, self.plan.steps.keys() - self.done(), self.kept)
+            room = disk(self.plan, ahead, self.kept)
+        pace = lambda step: self.study.resources.of(step.model).experts.checkpoint_pace  # noqa: E731
         return {
             **found,
             "disk_bytes": room.kept,
             "disk_least_bytes": room.least,
             "disk_peak_bytes": room.peak,
             "disk_all_bytes": room.all,
+            "resume_bytes": resume_bytes(self.plan, ahead, pace),
             "notes": self.notes,
         }
 

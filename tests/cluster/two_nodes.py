@@ -87,9 +87,7 @@ def _attach(nodes: TwoNodes, seat: Path, study: Path, out: Path, suspended: Path
     client = nodes.client(*argv, cwd=seat, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert client.stderr is not None
     first = client.stderr.readline()
-    wait_until(
-        lambda: suspended.exists() and suspended.read_text(), "no worker reached its second expert", 200
-    )
+    wait_until(lambda: suspended.exists() and suspended.read_text(), "no worker reached its second expert")
     pid = int(suspended.read_text())
     wait_until(lambda: process_facts(pid)[0] == "T", "the worker is not suspended")
     os.kill(pid, signal.SIGCONT)

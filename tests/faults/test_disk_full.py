@@ -21,7 +21,7 @@ from pipeline.errors import StorageFull, TrackingError
 from pipeline.store.local import Store
 from pipeline.tracking.outbox import Outbox
 from pipeline.workspace.lock import driver_lock, write_driver
-from tests.faults.harness import Faults, created, must_go_on, wait_until
+from tests.faults.harness import PATIENCE, Faults, created, must_go_on, wait_until
 from tests.pipeline.store_toys import ToyStep, put
 from tests.world import Cluster, World, start
 
@@ -142,10 +142,10 @@ def test_run_on_a_disk_that_fills_ends_with_bytes_and_its_rerun_is_the_same(
     out, faults = disk.root / "out", Faults(tmp_path).at(point, nth=nth, do="stop")
     process = start("run", world.study(), "--out", out, "--address", cluster.address, faults=faults.placed)
     marker = faults.markers[0]
-    wait_until(lambda: marker.exists() and marker.read_text(), "the point was not reached", 90)
+    wait_until(lambda: marker.exists() and marker.read_text(), "the point was not reached")
     disk.fill()
     os.kill(int(marker.read_text()), signal.SIGCONT)
-    said = process.communicate(timeout=120)[1]
+    said = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 1, said
     assert re.search(r"StorageFull: .*[\d,]+ (bytes )?are free", said) and "Traceback" not in said, said
     before = created(out)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.faults.harness import (
+    PATIENCE,
     Faults,
     created,
     must_be_same,
@@ -43,7 +44,7 @@ def test_driver_killed_with_experts_running_leaves_no_orphans_and_trains_nothing
     out, faults = tmp_path / "out", Faults(tmp_path)
     faults.at("train.after_ckpt", nth=2, pid_file=str(out / "driver.json"))
     assert run(world.study(), out, cluster, faults).returncode == -9
-    took = wait_until(lambda: not workers_of(cluster), "orphans live on", 10)
+    took = wait_until(lambda: not workers_of(cluster), "orphans live on")
     record_property("orphans gone after", f"{took:.1f} s")
     must_go_on(world.study(), out, undisturbed, cluster.address, cluster)
 
@@ -88,17 +89,17 @@ def test_driver_that_is_asked_to_end_does_so_and_the_rerun_finishes(
     out = tmp_path / "out"
     process = start("run", world.study(), "--out", out, "--address", cluster.address)
     wait_until(
-        lambda: len(created(out)) >= done, "no step ends", 60
+        lambda: len(created(out)) >= done, "no step ends"
     )  # the base is committed before the cluster starts
     began = time.monotonic()
     for one in sent:
         process.send_signal(one)
         time.sleep(0.3)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=PATIENCE)[1]
     record_property("ended after", f"{time.monotonic() - began:.1f} s")
     assert process.returncode == code, said
     assert "Traceback" not in said, said
-    wait_until(lambda: not workers_of(cluster), "workers of an ended run live on", 10)
+    wait_until(lambda: not workers_of(cluster), "workers of an ended run live on")
     must_go_on(world.study(), out, undisturbed, cluster.address, cluster)
 
 
@@ -118,11 +119,11 @@ def test_run_on_its_own_ray_that_is_asked_to_end_after_a_step_ends_with_the_sign
 ) -> None:
     out = tmp_path / "out"
     process = start("run", world.study(), "--out", out, start_new_session=True)
-    wait_until(lambda: len(created(out)) >= 2, "no step ends", 120)
+    wait_until(lambda: len(created(out)) >= 2, "no step ends")
     for one in sent:
         (os.killpg if everybody else os.kill)(process.pid, one)
         time.sleep(0.3)
-    said = process.communicate(timeout=90)[1]
+    said = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == code, said
     assert f"ended: by {sent[0].name}" in said and "Traceback" not in said, said
 

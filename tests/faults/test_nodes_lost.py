@@ -66,7 +66,7 @@ def _raylet(node: Any) -> int:
 
 def _node_of(nodes: Nodes, marker: Path) -> tuple[Any, int]:
     """The node and the process that a fault stopped."""
-    wait_until(lambda: marker.exists() and marker.read_text(), "no expert reached its fault", 90)
+    wait_until(lambda: marker.exists() and marker.read_text(), "no expert reached its fault")
     pid = int(marker.read_text())
     parent = int(process_facts(pid)[1])
     found = [node for node in nodes.list_all_nodes() if _raylet(node) == parent]
@@ -105,7 +105,7 @@ def test_node_that_dies_under_an_expert_leaves_it_to_another_node(
         owners = list((out / "scratch").glob("*/owner"))
         wait_until(lambda: not _is_alive(pid), "the worker outlived its node")
         before = {path: path.stat().st_mtime_ns for path in owners if path.exists()}
-        took = wait_until(lambda: _begun_anew(out, before), "the expert did not begin elsewhere", 60)
+        took = wait_until(lambda: _begun_anew(out, before), "the expert did not begin elsewhere")
         record_property("begun elsewhere after", f"{time.monotonic() - began:.0f} s")
         assert took < 60
         assert "trying again" in _finish(process)
@@ -161,7 +161,7 @@ def test_partitioned_node_that_wakes_late_changes_nothing(
         node, pid = _node_of(nodes, faults.markers[0])
         os.kill(_raylet(node), signal.SIGSTOP)
         began, done = time.monotonic(), len(created(out))
-        wait_until(lambda: len(created(out)) > done + 2, "no other node takes the steps", 90)
+        wait_until(lambda: len(created(out)) > done + 2, "no other node takes the steps")
         record_property("steps go on elsewhere after", f"{time.monotonic() - began:.0f} s")
         before = created(out)
         os.kill(pid, signal.SIGCONT)
@@ -169,7 +169,7 @@ def test_partitioned_node_that_wakes_late_changes_nothing(
         os.kill(_raylet(node), signal.SIGCONT)
         _finish(process)
         assert before.items() <= created(out).items(), "the late one committed over what was there"
-        wait_until(lambda: not _is_alive(pid), "the worker of the lost node still runs", 30)
+        wait_until(lambda: not _is_alive(pid), "the worker of the lost node still runs")
     must_be_same(out, undisturbed)
 
 
@@ -180,7 +180,7 @@ def test_head_that_dies_ends_the_driver_and_a_new_cluster_goes_on(
     out = tmp_path / "out"
     with three_nodes() as nodes:
         process = _run(nodes, world.study(), out)
-        wait_until(lambda: len(created(out)) >= 3, "no steps end", 90)
+        wait_until(lambda: len(created(out)) >= 3, "no steps end")
         began = time.monotonic()
         nodes.head_node.kill_gcs_server()
         said = _finish(process, 1)

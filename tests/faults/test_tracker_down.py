@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.harness import created, run, tracked, wait_until
+from tests.faults.harness import PATIENCE, created, run, tracked, wait_until
 from tests.servers import free_port, mlflow_at
 from tests.world import Cluster, World, artifacts, command, start
 
@@ -57,12 +57,10 @@ def test_tracker_that_goes_and_comes_back_has_everything_once(
     study = world.study(tracking={"uri": uri})
     with mlflow_at(port, tmp_path):
         process = start("run", study, "--out", out, "--address", cluster.address)
-        wait_until(lambda: len(created(out)) >= 6, "no steps end", 60)
-    wait_until(
-        lambda: len(created(out)) >= 12 or process.poll() is not None, "steps wait for the tracker", 60
-    )
+        wait_until(lambda: len(created(out)) >= 6, "no steps end")
+    wait_until(lambda: len(created(out)) >= 12 or process.poll() is not None, "steps wait for the tracker")
     with mlflow_at(port, tmp_path):
-        said = process.communicate(timeout=120)[1]
+        said = process.communicate(timeout=PATIENCE)[1]
         assert process.returncode == 0, said
         assert command("sync", out).returncode == 0
         assert tracked(uri) == tracked(undisturbed)

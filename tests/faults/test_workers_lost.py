@@ -113,7 +113,7 @@ def test_step_that_is_always_stuck_ends_the_run_and_leaves_no_process(
     answer = run(world.study(resources=resources, schedule=ONE_AT_A_TIME), tmp_path / "out", cluster, faults)
     assert answer.returncode == 1
     assert re.search(r"StepTimeout: t1 red: expert .*failed 2 times", answer.stderr), answer.stderr
-    took = wait_until(lambda: not workers_of(cluster), "a stopped worker still runs", 15)
+    took = wait_until(lambda: not workers_of(cluster), "a stopped worker still runs")
     record_property("stopped workers gone after", f"{took:.1f} s")
 
 

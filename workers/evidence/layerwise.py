@@ -56,8 +56,7 @@ def measure_layerwise(experts: Experts, asked: Asked, place: Path) -> list[Path]
     if lacking:
         raise UserError(f"regmean_plus needs images of every expert's task; inputs of {lacking[0]} has none")
     models = [open_model(path, asked, experts.config) for path in experts.paths]
-    shares = weights_of(experts.params, len(models))
-    merged = _mean(models, shares)
+    merged = _mean(models, experts.params)
     blocks = getattr(getattr(merged.model.visual, "transformer", None), "resblocks", None)
     if blocks is None:
         raise UserError(
@@ -72,7 +71,7 @@ def measure_layerwise(experts: Experts, asked: Asked, place: Path) -> list[Path]
             with torch.no_grad(), tapped(model, grams.take):
                 for start in range(0, len(states), CHUNK):
                     own(states[start : start + CHUNK])  # type: ignore[operator]
-        _merge(merged, models, found, f"{PREFIX}{number}.", (shares, experts.params))
+        _merge(merged, models, found, f"{PREFIX}{number}.", experts.params)
         with torch.no_grad():
             hidden = [torch.cat([block(part) for part in states.split(CHUNK)]) for states in hidden]
     return [_write(place, *one) for one in zip(range(len(models)), models, found, drawn)]
@@ -88,7 +87,7 @@ def _write(place: Path, number: int, model: Opened, grams: Grams, inputs: Inputs
     return file
 
 
-def _mean(models: Sequence[Opened], shares: Sequence[float]) -> Opened:
+def _mean(models: Sequence[Opened], params: Mapping[str, Any]) -> Opened:
     """The weighted mean of the experts, as a model."""
     first = models[0]
     merged = Opened(copy.deepcopy(first.model), first.model_cfg, first.preprocess, first.digests)
@@ -96,6 +95,7 @@ def _mean(models: Sequence[Opened], shares: Sequence[float]) -> Opened:
     with torch.no_grad():
         for name, value in merged.model.state_dict().items():
             if value.is_floating_point():
+                shares = weights_of(params, len(models), name)
                 value.copy_(sum(share * state[name].double() for share, state in zip(shares, states)))
     return merged
 
@@ -126,17 +126,16 @@ def _merge(
     models: Sequence[Opened],
     found: Sequence[Grams],
     prefix: str,
-    how: tuple[Sequence[float], Mapping[str, Any]],
+    params: Mapping[str, Any],
 ) -> None:
     """Merge one block's matrices in place, as `regression.RegMean` does."""
-    shares, params = how
     means = [grams.means() for grams in found]
     for name, value in merged.model.named_parameters():
         if not name.startswith(prefix) or name not in means[0] or means[0][name].ndim != 2:
             continue
         anchor = value.detach().double().cpu().numpy()
         total, moment = 0.0, 0.0
-        for share, one, model in zip(shares, means, models):
+        for share, one, model in zip(weights_of(params, len(models), name), means, models):
             gram = one[name].numpy()
             gram = share * shrunk(gram.reshape(-1), len(gram), params["off_diagonal"]).reshape(gram.shape)
             own = model.model.state_dict()[name].double().cpu().numpy()

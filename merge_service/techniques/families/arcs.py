@@ -57,7 +57,7 @@ class _OnArc(Mean):
         """`Place.turn` of every expert for a tensor of `numel` elements; None for a straight line."""
         import numpy as np
 
-        found = self.coefficients(np, tensor, gram, weights_of(self.params, len(gram)))
+        found = self.coefficients(np, tensor, gram, weights_of(self.params, len(gram), tensor))
         if found is None:
             return [None] * len(gram)
         return [(float(order != 0), factor) for order, factor in enumerate(found)]
@@ -241,6 +241,7 @@ TECHNIQUES = (
         "θ = [sin((1-w)Ω) running + sin(wΩ) new] / sin Ω per tensor, cos Ω = <running, new> / (|running| |new|)",
         "Shoemake 1985; as in MergeKit, arXiv 2403.13257, with w on the new model",
         (WEIGHT, LOGIT_SCALE),
+        unweighed="it takes two models, and weight says how much the second counts",
         rule=Slerp,
         space="weights",
         forms=_MERGE_FOLD,
@@ -256,6 +257,7 @@ TECHNIQUES = (
         "θ = [sin((1-w)Ω) running + sin(wΩ) new] / sin Ω per tensor, of weights or of task vectors; a line where they are parallel",
         "NuSLERP in MergeKit, arXiv 2403.13257",
         (WEIGHT, SPACE, LOGIT_SCALE),
+        unweighed="it takes two models, and weight says how much the second counts",
         rule=NuSlerp,
         space="weights",
         forms=_MERGE_FOLD,

@@ -3,7 +3,7 @@
 from typing import Any
 
 from merge_service.techniques.definition import Technique
-from merge_service.techniques.params import AVERAGING, LOGIT_SCALE, Param
+from merge_service.techniques.params import AVERAGING, LOGIT_SCALE, SHARING, Param
 from merge_service.techniques.place import Array, Election, Place, State
 from merge_service.techniques.rule import Rule
 from merge_service.techniques.scaling import Factor
@@ -15,6 +15,7 @@ class Mean(Rule):
     floats = ("mean",)
     kernel = "mean"
     averages = True
+    weighs = True
 
     def add(self, xp: Any, state: State, x: Array, place: Place) -> None:
         mean = state["mean"]
@@ -44,10 +45,11 @@ TECHNIQUES = (
     ),
     Technique(
         "wise_ft",
-        "θ = (1 - weight) · θ0 + weight · mean_i θ_i",
+        "θ = (1 - weight) · θ0 + weight · Σ w_i θ_i / Σ w_i",
         "WiSE-FT, arXiv 2109.01903",
         (
             Param("weight", "float", 0.5, "weight of the experts' mean; the base gets 1 - weight", 0, 1),
+            *SHARING,
             LOGIT_SCALE,
         ),
         rule=Mean,

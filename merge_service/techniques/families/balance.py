@@ -21,10 +21,10 @@ from merge_service.blocks.questions import (
 )
 from merge_service.blocks.search import search
 from merge_service.techniques.definition import Technique
-from merge_service.techniques.params import GRANULARITY, HALF, LOGIT_SCALE, SCALE, Param
+from merge_service.techniques.params import GRANULARITY, HALF, LOGIT_SCALE, SCALE, Param, of_expert
 from merge_service.techniques.place import Array, Place, Seen, View
 from merge_service.techniques.rule import Blocks, Params, Places, Together, total, widened
-from merge_service.techniques.thinning import everywhere, exact, portion, thresholds
+from merge_service.techniques.thinning import exact, portion, thresholds
 
 
 class Selection(Together):
@@ -85,7 +85,12 @@ class Balance(Together):
         clamps = thresholds(ask, view, clamp_ranks(self.params["winsorize"]), found)
         found = found.with_(thresholds=clamps)
         quantity = Quantity("score", wide=True, signed=True, joint=True, given=found, measure=scores)
-        ranks = everywhere(view, score_ranks(self.params["density"]))
+        density = self.params["density"]
+        ranks = {
+            (group, order): score_ranks(of_expert(density, order))
+            for order in view.orders
+            for group in view.group_sizes
+        }
         return found.with_(scores=search(ranks, ask, quantity, count_frozen=True))
 
     def combined(self, xp: Any, blocks: Blocks, places: Places) -> Array:
@@ -208,6 +213,7 @@ TECHNIQUES = (
             replace(
                 HALF,
                 each=False,
+                alone="positions are selected where all experts differ most",
                 default=0.1,
                 doc="fraction of the positions where experts differ that is selected",
             ),
@@ -220,6 +226,7 @@ TECHNIQUES = (
             SCALE,
             LOGIT_SCALE,
         ),
+        unweighed="experts are weighted by their energy",
         rule=Selection,
         forms=frozenset({"merge", "fold"}),
         breaks={
@@ -235,9 +242,8 @@ TECHNIQUES = (
         (
             replace(
                 HALF,
-                each=False,
                 default=0.1,
-                doc="fraction of every task vector with the highest scores that counts",
+                doc="fraction of every task vector with the highest scores that counts; one per expert where it is a list",
             ),
             Param(
                 "winsorize",
@@ -260,6 +266,7 @@ TECHNIQUES = (
             SCALE,  # the authors' lambda: 1.2 fixed, searched from 1.0
             LOGIT_SCALE,
         ),
+        unweighed="experts are weighted by their scores, element by element",
         rule=Balance,
         forms=frozenset({"merge", "fold"}),
         breaks={

@@ -13,7 +13,6 @@ from merge_service.blocks.singular import shared_frame, wide
 from merge_service.techniques.definition import Technique
 from merge_service.techniques.families.spectra import SCOPE
 from merge_service.techniques.families.subspaces import ALL_MATRICES, BREAKS, OfMatrices, is_solved
-from merge_service.techniques.families.sums import Weighed
 from merge_service.techniques.params import (
     ATTENTION,
     CONSENSUS,
@@ -102,7 +101,7 @@ class DisjointSums(Disjoint):
         state["plus"], state["minus"] = xp.where(some_plus, plus, 0), xp.where(some_minus, minus, 0)
 
 
-class WeightedElection(Weighed):
+class WeightedElection(Rule):
     """The same election over task vectors times their experts' weights; the mean divides by the weights of those that agree.
 
     The state also holds these weights, by their size, for each side.
@@ -291,6 +290,7 @@ TECHNIQUES = (
             ATTENTION,
             LOGIT_SCALE,
         ),
+        unweighed="directions are shared by experts that count alike",
         rule=SharedDirections,
         portable=False,
         forms=frozenset({"merge"}),

@@ -14,10 +14,11 @@ from typing import Any
 from merge_service.errors import TechniqueError
 from merge_service.techniques.definition import Evidence, Technique
 from merge_service.techniques.families.regression import Map, Regression, from_origin, shrunk, whole
-from merge_service.techniques.params import LOGIT_SCALE, SUM_SCALE, Param
+from merge_service.techniques.params import LOGIT_SCALE, SHARING, SUM_SCALE, Param
 from merge_service.techniques.place import Array, State
 from merge_service.techniques.rule import Facts, Tensor
 from merge_service.techniques.scaling import Factor
+from merge_service.techniques.shares import factor, share
 
 OUT = ":out"
 """What follows a parameter's name in the name of K-FAC's factor of its output; as of `statistics`, which imports numpy."""
@@ -66,8 +67,8 @@ class ByFactors(Matching):
         return bool(self.maps(facts))
 
     def add(self, tensor: Tensor, state: State, order: int) -> None:
-        mean, x = state["mean"], tensor.whole(order)
-        state["mean"] = x.copy() if order == 1 else mean - (mean - x) * mean.dtype.type(1 / order)
+        mean, x, part = state["mean"], tensor.whole(order), share(self.params, order, tensor.name)
+        state["mean"] = x.copy() if order == 1 or part == 1 else mean - (mean - x) * mean.dtype.type(part)
 
     def result(self, tensor: Tensor, state: State, count: int) -> Array:
         out, maps = state["mean"].copy(), self.maps(tensor.facts)
@@ -82,8 +83,9 @@ class ByFactors(Matching):
         start, base = self._start(tensor, one.of(out).astype("float64"), count)
         taus = [one.of(from_origin(tensor, tensor.whole(order))) for order in tensor.orders]
         result = start.copy()
+        weights = [factor(self.params, order, tensor.name) for order in tensor.orders]
         for rows, outer, inner in _blocks(found):  # type: ignore[arg-type]
-            solve = Kronecker(outer, inner)
+            solve = Kronecker([weight * b for weight, b in zip(weights, outer)], inner)
             moment = solve.summed([tau[rows] for tau in taus])
             steps, tolerance = self.params["iterations"], self.params["tolerance"]
             shift = solve(base[rows])
@@ -188,7 +190,7 @@ _METRICS = ("identity", "fisher", "gram", "kfac")
 TECHNIQUES = (
     Technique(
         "mats",
-        "(Σ C_i) θ = Σ C_i θ_i by conjugate gradients from a start, C_i: the metric of expert i; without statistics: mean",
+        "(Σ w_i C_i) θ = Σ w_i C_i θ_i by conjugate gradients from a start, C_i: the metric of expert i; without statistics: mean",
         "MaTS, arXiv 2312.04339",
         (
             Param("metric", "choice", "gram", "what is measured of every expert", choices=_METRICS),
@@ -212,6 +214,7 @@ TECHNIQUES = (
             Param(
                 "tolerance", "float", 1e-5, "residual, relative to the right-hand side, at which it ends", 0
             ),
+            *SHARING,
             LOGIT_SCALE,
         ),
         rule=_rule,

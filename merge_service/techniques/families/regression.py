@@ -17,10 +17,10 @@ from merge_service.anatomy.linear import Linear
 from merge_service.errors import TechniqueError
 from merge_service.techniques.definition import Evidence, Technique
 from merge_service.techniques.families.spectra import SCOPE
-from merge_service.techniques.params import ATTENTION, AVERAGING, LOGIT_SCALE, SCALE, WEIGHT, Param
+from merge_service.techniques.params import ATTENTION, AVERAGING, LOGIT_SCALE, SCALE, SHARING, WEIGHT, Param
 from merge_service.techniques.place import Array, State
-from merge_service.techniques.rule import Facts, Tensor, TensorRule
-from merge_service.techniques.shares import parts, share
+from merge_service.techniques.rule import Facts, Params, Tensor, TensorRule
+from merge_service.techniques.shares import is_weighed, parts, share
 
 Function = Callable[..., Any]
 
@@ -49,6 +49,7 @@ class Regression(TensorRule):
     """The solver. What differs is which tensors are maps (`maps`), their Gram matrices, and the anchor."""
 
     floats: tuple[str, ...] = ()
+    weighs = True
 
     def arrays(self, facts: Facts) -> Mapping[str, tuple[int, Any]]:
         found: dict[str, tuple[int, Any]] = {"mean": (facts.numel, facts.dtype)}
@@ -75,10 +76,10 @@ class Regression(TensorRule):
         return found.reshape(-1)
 
     def add(self, tensor: Tensor, state: State, order: int) -> None:
-        x, part = tensor.whole(order), share(self.params, order)
+        x, part = tensor.whole(order), share(self.params, order, tensor.name)
         mean = state["mean"]
         state["mean"] = x.copy() if order == 1 or part == 1 else mean - (mean - x) * mean.dtype.type(part)
-        keep, take = parts(self.params, order)
+        keep, take = parts(self.params, order, tensor.name)
         for number, one in enumerate(self.maps(tensor.facts)):
             moved = one.of(from_origin(tensor, x))
             gram = self.gram(tensor, order, one, moved)
@@ -155,6 +156,14 @@ class Lot(RegMean):
 
 class Wudi(Regression):
     """Every expert's task vector stands for its inputs; nothing is measured."""
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        if params["solver"] == "adam" and is_weighed(params):
+            raise TechniqueError(
+                "wudi: the steps of solver adam depend on the size of its loss, in which weights have no unit; use solver: exact, or leave "
+                "the weights out"
+            )
 
     def maps(self, facts: Facts) -> list[Map]:
         if facts.layer is None and self.params["scope"] == "blocks":
@@ -329,7 +338,7 @@ TECHNIQUES = (
         "regmean_plus",
         "as regmean, block by block: G_i of block l inside expert i, on what the merged blocks below l give; other tensors: mean",
         "RegMean++, arXiv 2508.03121",
-        (replace(_OFF_DIAGONAL, default=0.95), *AVERAGING[:2], LOGIT_SCALE),
+        (replace(_OFF_DIAGONAL, default=0.95), *AVERAGING[:3], LOGIT_SCALE),
         rule=RegMean,
         space="weights",
         portable=False,
@@ -345,7 +354,7 @@ TECHNIQUES = (
     ),
     Technique(
         "lot",
-        "W = W0 + Σ τ_i G_i (Σ G_i)⁺ per matrix, and Σ g_i τ_i / Σ g_i for weights of norms; other tensors: mean",
+        "W = W0 + Σ w_i τ_i G_i (Σ w_i G_i)⁺ per matrix, and Σ w_i g_i τ_i / Σ w_i g_i for weights of norms; other tensors: mean",
         "LOT Merging, arXiv 2505.23859; formulas from a port",
         (_SCOPE, *AVERAGING, LOGIT_SCALE),
         rule=Lot,
@@ -362,7 +371,7 @@ TECHNIQUES = (
     ),
     Technique(
         "wudi",
-        "θ = θ0 + scale · T, T = Σ τ_i G_i (Σ G_i)⁺ per matrix, G_i = τ_iᵀ τ_i / |τ_i|²; other tensors: mean",
+        "θ = θ0 + scale · T, T = Σ w_i τ_i G_i (Σ w_i G_i)⁺ per matrix, G_i = τ_iᵀ τ_i / |τ_i|²; other tensors: mean",
         "WUDI-Merging, arXiv 2503.08099",
         (
             Param(
@@ -385,6 +394,7 @@ TECHNIQUES = (
                 doc="which matrices: those in blocks, or all, tables of tokens and of positions too (as released)",
             ),
             SCALE,
+            *SHARING,
             replace(WEIGHT, forms=frozenset({"fold"})),
             ATTENTION,
             LOGIT_SCALE,

@@ -104,6 +104,7 @@ TECHNIQUES = (
         "θ = θ0 + scale · τ_i*, i* = argmax_i |τ_i| per element; of equal magnitudes the later expert wins",
         "MagMax, arXiv 2407.06322",
         (SCALE, LOGIT_SCALE),
+        unweighed="every weight is that of one expert, the one that moved it most",
         rule=Largest,
     ),
     Technique(
@@ -111,6 +112,7 @@ TECHNIQUES = (
         "θ = θ0 + scale · τ_i, i = argmax_i hash(seed, expert i, element): every expert is as likely",
         "baseline of MagMax, arXiv 2407.06322",
         (SEED, SCALE, LOGIT_SCALE),  # scale 1: the authors' script
+        unweighed="every expert is as likely in every weight",
         rule=Draw,
     ),
     Technique(
@@ -122,6 +124,7 @@ TECHNIQUES = (
             SCALE,
             LOGIT_SCALE,
         ),
+        unweighed="a weight is the plain mean of the experts that changed it",
         rule=Contributors,
         breaks={"P2": "changes up to threshold are dropped", "P7": "threshold is absolute"},
     ),
@@ -131,6 +134,7 @@ TECHNIQUES = (
         "Consensus merging with TALL masks, arXiv 2405.07813",
         # scale as task_arithmetic, which this is at min_tasks 0; min_tasks 2: the authors' prun_thre_k. More than N: base.
         (TALL_LAMBDA, MIN_TASKS, SUM_SCALE, LOGIT_SCALE),
+        unweighed="who uses a weight is counted against the plain sum of all experts",
         rule=Agreed,
         forms=frozenset({"merge", "fold"}),
         breaks={
@@ -144,6 +148,7 @@ TECHNIQUES = (
         "θ = running + clip(new - running, -threshold, threshold)",
         "NearSwap as in MergeKit, arXiv 2403.13257",
         (THRESHOLD, LOGIT_SCALE),
+        unweighed="it takes a running model and a new one; threshold says how far the new one counts",
         rule=NearSwap,
         space="weights",
         forms=frozenset({"merge", "fold"}),

@@ -12,9 +12,10 @@ from merge_service.anatomy.packed import Matrix
 from merge_service.blocks.questions import Ask, Findings
 from merge_service.blocks.singular import cross, frame, left_vectors, noise, rows_of, spectrum, wide
 from merge_service.techniques.definition import Technique
-from merge_service.techniques.params import ATTENTION, LOGIT_SCALE, SCALE, SUM_SCALE, Param
+from merge_service.techniques.params import ATTENTION, LOGIT_SCALE, SCALE, SUM_SCALE, WEIGHING, Param
 from merge_service.techniques.place import Array, State, View
 from merge_service.techniques.rule import Tensor, TensorRule, summed
+from merge_service.techniques.shares import weight_of
 
 TEXT_PROJECTION = Param(
     "text_projection",
@@ -61,6 +62,11 @@ class Calibrated(TensorRule):
     """SVC after a sum of task vectors: `calibrated` per matrix, the sum elsewhere; reads the experts a second time."""
 
     adds = True
+
+    def add(self, tensor: Tensor, state: State, order: int) -> None:
+        weight = weight_of(self.params, order, tensor.name)
+        for where, tau in tensor.blocks(order):
+            state["sum"][where] += tau if weight == 1 else tau * tau.dtype.type(weight)
 
     def prepare(self, ask: Ask, view: View, found: Findings) -> Findings:
         if view.merged and self.params["scope"] == "blocks":
@@ -207,6 +213,7 @@ TECHNIQUES = (
         "θ = θ0 + scale · mean(S) U Vᵀ per matrix, Σ_i τ_i = U S Vᵀ; other tensors: scale · mean_i τ_i",
         "Iso-C in No Task Left Behind, arXiv 2502.04959",
         (SCALE, ATTENTION, TEXT_PROJECTION, LOGIT_SCALE),
+        unweighed="all directions of the experts' plain sum come out equally long, so a factor would not say how much an expert counts",
         rule=Isotropic,
         portable=False,
         breaks=_BREAKS,
@@ -229,6 +236,7 @@ TECHNIQUES = (
             TEXT_PROJECTION,
             LOGIT_SCALE,
         ),
+        unweighed="all directions of the experts come out equally long, so a factor would not say how much an expert counts",
         rule=IsotropicTasks,
         portable=False,
         forms=frozenset({"merge", "fold"}),
@@ -236,8 +244,8 @@ TECHNIQUES = (
     ),
     Technique(
         "svc_task_arithmetic",
-        "θ = θ0 + U γ S Vᵀ per matrix, scale · Σ_i τ_i = U S Vᵀ, γ_r = N / Σ_i max(alpha, <a_r, a_rⁱ> / |a_rⁱ|²), a_r = S_r V_rᵀ, "
-        "a_rⁱ = U_rᵀ τ_i; other tensors: scale · Σ_i τ_i",
+        "θ = θ0 + U γ S Vᵀ per matrix, scale · Σ_i w_i τ_i = U S Vᵀ, γ_r = N / Σ_i max(alpha, <a_r, a_rⁱ> / |a_rⁱ|²), a_r = S_r V_rᵀ, "
+        "a_rⁱ = U_rᵀ τ_i; other tensors: scale · Σ_i w_i τ_i",
         "SVC, arXiv 2602.05536, on top of Task arithmetic, arXiv 2212.04089",
         (
             Param(
@@ -250,6 +258,7 @@ TECHNIQUES = (
             ),
             SCOPE,
             SUM_SCALE,
+            *WEIGHING,
             ATTENTION,
             LOGIT_SCALE,
         ),

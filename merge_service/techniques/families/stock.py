@@ -79,6 +79,7 @@ TECHNIQUES = (
             ),
             LOGIT_SCALE,
         ),
+        unweighed="its ratio follows from the angles between experts that count alike",
         rule=Stock,
         breaks={"P1": "has no factor of the task vector; nothing merged is the base"},
     ),

@@ -3,8 +3,6 @@
 from dataclasses import replace
 from typing import Any
 
-from merge_service.blocks.questions import Ask, Findings
-from merge_service.errors import TechniqueError
 from merge_service.techniques.definition import Technique
 from merge_service.techniques.params import (
     COUNT_FROZEN,
@@ -19,9 +17,9 @@ from merge_service.techniques.params import (
     SUM_SCALE,
     WEIGHING,
 )
-from merge_service.techniques.place import Array, Election, Place, State, View
+from merge_service.techniques.place import Array, Election, Place, State
 from merge_service.techniques.rule import Params, Rule
-from merge_service.techniques.shares import coefficient, is_weighed
+from merge_service.techniques.shares import is_weighed
 from merge_service.techniques.thinning import AtRandom, ByRank, Crumbs
 
 GRANULARITY_ROW = replace(
@@ -50,29 +48,8 @@ class Sum(Rule):
         return state["sum"], Election()
 
 
-class Weighed(Rule):
-    """A rule whose experts have weights, the same in all tensors or by tensor (`Place.weight`)."""
-
-    def __init__(self, params: Params) -> None:
-        super().__init__(params)
-        self.streams = params.get("coefficients") is None
-
-    def prepare(self, ask: Ask, view: View, found: Findings) -> Findings:
-        lacking = [
-            name
-            for name, _ in view.merged
-            if coefficient(self.params, 1, name) is None and not view.anatomy.is_scale(name)
-        ]
-        if lacking and view.orders:
-            raise TechniqueError(
-                f"coefficients has no pattern for {lacking[0]}{f' and {len(lacking) - 1} more tensors' * (len(lacking) > 1)}; add one, such as "
-                "'*' for all others"
-            )
-        return found
-
-
-class WeightedSum(Weighed):
-    """Sum of task vectors, each times its expert's weight."""
+class WeightedSum(Rule):
+    """Sum of task vectors, each times its expert's weight (`Place.weight`)."""
 
     floats = ("sum",)
     adds = True

@@ -11,13 +11,14 @@ from merge_service.errors import CorruptCheckpoint, NonFiniteCheckpoint, Techniq
 from merge_service.merge import advance, fold, merge
 from merge_service.merging import Rules
 from merge_service.statistics import About, Statistics, pooled, write
-from tests.merge_service import measured
+from tests.merge_service import measured, toys
 from tests.merge_service.statistics import golden
 
 BASE = golden.FOLDER / "toy.base.safetensors"
 EXPERTS = [golden.FOLDER / f"toy.expert{number}.safetensors" for number in (1, 2, 3)]
 GRAMS = [golden.FOLDER / f"toy.gram{number}.safetensors" for number in (1, 2, 3)]
 FISHERS = [golden.FOLDER / f"toy.fisher{number}.safetensors" for number in (1, 2, 3)]
+GRADIENTS = [golden.FOLDER / f"toy.gradient{number}.safetensors" for number in (1, 2, 3)]
 LOOSE = Rules(any_base=True)
 STREAMED = {
     "regmean": ({}, GRAMS),
@@ -25,6 +26,7 @@ STREAMED = {
     "fisher": ({}, FISHERS),
     "wudi": ({}, [None] * 3),
     "mats": ({"metric": "gram", "iterations": 3}, GRAMS),
+    "tatr": ({"quantile": 0.75}, GRADIENTS),
 }
 FOLDED = ("regmean", "lot", "fisher", "wudi")
 
@@ -350,3 +352,29 @@ def test_tied_tensor_with_two_statistics_is_refused(tmp_path: Path) -> None:
             statistics=[tmp_path / "f"],
         )
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_trust_region_streams_to_the_bit_where_its_quantile_is_searched_in_passes(tmp_path: Path) -> None:
+    """90,000 elements are more than are drawn whole: the search reads the held sums and the new expert."""
+    rng, shape = np.random.default_rng(5), (300, 300)
+    base = rng.normal(size=shape).astype(np.float32)
+    taus = [(rng.normal(size=shape) * 0.01).astype(np.float32) for _ in range(3)]
+    slopes = [rng.exponential(size=shape) for _ in range(3)]
+    start, state = toys.save(tmp_path / "base.safetensors", {"w": base}), None
+    experts = [toys.save(tmp_path / f"e{i}.safetensors", {"w": base + tau}) for i, tau in enumerate(taus)]
+    files = [tmp_path / f"g{i}.safetensors" for i in range(3)]
+    for file, one in zip(files, slopes):
+        write(file, {"w": one}, About("gradient", {"w": 8}, 8))
+    out, after = tmp_path / "stream.safetensors", tmp_path / "merge.safetensors"
+    for number, expert in enumerate(experts):
+        state_out = tmp_path / f"s{number}.safetensors"
+        advance("tatr", {}, start, expert, out, expert_id=f"t{number}", state_in=state, state_out=state_out,
+                statistics=files[number])  # fmt: skip
+        state = state_out
+    merge("tatr", {}, start, experts, after, ids=["t0", "t1", "t2"], statistics=files)
+    assert out.read_bytes() == after.read_bytes()
+    moved = [np.abs(load_file(path)["w"] - base).astype(np.float64) for path in experts]
+    harm = sum(moved) * sum(slopes) - sum(g * tau for g, tau in zip(slopes, moved))
+    kept = harm >= np.sort(harm, axis=None)[int(harm.size * 0.99)]
+    np.testing.assert_array_equal(load_file(out)["w"][kept], base[kept])
+    assert (load_file(out)["w"] != base)[~kept].all()

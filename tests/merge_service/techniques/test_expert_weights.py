@@ -1,4 +1,4 @@
-"""One weight per expert in sums and elections of task vectors: against plain formulas, as a stream, and refused where wrong."""
+"""One weight per expert in sums, elections and means: against plain formulas, by tensor, as a stream, and refused where wrong."""
 
 from pathlib import Path
 
@@ -8,13 +8,17 @@ import pytest
 from merge_service import techniques
 from merge_service.errors import TechniqueError
 from merge_service.merge import advance, merge
-from tests.merge_service import toys
+from tests.merge_service import measured, toys
 
-WEIGHED = [
-    name
+LEAST = {
+    name: one.low
     for name in techniques.names()
-    if any(one.name == "weights" and one.quiet for one in techniques.get(name).params)
-]
+    for one in techniques.get(name).params
+    if one.name == "weights"
+}
+WEIGHED = [name for name, low in LEAST.items() if low is None]
+"""Techniques whose weights are factors of task vectors; those of the others are weights of a mean."""
+MEANS = [name for name in LEAST if name not in WEIGHED]
 WEIGHTS = [0.5, -1.0, 2.0]
 
 
@@ -28,6 +32,8 @@ def room(tmp_path: Path) -> tuple[Path, list[Path], dict, list[dict]]:
 
 
 def merged(room, name: str, out: Path, **params) -> dict[str, np.ndarray]:
+    for path in room[1]:
+        measured.of_technique(name, path)
     merge(name, params, room[0], room[1], out, ids=["a", "b", "c"])
     return toys.load(out)
 
@@ -73,14 +79,49 @@ def test_ones_change_nothing_and_a_stream_is_the_merge(name: str, room, tmp_path
     plain, ones = (
         merged(room, name, tmp_path / "o.safetensors", **given) for given in ({}, {"weights": [1, 1, 1]})
     )
-    for tensor, value in plain.items():
-        np.testing.assert_allclose(ones[tensor], value, atol=2e-6, err_msg=tensor)
-    merged(room, name, tmp_path / "batch.safetensors", weights=WEIGHTS)
+    assert same(plain, ones)
+    streams(name, room, tmp_path, WEIGHTS)
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_equal_weights_of_a_mean_give_the_bytes_of_none_and_a_stream_is_the_merge(
+    name, room, tmp_path: Path
+) -> None:
+    plain = merged(room, name, tmp_path / "o.safetensors")
+    for given in (
+        {"weights": [0.1] * 3},
+        {"weights": [3] * 3},
+        {"coefficients": {"visual.*": [0.7] * 3, "*": [2] * 3}},
+    ):
+        assert same(plain, merged(room, name, tmp_path / "o.safetensors", **given)), given
+    streams(name, room, tmp_path, [0.25, 0, 2.0])
+
+
+@pytest.mark.parametrize("name", LEAST)
+def test_weights_by_tensor_are_those_weights_in_each_tensor(name: str, room, tmp_path: Path) -> None:
+    first, second = [0.5, 0.0, 2.0], [1.0, 3.0, 0.25]
+    found = merged(room, name, tmp_path / "o.safetensors", coefficients={"visual.*": first, "*": second})
+    image, text = (merged(room, name, tmp_path / "o.safetensors", weights=one) for one in (first, second))
+    assert not same(image, text)
+    assert same(found, {key: (image if key.startswith("visual.") else text)[key] for key in found})
+
+
+def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
+    return {key: value.tobytes() for key, value in one.items()} == {
+        key: value.tobytes() for key, value in other.items()
+    }
+
+
+def streams(name: str, room, tmp_path: Path, weights: list[float]) -> None:
+    """The stream writes the bytes of the merge, where there is one."""
+    merged(room, name, tmp_path / "batch.safetensors", weights=weights)
+    if "stream" not in techniques.get(name).forms:
+        return
     state = None
     for number, path in enumerate(room[1]):
         after = tmp_path / f"s{number}.safetensors"
         advance(
-            name, {"weights": WEIGHTS[: number + 1]}, room[0], path, tmp_path / "stream.safetensors",
+            name, {"weights": weights[: number + 1]}, room[0], path, tmp_path / "stream.safetensors",
             expert_id="abc"[number], state_in=state, state_out=after,
         )  # fmt: skip
         state = after
@@ -133,6 +174,44 @@ def test_coefficients_that_do_not_fit_are_refused(params, words, room, tmp_path:
         merged(room, "ties", tmp_path / "o.safetensors", **params)
 
 
+@pytest.mark.parametrize(
+    ("name", "params", "words"),
+    [
+        ("average", {"coefficients": {"visual.*": [1, 1, 1]}}, "no pattern for"),
+        ("average", {"coefficients": {"*": [0, 0, 0]}}, "coefficients of '\\*' has no weight above zero"),
+        ("fisher", {"coefficients": {"*": [1, -1, 1]}}, "not a list of numbers by pattern of: 0 <= x"),
+        (
+            "regmean",
+            {"coefficients": {"*": [1, 1, 1]}, "schedule": "linear"},
+            "give coefficients or schedule, not both",
+        ),
+        (
+            "wudi",
+            {"weights": [1, 2, 3], "solver": "adam"},
+            "steps of solver adam depend on the size of its loss",
+        ),
+        ("sce", {"density": [0.1, 0.2, 0.3]}, "one for all experts, because positions are selected"),
+    ],
+)
+def test_weights_that_a_technique_has_no_place_for_are_refused(
+    name, params, words, room, tmp_path: Path
+) -> None:
+    with pytest.raises(TechniqueError, match=words):
+        merged(room, name, tmp_path / "o.safetensors", **params)
+
+
+def test_every_technique_has_weights_in_both_forms_or_says_why_not() -> None:
+    for name in techniques.names():
+        row = techniques.get(name)
+        has = {one.name for one in row.params} & {"weights", "coefficients"}
+        assert has == (set() if row.unweighed else {"weights", "coefficients"}), name
+        if row.unweighed:
+            with pytest.raises(
+                TechniqueError, match=f"{name} has no weights of experts: .*; leave weights out"
+            ):
+                row.param("weights")
+
+
 def test_coefficients_have_no_stream(room, tmp_path: Path) -> None:
     with pytest.raises(TechniqueError, match="no stream form"):
         advance(
@@ -155,13 +234,11 @@ def test_density_of_each_expert(name: str, room, tmp_path: Path) -> None:
         {"outliers": 0.0} if "breadcrumbs" in name else {"epsilon": 0.1} if name.startswith("della") else {}
     )
     one = merged(room, name, tmp_path / "one.safetensors", density=0.5, **extra)
-    same = merged(room, name, tmp_path / "same.safetensors", density=[0.5, 0.5, 0.5], **extra)
-    assert {key: value.tobytes() for key, value in one.items()} == {
-        key: value.tobytes() for key, value in same.items()
-    }
+    equal = merged(room, name, tmp_path / "same.safetensors", density=[0.5, 0.5, 0.5], **extra)
+    assert same(one, equal)
     densities = [0.25, 0.5, 0.75]
     other = merged(room, name, tmp_path / "batch.safetensors", density=densities, **extra)
-    assert any(other[key].tobytes() != value.tobytes() for key, value in one.items())
+    assert not same(one, other)
     with pytest.raises(TechniqueError, match="2 entries but there are 3 experts"):
         merged(room, name, tmp_path / "o.safetensors", density=[0.5, 0.5], **extra)
     if "stream" not in techniques.get(name).forms:

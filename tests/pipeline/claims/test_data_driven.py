@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 from scipy.stats import t as student
 
-from pipeline.claims.data_driven import NAME, PAGE, STUDY, claims_of, figure, page
-from pipeline.claims.judge import EQUIVALENT, HOLDS, judge
+from pipeline.claims import data_driven_learned as learned
+from pipeline.claims.data_driven import NAME, PAGE, STUDIES, claims_of, figure, page
+from pipeline.claims.judge import EQUIVALENT, HOLDS, REFUTED, judge
 from pipeline.claims.results import COLUMNS, METRICS, STREAM, Findings, _described
 from pipeline.study.config import load_study
 
@@ -21,10 +22,12 @@ FOLDER = ROOT / PAGE.with_suffix("")
 RUN = {"steps_per_task": 60, "examples": 128, "measuring": 0.04, "machine": "a machine"}
 
 
-def invented(gain: float) -> Findings:
-    """Every trajectory of the study; techniques that see data gain so much, orders differ a little."""
+def invented(
+    gain: float, name: str = NAME, gaining: tuple[str, ...] = ("regmean", "lot", "fisher")
+) -> Findings:
+    """Every trajectory of a study; some techniques gain so much, orders differ a little."""
     rows = []
-    for cell in load_study(ROOT / STUDY).cells:
+    for cell in load_study(ROOT / STUDIES[name]).cells:
         about = {
             "id": cell.id,
             "technique": cell.strategy.technique,
@@ -33,11 +36,9 @@ def invented(gain: float) -> Findings:
         }
         row = _described(about, cell)
         order = int(row["replicate"][-1])
-        score = (
-            0.3 + 0.01 * order + (gain + 1e-4 * order) * (row["technique"] in ("regmean", "lot", "fisher"))
-        )
+        score = 0.3 + 0.01 * order + (gain + 1e-4 * order) * (row["technique"] in gaining)
         numbers = dict.fromkeys((*METRICS, *STREAM), score)
-        rows.append({**row, **numbers, "study": NAME, "over_time": "", "plan": "p", "commit": "c"})
+        rows.append({**row, **numbers, "study": name, "over_time": "", "plan": "p", "commit": "c"})
     return Findings(pd.DataFrame(rows, columns=list(COLUMNS)))
 
 
@@ -49,6 +50,16 @@ def test_every_question_finds_its_trajectories_in_the_study_and_is_judged(gain: 
     text = page(judged, found, RUN)
     assert text.count(f"**{verdict}**") >= 10 and "4.0%" in text and "nan" not in text
     assert figure(found).startswith("<svg")
+
+
+def test_learned_merges_are_judged_by_their_own_study_and_the_budget_of_learning_is_said() -> None:
+    found = invented(0.05, learned.NAME, ("adamerging", "tatr", "mats"))
+    judged = judge(learned.claims_of(found))
+    assert [one.verdict for one in judged] == [HOLDS, REFUTED, HOLDS, HOLDS, HOLDS]
+    text = "\n".join(
+        learned.section(judged, found, {"learning": 0.66, "measuring": 0.01, "learning_steps": 100})
+    )
+    assert "Learning took 66% of all GFLOPs" in text and "nan" not in text
 
 
 def rows() -> list[dict[str, str]]:

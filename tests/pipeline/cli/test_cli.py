@@ -206,7 +206,7 @@ def test_plan_json_has_the_stated_shape_and_shares_experts(world: World, cli, tm
     said = json.loads(cli("plan", world.study(), "--out", tmp_path / "out", "--json").out)
     assert list(said)[:5] == ["study", "trajectories", "steps", "gflops", "disk_bytes"]
     assert list(said)[5:] == [
-        "gflops_naive", "critical_path", "missing", "splits", "disk_least_bytes", "disk_peak_bytes", "disk_all_bytes", "notes", "seconds",
+        "gflops_naive", "critical_path", "missing", "splits", "disk_least_bytes", "disk_peak_bytes", "disk_all_bytes", "resume_bytes", "notes", "seconds",
     ]  # fmt: skip
     assert said["seconds"] is None, "nothing has run yet"
     assert said["study"] == "tiny" and said["trajectories"] == 3

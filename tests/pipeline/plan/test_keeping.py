@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.plan.keeping import AT_ONCE, disk, kept_merges, only_scored, waiting_for
+from pipeline.plan.keeping import AT_ONCE, disk, kept_merges, only_scored, resume_bytes, waiting_for
 from pipeline.plan.steps import Plan
 from tests.pipeline.plan_toys import facts, make_plan, study
 
@@ -87,3 +87,24 @@ def test_study_of_merges_of_all_at_once_needs_room_for_two_of_them() -> None:
 def test_what_is_done_takes_nothing_more() -> None:
     plan = plan_of(OFFLINE)
     assert disk(plan, [], kept_merges(plan, how("none"))).peak == 0
+
+
+@pytest.mark.parametrize(
+    ("pace", "copies"),
+    [((0, 0.0), 0), ((50, 0.0), 0), ((25, 0.0), 3), ((10, 0.0), 6), ((0, 300.0), 6)],
+    ids=["never", "none before the last step", "one", "one and the next", "by time"],
+)
+def test_checkpoints_of_an_expert_in_training_are_counted(pace: tuple[int, float], copies: int) -> None:
+    plan = make_plan(study([FOLD], TASKS, budget={"steps_per_task": 50}), facts())
+    (size,) = {step.disk_bytes for step in plan.steps.values() if step.kind == "train"}
+    assert size > 0 and resume_bytes(plan, plan.steps.keys(), lambda _: pace) == copies * size
+    assert (
+        resume_bytes(plan, [fp for fp in plan.steps if plan.steps[fp].kind != "train"], lambda _: pace) == 0
+    )
+
+
+def test_average_over_steps_is_one_copy_more() -> None:
+    recipe = {"ema": 0.9}
+    plan = make_plan(study([FOLD], TASKS, budget={"steps_per_task": 50}, recipe=recipe), facts())
+    (size,) = {step.disk_bytes for step in plan.steps.values() if step.kind == "train"}
+    assert resume_bytes(plan, plan.steps.keys(), lambda _: (0, 300.0)) == 8 * size

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from merge_service.checkpoints import WEIGHTS_FILE
+from pipeline.errors import StorageFull
 from pipeline.plan.keeping import AT_ONCE, disk, kept_merges
 from pipeline.plan.steps import Plan, Step
-from pipeline.run.keeping import Keeping, finish_keeping
+from pipeline.run.keeping import Keeping, check_room, finish_keeping
 from pipeline.store.artifact import Record
 from pipeline.store.local import Store
 from pipeline.store.recipes import IN_USE, Recipes
@@ -183,3 +184,23 @@ def test_merge_that_is_only_scored_is_a_recipe_from_the_start_once_such_a_merge_
     assert [keeping.held(step) for step in averages] == ["recipe"] * len(averages)
     assert keeping.held(fold) == "files"
     assert Keeping(workspace(store, plan, "all"), ()).held(averages[0]) == "files"
+
+
+@pytest.mark.parametrize(
+    ("free", "resume", "named"),
+    [(99, 100, r"checkpoint_every.*100 bytes are needed, 99 are free"), (149, 100, "150 bytes are needed"), (150, 100, None), (50, 0, None)],
+)  # fmt: skip
+def test_room_is_for_the_study_and_the_checkpoints_of_an_expert(
+    free: int, resume: int, named: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "store").mkdir()
+    store = Store(tmp_path / "store")
+    place: Any = SimpleNamespace(
+        store=store, out=tmp_path, scratch=tmp_path / "scratch", disk_by_choice=lambda: {"all": 7},
+        study=SimpleNamespace(name="toy"),
+    )  # fmt: skip
+    for module in ("pipeline.run.keeping", "pipeline.store.local"):
+        monkeypatch.setattr(f"{module}.free_bytes", lambda _: free)
+    summary: Any = {"disk_least_bytes": 50, "resume_bytes": resume}
+    with pytest.raises(StorageFull, match=named) if named else contextlib.nullcontext():
+        check_room(place, summary)
