@@ -60,7 +60,8 @@ def technique_names(begun: str) -> list[str]:
 Experts = Annotated[
     list[Path],
     typer.Argument(
-        metavar="EXPERT...", help="Checkpoints, oldest first; or one recipe (FILE.yaml), ours or mergekit's."
+        metavar="EXPERT...",
+        help="Checkpoints, oldest first, also hf://OWNER/NAME and s3://BUCKET/FOLDER; or one recipe (FILE.yaml), ours or mergekit's.",
     ),
 ]
 TechniqueName = Annotated[
@@ -115,7 +116,7 @@ def merge(
     from pipeline.cli.show_files import parameters_from, show_plan
     from pipeline.merging.adapters import merge_to_adapter
     from pipeline.merging.compare import compared
-    from pipeline.merging.files import Execution, FileMerge, ids_from, merge_files
+    from pipeline.merging.files import Execution, FileMerge, ids_from, merge_files, nearby
     from pipeline.merging.planning import plan_files
     from pipeline.recipes.of_files import with_texts
 
@@ -135,15 +136,15 @@ def merge(
         technique, params, base, experts, place,
         parity, ids_from(named or [], experts), strip_prefix, any_base, statistics, force, dtype, as_study=as_study,
     )  # fmt: skip
-    if plan:
-        show_plan(plan_files(with_texts(what), how, compare), as_json)
-        return
-    if out_adapter is not None:
-        show(merge_to_adapter(what, rank, how, knots), as_json)
-        return
-    report = merge_files(with_texts(what), how)
-    found, why = compared(what, report.out or place, compare)
-    _answer(report, as_json, found, why)
+    with nearby(what, how) as what:
+        if plan:
+            show_plan(plan_files(with_texts(what), how, compare), as_json)
+        elif out_adapter is not None:
+            show(merge_to_adapter(what, rank, how, knots), as_json)
+        else:
+            report = merge_files(with_texts(what), how)
+            found, why = compared(what, report.out or place, compare)
+            _answer(report, as_json, found, why)
 
 
 def _place(out: Path | None, adapter: Path | None, option: str | None, plan: bool) -> Path:

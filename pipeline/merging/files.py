@@ -4,7 +4,8 @@ Invariant: an input is never overwritten, and nothing in `Execution` changes a b
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,8 +58,36 @@ class Execution:
     keep_thresholds: bool = False
 
 
+@contextmanager
+def nearby(what: FileMerge, how: Execution = Execution()) -> Iterator[FileMerge]:
+    """The merge with folders of this machine in the place of remote inputs (`hf://`, `s3://`), for the length of a `with` block.
+
+    Raises UserError for what cannot be reached, and for workers, which would each fetch for themselves.
+    """
+    paths = [*what.experts, *([what.base] if what.base else [])]
+    if not any(":/" in str(path) for path in paths):
+        yield what
+        return
+    from pipeline.merging.remote.near import near
+
+    with near(paths) as places:
+        if places and (how.workers > 1 or how.address):
+            raise UserError(
+                "remote inputs are fetched by one process; leave --workers out, or load the models first"
+            )
+        found = {path: Path(places.get(str(path), path)) for path in paths}
+        base = None if what.base is None else found[what.base]
+        yield replace(what, base=base, experts=[found[path] for path in what.experts])
+
+
 def merge_files(what: FileMerge, how: Execution = Execution()) -> "MergeReport":
-    """Merge files. Raises UserError, also if `out` is an input, or exists and may not be replaced."""
+    """Merge files, also remote ones. Raises UserError, also if `out` is an input, or exists and may not be replaced."""
+    with nearby(what, how) as near:
+        return _merged(near, how)
+
+
+def _merged(what: FileMerge, how: Execution) -> "MergeReport":
+    """Merge files of this machine. Raises UserError, also if `out` is an input, or exists and may not be replaced."""
     from merge_service.checkpoints import bytes_of, sha256_of
     from merge_service.merge import merge as combine
     from merge_service.merging import Rules

@@ -13,12 +13,16 @@ from merge_service.errors import UserError
 from merge_service.merging import Derivation, MergePlan, Operator, Out, Rules, Way, members_of, plan_merge
 from merge_service.timelines import translate_merge
 from pipeline.merging.compare import LARGE_BYTES
-from pipeline.merging.files import Execution, FileMerge, checked
+from pipeline.merging.files import Execution, FileMerge, checked, nearby
 
 
 def plan_files(what: FileMerge, how: Execution = Execution(), compare: bool | None = False) -> MergePlan:
     """The plan of `merge_files`, and of the comparison after it as of `compared`. Raises what that raises."""
-    what = checked(what)
+    with nearby(what, how) as near:
+        return _planned(checked(near), how, compare)
+
+
+def _planned(what: FileMerge, how: Execution, compare: bool | None) -> MergePlan:
     params = translate_merge(what.technique, what.params, what.parity, len(what.experts))
     operator = Operator.of(what.technique, params, "merge")
     members = members_of(what.experts, what.ids, None, None)

@@ -8,18 +8,20 @@ Invariant: the output has the bytes that either way gives; earlier merges of a c
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from merge_service.checkpoints import bytes_of, overwrites, written
+from merge_service.checkpoints import absolute, bytes_of, overwrites, written
 from merge_service.engine import Execution as Running
 from merge_service.errors import UserError
 from merge_service.merge import MergeReport
 from merge_service.merging import Group, MergePlan, Out, Rules, Way, combine_groups, plan_groups
 from pipeline.merging.files import Execution, FileMerge, merge_files, refuse_to_replace
 from pipeline.merging.planning import plan_files
+from pipeline.merging.remote.near import is_remote, near, with_slashes
 from pipeline.recipes.card import beside
 from pipeline.recipes.layers import made_of
 from pipeline.recipes.model import Merge, Recipe
@@ -43,6 +45,22 @@ def merge_recipe(recipe: Recipe, output: Output, how: Execution = Execution()) -
     """Carry a recipe out; the report of the last merge, with the notes of all. Raises UserError, which names the merge of a chain."""
     if not output.replace:
         refuse_to_replace(output.out)
+    with _near(recipe, how) as here:
+        return _carried(here, output, how)
+
+
+@contextmanager
+def _near(recipe: Recipe, how: Execution) -> Iterator[Recipe]:
+    """The recipe with folders of this machine in the place of remote models, for the length of a `with` block."""
+    with near([path for one in recipe.merges for path in one.models]) as places:
+        if places and (how.workers > 1 or how.address):
+            raise UserError(
+                "remote models are fetched by one process; leave --workers out, or load them first"
+            )
+        yield Recipe(merges=tuple(one.with_models(places) for one in recipe.merges)) if places else recipe
+
+
+def _carried(recipe: Recipe, output: Output, how: Execution) -> MergeReport:
     texts = beside(recipe)
     notes: list[str] = []
     *earlier, last = recipe.merges
@@ -78,10 +96,11 @@ def plan_recipe(recipe: Recipe, output: Output, how: Execution = Execution()) ->
             f"a recipe of {len(recipe.merges)} merges is planned merge by merge, since later ones read what earlier ones make: write "
             f"merge {earlier[0].name} into a recipe of its own"
         )
-    work = _work(merge, output, {}, how)
-    if isinstance(work, FileMerge):
-        return plan_files(work, how)
-    return plan_groups(work.groups, merge.technique, work.out, work.way, work.ids)
+    with _near(recipe, how) as here:
+        work = _work(here.merges[0], output, {}, how)
+        if isinstance(work, FileMerge):
+            return plan_files(work, how)
+        return plan_groups(work.groups, merge.technique, work.out, work.way, work.ids)
 
 
 def _one(merge: Merge, output: Output, texts: Mapping[str, str], how: Execution) -> MergeReport:
@@ -135,7 +154,9 @@ def _work(merge: Merge, output: Output, texts: Mapping[str, str], how: Execution
         tokenizer=words.tokenizer,
     )  # fmt: skip
     ids = {Path(one.model): one.id for one in merge.experts if one.id}
-    about = {"technique": merge.technique, "recipe": merge.model_dump(exclude_defaults=True, mode="json")}
+    far = {path: with_slashes(str(absolute(path))) for path in merge.models if is_remote(absolute(path))}
+    said = merge.with_models(far) if far else merge
+    about = {"technique": merge.technique, "recipe": said.model_dump(exclude_defaults=True, mode="json")}
     return _Grouped(made.groups, about, out, way, ids, words.notes)
 
 

@@ -25,6 +25,7 @@ from merge_service.checkpoints.target import Laid, Target
 from merge_service.checkpoints.weights import Weights
 from merge_service.engine.split import cut
 from merge_service.engine.task import MergeTask
+from merge_service.files.ranges import is_far
 from merge_service.merging.combine import Taken, taken_in, task_of
 from merge_service.merging.derivation import Derivation, Out, Way
 from merge_service.merging.intake import check_count, open_all
@@ -212,7 +213,7 @@ def measured(every: Sequence[Weights]) -> Throughput | None:
         for one in every
         if isinstance(one, Checkpoint)
         for file in one.files
-        if file.exists()
+        if not is_far(file)
     ]
     total = sum(size for _, size in files)
     if total < 2 * PIECE:
