@@ -6,7 +6,7 @@ would have shown. `import temporal_merge` gives these names.
 
 import html
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -285,8 +285,10 @@ def merge(
     expert by default. `inputs` has arrays of every expert's task, for techniques that measure all experts together (regmean_plus).
     Raises UserError, of which `merge_service.merge` says more.
     """
-    if isinstance(experts, str | Path | Mapping):
+    if isinstance(experts, str | Path | Mapping) or not isinstance(experts, Iterable):
         raise UserError("experts is a list of checkpoints, even of one: merge(technique, [expert], ...)")
+    experts = [*experts]
+    _check_options(ids, strip_prefix, any_base)
     given = [*experts, *([] if base is None else [base])]
     files = [isinstance(one, str | Path) for one in given]
     options: dict[str, Any] = {
@@ -307,7 +309,7 @@ def merge(
         raise UserError(
             "experts and base are all files, or all state dicts; load or save the ones that differ"
         )
-    if out is None:
+    if out is None or not str(out):
         raise UserError("merging files needs out, the file or directory to write")
     paths = [Path(one) for one in given if isinstance(one, str | Path)]
     if inputs is not None:
@@ -319,6 +321,18 @@ def merge(
     return merge_files(
         technique, params, start, paths[: len(experts)], Path(out), **options, statistics=statistics
     )
+
+
+def _check_options(ids: object, strip_prefix: object, any_base: object) -> None:
+    """Raise UserError for an option of `merge` that has another type: a text would count as true, or as one id per letter."""
+    if not isinstance(any_base, bool):
+        raise UserError(f"any_base = {any_base!r} is not true or false")
+    if not isinstance(strip_prefix, str | None):
+        raise UserError(f"strip_prefix = {strip_prefix!r} is not text")
+    named = ids if isinstance(ids, list | tuple) else [] if ids is None else [ids]
+    wrong = [one for one in named if one is not None and not (isinstance(one, str) and one.strip())]
+    if wrong or isinstance(ids, str):
+        raise UserError(f"ids = {ids!r} is not a list with a name, or None, for every expert")
 
 
 @speaks_python

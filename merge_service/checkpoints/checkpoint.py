@@ -21,6 +21,7 @@ from merge_service.checkpoints.header import HEADER_LIMIT, TensorInfo, corrupt, 
 from merge_service.checkpoints.shards import SHARD
 from merge_service.checkpoints.weights import Named
 from merge_service.errors import CheckpointError
+from merge_service.files.absent import absence
 from merge_service.files.ranges import data_of, is_far
 
 WEIGHTS_FILE = f"{OPEN_CLIP}.safetensors"
@@ -44,7 +45,7 @@ def _locate(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise CheckpointError(f"{path} does not exist")
+        raise CheckpointError(f"{path} {absence(path)}")
     named = standard_file(path)
     if named is not None:
         return named

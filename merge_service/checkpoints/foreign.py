@@ -16,6 +16,7 @@ _PICKLE = (
     "a pickle of torch, which is never loaded here because it can run code; `temporal-merge convert IN NAME.safetensors` takes the "
     "tensors out of it and runs nothing"
 )
+_ARRAYS = "a file of NumPy arrays; save the tensors by name with safetensors.numpy.save_file"
 
 
 def check_file(path: Path) -> None:
@@ -71,7 +72,7 @@ def _by_bytes(begun: bytes) -> str | None:
     if begun.startswith(b"version https://git-lfs"):
         return "a pointer of Git LFS, not the weights themselves: run `git lfs pull` where it was cloned, or download the file"
     if begun.startswith(b"PK\x03\x04"):
-        return _PICKLE
+        return _ARRAYS if _entry(begun).endswith(b".npy") else _PICKLE
     if begun[:1] == b"\x80" and begun[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return _PICKLE
     if begun.startswith(b"GGUF"):
@@ -81,10 +82,15 @@ def _by_bytes(begun: bytes) -> str | None:
             "an HDF5 file (of Keras, for instance); load it in its own framework and save it as safetensors"
         )
     if begun.startswith(b"\x93NUMPY"):
-        return "an array of NumPy; save the tensors by name with safetensors.numpy.save_file"
+        return _ARRAYS
     if begun.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
         return "an HTML page, as a download without access leaves it; download the weights again"
     return None
+
+
+def _entry(begun: bytes) -> bytes:
+    """The name of a ZIP archive's first entry."""
+    return begun[30 : 30 + int.from_bytes(begun[26:28], "little")]
 
 
 def _by_name(path: Path, begun: bytes) -> str | None:

@@ -176,6 +176,7 @@ class Assembly:
         info = self.task.reference.tensors[span.name]
         stored = encode(block, info.kind)
         if not stored_finite(stored, info.kind):
+            self.compute.reader.refuse([0, *(expert.order for expert in self.task.inputs)])
             raise NonFiniteCheckpoint(
                 f"{self.task.technique.name} gives values in {span.name} that {info.dtype} cannot hold, although every input is "
                 "finite; lower scale, or merge onto a base of a wider dtype"

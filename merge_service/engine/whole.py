@@ -136,7 +136,7 @@ def assemble_tensors(
     over = [Span(name, 0, numel) for name, numel in sorted(tensors, key=lambda item: -item[1])]
     with on_one_thread():
         found = run(make, over, threads)
-    if not rule.totals or not over:
+    if not rule.totals or keep is None:
         return [part for parts in found for part in parts]
     length = _length(found, count, ends)
     over = [Span(name, 0, numel) for name, numel in tensors] if ends.out else []

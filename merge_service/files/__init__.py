@@ -4,6 +4,7 @@ A reader of a name finds all of the file or none. Temporary files of a dead proc
 live process are never touched.
 """
 
+from merge_service.files.absent import absence
 from merge_service.files.leftovers import (
     is_abandoned,
     is_parts_folder,
@@ -19,6 +20,7 @@ from merge_service.files.whole import prepared, replace_whole
 
 __all__ = [
     "Made",
+    "absence",
     "far",
     "is_abandoned",
     "is_far",

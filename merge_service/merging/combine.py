@@ -31,7 +31,15 @@ from merge_service.engine.thresholds_cache import KeptThresholds
 from merge_service.merging.derivation import Derivation, Lineage, Operator, Out, Way, members_of
 from merge_service.merging.evidence import gather
 from merge_service.merging.in_shards import Maker, make_staged
-from merge_service.merging.intake import by_content, check_count, check_inputs, open_all, shown, strip
+from merge_service.merging.intake import (
+    by_content,
+    check_count,
+    check_inputs,
+    check_patterns,
+    open_all,
+    shown,
+    strip,
+)
 from merge_service.merging.report import Done, MergeReport, report_of
 from merge_service.statistics import Statistics
 
@@ -61,6 +69,7 @@ def combine_weights(
     began, operator = time.perf_counter(), derivation.operator
     with contextlib.ExitStack() as stack:
         known, tied = taken_in(derivation, anchor, opened, way)
+        check_patterns(derivation, anchor or opened[0])
         measured = gather(stack, operator, anchor, derivation.members, opened)
         target = out.target(derivation.sources, ties.apart(anchor or opened[0], tied))
         site = site_of(way.execution.device)

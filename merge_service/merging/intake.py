@@ -9,6 +9,7 @@ import importlib.metadata
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from merge_service.engine.inputs import Inputs
 from merge_service.engine.stream_state import MAX_EXPERTS
 from merge_service.errors import CheckpointError, TechniqueError
 from merge_service.merging.derivation import Derivation, Lineage, PathLike, Rules
+from merge_service.techniques.params import nearest
 
 ID_LENGTH = 12
 """Hexadecimal digits of an id that is derived from content."""
@@ -61,6 +63,18 @@ def check_count(derivation: Derivation) -> None:
     if len(set(given)) != len(given):
         twice = next(one for one in given if given.count(one) > 1)
         raise TechniqueError(f"the expert id {twice!r} is given twice; every expert counts once")
+
+
+def check_patterns(derivation: Derivation, reference: Weights) -> None:
+    """Raise `TechniqueError` for a pattern of `coefficients` that fits no tensor, which is most likely misspelled."""
+    for pattern in derivation.operator.params.get("coefficients") or {}:
+        if pattern not in reference.tensors and not any(
+            fnmatchcase(one, pattern) for one in reference.tensors
+        ):
+            raise TechniqueError(
+                f"{derivation.operator.technique.name}: the pattern {pattern!r} of coefficients fits no tensor of {reference.path}"
+                f"{nearest(pattern, reference.tensors)}; correct it, or take it out"
+            )
 
 
 def open_all(

@@ -8,8 +8,9 @@ parameters and equal hashes.
 
 import difflib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from merge_service.errors import TechniqueError
@@ -71,8 +72,9 @@ class Param:
         return self._number(value, owner)
 
     def _number(self, value: Any, owner: str) -> float | int:
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise self._wrong(value, owner)
+        value = int(value) if isinstance(value, Integral) else float(value)
         too_low = self.low is not None and (value < self.low or (self.above_low and value == self.low))
         too_high = abs(value) > sys.float_info.max or (self.high is not None and value > self.high)
         if too_low or too_high or value != value or (self.kind == "int" and value != int(value)):
@@ -80,16 +82,17 @@ class Param:
         return int(value) if self.kind == "int" else float(value) + 0.0
 
     def _choice(self, value: Any, owner: str) -> str:
-        if value not in self.choices:
+        if not isinstance(value, str) or value not in self.choices:
             raise self._wrong(value, owner, nearest(str(value), self.choices))
         return str(value)
 
     def _list(self, value: Any, owner: str) -> list[float] | None:
         if value is None:
             return None
-        if isinstance(value, str) or not isinstance(value, Iterable):
+        entries = _entries(value)
+        if entries is None:
             raise self._wrong(value, owner)
-        numbers = [float(self._number(item, owner)) for item in value]
+        numbers = [float(self._number(item, owner)) for item in entries]
         if not any(numbers):
             raise TechniqueError(f"{owner}: {self.name} = {value!r} has no weight above zero")
         return numbers
@@ -99,11 +102,12 @@ class Param:
             return None
         if not isinstance(value, Mapping) or not value:
             raise self._wrong(value, owner)
-        lists = {str(key): value[key] for key in sorted(value, key=str)}
-        for key, one in lists.items():
-            if isinstance(one, str) or not isinstance(one, Iterable):
-                raise self._wrong({key: one}, owner)
-        found = {key: [float(self._number(item, owner)) for item in one] for key, one in lists.items()}
+        found: dict[str, list[float]] = {}
+        for key in sorted(value, key=str):
+            entries = _entries(value[key])
+            if entries is None:
+                raise self._wrong({str(key): value[key]}, owner)
+            found[str(key)] = [float(self._number(item, owner)) for item in entries]
         nothing = [key for key, one in found.items() if self.low is not None and not any(one)]
         if nothing:
             raise TechniqueError(f"{owner}: {self.name} of {nothing[0]!r} has no weight above zero")
@@ -122,6 +126,16 @@ class Param:
             else ""
         )
         return TechniqueError(f"{owner}: {self.name} = {value!r} is not {what} of: {self.range}{hint}{why}")
+
+
+def _entries(value: Any) -> list[Any] | None:
+    """The entries of a list, a tuple or an array with an axis; None for what has no order, no entries or is text."""
+    if isinstance(value, str | bytes | Mapping | Set) or not isinstance(value, Iterable):
+        return None
+    try:
+        return list(value)
+    except TypeError:  # an array without an axis
+        return None
 
 
 def listed(value: Any) -> list[Any]:

@@ -151,7 +151,7 @@ def _tell(error: Exception) -> int:
 
 def _written_out(arguments: Sequence[str]) -> list[str]:
     """Arguments with `~` and variables replaced that the shell has left; the study replaces those in values of --set. Raises
-    UserError.
+    UserError, also for an empty argument: as a path it would be the current directory.
     """
     from merge_service.errors import UserError
     from pipeline.files.paths import expanded
@@ -162,6 +162,11 @@ def _written_out(arguments: Sequence[str]) -> list[str]:
         if option == "--set" or (answer and answer[-1] == "--set"):
             answer.append(argument)
             continue
+        if not argument or (equals and not value):
+            given = option or (answer[-1] if answer and answer[-1].startswith("-") else "an argument")
+            raise UserError(
+                f"{given} is empty, as a variable that is not set leaves it; give a value, or leave it out"
+            )
         try:
             answer.append(f"{option}{equals}{expanded(value)}")
         except ValueError as error:

@@ -44,8 +44,9 @@ def merge_to_adapter(
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".merged-", dir=parent) as room:
         whole = Path(room) / "merged.safetensors"
-        merge_files(replace(what, out=whole, dtype="float32"), how)
-        return extract(whole, what.base, rank, what.out, any_base=True)
+        report = merge_files(replace(what, out=whole, dtype="float32"), how)
+        made = extract(whole, what.base, rank, what.out, any_base=True, name="the merged model")
+        return replace(made, notes=(*report.notes, *made.notes))
 
 
 def extract_adapter(finetuned: Path, base: Path, rank: int, out: Path, force: bool = False) -> "Written":

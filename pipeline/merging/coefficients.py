@@ -13,6 +13,7 @@ from typing import Any
 
 from merge_service.checkpoints import Checkpoint
 from merge_service.errors import UserError
+from merge_service.files import absence
 from merge_service.statistics import Statistics
 from merge_service.techniques import get
 from pipeline.study.yaml_input import parse
@@ -24,7 +25,7 @@ MOST = (1 << 24, 1 << 21)
 def read_coefficients(file: Path) -> dict[str, list[float]]:
     """The table of a file: safetensors with tensors [N] by name or pattern, or YAML or JSON with lists. Raises UserError."""
     if not file.is_file():
-        raise UserError(f"{file} does not exist; give a file of coefficients (.safetensors, .yaml or .json)")
+        raise UserError(f"{file} {absence(file)}; give a file of coefficients (.safetensors, .yaml or .json)")
     if file.suffix == ".safetensors":
         return _of_tensors(file)
     if file.stat().st_size > MOST[0]:
@@ -64,7 +65,7 @@ def with_learned(
     left = {key: value for key, value in params.items() if key != "coefficients"}
     if not file.is_file():
         raise UserError(
-            f"{file} does not exist; learn it: temporal-merge learn {technique} EXPERT... --out {file}"
+            f"{file} {absence(file)}; learn it: temporal-merge learn {technique} EXPERT... --out {file}"
         )
     known = {one.name for one in get(technique).params}
     with Statistics(file) as held:

@@ -164,7 +164,7 @@ def refuse_to_replace(out: Path) -> None:
     """
     from merge_service.files import is_parts_folder
 
-    index = out.with_name(f"{out.name}.index.json")
+    index = out.parent / f"{out.name}.index.json"
     there = next((path for path in (out, index) if path.exists()), None)
     if there is None or (there.is_dir() and not any(there.iterdir())):
         return

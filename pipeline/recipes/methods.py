@@ -229,7 +229,17 @@ def _consensus(spoken: Spoken, default: bool) -> Rules:
 
 
 def _elected(spoken: Spoken, normalize: bool) -> dict[str, Any]:
-    """What all elections of signs have in common; `normalize` is the method's default."""
+    """What all elections of signs have in common; `normalize` is the method's default.
+
+    mergekit divides agreeing values by the sum of their weights with their signs, which turns a value of negative weight around.
+    """
+    numbers = [value for one in spoken.of_inputs("weight") for value in spelled(one)]
+    if any(isinstance(one, int | float) and one < 0 for one in numbers) and any(
+        spelled(spoken.get("normalize", normalize))
+    ):
+        raise ValueError(
+            "normalize: true with a negative weight divides by weights of both signs, which cannot be done; set normalize: false"
+        )
     return {
         "scale": spoken.get("lambda", 1.0),
         "consensus": _consensus(spoken, normalize),
@@ -262,6 +272,11 @@ def _refuse_rescaling(spoken: Spoken, wanted: bool) -> None:
         return
     if only(spoken.get("rescale", wanted), "rescale") is not wanted:
         raise ValueError(f"rescale: {str(not wanted).lower()} cannot be done for this method; leave it out")
+
+
+def spelled(found: Rules) -> list[Scalar]:
+    """Every value that the rules name."""
+    return [value for one in found for value in (one.value if isinstance(one.value, tuple) else (one.value,))]
 
 
 def alone(found: Rules) -> Scalar | None:

@@ -43,7 +43,9 @@ class Objects:
 
     def part(self, key: str, start: int, stop: int) -> bytes:
         """Bytes start..stop of an object. Raises FileNotFoundError if it does not exist."""
-        return bytes(self._retried(lambda system, root: system.cat_file(f"{root}/{key}", start, stop), key))
+        return bytes(
+            self._retried(lambda system, root: system.cat_file(f"{root}/{key}", start=start, end=stop), key)
+        )
 
     def write(self, key: str, data: bytes) -> None:
         """Write or replace an object."""

@@ -210,9 +210,16 @@ def test_merge_refuses_what_cannot_be_meant(tmp_path: Path) -> None:
         "expert-2 is a list, not a state dict": {"experts": [one, [1]]},
         "no parameter 'densty'": {"experts": [one], "densty": 0.5},
         "nothing to merge": {"experts": [], "out": files.out},
+        "list of checkpoints, even of one": {"experts": 3},
+        "needs out, the file": {"experts": files.paths, "out": ""},
+        "any_base = 'no' is not true or false": {"experts": [one], "any_base": "no"},
+        "strip_prefix = 3 is not text": {"experts": [one], "strip_prefix": 3},
+        "ids = 'ab' is not a list": {"experts": [one, one], "ids": "ab"},
+        r"ids = \['', 'b'\] is not a list": {"experts": [one, one], "ids": ["", "b"]},
     }.items():
         with pytest.raises(UserError, match=match):
             tm.merge("average", **arguments)
+    assert tm.merge("average", iter([one, one]))["w"].tolist() == [0, 0]  # type: ignore[index]
     with pytest.raises(UserError, match="expert-2"):
         tm.merge("average", [one, {"w": np.full(2, np.nan, np.float32)}])
 

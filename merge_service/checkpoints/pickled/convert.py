@@ -22,6 +22,7 @@ from merge_service.checkpoints.pickled.zero import Flat, is_zero, zero
 from merge_service.checkpoints.target import Target
 from merge_service.checkpoints.ties import of_groups
 from merge_service.errors import CheckpointError
+from merge_service.files.absent import absence
 
 Held = TypeVar("Held")
 _KEYS = (
@@ -173,7 +174,7 @@ def _files(source: Path) -> list[Path]:
             )
         return _files(found[0])
     if not source.is_file():
-        raise CheckpointError(f"{source} does not exist")
+        raise CheckpointError(f"{source} {absence(source)}")
     if not source.name.endswith(".index.json"):
         return [source]
     try:

@@ -44,11 +44,13 @@ class _Sums:
     without: list[str] = field(default_factory=list)
 
 
-def extract(finetuned: Path, base: Path, rank: int, out: Path, any_base: bool = False) -> Written:
+def extract(
+    finetuned: Path, base: Path, rank: int, out: Path, any_base: bool = False, name: str | None = None
+) -> Written:
     """Write the adapter of `rank` that brings `base` nearest to `finetuned`.
 
     Raises `TechniqueError` for a rank below 1, `CheckpointError` for models that do not fit each other or do not differ; with
-    `any_base` the two need not be related.
+    `any_base` the two need not be related. `name` stands for the fine-tuned model in messages, by default its path.
     """
     if rank < 1:
         raise TechniqueError(f"an adapter of rank {rank} holds nothing; give a rank of at least 1")
@@ -68,7 +70,7 @@ def extract(finetuned: Path, base: Path, rank: int, out: Path, any_base: bool = 
             parts = list(_parts(origin, expert, tied.keys() | buffers(origin), rank, sums))
     if not parts:
         what = "does not differ from the base" if not sums.moved else "differs in no matrix of a module"
-        raise CheckpointError(f"{finetuned} {what}: there is nothing to extract")
+        raise CheckpointError(f"{name or finetuned} {what}: there is nothing to extract")
     modules, largest, size = write(out, absolute(base), parts)
     share = [math.sqrt(part / sums.moved) for part in (sums.left_out + sums.cut, sums.left_out)]
     return Written(out, modules, largest, size, share[0], share[1], tuple(sums.without), notes)

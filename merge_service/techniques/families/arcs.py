@@ -179,7 +179,7 @@ def _on_sphere(
     for _ in range(iterations):
         step = _tangent(xp, mean, drawn, cosines)
         length = _length(step, cosines)
-        if length < tolerance:
+        if length == 0 or length < tolerance:
             break
         mean = math.cos(length) * mean + math.sin(length) / length * step
         mean /= _length(mean, cosines)

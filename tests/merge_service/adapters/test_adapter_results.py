@@ -105,7 +105,12 @@ def test_extraction_names_what_an_adapter_does_not_hold(tmp_path) -> None:
         extract_adapter(base, base, 1, tmp_path / "none")
     with pytest.raises(UserError, match="rank 0"):
         extract_adapter(tmp_path / "tuned.safetensors", base, 0, tmp_path / "none")
+    still = FileMerge("average", {}, base, [base, base], tmp_path / "none")
+    with pytest.raises(UserError, match=r"^the merged model does not differ from the base"):
+        merge_to_adapter(still, 1, ONE)
     assert not (tmp_path / "none").exists()
+    twice = FileMerge("average", {}, base, [tmp_path / "tuned.safetensors"] * 2, tmp_path / "twice")
+    assert any("hold the same tensors" in note for note in merge_to_adapter(twice, 1, ONE).notes)
 
 
 def test_matrices_of_gpt2_are_written_as_peft_has_them(tmp_path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def files(tmp_path: Path) -> Files:
 
 FOREIGN: dict[str, tuple[str, bytes, str]] = {
     "zip of torch": ("a.safetensors", b"PK\x03\x04" + bytes(600), "pickle of torch.*temporal-merge convert"),
+    "zip of NumPy": ("a.npz", b"PK\x03\x04" + bytes(22) + b"\x05\x00\x14\x00w.npy" + bytes(600), "a file of NumPy arrays"),
     "old pickle": ("a.safetensors", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P" + bytes(600), "pickle of torch"),
     "by its name": ("a.ckpt", b"anything at all", "by its name a pickle of torch"),
     "pointer": ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
@@ -52,6 +54,18 @@ FOREIGN: dict[str, tuple[str, bytes, str]] = {
     "study": ("a.yaml", b"name: demo\nmodel: {}\n", "YAML file, such as a study.*temporal-merge run"),
     "index of pickles": ("pytorch_model.bin.index.json", b'{"weight_map": {"w": "a.bin"}}', "index of pickled shards"),
 }  # fmt: skip
+
+
+def test_path_that_is_no_file_is_called_what_it_is(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("gone")
+    for name, says in {
+        "pipe": "pipe is neither a file nor a directory",
+        "link": "link is a link to gone, which does not exist",
+        "nowhere": "nowhere does not exist",
+    }.items():
+        with pytest.raises(CheckpointError, match=says):
+            locate(tmp_path / name)
 
 
 @pytest.mark.parametrize("case", FOREIGN)

@@ -12,6 +12,7 @@ from merge_service.errors import (
     TechniqueError,
 )
 from merge_service.merge import advance, merge
+from merge_service.merging import Rules
 from tests.merge_service import measured, toys
 from tests.merge_service.toys import Files
 
@@ -86,6 +87,12 @@ def test_a_result_that_the_stored_type_cannot_hold_is_refused(tmp_path: Path) ->
         ("average", {"weights": [0, 0]}, "no weight above zero"),
         ("average", {"weights": [1, -1]}, "weights ="),
         ("average", {"weights": [1, 2], "schedule": "linear"}, "not both"),
+        ("average", {"weights": b"xy"}, "is not a list of numbers"),
+        ("average", {"weights": {0.5, 1.0}}, "is not a list of numbers"),
+        ("average", {"weights": {0.5: 1, 1.0: 2}}, "is not a list of numbers"),
+        ("average", {"weights": np.array(0.5)}, "is not a list of numbers"),
+        ("ties", {"consensus": np.array([1.0, 2.0])}, "is not one of: mean | sum | max"),
+        ("ties", {"density": np.bool_(True)}, "is not a number"),
         ("average", {"weight": 0.3}, "weight has no effect when the form is merge"),
         ("lines_ties", {"scale": 1}, "no parameter 'scale'"),
     ],
@@ -94,6 +101,25 @@ def test_a_wrong_technique_or_parameter_is_named(files: Files, name: str, params
     with pytest.raises(TechniqueError) as caught:
         files.merge(name, params)
     assert says in str(caught.value) and len(str(caught.value)) < 700 and not files.out.exists()
+
+
+def test_numbers_of_numpy_are_numbers(files: Files) -> None:
+    files.merge("ties", {"density": np.float32(0.5)})
+    first = files.out.read_bytes()
+    files.merge("ties", {"density": 0.5})
+    assert files.out.read_bytes() == first
+    files.merge("average", {"weights": np.array([1, 3], np.int32)})
+
+
+def test_nan_of_the_base_is_said_although_another_tensor_is_made_first(tmp_path: Path) -> None:
+    numbers = np.arange(9, dtype=np.float32).reshape(3, 3)
+    bad = toys.save(tmp_path / "b.safetensors", {"a": numbers, "z": np.full((2, 2), np.nan, np.float32)})
+    paths = [
+        toys.save(tmp_path / f"{i}.safetensors", {"a": numbers * i, "z": np.ones((2, 2), np.float32)})
+        for i in (1.1, 1.2)
+    ]
+    with pytest.raises(NonFiniteCheckpoint, match=r"the base .*z has 4 of 4 values NaN"):
+        merge("pcb", {}, bad, paths, tmp_path / "o.safetensors", rules=Rules(any_base=True))
 
 
 def test_forms_and_numbers_of_experts_that_do_not_exist_are_refused(files: Files) -> None:

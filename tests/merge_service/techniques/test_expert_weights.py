@@ -163,6 +163,10 @@ def test_coefficients_are_found_by_name_then_by_the_longest_pattern(room, tmp_pa
             {"coefficients": {"visual.*": [1, 1, 1]}},
             "no pattern for text_projection and 4 more|no pattern for",
         ),
+        (
+            {"coefficients": {"*": [1, 1, 1], "visaul.*": [0, 0, 0]}},
+            "the pattern 'visaul.\\*' of coefficients fits no tensor",
+        ),
         ({"coefficients": {"*": [1, 1]}}, "coefficients of '\\*' has 2 entries but there are 3"),
         ({"coefficients": {"*": [1, 1, 1]}, "weights": [1, 1, 1]}, "weights or coefficients, not both"),
         ({"coefficients": [1, 1, 1]}, "not a list of numbers by pattern"),

@@ -283,3 +283,16 @@ def test_evaluate_without_a_study_refuses_what_it_cannot_know(
     (tmp_path / "tiny.json").symlink_to(world.home / "model.json")
     save_file({"w": np.zeros(2, np.float32)}, tmp_path / "m.safetensors")
     refused(cli("evaluate", "m.safetensors", *line.split()), says)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["gc", ""], "an argument is empty"),
+        (["merge", "--technique", "average", "--out", "", "a.safetensors"], "--out is empty"),
+        (["merge", "--technique", "average", "--out=", "a.safetensors"], "--out is empty"),
+    ],
+)
+def test_empty_argument_is_not_the_current_directory(line: list[str], said: str, cli) -> None:
+    answer = cli(*line)
+    assert answer.code == 2 and said in answer.err and "a variable that is not set" in answer.err

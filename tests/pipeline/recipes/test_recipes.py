@@ -224,6 +224,8 @@ def test_card_and_recipe_say_how_the_model_was_made(carried, tmp_path: Path) -> 
         ("merge_method: slerp\nbase_model: a\nmodels: [{model: a}, {model: b}, {model: c}]\nparameters: {t: 1}", "takes 2 models"),
         ("merge_method: slerp\nbase_model: a\nmodels: [{model: a}, {model: b}]", "no t"),
         ("merge_method: linear\nmodels: [{model: a}, {model: b}]", "has no weight"),
+        ("merge_method: ties\nbase_model: base\nmodels: [{model: a, parameters: {weight: -1}}, {model: b, parameters: {weight: 1}}]", "set normalize: false"),
+        ("merge_method: dare_ties\nbase_model: base\nmodels: [{model: a, parameters: {weight: [1, -1]}}]\nparameters: {normalize: true}", "set normalize: false"),
         ("merge_method: linear\nmodels: [{model: org/name@main, parameters: {weight: 1}}]", "revision"),
         ("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\nslices: [{sources: [{model: a, layer_range: [0, 1]}]}]", "exactly one"),
     ],

@@ -140,6 +140,11 @@ def test_karcher_stops_at_steps_below_the_tolerance() -> None:
     assert at_once != karcher(gram, None, "w")
 
 
+def test_karcher_without_a_tolerance_stops_when_nothing_moves() -> None:
+    rows = np.float64([[1, 0], [0, 1]])
+    assert_allclose(karcher(rows @ rows.T, None, "w", 10, tolerance=0), [0.5**0.5] * 2)
+
+
 @all_means
 def test_mean_of_equal_vectors_is_that_vector(mean) -> None:
     rows = np.repeat(vectors(1), 5, axis=0)

@@ -1,13 +1,16 @@
 """OPCM and RAPF: their laws, and the same by plain SVD in float64."""
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
 
+from merge_service.merge import merge
 from merge_service.techniques.families import projections
+from tests.merge_service import toys
 from tests.merge_service.matrices import EXACT, SHAPES, matrix, shapes, svd
 
 opcm_project = partial(projections.opcm_project, xp=np)
@@ -109,3 +112,18 @@ def test_torch_gives_what_numpy_gives(shape: tuple) -> None:
     for ours, theirs in pairs:
         assert theirs.dtype == torch.float32
         assert_allclose(theirs.numpy(), ours, **EXACT)
+
+
+def test_opcm_of_models_without_weights_of_its_own_copies_and_averages(tmp_path: Path) -> None:
+    def model(steps: int, mean: float) -> dict[str, np.ndarray]:
+        return {"bn.num_batches_tracked": np.array(steps), "bn.running_mean": np.full(2, mean, np.float32)}
+
+    for names in (["bn.num_batches_tracked"], ["bn.num_batches_tracked", "bn.running_mean"]):
+        base, *experts = (
+            toys.save(tmp_path / f"{at}.safetensors", {name: model(at, at)[name] for name in names})
+            for at in (1, 2, 4)
+        )
+        merge("opcm", {}, base, experts, tmp_path / "o.safetensors")
+        found = toys.load(tmp_path / "o.safetensors")
+        assert found["bn.num_batches_tracked"] == 1
+        assert found.get("bn.running_mean", np.full(2, 3)).tolist() == [3, 3]
