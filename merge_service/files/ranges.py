@@ -19,6 +19,8 @@ from merge_service.files.mapping import mapped
 
 PIECE = 4 << 20
 """Bytes that are fetched at a time at least; reading goes on where it stopped."""
+LITTLE = 1 << 16
+"""A read of fewer bytes, such as a sample, is fetched alone unless its piece is here."""
 HELD = 64
 """Pieces that stay in memory, of all files together: 256 MiB."""
 
@@ -74,14 +76,20 @@ class Ranged:
 
     def __getitem__(self, where: slice) -> np.ndarray:
         start, stop, _ = where.indices(self.size)
-        parts = [self._piece(at) for at in range(start // PIECE, -(-stop // PIECE))] if stop > start else []
-        if not parts:
+        if stop <= start:
             return np.empty(0, np.uint8)
+        if stop - start < LITTLE and not self._is_held(start, stop):
+            return np.frombuffer(self._fetch(start, stop), np.uint8)
+        parts = [self._piece(at) for at in range(start // PIECE, -(-stop // PIECE))]
         first = start // PIECE * PIECE
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
         found = whole[start - first : stop - first]
         found.setflags(write=False)
         return found
+
+    def _is_held(self, start: int, stop: int) -> bool:
+        with _lock:
+            return all((self.file, at) in _pieces for at in range(start // PIECE, -(-stop // PIECE)))
 
     def _piece(self, at: int) -> np.ndarray:
         key = (self.file, at)

@@ -68,8 +68,10 @@ def nearby(what: FileMerge, how: Execution = Execution()) -> Iterator[FileMerge]
     if not any(":/" in str(path) for path in paths):
         yield what
         return
+    from merge_service.techniques import get
     from pipeline.merging.remote.near import near
 
+    get(what.technique)  # a misspelt name is found before anything is fetched
     with near(paths) as places:
         if places and (how.workers > 1 or how.address):
             raise UserError(

@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from http.client import HTTPException
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -105,11 +106,14 @@ class Hub:
         for attempt in range(1, TRIES + 1):
             try:
                 with _opener.open(asked, timeout=TIMEOUT) as answer:
-                    return answer.read(most + 1), answer.headers.get("Content-Range")
+                    data = answer.read(most + 1)
+                    if len(data) < min(int(answer.headers.get("Content-Length") or 0), most):
+                        raise OSError(f"the connection ended after {len(data)} bytes")
+                    return data, answer.headers.get("Content-Range")
             except urllib.error.HTTPError as error:
                 if error.code not in (429, 500, 502, 503, 504) or attempt == TRIES:
                     raise self._refused(said, error.code) from None
-            except OSError as error:  # refused, cut, timed out; URLError is one
+            except (OSError, HTTPException) as error:  # refused, cut, timed out; URLError is one
                 if attempt == TRIES:
                     raise RemoteError(
                         f"{said} cannot be read from {self.endpoint}: {getattr(error, 'reason', error)} (tried {attempt} times); check the "

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from merge_service.checkpoints.header import read_header
 from merge_service.files import ranges
 from merge_service.files.ranges import PIECE
 from pipeline.merging.files import Execution, FileMerge, merge_files
 from pipeline.merging.remote import hub
-from pipeline.merging.remote.near import is_remote, near, with_slashes
+from pipeline.merging.remote.near import _begin, is_remote, near, with_slashes
 from pipeline.merging.remote.source import Bucket, RemoteError
 from tests.conftest import Answer
 from tests.merge_service import toys
@@ -55,7 +56,7 @@ class Stub:
 
     def __init__(self, root: Path) -> None:
         self.asked: list[tuple[str, tuple[int, int] | None, str | None]] = []
-        self.fails, self.ranges, self.redirect = 0, True, ""
+        self.fails, self.cuts, self.ranges, self.redirect = 0, 0, True, ""
         stub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -76,7 +77,9 @@ class Stub:
                 if stub.fails:
                     stub.fails -= 1
                     return self.send(503, b"busy")
-                if listed := re.fullmatch(r"/api/models/(\w+/\w+)/revision/main\?blobs=true", self.path):
+                if listed := re.fullmatch(
+                    r"/api/models/(\w+/\w+)/revision/(?:main|refs%2Fpr%2F3)\?blobs=true", self.path
+                ):
                     place = root / listed[1]
                     if not place.is_dir():
                         return self.send(404, b"")
@@ -93,6 +96,14 @@ class Stub:
                 if part is None or not stub.ranges:
                     return self.send(200, data)
                 stop = min(part[1], len(data))
+                if stub.cuts:
+                    stub.cuts -= 1
+                    self.send_response(206)
+                    self.send_header("Content-Length", str(stop - part[0]))
+                    self.end_headers()
+                    self.wfile.write(data[part[0] : part[0] + 1])
+                    self.close_connection = True
+                    return None
                 return self.send(
                     206, data[part[0] : stop], Content_Range=f"bytes {part[0]}-{stop - 1}/{len(data)}"
                 )
@@ -224,7 +235,12 @@ def test_broken_hubs_are_retried_and_then_named(stub: Stub, monkeypatch: pytest.
     stub.fails = hub.TRIES
     with pytest.raises(RemoteError, match="busy or broken"):
         hub.Hub("org/one").files()
-    whole = hub.Hub("org/one")
+    whole = hub.Hub("org/one", "refs/pr/3")
+    stub.cuts = hub.TRIES - 1
+    assert whole.part("config.json", 0, 5) == b'{"mod'
+    stub.cuts = hub.TRIES
+    with pytest.raises(RemoteError, match="ended after 1 bytes"):
+        whole.part("config.json", 0, 5)
     assert whole.part("config.json", 0, 5) == b'{"mod'
     stub.ranges = False
     with pytest.raises(RemoteError, match="hf download org/one"):
@@ -290,3 +306,46 @@ def test_remote_inputs_are_told_from_paths() -> None:
         and not is_remote("a:b")
     )
     assert with_slashes(str(Path("hf://a/b+s3://c/d"))) == "hf://a/b+s3://c/d"
+
+
+@pytest.mark.parametrize("length", [(1 << 16) - 9, (1 << 16) - 8, (1 << 16) - 7, 1 << 16, 70_000])
+def test_header_that_ends_beside_the_first_request_is_read_whole(
+    stub: Stub, tmp_path: Path, length: int
+) -> None:
+    """A known fault of a client: a header that ends within the last bytes of the first range was cut."""
+
+    class Held:
+        url, name = "hf://org/held", "held"
+
+        def __init__(self) -> None:
+            layout = {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+            text = json.dumps(layout).encode().ljust(length)
+            self.data = len(text).to_bytes(8, "little") + text + np.float32([1, 2]).tobytes()
+
+        def size(self, file: str) -> int:
+            return len(self.data)
+
+        def part(self, file: str, start: int, stop: int) -> bytes:
+            return self.data[start:stop]
+
+    held = Held()
+    _begin(held, "model.safetensors", tmp_path)
+    file = tmp_path / "model.safetensors"
+    assert file.read_bytes()[: 8 + length] == held.data[: 8 + length] and file.stat().st_size == len(
+        held.data
+    )
+    assert read_header(file)[0]["w"].shape == (2,)
+
+
+def test_mistakes_that_headers_show_cost_no_download(
+    stub: Stub, root: Path, tmp_path: Path, cli: Callable[..., Answer]
+) -> None:
+    """A report of mergekit's users: a misspelt method, or another number of layers, was found after everything was downloaded."""
+    out = ("--out", tmp_path / "out.safetensors", "hf://org/one", "hf://org/short")
+    assert cli("merge", "--technique", "dare-ties2", *out).code == 2 and not stub.asked
+    short = folder(root / "org" / "short", 3, sharded=False)
+    held = toys.load(short / "model.safetensors")
+    toys.save(short / "model.safetensors", {name: v for name, v in held.items() if "layers.3" not in name})
+    answer = cli("merge", "--technique", "average", *out)
+    assert answer.code == 2 and "model.layers.3.mlp.up_proj.weight is missing" in answer.err
+    assert "hf://org/short" in answer.err and stub.read_of("one") + stub.read_of("short") < 500_000
