@@ -15,7 +15,7 @@ from merge_service.files.leftovers import (
 )
 from merge_service.files.made import Made
 from merge_service.files.ranges import far, is_far
-from merge_service.files.sync import sync_directory, sync_file
+from merge_service.files.sync import make_directory, sync_directory, sync_file
 from merge_service.files.whole import prepared, replace_whole
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "is_abandoned",
     "is_far",
     "is_parts_folder",
+    "make_directory",
     "owner_mark",
     "prepared",
     "replace_whole",
