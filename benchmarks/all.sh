@@ -48,7 +48,8 @@ make merge-limit-8 merge --size vit-b-16 --experts 8 --no-cli --work "$work" \
     --techniques average,task_arithmetic,magmax,lines_task_arithmetic,slerp_fold,ties_kept,dare_ties,breadcrumbs_ties_kept
 make storage-sweep storage configs/sweep.yaml --work "$work" --set 'grid.seed=[0]' --set 'grid.budget.multiplier=[1]' \
     --set 'stream.tasks=[letters,scripts]'
-make statistics-arrivals arrivals --techniques regmean,lot,fisher,mats --experts 200 --span 10 --work "$memory"
+make statistics-arrivals arrivals --techniques regmean,lot,fisher,mats,tatr --experts 200 --span 10 --work "$memory"
 make evidence-vit-b-32 evidence --size vit-b-32 --images 32 --experts 1 --only "gram,published gram,fisher,published fisher" --work "$work"
+make regmean-vit-b-16 regmean --size vit-b-16 --experts 8 --rounds 3 --fusionbench "$fusionbench" --work "$work"
 make storage-small-disk storage --small-disk 3 --work "$work"
 .venv/bin/python benchmarks/page.py

@@ -219,7 +219,7 @@ def made_up(kind: str, shapes: dict[str, tuple[int, ...]], rng: Any) -> Any:
     import numpy as np
 
     for name, shape in shapes.items():
-        if kind == "fisher":
+        if kind in ("fisher", "gradient"):
             yield name, rng.random(shape, np.float32)
         elif ".resblocks." in name and len(shape) == 2:
             rows = rng.standard_normal((2 * shape[1], shape[1]), np.float32)
@@ -236,7 +236,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--size",
-        choices=[name for name, one in SIZES.items() if isinstance(one, Architecture)],
+        choices=[name for name, one in SIZES.items() if type(one) is Architecture],
         default="tiny",
     )
     parser.add_argument("--images", type=int, default=64, help="of a statistic")

@@ -61,6 +61,15 @@ class Architecture:
 
 
 @dataclass(frozen=True)
+class ImageTower(Architecture):
+    """The image tower alone."""
+
+    def shapes(self) -> Shapes:
+        """Names and shapes, as of `Architecture`."""
+        return {name: shape for name, shape in super().shapes().items() if name.startswith("visual.")}
+
+
+@dataclass(frozen=True)
 class Few:
     """A few tensors of two towers of two blocks each: what an arrival costs beside arithmetic is seen best."""
 
@@ -81,6 +90,8 @@ SIZES: dict[str, Architecture | Few] = {
     "vit-b-32": Architecture(512, 224, 32, 768, 12, 3072, 77, 512, 12),
     "vit-b-16": Architecture(512, 224, 16, 768, 12, 3072, 77, 512, 12),
     "vit-l-14": Architecture(768, 224, 14, 1024, 24, 4096, 77, 768, 12),
+    "tiny-image": ImageTower(64, 32, 8, 96, 3, 192, 16, 64, 2),
+    "vit-b-16-image": ImageTower(512, 224, 16, 768, 12, 3072, 77, 512, 12),
 }
 
 

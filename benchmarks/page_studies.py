@@ -164,6 +164,25 @@ def evidence(file: dict[str, Any]) -> str:
     return f"{said}\n\n{table(('statistic', 'CPU seconds', 'of a forward pass over the same inputs', 'peak, MB', 'file, MB'), rows)}"
 
 
+def regmean(file: dict[str, Any]) -> str:
+    """RegMean of image towers beside FusionBench's."""
+    had, found, machine = file["settings"], file["found"], file["machine"]
+    rows = []
+    for name, label in (("ours", "temporal-merge"), ("fusionbench", "FusionBench")):
+        runs = found["runs"][name]
+        seconds = [f"{median(run['answer'][key] for run in runs):.0f}" for key in ("seconds", "merge_cpu")]
+        rows.append([label, *seconds, f"{median(run['peak'] for run in runs) / MB:,.0f}"])
+    ratios = [f"{median(found['ratios'][key]):.2f}" for key in ("wall", "cpu", "peak")]
+    rows.append(["ours / FusionBench, median of rounds", *ratios])
+    said = (
+        f"{had['experts']} image towers of {had['size']}'s shapes ({had['checkpoint_bytes'] / MB:,.0f} MB and {had['gram_bytes'] / MB:,.0f} MB of Gram "
+        f"matrices each), {had['threads']} thread(s), {had['rounds']} alternating round(s); other processes used "
+        f"{machine['cores_used_by_others']:.1f} of {machine['cores']} cores meanwhile; fusion-bench {file['versions']['fusionbench']['fusion-bench']}."
+    )
+    apart = f"The results differ by {found['difference']['relative']:.1g} of the merged task vector's length."
+    return f"{said}\n\n{table(('', 'merge, s', 'CPU s', 'peak, MB'), rows)}\n\n{apart}"
+
+
 BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "folders": ("merge-folders", folders),
     "sweep-report": ("study-report", sweep_report),
@@ -174,5 +193,6 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "service-gates-tasks": ("service-gates-tasks", gates_of_tasks),
     "arrivals-statistics": ("statistics-arrivals", arrivals_statistics),
     "evidence": ("evidence-vit-b-32", evidence),
+    "regmean": ("regmean-vit-b-16", regmean),
 }
 """The file of results that each block is made from, and how."""

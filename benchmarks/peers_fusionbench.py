@@ -35,9 +35,18 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "iso_c": ("ISO_C_Merge", {"scaling_factor": 1.0, **MATRICES_ONLY}),
     "iso_cts": ("ISO_CTS_Merge", {"scaling_factor": 1.0, "common_space_fraction": 0.8, **MATRICES_ONLY}),
+    "regmean": (
+        "regmean.regmean.RegMeanAlgorithm",
+        {
+            "num_regmean_examples": 1,
+            "exclude_param_names_regex": [],
+            "reduce_non_diagonal_ratio": 0.95,
+            "weight_transpose": True,
+        },
+    ),
     "opcm": ("opcm.opcm_general.OPCM", {"alpha": 0.5, "shuffle_order": False, "save_on_every_step": False}),
 }
-MATRICES = ("iso_c", "iso_cts", "opcm")
+MATRICES = ("iso_c", "iso_cts", "opcm", "regmean")
 FUSED, SPLIT = "attn.in_proj_", ("attn.q_proj.", "attn.k_proj.", "attn.v_proj.")
 
 
@@ -61,6 +70,8 @@ def merge(kind: Any, job: dict[str, Any]) -> None:
     """One run of a new object of the class `kind`."""
     from safetensors.torch import save_file
 
+    if job["case"] == "regmean":
+        kind = _from_files(kind, dict(zip(_names(job), job["options"]["statistics"])))
     algorithm, split = kind(**METHODS[job["case"]][1]), job["case"] in MATRICES
     merged = algorithm.run(_pool(job, split))
     tensors = {key: value.detach().contiguous() for key, value in merged.state_dict().items()}
@@ -71,7 +82,7 @@ def _pool(job: dict[str, Any], split: bool) -> Any:
     from fusion_bench.modelpool import BaseModelPool
     from safetensors.torch import load_file
 
-    files = {f"expert-{i}": path for i, path in enumerate(job["experts"], 1)}
+    files = dict(zip(_names(job), job["experts"]))
     if job["base"]:
         files = {"_pretrained_": job["base"], **files}
 
@@ -80,7 +91,29 @@ def _pool(job: dict[str, Any], split: bool) -> Any:
             tensors = load_file(files[model_name_or_config])
             return _module(_split(tensors) if split else tensors)
 
+        def load_train_dataset(self, dataset_name: str, *_: Any, **__: Any) -> Any:
+            return None  # what RegMean measures on it is in files
+
     return Pool(dict(files))
+
+
+def _names(job: dict[str, Any]) -> list[str]:
+    return [f"expert-{number}" for number in range(1, len(job["experts"]) + 1)]
+
+
+def _from_files(kind: Any, files: dict[str, str]) -> Any:
+    """RegMean whose Gram matrices are read from files by names of modules; q, k and v have the one of their input."""
+    from safetensors.torch import load_file
+
+    class FromFiles(kind):
+        def get_regmean_weights(self, model_name: str, *_: Any, **__: Any) -> dict[str, Any]:
+            found = {}
+            for name, gram in load_file(files[model_name]).items():
+                parts = [name.replace(FUSED, part) for part in SPLIT] if FUSED in name else [name]
+                found |= {part.removesuffix(".weight"): gram for part in parts}
+            return found
+
+    return FromFiles
 
 
 def _module(tensors: dict[str, Any]) -> Any:

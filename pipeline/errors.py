@@ -18,7 +18,7 @@ ARGUMENTS = {
     **{
         name: name.replace("-", "_")
         for name in (
-            "address", "any-base", "base", "datasets", "device", "dtype", "keep-thresholds", "out", "parity", "shard-size", "split",
+            "address", "any-base", "base", "coefficients", "datasets", "device", "dtype", "keep-thresholds", "model", "out", "parity", "shard-size", "split", "statistics",
             "strict-versions", "strip-prefix", "threads", "workers",
             "name", "role", "template", "classnames", "val", "test", "seed", "equal", "unreadable", "image-column", "label-column",
             "caption-column", "split-column", "pretrained", "force", "details",

@@ -14,7 +14,7 @@ from merge_service.files.leftovers import (
     temporary,
 )
 from merge_service.files.made import Made
-from merge_service.files.sync import sync_directory, sync_file
+from merge_service.files.sync import make_directory, sync_directory, sync_file
 from merge_service.files.whole import prepared, replace_whole
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "absence",
     "is_abandoned",
     "is_parts_folder",
+    "make_directory",
     "owner_mark",
     "prepared",
     "replace_whole",

@@ -62,8 +62,8 @@ def _open(asked: Evidence, technique: str, member: Member, of: tuple[Weights, We
             )
         raise TechniqueError(
             f"{technique} needs statistics of kind {asked.kind} {which} {member.path}, and there is no file {path}; give it "
-            f"(--statistics FILE, once per expert, in the order of the experts), or make it: temporal-merge measure {asked.kind} "
-            f"CHECKPOINT --study STUDY.yaml --task TASK --out {path}"
+            f"(--statistics, once per expert, in the order of the experts), make it: `temporal-merge measure {asked.kind} "
+            f"CHECKPOINT --study STUDY.yaml --task TASK --out {path}`, or, without data, choose wudi"
         )
     found = Statistics(path)
     try:
@@ -92,7 +92,7 @@ def _learned(
     if None in files or len(files) > 1:
         raise TechniqueError(
             f"{technique} merges with coefficients that were learned for these experts together; give the one file (--coefficients FILE), or "
-            f"learn it: temporal-merge learn {technique} EXPERT... --base BASE --study STUDY.yaml --tasks TASK,... --out FILE"
+            f"learn it: `temporal-merge learn {technique} EXPERT... --base BASE --study STUDY.yaml --tasks TASK,... --out FILE`"
         )
     found = [stack.enter_context(Statistics(file)) for file in files if file is not None]
     for one in found:

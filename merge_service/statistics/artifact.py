@@ -129,7 +129,7 @@ class Statistics:
         if not known:
             raise CorruptCheckpoint(
                 f"{path} holds no statistics of this version (its metadata must name one of {', '.join(KINDS)}); measure again: "
-                "temporal-merge measure KIND CHECKPOINT --out FILE"
+                "`temporal-merge measure KIND CHECKPOINT --out FILE`"
             )
 
     def tie(self, ties: Ties) -> None:
@@ -235,7 +235,7 @@ class Statistics:
         if found != sha256 and content != of_content:
             raise TechniqueError(
                 f"{self.path} was measured on other weights than {who}: on sha256 {found[:16]}..., which is not {sha256[:16]}...; give the "
-                f"statistics in the order of the experts, or measure again: temporal-merge measure {kind} CHECKPOINT --out FILE"
+                f"statistics in the order of the experts, or measure again: `temporal-merge measure {kind} CHECKPOINT --out FILE`"
             )
 
     def check_tensors(self, shapes: Mapping[str, int], who: str) -> None:

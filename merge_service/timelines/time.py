@@ -332,12 +332,12 @@ def check_served(strategy: Strategy) -> None:
     if learns(strategy):
         raise TechniqueError(
             f"{strategy.technique} merges with coefficients that must be learned for the experts of every t, which a service does not do; "
-            "merge files (temporal-merge learn, then temporal-merge merge --coefficients), or choose another technique"
+            "merge files (`temporal-merge learn`, then `temporal-merge merge --coefficients FILE`), or choose another technique"
         )
     if asked := measured(strategy):
         raise TechniqueError(
             f"{strategy.technique} needs measurements ({asked[0].kind}) of every expert, which a service does not make; merge files "
-            "(temporal-merge measure, then temporal-merge merge --statistics), or choose another technique"
+            "(`temporal-merge measure`, then `temporal-merge merge --statistics FILE`), or choose another technique"
         )
     if "ema" in policies(strategy) and _technique(strategy).resumes:
         raise TechniqueError(

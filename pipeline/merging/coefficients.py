@@ -14,7 +14,7 @@ from typing import Any
 from merge_service.checkpoints import Checkpoint
 from merge_service.errors import UserError
 from merge_service.files import absence
-from merge_service.statistics import Statistics
+from merge_service.statistics import COEFFICIENTS, Statistics
 from merge_service.techniques import get
 from pipeline.study.yaml_input import parse
 
@@ -22,12 +22,14 @@ MOST = (1 << 24, 1 << 21)
 """Bytes and values of a file that is text."""
 
 
-def read_coefficients(file: Path) -> dict[str, list[float]]:
-    """The table of a file: safetensors with tensors [N] by name or pattern, or YAML or JSON with lists. Raises UserError."""
+def read_coefficients(file: Path, technique: str) -> dict[str, list[float]]:
+    """The table of a file: safetensors with tensors [N] by name or pattern, or YAML or JSON with lists. Raises UserError, also for one
+    that was learned for another technique, whose rules for names without coefficients are not these.
+    """
     if not file.is_file():
         raise UserError(f"{file} {absence(file)}; give a file of coefficients (.safetensors, .yaml or .json)")
     if file.suffix == ".safetensors":
-        return _of_tensors(file)
+        return _of_tensors(file, technique)
     if file.stat().st_size > MOST[0]:
         raise UserError(f"{file} is too large for a file of coefficients; check the path")
     try:
@@ -44,8 +46,14 @@ def read_coefficients(file: Path) -> dict[str, list[float]]:
     return {str(key): value for key, value in found.items()}
 
 
-def _of_tensors(file: Path) -> dict[str, list[float]]:
+def _of_tensors(file: Path, technique: str) -> dict[str, list[float]]:
     with Checkpoint.open(file) as held:
+        if held.metadata.get("statistics") == COEFFICIENTS:
+            with Statistics(file) as learned:
+                raise UserError(
+                    f"{file} was learned for {learned.about.technique}, so {technique} cannot read it: names without coefficients count "
+                    f"otherwise there. Merge with {learned.about.technique}, or give {technique} a table of your own"
+                )
         for name, info in held.tensors.items():
             if len(info.shape) != 1 or not info.kind.is_float:
                 raise UserError(
@@ -65,7 +73,7 @@ def with_learned(
     left = {key: value for key, value in params.items() if key != "coefficients"}
     if not file.is_file():
         raise UserError(
-            f"{file} {absence(file)}; learn it: temporal-merge learn {technique} EXPERT... --out {file}"
+            f"{file} {absence(file)}; learn it: `temporal-merge learn {technique} EXPERT... --out {file}`"
         )
     known = {one.name for one in get(technique).params}
     with Statistics(file) as held:

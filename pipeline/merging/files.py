@@ -118,7 +118,9 @@ def settled(what: FileMerge) -> FileMerge:
     if get(what.technique).learned:
         params, files = with_learned(what.technique, what.params, len(what.experts))
         return replace(what, params=params, statistics=files)
-    return replace(what, params={**what.params, "coefficients": read_coefficients(Path(given))})
+    return replace(
+        what, params={**what.params, "coefficients": read_coefficients(Path(given), what.technique)}
+    )
 
 
 def refuse_to_replace(out: Path) -> None:

@@ -60,7 +60,7 @@ def outline(root: Path) -> Outline:
     roles = _guessed(root) if guessed else {role: tuple(read_suite(root)["roles"][role]) for role in ROLES}
     if not roles["adaptation"]:
         raise UserError(
-            f"{root} holds no dataset to learn (role adaptation); import one: temporal-merge import-data SOURCE --out {root}"
+            f"{root} holds no dataset to learn (role adaptation); import one: `temporal-merge import-data SOURCE --out {root}`"
         )
     homes = {name: folder(root, name) for name in dict.fromkeys((*roles["adaptation"], *roles["held_out"]))}
     without = tuple(name for name, home in homes.items() if not (home / VAL).is_dir())

@@ -21,7 +21,7 @@ from workers.data.seen import notes
 from workers.jobs import EvaluateJob, EvaluateResult, Source
 from workers.models.base import Base, find
 from workers.models.base import describe as described
-from workers.models.configuration import is_tokenizer_file
+from workers.models.configuration import is_tokenizer_file, unknown_model
 from workers.scoring.details import DETAILS
 
 
@@ -67,9 +67,7 @@ def study_of_root(root: Path, checkpoint: Path, model: str | None, overrides: Se
     home = checkpoint if checkpoint.is_dir() else checkpoint.parent
     if model is None and not (home / CONFIG_FILE).is_file():
         locate(checkpoint)
-        raise UserError(
-            f"{checkpoint} has no {CONFIG_FILE} beside it, so its model is not known; give --model NAME"
-        )
+        raise unknown_model(checkpoint)
     tree = {
         "name": "evaluate",
         "model": {"config": model or str(home)},

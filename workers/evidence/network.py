@@ -15,7 +15,7 @@ import torch
 from merge_service.checkpoints import CONFIG_FILE, Checkpoint
 from merge_service.errors import UserError
 from workers.evidence.asked import Asked, Inputs
-from workers.models.configuration import OPENAI, architecture
+from workers.models.configuration import OPENAI, architecture, unknown_model
 from workers.models.network import build
 from workers.models.weights import fill
 
@@ -89,9 +89,7 @@ def open_model(checkpoint: Path, asked: Asked, config: str | None = None) -> Ope
     elif beside.is_file():
         found = architecture(str(home), only_tokens=True)
     else:
-        raise UserError(
-            f"{checkpoint} has no {CONFIG_FILE} beside it, so its model is not known; name it (--model NAME, or the file of a configuration)"
-        )
+        raise unknown_model(checkpoint)
     with Checkpoint.open(checkpoint) as weights, tempfile.TemporaryDirectory() as room:
         digests = weights.digests()
         model = build(found, Path(room), str(checkpoint), only_tokens=True)

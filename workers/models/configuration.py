@@ -223,6 +223,23 @@ class Configuration(_Part):
     preprocess_cfg: PreprocessCfg | None = None
 
 
+def unknown_model(checkpoint: Path) -> UserError:
+    """What to say of a checkpoint without a configuration of open_clip beside it: another library's model, or one that must be named."""
+    home = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    try:
+        kind = json.loads((home / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        kind = None
+    if isinstance(kind, str):
+        return UserError(
+            f"{checkpoint} is a model of transformers ({kind[:40]!r}), and only open_clip models are measured, learned from and scored here; "
+            "it can be merged by techniques without data (wudi, tsv_m, ties and others)"
+        )
+    return UserError(
+        f"{checkpoint} has no {CONFIG_FILE} beside it, so its model is not known; name it (--model NAME, or the file of a configuration)"
+    )
+
+
 def read_configuration(file: Path, *, only_tokens: bool = False) -> dict[str, Any]:
     """{"model_cfg": {...}, "preprocess_cfg": {...}} of a file, as written; the latter may be missing.
 

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 import temporal_merge as tm
 from tests.merge_service.statistics import golden
+from workers.models.configuration import unknown_model
 
 
 def inputs_of(case: dict) -> list[Path]:
@@ -108,6 +109,11 @@ def test_learn_command_learns_on_the_training_split_of_tasks(cli, tmp_path: Path
     merged = tmp_path / "merged"
     said = ("--coefficients", out, "--base", base, "--out", merged, *experts)
     assert cli("merge", "--technique", "adamerging", *said).code == 0
+    other = cli("merge", "--technique", "task_arithmetic", *said, "--force")
+    assert other.code == 2 and "was learned for adamerging" in other.err
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    told = str(unknown_model(experts[0]))
+    assert "is a model of transformers ('llama'), and only open_clip models are measured" in told
     assert (merged / "open_clip_model.safetensors").is_file()
     assert cli(*asked, *few, "--tasks", "letters,skin_tone").code == 2  # the file is there
     wrong = cli(*asked, "--tasks", "letter", "--force")
