@@ -34,7 +34,7 @@ from merge_service.engine.survey import Surveyor
 from merge_service.engine.task import Input, MergeTask
 from merge_service.errors import IncompatibleCheckpoint, TechniqueError
 from merge_service.merging.derivation import Operator, Out, Way
-from merge_service.merging.intake import by_content, check_inputs, shown, versions
+from merge_service.merging.intake import by_content, check_baseless, check_inputs, shown, versions
 from merge_service.merging.report import MergeReport
 
 
@@ -191,6 +191,9 @@ def _admit(
         notes.append(f"tied tensors are merged as one: {some(pairs)}")
     names = (base or members[0]).tensors
     choices = {name: group.choose(tied.get(name, name)) for name in names}
+    if base is None:
+        for operator, _ in choices.values():
+            check_baseless(operator, "give the base; in slices, with its layers in each of them")
     members = [_times(one, seen.factors) for one, seen in zip(members, group.members)]
     return Admitted(base, members, [known[one.path]["id"] for one in group.members], tied, choices)
 
