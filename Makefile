@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PURE := cluster merge_service pipeline workers temporal_merge.py temporal_merge_command.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve-demo test faults soak soak-service mutants reproduce reproduce-quick when-ema data-driven audit browser check format docs clean
+.PHONY: help demo serve-demo test faults soak soak-service mutants reproduce reproduce-quick when-ema data-driven families audit browser check format docs clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -50,6 +50,9 @@ when-ema: $(VENV)/.installed ## when ema -> ema beats fine-tuning: runs what is 
 
 data-driven: $(VENV)/.installed ## what merges gain that see data: runs the study, writes docs/data_driven.md; about twenty minutes on two idle cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pipeline.claims.data_driven
+
+families: $(VENV)/.installed ## 24 families of models x 8 techniques, opened by transformers and compared with torch: writes the table of docs/recipes.md; some minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.pipeline.recipes.families
 
 audit: $(VENV)/.installed ## known advisories of everything that is installed (asks an advisory service)
 	$(BIN)/python -m pip --disable-pip-version-check freeze --exclude-editable > $(VENV)/installed.txt

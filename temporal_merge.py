@@ -2,7 +2,7 @@
 
     import temporal_merge as tm
 
-Invariant: importing this costs nothing; a name is looked up in `pipeline.api` when it is first used (PEP 562).
+Invariant: importing this costs nothing; a name is looked up when it is first used (PEP 562), in `pipeline.api` or where it is.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from pipeline.api import (
         Arrivals,
         Run,
-        Service,
         Study,
         evaluate,
         import_data,
@@ -29,9 +28,17 @@ if TYPE_CHECKING:
         techniques,
         trajectory,
     )
+    from pipeline.service.client import AsyncService, Service
+    from pipeline.service.client.delivery import Delivery
+
+CLIENT = "pipeline.service.client"
+ELSEWHERE = {"AsyncService": CLIENT, "Delivery": f"{CLIENT}.delivery", "Service": CLIENT}
+"""The clients of a live service, whose libraries a program of merges does without."""
 
 __all__ = [
     "Arrivals",
+    "AsyncService",
+    "Delivery",
     "Param",
     "Run",
     "Service",
@@ -60,9 +67,9 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _check_packages()
-    from pipeline import api
+    from importlib import import_module
 
-    value = globals()[name] = getattr(api, name)
+    value = globals()[name] = getattr(import_module(ELSEWHERE.get(name, "pipeline.api")), name)
     return value
 
 

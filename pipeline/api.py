@@ -7,6 +7,7 @@ would have shown. `import temporal_merge` gives these names.
 import html
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -27,13 +28,13 @@ if TYPE_CHECKING:
     from pipeline.merging.along import Averaged
     from pipeline.plan.steps import Plan
     from pipeline.run.progress import Moment
-    from pipeline.service.client import Service
+    from pipeline.service.client.delivery import Delivery
     from pipeline.workspace.export import Exported
     from workers.data.importing import Imported
     from workers.evidence import Measured
 
 __all__ = [
-    "Arrivals", "Param", "Run", "Service", "Study", "Technique", "UserError", "evaluate", "import_data", "init", "learn", "load_study", "measure", "merge", "merge_files", "merge_recipe", "open_run", "plan",
+    "Arrivals", "Param", "Run", "Study", "Technique", "UserError", "evaluate", "import_data", "init", "learn", "load_study", "measure", "merge", "merge_files", "merge_recipe", "open_run", "plan",
     "register", "run", "technique", "techniques", "trajectory",
 ]  # fmt: skip
 
@@ -92,18 +93,22 @@ def run(
     *,
     strict_versions: bool = False,
     progress: "Callable[[Moment], None] | None" = None,
+    deliver: "Delivery | None" = None,
 ) -> "Run":
     """Run a study to its end, or go on where it stopped; `out` is runs/<study name> by default.
 
     Progress goes to stderr, in a notebook to a bar below the cell. `progress` is called instead, with a `Moment` (steps done, time left, what is
     running, where trajectories stand), up to four times a second. `address` is local, auto or HOST:PORT of a Ray cluster. With `strict_versions` artifacts in the
-    store that other library versions made are refused. Raises UserError, or StepFailed when a step failed too often.
+    store that other library versions made are refused. `deliver` sends every expert to a live service, in time-step order:
+    `Delivery(service, {"license": "MIT"})`. Raises UserError, or StepFailed when a step failed too often.
     """
     from pipeline.report.notebook import bar_of_notebook
     from pipeline.run.driver import carry_out
 
-    tell = progress or bar_of_notebook()
-    return Run(carry_out(study, _path(out), address, strict_versions=strict_versions, tell=tell)[0])
+    tell, beside = progress or bar_of_notebook(), deliver or nullcontext
+    return Run(
+        carry_out(study, _path(out), address, strict_versions=strict_versions, tell=tell, beside=beside)[0]
+    )
 
 
 @speaks_python
@@ -437,12 +442,3 @@ def techniques() -> list[dict[str, Any]]:
 
 def _path(out: PathLike | None) -> Path | None:
     return None if out is None else Path(out)
-
-
-def __getattr__(name: str) -> object:
-    """The client of a live service, whose libraries a program of merges does without."""
-    if name != "Service":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from pipeline.service.client import Service
-
-    return Service

@@ -13,6 +13,7 @@ from merge_service.checkpoints.admission import admit, check_finite, spare_prefi
 from merge_service.checkpoints.buffers import buffers
 from merge_service.checkpoints.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, locate, sha256_of
 from merge_service.checkpoints.dtypes import DTYPES
+from merge_service.checkpoints.header import HEADER_LIMIT
 from merge_service.checkpoints.packed import pack, unpack
 from merge_service.checkpoints.pickled.convert import Converted, convert
 from merge_service.checkpoints.shards import bytes_of
@@ -28,6 +29,7 @@ __all__ = [
     "ADAPTER_FOLDER",
     "CONFIG_FILE",
     "DTYPES",
+    "HEADER_LIMIT",
     "WEIGHTS_FILE",
     "WRITTEN",
     "Checkpoint",

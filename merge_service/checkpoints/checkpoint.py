@@ -22,7 +22,7 @@ from merge_service.checkpoints.shards import SHARD
 from merge_service.checkpoints.weights import Named
 from merge_service.errors import CheckpointError
 from merge_service.files.absent import absence
-from merge_service.files.mapping import mapped
+from merge_service.files.ranges import data_of, is_far
 
 WEIGHTS_FILE = f"{OPEN_CLIP}.safetensors"
 CONFIG_FILE = OPEN_CLIP_CONFIG
@@ -77,8 +77,8 @@ class Checkpoint(Named):
         super().__init__(path, tensors, metadata)
         self.files = files
         self._stored = dict(tensors)
-        self._bytes = [mapped(file) for file in files]
-        self._addresses = [data.ctypes.data for data in self._bytes]
+        self._bytes = [data_of(file) for file in files]
+        self._addresses = [data.ctypes.data if isinstance(data, np.ndarray) else None for data in self._bytes]
 
     @classmethod
     def open(cls, path: Path | str) -> "Checkpoint":
@@ -127,10 +127,13 @@ class Checkpoint(Named):
         return data.view(info.kind.storage) if info.offset % size == 0 else _unaligned(data, info)
 
     def address(self, name: str) -> int | None:
-        """The memory address of the tensor while the checkpoint is open; None if it is not aligned to the size of its numbers."""
+        """The memory address of the tensor while the checkpoint is open; None if it is not aligned to the size of its numbers, or not in
+        memory."""
         info = self.tensors[name]
-        address = self._addresses[info.shard] + info.offset
-        return address if address % info.kind.itemsize == 0 else None
+        begun = self._addresses[info.shard]
+        if begun is None or (begun + info.offset) % info.kind.itemsize:
+            return None
+        return begun + info.offset
 
     def digests(self) -> tuple[str, str]:
         """A digest of the tensors' content, independent of names, copies, order and files, and the sha256 of `sha256_of`; one
@@ -141,15 +144,15 @@ class Checkpoint(Named):
         sums, parts = list[tuple[str, int, int]](), list[str]()
         for number in range(len(self.files)):
             digest = hashlib.sha256()
-            data = memoryview(self._bytes[number])  # type: ignore[arg-type]
+            data = self._bytes[number]
             held = sorted(
                 (i.offset, i.nbytes, i.dtype, i.numel) for i in self._stored.values() if i.shard == number
             )
-            digest.update(data[: held[0][0] if held else None])
+            digest.update(_buffer(data[: held[0][0] if held else None]))
             for offset, size, dtype, numel in held:
                 crc = 0
                 for at in range(offset, offset + size, _CHUNK):
-                    chunk = data[at : min(at + _CHUNK, offset + size)]
+                    chunk = _buffer(data[at : min(at + _CHUNK, offset + size)])
                     digest.update(chunk)
                     crc = zlib.crc32(chunk, crc)
                 sums.append((dtype, numel, crc))
@@ -168,9 +171,9 @@ class Checkpoint(Named):
             repr([(n, i.dtype, i.shape, i.shard, i.offset) for n, i in self._stored.items()]).encode()
         )
         for info in self._stored.values():
-            data = self._bytes[info.shard][info.offset : info.offset + info.nbytes]
-            for sample in samples(memoryview(data)):  # type: ignore[arg-type]
-                digest.update(sample)
+            for start, stop in sampled(info.nbytes):
+                part = self._bytes[info.shard][info.offset + start : info.offset + stop]
+                digest.update(_buffer(part))
         return digest.hexdigest()
 
     def close(self) -> None:
@@ -188,11 +191,16 @@ class Checkpoint(Named):
 
 def samples(data: memoryview) -> Iterator[memoryview]:
     """The bytes of a tensor that a fingerprint reads: its beginning, middle and end, or all of a small one."""
-    size = len(data)
+    for start, stop in sampled(len(data)):
+        yield data[start:stop]
+
+
+def sampled(size: int) -> Iterator[tuple[int, int]]:
+    """Where these bytes are, of a tensor of so many."""
     for at in (0, (size - SAMPLE) // 2, size - SAMPLE) if size > 3 * SAMPLE else ():
-        yield data[at : at + SAMPLE]
+        yield at, at + SAMPLE
     if size <= 3 * SAMPLE:
-        yield data
+        yield 0, size
 
 
 def sha256_of(path: Path | str) -> str:
@@ -206,8 +214,17 @@ def sha256_of(path: Path | str) -> str:
 
 
 def _sha256(file: Path) -> str:
+    if is_far(file):
+        data, digest = data_of(file), hashlib.sha256()
+        for at in range(0, len(data), _CHUNK):
+            digest.update(_buffer(data[at : at + _CHUNK]))
+        return digest.hexdigest()
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _buffer(data: np.ndarray) -> memoryview:
+    return memoryview(data)  # type: ignore[arg-type]
 
 
 def _shard(index: Path, name: str) -> Path:

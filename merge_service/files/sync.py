@@ -1,4 +1,4 @@
-"""Makes files, and names in a directory, survive a power failure.
+"""Makes files, directories, and names in a directory, survive a power failure.
 
 Syncing a file makes its bytes durable. Its name is part of the directory, which must be synced as well.
 
@@ -33,3 +33,11 @@ def sync_directory(directory: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def make_directory(directory: Path) -> None:
+    """Make a directory, and those above it that are missing, with names that are on disk. Raises OSError."""
+    if not directory.is_dir():
+        make_directory(directory.parent)
+        directory.mkdir(exist_ok=True)
+        sync_directory(directory.parent)

@@ -10,19 +10,22 @@ from merge_service.merging.adapters.knots import merge_in_shared_basis
 from merge_service.merging.adapters.written import Factors, Written
 from merge_service.merging.adapters.written import write as write_adapter
 from merge_service.merging.combine import merge_in_memory
-from merge_service.merging.derivation import Member, Operator, Out, Rules, Way
+from merge_service.merging.derivation import Derivation, Member, Operator, Out, Rules, Way, members_of
 from merge_service.merging.jobs import MergeJob, TakeJob
 from merge_service.merging.parts import Group, Seen, combine_groups
+from merge_service.merging.plans.plan import MergePlan, plan_groups, plan_merge
 from merge_service.merging.report import MergeReport
 from merge_service.merging.taking import check_expert, copy_beside, said_of
 from merge_service.merging.vector import WIDTH, TaskVector, task_vector, unit
 
 __all__ = [
     "WIDTH",
+    "Derivation",
     "Factors",
     "Group",
     "Member",
     "MergeJob",
+    "MergePlan",
     "MergeReport",
     "Operator",
     "Out",
@@ -37,8 +40,11 @@ __all__ = [
     "concatenate",
     "copy_beside",
     "extract",
+    "members_of",
     "merge_in_memory",
     "merge_in_shared_basis",
+    "plan_groups",
+    "plan_merge",
     "said_of",
     "task_vector",
     "unit",

@@ -73,9 +73,7 @@ def combine_weights(
         measured = gather(stack, operator, anchor, derivation.members, opened)
         target = out.target(derivation.sources, ties.apart(anchor or opened[0], tied))
         site = site_of(way.execution.device)
-        task = MergeTask.of(
-            operator.technique, operator.params, *_cast(target, anchor, opened, known, measured), tied
-        )
+        task = task_of(operator, target, anchor, opened, Taken(known, tied, measured))
         team = stack.enter_context(way.split.team(task, way.execution)) if way.split else None
         said, memory = (
             metadata(task, operator.form, known),
@@ -155,22 +153,28 @@ class _Out(Out):
         return _Target(self.path, self.path, None, arrays=self.arrays)
 
 
-def _cast(
-    target: Target,
-    anchor: Weights | None,
-    opened: Sequence[Weights],
-    known: Lineage,
-    measured: Sequence[Statistics | None],
-) -> tuple[Weights | None, list[Input]]:
-    """Base and inputs of a task; the one whose layout the result has, and the one that is copied from, as the target wants it."""
+@dataclass(frozen=True)
+class Taken:
+    """What is known of inputs that may be merged: their lineage, the ties that hold in all of them, and what was measured of each."""
+
+    known: Lineage
+    tied: ties.Ties
+    measured: Sequence[Statistics | None]
+
+
+def task_of(
+    operator: Operator, target: Target, anchor: Weights | None, opened: Sequence[Weights], facts: Taken
+) -> MergeTask:
+    """The task of a merge; the weights whose layout the result has, and those that are copied from, are as the target wants them."""
     seen = [*opened]
     if anchor is None and opened:
         seen = [target.reference(one) if at in (0, len(opened) - 1) else one for at, one in enumerate(opened)]
     inputs = [
         Input(entry["id"], order, one, evidence)
-        for order, (entry, one, evidence) in enumerate(zip(known.inputs, seen, measured), 1)
+        for order, (entry, one, evidence) in enumerate(zip(facts.known.inputs, seen, facts.measured), 1)
     ]
-    return (None if anchor is None else target.reference(anchor)), inputs
+    base = None if anchor is None else target.reference(anchor)
+    return MergeTask.of(operator.technique, operator.params, base, inputs, facts.tied)
 
 
 def taken_in(

@@ -25,7 +25,7 @@ from merge_service.checkpoints.weights import Weights
 from merge_service.engine.inputs import Inputs
 from merge_service.engine.stream_state import MAX_EXPERTS
 from merge_service.errors import CheckpointError, TechniqueError
-from merge_service.merging.derivation import Derivation, Lineage, PathLike, Rules
+from merge_service.merging.derivation import Derivation, Lineage, Operator, PathLike, Rules
 from merge_service.techniques.params import nearest
 
 ID_LENGTH = 12
@@ -36,10 +36,8 @@ def check_count(derivation: Derivation) -> None:
     """Raise `TechniqueError` if a technique cannot merge this many experts, with these ids, with or without a base."""
     technique, params = derivation.operator.technique, derivation.operator.params
     base, experts, name = derivation.base, len(derivation.members), derivation.operator.technique.name
-    if (technique.moves(params) or "base" in technique.needs) and base is None:
-        raise TechniqueError(f"{name} merges differences from a base model; give the base (--base)")
-    if params.get("logit_scale") == "base" and base is None:
-        raise TechniqueError(f"{name}: logit_scale = base needs the base; give it (--base)")
+    if base is None:
+        check_baseless(derivation.operator, "give the base (--base)")
     if experts == 0 and base is None:
         raise TechniqueError("there is nothing to merge: give experts, or a base")
     if technique.arity is not None and experts not in (0, technique.arity):
@@ -63,6 +61,15 @@ def check_count(derivation: Derivation) -> None:
     if len(set(given)) != len(given):
         twice = next(one for one in given if given.count(one) > 1)
         raise TechniqueError(f"the expert id {twice!r} is given twice; every expert counts once")
+
+
+def check_baseless(operator: Operator, advice: str) -> None:
+    """Raise `TechniqueError`, with what to do, if an operator needs a base."""
+    technique, params = operator.technique, operator.params
+    if technique.moves(params) or "base" in technique.needs:
+        raise TechniqueError(f"{technique.name} merges differences from a base model; {advice}")
+    if params.get("logit_scale") == "base":
+        raise TechniqueError(f"{technique.name}: logit_scale = base needs the base; {advice}")
 
 
 def check_patterns(derivation: Derivation, reference: Weights) -> None:

@@ -34,7 +34,7 @@ from merge_service.engine.survey import Surveyor
 from merge_service.engine.task import Input, MergeTask
 from merge_service.errors import IncompatibleCheckpoint, TechniqueError
 from merge_service.merging.derivation import Operator, Out, Way
-from merge_service.merging.intake import by_content, check_inputs, shown, versions
+from merge_service.merging.intake import by_content, check_baseless, check_inputs, shown, versions
 from merge_service.merging.report import MergeReport
 
 
@@ -83,7 +83,19 @@ class Admitted:
 
 
 @dataclass(frozen=True)
-class _Whole:
+class Opening:
+    """How models are opened: open as long as `stack`, and then seen as `seen` gives them."""
+
+    stack: contextlib.ExitStack
+    seen: Callable[[Weights], Weights] = lambda weights: weights
+
+    def open(self, path: Path, base: Path | None) -> Weights:
+        """The weights at a path, those of an adapter on a base."""
+        return self.seen(self.stack.enter_context(open_weights(path, base)))
+
+
+@dataclass(frozen=True)
+class Whole:
     """The layout of the output."""
 
     tensors: dict[str, TensorInfo]
@@ -106,13 +118,8 @@ def combine_groups(
             "layers and parameters that differ between tensors are merged by one process; leave --workers out"
         )
     with contextlib.ExitStack() as stack:
-        notes: list[str] = []
-        known = _named(groups, ids, way)
-        admitted = [_admit(group, known, stack, way, notes) for group in groups]
-        _check_local(admitted)
-        separate = [pair for one in admitted if (pair := apart(one.reference, one.tied))]
-        target = out.target(_sources(groups), separate[0] if separate else None)
-        whole = _Whole(_laid([target.reference(one.reference).tensors for one in admitted]))
+        known, admitted, notes = admit_groups(groups, ids, way, Opening(stack))
+        target, whole = laid_out(groups, admitted, out)
         first = {"format": "pt", **admitted[0].reference.metadata}
         record = {"form": "merge", "inputs": [*known.values()], "versions": versions(), **about}
         moved: list[float | None] = []
@@ -120,7 +127,7 @@ def combine_groups(
             whole, {**first, METADATA_KEY: json.dumps(record, sort_keys=True)}, way.durable
         ) as writer:
             for one in admitted:
-                moved += [_assemble(task, Ends(writer), way) for task in _tasks(one, target)]
+                moved += [_assemble(task, Ends(writer), way) for task in tasks_of(one, target)]
     norms = [norm for norm in moved if norm is not None]
     return MergeReport(
         out=target.place(whole),
@@ -135,12 +142,33 @@ def combine_groups(
     )
 
 
-def _named(groups: Sequence[Group], ids: Mapping[Path, str], way: Way) -> dict[Path, dict[str, str]]:
+def admit_groups(
+    groups: Sequence[Group], ids: Mapping[Path, str], way: Way, opening: Opening
+) -> tuple[dict[Path, dict[str, str]], list[Admitted], list[str]]:
+    """The members by path, the groups with their models open and checked, and notes. Raises as `combine_groups`."""
+    notes: list[str] = []
+    known = _named(groups, ids, way, opening)
+    admitted = [_admit(group, known, opening, way, notes) for group in groups]
+    _check_local(admitted)
+    return known, admitted, notes
+
+
+def laid_out(groups: Sequence[Group], admitted: Sequence[Admitted], out: Out) -> tuple[Target, Whole]:
+    """The files to write, and their layout."""
+    separate = [pair for one in admitted if (pair := apart(one.reference, one.tied))]
+    target = out.target(_sources(groups), separate[0] if separate else None)
+    return target, Whole(_laid([target.reference(one.reference).tensors for one in admitted]))
+
+
+def _named(
+    groups: Sequence[Group], ids: Mapping[Path, str], way: Way, opening: Opening
+) -> dict[Path, dict[str, str]]:
     """The id, file and sha256 of every member, by path."""
     bases = {one.path: group.base.path if group.base else None for group in groups for one in group.members}
     paths = list(bases)
     with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(open_weights(path, bases.get(path))) for path in paths]
+        held = replace(opening, stack=stack)
+        opened = [held.open(path, bases.get(path)) for path in paths]
         known = by_content(None, opened, [ids.get(path) for path in paths], way.execution.threads)
     return dict(zip(paths, known.inputs))
 
@@ -148,13 +176,13 @@ def _named(groups: Sequence[Group], ids: Mapping[Path, str], way: Way) -> dict[P
 def _admit(
     group: Group,
     known: Mapping[Path, dict[str, str]],
-    stack: contextlib.ExitStack,
+    opening: Opening,
     way: Way,
     notes: list[str],
 ) -> Admitted:
     """The group with its models open and checked. Raises the `CheckpointError` that fits."""
-    base = None if group.base is None else _open(group.base, stack)
-    members = [_open(one, stack, group.base.path if group.base else None) for one in group.members]
+    base = None if group.base is None else _open(group.base, opening)
+    members = [_open(one, opening, group.base.path if group.base else None) for one in group.members]
     rules = way.rules if group.related else replace(way.rules, any_base=True)
     found, tied = check_inputs(base, members, shown(members, [None] * len(members)), rules)
     notes += found
@@ -163,17 +191,18 @@ def _admit(
         notes.append(f"tied tensors are merged as one: {some(pairs)}")
     names = (base or members[0]).tensors
     choices = {name: group.choose(tied.get(name, name)) for name in names}
+    if base is None:
+        for operator, _ in choices.values():
+            check_baseless(operator, "give the base; in slices, with its layers in each of them")
     members = [_times(one, seen.factors) for one, seen in zip(members, group.members)]
     return Admitted(base, members, [known[one.path]["id"] for one in group.members], tied, choices)
 
 
-def _open(seen: Seen, stack: contextlib.ExitStack, base: Path | None = None) -> Weights:
-    held: Weights = stack.enter_context(open_weights(seen.path, base))
+def _open(seen: Seen, opening: Opening, base: Path | None = None) -> Weights:
+    held = opening.open(seen.path, base)
     if seen.rows is not None:
         paths = {path for given in seen.rows.given.values() for path, _ in given}
-        held = Reworded(
-            held, seen.rows, {path: stack.enter_context(open_weights(path, base)) for path in paths}
-        )
+        held = Reworded(held, seen.rows, {path: opening.open(path, base) for path in paths})
     if seen.names is None:
         return held
     missing = [there for there in seen.names.values() if there not in held.tensors]
@@ -230,7 +259,7 @@ def _laid(parts: Sequence[Mapping[str, TensorInfo]]) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _tasks(group: Admitted, target: Target) -> Iterator[MergeTask]:
+def tasks_of(group: Admitted, target: Target) -> Iterator[MergeTask]:
     """One task for the tensors that have the same operator and members."""
     parts: dict[tuple[str, str, tuple[int, ...]], list[str]] = {}
     for name, choice in group.choices.items():

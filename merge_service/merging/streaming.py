@@ -13,7 +13,7 @@ from pathlib import Path
 
 from merge_service.blocks.device import Host
 from merge_service.checkpoints import ties
-from merge_service.checkpoints.target import Target
+from merge_service.checkpoints.target import Target, overwrites
 from merge_service.engine.assembly import assemble
 from merge_service.engine.compute import Compute, site_of
 from merge_service.engine.inputs import Inputs
@@ -22,7 +22,7 @@ from merge_service.engine.stream_state import Ends, StreamState, check_room, sta
 from merge_service.engine.survey import Surveyor
 from merge_service.engine.task import Input, MergeTask
 from merge_service.engine.thresholds_cache import KeptThresholds
-from merge_service.errors import TechniqueError
+from merge_service.errors import CheckpointError, TechniqueError
 from merge_service.files.leftovers import temporary
 from merge_service.merging.combine import combine, metadata, ready, taken_in
 from merge_service.merging.derivation import Derivation, Lineage, Member, Operator, Out, Rules, Way
@@ -37,6 +37,16 @@ class States:
 
     before: Path | None
     after: Path
+
+    def check(self, derivation: Derivation, out: Out | None) -> None:
+        """Raise `CheckpointError` if a state would replace the base or an expert, or the model a state. A state may go on in its place."""
+        if any(overwrites(self.after, path) for path in derivation.sources):
+            raise CheckpointError(
+                f"state_out {self.after} is one of the inputs and would be lost; give another state_out"
+            )
+        held = [state.resolve() for state in (self.before, self.after) if state is not None]
+        if out is not None and out.path.resolve() in held:
+            raise CheckpointError(f"--out {out.path} is the place of the state; give another --out")
 
 
 def advance(
@@ -58,6 +68,7 @@ def advance(
     operator, (member,) = derivation.operator, derivation.members
     assert member.id is not None
     known = known or Lineage.given(derivation.members)
+    states.check(derivation, out)
     with contextlib.ExitStack() as stack:
         anchor, (newest,) = open_all(stack, derivation.base, [member.path], way.rules)
         assert anchor is not None
@@ -96,6 +107,7 @@ def retract(derivation: Derivation, states: States, out: Out | None, way: Way = 
     began = time.perf_counter()
     operator, (member,) = derivation.operator, derivation.members
     assert member.id is not None and derivation.base is not None and states.before is not None
+    states.check(derivation, out)
     with contextlib.ExitStack() as stack:
         anchor, (leaving,) = open_all(stack, derivation.base, [member.path], Rules())
         assert anchor is not None

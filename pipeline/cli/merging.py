@@ -32,6 +32,7 @@ from pipeline.cli.options import (
     Overrides,
     Parameters,
     Parity,
+    PlanOnly,
     ShardSize,
     StripPrefix,
     Threads,
@@ -59,7 +60,8 @@ def technique_names(begun: str) -> list[str]:
 Experts = Annotated[
     list[Path],
     typer.Argument(
-        metavar="EXPERT...", help="Checkpoints, oldest first; or one recipe (FILE.yaml), ours or mergekit's."
+        metavar="EXPERT...",
+        help="Checkpoints, oldest first, also hf://OWNER/NAME and s3://BUCKET/FOLDER; or one recipe (FILE.yaml), ours or mergekit's.",
     ),
 ]
 TechniqueName = Annotated[
@@ -100,6 +102,7 @@ def merge(
     as_study: AsStudy = False,
     force: Force = False,
     compare: Compare = None,
+    plan: PlanOnly = False,
     as_json: AsJson = False,
 ) -> None:
     """Merge checkpoints on disk; no study, and no cluster unless asked for. Memory does not grow with their number.
@@ -110,40 +113,44 @@ def merge(
 
     Example: temporal-merge merge --technique ties --base base.safetensors --set density=0.2 --out m.safetensors a.safetensors b.safetensors
     """
-    from pipeline.cli.show_files import parameters_from
+    from pipeline.cli.show_files import parameters_from, show_plan
     from pipeline.merging.adapters import merge_to_adapter
     from pipeline.merging.compare import compared
-    from pipeline.merging.files import Execution, FileMerge, ids_from, merge_files
+    from pipeline.merging.files import Execution, FileMerge, ids_from, merge_files, nearby
+    from pipeline.merging.planning import plan_files
     from pipeline.recipes.of_files import with_texts
 
     use_modules(modules)
     how = Execution(threads, workers, address, device, shard_size, keep_thresholds)
-    place = _place(out, out_adapter, "--rank" if rank is not None else "--knots" if knots else None)
+    place = _place(out, out_adapter, "--rank" if rank is not None else "--knots" if knots else None, plan)
     if technique is None:
         given = {
             "--base": base, "--set": overrides, "--parity": parity, "--id": named, "--strip-prefix": strip_prefix,
             "--statistics": statistics, "--coefficients": coefficients, "--as-study": as_study, "--out-adapter": out_adapter, "--knots": knots,
         }  # fmt: skip
         beside = {option for option, value in given.items() if value}
-        _answer(_by_recipe(experts, beside, (place, force, dtype, any_base), how), as_json)
+        _by_recipe(experts, beside, (place, force, dtype, any_base), how, (plan, as_json))
         return
-    params = parameters_from(overrides or [])
-    if coefficients is not None:
-        params["coefficients"] = coefficients
+    params = parameters_from(overrides or []) | ({"coefficients": coefficients} if coefficients else {})
     what = FileMerge(
         technique, params, base, experts, place,
         parity, ids_from(named or [], experts), strip_prefix, any_base, statistics, force, dtype, as_study=as_study,
     )  # fmt: skip
-    if out_adapter is not None:
-        show(merge_to_adapter(what, rank, how, knots), as_json)
-        return
-    report = merge_files(with_texts(what), how)
-    found, why = compared(what, report.out or place, compare)
-    _answer(report, as_json, found, why)
+    with nearby(what, how) as what:
+        if plan:
+            show_plan(plan_files(with_texts(what), how, compare), as_json)
+        elif out_adapter is not None:
+            show(merge_to_adapter(what, rank, how, knots), as_json)
+        else:
+            report = merge_files(with_texts(what), how)
+            found, why = compared(what, report.out or place, compare)
+            _answer(report, as_json, found, why)
 
 
-def _place(out: Path | None, adapter: Path | None, option: str | None) -> Path:
+def _place(out: Path | None, adapter: Path | None, option: str | None, plan: bool) -> Path:
     """Where the result goes. Raises UserError unless it is exactly one of the two."""
+    if plan and adapter is not None:
+        raise UserError("--plan is of whole models; an adapter has some MB, so merge it without a plan")
     if adapter is None and option is not None:
         raise UserError(f"{option} is of an adapter; give --out-adapter DIR with it")
     if out is None and adapter is None:
@@ -222,9 +229,14 @@ def learn(
 
 
 def _by_recipe(
-    files: list[Path], given: set[str], output: tuple[Path, bool, str | None, bool], how: "Execution"
-) -> "MergeReport":
-    """Carry out the one recipe among `files`. Raises UserError if there is none, or an option beside it that belongs into it."""
+    files: list[Path],
+    given: set[str],
+    output: tuple[Path, bool, str | None, bool],
+    how: "Execution",
+    answer: tuple[bool, bool],
+) -> None:
+    """Carry out or plan the one recipe among `files`; `answer`: whether it is planned only, and printed as JSON. Raises UserError if there is
+    none, or an option beside it that belongs into it."""
     if len(files) != 1 or files[0].suffix not in _YAML:
         raise typer.BadParameter(
             "Missing; give it, or one recipe (FILE.yaml) in the place of checkpoints",
@@ -232,12 +244,18 @@ def _by_recipe(
         )
     if given:
         raise UserError(f"{min(given)} cannot be given beside a recipe; write it into {files[0]}")
-    from pipeline.recipes.carry_out import Output, merge_recipe
+    from pipeline.recipes.carry_out import Output, merge_recipe, plan_recipe
     from pipeline.recipes.read import read_recipe
 
     read = read_recipe(files[0])
     _note(read.notes)
-    return merge_recipe(read.recipe, Output(*output), how)
+    only_plan, as_json = answer
+    if only_plan:
+        from pipeline.cli.show_files import show_plan
+
+        show_plan(plan_recipe(read.recipe, Output(*output), how), as_json)
+    else:
+        _answer(merge_recipe(read.recipe, Output(*output), how), as_json)
 
 
 def _note(notes: Iterable[str]) -> None:

@@ -68,6 +68,14 @@ AsStudy = Annotated[
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is at --out.")]
+PlanOnly = Annotated[
+    bool,
+    typer.Option(
+        "--plan",
+        help="Write nothing: print what the merge will read, write and need (bytes, passes, memory, disk, shards, seconds), from headers "
+        "alone.",
+    ),
+]
 Compare = Annotated[
     bool | None,
     typer.Option(

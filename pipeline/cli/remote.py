@@ -65,6 +65,10 @@ def serve(
         wanted = Wanted(found.timeline, found.model.config, found.gates.split)
         print(block(losses(read_finished(suggest_gates), wanted), str(suggest_gates), wanted))
         return
+    if found.resources.home == "ray":
+        from cluster.serve import check_installed
+
+        check_installed()
     if check:
         strategy = found.timeline
         merged = f" by {strategy.technique}" if strategy.technique else ""

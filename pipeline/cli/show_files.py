@@ -10,10 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from merge_service.errors import UserError
+from merge_service.merging import MergePlan
 from merge_service.techniques import broken, get
+from pipeline.cli.options import print_json
 from pipeline.console import WARNING, complain
 from pipeline.console import console as made_console
 from pipeline.merging.compare import Comparison
+from pipeline.merging.planning import check_room
 from pipeline.merging.techniques import techniques_as_json
 
 
@@ -51,6 +54,52 @@ def show_comparison(found: Comparison) -> None:
         row = [f"{found.norms[at]:.4g}", "" if at == last else _number(found.cosines[at][last])]
         shown.add_row(Text(name), *row, *(["", ""] if at == last else _most_against(found, at, others)))
     made_console().print(shown)
+
+
+def show_plan(plan: MergePlan, as_json: bool) -> None:
+    """The plan of a merge; raises UserError after it where the result has no room."""
+    answer: dict[str, Any] = {
+        "technique": plan.technique,
+        "experts": plan.experts,
+        "inputs_bytes": plan.inputs,
+        "read_bytes": {"total": sum(plan.read.values()), **plan.read},
+        "passes": round(plan.passes, 2),
+        "written_bytes": plan.written,
+        "shards": plan.shards,
+        "memory_bytes": plan.memory,
+        "disk": {"needed_bytes": plan.disk, "free_bytes": plan.free, "place": str(plan.place), "fits": plan.fits},
+        "seconds": round(plan.seconds, 1),
+        "throughput": {"bytes_per_second": int(plan.throughput.rate), "source": plan.throughput.source},
+        **({"worker_bytes": list(plan.shares)} if plan.shares else {}),
+        "notes": list(plan.notes),
+    }  # fmt: skip
+    if as_json:
+        print_json(answer)
+    else:
+        read = ", ".join(f"{name} {size_of(size)}" for name, size in plan.read.items())
+        print(f"{plan.technique} of {plan.experts} checkpoints; nothing is written by a plan")
+        print(f"inputs   {size_of(plan.inputs)}")
+        print(
+            f"read     {size_of(sum(plan.read.values()))} in {plan.passes:.1f} passes over the inputs: {read}"
+        )
+        print(f"written  {size_of(plan.written)} in {plan.shards} file{'s' * (plan.shards > 1)}")
+        print(f"disk     {size_of(plan.disk)} at {plan.place}, {size_of(plan.free)} free")
+        print(f"memory   about {size_of(plan.memory)}, pages of files not counted")
+        for at, size in enumerate(plan.shares):
+            print(f"worker {at}  reads {size_of(size)} in a pass")
+        pace = f"{size_of(int(plan.throughput.rate))}/s and thread, {plan.throughput.source}"
+        print(f"seconds  about {plan.seconds:,.0f} ({pace})")
+        for note in plan.notes:
+            print(f"note: {note}")
+    check_room(plan)
+
+
+def size_of(size: int) -> str:
+    """Bytes as people write them, in decimal units."""
+    for unit, scale in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
+        if size >= scale:
+            return f"{size / scale:,.1f} {unit}"
+    return f"{size / 1e3:,.1f} kB"
 
 
 def _most_against(found: Comparison, at: int, others: Sequence[int]) -> list[str]:

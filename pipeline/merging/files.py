@@ -4,7 +4,8 @@ Invariant: an input is never overwritten, and nothing in `Execution` changes a b
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,23 +58,44 @@ class Execution:
     keep_thresholds: bool = False
 
 
+@contextmanager
+def nearby(what: FileMerge, how: Execution = Execution()) -> Iterator[FileMerge]:
+    """The merge with folders of this machine in the place of remote inputs (`hf://`, `s3://`), for the length of a `with` block.
+
+    Raises UserError for what cannot be reached, and for workers, which would each fetch for themselves.
+    """
+    paths = [*what.experts, *([what.base] if what.base else [])]
+    if not any(":/" in str(path) for path in paths):
+        yield what
+        return
+    from merge_service.techniques import get
+    from pipeline.merging.remote.near import near
+
+    get(what.technique)  # a misspelt name is found before anything is fetched
+    with near(paths) as places:
+        if places and (how.workers > 1 or how.address):
+            raise UserError(
+                "remote inputs are fetched by one process; leave --workers out, or load the models first"
+            )
+        found = {path: Path(places.get(str(path), path)) for path in paths}
+        base = None if what.base is None else found[what.base]
+        yield replace(what, base=base, experts=[found[path] for path in what.experts])
+
+
 def merge_files(what: FileMerge, how: Execution = Execution()) -> "MergeReport":
-    """Merge files. Raises UserError, also if `out` is an input, or exists and may not be replaced."""
-    from merge_service.checkpoints import bytes_of, overwrites, sha256_of
+    """Merge files, also remote ones. Raises UserError, also if `out` is an input, or exists and may not be replaced."""
+    with nearby(what, how) as near:
+        return _merged(near, how)
+
+
+def _merged(what: FileMerge, how: Execution) -> "MergeReport":
+    """Merge files of this machine. Raises UserError, also if `out` is an input, or exists and may not be replaced."""
+    from merge_service.checkpoints import bytes_of, sha256_of
     from merge_service.merge import merge as combine
     from merge_service.merging import Rules
     from merge_service.timelines import translate_merge
 
-    for path in (*what.experts, *([what.base] if what.base else [])):
-        if overwrites(what.out, path):
-            raise UserError(f"--out {what.out} is one of the inputs and would be lost; give another --out")
-    measured = what.statistics if isinstance(what.statistics, list | tuple) else [what.statistics]
-    read = [one for one in (*measured, what.params.get("coefficients")) if isinstance(one, str | Path)]
-    if any(what.out.resolve() == Path(one).resolve() for one in read):
-        raise UserError(f"--out {what.out} is one of the inputs and would be lost; give another --out")
-    if not what.replace:
-        refuse_to_replace(what.out)
-    what = settled(what)
+    what = checked(what)
     split = None
     if how.workers > 1 or how.address:
         from pipeline.merging.split import split_over
@@ -105,6 +127,22 @@ def merge_files(what: FileMerge, how: Execution = Execution()) -> "MergeReport":
         dtype=what.dtype,
         texts=what.texts,
     )
+
+
+def checked(what: FileMerge) -> FileMerge:
+    """The merge, settled. Raises UserError if `out` is an input, or exists and may not be replaced."""
+    from merge_service.checkpoints import overwrites
+
+    for path in (*what.experts, *([what.base] if what.base else [])):
+        if overwrites(what.out, path):
+            raise UserError(f"--out {what.out} is one of the inputs and would be lost; give another --out")
+    measured = what.statistics if isinstance(what.statistics, list | tuple) else [what.statistics]
+    read = [one for one in (*measured, what.params.get("coefficients")) if isinstance(one, str | Path)]
+    if any(what.out.resolve() == Path(one).resolve() for one in read):
+        raise UserError(f"--out {what.out} is one of the inputs and would be lost; give another --out")
+    if not what.replace:
+        refuse_to_replace(what.out)
+    return settled(what)
 
 
 def settled(what: FileMerge) -> FileMerge:

@@ -19,6 +19,7 @@ from pipeline.kinds.table import KINDS
 from pipeline.plan.learning import Learner, Learning
 from pipeline.plan.measuring import Measured, Measurer, Measuring
 from pipeline.plan.steps import BASE, RECORD_BYTES, TRAIN, About, Point, Step, World
+from pipeline.store.open import is_url
 from pipeline.study.config import Roles, Study
 from pipeline.study.grid import Cell
 from pipeline.study.streams import Part, Stream, StreamTask
@@ -164,11 +165,19 @@ class Draft:
             t,
             task.name,
             gflops=self.gflops(steps),
-            disk_bytes=world.facts.weights_bytes + RECORD_BYTES,
+            disk_bytes=self._expert_bytes() + RECORD_BYTES,
             base=world.base.fingerprint,
             model=world.model,
         )
         return planner.add(spec, about)
+
+    def _expert_bytes(self) -> int:
+        """Bytes that are kept of an expert: its adapter, if it is one, and its weights, if they are not made of that. A store at a URL keeps both."""
+        facts, recipe = self.world.facts, self.cell.recipe
+        adapter = facts.adapter_bytes.get(recipe.trains) if recipe.adapter is not None else None
+        if adapter is None:
+            return facts.weights_bytes
+        return adapter + (facts.weights_bytes if is_url(self.planner.study.storage.store) else 0)
 
     def _merge(self, merge: timeline.Merge, task: StreamTask) -> None:
         merged, technique, init = merge.result, merge.technique, self.strategy.init

@@ -320,6 +320,7 @@ def model_facts(study: Study, model: ModelSection, base: Base | None, notes: tup
     weights, config, size = base_identity(model, base)
     costs: dict[str, float] = {}
     ratios: dict[str, float] = {"all": 1.0}
+    adapters: dict[str, int] = {}
     for trains, recipe in sorted({cell.recipe.trains: cell.recipe for cell in study.cells}.items()):
         try:
             cost = _cost(study, model, recipe, weights)
@@ -330,10 +331,12 @@ def model_facts(study: Study, model: ModelSection, base: Base | None, notes: tup
                 raise
             continue
         costs[trains], ratios[trains] = cost["gflops_per_sample"], cost["memory_ratio"]
+        if recipe.adapter is not None:
+            adapters[trains] = int(cost["trained_bytes"])
         size = int(cost["weights_bytes"])
     _check_recipes(study, model, base)
     training = _training(study, model, base)
-    return ModelFacts(weights, config, costs, ratios, size, has_resblocks(base), training, notes)
+    return ModelFacts(weights, config, costs, ratios, size, has_resblocks(base), training, notes, adapters)
 
 
 def has_resblocks(base: Base | None) -> bool:
@@ -404,7 +407,8 @@ def base_identity(model: ModelSection, base: Base | None) -> tuple[str, str, int
 
 
 def _cost(study: Study, section: ModelSection, what: Recipe, weights: str) -> dict[str, float]:
-    """Costs of training what a recipe trains, measured once per model and cached: GFLOPs per sample, memory relative to full fine-tuning, bytes of the weights.
+    """Costs of training what a recipe trains, measured once per model and cached: GFLOPs per sample, memory relative to full fine-tuning, bytes of
+    the weights and of what is trained, in float32.
 
     Raises ModelError for weights that do not fit the network.
     """
@@ -413,7 +417,8 @@ def _cost(study: Study, section: ModelSection, what: Recipe, weights: str) -> di
     kept = cache_of(study) / "costs" / f"{fingerprint(key)[:32]}.json"
     with suppress(ValueError):  # a file cut by a crash of the machine is measured again
         known: dict[str, float] = json.loads(recall(kept) or "")
-        return known
+        if adapter is None or "trained_bytes" in known:  # older files lack it
+            return known
     from workers.training.budget import check_fit, measure, memory_ratio
 
     model: str | Path = (local_base(section) if _is_there(section) else None) or section.config
@@ -430,6 +435,7 @@ def _cost(study: Study, section: ModelSection, what: Recipe, weights: str) -> di
         "gflops_per_sample": cost.gflops_per_sample,
         "memory_ratio": memory_ratio(model, recipe.batch_size, trainable, recipe.precision, adapter),
         "weights_bytes": cost.weights_bytes,
+        "trained_bytes": 4 * cost.trained_parameters,
     }
     remember(kept, json.dumps(answer), access_of(study))
     return answer

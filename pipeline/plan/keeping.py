@@ -86,10 +86,11 @@ def only_scored(plan: Plan, readers: Mapping[str, Collection[str]]) -> frozenset
     )
 
 
-def disk(plan: Plan, ahead: Collection[str], kept: Collection[str]) -> Disk:
+def disk(plan: Plan, ahead: Collection[str], kept: Collection[str], cache: int = 0) -> Disk:
     """What the steps `ahead` take. `peak` is an upper bound: beside what stays, the newest two merges of every series that others
     start from, `AT_ONCE` of those that are only scored, and the copies made where a merge is proven before it is dropped: one, or two
-    if it is a fold. `least` has one of those that are only scored."""
+    if it is a fold. `least` has one of those that are only scored. Whole weights of adapters are made for the steps that read them: `least` has
+    those of one step, `peak` what stays of all in `cache` bytes."""
     size = {fp: plan.steps[fp].disk_bytes for fp in ahead}
     passing = {fp for fp in ahead if plan.steps[fp].kind == MergeSpec.kind and fp not in kept}
     total = sum(size.values())
@@ -100,7 +101,31 @@ def disk(plan: Plan, ahead: Collection[str], kept: Collection[str]) -> Disk:
     proof = max((size[fp] * _copies(plan.steps[fp]) for fp in passing), default=0)
     largest = sorted((size[fp] for fp in scored), reverse=True)[:AT_ONCE]
     less = stays + series + proof
-    return Disk(stays, less + sum(largest[:1]), less + sum(largest), total, max(largest, default=0))
+    once, every = _made(plan, ahead)
+    most = max(once, min(cache, every))
+    return Disk(
+        stays,
+        less + sum(largest[:1]) + once,
+        less + sum(largest) + most,
+        total + most,
+        max(largest, default=0),
+    )
+
+
+def _made(plan: Plan, ahead: Collection[str]) -> tuple[int, int]:
+    """Bytes of whole weights that are made of adapters: for one step at most, and for all experts that the steps ahead make or read."""
+    adapters = {
+        fp: plan.bases[step.base].disk_bytes
+        for fp, step in plan.steps.items()
+        if step.kind == TrainSpec.kind and step.spec["recipe"].get("adapter")
+    }
+    if not adapters:
+        return 0, 0
+    read = {fp: adapters.keys() & {fp, *plan.steps[fp].inputs.values()} for fp in ahead}
+    every = frozenset().union(*read.values())
+    return max((sum(adapters[one] for one in some) for some in read.values()), default=0), sum(
+        adapters[one] for one in every
+    )
 
 
 def resume_bytes(plan: Plan, ahead: Collection[str], pace: Callable[[Step], tuple[int, float]]) -> int:

@@ -75,7 +75,7 @@ class ModelFacts:
 
     `gflops_per_sample` (forward + backward) and `memory_ratio` (peak memory relative to training everything) are by
     what is trained (`Recipe.trains`); they may be empty unless the budget is in GFLOPs. `weights_bytes` is the size of
-    a checkpoint. `resblocks`: whether both towers are open_clip's own transformers. `training` holds what the network
+    a checkpoint, `adapter_bytes` that of an adapter, by what is trained, where it was measured. `resblocks`: whether both towers are open_clip's own transformers. `training` holds what the network
     determines of its training; other networks do not have it. `notes` are for display.
     """
 
@@ -87,6 +87,7 @@ class ModelFacts:
     resblocks: bool = True
     training: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    adapter_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import yaml
 
 from merge_service.checkpoints import absolute, parts_of
 from merge_service.techniques import get
+from pipeline.merging.remote.near import with_slashes
 from pipeline.recipes.model import Recipe
 
 CARD, RECIPE = "README.md", "merge.yaml"
@@ -20,7 +21,7 @@ def beside(recipe: Recipe) -> dict[str, str]:
     """The card and the recipe, by name. Paths of models become absolute in the recipe."""
     names = {one.name for one in recipe.merges}
     models = [path for one in recipe.merges for path in one.models if path not in names]
-    places = {path: str(absolute(path)) for path in models}
+    places = {path: with_slashes(str(absolute(path))) for path in models}
     again = Recipe(merges=tuple(one.with_models(places) for one in recipe.merges))
     return {CARD: _card(recipe, list(dict.fromkeys(models))), RECIPE: again.to_yaml()}
 

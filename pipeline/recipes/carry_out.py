@@ -8,16 +8,20 @@ Invariant: the output has the bytes that either way gives; earlier merges of a c
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from merge_service.checkpoints import bytes_of, overwrites, written
+from merge_service.checkpoints import absolute, bytes_of, overwrites, written
 from merge_service.engine import Execution as Running
 from merge_service.errors import UserError
 from merge_service.merge import MergeReport
-from merge_service.merging import Out, Rules, Way, combine_groups
+from merge_service.merging import Group, MergePlan, Out, Rules, Way, combine_groups, plan_groups
 from pipeline.merging.files import Execution, FileMerge, merge_files, refuse_to_replace
+from pipeline.merging.planning import plan_files
+from pipeline.merging.remote.near import is_remote, near, with_slashes
 from pipeline.recipes.card import beside
 from pipeline.recipes.layers import made_of
 from pipeline.recipes.model import Merge, Recipe
@@ -41,6 +45,22 @@ def merge_recipe(recipe: Recipe, output: Output, how: Execution = Execution()) -
     """Carry a recipe out; the report of the last merge, with the notes of all. Raises UserError, which names the merge of a chain."""
     if not output.replace:
         refuse_to_replace(output.out)
+    with _near(recipe, how) as here:
+        return _carried(here, output, how)
+
+
+@contextmanager
+def _near(recipe: Recipe, how: Execution) -> Iterator[Recipe]:
+    """The recipe with folders of this machine in the place of remote models, for the length of a `with` block."""
+    with near([path for one in recipe.merges for path in one.models]) as places:
+        if places and (how.workers > 1 or how.address):
+            raise UserError(
+                "remote models are fetched by one process; leave --workers out, or load them first"
+            )
+        yield Recipe(merges=tuple(one.with_models(places) for one in recipe.merges)) if places else recipe
+
+
+def _carried(recipe: Recipe, output: Output, how: Execution) -> MergeReport:
     texts = beside(recipe)
     notes: list[str] = []
     *earlier, last = recipe.merges
@@ -66,8 +86,46 @@ def _made(directory: Path) -> Path:
     return directory
 
 
+def plan_recipe(recipe: Recipe, output: Output, how: Execution = Execution()) -> MergePlan:
+    """The plan of `merge_recipe`, for a recipe of one merge. Raises UserError, also for a chain: later merges read what is not there yet."""
+    if not output.replace:
+        refuse_to_replace(output.out)
+    *earlier, merge = recipe.merges
+    if earlier:
+        raise UserError(
+            f"a recipe of {len(recipe.merges)} merges is planned merge by merge, since later ones read what earlier ones make: write "
+            f"merge {earlier[0].name} into a recipe of its own"
+        )
+    with _near(recipe, how) as here:
+        work = _work(here.merges[0], output, {}, how)
+        if isinstance(work, FileMerge):
+            return plan_files(work, how)
+        return plan_groups(work.groups, merge.technique, work.out, work.way, work.ids)
+
+
 def _one(merge: Merge, output: Output, texts: Mapping[str, str], how: Execution) -> MergeReport:
     """Carry one merge out, whose models are paths."""
+    work = _work(merge, output, texts, how)
+    if isinstance(work, FileMerge):
+        return merge_files(work, how)
+    report = combine_groups(work.groups, work.about, work.out, work.way, work.ids)
+    return replace(report, notes=(*work.notes, *report.notes))
+
+
+@dataclass(frozen=True)
+class _Grouped:
+    """A merge whose tensors are not all made alike, ready to be carried out."""
+
+    groups: Sequence[Group]
+    about: Mapping[str, Any]
+    out: Out
+    way: Way
+    ids: Mapping[Path, str]
+    notes: Sequence[str]
+
+
+def _work(merge: Merge, output: Output, texts: Mapping[str, str], how: Execution) -> FileMerge | _Grouped:
+    """What a merge, whose models are paths, comes to."""
     dtype = output.dtype or merge.dtype
     for path in merge.models:
         if overwrites(output.out, Path(path)):
@@ -75,7 +133,7 @@ def _one(merge: Merge, output: Output, texts: Mapping[str, str], how: Execution)
     words = worded(merge)
     simple = None if words.rows or words.tokenizer or words.texts else _of_files(merge, output, texts)
     if simple is not None:
-        return merge_files(replace(simple, dtype=dtype), how)
+        return replace(simple, dtype=dtype)
     if any(one.statistics for one in merge.experts):
         raise UserError(
             "statistics belong to a merge of whole models; layers, parameters that differ between tensors, and other vocabularies cannot "
@@ -96,9 +154,10 @@ def _one(merge: Merge, output: Output, texts: Mapping[str, str], how: Execution)
         tokenizer=words.tokenizer,
     )  # fmt: skip
     ids = {Path(one.model): one.id for one in merge.experts if one.id}
-    about = {"technique": merge.technique, "recipe": merge.model_dump(exclude_defaults=True, mode="json")}
-    report = combine_groups(made.groups, about, out, way, ids)
-    return replace(report, notes=(*words.notes, *report.notes))
+    far = {path: with_slashes(str(absolute(path))) for path in merge.models if is_remote(absolute(path))}
+    said = merge.with_models(far) if far else merge
+    about = {"technique": merge.technique, "recipe": said.model_dump(exclude_defaults=True, mode="json")}
+    return _Grouped(made.groups, about, out, way, ids, words.notes)
 
 
 def _of_files(merge: Merge, output: Output, texts: Mapping[str, str]) -> FileMerge | None:

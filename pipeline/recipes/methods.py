@@ -275,8 +275,13 @@ def _refuse_rescaling(spoken: Spoken, wanted: bool) -> None:
 
 
 def spelled(found: Rules) -> list[Scalar]:
-    """Every value that the rules name."""
-    return [value for one in found for value in (one.value if isinstance(one.value, tuple) else (one.value,))]
+    """Every value that some tensor may have: a rule for all names hides those behind it."""
+    answer: list[Scalar] = []
+    for one in found:
+        answer += one.value if isinstance(one.value, tuple) else (one.value,)
+        if one.part is None:
+            break
+    return answer
 
 
 def alone(found: Rules) -> Scalar | None:

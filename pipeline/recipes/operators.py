@@ -58,7 +58,7 @@ class Chooser:
         value = params.get(key) if value is None else value
         if value is None:
             raise TechniqueError(
-                f"an expert has no {key} for {name}; give one for all names, as the last entry {{value: ...}}"
+                f"an expert has no {key}{f' for {name}' if name else ''}; give one for all names, as the last entry {{value: ...}}"
             )
         return value
 

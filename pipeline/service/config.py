@@ -190,9 +190,12 @@ class LimitsSection(Section):
 
 
 class ServiceResources(Section):
-    """Where and how fast; no result depends on it."""
+    """Where and how fast; no result depends on it. `home` local is this machine; ray is a Ray cluster at `address`, where each of
+    serving.workers replicas has so many `cpus`, and the work as many as it has `threads`."""
 
-    home: Literal["local"] = "local"
+    home: Literal["local", "ray"] = "local"
+    address: Text = "auto"
+    cpus: float = Field(default=1.0, gt=0, le=1024)
     threads: int = Field(default=1, ge=1, le=1024)
     batch_size: int = Field(default=256, ge=1, le=1_000_000)
 
@@ -360,6 +363,14 @@ def _unusable(config: ServiceConfig) -> list[Problem]:
         config.listen.check()
     except ConfigError as error:
         found.append(Problem("listen", str(error).removeprefix("listen.")))
+    resources = config.resources
+    for name, default in (("address", "auto"), ("cpus", 1.0)):
+        if resources.home == "local" and getattr(resources, name) != default:
+            found.append(Problem(f"resources.{name}", "is for resources.home: ray; leave it out, or say so"))
+    if resources.home == "ray" and not config.listen.port:
+        found.append(
+            Problem("listen.port", "0 lets the system choose, which Ray Serve does not say; name a port")
+        )
     if config.admission.uris:
         found.append(
             Problem("admission.uris", "experts by URI are not there yet in this version; leave it out")

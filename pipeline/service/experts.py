@@ -35,7 +35,7 @@ from merge_service.errors import (
     QuantisedCheckpoint,
     UserError,
 )
-from merge_service.files import Made, sync_directory, sync_file, temporary
+from merge_service.files import Made, make_directory, sync_directory, sync_file, temporary
 from merge_service.merging import WIDTH, check_expert, copy_beside, said_of, task_vector, unit
 from pipeline.errors import CorruptArtifact
 from pipeline.files.disk import room_for
@@ -82,7 +82,7 @@ class Experts:
     def take(self, source: Path, max_bytes: int) -> Taken:
         """Copy a checkpoint (file, shards, directory) in, durably. Raises UserError for what is no safetensors, or too large."""
         weights = locate(source)
-        self.incoming.mkdir(parents=True, exist_ok=True)
+        make_directory(self.incoming)
         target = temporary(self.incoming / "expert.safetensors")
         with room_for(f"expert {source}", self.incoming):
             try:
@@ -107,7 +107,7 @@ class Experts:
 
     def adopt_link(self, file: Path, sha256: str) -> Taken:
         """Take a whole file in, durably, whose bytes have this sha256 and stay where they are, on the same file system."""
-        self.incoming.mkdir(parents=True, exist_ok=True)
+        make_directory(self.incoming)
         sync_file(file)
         target = temporary(self.incoming / "expert.safetensors")
         with room_for("an expert", self.incoming):

@@ -9,6 +9,7 @@ Invariant: the log and the experts and base in the store are the truth; everythi
 import contextlib
 import fcntl
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 
 from merge_service.checkpoints import WEIGHTS_FILE
 from merge_service.errors import UserError
+from merge_service.files import make_directory
 from merge_service.live import ConfigSet, Draft, ServiceStarted, State, Task, Version, next_task, plain
 from pipeline.errors import ConfigError, CorruptArtifact
 from pipeline.files.disk import NO_LOCKS, written_below
@@ -41,6 +43,9 @@ from workers.serving.trials import Trials
 FORMAT = 1
 SERVICE = "service"
 WORKER_LOCK, SERVE_LOCK = "worker.lock", "serve.lock"
+
+
+_URL = re.compile(r"[a-z][a-z0-9+]+:/")
 
 
 class Busy(UserError):
@@ -70,6 +75,7 @@ class Home:
         `base` gives the base's artifact, by default from `config.model`. Raises UserError if OUT holds none and no configuration is
         given, or another one; BrokenLog for a log that was changed.
         """
+        check_directory(out)
         place = out / SERVICE / (config.name if config else _only(out))
         store, log = store_at(None, out), Log.open(Directory(place), now)
         if not log.state.seq:
@@ -127,9 +133,19 @@ def serving(out: Path, config: ServiceConfig, patience: float) -> Iterator[None]
 
     Raises Busy, StoreUnwritable, StorageFull.
     """
+    check_directory(out)
     text = f"another `serve` runs the service {config.name} in {out}; end that one first, or choose another --out"
     with _alone(out / SERVICE / config.name, SERVE_LOCK, text, patience):
         yield
+
+
+def check_directory(out: Path) -> None:
+    """Raise UserError for a URL, which a path has made of an address such as s3://bucket/zoo."""
+    if _URL.match(str(out)):
+        raise UserError(
+            f"{out} is no directory: a service is in one, since its lock, uploads, streaming states and what is served are files. On a "
+            "cluster it is on storage that all nodes share; `service replay` makes a copy elsewhere"
+        )
 
 
 def check_unserved(out: Path, config: ServiceConfig) -> None:
@@ -149,7 +165,7 @@ def _alone(place: Path, name: str, busy: str, patience: float = 0.0) -> Iterator
     """Hold a lock file of a service. Raises Busy with the text `busy` if another process still holds it after `patience` seconds."""
     until = time.monotonic() + patience
     with written_below(place, name):
-        place.mkdir(parents=True, exist_ok=True)
+        make_directory(place)
         handle = os.open(place / name, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
     try:
         while not _locked(handle, place):

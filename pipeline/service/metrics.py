@@ -6,6 +6,8 @@ a full disk ends the process that writes it (SIGBUS). So all blocks are taken be
 Invariant: no label has values that a client can choose, so files never outgrow the blocks that they begin with.
 """
 
+import fcntl
+import itertools
 import os
 import shutil
 from collections.abc import Iterable
@@ -71,6 +73,19 @@ class Metrics:
 def place() -> str:
     """Which of the processes this is."""
     return os.environ.get(PLACE, "0")
+
+
+def take_place(folder: Path) -> None:
+    """Be, until this process ends, the first of the places that no other process is: where nobody numbers processes. Raises OSError."""
+    for number in itertools.count():
+        handle = os.open(folder / f"{number}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+        else:
+            os.environ |= {FOLDER: str(folder), PLACE: str(number)}
+            return
 
 
 def begin(folder: Path, places: Iterable[str]) -> None:

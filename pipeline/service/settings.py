@@ -56,6 +56,11 @@ class ListenSection(Section):
         except ValueError:
             return False
 
+    def url(self, port: int) -> str:
+        """The address of the service at a port of its host."""
+        host = self.host.strip("[]")
+        return f"{'https' if self.tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+
     @property
     def probes_are_open(self) -> bool:
         """Whether health and metrics need no token. Behind a proxy, requests from elsewhere come over loopback as well."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from merge_service.files import prepared, sync_directory
+from merge_service.files import make_directory, prepared, sync_directory
 from pipeline.errors import StoreError
 from pipeline.files.disk import written_below
 from pipeline.store.objects import Objects
@@ -89,7 +89,7 @@ class Directory:
     def _written(self, path: Path, data: bytes) -> Iterator[Path]:
         """A temporary file beside `path` with these bytes, on disk; gone at the end unless it was renamed."""
         with written_below(path.parent, path.name):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(path.parent)
             with prepared(path, data) as target:
                 yield target
 

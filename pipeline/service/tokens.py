@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from merge_service.files import prepared, replace_whole, sync_directory
+from merge_service.files import make_directory, prepared, replace_whole, sync_directory
 from pipeline.errors import ConfigError
 
 Role = Literal["reader", "submitter", "operator"]
@@ -120,7 +120,7 @@ class Tokens:
         """
         if self._every():
             return False
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(file.parent)
         try:
             handle = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         except FileExistsError:
@@ -160,7 +160,7 @@ class Tokens:
     @contextmanager
     def _changing(self) -> Iterator[dict[str, Token]]:
         """The tokens, which are written back; one process at a time."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(self._path.parent)
         with self._path.with_name(f".{self._path.name}.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             known = self._read()
@@ -189,7 +189,7 @@ def drafted(
 def key_in(file: Path) -> bytes:
     """The secret key in a file that only its owner reads; it is made where it is missing, and of several writers the first counts."""
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(file.parent)
         with prepared(file, secrets.token_bytes(_KEY_BYTES), mode=0o600) as made, suppress(FileExistsError):
             os.link(made, file)
         sync_directory(file.parent)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from merge_service.faults import point
-from merge_service.files import Made, sync_directory, sync_file
+from merge_service.files import Made, make_directory, sync_directory, sync_file
 from pipeline.errors import CorruptArtifact, StorageFull, StoreError
 from pipeline.files.disk import free_bytes, full_text, is_full, unwritable
 from pipeline.files.ownership import is_abandoned, locked, owner_mark
@@ -97,7 +97,7 @@ class Store:
         """Create the store, check that it is writable, and remove what dead writers left. Raises StoreUnwritable."""
         with self._guarded("prepare", 0):
             for name in (*KINDS, ".stage"):
-                (self.root / name).mkdir(parents=True, exist_ok=True)
+                make_directory(self.root / name)
             Names(self.root).complete()
             sync_directory(self.root)
             probe = self.root / ".stage" / f"probe.{owner_mark()}.{uuid.uuid4().hex[:8]}"

@@ -41,6 +41,12 @@ class Objects:
         except FileNotFoundError:
             return None
 
+    def part(self, key: str, start: int, stop: int) -> bytes:
+        """Bytes start..stop of an object. Raises FileNotFoundError if it does not exist."""
+        return bytes(
+            self._retried(lambda system, root: system.cat_file(f"{root}/{key}", start=start, end=stop), key)
+        )
+
     def write(self, key: str, data: bytes) -> None:
         """Write or replace an object."""
         self._retried(lambda system, root: _pipe(system, f"{root}/{key}", data), key)

@@ -17,8 +17,13 @@ def store_at(
         return Store(out / "store", cache_bytes=cache_bytes)
     if "://" not in where:
         return Store(Path(where).expanduser(), cache_bytes=cache_bytes)
-    if where.startswith(("file://", "local://")):
+    if not is_url(where):
         return Store(Path(unquote(urlsplit(where).path)), cache_bytes=cache_bytes)
     from pipeline.store.remote import ObjectStore
 
     return ObjectStore.at(where, always)
+
+
+def is_url(where: str | None) -> bool:
+    """Whether a store is no directory of a machine."""
+    return where is not None and "://" in where and not where.startswith(("file://", "local://"))

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from merge_service.files import sync_directory
 from pipeline.errors import StoreError
 from pipeline.files.ownership import is_abandoned, locked, owner_mark
 from pipeline.kinds.table import KINDS
@@ -80,7 +81,9 @@ class Upkeep:
         """Remove the item from the store; its bytes are deleted by the next `clear`."""
         target = self.root / ".stage" / f"gc.{owner_mark()}.{uuid.uuid4().hex[:8]}"
         target.parent.mkdir(exist_ok=True)
-        Path(entry.place).rename(target)
+        place = Path(entry.place)
+        place.rename(target)
+        sync_directory(place.parent)  # before any of its files goes
         (self.root / ".names" / entry.digits).unlink(missing_ok=True)
 
     def clear(self) -> None:

@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError
 from pipeline.files.disk import clear_leftovers, write_whole
 from pipeline.plan.facts import base_for_now, cache_of, ensure_data, gather, local_base, stated
 from pipeline.plan.file import study_of, write
-from pipeline.plan.keeping import Disk, disk, kept_merges, resume_bytes
+from pipeline.plan.keeping import disk, kept_merges, resume_bytes
 from pipeline.plan.planner import base_step, make_plan
 from pipeline.plan.prompt_notes import prompt_notes
 from pipeline.plan.steps import Facts, Plan, Step, Summary
@@ -111,9 +111,8 @@ class Workspace:
     def summary(self) -> StudySummary:
         """What would run."""
         found = self.plan.summary(self.store)
-        room, ahead = Disk(*[found["disk_bytes"]] * 4), self.plan.steps.keys() - self.done()
-        if self.study.storage.keep != "all":
-            room = disk(self.plan, ahead, self.kept)
+        ahead = self.plan.steps.keys() - self.done()
+        room = disk(self.plan, ahead, self.kept, self.study.storage.cache)
         pace = lambda step: self.study.resources.of(step.model).experts.checkpoint_pace  # noqa: E731
         return {
             **found,

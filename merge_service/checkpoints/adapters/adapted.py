@@ -20,7 +20,7 @@ from merge_service.checkpoints.folders.kinds import ADAPTER_CONFIG
 from merge_service.checkpoints.views.view import View
 from merge_service.checkpoints.weights import Weights
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # an adapter may stand on an adapted base, whose own base is hashed meanwhile
 _digests: dict[tuple[str, tuple[tuple[str, int, int], ...]], tuple[str, str]] = {}
 """Digests of bases, by fingerprint, files, sizes and times: many adapters share a base, which is hashed once."""
 

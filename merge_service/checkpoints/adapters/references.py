@@ -10,6 +10,7 @@ from pathlib import Path
 
 from merge_service.checkpoints.folders.kinds import ADAPTER, ADAPTER_CONFIG, read_json, standard_file
 from merge_service.errors import CheckpointError
+from merge_service.files.ranges import origin
 
 SIGN = "+"
 
@@ -42,7 +43,7 @@ class Reference:
     @property
     def text(self) -> Path:
         """The path that means the same from any directory."""
-        adapter = self.adapter.absolute()
+        adapter = _place(self.adapter)
         return adapter if self.base is None else Path(f"{absolute(self.base)}{SIGN}{adapter}")
 
     @property
@@ -79,7 +80,13 @@ def folder_of(path: Path) -> Path:
 def absolute(path: Path | str) -> Path:
     """The absolute path of an input, whichever of its forms it has."""
     found = Reference.of(path)
-    return Path(path).absolute() if found is None else found.text
+    return _place(Path(path)) if found is None else found.text
+
+
+def _place(path: Path) -> Path:
+    """The absolute path, or what stands for it if it is remote."""
+    there = origin(path)
+    return path.absolute() if there is None else Path(there)
 
 
 def parts_of(path: Path | str) -> list[Path]:

@@ -20,8 +20,9 @@ from pipeline.errors import ConfigError
 from pipeline.kinds.specs import TrainSpec
 from pipeline.plan.steps import Plan, Step
 from pipeline.run.events import Events
+from pipeline.service.client.calls import FINAL
 from pipeline.service.client.connection import ServiceError
-from pipeline.service.client.service import FINAL, Service
+from pipeline.service.client.service import Service
 from pipeline.store.artifact import Record
 from pipeline.workspace.workspace import Workspace
 

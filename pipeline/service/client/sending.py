@@ -11,7 +11,7 @@ from pathlib import Path
 
 from merge_service.checkpoints import Checkpoint, locate
 from merge_service.errors import UserError
-from pipeline.service.client.connection import Connection, Sent, ServiceError
+from pipeline.service.client.connection import Exchange, Peer, Sent, ServiceError
 from pipeline.service.http.live.schemas import UploadShown
 from pipeline.service.http.schemas import File
 
@@ -43,15 +43,13 @@ def sources(checkpoint: Path) -> list[Source]:
     return found
 
 
-def upload(
-    connection: Connection, task: str, files: list[Source], progress: Progress = lambda *_: None
-) -> str:
+def upload(peer: Peer, task: str, files: list[Source], progress: Progress = lambda *_: None) -> Exchange[str]:
     """Send what is missing of these files; the id of the upload, which is whole then. Raises ServiceError."""
     body = {
         "task": task,
         "files": [{"name": one.path.name, "bytes": one.bytes, "sha256": one.sha256} for one in files],
     }
-    shown = connection.read(UploadShown, "POST", "/v1/uploads", Sent(json=body))
+    shown = yield from peer.read(UploadShown, "POST", "/v1/uploads", Sent(json=body))
     every, size = sum(one.bytes for one in files), shown.part_bytes
     missing = [(one, part) for one in files for part in _parts(shown, one.path.name)]
     there = every - sum(min(size, one.bytes - part * size) for one, part in missing)
@@ -61,18 +59,18 @@ def upload(
             stream.seek(part * size)
             data = stream.read(size)
         there += len(data)
-        _put(connection, f"/v1/uploads/{shown.id}/parts/{one.path.name}/{part}", data, one)
+        yield from _put(peer, f"/v1/uploads/{shown.id}/parts/{one.path.name}/{part}", data, one)
         progress(there, every)
     return shown.id
 
 
-def download(connection: Connection, address: str, path: Path, file: File) -> None:
+def download(peer: Peer, address: str, path: Path, file: File) -> Exchange[None]:
     """A file from a service, from where an earlier download of it ended. Raises ServiceError."""
     partial = path.with_name(f"{path.name}.{file.sha256[:16]}.part")
     with partial.open("ab") as stream:
         while (there := stream.tell()) < file.bytes:
             last = min(there + _PIECE, file.bytes) - 1
-            answer = connection.ask("GET", address, Sent(headers={"range": f"bytes={there}-{last}"}))
+            answer = yield from peer.ask("GET", address, Sent(headers={"range": f"bytes={there}-{last}"}))
             stream.write(answer.content if answer.status_code == 206 else answer.content[there:])
             stream.flush()
             if stream.tell() == there:
@@ -92,11 +90,11 @@ def _parts(shown: UploadShown, name: str) -> Iterator[int]:
         yield from range(first, last + 1)
 
 
-def _put(connection: Connection, address: str, data: bytes, source: Source) -> None:
+def _put(peer: Peer, address: str, data: bytes, source: Source) -> Exchange[None]:
     stated = base64.b64encode(hashlib.sha256(data).digest()).decode()
     headers = {"content-digest": f"sha-256=:{stated}:", "content-type": "application/octet-stream"}
     try:
-        connection.ask("PUT", address, Sent(content=data, headers=headers))
+        yield from peer.ask("PUT", address, Sent(content=data, headers=headers))
     except ServiceError as error:
         if error.code in ("upload.part", "upload.conflict"):
             raise UserError(f"{source.path} has changed while it was sent; send it again") from error

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from merge_service.errors import CheckpointError
 from merge_service.faults import point
-from merge_service.files import replace_whole, sync_directory, sync_file, temporary
+from merge_service.files import make_directory, replace_whole, sync_directory, sync_file, temporary
 from merge_service.live import Refused, digest
 from pipeline.files.disk import free_bytes, room_for
 from pipeline.service.experts import Experts, Taken
@@ -112,7 +112,7 @@ class Uploads:
                 "upload.too_large",
                 f"the files have {upload.bytes:,} bytes; admission.max_bytes allows {self._room.bytes:,}",
             )
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_directory(self._folder)
         with _locked(self._folder / ".lock"):
             self.sweep()
             if self._read(self._folder / upload.id) is not None:
@@ -285,8 +285,10 @@ class Uploads:
         return {(int(at), int(part)) for at, _, part in names}
 
     def _remove(self, place: Path) -> None:
-        """Its announcement goes first, so that half of an upload is never found."""
+        """Its announcement goes first, also on the disk, so that half of an upload is never found."""
         (place / _SAID).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            sync_directory(place)
         shutil.rmtree(place, ignore_errors=True)
 
     @contextlib.contextmanager

@@ -57,15 +57,21 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(setup: Setup, descriptor: int) -> None:
-    """Serve until it is ended."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+def prepare(setup: Setup) -> None:
+    """What any process that answers does first, whoever starts it: who is not let in goes to a file that is bounded, and the model has its
+    threads."""
     refused = RotatingFileHandler(setup.state / f"refused-{place()}.log", maxBytes=1 << 20, backupCount=2)
     refused.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logging.getLogger("temporal_merge.refused").addHandler(refused)
     logging.getLogger("temporal_merge.refused").propagate = False
     use_threads(setup.serving.threads)
+
+
+def serve(setup: Setup, descriptor: int) -> None:
+    """Serve until it is ended."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    prepare(setup)
     limits, tls, ending = setup.limits, setup.listen.tls, threading.Event()
     config = uvicorn.Config(
         create_app(setup, ending=ending),

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_service.checkpoints import CONFIG_FILE
-from merge_service.files import replace_whole
+from merge_service.files import make_directory, replace_whole
 from pipeline.errors import ConfigError
 from pipeline.service import metrics
 from pipeline.service.processes.child import PIPE
@@ -168,20 +168,23 @@ class _Keeper:
                 self._process.send_signal(number)
 
 
-def run(sock: socket.socket, setup: Setup, others: Sequence[Child] = ()) -> None:
-    """Serve a setup on a listening socket, with other processes beside, until SIGTERM or Ctrl-C. Raises UserError, OSError."""
+def begun(setup: Setup) -> None:
+    """Make the place of a setup, with the first token. Raises UserError, OSError."""
     read_configuration(setup.home / CONFIG_FILE)
-    setup.state.mkdir(parents=True, exist_ok=True)
+    make_directory(setup.state)
     if Tokens(setup.tokens).first(setup.first_token):
         print(f"the first operator token is in {setup.first_token}", flush=True)
+
+
+def run(sock: socket.socket, setup: Setup, others: Sequence[Child] = ()) -> None:
+    """Serve a setup on a listening socket, with other processes beside, until SIGTERM or Ctrl-C. Raises UserError, OSError."""
+    begun(setup)
     file = setup.state / "setup.json"
     replace_whole(file, setup.model_dump_json(), sync=False)
     metrics.begin(setup.metrics, [SUPERVISOR, *map(str, range(setup.serving.workers))])
     os.environ |= {metrics.FOLDER: str(setup.metrics), metrics.PLACE: SUPERVISOR}
     counted = metrics.Metrics().restarts
-    host, port = sock.getsockname()[:2]
-    scheme = "https" if setup.listen.tls else "http"
-    print(f"listening on {scheme}://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    print(f"listening on {setup.listen.url(sock.getsockname()[1])}", flush=True)
     children = [*workers(setup, file, sock.fileno()), *others]
     asyncio.run(supervise(sock, children, setup.limits.answer_s + 5, lambda name: counted.labels(name).inc()))
 

@@ -1,10 +1,9 @@
-"""A service on one machine: serving processes and the working process around one socket, without Ray.
+"""A service in its home: on one machine, serving processes and the working process around one socket, without Ray; or on a Ray cluster.
 
 Invariant: the same call on the same directory goes on where it ended, with the weights that the log says are served. A call that is
 refused, also because another one serves the directory or something else has the port, leaves the service as it is.
 """
 
-import socket
 import sys
 from pathlib import Path
 
@@ -20,14 +19,21 @@ DOOR = "door"
 
 def serve(out: Path, config: ServiceConfig) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises UserError, OSError."""
-    with serving(out, config, ENDING_SECONDS), listening(config.listen) as sock:
-        _serve(sock, Home.open(out, config))
+    with serving(out, config, ENDING_SECONDS):
+        if config.resources.home == "ray":
+            from pipeline.service.processes.on_ray import serve as on_ray
+
+            on_ray(out, config, lambda: opened(out, config))
+        else:
+            with listening(config.listen) as sock:
+                run(sock, opened(out, config), workers(out, config))
 
 
-def _serve(sock: socket.socket, home: Home) -> None:
-    out, config = home.out, home.config
+def opened(out: Path, config: ServiceConfig) -> Setup:
+    """What processes that answer need, of the service in OUT, which is begun if there is none yet. Raises UserError."""
+    home = Home.open(out, config)
     Statement(home).write()
-    setup = Setup(
+    return Setup(
         name=config.name,
         home=home.base.path.absolute(),
         head=(home.place / HEAD).absolute(),
@@ -36,7 +42,6 @@ def _serve(sock: socket.socket, home: Home) -> None:
         serving=config.serving,
         listen=config.listen,
     )
-    run(sock, setup, workers(out, config))
 
 
 def workers(out: Path, config: ServiceConfig) -> list[Child]:

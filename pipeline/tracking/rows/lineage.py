@@ -11,7 +11,7 @@ from typing import Any
 from merge_service.checkpoints import WEIGHTS_FILE
 from pipeline.kinds.table import KINDS
 from pipeline.plan.steps import BASE, Step
-from pipeline.store.artifact import ADAPTER, Record
+from pipeline.store.artifact import ADAPTER, WEIGHTS_SUFFIX, Record
 from pipeline.tracking.rows.names import OPENING
 
 _TAG_CHARACTERS = 4000
@@ -98,16 +98,20 @@ class Lineage:
         return f"{self._store}/{record.kind}/{name}"
 
     def tags(self, record: Record) -> dict[str, str]:
-        """Searchable values: sha256 of the weights and of the base, and the merged experts in order."""
+        """Searchable values: sha256 of the weights, of the base, and of an expert's adapter, and the merged experts in order."""
         total, experts = self._experts(record.fingerprint)
         text = " ".join(f"t{e['t']}:{e['task']}:{str(e['sha256'])[:12]}" for e in experts)
         if total > len(experts) or len(text) > _TAG_CHARACTERS:
             text = f"{total} experts, see manifest.json"
         tags = {
             "sha256": record.sha256(WEIGHTS_FILE) or "",
+            "adapter": adapter_of(record),
             "fingerprint": record.fingerprint,
             "store": self.place(record),
             "lineage.base": self._base_sha256(record),
+            "lineage.adapters": " ".join(
+                str(e["adapter_sha256"])[:12] for e in experts if "adapter_sha256" in e
+            )[:_TAG_CHARACTERS],
             "lineage.experts": text,
         }
         return {key: value for key, value in tags.items() if value}
@@ -121,6 +125,10 @@ class Lineage:
             record.kind
         )
         lines = [f"- {what}: {shown}"] if what else []
+        if adapter := adapter_of(record):
+            lines.append(
+                f"- adapter: `{adapter}`, on weights that its `init` names; the base is `{self._base_sha256(record)}`"
+            )
         return "\n".join(
             [*lines, f"- sha256: `{record.sha256(WEIGHTS_FILE)}`", f"- kept at: `{self.place(record)}`"]
         )
@@ -174,10 +182,18 @@ class Lineage:
 
     def _expert(self, step: Step) -> dict[str, Any]:
         record = self._records.get(step.fingerprint)
+        adapter = adapter_of(record) if record is not None else ""
         return {
+            **({"adapter_sha256": adapter} if adapter else {}),
             "t": step.t,
             "task": step.task,
             "fingerprint": step.fingerprint,
             "sha256": record.sha256(WEIGHTS_FILE) if record is not None else None,
             "init": BASE if step.inputs.get("init", step.base) in self._bases else step.inputs["init"],
         }
+
+
+def adapter_of(record: Record) -> str:
+    """The sha256 of the adapter that an expert is kept as; empty for one that is kept whole."""
+    name = next((one for one in record.files if one.startswith(ADAPTER) and one.endswith(WEIGHTS_SUFFIX)), "")
+    return record.sha256(name) or ""

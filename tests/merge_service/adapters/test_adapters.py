@@ -152,6 +152,12 @@ def test_adapters_may_stand_on_each_other(tmp_path) -> None:
     name = "layers.1.k.weight"
     want = peft_cases.merged("plain")[name] + peft_cases.merged("rslora")[name] - load(base)[name]
     np.testing.assert_allclose(found[name], want, atol=1e-6)
+    merge(
+        "average", {}, None, [plus(plus(base, one), two), base], tmp_path / "named.safetensors"
+    )  # by content
+    np.testing.assert_allclose(
+        load(tmp_path / "named.safetensors")[name], (want + load(base)[name]) / 2, atol=1e-6
+    )
 
 
 def test_base_is_the_named_one_else_the_merges_else_the_configurations(tmp_path) -> None:

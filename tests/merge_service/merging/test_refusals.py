@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from merge_service.errors import (
+    CheckpointError,
     CorruptCheckpoint,
     IncompatibleCheckpoint,
     NonFiniteCheckpoint,
     TechniqueError,
 )
-from merge_service.merge import advance, merge
+from merge_service.merge import advance, merge, retract
 from merge_service.merging import Rules
 from tests.merge_service import measured, toys
 from tests.merge_service.toys import Files
@@ -173,3 +174,30 @@ def test_a_non_finite_expert_leaves_no_state_behind(files: Files) -> None:
             advance(name, {}, files.start, files.paths[0], files.out, expert_id="photos (t=1)", state_in=None,
                     state_out=files.room / "state.safetensors")  # fmt: skip
     assert sorted(files.room.iterdir()) == before
+
+
+def test_state_of_a_stream_replaces_no_input_and_no_model_a_state(files: Files, tmp_path: Path) -> None:
+    base, (one, two) = files.start, files.paths[:2]
+    given = {path: path.read_bytes() for path in (base, one, two)}
+    state, out = tmp_path / "state.safetensors", tmp_path / "new.safetensors"
+
+    def add(expert: Path, place: Path | None, after: Path, before: Path | None = state) -> None:
+        advance("ties", {}, base, expert, place, expert_id=expert.stem, state_in=before, state_out=after)
+
+    def leave(after: Path) -> None:
+        retract("ties", {}, base, one, None, expert_id=one.stem, state_in=state, state_out=after)
+
+    add(one, None, state, None)
+    for lost in (
+        lambda: add(two, None, base),
+        lambda: add(two, None, two),
+        lambda: leave(base),
+        lambda: leave(one),
+    ):
+        with pytest.raises(CheckpointError, match=r"state_out .*is one of the inputs and would be lost"):
+            lost()
+    for place, after in ((out, out), (state, out)):
+        with pytest.raises(CheckpointError, match="is the place of the state"):
+            add(two, place, after)
+    assert {path: path.read_bytes() for path in given} == given
+    add(two, out, state)  # a state goes on in its own place

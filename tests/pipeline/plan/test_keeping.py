@@ -108,3 +108,38 @@ def test_average_over_steps_is_one_copy_more() -> None:
     plan = make_plan(study([FOLD], TASKS, budget={"steps_per_task": 50}, recipe=recipe), facts())
     (size,) = {step.disk_bytes for step in plan.steps.values() if step.kind == "train"}
     assert resume_bytes(plan, plan.steps.keys(), lambda _: (0, 300.0)) == 8 * size
+
+
+ADAPTER = {"adapter": {"rank": 8}}
+
+
+def adapted(strategies: list, **changes) -> tuple[Plan, int, int]:
+    """The plan of a study of adapter experts, the size of an adapter and that of whole weights."""
+    made = study(strategies, TASKS, recipe=ADAPTER, **changes)
+    (trains,) = {cell.recipe.trains for cell in made.cells}
+    plan = make_plan(made, facts(adapter_bytes={trains: 20_000}))
+    (size,) = {step.disk_bytes for step in plan.steps.values() if step.kind == "train"}
+    (whole,) = {base.disk_bytes for base in plan.bases.values()}
+    return plan, size, whole
+
+
+def test_adapters_count_what_is_kept_and_whole_weights_only_while_they_are_read() -> None:
+    plan, size, whole = adapted([OFFLINE])
+    assert 20_000 < size < 20_000 + whole / 10
+    merges = kept_merges(plan, how("none"))
+    found = disk(plan, plan.steps, merges)
+    trained = sum(step.kind == "train" for step in plan.steps.values())
+    assert found.kept == trained * size + sum(
+        step.disk_bytes for step in plan.steps.values() if step.kind not in ("train", "merge")
+    )
+    bare = disk(plan, [fp for fp, step in plan.steps.items() if step.kind != "train"], merges)
+    assert found.least - found.kept == bare.least - bare.kept  # a merge of all reads every expert
+    assert found.least > found.kept + trained * whole
+    assert disk(plan, plan.steps, merges, cache=10**12).peak == found.peak  # no more experts than that
+    (last,) = {fp for fp, step in plan.steps.items() if step.kind == "merge" and step.t == TASKS}
+    assert len(plan.steps[last].inputs) >= trained
+
+
+def test_store_at_a_url_keeps_whole_weights_beside_adapters() -> None:
+    _, size, whole = adapted([OFFLINE], storage={"store": "s3://bucket/x"})
+    assert size > whole + 20_000 - 1_000

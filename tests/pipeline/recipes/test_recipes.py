@@ -83,6 +83,15 @@ def test_experts_weights_and_filters_of_an_average_are_those_written(carried, mo
         np.testing.assert_allclose(made[name], (1 - share) * a[name] + share * b[name], rtol=1e-5, atol=1e-6)
 
 
+def test_election_without_normalizing_takes_a_negative_weight(carried, models: Path) -> None:
+    made = carried(
+        "merge_method: ties\nbase_model: base\nmodels: [{model: a, parameters: {weight: -1, density: 1}}]\nparameters: {normalize: false}"
+    )
+    a, base = weights(models, "a"), weights(models, "base")
+    for name in made:
+        np.testing.assert_allclose(made[name], 2 * base[name] - a[name], rtol=1e-5, atol=1e-6)
+
+
 def test_uniform_recipe_gives_the_bytes_of_the_merge_of_files(carried, models: Path, tmp_path: Path) -> None:
     from merge_service.merge import merge
 
@@ -225,6 +234,9 @@ def test_card_and_recipe_say_how_the_model_was_made(carried, tmp_path: Path) -> 
         ("merge_method: slerp\nbase_model: a\nmodels: [{model: a}, {model: b}]", "no t"),
         ("merge_method: linear\nmodels: [{model: a}, {model: b}]", "has no weight"),
         ("merge_method: ties\nbase_model: base\nmodels: [{model: a, parameters: {weight: -1}}, {model: b, parameters: {weight: 1}}]", "set normalize: false"),
+        ("technique: ties\nbase: base\nslices: [{experts: [{model: a, layers: [0, 4]}, {model: b, layers: [0, 4]}]}]\nparameters: {granularity: tensor}", "in slices, with its layers"),
+        ("technique: average\nslices: [{experts: [{model: a, layers: [0, 4]}]}]\nparameters: {logit_scale: base}", "logit_scale = base needs the base"),
+        ("technique: average\nexperts: [{model: a, weight: 1}, b]", "an expert has no weight; give one"),
         ("merge_method: dare_ties\nbase_model: base\nmodels: [{model: a, parameters: {weight: [1, -1]}}]\nparameters: {normalize: true}", "set normalize: false"),
         ("merge_method: linear\nmodels: [{model: org/name@main, parameters: {weight: 1}}]", "revision"),
         ("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\nslices: [{sources: [{model: a, layer_range: [0, 1]}]}]", "exactly one"),

@@ -18,6 +18,7 @@ from pipeline.store.artifact import Record
 from pipeline.store.local import Store
 from pipeline.store.open import store_at
 from pipeline.study.config import load_study
+from pipeline.tracking.rows.lineage import Lineage
 from pipeline.workspace.export import export
 from pipeline.workspace.packing import pack
 from pipeline.workspace.workspace import Workspace
@@ -222,3 +223,30 @@ def copied(store: Store, step: Step, source: Path) -> Record:
 def test_the_study_of_the_documentation_plans(tmp_path: Path) -> None:
     found = load_study(ROOT / "configs" / "lora.yaml")
     assert all(cell.recipe.adapter is not None for cell in found.cells if "zero" not in cell.id)
+
+
+def test_lineage_of_merged_models_names_the_adapters_and_the_base(
+    ran: tuple[Workspace, dict[str, Record]],
+) -> None:
+    workspace, records = ran
+    bases = {fp: workspace.store.record(base.kind, fp) for fp, base in workspace.plan.bases.items()}
+    lineage = Lineage(workspace.plan.steps, records, bases)
+    adapters = {
+        one.fingerprint: one.files[f"{ADAPTER_FOLDER}/adapter_model.safetensors"]["sha256"]
+        for _, one in experts(ran)
+    }
+    merges = [one for one in records.values() if one.kind == MergeSpec.kind]
+    (base,) = bases.values()
+    for merged in merges:
+        named = lineage.manifest(merged)["lineage"]
+        assert named["base_sha256"] == base.sha256(WEIGHTS_FILE)
+        assert named["experts"] and all(
+            e["adapter_sha256"] == adapters[e["fingerprint"]] for e in named["experts"]
+        )
+        shown = [e["adapter_sha256"][:12] for e in named["experts"]]
+        assert lineage.tags(merged)["lineage.adapters"].split() == shown
+        assert "adapter" not in lineage.tags(merged)
+    for _, expert in experts(ran):
+        assert lineage.tags(expert)["adapter"] == adapters[expert.fingerprint]
+        assert adapters[expert.fingerprint] in lineage.note(expert)
+    assert merges

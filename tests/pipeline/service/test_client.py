@@ -1,5 +1,6 @@
 """The client against a service behind a port: breaks, repetitions, and everything that it may ask."""
 
+import asyncio
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ import httpx2
 import pytest
 
 from merge_service.errors import UserError
-from pipeline.service.client import Service, ServiceError
+from pipeline.service.client import AsyncService, Service, ServiceError
 from pipeline.service.client.connection import Connection
 from pipeline.service.client.sending import download
 from pipeline.service.home import Home
@@ -124,6 +125,45 @@ def test_client_does_whatever_the_routes_do(named: Named, tmp_path: Path) -> Non
         Service(at.url, tokens["reader"], patience=0.1).status()
 
 
+def test_client_in_an_event_loop_does_the_same(named: Named, tmp_path: Path) -> None:
+    setup, tokens, out = named
+
+    async def calls(url: str) -> None:
+        async with AsyncService(url, tokens["operator"]) as service:
+            start = await service.next("task0", tmp_path / "task0")
+            assert (tmp_path / "task0/ticket").read_text().strip() == start.ticket
+            experts = [toys.expert(tmp_path, task) for task in toys.TASKS[:2]]
+            first = await service.arrive(experts[0], "task0", start.ticket, license="MIT", owner="ann")
+            second = await service.arrive(experts[1], "task1", license="MIT", owner="ann")
+            found = await asyncio.gather(service.wait(first.id), service.wait(second.id))
+            assert [one.status in ("promoted", "superseded") for one in found] == [True, True]
+            assert [one.id async for one in service.arrivals()] == [first.id, second.id]
+            assert (await service.rollback(1, "complaints")).served.t == 1
+            with pytest.raises(ServiceError, match="head") as refused:
+                await service.rollback(0, "x", if_head="0" * 64)
+            assert (refused.value.code, refused.value.status) == ("head.moved", 412)
+            entries = [one async for one in service.log()]
+            assert [one.seq for one in entries] == [*range(1, len(entries) + 1)]
+            seen = await service.classify([picture(0), picture(1)], LABELS, top=2)
+            assert len(seen.results) == 2
+            assert (await service.remove(first.id, "takedown", force=True)).status == "removed"
+
+    with reached(setup) as at, worked(out):
+        asyncio.run(calls(at.url))
+
+    async def nobody() -> None:
+        async with AsyncService(at.url, tokens["reader"], patience=0.1) as service:
+            await service.status()
+
+    with pytest.raises(ServiceError, match="does not answer"):
+        asyncio.run(nobody())
+
+
+def test_both_clients_have_the_same_calls() -> None:
+    blocking, awaited = ({name for name in vars(one) if name[0] != "_"} for one in (Service, AsyncService))
+    assert blocking == awaited
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
@@ -145,7 +185,8 @@ def test_download_without_bytes_ends(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(httpx2.Client, "request", lambda *_, **__: httpx2.Response(206, content=b""))
     wanted = File(name="x", bytes=5, sha256="0" * 64)
     with pytest.raises(ServiceError, match="gave no bytes from 0 on"):
-        download(Connection("http://127.0.0.1:1", "t"), "/v1/x", tmp_path / "x", wanted)
+        to = Connection("http://127.0.0.1:1", "t")
+        to.carry_out(download(to.peer, "/v1/x", tmp_path / "x", wanted))
     assert not (tmp_path / "x").exists()
 
 

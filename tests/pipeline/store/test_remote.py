@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline.errors import CorruptArtifact, NondeterminismError, StoreError, StoreUnwritable
+from pipeline.merging.files import Execution, FileMerge, merge_files
 from pipeline.store import objects as store_objects
 from pipeline.store.local import Store
 from pipeline.store.open import store_at
 from pipeline.store.remote import MIRROR, ObjectStore
+from tests.merge_service import toys
 from tests.pipeline.s3_server import s3_server
 from tests.pipeline.store_toys import CONTENT, ToyStep, child, exit_code, numbered, put
 
@@ -304,3 +307,34 @@ def test_bucket_that_is_not_there_is_said_and_the_store_travels_small(s3: str, m
     with pytest.raises(StoreUnwritable, match=r"s3://nowhere/x.*no such bucket"):
         made("s3://nowhere/x")
     assert len(pickle.dumps(ObjectStore.at("s3://bucket/x", ("a" * 64,)))) < 600
+
+
+def test_models_in_a_bucket_are_merged_by_range_with_the_bytes_of_files_on_disk(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import s3fs
+
+    rng = np.random.default_rng(0)
+    paths = [
+        toys.save(
+            tmp_path / f"{at}.safetensors", {"layers.0.w": rng.standard_normal((300, 300)).astype(np.float32)}
+        )
+        for at in range(2)
+    ]
+    system, asked = s3fs.S3FileSystem(skip_instance_cache=True), []
+    for path in paths:
+        system.put_file(str(path), f"bucket/models/{path.name}")
+    part = store_objects.Objects.part
+    monkeypatch.setattr(
+        store_objects.Objects,
+        "part",
+        lambda self, key, start, stop: asked.append(stop - start) or part(self, key, start, stop),
+    )
+    far = [Path(f"s3://bucket/models/{path.name}") for path in paths]
+    for experts, out in ((paths, "near"), (far, "far")):
+        merge_files(
+            FileMerge("slerp", {}, None, experts, tmp_path / f"{out}.safetensors", any_base=True),
+            Execution(threads=1),
+        )
+    assert (tmp_path / "far.safetensors").read_bytes() == (tmp_path / "near.safetensors").read_bytes()
+    assert asked and sum(asked) < 3 * sum(path.stat().st_size for path in paths)
