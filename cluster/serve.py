@@ -158,10 +158,12 @@ def trouble(name: str) -> str | None:
 def silence(name: str) -> None:
     """End an application after what it accepted is answered, and Ray Serve with the last one."""
     from ray import serve
+    from ray.serve.exceptions import RayServeException
 
-    serve.delete(name)
-    if not serve.status().applications:
-        serve.shutdown()
+    with contextlib.suppress(RayServeException):  # Ray Serve does not run
+        serve.delete(name)
+        if not serve.status().applications:
+            serve.shutdown()
 
 
 _REPLICA = "answers"

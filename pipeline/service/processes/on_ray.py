@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 
 from cluster import serve as ray_serve
 from cluster.code import check_code, code_digest
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, ClusterLost
 from cluster.session import Head, Session, connect
 from pipeline.service import metrics
 from pipeline.service.config import ServiceConfig
@@ -46,8 +46,9 @@ def serve(out: Path, config: ServiceConfig, opened: Callable[[], Setup]) -> None
         works = list(_works(out.absolute(), config))
         begun(setup)
         application = _application(setup, config)
+        running, left = ray_serve.stamp_of(config.name), False
         try:
-            if ray_serve.stamp_of(config.name) != application.stamp:
+            if running != application.stamp:
                 metrics.begin(setup.metrics, map(str, range(setup.serving.workers)))
                 ray_serve.answer(application, door)
             for work in works:
@@ -57,10 +58,15 @@ def serve(out: Path, config: ServiceConfig, opened: Callable[[], Setup]) -> None
             while not ending.wait(POLL_SECONDS):
                 if head.check():
                     _say(config.name, [work.name for work in works], said)
-        except (ClusterError, KeyboardInterrupt):
-            _end(config.name, works)
+        except (
+            ClusterError,
+            ClusterLost,
+        ) as error:  # what ran before goes on, whatever became of its successor
+            left = running is not None or isinstance(error, ClusterLost)
             raise
-        _end(config.name, works)
+        finally:
+            if not left:
+                _end(config.name, works)
 
 
 def replica(setup: Setup, digest: str) -> ASGIApp:
