@@ -34,16 +34,30 @@ def read_coefficients(file: Path, technique: str) -> dict[str, list[float]]:
         raise UserError(f"{file} is too large for a file of coefficients; check the path")
     try:
         text = file.read_text(encoding="utf-8")
-        found: Any = json.loads(text) if file.suffix == ".json" else parse(text, str(file), MOST)
+        found: Any = (
+            json.loads(text, object_pairs_hook=_once)
+            if file.suffix == ".json"
+            else parse(text, str(file), MOST)
+        )
     except (ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{file} is neither YAML nor JSON: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{file} cannot be read as coefficients: {str(error).splitlines()[0]}") from None
     if not isinstance(found, dict):
         raise UserError(
             f"{file} must hold lists of numbers by tensor name or pattern, such as '*': [0.3, 0.3]"
         )
     return {str(key): value for key, value in found.items()}
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; raises ValueError for a key that is given twice, of which the first would be lost."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} is given twice")
+        found[key] = value
+    return found
 
 
 def _of_tensors(file: Path, technique: str) -> dict[str, list[float]]:

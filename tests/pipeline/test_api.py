@@ -219,6 +219,10 @@ def test_merge_refuses_what_cannot_be_meant(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(UserError, match=match):
             tm.merge("average", **arguments)
+    table = tmp_path / "table.json"
+    table.write_text('{"*": [1, 1], "*": [0, 1]}')
+    with pytest.raises(UserError, match=r"the key '\*' is given twice"):
+        tm.merge("task_arithmetic", [one, one], one, coefficients=table)
     assert tm.merge("average", iter([one, one]))["w"].tolist() == [0, 0]  # type: ignore[index]
     with pytest.raises(UserError, match="expert-2"):
         tm.merge("average", [one, {"w": np.full(2, np.nan, np.float32)}])
