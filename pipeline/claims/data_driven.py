@@ -147,6 +147,7 @@ def page(judged: Sequence[Judged], found: Findings, run: dict[str, Any], more: S
             "",
             _short(judged, found),
             "",
+            *(("[Learned merges, TATR and MaTS](#learned-merges-tatr-and-mats) have a study and five questions of their own, below.", "") if more else ()),
             "| | question | verdict | settled by | effect [95 % interval] |",
             "|---|---|---|---|---|",
             *rows,

@@ -86,6 +86,8 @@ def section(judged: Sequence[Judged], found: Findings, run: Mapping[str, float])
         f"coefficients are learned in {run['learning_steps']:.0f} steps of 16 images per task at a rate of .01, each time step from those of the one before.",
         f"**Budget.** Training is the same for all. Learning took {run['learning']:.0%} of all GFLOPs of this study, measuring {run['measuring']:.1%}.",
         "",
+        _short(found),
+        "",
         "| | question | verdict | settled by | effect [95 % interval] |",
         "|---|---|---|---|---|",
         *(
@@ -104,6 +106,19 @@ def section(judged: Sequence[Judged], found: Findings, run: Mapping[str, float])
         f"verdicts: [questions](data_driven/{NAME}_questions.json).",
         "",
     ]  # fmt: skip
+
+
+def _short(found: Findings) -> str:
+    """Where the learned merge gains and loses, which its verdict on GM alone does not show."""
+    one, other = offline("adamerging"), offline("average")
+    ka, zs = (
+        float((scores(found, one, metric) - scores(found, other, metric)).mean()) for metric in ("ka", "zs")
+    )
+    return (
+        f"**Where the gain is.** Beside averaging, AdaMerging changes KA (what was learned) by {number(ka)} and ZS (what was kept) by {number(zs)}. A merge\n"
+        "that stays nearer to the base keeps more. Learned coefficients can do that; so does a smaller `scale`, without learning, and this study has\n"
+        "no average and no sum at a smaller scale."
+    )
 
 
 def _question(one: Judged) -> list[str]:
