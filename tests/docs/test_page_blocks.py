@@ -17,7 +17,10 @@ from train import CONTENDERS
 
 MIB = 1 << 20
 MACHINE = {"cpu": "Some Processor", "cores": 2, "memory_gib": 8.0, "cores_used_by_others": 1.5}
-VERSIONS = dict.fromkeys(("python", "torch", "numpy", "numba", "ray", "mlflow", "open_clip_torch"), "1.0")
+VERSIONS: dict[str, Any] = dict.fromkeys(
+    ("python", "torch", "numpy", "numba", "ray", "mlflow", "open_clip_torch"), "1.0"
+)
+VERSIONS["fusionbench"] = {"fusion-bench": "1.0"}
 
 
 def run(cpu: float, seconds: float, **more: Any) -> dict[str, Any]:
@@ -83,6 +86,11 @@ def invented() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         "merge-start-up": (merged | {"experts": 2}, {"start_up": started, "cases": cases()}),
         "merge-agreement": (merged | {"experts": 4}, {"cases": {}, "comparison": {"average, mergekit": differing}}),
         "arrivals-ties": ({"experts": 1000, "checkpoint_bytes": 4000}, {"ties": streams | {"early": arrival(0.01, 9000), "late": arrival(0.01, 32928)}}),
+        "regmean-vit-b-16": (
+            {"experts": 8, "size": "vit-b-16", "checkpoint_bytes": 4e8, "gram_bytes": 9e8, "threads": 1, "rounds": 1},
+            {"runs": {name: [{"answer": {"seconds": seconds, "merge_cpu": 9.0}, "peak": 3e9}] for name, seconds in (("ours", 10.0), ("fusionbench", 20.0))},
+             "ratios": {"wall": [0.5], "cpu": [1.0], "peak": [1.0]}, "difference": {"relative": 1e-6}},
+        ),
         "statistics-arrivals": ({"experts": 200, "checkpoint_bytes": 4000, "span": 10}, {"regmean": streams | {"early": arrival(0.01, 9000), "late": arrival(0.01, 9000)}}),
         "evidence-vit-b-32": ({"size": "vit-b-32", "images": 32, "threads": 1}, {"measure gram": {"peak": 5e9, "answer": {"seconds": 18.0, "forward": 6.0, "bytes": 8e8}}, "merge fisher": {"peak": 1e9, "answer": {"seconds": 6.0, "forward": 1.0, "bytes": 0}}, "checkpoint_bytes": 6e8}),
         "train": ({"steps": 60, "batch_size": 64, "precision": "fp32", "threads": 1, "rounds": 1}, {"runs": {name: [trained] for name in list(CONTENDERS)[:4]}}),
@@ -116,6 +124,7 @@ EXPECTED = {
     "start-up": "a TIES merge of two tiny checkpoints 0.2 s",
     "arrivals": "| `ties` | 10.0 | 1.00 | 1.010 | 1.010 | 1.000 |",
     "arrivals-statistics": "| `regmean` | 10.0 | 1.00 | 1.010 | 1.010 | 1.000 |",
+    "regmean": "| ours / FusionBench, median of rounds | 0.50 | 1.00 | 1.00 |",
     "evidence": "| gram | 18 | 3.0 | 5,000 | 800 |",
     "overhead": "takes 1.05 times what a bare",
     "scale": "its memory grows by 30.0 MiB",
