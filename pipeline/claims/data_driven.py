@@ -23,7 +23,7 @@ from pipeline.claims import data_driven_learned as learned
 from pipeline.claims.__main__ import commit
 from pipeline.claims.figures import NAMES
 from pipeline.claims.judge import ALPHA, UNDECIDED, Claim, Judged, Part, judge, plain
-from pipeline.claims.page import WORDS, comparisons, effect, number
+from pipeline.claims.page import WORDS, effect, number, question
 from pipeline.claims.results import Findings, read_rows, read_run, write_rows
 from pipeline.report import style
 from pipeline.report.page import svg_of
@@ -164,7 +164,7 @@ def page(judged: Sequence[Judged], found: Findings, run: dict[str, Any], more: S
             "",
             "*Final GM of every strategy and technique; points are orders, ticks their mean.*",
             "",
-            *(line for one in judged for line in _question(one)),
+            *(line for one in judged for line in question(one, "##")),
             "## All scores",
             "",
             "Means over the orders, after the last task.",
@@ -205,17 +205,6 @@ def _short(judged: Sequence[Judged], found: Findings) -> str:
         f"between {number(effects[0])} and {number(effects[-1])}. For comparison, replay is worth {worth[0]} to the offline average and {worth[1]} "
         "to continual fine-tuning in the same study."
     )
-
-
-def _question(one: Judged) -> list[str]:
-    return [
-        f"## {one.claim.number}",
-        "",
-        f"**{one.claim.claim} ({one.claim.paper}): {one.verdict}.**",
-        "",
-        *comparisons(one),
-        "",
-    ]
 
 
 def _scores(found: Findings) -> list[str]:

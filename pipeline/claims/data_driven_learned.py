@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline.claims.judge import Claim, Judged, Part
-from pipeline.claims.page import comparisons, effect, number
+from pipeline.claims.page import effect, number, question
 from pipeline.claims.results import Findings
 
 STUDY = Path("configs/studies/data_driven_learned.yaml")
@@ -95,7 +95,7 @@ def section(judged: Sequence[Judged], found: Findings, run: Mapping[str, float])
             for one in judged
         ),
         "",
-        *(line for one in judged for line in _question(one)),
+        *(line for one in judged for line in question(one, "###")),
         "### Scores of this study",
         "",
         "| init → deploy | technique | KA / ZS / GM |",
@@ -119,17 +119,6 @@ def _short(found: Findings) -> str:
         "that stays nearer to the base keeps more. Learned coefficients can do that; so does a smaller `scale`, without learning, and this study has\n"
         "no average and no sum at a smaller scale."
     )
-
-
-def _question(one: Judged) -> list[str]:
-    return [
-        f"### {one.claim.number}",
-        "",
-        f"**{one.claim.claim} ({one.claim.paper}): {one.verdict}.**",
-        "",
-        *comparisons(one),
-        "",
-    ]
 
 
 def _scores(found: Findings, rows: pd.DataFrame) -> list[str]:

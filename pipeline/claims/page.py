@@ -128,6 +128,18 @@ def _claim(one: Judged, judged: Sequence[Judged], found: Findings, about: About)
     return lines
 
 
+def question(one: Judged, heading: str) -> list[str]:
+    """A question with its verdict and its comparisons, below a heading of these marks."""
+    return [
+        f"{heading} {one.claim.number}",
+        "",
+        f"**{one.claim.claim} ({one.claim.paper}): {one.verdict}.**",
+        "",
+        *comparisons(one),
+        "",
+    ]
+
+
 def comparisons(one: Judged) -> list[str]:
     """The table of a claim's comparisons."""
     keys = (part.key for part in one.claim.deciding)
