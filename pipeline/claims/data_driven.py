@@ -23,7 +23,7 @@ from pipeline.claims import data_driven_learned as learned
 from pipeline.claims.__main__ import commit
 from pipeline.claims.figures import NAMES
 from pipeline.claims.judge import ALPHA, UNDECIDED, Claim, Judged, Part, judge, plain
-from pipeline.claims.page import WORDS, effect, number, question
+from pipeline.claims.page import WORDS, answered, effect, number
 from pipeline.claims.results import Findings, read_rows, read_run, write_rows
 from pipeline.report import style
 from pipeline.report.page import svg_of
@@ -164,7 +164,7 @@ def page(judged: Sequence[Judged], found: Findings, run: dict[str, Any], more: S
             "",
             "*Final GM of every strategy and technique; points are orders, ticks their mean.*",
             "",
-            *(line for one in judged for line in question(one, "##")),
+            *(line for one in judged for line in answered(one, "##")),
             "## All scores",
             "",
             "Means over the orders, after the last task.",

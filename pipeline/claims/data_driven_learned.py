@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline.claims.judge import Claim, Judged, Part
-from pipeline.claims.page import effect, number, question
+from pipeline.claims.page import answered, effect, number
 from pipeline.claims.results import Findings
 
 STUDY = Path("configs/studies/data_driven_learned.yaml")
@@ -95,7 +95,7 @@ def section(judged: Sequence[Judged], found: Findings, run: Mapping[str, float])
             for one in judged
         ),
         "",
-        *(line for one in judged for line in question(one, "###")),
+        *(line for one in judged for line in answered(one, "###")),
         "### Scores of this study",
         "",
         "| init → deploy | technique | KA / ZS / GM |",

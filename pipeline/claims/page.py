@@ -128,7 +128,7 @@ def _claim(one: Judged, judged: Sequence[Judged], found: Findings, about: About)
     return lines
 
 
-def question(one: Judged, heading: str) -> list[str]:
+def answered(one: Judged, heading: str) -> list[str]:
     """A question with its verdict and its comparisons, below a heading of these marks."""
     return [
         f"{heading} {one.claim.number}",
