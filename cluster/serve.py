@@ -1,7 +1,7 @@
 """What a Ray cluster keeps running: an ASGI application in replicas of Ray Serve, and work in named actors.
 
 Both outlive the process that started them, so a service goes on when its command is lost, and the same command finds it again. This is
-the only module that knows Ray Serve, whose interfaces move; it knows nothing of what is served.
+the only module that imports Ray Serve, whose interfaces move; what is served is a parameter.
 Invariant: nothing here replaces a replica but `answer`; whoever finds the stamp of what it would start has nothing to start.
 """
 

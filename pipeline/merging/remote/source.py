@@ -3,15 +3,17 @@
 Invariant: nothing is written, and a range that is returned has the length that was asked for.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import Protocol, TypeVar
 
 from merge_service.errors import UserError
 from pipeline.errors import StoreError
 from pipeline.store.objects import Objects
 
 SUFFIX = ".safetensors"
+Found = TypeVar("Found")
 
 
 class RemoteError(UserError):
@@ -49,14 +51,11 @@ class Bucket:
 
     def files(self) -> Mapping[str, int | None]:
         """As of `Source`. Raises `RemoteError` if there is nothing."""
-        found = self._said(lambda: self._objects.sizes(self.name if self._is_file else ""))
-        if not found:
-            raise RemoteError(f"{self.url} does not exist, or holds nothing; check bucket and path")
-        return dict(found)
+        return self._sizes
 
     def size(self, file: str) -> int:
         """As of `Source`."""
-        return int(self.files()[file] or 0)
+        return self._sizes[file]
 
     def part(self, file: str, start: int, stop: int) -> bytes:
         """As of `Source`."""
@@ -71,12 +70,19 @@ class Bucket:
     def _is_file(self) -> bool:
         return self.url.endswith(SUFFIX)
 
-    @property
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        found = self._said(lambda: self._objects.sizes(self.name if self._is_file else ""))
+        if not found:
+            raise RemoteError(f"{self.url} does not exist, or holds nothing; check bucket and path")
+        return dict(found)
+
+    @cached_property
     def _objects(self) -> Objects:
         url = self.url.rstrip("/")
         return Objects(url.rpartition("/")[0] if self._is_file else url)
 
-    def _said(self, call):  # type: ignore[no-untyped-def]
+    def _said(self, call: Callable[[], Found]) -> Found:
         try:
             return call()
         except FileNotFoundError as error:
