@@ -68,3 +68,25 @@ def test_signal_that_the_caller_has_ignored_stays_ignored() -> None:
         signal.SIGHUP, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN), env=dict(os.environ)
     )
     assert answer.returncode == 0, answer.stderr
+
+
+LEAVING = """
+import atexit, ctypes, os, signal, sys
+from pipeline.cli import app as cli
+
+def work(**_):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+libc = ctypes.CDLL(None)
+libc.on_exit(libc.abort, None)  # as the destructor of a library that was interrupted
+atexit.register(os.kill, os.getpid(), signal.SIGINT)
+cli.app = work
+cli.main()
+"""
+
+
+@pytest.mark.fault("F31")
+def test_signal_or_abort_of_a_library_at_the_very_end_changes_nothing() -> None:
+    answer = subprocess.run([sys.executable, "-c", LEAVING], cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode == 143, answer.stderr
+    assert "ended: by SIGTERM" in answer.stderr and "Traceback" not in answer.stderr
