@@ -197,10 +197,11 @@ def samples(data: memoryview) -> Iterator[memoryview]:
 
 def sampled(size: int) -> Iterator[tuple[int, int]]:
     """Where these bytes are, of a tensor of so many."""
-    for at in (0, (size - SAMPLE) // 2, size - SAMPLE) if size > 3 * SAMPLE else ():
-        yield at, at + SAMPLE
     if size <= 3 * SAMPLE:
         yield 0, size
+        return
+    for at in (0, (size - SAMPLE) // 2, size - SAMPLE):
+        yield at, at + SAMPLE
 
 
 def sha256_of(path: Path | str) -> str:
