@@ -23,7 +23,7 @@ from pipeline.claims import data_driven_learned as learned
 from pipeline.claims.__main__ import commit
 from pipeline.claims.figures import NAMES
 from pipeline.claims.judge import ALPHA, UNDECIDED, Claim, Judged, Part, judge, plain
-from pipeline.claims.page import WORDS, answered, effect, number
+from pipeline.claims.page import WORDS, answered, effect, number, triple
 from pipeline.claims.results import Findings, read_rows, read_run, write_rows
 from pipeline.report import style
 from pipeline.report.page import svg_of
@@ -216,7 +216,7 @@ def _scores(found: Findings) -> list[str]:
                 scores(found, (init, deploy, technique), replay, metric).mean()
                 for metric in ("ka", "zs", "gm")
             ]
-            texts.append(" / ".join(number(value).lstrip("+") for value in means))
+            texts.append(triple(means))
         lines.append(f"| {init} → {deploy} | {technique} | {texts[0]} | {texts[1]} |")
     return lines
 

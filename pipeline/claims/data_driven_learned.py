@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline.claims.judge import Claim, Judged, Part
-from pipeline.claims.page import answered, effect, number
+from pipeline.claims.page import answered, effect, number, triple
 from pipeline.claims.results import Findings
 
 STUDY = Path("configs/studies/data_driven_learned.yaml")
@@ -127,9 +127,7 @@ def _scores(found: Findings, rows: pd.DataFrame) -> list[str]:
         rows[["init", "deploy", "technique"]].drop_duplicates().itertuples(index=False)
     ):
         means = [scores(found, (init, deploy, technique), metric).mean() for metric in ("ka", "zs", "gm")]
-        lines.append(
-            f"| {init} → {deploy} | {technique} | {' / '.join(number(value).lstrip('+') for value in means)} |"
-        )
+        lines.append(f"| {init} → {deploy} | {technique} | {triple(means)} |")
     return lines
 
 

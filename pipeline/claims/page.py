@@ -5,7 +5,7 @@ written for, and its numbers are looked up (`remarks.py`). What was not judged i
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +126,11 @@ def _claim(one: Judged, judged: Sequence[Judged], found: Findings, about: About)
         if name != "ema_weights" or found.has(TUNING[0]):
             lines += [f"![{caption}]({about.folder}/{name}.svg)", "", f"*{caption}.*", ""]
     return lines
+
+
+def triple(means: Iterable[float]) -> str:
+    """Scores beside each other, such as KA / ZS / GM."""
+    return " / ".join(number(value).lstrip("+") for value in means)
 
 
 def answered(one: Judged, heading: str) -> list[str]:
