@@ -4,6 +4,7 @@ A reader of a name finds all of the file or none. Temporary files of a dead proc
 live process are never touched.
 """
 
+from merge_service.files import web
 from merge_service.files.absent import absence
 from merge_service.files.leftovers import (
     is_abandoned,
@@ -34,4 +35,5 @@ __all__ = [
     "sync_directory",
     "sync_file",
     "temporary",
+    "web",
 ]

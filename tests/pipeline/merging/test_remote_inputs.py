@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from merge_service.checkpoints.header import read_header
-from merge_service.files import ranges
+from merge_service.files import ranges, web
 from merge_service.files.ranges import PIECE
 from pipeline.merging.files import Execution, FileMerge, merge_files
 from pipeline.merging.remote import hub
@@ -56,11 +56,15 @@ class Stub:
 
     def __init__(self, root: Path) -> None:
         self.asked: list[tuple[str, tuple[int, int] | None, str | None]] = []
-        self.fails, self.cuts, self.ranges, self.redirect = 0, 0, True, ""
+        self.fails, self.cuts, self.ranges, self.redirect, self.connections = 0, 0, True, "", 0
         stub = self
 
         class Handler(BaseHTTPRequestHandler):
             def log_message(self, *_: Any) -> None: ...
+
+            def setup(self) -> None:
+                stub.connections += 1
+                super().setup()
 
             def send(self, code: int, body: bytes, **headers: str) -> None:
                 self.send_response(code)
@@ -76,7 +80,7 @@ class Stub:
                 stub.asked.append((self.path, part, self.headers.get("Authorization")))
                 if stub.fails:
                     stub.fails -= 1
-                    return self.send(503, b"busy")
+                    return self.send(503, b"busy", Retry_After="7")
                 if listed := re.fullmatch(
                     r"/api/models/(\w+/\w+)/revision/(?:main|refs%2Fpr%2F3)\?blobs=true", self.path
                 ):
@@ -141,7 +145,8 @@ def stub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
     made = Stub(root)
     monkeypatch.setenv("HF_ENDPOINT", made.url)
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(hub, "PAUSE", 0.0)
+    monkeypatch.setattr(web, "PAUSE", 0.0)
+    monkeypatch.setattr(web, "LONGEST", 0.0)
     yield made
     made.close()
 
@@ -230,25 +235,41 @@ def test_what_cannot_be_read_is_named_with_what_to_do_and_nothing_is_written(
 
 
 def test_broken_hubs_are_retried_and_then_named(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
-    stub.fails = hub.TRIES - 1
+    stub.fails = web.TRIES - 1
     assert "model.safetensors" in hub.Hub("org/one").files()
-    stub.fails = hub.TRIES
+    stub.fails = web.TRIES
     with pytest.raises(RemoteError, match="busy or broken"):
         hub.Hub("org/one").files()
     whole = hub.Hub("org/one", "refs/pr/3")
-    stub.cuts = hub.TRIES - 1
+    stub.cuts = web.TRIES - 1
     assert whole.part("config.json", 0, 5) == b'{"mod'
-    stub.cuts = hub.TRIES
-    with pytest.raises(RemoteError, match="ended after 1 bytes"):
+    stub.cuts = web.TRIES
+    with pytest.raises(RemoteError, match="after 1 bytes"):
         whole.part("config.json", 0, 5)
     assert whole.part("config.json", 0, 5) == b'{"mod'
     stub.ranges = False
     with pytest.raises(RemoteError, match="hf download org/one"):
         whole.part("model.safetensors", 0, 100)
     stub.close()
-    with pytest.raises(RemoteError, match=r"tried 4 times.*HF_ENDPOINT"):
+    with pytest.raises(RemoteError, match=r"tried 5 times.*HF_ENDPOINT"):
         hub.Hub("org/two").files()
     stub.server.server_close = stub.server.shutdown = lambda: None  # type: ignore[method-assign]
+
+
+def test_ranges_come_over_a_connection_that_is_kept(stub: Stub) -> None:
+    stub.server.RequestHandlerClass.protocol_version = "HTTP/1.1"  # type: ignore[attr-defined]
+    whole = hub.Hub("org/one")
+    assert [whole.part("config.json", at, at + 1) for at in range(3)] == [b"{", b'"', b"m"]
+    assert len(stub.asked) == 4 and stub.connections == 1
+
+
+def test_server_that_is_busy_says_how_long(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(web, "LONGEST", 30.0)
+    monkeypatch.setattr(web.time, "sleep", waited.append)
+    stub.fails = 1
+    hub.Hub("org/one").files()
+    assert waited == [7.0]
 
 
 def test_token_goes_to_the_endpoint_and_not_where_it_redirects_to(

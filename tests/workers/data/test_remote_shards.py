@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from merge_service.errors import UserError
+from merge_service.files import web
 from tests.pipeline.s3_server import s3_server
 from tests.workers.data.test_encoded import PICTURES, dataset, labelled
 from tests.workers.data_helpers import PREPROCESS
@@ -77,7 +78,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(web, "PAUSE", 0.0)
     decode._stored.cache_clear()
     yield
     decode._stored.cache_clear()
@@ -167,7 +168,7 @@ def test_error_of_the_library_for_buckets_names_the_address(
             raise type(name, (Exception,), {})("unable")
 
     monkeypatch.setattr(remote, "_bucket", Bucket)
-    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(web, "PAUSE", 0.0)
     with pytest.raises(ShardError, match=rf"s3://bucket/0\.tar: .*{says}.*{name}: unable"):
         remote.read_range("s3://bucket/0.tar", 0, 1)
 
