@@ -122,7 +122,7 @@ def _main() -> int:
         code = 128 + signals.SIGINT
     except Exception as error:
         code = 1 if signals.received() else _tell(error)  # errors while ending on a signal are not reported
-    return signals.tell(code)
+    return signals.report(code)
 
 
 def _tell(error: Exception) -> int:

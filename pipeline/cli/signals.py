@@ -1,7 +1,7 @@
 """How a command ends on a signal: in order, with exit code 128 + the number of the signal, and a message.
 
 Invariant: every signal becomes a KeyboardInterrupt in the main thread, the one exception that all libraries pass on unchanged
-(Ray turns a SystemExit into another one). The first signal decides the exit code, and none is heard after the message.
+(Ray turns a SystemExit into another one). The first signal decides the exit code; after the message signals are ignored.
 """
 
 import atexit
@@ -15,7 +15,7 @@ SIGINT = signal.SIGINT
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _received: list[signal.Signals] = []
-_told: list[signal.Signals] = []
+_reported: list[signal.Signals] = []
 
 
 def watch() -> None:
@@ -30,7 +30,7 @@ def _leave() -> None:
     """End the process, after every other handler of its exit, where a signal ended the command: destructors of C++ libraries that a
     signal has interrupted abort at times, which would be the exit code."""
     number = received()
-    if number is not None and _told:
+    if number is not None and _reported:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
@@ -47,14 +47,14 @@ def received() -> signal.Signals | None:
     return _received[0] if _received else None
 
 
-def tell(code: int) -> int:
+def report(code: int) -> int:
     """Report the signal that ended the command, if there was one; returns its exit code, else `code`."""
     number = received()
     if number is None or code == 0:
         return code
     for one in ENDING:
         signal.signal(one, signal.SIG_IGN)
-    _told.append(number)
+    _reported.append(number)
     from pipeline.console import complain
 
     with contextlib.suppress(OSError):  # the terminal may be gone
