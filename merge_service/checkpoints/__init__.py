@@ -5,8 +5,8 @@ block by block. A merge reads `Weights`; a checkpoint is one implementation of t
 with its reason; nothing is skipped or padded to fit.
 """
 
-from merge_service.checkpoints.adapters.opening import open_weights
-from merge_service.checkpoints.adapters.references import absolute, parts_of
+from merge_service.checkpoints.adapters.opening import files_of, open_weights
+from merge_service.checkpoints.adapters.references import absolute, is_adapter, parts_of
 from merge_service.checkpoints.adapters.updates import on_grid
 from merge_service.checkpoints.adapters.whole import ADAPTER_FOLDER, write_adapted
 from merge_service.checkpoints.admission import admit, check_finite, spare_prefix
@@ -48,6 +48,8 @@ __all__ = [
     "check_finite",
     "convert",
     "entry",
+    "files_of",
+    "is_adapter",
     "locate",
     "of_groups",
     "on_grid",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from merge_service.errors import UserError
-from merge_service.live.values import canonical, digest, of_plain, plain
+from merge_service.live.values import LATER, canonical, digest, of_plain, plain
 
 GENESIS = "0" * 64
 """`prev` of the first entry."""
@@ -90,7 +90,8 @@ class UploadCompleted:
 @dataclass(frozen=True)
 class Received:
     """An expert has come. `init` is the sha256 of the weights that training started from, `base`, or `foreign`; `init_seq` the entry
-    that a start ticket stood for. `key` is the idempotency key and `body` the digest of the request.
+    that a start ticket stood for. `key` is the idempotency key and `body` the digest of the request. `adapter` is the sha256 of the
+    adapter's weights where the expert was made of one, on `init`.
     """
 
     task: str
@@ -107,6 +108,7 @@ class Received:
     key: str = ""
     body: str = ""
     replaces: str | None = None
+    adapter: str = field(default="", metadata=LATER)
 
 
 @dataclass(frozen=True)

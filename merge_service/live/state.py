@@ -56,6 +56,7 @@ class Arrival:
     origin: str = "local"
     signature: str = ""
     replaces: str | None = None
+    adapter: str = ""
     reasons: tuple[str, ...] = ()
     detail: str = ""
     waived: tuple[str, ...] = ()

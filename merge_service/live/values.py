@@ -16,6 +16,8 @@ from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Value = TypeVar("Value")
+LATER: Mapping[str, bool] = {"later": True}
+"""Metadata of a field that came after logs were written: its default is left out, so that what was written then keeps its text."""
 
 
 def canonical(value: object) -> bytes:
@@ -32,7 +34,12 @@ def digest(value: object) -> str:
 def plain(value: object) -> Any:
     """A frozen dataclass, and what it holds, as dict, list, str, int, float, bool and None."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {one.name: plain(getattr(value, one.name)) for one in fields(value)}
+        shown = [
+            one
+            for one in fields(value)
+            if not (one.metadata == LATER and getattr(value, one.name) == one.default)
+        ]
+        return {one.name: plain(getattr(value, one.name)) for one in shown}
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):

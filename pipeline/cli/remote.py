@@ -85,7 +85,10 @@ def serve(
 
 def arrive(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A weights directory, file or index of shards.")
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT", help="A weights directory, file or index of shards, or an adapter's folder."
+        ),
     ],
     task: Task,
     url: Url = None,

@@ -46,7 +46,10 @@ Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, for 
 
 def arrive(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A weights directory, file or index of shards.")
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT", help="A weights directory, file or index of shards, or an adapter's folder."
+        ),
     ],
     task: Annotated[str, typer.Option("--task", metavar="TASK", help="What the expert was trained for.")],
     out: ServiceDir,

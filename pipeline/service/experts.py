@@ -12,8 +12,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +22,11 @@ from merge_service.checkpoints import (
     WEIGHTS_FILE,
     Checkpoint,
     CheckpointWriter,
+    files_of,
+    is_adapter,
     locate,
     sha256_of,
+    write_adapted,
 )
 from merge_service.errors import (
     AdapterCheckpoint,
@@ -56,10 +59,11 @@ REASONS = (
 
 @dataclass(frozen=True)
 class Taken:
-    """Bytes that were taken in."""
+    """Bytes that were taken in, and the sha256 of the adapter that they were made of."""
 
     sha256: str
     bytes: int
+    adapter: str = ""
 
 
 def step_of(spec: Spec, slug: str, label: str, t: int = 0, disk_bytes: int = RECORD_BYTES) -> Step:
@@ -79,13 +83,20 @@ class Experts:
         self._rows: dict[str, int] = {}
         self._sketches = np.zeros((64, WIDTH), np.float32)
 
-    def take(self, source: Path, max_bytes: int) -> Taken:
-        """Copy a checkpoint (file, shards, directory) in, durably. Raises UserError for what is no safetensors, or too large."""
-        weights = locate(source)
+    def take(self, source: Path, max_bytes: int, start: Callable[[], Path]) -> Taken:
+        """Copy a checkpoint (file, shards, directory) in, durably; of an adapter, what it makes of the weights at `start()`.
+
+        Raises UserError for what is no safetensors, or too large, and for an adapter that does not fit its start.
+        """
+        adapter = files_of(source)[1] if source.exists() and is_adapter(source) else None
+        weights = adapter or locate(source)
         make_directory(self.incoming)
         target = temporary(self.incoming / "expert.safetensors")
         with room_for(f"expert {source}", self.incoming):
             try:
+                if adapter is not None:
+                    write_adapted(start(), source, target)
+                    return replace(self.adopt(target, max_bytes), adapter=sha256_of(adapter))
                 if weights.suffix == ".safetensors":
                     _check_size(weights, weights.stat().st_size, max_bytes)
                     shutil.copyfile(weights, target)

@@ -13,7 +13,7 @@ from pathlib import Path
 from merge_service.checkpoints import WEIGHTS_FILE
 from merge_service.faults import point
 from merge_service.files import Made
-from merge_service.live import Accepted, Following, State, Version, link, snapshots
+from merge_service.live import Accepted, Following, Refused, State, Version, link, snapshots
 from merge_service.service import Folder, Origin, Place
 from merge_service.timelines import Base, Expert, Merged, Strategy, Weights, deployed, initial, results
 from pipeline.errors import CorruptArtifact, NondeterminismError
@@ -65,6 +65,29 @@ class Models:
     def start(self, places: Sequence[Place]) -> Record | None:
         """What the next expert is trained from, after these; None if it is not in the store now."""
         return self.store.find(self._named(initial(self.strategy, len(places) + 1), places)[1])
+
+    def known(self, state: State, sha256: str) -> Record | None:
+        """The artifact of weights that training may have started from: base, a version, an accepted expert, or the start of the next."""
+        if sha256 == state.base.sha256:
+            return self.base
+        for one in state.sequence:
+            if sha256 == one.version.sha256:
+                return self.store.find(one.version.fingerprint)
+            if sha256 == one.sha256:
+                return self.experts.record(sha256)
+        start = self.start(places_of(state)) if state.removal is None else None
+        return start if start is not None and start.sha256(WEIGHTS_FILE) == sha256 else None
+
+    def under(self, state: State, init: str) -> Path:
+        """The weights that an adapter trained from `init` (as of `Received`) stands on, verified. Raises Refused if they are not here."""
+        record = self.base if init == "base" else self.known(state, init)
+        if record is None:
+            raise Refused(
+                "upload.unfit",
+                f"an adapter needs the weights that it was trained on: {init[:16]} are not here; train from the base or from a start "
+                "ticket, or send whole weights",
+            )
+        return self.store.open_verified(record)
 
     def is_there(self, fingerprint: str) -> bool:
         """Whether a version can be opened without being made."""

@@ -106,10 +106,13 @@ class Operations:
         arrival are durable then. Raises UserError for what is no checkpoint, is too large, or is refused.
         """
         self.check_task(sender.task)
-        taken = self.home.experts.take(checkpoint, self.home.config.admission.max_bytes)
+        home, state = self.home, self.home.log.state
+        taken = home.experts.take(
+            checkpoint, home.config.admission.max_bytes, lambda: home.models.under(state, sender.init)
+        )
         data = Received(
             sender.task, taken.sha256, taken.bytes, sender.init, sender.owner, sender.license, sender.note,
-            replaces=sender.replaces, init_seq=self._held_since(sender.init),
+            replaces=sender.replaces, init_seq=self._held_since(sender.init), adapter=taken.adapter,
         )  # fmt: skip
         return self.received(data).id
 

@@ -48,8 +48,11 @@ def open_weights(path: Path | str, base: Path | str | None = None) -> Opened:
     Raises what `Checkpoint.open` does; for an adapter `AdapterCheckpoint` or `IncompatibleCheckpoint` naming it, the module and why.
     """
     found = Reference.of(path)
-    if found is None:
-        return Checkpoint.open(path)
+    return Checkpoint.open(path) if found is None else open_adapter(found, base)
+
+
+def open_adapter(found: Reference, base: Path | str | None = None) -> Adapted:
+    """The model that an adapter makes of its base, a context manager, as of `open_weights`."""
     notes: list[str] = []
     place = _base_of(found, base, notes)
     under = open_weights(place)
@@ -93,6 +96,11 @@ def _base_of(found: Reference, base: Path | str | None, notes: list[str]) -> Pat
 def _alike(own: Path, base: Path | str) -> bool:
     with open_weights(own) as one, open_weights(base) as other:
         return one.fingerprint() == other.fingerprint()
+
+
+def files_of(adapter: Path) -> list[Path]:
+    """The configuration and the weights of an adapter's folder. Raises what `open_weights` does for a folder without weights."""
+    return [folder_of(adapter) / ADAPTER_CONFIG, _file(adapter)]
 
 
 def _file(adapter: Path) -> Path:

@@ -6,7 +6,8 @@ are on a grid (`updates.on_grid`), the bytes depend on no library and no machine
 
 from pathlib import Path
 
-from merge_service.checkpoints.adapters.opening import open_weights
+from merge_service.checkpoints.adapters.opening import open_adapter
+from merge_service.checkpoints.adapters.references import Reference
 from merge_service.checkpoints.ties import entry, recorded
 from merge_service.checkpoints.writer import CheckpointWriter
 
@@ -18,10 +19,11 @@ ADAPTER_FOLDER = "adapter"
 
 def write_adapted(base: Path, adapter: Path, out: Path) -> None:
     """Write the file `out`: `base` with the `adapter`. Nothing is synced, as whoever keeps the file does that, or can make it again.
+    Which base the adapter's configuration names does not count, and nothing is looked for by that name.
 
     Raises the `CheckpointError` that fits if they do not belong together.
     """
-    with open_weights(adapter, base) as made:
+    with open_adapter(Reference(adapter, base)) as made:
         layout = {name: (info.dtype, info.shape) for name, info in made.tensors.items()}
         with CheckpointWriter(out, layout, entry(recorded(made)), durable=False) as writer:
             for name, info in made.tensors.items():

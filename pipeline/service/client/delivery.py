@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from merge_service.checkpoints import WEIGHTS_FILE
+from merge_service.checkpoints import ADAPTER_FOLDER, WEIGHTS_FILE
 from merge_service.errors import UserError
 from pipeline.console import WARNING, complain
 from pipeline.errors import ConfigError
@@ -159,6 +159,9 @@ class _Sending:
         if ticket is None:  # its start is not one of the service's, which decides whether it takes such
             said["init"] = "foreign"
         path = self._workspace.store.open_verified(record)
+        adapter = record.path / ADAPTER_FOLDER
+        if ticket and adapter.is_dir():  # the service makes the same weights of it
+            path = adapter
         came = service.arrive(path, step.task, ticket, lambda *_: None, **said)
         self._last = came.id
         other = "" if ticket else "; it started from other weights than those of the service"

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from merge_service.files import make_directory, replace_whole, sync_directory, s
 from merge_service.live import Refused, digest
 from pipeline.files.disk import free_bytes, room_for
 from pipeline.service.experts import Experts, Taken
+from pipeline.service.home import Home
 
 PART_BYTES = 8 << 20
 KEPT_SECONDS = 48 * 3600.0
@@ -35,6 +36,9 @@ FOLDER = "uploads"
 MOST_FILES = 500
 MOST_INDEX_BYTES = 32 << 20
 WEIGHTS, INDEX = ".safetensors", ".safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors")
+MOST_CONFIG_BYTES = 1 << 20
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 ID = "u-[0-9a-f]{24}"
 _SAID, _TAKEN = "upload.json", "taken.json"
@@ -74,18 +78,31 @@ class Upload:
         return PART_BYTES
 
     @property
-    def needs(self) -> int:
-        """Bytes of disk until its arrival is taken: shards are joined into one file."""
+    def is_adapter(self) -> bool:
+        """Whether its files are an adapter's."""
+        return any(one.name == ADAPTER_CONFIG for one in self.files)
+
+    def needs(self, expert: int) -> int:
+        """Bytes of disk until its arrival is taken: shards are joined into one file, an adapter becomes an expert of `expert` bytes."""
+        if self.is_adapter:
+            return self.bytes + expert
         return self.bytes if len(self.files) == 1 else 2 * self.bytes
 
 
 @dataclass(frozen=True)
 class Room:
-    """What uploads may take: bytes of one, how many at a time, and bytes of the disk that stay free."""
+    """What uploads may take: bytes of one, how many at a time, and bytes of the disk that stay free. An expert has `expert` bytes."""
 
     bytes: int
     uploads: int
     reserve: int
+    expert: int
+
+    @classmethod
+    def of(cls, home: Home) -> "Room":
+        """As the configuration of a service allows."""
+        config = home.config
+        return cls(config.admission.max_bytes, config.limits.uploads, config.limits.reserve, home.base.bytes)
 
 
 @dataclass
@@ -173,8 +190,11 @@ class Uploads:
         return str(found["arrival"]) if (found["token"], found["request"]) == (token, request) else None
 
     @contextlib.contextmanager
-    def taking(self, upload: Upload, experts: Experts, request: str) -> Iterator[Taking]:
+    def taking(
+        self, upload: Upload, experts: Experts, request: str, start: Callable[[], Path]
+    ) -> Iterator[Taking]:
         """The bytes of a whole upload, as one file among those that come in; the upload is gone at the end, unless an error is raised.
+        An adapter becomes what it makes of the weights at `start()`.
 
         What it became (`Taking.arrival`) is kept, since the answer to `request`, a digest, may be lost.
         Raises Refused if a part is missing, a file is not what was announced, or another request takes the same upload.
@@ -182,14 +202,14 @@ class Uploads:
         with self._working(upload, wait=False):
             if self.missing(upload):
                 raise Refused("upload.incomplete", "parts are missing; GET the upload to see which")
-            taken = self._taken(upload, experts)
+            taken = self._taken(upload, experts, start)
             point("upload.complete")
             found = Taking(taken)
             yield found
             if not experts.is_there(
                 taken.sha256
             ):  # swept between the two, by a worker that had not read the arrival yet
-                self._taken(upload, experts)
+                self._taken(upload, experts, start)
             place = self._folder / upload.id
             body = {"token": upload.token, "request": request, "arrival": found.arrival}
             with _locked(self._folder / ".lock"):
@@ -211,7 +231,7 @@ class Uploads:
                     with contextlib.suppress(BlockingIOError), _locked(place / ".lock", wait=False):
                         self._remove(place)
 
-    def _taken(self, upload: Upload, experts: Experts) -> Taken:
+    def _taken(self, upload: Upload, experts: Experts, start: Callable[[], Path]) -> Taken:
         place = self._folder / upload.id
         for at, file in enumerate(upload.files):
             if _sha256(place / "data" / str(at)) != file.sha256:
@@ -225,11 +245,11 @@ class Uploads:
         joined.mkdir()
         for at, file in enumerate(upload.files):
             os.link(place / "data" / str(at), joined / file.name)
-        index = next(one.name for one in upload.files if one.name.endswith(INDEX))
+        index = next((one.name for one in upload.files if one.name.endswith(INDEX)), "")
         try:
-            return experts.take(joined / index, self._room.bytes)
+            return experts.take(joined / index, self._room.bytes, start)
         except CheckpointError as error:
-            said = str(error).replace(f"{joined}/", "").replace(str(joined), "the upload")
+            said = experts.public(error).replace(f"{joined}/", "").replace(str(joined), "the upload")
             raise Refused("upload.unfit", said) from None
 
     def _check_room(self, upload: Upload) -> None:
@@ -240,12 +260,13 @@ class Uploads:
                 "limit.uploads",
                 f"{len(others)} uploads are open; limits.uploads allows {self._room.uploads} at a time",
             )
-        promised = sum(max(0, one.needs - self._held(one)) for one in others)
-        free = free_bytes(self._folder) - promised - self._room.reserve
-        if upload.needs > free:
-            raise Refused(
-                "service.full", f"{upload.needs:,} bytes are needed, and {max(0, free):,} may be used"
-            )
+        promised = sum(max(0, one.needs(self._room.expert) - self._held(one)) for one in others)
+        free, needed = (
+            free_bytes(self._folder) - promised - self._room.reserve,
+            upload.needs(self._room.expert),
+        )
+        if needed > free:
+            raise Refused("service.full", f"{needed:,} bytes are needed, and {max(0, free):,} may be used")
 
     def _held(self, upload: Upload) -> int:
         place = self._folder / upload.id / "data"
@@ -306,11 +327,17 @@ class Uploads:
 
 
 def _check_files(files: Sequence[Announced]) -> None:
-    """Raise Refused unless these are the files of one checkpoint: a safetensors file, or shards with their index."""
+    """Raise Refused unless these are the files of one checkpoint: a safetensors file, shards with their index, or an adapter."""
     names = [one.name for one in files]
     wrong = [name for name in names if not NAME.fullmatch(name) or not name.endswith((WEIGHTS, INDEX))]
     indexes = [one for one in files if one.name.endswith(INDEX)]
-    if wrong:
+    if ADAPTER_CONFIG in names:
+        if sorted(names) == sorted(ADAPTER_FILES) and all(
+            one.bytes <= MOST_CONFIG_BYTES for one in files if one.name == ADAPTER_CONFIG
+        ):
+            return
+        text = f"{' with '.join(ADAPTER_FILES)}, the first of at most {MOST_CONFIG_BYTES:,} bytes,"
+    elif wrong:
         text = f"files are named *{WEIGHTS} or *{INDEX}, by letters, digits, dots and dashes"
     elif len(set(names)) != len(names) or len(names) > MOST_FILES:
         text = f"at most {MOST_FILES} files, each name once"

@@ -71,10 +71,7 @@ def work(out: Path, ending: threading.Event) -> None:
     raises."""
     home = Home.open(out)
     statement = Statement(home)
-    limits, swept = home.config.limits, 0.0
-    uploads = Uploads(
-        home.place / FOLDER, Room(home.config.admission.max_bytes, limits.uploads, limits.reserve)
-    )
+    uploads, swept = Uploads(home.place / FOLDER, Room.of(home)), 0.0
     with contextlib.ExitStack() as held:
         worker: Worker | None = None
         while not ending.is_set():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from merge_service.checkpoints import CONFIG_FILE, WEIGHTS_FILE, sha256_of
+from merge_service.checkpoints import ADAPTER_FOLDER, CONFIG_FILE, WEIGHTS_FILE, sha256_of, write_adapted
 from merge_service.errors import UserError
 from merge_service.merge import merge
 from pipeline.errors import ConfigError
@@ -23,6 +23,7 @@ from tests.pipeline.plan_toys import base_of, facts, make_plan, study
 from tests.pipeline.service import toys
 from tests.pipeline.service.conftest import set_up
 from tests.pipeline.service.live_toys import Reached, reached, worked
+from tests.pipeline.service.test_adapters_arrive import adapter
 from tests.serving_toys import Zoo
 
 AVERAGE = {"init": "base", "deploy": "all", "technique": "average"}
@@ -102,6 +103,29 @@ def test_expert_that_starts_from_the_one_before_waits_for_the_decision_and_bring
         tickets = [one.init_seq for one in home.log.refresh().arrivals.values()]
     assert [one.init for one in found] == ["base", found[0].sha256]
     assert None not in tickets
+
+
+def test_expert_that_is_an_adapter_goes_as_one(
+    averaging: tuple[Reached, str, Home], base: Path, tmp_path: Path
+) -> None:
+    reach, token, _ = averaging
+    workspace = a_study(tmp_path / "run", AVERAGE, base)
+    first, second = experts_of(workspace.plan)
+    folder = adapter(tmp_path / "d1", "task0")
+    with workspace.store.staged(first) as stage:
+        shutil.copytree(folder, stage / ADAPTER_FOLDER)
+        write_adapted(base, folder, stage / WEIGHTS_FILE)
+        (stage / CONFIG_FILE).write_text("{}")
+        whole = sha256_of(stage / WEIGHTS_FILE)
+        workspace.store.commit(first, stage, {}, seconds=0.0)
+    commit(workspace, second, toys.expert(tmp_path, "task1"))
+    with Service(reach.url, token) as service:
+        with Delivery(service, {"owner": "ann"})(workspace):
+            pass
+        found = [service.wait(one.id) for one in service.arrivals()]
+    assert (found[0].sha256, found[0].adapter) == (whole, sha256_of(folder / "adapter_model.safetensors"))
+    assert found[1].adapter == "" and [one.init for one in found] == ["base", "base"]
+    assert all("adapter_" in one for one in reach.puts() if "/adapter" in one) and len(reach.puts()) == 3
 
 
 def test_expert_of_another_base_is_foreign_to_the_service(

@@ -191,7 +191,7 @@ def sent(out: Path, room: Path) -> tuple[Home, list[int]]:
     parts, size = list[int](), uploads.PART_BYTES
     opened, path = home(out), expert(room, TASKS[0])
     data, announced = path.read_bytes(), uploads.Announced(path.name, path.stat().st_size, sha256_of(path))
-    every = uploads.Uploads(opened.place / uploads.FOLDER, uploads.Room(10**9, 4, 0))
+    every = uploads.Uploads(opened.place / uploads.FOLDER, uploads.Room(10**9, 4, 0, 0))
     note = room / "upload"
     if not (note.exists() and every.taken(note.read_text(), "token", "request")):
         upload, _ = every.open("token", TASKS[0], [announced])
@@ -200,7 +200,7 @@ def sent(out: Path, room: Path) -> tuple[Home, list[int]]:
             for part in range(first, last + 1):
                 every.put(upload, path.name, part, data[part * size : (part + 1) * size])
                 parts.append(part)
-        with every.taking(upload, opened.experts, "request") as taking:
+        with every.taking(upload, opened.experts, "request", lambda: opened.base.path) as taking:
             data_of = Received(
                 TASKS[0], taking.taken.sha256, taking.taken.bytes, "base", "ann", origin="upload"
             )

@@ -4,6 +4,7 @@ Invariant: 202 says that bytes and entry are on disk. The same request again, by
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Response
@@ -142,10 +143,12 @@ def _arrive(live: Live, response: Response, token: Token, asked: Asked) -> Came:
         raise Problem("request.invalid", "the upload was announced for another task")
     init, init_seq, ticket = _start(live, state, body)
     try:
-        with live.uploads.taking(upload, live.home.experts, asked.digest()) as taking:
+        start = partial(live.home.models.under, state, init)
+        with live.uploads.taking(upload, live.home.experts, asked.digest(), start) as taking:
             data = Received(
                 body.task, taking.taken.sha256, taking.taken.bytes, init, owner, body.license, body.note, origin="upload",
                 ticket=ticket, init_seq=init_seq, key=key, body=asked.digest(), replaces=asked.replaces,
+                adapter=taking.taken.adapter,
             )  # fmt: skip
             arrived = operations.received(data, quota)
             taking.arrival = arrived.id

@@ -43,10 +43,8 @@ class Live:
         if setup.out is None:
             raise UserError("the setup names no service (out)")
         home = Home.open(setup.out)
-        limits = home.config.limits
-        room = Room(home.config.admission.max_bytes, limits.uploads, limits.reserve)
         tickets = Tickets(setup.ticket_key, home.config.name)
-        return cls(home, Uploads(home.place / FOLDER, room), Tokens(setup.tokens), tickets, ending)
+        return cls(home, Uploads(home.place / FOLDER, Room.of(home)), Tokens(setup.tokens), tickets, ending)
 
     def state(self) -> State:
         """The newest state."""

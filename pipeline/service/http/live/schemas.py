@@ -102,7 +102,8 @@ class Scores(BaseModel):
 
 
 class ArrivalShown(BaseModel):
-    """One arrival and what became of it. `own` are scores of the expert alone on its task."""
+    """One arrival and what became of it. `own` are scores of the expert alone on its task, `adapter` is the sha256 of the adapter that
+    came, where the expert was made of one."""
 
     id: str
     seq: int
@@ -117,6 +118,7 @@ class ArrivalShown(BaseModel):
     bytes: int
     init: str
     origin: str
+    adapter: str
     replaces: str | None
     reasons: list[str]
     detail: str
@@ -135,7 +137,7 @@ class ArrivalShown(BaseModel):
         return cls(
             id=one.id, seq=one.seq, time_ms=one.time_ms, task=one.task, owner=one.owner, license=one.license, note=one.note,
             status=status, t=one.t, sha256=one.sha256, bytes=one.bytes, init=one.init, origin=one.origin,
-            replaces=one.replaces, reasons=[*one.reasons], detail=one.detail if said else "", own=dict(one.own),
+            adapter=one.adapter, replaces=one.replaces, reasons=[*one.reasons], detail=one.detail if said else "", own=dict(one.own),
             verdicts=[
                 VerdictShown(
                     gate=gate.gate, verdict=gate.verdict, margin=gate.margin,

@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 
 from merge_service.checkpoints import WEIGHTS_FILE
-from merge_service.live import State, plain
+from merge_service.live import plain
 from pipeline.service.http.door import require
 from pipeline.service.http.live.live import Live, check_bounds
 from pipeline.service.http.live.schemas import Start
@@ -53,7 +53,7 @@ def router(live: Live) -> APIRouter:
         summary="A file of weights to start from, whole or in ranges",
     )
     def file(sha256: Sha256, name: FileName, request: Request) -> Response:
-        record = _found(live, live.state(), sha256)
+        record = live.home.models.known(live.state(), sha256)
         described = next((one for one in _files(record) if one.name == name), None) if record else None
         if record is None or described is None:
             raise Problem("model.unknown")
@@ -66,17 +66,3 @@ def _files(record: Record) -> list[File]:
     """The files of a weights directory."""
     every = sorted(record.files.items())
     return [File(name=name, **entry) for name, entry in every if name != RECORD_FILE and "/" not in name]
-
-
-def _found(live: Live, state: State, sha256: str) -> Record | None:
-    """The artifact of weights that a ticket may have named: base, a version, an accepted expert, or the start of the next one."""
-    home = live.home
-    if sha256 == state.base.sha256:
-        return home.base
-    for one in state.sequence:
-        if sha256 == one.version.sha256:
-            return home.store.find(one.version.fingerprint)
-        if sha256 == one.sha256:
-            return home.experts.record(sha256)
-    start = home.models.start(places_of(state)) if state.removal is None else None
-    return start if start is not None and start.sha256(WEIGHTS_FILE) == sha256 else None
