@@ -5,6 +5,7 @@ Inputs of a merge on a hub and shards of data at an address are read through her
 Invariant: no more of an answer is read than was asked for, and a credential of a request goes to no other host than its own.
 """
 
+import logging
 import os
 import random
 import re
@@ -17,11 +18,15 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     import httpx2
 
-TRIES, PAUSE, LONGEST = 5, 0.3, 30.0
-"""Times that a request is made; seconds before the second, doubled from then on, and the longest of them that a server may ask for."""
+TRIES, PAUSE, LONGEST = 5, 0.3, 300.0
+"""Times that a request is made; seconds before the second, doubled from then on, and the most that a server may ask for, which is the window
+of the hub's limits."""
 TIMEOUT = 60.0
+_LONG = 5.0
+_log = logging.getLogger(__name__)
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
 _PLACED = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_RESET = re.compile(r"\bt=(\d+)")
 Found = TypeVar("Found")
 
 
@@ -57,8 +62,9 @@ def tried(once: Callable[[], Found]) -> Found:
         try:
             return once()
         except Passing as error:
-            pause = PAUSE * 2**attempt * (1 + random.random())
-            time.sleep(max(pause, min(error.wait, LONGEST)))
+            if (asked := min(error.wait, LONGEST)) > _LONG:
+                _log.warning("%s: waiting for %.0f s, as the server asks", error, asked)
+            time.sleep(max(PAUSE * 2**attempt * (1 + random.random()), asked))
     return once()
 
 
@@ -75,12 +81,7 @@ def get(url: str, headers: Mapping[str, str], most: int, follow: bool) -> Answer
             "GET", url, headers={"Accept-Encoding": "identity", **headers}, follow_redirects=follow
         ) as answer:
             if answer.status_code in _PASSING:
-                later = answer.headers.get("retry-after", "")
-                raise Passing(
-                    f"status {answer.status_code}",
-                    answer.status_code,
-                    float(later) if later.isdigit() else 0.0,
-                )
+                raise Passing(f"status {answer.status_code}", answer.status_code, _asked(answer.headers))
             for piece in answer.iter_raw():
                 data += piece
                 if len(data) > most:
@@ -94,6 +95,12 @@ def get(url: str, headers: Mapping[str, str], most: int, follow: bool) -> Answer
 def get_range(url: str, start: int, stop: int, headers: Mapping[str, str], follow: bool) -> Answer:
     """As `get`, for bytes start..stop of a file, with stop > start."""
     return get(url, {"Range": f"bytes={start}-{stop - 1}", **headers}, stop - start, follow)
+
+
+def _asked(headers: Mapping[str, str]) -> float:
+    """The seconds that a busy server asks for, by Retry-After or by `t` of RateLimit, as the hub does."""
+    later, limit = headers.get("retry-after", ""), _RESET.search(headers.get("ratelimit", ""))
+    return float(later) if later.isdigit() else float(limit[1]) if limit else 0.0
 
 
 @cache

@@ -57,6 +57,7 @@ class Stub:
     def __init__(self, root: Path) -> None:
         self.asked: list[tuple[str, tuple[int, int] | None, str | None]] = []
         self.fails, self.cuts, self.ranges, self.redirect, self.connections = 0, 0, True, "", 0
+        self.header: dict[str, str] = {}
         stub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -80,7 +81,7 @@ class Stub:
                 stub.asked.append((self.path, part, self.headers.get("Authorization")))
                 if stub.fails:
                     stub.fails -= 1
-                    return self.send(503, b"busy", Retry_After="7")
+                    return self.send(429, b"busy", **stub.header)
                 if listed := re.fullmatch(
                     r"/api/models/(\w+/\w+)/revision/(?:main|refs%2Fpr%2F3)\?blobs=true", self.path
                 ):
@@ -263,13 +264,22 @@ def test_ranges_come_over_a_connection_that_is_kept(stub: Stub) -> None:
     assert len(stub.asked) == 4 and stub.connections == 1
 
 
-def test_server_that_is_busy_says_how_long(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("header", "waits"),
+    [
+        ({"Retry_After": "7"}, 7.0), ({"RateLimit": '"resolvers";r=0;t=55'}, 55.0), ({"Retry_After": "9999"}, 300.0),
+        ({"Retry_After": "Fri, 01 Jan 2027 00:00:00 GMT"}, 0.0), ({}, 0.0),
+    ],
+)  # fmt: skip
+def test_server_that_is_busy_says_how_long(
+    header: dict[str, str], waits: float, stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     waited: list[float] = []
-    monkeypatch.setattr(web, "LONGEST", 30.0)
+    monkeypatch.setattr(web, "LONGEST", 300.0)
     monkeypatch.setattr(web.time, "sleep", waited.append)
-    stub.fails = 1
+    stub.fails, stub.header = 1, header
     hub.Hub("org/one").files()
-    assert waited == [7.0]
+    assert waited == [waits]
 
 
 def test_token_goes_to_the_endpoint_and_not_where_it_redirects_to(
