@@ -14,7 +14,7 @@ import json
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -41,7 +41,7 @@ from pipeline.store.artifact import (
     write_record,
 )
 from pipeline.store.lease import Files, Shelf
-from pipeline.store.names import DIGITS, Names, is_there
+from pipeline.store.names import DIGITS, Names, is_there, stage_name
 from pipeline.store.recipes import Described, Recipes
 from pipeline.store.versions import here
 
@@ -116,6 +116,11 @@ class Store:
                     removed.append(stage)
         return removed
 
+    def being_written(self, steps: Iterable[StepLike]) -> list[StepLike]:
+        """Those of the steps of which some process has a staging directory."""
+        there = {stage.name.partition(".")[0] for stage in (self.root / ".stage").glob("*")}
+        return [step for step in steps if stage_name(step.kind, step.fingerprint) in there] if there else []
+
     def path(self, kind: str, fingerprint: str, slug: str) -> Path:
         """The directory of the artifact of a step, whether it exists yet or not.
 
@@ -166,7 +171,7 @@ class Store:
         Raises StorageFull if the step's `disk_bytes` do not fit or the disk fills up within the block, StoreUnwritable
         if the store cannot be written.
         """
-        name = "stage" if step is None else f"{step.kind}-{step.fingerprint[:16]}"
+        name = "stage" if step is None else stage_name(step.kind, step.fingerprint)
         needed = 0 if step is None else int(getattr(step, "disk_bytes", 0) or 0)
         stage = self.root / ".stage" / f"{name}.{owner_mark()}.{uuid.uuid4().hex[:8]}"
         what = name if step is None else step.label

@@ -124,6 +124,11 @@ class Names:
         return found
 
 
+def stage_name(kind: str, fingerprint: str) -> str:
+    """What the names of a step's staging directories begin with."""
+    return f"{kind}-{fingerprint[:DIGITS]}"
+
+
 def is_there(path: Path) -> bool:
     """Whether a directory exists now, according to the server of a network file system."""
     try:

@@ -6,6 +6,7 @@ Invariant: opening a workspace writes nothing; `prepare` writes what a run needs
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ from pipeline.workspace.registrations import register
 from workers.models.configuration import HUB
 
 STREAMS = "streams"
+ENDING_SECONDS = 10.0
+"""How long a worker that was ended may take to be gone."""
 STUDY_FILE, PLAN_FILE, RESULTS_FILE = "study.yaml", "plan.json", "results.json"
 
 
@@ -165,8 +168,16 @@ class Workspace:
 
     def tidy(self) -> None:
         """Remove what processes left that ended early: stages and temporary files of dead writers, and scratch of
-        finished steps.
+        finished steps. A worker that was ended while it was stuck in a step is gone only some time after another one did the step, so
+        such stages are waited for.
         """
+        until = time.monotonic() + ENDING_SECONDS
+        while time.monotonic() < until and any(
+            self.store.has(step.kind, step.fingerprint)
+            for step in self.store.being_written(self.plan.steps.values())
+        ):
+            self.store.sweep()
+            time.sleep(0.05)
         self.store.sweep()
         sweep_directory(self.limits)
         for path in self.scratch.glob("*"):
