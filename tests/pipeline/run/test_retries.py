@@ -103,6 +103,7 @@ def test_half_written_threshold_of_a_killed_worker_goes_with_the_run_and_that_of
     dead = alive.with_name(alive.name.replace(owner_mark(), f"{host}-{pid}-1"))
     for path in (alive, dead, limits / "expert.limits.json"):
         path.write_text("{}")
-    scene.workspace.__dict__["store"].sweep = lambda: []
+    store = scene.workspace.__dict__["store"]
+    store.sweep, store.being_written = lambda: [], lambda _: []
     scene.workspace.tidy()
     assert sorted(path.name for path in limits.iterdir()) == sorted([alive.name, "expert.limits.json"])
