@@ -10,6 +10,7 @@ from pathlib import Path
 
 from merge_service.checkpoints.admission import admit, check_finite
 from merge_service.checkpoints.checkpoint import WEIGHTS_FILE, Checkpoint, sha256_of
+from merge_service.checkpoints.unmergeable import check_mergeable
 from merge_service.errors import CorruptCheckpoint, IncompatibleCheckpoint
 from merge_service.files.made import Made
 from merge_service.merging.jobs import TakeJob
@@ -49,6 +50,7 @@ def said_of(vector: TaskVector) -> dict[str, object]:
 def check_expert(base: Path, expert: Path, who: str = "the expert") -> None:
     """Raise `CheckpointError` unless an expert has the tensors of the base, of the same types, and finite numbers."""
     with Checkpoint.open(base) as reference, Checkpoint.open(expert) as candidate:
+        check_mergeable(candidate, who)
         notes = admit(reference, candidate, who)
         if notes:
             raise IncompatibleCheckpoint(f"{who}: its tensors are not named as the base's: {notes[0]}")

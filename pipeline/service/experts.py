@@ -13,6 +13,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -83,8 +84,8 @@ class Experts:
         self._rows: dict[str, int] = {}
         self._sketches = np.zeros((64, WIDTH), np.float32)
 
-    def take(self, source: Path, max_bytes: int, start: Callable[[], Path]) -> Taken:
-        """Copy a checkpoint (file, shards, directory) in, durably; of an adapter, what it makes of the weights at `start()`.
+    def take(self, source: Path, max_bytes: int, start: Callable[[], AbstractContextManager[Path]]) -> Taken:
+        """Copy a checkpoint (file, shards, directory) in, durably; of an adapter, what it makes of the weights in `start()`.
 
         Raises UserError for what is no safetensors, or too large, and for an adapter that does not fit its start.
         """
@@ -95,7 +96,8 @@ class Experts:
         with room_for(f"expert {source}", self.incoming):
             try:
                 if adapter is not None:
-                    write_adapted(start(), source, target)
+                    with start() as weights_of_start:
+                        write_adapted(weights_of_start, source, target)
                     return replace(self.adopt(target, max_bytes), adapter=sha256_of(adapter))
                 if weights.suffix == ".safetensors":
                     _check_size(weights, weights.stat().st_size, max_bytes)

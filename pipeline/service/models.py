@@ -6,7 +6,10 @@ ended is found by the next one, and a model that was dropped is made again with 
 Invariant: a version has the sha256 that the log says, or an error is raised; nothing here changes what is accepted or served.
 """
 
-from collections.abc import Iterable, Sequence
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -78,16 +81,39 @@ class Models:
         start = self.start(places_of(state)) if state.removal is None else None
         return start if start is not None and start.sha256(WEIGHTS_FILE) == sha256 else None
 
-    def under(self, state: State, init: str) -> Path:
-        """The weights that an adapter trained from `init` (as of `Received`) stands on, verified. Raises Refused if they are not here."""
+    @contextmanager
+    def under(self, state: State, init: str) -> Iterator[Path]:
+        """The weights that an adapter trained from `init` (as of `Received`) stands on, verified, for the length of a `with` block.
+
+        A version that was dropped is made again from the nearest streaming state, beside what the worker keeps. Raises Refused for
+        weights that are none of the service's.
+        """
         record = self.base if init == "base" else self.known(state, init)
-        if record is None:
+        if record is not None:
+            yield self.store.open_verified(record)
+            return
+        version = next((one.version for one in state.sequence if one.version.sha256 == init), None)
+        if version is None:
             raise Refused(
                 "upload.unfit",
                 f"an adapter needs the weights that it was trained on: {init[:16]} are not here; train from the base or from a start "
                 "ticket, or send whole weights",
             )
-        return self.store.open_verified(record)
+        with self.store.staged() as room:
+            self._remade(state, version, room)
+            yield room
+
+    def _remade(self, state: State, version: Version, room: Path) -> None:
+        """Write a version into a directory. What is kept between arrivals is read and not changed. Raises NondeterminismError."""
+        merged, states = deployed(self.strategy, version.t), room / "states"
+        assert isinstance(merged, Merged)  # an expert is never dropped
+        states.mkdir()
+        for kept in self.folder.states.glob("[!.]*"):
+            with suppress(FileNotFoundError):  # the worker has dropped it meanwhile
+                (shutil.copyfile if kept.suffix == ".sum" else os.link)(kept, states / kept.name)
+        report = Folder(self.folder.origin, states).make(merged, places_of(state)[: version.t], room)
+        if report.sha256[WEIGHTS_FILE] != version.sha256:
+            raise _other(version, report.sha256[WEIGHTS_FILE])
 
     def is_there(self, fingerprint: str) -> bool:
         """Whether a version can be opened without being made."""
@@ -98,10 +124,7 @@ class Models:
         if not self.is_there(version.fingerprint):
             made = self.version(self.places(state), version.t)
             if made != version:
-                raise NondeterminismError(
-                    f"t = {version.t} was {version.sha256} ({version.fingerprint[:16]}) and is now {made.sha256} "
-                    f"({made.fingerprint[:16]}); likely causes: another library version, or changed experts"
-                )
+                raise _other(version, made.sha256)
 
     def tidy(self, state: State, keep_warm: int, candidate: Version | None = None) -> None:
         """Drop models and streaming states that neither what is accepted nor the candidate in the lane needs.
@@ -165,6 +188,13 @@ class Models:
         if isinstance(weights, Expert):
             return "expert", self.experts.step(places[weights.t - 1].sha256).fingerprint
         return SequenceSpec.kind, self._step(weights, places).fingerprint
+
+
+def _other(version: Version, sha256: str) -> NondeterminismError:
+    return NondeterminismError(
+        f"t = {version.t} ({version.fingerprint[:16]}) was {version.sha256} and is now {sha256}; likely causes: another library version, "
+        "or changed experts"
+    )
 
 
 def places_of(state: State) -> list[Place]:

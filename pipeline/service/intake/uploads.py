@@ -191,10 +191,14 @@ class Uploads:
 
     @contextlib.contextmanager
     def taking(
-        self, upload: Upload, experts: Experts, request: str, start: Callable[[], Path]
+        self,
+        upload: Upload,
+        experts: Experts,
+        request: str,
+        start: Callable[[], contextlib.AbstractContextManager[Path]],
     ) -> Iterator[Taking]:
         """The bytes of a whole upload, as one file among those that come in; the upload is gone at the end, unless an error is raised.
-        An adapter becomes what it makes of the weights at `start()`.
+        An adapter becomes what it makes of the weights in `start()`.
 
         What it became (`Taking.arrival`) is kept, since the answer to `request`, a digest, may be lost.
         Raises Refused if a part is missing, a file is not what was announced, or another request takes the same upload.
@@ -231,7 +235,9 @@ class Uploads:
                     with contextlib.suppress(BlockingIOError), _locked(place / ".lock", wait=False):
                         self._remove(place)
 
-    def _taken(self, upload: Upload, experts: Experts, start: Callable[[], Path]) -> Taken:
+    def _taken(
+        self, upload: Upload, experts: Experts, start: Callable[[], contextlib.AbstractContextManager[Path]]
+    ) -> Taken:
         place = self._folder / upload.id
         for at, file in enumerate(upload.files):
             if _sha256(place / "data" / str(at)) != file.sha256:

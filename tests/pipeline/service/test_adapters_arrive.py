@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from tests.merge_service.toys import save
 from tests.pipeline.service import toys
 from tests.pipeline.service.conftest import set_up
 from tests.pipeline.service.live_toys import LiveService, reached, worked
+from tests.pipeline.service.outside import until
 from tests.pipeline.service.test_app import problem
 from tests.pipeline.service.test_live_http import Make, incoming, live, make_live
 from tests.serving_toys import Zoo
@@ -95,6 +97,38 @@ def test_adapter_with_a_ticket_stands_on_the_weights_of_the_ticket(zoo: Zoo, tmp
     assert np.array_equal(after["visual.ln_pre.bias"], before["visual.ln_pre.bias"])
 
 
+@pytest.mark.parametrize(
+    "strategy", ["best_in_time", {"init": "all", "deploy": "all", "technique": "average"}]
+)
+def test_adapter_that_comes_late_stands_on_a_version_that_was_dropped_meanwhile(
+    zoo: Zoo, tmp_path: Path, strategy: object
+) -> None:
+    toys.home(tmp_path / "out", strategy, serving={"keep_warm": 1})
+    setup, _, tokens = set_up(zoo, tmp_path / "state", out=tmp_path / "out")
+    with (
+        reached(setup) as at,
+        worked(tmp_path / "out"),
+        Service(at.url, tokens["submitter"]) as service,
+    ):
+        for task in toys.TASKS[:2]:
+            start = service.next(task, tmp_path / task)
+            service.wait(service.arrive(toys.expert(tmp_path, task), task, start.ticket, owner="ann").id)
+        start = service.next("task5", tmp_path / "start")
+        for task in toys.TASKS[2:4]:
+            own = service.next(task, tmp_path / task)
+            service.wait(service.arrive(toys.expert(tmp_path, task), task, own.ticket, owner="ann").id)
+        home = Home.open(tmp_path / "out")
+        until(lambda: home.models.known(home.log.refresh(), start.sha256) is None)
+        kept = {one.name: one.read_bytes() for one in home.models.folder.states.iterdir()}
+        folder = adapter(tmp_path / "task5", "task5")
+        found = service.wait(service.arrive(folder, "task5", start.ticket, owner="ann").id)
+    write_adapted(tmp_path / "start" / WEIGHTS_FILE, folder, tmp_path / "whole.safetensors")
+    assert found.sha256 == sha256_of(tmp_path / "whole.safetensors") and found.init == start.sha256
+    now = {one.name: one.read_bytes() for one in home.models.folder.states.iterdir() if one.name in kept}
+    assert now.items() <= kept.items()
+    assert not list((home.store.root / ".stage").iterdir())
+
+
 def test_adapter_without_http_is_the_same_expert(tmp_path: Path) -> None:
     home = toys.home(tmp_path / "out")
     folder = adapter(tmp_path / "task0", "task0")
@@ -112,9 +146,9 @@ def test_adapter_without_http_is_the_same_expert(tmp_path: Path) -> None:
 def test_path_in_the_configuration_of_an_adapter_is_not_looked_for(tmp_path: Path) -> None:
     home = toys.home(tmp_path / "out")
     named = adapter(tmp_path / "named", "task0", base_model_name_or_path=str(toys.expert(tmp_path, "task1")))
-    taken = home.experts.take(named, 10**9, lambda: home.base.path)
+    taken = home.experts.take(named, 10**9, lambda: nullcontext(home.base.path))
     plain_one = adapter(tmp_path / "plain", "task0")
-    assert home.experts.take(plain_one, 10**9, lambda: home.base.path).sha256 == taken.sha256
+    assert home.experts.take(plain_one, 10**9, lambda: nullcontext(home.base.path)).sha256 == taken.sha256
 
 
 def sent(live: LiveService, folder: Path, **names: str) -> str:
