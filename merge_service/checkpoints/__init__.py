@@ -5,14 +5,15 @@ block by block. A merge reads `Weights`; a checkpoint is one implementation of t
 with its reason; nothing is skipped or padded to fit.
 """
 
-from merge_service.checkpoints.adapters.opening import files_of, open_weights
-from merge_service.checkpoints.adapters.references import absolute, is_adapter, parts_of
+from merge_service.checkpoints.adapters.opening import adapter_files, open_weights
+from merge_service.checkpoints.adapters.references import absolute, parts_of
 from merge_service.checkpoints.adapters.updates import on_grid
 from merge_service.checkpoints.adapters.whole import ADAPTER_FOLDER, write_adapted
 from merge_service.checkpoints.admission import admit, check_finite, spare_prefix
 from merge_service.checkpoints.buffers import buffers
 from merge_service.checkpoints.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, locate, sha256_of
 from merge_service.checkpoints.dtypes import DTYPES
+from merge_service.checkpoints.folders.kinds import ADAPTER_FILES
 from merge_service.checkpoints.header import HEADER_LIMIT
 from merge_service.checkpoints.packed import pack, unpack
 from merge_service.checkpoints.pickled.convert import Converted, convert
@@ -26,6 +27,7 @@ from merge_service.checkpoints.weights import Named, Weights
 from merge_service.checkpoints.writer import CheckpointWriter, Layout
 
 __all__ = [
+    "ADAPTER_FILES",
     "ADAPTER_FOLDER",
     "CONFIG_FILE",
     "DTYPES",
@@ -42,14 +44,13 @@ __all__ = [
     "Ties",
     "Weights",
     "absolute",
+    "adapter_files",
     "admit",
     "buffers",
     "bytes_of",
     "check_finite",
     "convert",
     "entry",
-    "files_of",
-    "is_adapter",
     "locate",
     "of_groups",
     "on_grid",

@@ -37,7 +37,7 @@ def plain(value: object) -> Any:
         shown = [
             one
             for one in fields(value)
-            if not (one.metadata == LATER and getattr(value, one.name) == one.default)
+            if not ("later" in one.metadata and getattr(value, one.name) == one.default)
         ]
         return {one.name: plain(getattr(value, one.name)) for one in shown}
     if isinstance(value, Mapping):

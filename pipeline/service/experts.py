@@ -23,8 +23,7 @@ from merge_service.checkpoints import (
     WEIGHTS_FILE,
     Checkpoint,
     CheckpointWriter,
-    files_of,
-    is_adapter,
+    adapter_files,
     locate,
     sha256_of,
     write_adapted,
@@ -51,6 +50,8 @@ from pipeline.store.artifact import RECORD_FILE, Record
 from pipeline.store.local import Store
 
 STALE_SECONDS = 48 * 3600.0
+Start = Callable[[], AbstractContextManager[Path]]
+"""Gives the weights that an adapter stands on, for the length of a `with` block."""
 REASONS = (
     (CorruptCheckpoint, "format.corrupt"), (ForeignCheckpoint, "format.foreign"), (NonFiniteCheckpoint, "format.non_finite"),
     (QuantisedCheckpoint, "format.quantised"), (AdapterCheckpoint, "format.adapter"), (IncompatibleCheckpoint, "format.tensors"),
@@ -84,21 +85,21 @@ class Experts:
         self._rows: dict[str, int] = {}
         self._sketches = np.zeros((64, WIDTH), np.float32)
 
-    def take(self, source: Path, max_bytes: int, start: Callable[[], AbstractContextManager[Path]]) -> Taken:
+    def take(self, source: Path, max_bytes: int, start: Start) -> Taken:
         """Copy a checkpoint (file, shards, directory) in, durably; of an adapter, what it makes of the weights in `start()`.
 
         Raises UserError for what is no safetensors, or too large, and for an adapter that does not fit its start.
         """
-        adapter = files_of(source)[1] if source.exists() and is_adapter(source) else None
-        weights = adapter or locate(source)
+        adapter = adapter_files(source)
+        weights = adapter[1] if adapter else locate(source)
         make_directory(self.incoming)
         target = temporary(self.incoming / "expert.safetensors")
         with room_for(f"expert {source}", self.incoming):
             try:
-                if adapter is not None:
-                    with start() as weights_of_start:
-                        write_adapted(weights_of_start, source, target)
-                    return replace(self.adopt(target, max_bytes), adapter=sha256_of(adapter))
+                if adapter:
+                    with start() as below:
+                        write_adapted(below, source, target)
+                    return replace(self.adopt(target, max_bytes), adapter=sha256_of(weights))
                 if weights.suffix == ".safetensors":
                     _check_size(weights, weights.stat().st_size, max_bytes)
                     shutil.copyfile(weights, target)

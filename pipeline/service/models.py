@@ -92,15 +92,15 @@ class Models:
         if record is not None:
             yield self.store.open_verified(record)
             return
-        version = next((one.version for one in state.sequence if one.version.sha256 == init), None)
-        if version is None:
+        t = state.index.starts.get(init)
+        if t is None:
             raise Refused(
                 "upload.unfit",
                 f"an adapter needs the weights that it was trained on: {init[:16]} are not here; train from the base or from a start "
                 "ticket, or send whole weights",
             )
         with self.store.staged() as room:
-            self._remade(state, version, room)
+            self._remade(state, state.version(t), room)
             yield room
 
     def _remade(self, state: State, version: Version, room: Path) -> None:
@@ -113,7 +113,7 @@ class Models:
                 (shutil.copyfile if kept.suffix == ".sum" else os.link)(kept, states / kept.name)
         report = Folder(self.folder.origin, states).make(merged, places_of(state)[: version.t], room)
         if report.sha256[WEIGHTS_FILE] != version.sha256:
-            raise _other(version, report.sha256[WEIGHTS_FILE])
+            raise _other(version, Version(version.t, version.fingerprint, report.sha256[WEIGHTS_FILE]))
 
     def is_there(self, fingerprint: str) -> bool:
         """Whether a version can be opened without being made."""
@@ -124,7 +124,7 @@ class Models:
         if not self.is_there(version.fingerprint):
             made = self.version(self.places(state), version.t)
             if made != version:
-                raise _other(version, made.sha256)
+                raise _other(version, made)
 
     def tidy(self, state: State, keep_warm: int, candidate: Version | None = None) -> None:
         """Drop models and streaming states that neither what is accepted nor the candidate in the lane needs.
@@ -190,10 +190,10 @@ class Models:
         return SequenceSpec.kind, self._step(weights, places).fingerprint
 
 
-def _other(version: Version, sha256: str) -> NondeterminismError:
+def _other(version: Version, made: Version) -> NondeterminismError:
     return NondeterminismError(
-        f"t = {version.t} ({version.fingerprint[:16]}) was {version.sha256} and is now {sha256}; likely causes: another library version, "
-        "or changed experts"
+        f"t = {version.t} was {version.sha256} ({version.fingerprint[:16]}) and is now {made.sha256} "
+        f"({made.fingerprint[:16]}); likely causes: another library version, or changed experts"
     )
 
 

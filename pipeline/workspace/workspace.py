@@ -171,14 +171,14 @@ class Workspace:
         finished steps. A worker that was ended while it was stuck in a step is gone only some time after another one did the step, so
         such stages are waited for.
         """
+        self.store.sweep()
         until = time.monotonic() + ENDING_SECONDS
         while time.monotonic() < until and any(
             self.store.has(step.kind, step.fingerprint)
             for step in self.store.being_written(self.plan.steps.values())
         ):
-            self.store.sweep()
             time.sleep(0.05)
-        self.store.sweep()
+            self.store.sweep()
         sweep_directory(self.limits)
         for path in self.scratch.glob("*"):
             step = self.plan.steps.get(path.name)

@@ -18,7 +18,7 @@ from merge_service.checkpoints.adapters import names
 from merge_service.checkpoints.adapters.adapted import Adapted
 from merge_service.checkpoints.adapters.configuration import AdapterConfig
 from merge_service.checkpoints.adapters.names import Named, Parts
-from merge_service.checkpoints.adapters.references import Reference, folder_of
+from merge_service.checkpoints.adapters.references import Reference, folder_of, is_adapter
 from merge_service.checkpoints.adapters.updates import Copy, Dora, Factor, Form, LowRank, Patch, Update
 from merge_service.checkpoints.checkpoint import Checkpoint
 from merge_service.checkpoints.folders.heads import OUTPUT, head_of, shared_source
@@ -98,9 +98,10 @@ def _alike(own: Path, base: Path | str) -> bool:
         return one.fingerprint() == other.fingerprint()
 
 
-def files_of(adapter: Path) -> list[Path]:
-    """The configuration and the weights of an adapter's folder. Raises what `open_weights` does for a folder without weights."""
-    return [folder_of(adapter) / ADAPTER_CONFIG, _file(adapter)]
+def adapter_files(path: Path) -> list[Path]:
+    """The configuration and the weights of an adapter's folder; none for another path. Raises what `open_weights` does for a folder
+    without weights."""
+    return [folder_of(path) / ADAPTER_CONFIG, _file(path)] if path.exists() and is_adapter(path) else []
 
 
 def _file(adapter: Path) -> Path:

@@ -16,6 +16,8 @@ OPEN_CLIP, TRANSFORMERS, DIFFUSERS, ADAPTER = (
 STANDARD = (OPEN_CLIP, TRANSFORMERS, DIFFUSERS, ADAPTER)
 """Names of weights, without suffix, that libraries look for, in the order in which one is preferred among several."""
 CONFIG, OPEN_CLIP_CONFIG, ADAPTER_CONFIG = "config.json", "open_clip_config.json", "adapter_config.json"
+ADAPTER_FILES = (ADAPTER_CONFIG, f"{ADAPTER}.safetensors")
+"""What an adapter's folder holds."""
 LIMIT = 1 << 24
 """Most bytes of a configuration."""
 

@@ -81,7 +81,7 @@ class Hub:
         return answer.data, size
 
     def _answered(self, said: str, once: Callable[[], web.Answer]) -> web.Answer:
-        """An answer that the hub gives willingly. Raises `RemoteError`."""
+        """An answer that is no refusal. Raises `RemoteError`."""
         try:
             answer = web.tried(once)
         except web.Passing as error:

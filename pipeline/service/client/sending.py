@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from merge_service.checkpoints import Checkpoint, files_of, is_adapter, locate
+from merge_service.checkpoints import Checkpoint, adapter_files, locate
 from merge_service.errors import UserError
 from pipeline.service.client.connection import Exchange, Peer, Sent, ServiceError
 from pipeline.service.http.live.schemas import UploadShown
@@ -31,10 +31,7 @@ class Source:
 
 def sources(checkpoint: Path) -> list[Source]:
     """The weights file of a checkpoint, its index and shards, or the two files of an adapter. Raises UserError for what is none."""
-    if checkpoint.exists() and is_adapter(checkpoint):
-        files = files_of(checkpoint)
-    else:
-        files = [locate(checkpoint)]
+    files = adapter_files(checkpoint) or [locate(checkpoint)]
     if (weights := files[0]).name.endswith(".index.json"):
         with Checkpoint.open(weights) as opened:
             files += opened.files

@@ -16,16 +16,17 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from merge_service.checkpoints import ADAPTER_FILES
 from merge_service.errors import CheckpointError
 from merge_service.faults import point
 from merge_service.files import make_directory, replace_whole, sync_directory, sync_file, temporary
 from merge_service.live import Refused, digest
 from pipeline.files.disk import free_bytes, room_for
-from pipeline.service.experts import Experts, Taken
+from pipeline.service.experts import Experts, Start, Taken
 from pipeline.service.home import Home
 
 PART_BYTES = 8 << 20
@@ -36,8 +37,7 @@ FOLDER = "uploads"
 MOST_FILES = 500
 MOST_INDEX_BYTES = 32 << 20
 WEIGHTS, INDEX = ".safetensors", ".safetensors.index.json"
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors")
+ADAPTER_CONFIG = ADAPTER_FILES[0]
 MOST_CONFIG_BYTES = 1 << 20
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 ID = "u-[0-9a-f]{24}"
@@ -195,7 +195,7 @@ class Uploads:
         upload: Upload,
         experts: Experts,
         request: str,
-        start: Callable[[], contextlib.AbstractContextManager[Path]],
+        start: Start,
     ) -> Iterator[Taking]:
         """The bytes of a whole upload, as one file among those that come in; the upload is gone at the end, unless an error is raised.
         An adapter becomes what it makes of the weights in `start()`.
@@ -235,9 +235,7 @@ class Uploads:
                     with contextlib.suppress(BlockingIOError), _locked(place / ".lock", wait=False):
                         self._remove(place)
 
-    def _taken(
-        self, upload: Upload, experts: Experts, start: Callable[[], contextlib.AbstractContextManager[Path]]
-    ) -> Taken:
+    def _taken(self, upload: Upload, experts: Experts, start: Start) -> Taken:
         place = self._folder / upload.id
         for at, file in enumerate(upload.files):
             if _sha256(place / "data" / str(at)) != file.sha256:

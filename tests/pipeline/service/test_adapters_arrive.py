@@ -29,7 +29,7 @@ RANK = 8
 CONFIG = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": ["mlp"]}
 
 
-def adapter(room: Path, task: str, start: np.ndarray | None = None, **config: object) -> Path:
+def adapter(room: Path, task: str, **config: object) -> Path:
     """The folder of an adapter that moves along a task's direction, as peft writes it."""
     factors = {}
     for name, by in toys.direction(task).items():
