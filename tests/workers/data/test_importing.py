@@ -199,6 +199,36 @@ def test_files_that_are_no_pictures_are_named_in_a_note(tmp_path: Path) -> None:
     assert [note for note in made.notes if "list.txt" in note]
 
 
+def test_nothing_of_a_folder_is_left_out_without_a_word(tmp_path: Path) -> None:
+    """As reported of another loader: pictures beside class folders became a class of their own, or were lost."""
+    source = folders(tmp_path / "set")
+    picture(source / "stray.png", "red", 50)
+    (source / "list.csv").write_text("x")
+    (source / "blue").mkdir()
+    notes = import_data(Order(source), tmp_path / "root").notes
+    for said, name in (
+        ("1 pictures are in no class", "stray.png"),
+        ("1 files", "list.csv"),
+        ("1 folders", "blue"),
+    ):
+        assert [note for note in notes if note.startswith(said) and note.endswith(f"{source / name}")]
+    parts = tmp_path / "parts"
+    for split, number in (("train", 0), ("test", 20)):
+        picture(parts / split / "red" / "0.png", "red", number)
+        picture(parts / split / "green" / "0.png", "green", number)
+    picture(parts / "lost.png", "red", 50)
+    notes = import_data(Order(parts, shares=Shares(val=0)), tmp_path / "root").notes
+    assert [note for note in notes if "no class folder" in note and "lost.png" in note]
+
+
+def test_class_names_that_differ_in_case_alone_are_said(tmp_path: Path) -> None:
+    for at, name in enumerate(("crane", "Crane", "dog")):
+        for number in range(4):
+            picture(tmp_path / "set" / name / f"{number}.png", "red", number + 4 * at)
+    made = import_data(Order(tmp_path / "set"), tmp_path / "root")
+    assert [note for note in made.notes if "'Crane', 'crane' differ in case or spaces only" in note]
+
+
 def test_class_names_come_from_a_file_or_from_folders_without_underscores(tmp_path: Path) -> None:
     source = tmp_path / "set"
     for name, colour in (("n01", "red"), ("n02", "green")):

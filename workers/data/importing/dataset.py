@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -242,6 +242,15 @@ def _class_notes(draft: "_Draft") -> list[str]:
             f"{len(codes)} classes are named by numbers or codes ({', '.join(codes[:3])}, ...), which mean nothing in a prompt; name them "
             "with --classnames"
         )
+    alike = defaultdict(list)
+    for name in draft.classes:
+        alike[" ".join(name.lower().split())].append(name)
+    for names in alike.values():
+        if len(names) > 1:
+            said.append(
+                f"the classes {', '.join(map(repr, names))} differ in case or spaces only, which most tokenizers ignore: no score could tell "
+                "them apart; name them with --classnames"
+            )
     for split in (TRAIN, TEST):
         there = {sample.label for sample, mine in zip(draft.samples, draft.splits) if mine == split}
         empty = [name for label, name in zip(draft.labels, draft.classes) if there and label not in there]

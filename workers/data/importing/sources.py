@@ -84,17 +84,28 @@ def _folder(source: Path, columns: Columns) -> Listing:
             f"{source} holds splits ({', '.join(one.name for one in splits)}) beside other folders ({others}); move one of the two kinds away"
         )
     samples: list[Found] = []
+    loose = _files(source) if splits else []
     ignored: list[Path] = []
-    places: list[Path | None] = [*splits] or [None]
-    for split in places:
-        for home in _folders(split) if split else folders:
-            found, others_ = _class_folder(home, split_name(split.name, str(split)) if split else None)
+    empty: list[Path] = []
+    for place in splits or [source]:
+        loose += _files(place)
+        for home in _folders(place):
+            found, others_ = _class_folder(home, split_name(place.name, str(place)) if splits else None)
             samples += found
             ignored += others_
+            empty += [] if found else [home]
     if not samples:
         raise UserError(f"{source} holds no pictures; expected files such as {folders[0] / 'photo.jpg'}")
-    said = (f"{len(ignored)} files are not pictures and were left out: {_some(ignored)}",) if ignored else ()
-    return Listing(tuple(samples), notes=said)
+    ignored += [path for path in loose if not _is_picture(path)]
+    stray = [path for path in loose if _is_picture(path)]
+    left_out = (
+        (stray, "pictures are in no class folder and were left out"),
+        (ignored, "files are not pictures and were left out"),
+        (empty, "folders hold no picture and are no class"),
+    )
+    return Listing(
+        tuple(samples), notes=tuple(f"{len(paths)} {why}: {_some(paths)}" for paths, why in left_out if paths)
+    )
 
 
 def _described(source: Path, stated: Sequence[tuple[str | None, Path]], columns: Columns) -> Listing:
@@ -130,11 +141,15 @@ def _class_folder(home: Path, split: str | None) -> tuple[list[Found], list[Path
             f"{deep} is a folder inside a class folder; pictures of a class must be directly in its folder. If {home} is a separate "
             f"dataset, import it by itself: temporal-merge import-data {home}"
         )
-    files = sorted(path for path in home.iterdir() if path.is_file() and not path.name.startswith("."))
+    files = _files(home)
     pictures = [
         Found(str(path), path.read_bytes, home.name, split=split) for path in files if _is_picture(path)
     ]
     return pictures, [path for path in files if not _is_picture(path)]
+
+
+def _files(place: Path) -> list[Path]:
+    return sorted(path for path in place.iterdir() if path.is_file() and not path.name.startswith("."))
 
 
 def _folders(place: Path) -> list[Path]:
