@@ -15,6 +15,7 @@ from merge_service.merging.jobs import MergeJob, TakeJob
 from merge_service.merging.parts import Group, Seen, combine_groups
 from merge_service.merging.plans.plan import MergePlan, plan_groups, plan_merge
 from merge_service.merging.report import MergeReport
+from merge_service.merging.streaming import merge_all
 from merge_service.merging.taking import check_expert, copy_beside, said_of
 from merge_service.merging.vector import WIDTH, TaskVector, task_vector, unit
 
@@ -41,6 +42,7 @@ __all__ = [
     "copy_beside",
     "extract",
     "members_of",
+    "merge_all",
     "merge_in_memory",
     "merge_in_shared_basis",
     "plan_groups",

@@ -187,8 +187,9 @@ def replay(derivation: Derivation, out: Out, way: Way = Way()) -> MergeReport:
 
 
 def merge_all(derivation: Derivation, out: Out, way: Way = Way()) -> MergeReport:
-    """`combine`, or `replay` for a technique that takes experts one after another: the merge of a list."""
-    one_by_one = derivation.operator.technique.ordered and derivation.members
+    """What a derivation states, of its members alone: `combine`, or `replay` for a merge that takes experts one after another."""
+    operator = derivation.operator
+    one_by_one = operator.form == "merge" and operator.technique.ordered and derivation.members
     return replay(derivation, out, way) if one_by_one else combine(derivation, out, way)
 
 

@@ -121,7 +121,9 @@ class Recipes:
     def keep(self, record: Record) -> None:
         """Keep the weights of a recipe as files from now on, made if they are not there. Raises what `make` does."""
         with contextlib.ExitStack() as held:
-            self.opened(record, held)
+            path = self.opened(record, held)
+            for name in record.droppable:
+                sync_file(path / name)
             self._write(replace(record, held="files"), "recipe.before_files")
             self._marker(record).unlink(missing_ok=True)
             for packed in record.path.glob(f"{PACKED}*"):
@@ -292,10 +294,10 @@ class Recipes:
         sync_directory(record.path)
 
     def _merge(self, record: Record, running: Path | None, out: Path) -> None:
-        """One merge into `out`, checked against its record; `running` is the model before it where that was made just now."""
+        """One merge into `out`, checked against its record and not synced; `running` is the model before it where that was made just now."""
         from merge_service.checkpoints import WEIGHTS_FILE
-        from merge_service.merge import fold, merge
-        from merge_service.merging import Rules
+        from merge_service.engine import Execution
+        from merge_service.merging import Derivation, Operator, Out, Rules, Way, members_of, merge_all
 
         spec, sha256, paths = MergeSpec.of(record.spec), dict[str, str](), list[Path]()
         with contextlib.ExitStack() as held:
@@ -305,19 +307,14 @@ class Recipes:
                 is_made = not paths and running is not None
                 paths.append(running if is_made and running else self.opened(found, held))
             base = self.opened(self._input(record, "base", spec.base), held)
-            rules, threads = Rules(any_base=True), os.cpu_count() or 1
-            if spec.form == "fold":
-                before, new = paths
-                fold(
-                    spec.technique, spec.params, base, before, new, out, ids=(spec.members[0][0], spec.members[1][0]),
-                    sha256=sha256, rules=rules, threads=threads, measure=False,
-                )  # fmt: skip
-            else:
-                merge(
-                    spec.technique, spec.params, base, paths, out, ids=[*sha256], sha256=sha256, rules=rules,
-                    threads=threads, measure=False,
-                )  # fmt: skip
-        wrong = [name for name in record.droppable if difference(out, name, record.files[name]) is not None]
+            operator = Operator.of(spec.technique, spec.params, spec.form)
+            way = Way(Execution(os.cpu_count() or 1), Rules(any_base=True), durable=False)
+            made = merge_all(
+                Derivation(operator, base, members_of(paths, [name for name, _ in spec.members], sha256)),
+                Out(out, hashed=True),
+                way,
+            )
+        wrong = [name for name in record.droppable if made.sha256.get(name) != record.sha256(name)]
         if wrong:
             kept = self.store.root / ".conflicts" / f"{record.path.name}.{uuid.uuid4().hex[:8]}"
             kept.parent.mkdir(exist_ok=True)

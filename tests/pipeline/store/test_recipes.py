@@ -50,6 +50,19 @@ def test_dropped_merges_are_made_again_to_the_byte(full: Filled) -> None:
     assert [*(store.root / ".stage").iterdir()] == [] and store.verify() == []
 
 
+def test_weights_that_are_made_again_are_synced_when_they_are_kept_and_not_before(
+    full: Filled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, plan = full
+    record = drop_all(store, plan)[0]
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
+    weights = store.open_verified(record) / WEIGHTS_FILE
+    assert synced == []
+    store.recipes.keep(record)
+    assert synced[0] == str(weights) and str(record.path) in synced[1:]
+
+
 def test_last_fold_is_made_without_leaving_those_before_it(full: Filled) -> None:
     store, plan = full
     *earlier, last = [record for record in drop_all(store, plan) if record.spec["form"] == "fold"]
