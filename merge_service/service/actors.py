@@ -39,7 +39,10 @@ class Merger:
             point("merge.before_commit")
             return made
 
-        return store.make(step, work, held=job.held)
+        record = store.make(step, work, held="recipe" if job.held == "recipe" else "files")
+        if job.held == "tried":
+            store.recipes.prove(record)
+        return record
 
     def merge(self, job: MergeJob, out: Path) -> Made:
         """Merge into the directory `out`. The result holds "merge_seconds", norms of task vectors and their cosine, and "notes"

@@ -6,6 +6,7 @@ may still read it. Dropping changes no result. A merge that cannot be dropped st
 
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -14,7 +15,7 @@ from pipeline.files.disk import free_bytes, full_text
 from pipeline.plan.keeping import AT_ONCE, disk, only_scored, waiting_for
 from pipeline.plan.steps import Step
 from pipeline.store.artifact import MergedAs
-from pipeline.store.recipes import IN_USE
+from pipeline.store.recipes import IN_USE, not_portable
 from pipeline.workspace.keeping import Others, droppable, kept_at_the_end
 from pipeline.workspace.workspace import StudySummary, Workspace
 
@@ -60,6 +61,7 @@ class Keeping:
         self._scored = self._passing & only_scored(workspace.plan, readers) if self._on else set()
         self._readers = {fp: readers[fp] - set(done) for fp in self._passing}
         self._done = {fp for fp in self._passing if fp in done}
+        self._tried: dict[Path, str] = {}
         self._dropped: set[str] = set()
         self._dropping: set[str] = set()
         room = disk(workspace.plan, self._steps.keys() - set(done), workspace.kept)
@@ -81,14 +83,22 @@ class Keeping:
             self._thread.shutdown(wait=True, cancel_futures=error is not None)
 
     def held(self, step: Step) -> MergedAs:
-        """How a merge is committed: as a recipe from the start if it is only scored here and such a merge was made again before."""
+        """How a merge is committed: as a recipe from the start if it is only scored here and such a merge was made again before.
+
+        The first of its kind that will be dropped is made again at once, by the actor that has everything loaded for it.
+        """
         fingerprint = step.fingerprint
-        if fingerprint not in self._scored or not self.workspace.store.recipes.is_proven(step):
+        if fingerprint not in self._passing or not_portable(step) is not None:
             return "files"
         try:
-            return "files" if self._others.want(fingerprint) else "recipe"
+            if self._others.want(fingerprint):
+                return "files"
         except StoreError:
             return "files"
+        proof = self.workspace.store.recipes.proof(step)
+        if proof.exists():
+            return "recipe" if fingerprint in self._scored else "files"
+        return "tried" if self._tried.setdefault(proof, fingerprint) == fingerprint else "files"
 
     def must_wait(self, running: Iterable[Step]) -> Collection[str]:
         """Merges that may not start yet, lest too many wait to be scored.

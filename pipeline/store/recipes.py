@@ -94,11 +94,33 @@ class Recipes:
         why = not_portable(record)
         if why is not None:
             return why
-        if not self._is_proven(record):
-            problem = self._prove(record)
+        if dict(record.versions) != dict(here()) or not self.proof(record).exists():
+            problem = self.prove(record)
             if problem is not None:
                 return problem
         return self._give_up(record, "recipe")
+
+    def prove(self, record: Record) -> str | None:
+        """Make a merge again beside its weights, which shows that it may be dropped; returns what came out otherwise."""
+        try:
+            with self.store.staged() as stage:
+                self.rebuild(record, stage / "made")
+        except NondeterminismError as error:
+            return str(error)
+        for proof in (self.proof(record), self.proof(record, own=False)):
+            proof.parent.mkdir(exist_ok=True)
+            proof.touch()
+        return None
+
+    def proof(self, merge: Described, *, own: bool | None = None) -> Path:
+        """The file that exists once this code, with these versions of libraries, has made such a merge again.
+
+        One merge in `PROVE_ONE_IN` has a file of its `own`; the others have that of their technique with its parameters.
+        """
+        spec = MergeSpec.of(merge.spec)
+        sampled = int(merge.fingerprint[:8], 16) % PROVE_ONE_IN == 0 if own is None else own
+        what = [spec.version, spec.technique, dict(spec.params), spec.form, dict(here())]
+        return self.store.root / PROOFS / digest_of([*what, merge.fingerprint] if sampled else what)[:DIGITS]
 
     def pack(self, record: Record, base: Record) -> str | None:
         """Keep weights as their difference from a base from now on; returns why they stay as they are, None if they went.
@@ -112,11 +134,6 @@ class Recipes:
             if problem is not None:
                 return problem
         return self._give_up(record, "packed")
-
-    def is_proven(self, merge: Described) -> bool:
-        """Whether the same code has made such a merge again, and this one is not in the sample that is always made again."""
-        sampled = int(merge.fingerprint[:8], 16) % PROVE_ONE_IN == 0
-        return not sampled and self._proof(MergeSpec.of(merge.spec)).exists()
 
     def keep(self, record: Record) -> None:
         """Keep the weights of a recipe as files from now on, made if they are not there. Raises what `make` does."""
@@ -307,7 +324,7 @@ class Recipes:
                 is_made = not paths and running is not None
                 paths.append(running if is_made and running else self.opened(found, held))
             base = self.opened(self._input(record, "base", spec.base), held)
-            operator = Operator.of(spec.technique, spec.params, spec.form)
+            operator = Operator.of(spec.technique, spec.params, "fold" if spec.form == "fold" else "merge")
             way = Way(Execution(os.cpu_count() or 1), Rules(any_base=True), durable=False)
             made = merge_all(
                 Derivation(operator, base, members_of(paths, [name for name, _ in spec.members], sha256)),
@@ -342,25 +359,6 @@ class Recipes:
                 f"{record.path} needs {role} ({fingerprint[:DIGITS]}) to make its weights, which is not in the store; run again"
             )
         return found
-
-    def _is_proven(self, record: Record) -> bool:
-        return dict(record.versions) == dict(here()) and self.is_proven(record)
-
-    def _prove(self, record: Record) -> str | None:
-        """Make a merge again beside its weights; returns what came out otherwise."""
-        try:
-            with self.store.staged() as stage:
-                self.rebuild(record, stage / "made")
-        except NondeterminismError as error:
-            return str(error)
-        proof = self._proof(MergeSpec.of(record.spec))
-        proof.parent.mkdir(exist_ok=True)
-        proof.touch()
-        return None
-
-    def _proof(self, spec: MergeSpec) -> Path:
-        what = [spec.version, spec.technique, dict(spec.params), spec.form, dict(here())]
-        return self.store.root / PROOFS / digest_of(what)[:DIGITS]
 
     def _marker(self, record: Record) -> Path:
         return self.store.root / CACHE / record.fingerprint

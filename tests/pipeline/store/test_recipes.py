@@ -56,7 +56,9 @@ def test_weights_that_are_made_again_are_synced_when_they_are_kept_and_not_befor
     store, plan = full
     record = drop_all(store, plan)[0]
     synced: list[str] = []
-    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: synced.append(str(Path(f"/proc/self/fd/{handle}").readlink()))
+    )
     weights = store.open_verified(record) / WEIGHTS_FILE
     assert synced == []
     store.recipes.keep(record)
@@ -161,8 +163,21 @@ def test_first_merge_of_its_kind_is_rebuilt_before_it_is_dropped_and_others_by_s
     for record in folds:
         store.recipes.drop(record)
     assert rebuilt == [folds[0].fingerprint]
-    other = replace(folds[0], versions={**folds[0].versions, "numpy": "0.1"})
-    assert not store.recipes._is_proven(other)
+    other = replace(folds[-1], versions={**folds[-1].versions, "numpy": "0.1"})
+    store.recipes.drop(other)
+    assert rebuilt == [folds[0].fingerprint, other.fingerprint]
+
+
+def test_merge_that_is_tried_is_made_again_at_once_and_then_dropped_without_it(
+    full: Filled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, plan = full
+    step = next(one for one in plan.steps.values() if one.kind == "merge")
+    shutil.rmtree(record_of(store, step.fingerprint).path)
+    record = Merger().run(replace(job(store, step, store.root.parent), held="tried"), step, store)
+    assert is_there(record) and not record.is_recipe and store.recipes.proof(step).exists()
+    monkeypatch.setattr(module.Recipes, "rebuild", None)
+    assert store.recipes.drop(record) is None and not is_there(record)
 
 
 def test_damaged_input_of_a_recipe_is_named_and_a_new_one_gives_the_same_bytes(full: Filled) -> None:
