@@ -221,6 +221,26 @@ def test_nothing_of_a_folder_is_left_out_without_a_word(tmp_path: Path) -> None:
     assert [note for note in notes if "no class folder" in note and "lost.png" in note]
 
 
+def test_training_pictures_that_another_dataset_is_scored_on_are_counted(tmp_path: Path) -> None:
+    """As reported of benchmarks: test pictures of one set are training pictures of another, in another format."""
+    root = tmp_path / "root"
+    task = import_data(Order(folders(tmp_path / "task")), root)
+    assert task.notes == ()
+    held = import_data(Order(folders(tmp_path / "held", ending="bmp"), roles=("held_out",)), root)
+    (note,) = [note for note in held.notes if "task/train and held/test" in note]
+    common = {*seen(root, "task", "train", tmp_path)} & {*seen(root, "held", "test", tmp_path)}
+    assert note.startswith(f"{len(common)} pictures are in both")
+    again = import_data(Order(tmp_path / "task"), root)
+    assert not again.written and any("task/train and held/test" in note for note in again.notes)
+    other = folders(tmp_path / "other")
+    for path in other.rglob("*.png"):
+        picture(path, path.parent.name, int(path.stem) + 30)
+    assert import_data(Order(other), root).notes == ()
+    (root / "task" / "pictures" / "train.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(UserError, match=r"task/pictures/train.npy is damaged"):
+        import_data(Order(other, "third"), root)
+
+
 def test_class_names_that_differ_in_case_alone_are_said(tmp_path: Path) -> None:
     for at, name in enumerate(("crane", "Crane", "dog")):
         for number in range(4):

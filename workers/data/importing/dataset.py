@@ -21,7 +21,7 @@ import yaml
 
 from merge_service.errors import UserError
 from merge_service.files import replace_whole, sweep_directory, sync_directory
-from workers.data.importing import pictures
+from workers.data.importing import pictures, shared
 from workers.data.importing.dividing import Item, Shares, divide
 from workers.data.importing.found import TEST, TRAIN, VAL, Columns, Found, Listing, refuse
 from workers.data.importing.sources import DESCRIPTIONS, listing
@@ -125,11 +125,14 @@ def import_data(order: Order, root: Path, say: Callable[[str], None] = lambda li
     _check_splits(order, splits)
     names = _class_names(order, found, samples)
     draft = _Draft(samples, splits, list(names), list(names.values()), tuple(order.templates))
-    notes += more + _class_notes(draft)
+    pixels = {
+        split: [item.pixels for item, mine in zip(items, splits) if mine == split] for split in draft.present
+    }
+    notes += more + _class_notes(draft) + shared.notes(root, name, pixels)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _alone(root):
-            written = _put(draft, root, name)
+            written = _put(draft, pixels, root, name)
             _enter(root, name, order.roles)
     except OSError as error:
         raise UserError(f"{root} cannot be written ({error}); give another folder with --out") from error
@@ -273,13 +276,17 @@ class _Draft:
     classes: Sequence[str]
     templates: tuple[str, ...]
 
+    @property
+    def present(self) -> list[str]:
+        """The splits that have samples."""
+        return [split for split in (TRAIN, VAL, TEST) if split in self.splits]
+
     def write(self, home: Path) -> None:
         """Write the dataset into the folder `home`."""
         kind = "classification" if self.labels else "retrieval"
-        present = [split for split in (TRAIN, VAL, TEST) if split in self.splits]
         write_dataset(
             home, kind=kind, classes=self.classes, templates=self.templates if self.labels else (),
-            splits={split: self._of(split) for split in present},
+            splits={split: self._of(split) for split in self.present},
         )  # fmt: skip
 
     def _of(self, split: str) -> Iterator[StoredSample]:
@@ -310,11 +317,12 @@ def _alone(root: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _put(draft: _Draft, root: Path, name: str) -> bool:
+def _put(draft: _Draft, pixels: Mapping[str, Sequence[str]], root: Path, name: str) -> bool:
     """Write the dataset and rename it into place; False if the root holds the same one. Raises UserError if it holds another."""
     work, home = root / WORK / name, root / name
     try:
         draft.write(work)
+        shared.keep(work, pixels)
         if home.exists():
             made, held = _described(work), _described(home)
             if made is None or held is None or made.digest != held.digest:
