@@ -16,8 +16,9 @@ class MergeJob:
 
     `members` come in the technique's order, oldest first; their ids seed random masks, so they are part of the result. `scratch`
     is for streaming states and `thresholds` for kept thresholds: caches, rebuilt when they are missing. `held` is "recipe" for a
-    merge that is only scored and then dropped, and "tried" for one that is made again at once, to show that its kind may be dropped. `origin` is where a technique that is not built in is defined. `any_base` accepts
-    experts that may be far from the base. `reserve`: bytes that states must leave free where `scratch` is.
+    merge that is only scored and then dropped, and "tried" for one that is made again at once, to show that its kind may be dropped.
+    `origin` is where a technique that is not built in is defined. `any_base` accepts experts that may be far from the base. `reserve`:
+    bytes that states must leave free where `scratch` is.
     """
 
     label: str

@@ -101,11 +101,11 @@ class Recipes:
         return self._give_up(record, "recipe")
 
     def prove(self, record: Record) -> str | None:
-        """Make a merge again beside its weights, which shows that it may be dropped; returns what came out otherwise."""
+        """Make a merge again beside its weights, which shows that it may be dropped; returns why it may not."""
         try:
             with self.store.staged() as stage:
                 self.rebuild(record, stage / "made")
-        except NondeterminismError as error:
+        except StoreError as error:
             return str(error)
         for proof in (self.proof(record), self.proof(record, own=False)):
             proof.parent.mkdir(exist_ok=True)
@@ -311,7 +311,10 @@ class Recipes:
         sync_directory(record.path)
 
     def _merge(self, record: Record, running: Path | None, out: Path) -> None:
-        """One merge into `out`, checked against its record and not synced; `running` is the model before it where that was made just now."""
+        """One merge into `out`, checked against its record and not synced.
+
+        `running` is the model before it where that was made just now.
+        """
         from merge_service.checkpoints import WEIGHTS_FILE
         from merge_service.engine import Execution
         from merge_service.merging import Derivation, Operator, Out, Rules, Way, members_of, merge_all
