@@ -237,7 +237,7 @@ def workspace_of(experts: int, case: str, out: Path) -> Any:
 
 def scale(experts: int, case: str, tracking: bool, target: Path) -> dict[str, Any]:
     """Drive a study of steps that do nothing; print and draw the driver's time and memory as it goes on."""
-    os.environ.update(OMP_NUM_THREADS="1", RAY_AUTH_MODE=os.environ.get("RAY_AUTH_MODE", "disabled"))
+    os.environ["OMP_NUM_THREADS"] = "1"
     import psutil
 
     from benchmarks.orchestration import Nothing as importable
@@ -259,8 +259,8 @@ def scale(experts: int, case: str, tracking: bool, target: Path) -> dict[str, An
         _prepare(workspace)
         stopped = patch("pipeline.tracking.tracker.Tracker.start") if not tracking else patch("os.nice")
         with (
-            patch("pipeline.run.lanes.Worker", importable),
-            patch("pipeline.run.lanes.Merger", importable),
+            patch("pipeline.run.carriers.Worker", importable),
+            patch("pipeline.run.carriers.Merger", importable),
             patch("pipeline.run.driver.print", lambda *_, **__: None, create=True),
             stopped,
             Tracking(workspace) as told,

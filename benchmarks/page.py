@@ -80,9 +80,26 @@ def _limit(result: str) -> str:
     for name, case in _cases(result).items():
         ours, limit = case["ours"], case["limit"]
         cells = [limit["merge_cpu"], ours["merge_cpu"]]
+        busy = ours["merge_cpu"] / ours["unsynced"] / read(result)["settings"]["threads"]
         ratios = [case["to_limit"][key] for key in ("merge_cpu", "unsynced")]
-        rows.append([f"`{name}`", *map(n, cells), *(f"{r:.1f}" for r in ratios), f"{ours['peak'] / MIB:.0f}"])
-    columns = ("technique", "limit, CPU s", "merge, CPU s", "ratio of CPU", "ratio of wall", "peak, MiB")
+        rows.append(
+            [
+                f"`{name}`",
+                *map(n, cells),
+                *(f"{r:.1f}" for r in ratios),
+                f"{busy:.2f}",
+                f"{ours['peak'] / MIB:.0f}",
+            ]
+        )
+    columns = (
+        "technique",
+        "limit, CPU s",
+        "merge, CPU s",
+        "ratio of CPU",
+        "ratio of wall",
+        "cores busy",
+        "peak, MiB",
+    )
     return f"{_said(result)}\n\n{table(columns, rows)}"
 
 

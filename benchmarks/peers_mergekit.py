@@ -10,6 +10,7 @@ The two tiny checkpoints of job["first"] are merged first, as ours are, so that 
 import json
 import sys
 import time
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,16 @@ def merge(job: dict[str, Any]) -> None:
     from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig, plan_flat_merge
 
     options = MergeOptions(num_threads=job["threads"])
-    options.apply_global_options()
+    _apply_once(options)
     config = RawPyTorchMergeConfig.model_validate(configuration(job))
     tasks = plan_flat_merge(config, str(Path(job["out"]).parent), False, False, options)
     Executor(tasks, math_device=options.device, storage_device="cpu").execute()
+
+
+@cache
+def _apply_once(options: Any) -> None:
+    """Its command does this once a process; torch refuses a second time."""
+    options.apply_global_options()
 
 
 def configuration(job: dict[str, Any]) -> dict[str, Any]:
