@@ -109,7 +109,7 @@ def invented() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
 
 
 EXPECTED = {
-    "merge-limit": "| `average` | 0.25 | 0.5 | 2.0 | 1.5 | 80 |",
+    "merge-limit": "| `average` | 0.25 | 0.5 | 2.0 | 1.5 | 0.83 | 80 |",
     "merge-limit-8": "8 experts of 4 MiB",
     "sweep-report": "9.8 s of CPU for a page of 1.7 MB with 13 figures",
     "sweep-tracking": "6.0 ms of CPU per model, and in all 0.4 %",
