@@ -248,8 +248,8 @@ def scale(experts: int, case: str, tracking: bool, target: Path) -> dict[str, An
     samples: list[tuple[float, float, float]] = []
 
     class Watched(driver._Drive):
-        def _take(self, call: Any) -> None:
-            super()._take(call)
+        def _complete(self, call: Any) -> None:
+            super()._complete(call)
             process = psutil.Process()
             samples.append((time.monotonic(), time.thread_time(), process.memory_info().rss / 2**20))
 
