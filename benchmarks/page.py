@@ -76,11 +76,11 @@ def merge_limit_8() -> str:
 
 
 def _limit(result: str) -> str:
-    rows = []
+    rows, threads = [], read(result)["settings"]["threads"]
     for name, case in _cases(result).items():
         ours, limit = case["ours"], case["limit"]
         cells = [limit["merge_cpu"], ours["merge_cpu"]]
-        busy = ours["merge_cpu"] / ours["unsynced"] / read(result)["settings"]["threads"]
+        busy = ours["merge_cpu"] / ours["unsynced"] / threads
         ratios = [case["to_limit"][key] for key in ("merge_cpu", "unsynced")]
         rows.append(
             [

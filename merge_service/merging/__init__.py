@@ -11,7 +11,7 @@ from merge_service.merging.adapters.written import Factors, Written
 from merge_service.merging.adapters.written import write as write_adapter
 from merge_service.merging.combine import merge_in_memory
 from merge_service.merging.derivation import Derivation, Member, Operator, Out, Rules, Way, members_of
-from merge_service.merging.jobs import MergeJob, TakeJob
+from merge_service.merging.jobs import MergedAs, MergeJob, TakeJob
 from merge_service.merging.parts import Group, Seen, combine_groups
 from merge_service.merging.plans.plan import MergePlan, plan_groups, plan_merge
 from merge_service.merging.report import MergeReport
@@ -28,6 +28,7 @@ __all__ = [
     "MergeJob",
     "MergePlan",
     "MergeReport",
+    "MergedAs",
     "Operator",
     "Out",
     "Rules",

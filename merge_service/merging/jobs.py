@@ -8,6 +8,8 @@ from typing import Any, Literal
 from merge_service.merging.derivation import Member
 from merge_service.techniques.definition import Origin
 
+MergedAs = Literal["files", "tried", "recipe"]
+
 
 @dataclass(frozen=True)
 class MergeJob:
@@ -32,7 +34,7 @@ class MergeJob:
     thresholds: str
     origin: Origin | None = None
     any_base: bool = False
-    held: Literal["files", "tried", "recipe"] = "files"
+    held: MergedAs = "files"
     reserve: int = 0
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from merge_service.checkpoints import WEIGHTS_FILE
 from merge_service.engine import thresholds_rule
-from merge_service.merging import Member, MergeJob, TakeJob
+from merge_service.merging import Member, MergedAs, MergeJob, TakeJob
 from merge_service.techniques import get
 from pipeline.errors import StoreError
 from pipeline.identity import fingerprint
@@ -25,7 +25,7 @@ from pipeline.kinds.specs import (
 )
 from pipeline.plan.facts import cache_of, given_file
 from pipeline.plan.steps import Step
-from pipeline.store.artifact import MergedAs, Record
+from pipeline.store.artifact import Record
 from pipeline.study.sections_resources import ModelResources
 from pipeline.workspace.workspace import Workspace
 from workers.jobs import EngineSpec, EvaluateJob, LearnJob, MeasureJob, Reading, Source, TrainJob

@@ -10,11 +10,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from merge_service.merging import MergedAs
 from pipeline.errors import StorageFull, StoreError
 from pipeline.files.disk import free_bytes, full_text
 from pipeline.plan.keeping import AT_ONCE, disk, only_scored, waiting_for
 from pipeline.plan.steps import Step
-from pipeline.store.artifact import MergedAs
 from pipeline.store.recipes import IN_USE, not_portable
 from pipeline.workspace.keeping import Others, droppable, kept_at_the_end
 from pipeline.workspace.workspace import StudySummary, Workspace

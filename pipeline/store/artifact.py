@@ -19,7 +19,6 @@ from pipeline.identity import fingerprint
 RECORD_FILE = "record.json"
 WEIGHTS_SUFFIX = ".safetensors"
 FORMAT = 1
-MergedAs = Literal["files", "tried", "recipe"]
 AtCommit = Literal["files", "recipe", "adapter"]
 Held = Literal["files", "recipe", "packed", "adapter"]
 PACKED = "packed-"

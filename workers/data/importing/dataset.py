@@ -125,14 +125,15 @@ def import_data(order: Order, root: Path, say: Callable[[str], None] = lambda li
     _check_splits(order, splits)
     names = _class_names(order, found, samples)
     draft = _Draft(samples, splits, list(names), list(names.values()), tuple(order.templates))
-    pixels = {
-        split: [item.pixels for item, mine in zip(items, splits) if mine == split] for split in draft.present
+    seen = {
+        split: shared.digests(item.pixels for item, mine in zip(items, splits) if mine == split)
+        for split in draft.present
     }
-    notes += more + _class_notes(draft) + shared.notes(root, name, pixels)
+    notes += more + _class_notes(draft) + shared.notes(root, name, seen)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _alone(root):
-            written = _put(draft, pixels, root, name)
+            written = _put(draft, seen, root, name)
             _enter(root, name, order.roles)
     except OSError as error:
         raise UserError(f"{root} cannot be written ({error}); give another folder with --out") from error
@@ -317,12 +318,12 @@ def _alone(root: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _put(draft: _Draft, pixels: Mapping[str, Sequence[str]], root: Path, name: str) -> bool:
+def _put(draft: _Draft, seen: Mapping[str, shared.Digests], root: Path, name: str) -> bool:
     """Write the dataset and rename it into place; False if the root holds the same one. Raises UserError if it holds another."""
     work, home = root / WORK / name, root / name
     try:
         draft.write(work)
-        shared.keep(work, pixels)
+        shared.keep(work, seen)
         if home.exists():
             made, held = _described(work), _described(home)
             if made is None or held is None or made.digest != held.digest:

@@ -6,7 +6,7 @@ Invariant: digests are of displayed pixels, so a copy in another format is found
 not compared.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,27 +19,27 @@ FOLDER = "pictures"
 Digests = np.ndarray
 
 
-def digests(pixels: Sequence[str]) -> Digests:
-    """The first 64 bits of each hexadecimal sha256, in this order: two of a million pictures agree by chance once in ten million roots."""
-    return np.array([int(one[:16], 16) for one in pixels], np.uint64)
+def digests(pixels: Iterable[str]) -> Digests:
+    """The first 64 bits of each hexadecimal sha256, sorted: two of a million pictures agree by chance once in ten million roots."""
+    return np.array(sorted(int(one[:16], 16) for one in pixels), np.uint64)
 
 
-def keep(home: Path, pixels: Mapping[str, Sequence[str]]) -> None:
+def keep(home: Path, pictures: Mapping[str, Digests]) -> None:
     """Write the digests of a dataset, by split."""
     (home / FOLDER).mkdir()
-    for split, found in pixels.items():
-        np.save(home / FOLDER / f"{split}.npy", np.sort(digests(found)), allow_pickle=False)
+    for split, found in pictures.items():
+        np.save(home / FOLDER / f"{split}.npy", found, allow_pickle=False)
 
 
-def notes(root: Path, name: str, pixels: Mapping[str, Sequence[str]]) -> list[str]:
+def notes(root: Path, name: str, pictures: Mapping[str, Digests]) -> list[str]:
     """A sentence for each two splits, of `name` and of another dataset of the root, that share pictures of which one trains.
 
     Raises UserError for digests that cannot be read.
     """
     said = []
     for other, theirs, kept in _others(root, name):
-        for mine, found in pixels.items():
-            count = int(np.isin(digests(found), kept).sum()) if (mine == TRAIN) != (theirs == TRAIN) else 0
+        for mine, found in pictures.items():
+            count = int(np.isin(found, kept).sum()) if (mine == TRAIN) != (theirs == TRAIN) else 0
             if count:
                 places = ((name, mine), (other, theirs))
                 (trained, train), (scored, split) = places if mine == TRAIN else places[::-1]

@@ -98,13 +98,13 @@ def _folder(source: Path, columns: Columns) -> Listing:
         raise UserError(f"{source} holds no pictures; expected files such as {folders[0] / 'photo.jpg'}")
     ignored += [path for path in loose if not _is_picture(path)]
     stray = [path for path in loose if _is_picture(path)]
-    left_out = (
-        (stray, "pictures are in no class folder and were left out"),
-        (ignored, "files are not pictures and were left out"),
-        (empty, "folders hold no picture and are no class"),
-    )
     return Listing(
-        tuple(samples), notes=tuple(f"{len(paths)} {why}: {_some(paths)}" for paths, why in left_out if paths)
+        tuple(samples),
+        notes=(
+            *_note(stray, "pictures are in no class folder and were left out"),
+            *_note(ignored, "files are not pictures and were left out"),
+            *_note(empty, "folders hold no picture and are no class"),
+        ),
     )
 
 
@@ -117,12 +117,9 @@ def _described(source: Path, stated: Sequence[tuple[str | None, Path]], columns:
     ]
     named = {sample.path for sample in samples}
     stray = sorted(path for path in source.rglob("*") if _is_picture(path) and path not in named)
-    said = (
-        (f"{len(stray)} pictures are in no row of {stated[0][1].name} and were left out: {_some(stray)}",)
-        if stray
-        else ()
+    return Listing(
+        tuple(samples), notes=_note(stray, f"pictures are in no row of {stated[0][1].name} and were left out")
     )
-    return Listing(tuple(samples), notes=said)
 
 
 def _description(home: Path) -> Path | None:
@@ -160,8 +157,10 @@ def _is_picture(path: Path) -> bool:
     return path.suffix.lower() in PICTURES and not path.name.startswith(".")
 
 
-def _some(paths: list[Path]) -> str:
-    return ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")
+def _note(paths: Sequence[Path], why: str) -> tuple[str, ...]:
+    """A note that counts `paths` and names the first; none where there are no paths."""
+    shown = ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")
+    return (f"{len(paths)} {why}: {shown}",) if paths else ()
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
