@@ -45,7 +45,7 @@ FLOORS: dict[str, tuple[set[str], ...]] = {
     ),
     "pipeline": (
         {"errors", "identity", "console"},
-        {"files", "kinds"},
+        {"files", "kinds", "signals"},
         {"study", "store"},
         {"plan"},
         {"results"},
@@ -69,7 +69,7 @@ MANY_PARAMETERS = (
     "merge_service/blocks/reading.py",
 )
 """Public functions, which build values from their arguments, and compiled loops, which cannot take values."""
-DIRECTLY = {"workers": {"jobs", "actors"}, "pipeline": {"errors", "identity", "console", "api"}}
+DIRECTLY = {"workers": {"jobs", "actors"}, "pipeline": {"errors", "identity", "console", "signals", "api"}}
 """The modules that may be directly in a room that has folders."""
 SAID = (("pipeline", "report"), ("pipeline", "claims"))
 """Where results become tables, figures and pages."""

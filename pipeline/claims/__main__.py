@@ -14,9 +14,7 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +29,14 @@ from pipeline.claims.contrasts import STUDIES as STUDY_NAMES
 from pipeline.claims.figures import draw_all
 from pipeline.claims.judge import Judged, judge, plain
 from pipeline.claims.page import About, effect, page
+from pipeline.claims.programs import (
+    commit,
+    exit_code,
+    run_as_program,
+    run_programs,
+    study_program,
+    study_words,
+)
 from pipeline.claims.results import CELL, METRICS, Findings, read_rows, read_run, write_rows
 from pipeline.claims.tuning import TUNING, Tuned, read_tuned, strangers, tune, with_parameters, write_tuned
 
@@ -61,12 +67,9 @@ def run_studies(names: Sequence[str], places: Places, quick: bool) -> None:
     """Stages 1 and 2: run each study and keep its rows; write the parameters as soon as all tuning rows exist. Raises UserError."""
     plan = read_plan()
     for name in names:
-        run(
-            name,
-            places.out / name,
-            overrides(name, places.tuned, plan["quick"].get(name, []) if quick else []),
-        )
-        write_rows(places.rows, read_run(places.out / name, name, commit()))
+        settings = overrides(name, places.tuned, plan["quick"].get(name, []) if quick else [])
+        run_programs(study_program(f"study {name}", file_of(name), places.out / name, settings))
+        write_rows(places.rows, read_run(places.out / name, name, commit(STUDIES / "tuned.yaml")))
         if name in TUNING and not quick and all((places.rows / f"{one}.csv").is_file() for one in TUNING):
             write_tuned(places.tuned, tune(read_rows(places.rows, TUNING)))
 
@@ -77,36 +80,17 @@ def read_plan() -> dict[str, Any]:
     return answer
 
 
+def file_of(name: str) -> Path:
+    """The file of a study."""
+    return STUDIES / f"{name}.yaml"
+
+
 def overrides(name: str, tuned: Path, more: Sequence[str] = ()) -> list[str]:
     """The values of `--set` for a study: its strategies with the tuned parameters, and `more`."""
     if name in TUNING:
         return list(more)
-    study = yaml.safe_load((STUDIES / f"{name}.yaml").read_text(encoding="utf-8"))
+    study = yaml.safe_load(file_of(name).read_text(encoding="utf-8"))
     return [f"grid.strategies={json.dumps(with_parameters(study, read_tuned(tuned)))}", *more]
-
-
-def words(name: str, out: Path, settings: Sequence[str], command: str = "run") -> list[str]:
-    """A study as arguments of a command line."""
-    place = ["--out", str(out)]
-    return [
-        command,
-        str(STUDIES / f"{name}.yaml"),
-        *place,
-        *(word for one in settings for word in ("--set", one)),
-    ]
-
-
-def run(name: str, out: Path, settings: Sequence[str]) -> None:
-    """Run one study by the command line; its progress is shown. Raises UserError if it does not finish."""
-    began = time.monotonic()
-    print(f"study {name}: {out}", file=sys.stderr, flush=True)
-    line = [sys.executable, "-m", "pipeline.cli", *words(name, out, settings)]
-    answer = subprocess.run(line, stdout=subprocess.DEVNULL, check=False)
-    if answer.returncode:
-        raise UserError(
-            f"study {name} ended with exit code {answer.returncode}; give the same command again to go on"
-        )
-    print(f"study {name}: done in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
 
 
 def judge_rows(places: Places) -> tuple[tuple[Judged, ...], Findings, Tuned]:
@@ -182,27 +166,6 @@ def _close(one: float, other: float, within: float = 2e-6) -> bool:
     return bool(abs(one - other) < within or (pd.isna(one) and pd.isna(other)))
 
 
-def commit() -> str:
-    """The commit of the code, with a suffix if code or studies have changed since (rows and parameters are outputs and do not
-    count).
-    """
-    head = _git("rev-parse", "--short=12", "HEAD")
-    changed = _git(
-        "status",
-        "--porcelain",
-        "--untracked-files=no",
-        "--",
-        "*.py",
-        "configs",
-        f":!{STUDIES / 'tuned.yaml'}",
-    )
-    return f"{head or 'unknown'}{'-dirty' if changed else ''}"
-
-
-def _git(*line: str) -> str:
-    return subprocess.run(["git", *line], capture_output=True, text=True, check=False).stdout.strip()
-
-
 def reproduce(options: argparse.Namespace) -> list[str]:
     """Carry out the options; returns the lines to print. Raises UserError."""
     out = options.out or Path("runs/time_claims_quick" if options.quick else "runs/time_claims")
@@ -210,7 +173,7 @@ def reproduce(options: argparse.Namespace) -> list[str]:
     names = tuple(options.only or (STUDY_NAMES if options.quick else NAMES))
     if options.show:
         settings = {name: overrides(name, places.tuned) for name in names}
-        return [json.dumps(words(name, out / name, settings[name])) for name in names]
+        return [json.dumps(study_words(file_of(name), out / name, settings[name])) for name in names]
     if not options.judge:
         run_studies(names, places, options.quick)
     if options.only:
@@ -248,14 +211,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--page", type=Path, help=f"what to write (default: {PAGE}; quick: OUT/reproduction.md)"
     )
-    try:
-        lines = reproduce(parser.parse_args(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(lines))
-    return 0
+    options = parser.parse_args(arguments)
+    return exit_code(lambda: reproduce(options))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_as_program(main))

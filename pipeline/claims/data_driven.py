@@ -18,12 +18,11 @@ import altair as alt
 import pandas as pd
 import yaml
 
-from merge_service.errors import UserError
 from pipeline.claims import data_driven_learned as learned
-from pipeline.claims.__main__ import commit
 from pipeline.claims.figures import NAMES
 from pipeline.claims.judge import ALPHA, UNDECIDED, Claim, Judged, Part, judge, plain
 from pipeline.claims.page import WORDS, answered, effect, number, triple
+from pipeline.claims.programs import commit, exit_code, run_as_program, run_programs, study_program
 from pipeline.claims.results import Findings, read_rows, read_run, write_rows
 from pipeline.report import style
 from pipeline.report.page import svg_of
@@ -301,12 +300,6 @@ def keep(out: Path, folder: Path, name: str, commit: str) -> None:
     _run_file(folder, name).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
 
 
-def _carry_out(study: Path, out: Path) -> None:
-    line = [sys.executable, "-m", "pipeline.cli", "run", str(study), "--out", str(out)]
-    if code := subprocess.run(line, stdout=subprocess.DEVNULL, check=False).returncode:
-        raise UserError(f"the study ended with exit code {code}; give the same command again to go on")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 2 on a UserError."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.claims.data_driven", description=__doc__.partition("\n")[0])  # fmt: skip
@@ -317,18 +310,18 @@ def main(arguments: list[str] | None = None) -> int:
         "--judge", action="store_true", help="page and verdicts from the kept rows; run nothing"
     )
     options = parser.parse_args(arguments)
+    return exit_code(lambda: _judged(options))
+
+
+def _judged(options: argparse.Namespace) -> list[str]:
+    """Run what the options ask for, keep its rows, write the page; returns a line per question. Raises UserError."""
     folder = PAGE.with_suffix("")
-    try:
-        for name in () if options.judge else (options.only,) if options.only else STUDIES:
-            if not options.keep:
-                _carry_out(STUDIES[name], options.out / name)
-            keep(options.out / name, folder, name, options.keep or commit())
-        print("\n".join(write(folder, PAGE)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    for name in () if options.judge else (options.only,) if options.only else STUDIES:
+        if not options.keep:
+            run_programs(study_program(f"study {name}", STUDIES[name], options.out / name))
+        keep(options.out / name, folder, name, options.keep or commit())
+    return write(folder, PAGE)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_as_program(main))

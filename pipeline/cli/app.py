@@ -15,13 +15,13 @@ import typer
 from typer.core import TyperCommand
 
 from cluster.code import own_code_first
+from pipeline import signals
 from pipeline.cli import adapters as cli_adapters
 from pipeline.cli import files as cli_files
 from pipeline.cli import merging as cli_merging
 from pipeline.cli import own as cli_own
 from pipeline.cli import remote as cli_remote
 from pipeline.cli import service as cli_service
-from pipeline.cli import signals
 from pipeline.cli import studies as cli_studies
 from pipeline.cli import trajectories as cli_trajectories
 from pipeline.cli import upkeep as cli_upkeep

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from merge_service.errors import UserError
+from pipeline.claims.programs import exit_code, run_as_program
 from pipeline.claims.when_ema import numbers
 from pipeline.claims.when_ema.design import Design, Piece, cost_of, read_design
 from pipeline.claims.when_ema.pieces import Places, carry_out, make_bases
@@ -105,25 +106,23 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--keep-runs", action="store_true", help="leave runs and their stores where they are")
     options = parser.parse_args(arguments)
-    try:
-        design = read_design(options.design)
-        pieces = design.chosen(options.replicates, options.pieces)
-        if options.estimate:
-            print("\n".join(estimate(pieces, design, options.numbers)))
-            return 0
-        if options.extra and options.numbers == NUMBERS:
-            raise UserError(
-                f"--set makes another study; give --numbers, so that its numbers do not mix with {NUMBERS}"
-            )
-        places = Places(options.work, options.numbers, tuple(options.extra), options.keep_runs)
-        lines = [] if options.no_run else run(pieces, design, places, options.minutes)
-        lines += judged(options.page, numbers.read_numbers(options.numbers), design)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(lines))
-    return 0
+    return exit_code(lambda: _answer(options))
+
+
+def _answer(options: argparse.Namespace) -> list[str]:
+    """Carry out the options; returns the lines to print. Raises UserError."""
+    design = read_design(options.design)
+    pieces = design.chosen(options.replicates, options.pieces)
+    if options.estimate:
+        return estimate(pieces, design, options.numbers)
+    if options.extra and options.numbers == NUMBERS:
+        raise UserError(
+            f"--set makes another study; give --numbers, so that its numbers do not mix with {NUMBERS}"
+        )
+    places = Places(options.work, options.numbers, tuple(options.extra), options.keep_runs)
+    left = [] if options.no_run else run(pieces, design, places, options.minutes)
+    return [*left, *judged(options.page, numbers.read_numbers(options.numbers), design)]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_as_program(main))

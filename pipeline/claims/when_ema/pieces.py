@@ -5,11 +5,8 @@ only then may its store be deleted.
 """
 
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ import pandas as pd
 
 from merge_service.checkpoints import WEIGHTS_FILE
 from merge_service.errors import UserError
-from pipeline.claims.__main__ import commit
+from pipeline.claims.programs import Program, commit, run_programs, study_program
 from pipeline.claims.when_ema import numbers
 from pipeline.claims.when_ema.design import MODELS, Design, Piece
 from pipeline.claims.when_ema.recording import Experts, points_of
@@ -43,11 +40,14 @@ class Places:
 
 
 def make_bases(pieces: Sequence[Piece], design: Design, places: Places) -> None:
-    """Make the bases of these pieces, two at a time. Raises UserError if one fails, or differs from the base of finished pieces."""
+    """Make the bases of these pieces at the same time. Raises UserError if one fails, or differs from the base of finished pieces."""
     wanted = {places.base(piece): piece for piece in pieces}
-    with ThreadPoolExecutor(2) as pool:
-        for _ in pool.map(lambda piece: _make_base(piece, design, places), wanted.values()):
-            pass
+    missing = {
+        out: piece
+        for out, piece in wanted.items()
+        if not (out / WEIGHTS_FILE).is_file() or (out / "work").exists()
+    }
+    run_programs(*(_base_program(out, piece, design) for out, piece in missing.items()))
     for out, piece in wanted.items():
         found, known = hash_file(out / WEIGHTS_FILE), numbers.base_of(places.kept, piece)
         if known not in (None, found):
@@ -57,13 +57,10 @@ def make_bases(pieces: Sequence[Piece], design: Design, places: Places) -> None:
             )
 
 
-def _make_base(piece: Piece, design: Design, places: Places) -> None:
-    out = places.base(piece)
-    if (out / WEIGHTS_FILE).is_file() and not (out / "work").exists():
-        return
-    recipe = MODELS / piece.model / "recipe.yaml"
-    seed = str(design.base_seed + piece.replicate)
-    _call(["-m", "workers.pretrain", str(recipe), "--out", str(out), "--seed", seed], f"base {out.name}")
+def _base_program(out: Path, piece: Piece, design: Design) -> Program:
+    recipe, seed = MODELS / piece.model / "recipe.yaml", str(design.base_seed + piece.replicate)
+    words = ("-m", "workers.pretrain", str(recipe), "--out", str(out), "--seed", seed)
+    return Program(f"base {out.name}", words)
 
 
 def carry_out(piece: Piece, design: Design, places: Places) -> None:
@@ -71,8 +68,7 @@ def carry_out(piece: Piece, design: Design, places: Places) -> None:
     began = time.monotonic()
     out = places.run(piece)
     settings = [*design.overrides(piece, places.base(piece)), *places.extra]
-    words = [word for setting in settings for word in ("--set", setting)]
-    _call(["-m", "pipeline.cli", "run", str(design.study), "--out", str(out), *words], piece.key)
+    run_programs(study_program(piece.key, design.study, out, settings))
     experts = Experts(out)
     frames = {
         "points": points_of(out),
@@ -105,15 +101,3 @@ def _setting(piece: Piece, experts: Experts) -> dict[str, Any]:
         "steps_per_task": cell.budget.steps_per_task,
         "tasks": stream.chunks,
     }
-
-
-def _call(words: Sequence[str], what: str) -> None:
-    """Run Python with these arguments; its progress is shown. Raises UserError if it fails."""
-    began = time.monotonic()
-    print(f"{what}: begins", file=sys.stderr, flush=True)
-    answer = subprocess.run([sys.executable, *words], stdout=subprocess.DEVNULL, check=False)
-    if answer.returncode:
-        raise UserError(
-            f"{what} ended with exit code {answer.returncode}; give the same command again to go on"
-        )
-    print(f"{what}: done in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)

@@ -344,7 +344,7 @@ def test_study_alone_gives_its_rows_and_the_last_tuning_the_parameters(
     kept = {name: read_rows(places.rows, [name]).rows for name in command.NAMES}
     for file in (*places.rows.iterdir(), places.tuned):
         file.unlink()
-    monkeypatch.setattr(command, "run", lambda name, out, settings: ran.append(name))
+    monkeypatch.setattr(command, "run_programs", lambda study: ran.append(study.name.removeprefix("study ")))
     monkeypatch.setattr(
         command,
         "overrides",

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from merge_service.checkpoints import WEIGHTS_FILE
 from merge_service.errors import UserError
 from merge_service.service import Merger
+from pipeline.claims.programs import Program
 from pipeline.claims.when_ema import pieces
 from pipeline.claims.when_ema.design import Design, Piece
 from pipeline.claims.when_ema.numbers import Numbers, has, read_numbers, write
@@ -80,10 +81,11 @@ def with_val(home: Path) -> World:
     return made
 
 
-def run_here(words: list[str], _: str) -> None:
-    """`pipeline.cli.app run` in this process, step after step, without Ray."""
-    assert words[:3] == ["-m", "pipeline.cli", "run"] and words[4] == "--out"
-    workspace = Workspace.open(Path(words[3]), words[7::2], Path(words[5]))
+def run_here(program: Program) -> None:
+    """`pipeline.cli run` in this process, step after step, without Ray."""
+    words = program.words
+    assert words[:3] == ("-m", "pipeline.cli", "run") and words[4] == "--out"
+    workspace = Workspace.open(Path(words[3]), list(words[7::2]), Path(words[5]))
     workspace.prepare()
     jobs, merger, worker = Jobs(workspace), Merger(), Worker(0, 1, 1, "cpu")
     for step in workspace.plan.steps.values():
@@ -113,7 +115,7 @@ def test_piece_is_run_recorded_and_kept(tmp_path: Path, monkeypatch: pytest.Monk
         settings=("recipe.mixture={pretraining: 0.25, update: 0.5, buffer: 0.25}",),
     )
     export_base(str(made.home / "model.json"), None, places.base(piece), seed=5)
-    monkeypatch.setattr(pieces, "_call", run_here)
+    monkeypatch.setattr(pieces, "run_programs", run_here)
     carry_out(piece, design, places)
     found = read_numbers(places.kept)
     assert len(found.points) == 3 * 7 and found.points["gm_val"].equals(found.points["gm_test"])
@@ -156,18 +158,19 @@ def test_base_is_made_once_and_must_be_that_of_the_finished_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     design, places = Design((PIECE,), 100, {}), Places(tmp_path / "work", tmp_path / "kept")
-    called: list[list[str]] = []
+    called: list[tuple[str, ...]] = []
 
-    def make(words: list[str], _: str) -> None:
-        called.append(words)
-        out = Path(words[words.index("--out") + 1])
-        out.mkdir(parents=True)
-        (out / WEIGHTS_FILE).write_bytes(b"weights")
+    def make(*programs: Program) -> None:
+        for words in (program.words for program in programs):
+            called.append(words)
+            out = Path(words[words.index("--out") + 1])
+            out.mkdir(parents=True)
+            (out / WEIGHTS_FILE).write_bytes(b"weights")
 
-    monkeypatch.setattr(pieces, "_call", make)
+    monkeypatch.setattr(pieces, "run_programs", make)
     for _ in range(2):
         make_bases([PIECE, replace(PIECE, name="share_10")], design, places)
-    assert len(called) == 1 and called[0][-2:] == ["--seed", "100"]
+    assert len(called) == 1 and called[0][-2:] == ("--seed", "100")
     kept = numbers(Truth(replicates=1), names=("share_00",))
     sha256 = hash_file(places.base(PIECE) / WEIGHTS_FILE)
     write(
@@ -183,8 +186,3 @@ def test_base_is_made_once_and_must_be_that_of_the_finished_pieces(
     )
     with pytest.raises(UserError, match="the finished pieces of replicate 0 began at b0"):
         make_bases([PIECE], design, places)
-
-
-def test_command_that_fails_is_told_with_what_to_do() -> None:
-    with pytest.raises(UserError, match="it ended with exit code 3; give the same command again"):
-        pieces._call(["-c", "raise SystemExit(3)"], "it")
