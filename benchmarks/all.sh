@@ -42,6 +42,10 @@ make train train --steps 60 --stages 0 --rounds 3 --root "$root" --work "$work"
 make orchestration-overhead orchestration overhead configs/demo.yaml --runs 2 --set data.root="$root" \
     --set 'grid.strategies=[offline_merging,best_in_time]'
 make orchestration-scale orchestration scale --png docs/orchestration.png
+make serving serving --rounds 3 --swaps 33
+make adapters adapters --root "$root"
+[ -e benchmarks/results/pack.json ] || ${RUN:-} .venv/bin/python -m pipeline.cli run configs/demo.yaml --out "$work/demo" --set data.root="$root"
+make pack pack "$work/demo"
 make study-report study_report configs/sweep.yaml --out "$work/report"
 make tracking tracking --trajectories 288 ${STEPS:+--steps "$STEPS"}
 make merge-limit-8 merge --size vit-b-16 --experts 8 --no-cli --work "$work" \

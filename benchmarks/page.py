@@ -1,4 +1,4 @@
-"""The figures of docs/performance.md, and those in docs/fomo_in_flux.md, storage.md and service.md, out of the files in results/.
+"""The figures of docs/performance.md, and those on other pages (`PAGES`), out of the files in results/.
 
     python benchmarks/page.py          # writes the pages' blocks anew
 
@@ -21,7 +21,10 @@ from record import RESULTS, ROOT
 from report import table
 
 PAGE = ROOT / "docs" / "performance.md"
-PAGES = (PAGE, *(ROOT / "docs" / f"{name}.md" for name in ("fomo_in_flux", "storage", "service")))
+PAGES = (
+    PAGE,
+    *(ROOT / "docs" / f"{name}.md" for name in ("fomo_in_flux", "storage", "service", "serving", "adapters")),
+)
 BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 MIB = 1 << 20
 PEERS = ("mergekit", "fusionbench")

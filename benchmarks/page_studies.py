@@ -21,6 +21,13 @@ ARRIVALS = (
 )
 """The columns of what a late arrival costs beside an early one."""
 
+NAMED = {
+    "base → all": "TIES of all, from the base",
+    "latest → latest": "continual fine-tuning",
+    "ema → ema": "`best_in_time`",
+}
+"""How the page of adapters calls the strategies of its study."""
+
 
 def sweep_report(file: dict[str, Any]) -> str:
     """A report of a large study."""
@@ -67,6 +74,17 @@ def keep(file: dict[str, Any]) -> str:
         f"`configs/{settings['study']}` with {cut}: {found['checkpoints']} checkpoints, results and every sha256 equal. Medians of "
         f"{len(next(iter(found['runs'].values())))} alternating runs: {said}.\n\n"
     ) + table(("`keep`", "wall, s", "CPU of the steps, s", "store, MB", "more than experts and base"), rows)
+
+
+def packed(file: dict[str, Any]) -> str:
+    """Experts as their differences from the base."""
+    experts = file["found"]["experts"]
+    ratios = sorted(one["before"] / one["after"] for one in experts)
+    whole = sum(one["before"] for one in experts) / sum(one["after"] for one in experts)
+    return (
+        f"`temporal-merge pack` of `{file['settings']['run']}`: {len(experts)} experts of {experts[0]['before'] / MB:.1f} MB become {ratios[0]:.1f} to "
+        f"{ratios[-1]:.1f} times smaller, {whole:.1f} times together, in {file['found']['cpu']:.1f} s of CPU."
+    )
 
 
 def small_disk(file: dict[str, Any]) -> str:
@@ -183,16 +201,64 @@ def regmean(file: dict[str, Any]) -> str:
     return f"{said}\n\n{table(('', 'merge, s', 'CPU s', 'peak, MB'), rows)}\n\n{apart}"
 
 
+def serving(file: dict[str, Any]) -> str:
+    """What exchanging the served weights costs those who ask."""
+    had, found, machine = file["settings"], file["found"], file["machine"]
+    rows, asked = [], 0
+    for name, phases in found["phases"].items():
+        asked += sum(int(one["requests"]) for one in phases)
+        one = {key: median(phase[key] for phase in phases) for key in phases[0]}
+        times = [f"{1000 * one[key]:.0f}" for key in ("p50", "p99", "longest")]
+        rows.append([name, f"{one['rate']:.0f}", *times, f"{one['memory'] / MB:,.0f}"])
+    ratios = {key: median(values) for key, values in found["ratios"].items()}
+    said = (
+        f"{had['model']}, {had['workers']} process, {had['clients']} clients that ask again as soon as they have an answer, JPEGs of 640 x 480. "
+        f"Phases of {had['seconds']:.0f} s without swaps and with {had['swaps']} alternate, {had['rounds']} of each; medians. Other work used "
+        f"{machine['cores_used_by_others']:.1f} of {machine['cores']} cores meanwhile."
+    )
+    swap = median(phase["swap"] for phase in found["phases"]["with swaps"])
+    apart = (
+        f"With swaps the rate was {ratios['rate']:.2f} times that without, p99 {ratios['p99']:.2f} times, memory {ratios['memory']:.2f} times; no "
+        f"request of {asked:,} failed. Between the new head and the first answer by it lay {swap:.1f} s, of which up to 0.2 s are the head's poll."
+    )
+    return f"{said}\n\n{table(('', 'requests/s', 'p50, ms', 'p99, ms', 'longest, ms', 'memory, MB'), rows)}\n\n{apart}"
+
+
+def adapters(file: dict[str, Any]) -> str:
+    """Experts that are adapters beside whole models."""
+    had, found, machine = file["settings"], file["found"], file["machine"]
+    small, whole = (found["arrivals"][kind] for kind in ("adapters", "whole models"))
+    said = (
+        f"One run of `configs/{had['study']}` at {had['steps']} steps, one seed, `recipe.adapter: [null, {had['adapter']}]` (the learning rate is that for "
+        f"adapters, too high for whole models): an arrival is {small['bytes'] / 1e3:.0f} kB in the place of {whole['bytes'] / MB:.1f} MB, "
+        f"{whole['bytes'] / small['bytes']:.0f} times smaller. Training ran at {small['samples_per_second']:,.0f} samples/s with adapters and at "
+        f"{whole['samples_per_second']:,.0f} without (medians of {small['experts']} and {whole['experts']} experts, two at a time on "
+        f"{machine['cores']} cores). A tiny model says nothing about scores of yours."
+    )
+    by_strategy: dict[str, dict[str, str]] = {}
+    for one in found["scores"]:
+        text = " / ".join(f"{one[key]:.2f}".removeprefix("0") for key in ("ka", "zs", "gm"))
+        by_strategy.setdefault(one["strategy"], {})[one["kind"]] = text
+    rows = [
+        [NAMED.get(name, name), texts["adapters"], texts["whole models"]]
+        for name, texts in by_strategy.items()
+    ]
+    return f"{said}\n\n{table(('at the end: KA / ZS / GM', 'adapters', 'whole models'), rows)}"
+
+
 BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "folders": ("merge-folders", folders),
     "sweep-report": ("study-report", sweep_report),
     "sweep-tracking": ("tracking", sweep_tracking),
     "keep": ("storage-sweep", keep),
+    "packed": ("pack", packed),
     "small-disk": ("storage-small-disk", small_disk),
     "service-gates": ("service-gates", gates),
     "service-gates-tasks": ("service-gates-tasks", gates_of_tasks),
     "arrivals-statistics": ("statistics-arrivals", arrivals_statistics),
     "evidence": ("evidence-vit-b-32", evidence),
+    "serving": ("serving", serving),
+    "adapters": ("adapters", adapters),
     "regmean": ("regmean-vit-b-16", regmean),
 }
 """The file of results that each block is made from, and how."""

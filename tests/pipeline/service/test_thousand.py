@@ -1,6 +1,6 @@
 """A thousand arrivals: what the last cost beside the second hundred, and that memory does not grow with them.
 
-Run by `make faults`. What one more arrival costs is counted in `test_flat.py`; CPU time is printed here, for `docs/service.md`.
+Run by `make faults`. What one more arrival costs is counted in `test_flat.py`; CPU time is printed here.
 """
 
 import os
