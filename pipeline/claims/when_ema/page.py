@@ -56,7 +56,7 @@ def page(numbers: Numbers, core: Numbers, judged: Judgement, design: Design, fol
         *(line for one in judged.hypotheses for line in _hypothesis(one)),
         *_figure("weights", folder),
         *_why(core, folder),
-        *_fringe(numbers),
+        *_fringe(numbers, design),
         *_advice(core),
         *_made(numbers, folder),
     ]
@@ -232,11 +232,20 @@ def _why(core: Numbers, folder: str) -> list[str]:
     return [*lines, *_figure("why", folder)]
 
 
-def _fringe(numbers: Numbers) -> list[str]:
+def _fringe(numbers: Numbers, design: Design) -> list[str]:
+    ran = set(numbers.made["piece"])
+    fringe = dict.fromkeys(piece.name for piece in design.pieces if not piece.core)
+    missing = ", ".join(f"`{name}`" for name in fringe if name not in ran)
+    lines = ["## Other settings", ""]
+    if missing:
+        lines += [
+            f"Not run yet: {missing} of `configs/studies/when_ema/pieces.yaml` (other lengths of task and stream, another size, the pool or the buffer alone).",
+            "",
+        ]
+    if not ran & fringe.keys():
+        return lines
     rows = reasons.settings(numbers)
-    lines = [
-        "## Other settings",
-        "",
+    lines += [
         "One axis at a time around a share of .2, fewer replicates, plain intervals; no verdict rests on these.",
         "",
         "| piece | replicates | model | tasks | steps | pool / buffer | gain of Best-in-TIME | of latest → ema | drift |",

@@ -251,6 +251,23 @@ def test_page_says_on_how_many_replicates_it_rests_and_what_is_undecided(
     ).is_file()
 
 
+def test_page_names_the_settings_that_were_not_run_and_shows_those_that_were(
+    tmp_path: Path, design: Design
+) -> None:
+    core = numbers(World(replicates=2))
+    write_page(tmp_path / "when_ema.md", core, design)
+    text = (tmp_path / "when_ema.md").read_text()
+    assert "Not run yet: `steps_300`, `tasks_20`, " in text and "One axis at a time" not in text
+    longer = {"piece": "steps_300", "steps_per_task": 300}
+    both = [
+        pd.concat([frame, frame[frame["piece"] == "share_20"].assign(**longer)], ignore_index=True)
+        for frame in (core.points, core.experts, core.made)
+    ]
+    write_page(tmp_path / "when_ema.md", Numbers(*both), design)
+    text = (tmp_path / "when_ema.md").read_text()
+    assert "Not run yet: `tasks_20`, " in text and "| steps_300 | 2 | s | 2 | 300 | 0.1 / 0.1 | " in text
+
+
 def test_paragraph_of_advice_follows_from_the_verdicts() -> None:
     true, nothing = paragraph(judgement(World())), paragraph(judgement(World(sign=0)))
     assert "it gains at shares of 0, 0.1 and 0.2" in true and "it loses at a share of 0.66" in true
