@@ -57,11 +57,15 @@ def fit(drifts: Sequence[float], shares: Sequence[float], weights: Sequence[floa
     design = np.column_stack([np.ones_like(drift), np.log10(drift), share])
     if np.linalg.matrix_rank(design) < design.shape[1]:
         raise ValueError("drift and share must both vary, and not together, for a function of both")
-    constant, by_drift, by_share = map(
-        float, np.linalg.lstsq(design, np.log(weight / (1 - weight)), rcond=None)[0]
-    )
-    ranges = (float(drift.min()), float(drift.max())), (float(share.min()), float(share.max()))
+    found = np.linalg.lstsq(design, np.log(weight / (1 - weight)), rcond=None)[0]
+    constant, by_drift, by_share = map(_rounded, found)
+    ranges = (_rounded(drift.min()), _rounded(drift.max())), (float(share.min()), float(share.max()))
     return Advice(constant, by_drift, by_share, *ranges)
+
+
+def _rounded(value: float) -> float:
+    """To six digits: as much as any study decides, and the same on every machine."""
+    return float(f"{value:.6g}")
 
 
 def nearest_of(weight: float, grid: Sequence[float]) -> float:
