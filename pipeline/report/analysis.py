@@ -14,12 +14,14 @@ import pandas as pd
 from scipy.stats import t as student
 
 from pipeline.plan.draft import JOINT_TASK
-from pipeline.report.frames import OF_POINT
+from pipeline.report.frames import OF_POINT, UNTRAINED
 
 METRICS = ("ka", "zs", "gm", "forgetting", "bwt", "zs_replayed", "zs_never_replayed")
 OF_ONE = ("seed", "trajectory")
 """Columns of points in which the trajectories of a group differ."""
 CONFIDENCE = 0.95
+EQUAL = 1e-12
+"""A standard deviation below this is that of equal scores."""
 ALIKE = 1e-6
 """Scores closer than this are drawn as equal."""
 
@@ -29,7 +31,8 @@ def last(points: pd.DataFrame) -> pd.DataFrame:
 
     Columns: the description of the group, `t`, its `task`, `seeds`, and for every metric m: `m` the mean over seeds, `m_sd` the
     sample standard deviation and `m_ci` half the width of the 95 % interval of the mean (Student's t); both missing for a single
-    seed.
+    seed, and `m_ci` where trained models of several seeds score alike: their spread is not 0, it is not known. What trains
+    nothing has no spread.
     """
     if points.empty:
         return pd.DataFrame(columns=[*_described(points), "t", "task", "seeds", *_statistics()])
@@ -45,7 +48,10 @@ def last(points: pd.DataFrame) -> pd.DataFrame:
     found: dict[str, pd.Series] = {}
     for metric in METRICS:
         of_metric = groups[metric].agg(["mean", "std", "count"]).reindex(rows.index)
-        half = [half_width(sd, int(count)) for sd, count in zip(of_metric["std"], of_metric["count"])]
+        half = [
+            math.nan if sd < EQUAL and mixture != UNTRAINED else half_width(sd, int(count))
+            for sd, count, mixture in zip(of_metric["std"], of_metric["count"], rows["mixture"], strict=True)
+        ]
         found |= {metric: of_metric["mean"], f"{metric}_sd": of_metric["std"]}
         found[f"{metric}_ci"] = pd.Series(half, index=rows.index)
     return pd.concat([rows, pd.DataFrame(found)], axis=1).reset_index(drop=True)
@@ -165,7 +171,9 @@ def recommend(rows: pd.DataFrame, metric: str = "gm") -> Advice | None:
     sentence += f", {gap:.3f} above {second['group']}"
     apart = best[ci] + second[ci]
     if math.isnan(apart):
-        return Advice(best["group"], second["group"], None, f"{sentence}; one seed each cannot say how sure.")
+        few = min(best["seeds"], second["seeds"]) < 2
+        why = "one seed each cannot" if few else "seeds with equal scores cannot"
+        return Advice(best["group"], second["group"], None, f"{sentence}; {why} say how sure.")
     separated = bool(gap > apart)
     sure = (
         "their 95 % intervals are apart"

@@ -18,6 +18,7 @@ def point(group: str, seed: int = 0, t: int = 1, **found: Any) -> dict[str, Any]
         "init": "base",
         "deploy": "all",
         "technique": "ties",
+        "mixture": "no replay",
     }
     metrics = dict.fromkeys(METRICS, math.nan)
     return {**described, **metrics, "group": group, "seed": seed, "t": t, "task": "a", **found}
@@ -120,6 +121,16 @@ def test_forgetting_per_task_has_the_mean_that_results_report() -> None:
 def test_front_of_a_cost_prefers_less_of_it() -> None:
     rows = frame(*({"gm": gm, "gflops": cost} for gm, cost in ((0.5, 1.0), (0.6, 2.0), (0.5, 2.0))))
     assert pareto(rows, "gm", "gflops", cheap=True).tolist() == [True, True, False]
+
+
+def test_seeds_with_equal_scores_have_no_interval_unless_nothing_is_trained() -> None:
+    seeds = [point(name, seed, gm=gm, mixture=mixture) for name, gm, mixture in (("a", 0.5, "no replay"), ("zero_shot", 0.4, "-")) for seed in range(3)]  # fmt: skip
+    rows = last(frame(*seeds))
+    found = rows.set_index("group")
+    assert math.isnan(found.loc["a", "gm_ci"]) and found.loc["zero_shot", "gm_ci"] == 0
+    advice = recommend(rows)
+    assert advice is not None and advice.separated is None
+    assert advice.sentence.endswith("above zero_shot; seeds with equal scores cannot say how sure.")
 
 
 def test_recommendation_names_the_best_and_never_the_multitask_reference() -> None:

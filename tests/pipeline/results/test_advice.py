@@ -17,7 +17,10 @@ def test_fit_finds_the_function_that_made_the_weights_and_survives_json() -> Non
     found = fit(drift, share, weight)
     assert (found.constant, found.by_drift, found.by_share) == pytest.approx((-0.5, -1.2, 0.8))
     assert found.weight(0.1, 0.3) == pytest.approx(expit(-0.5 + 1.2 + 0.24))
-    assert found.drifts == pytest.approx((drift.min(), drift.max()), rel=1e-5) and Advice.from_json(found.to_json()) == found
+    assert (
+        found.drifts == pytest.approx((drift.min(), drift.max()), rel=1e-5)
+        and Advice.from_json(found.to_json()) == found
+    )
 
 
 def test_weight_of_fine_tuning_is_taken_and_what_was_not_measured_is_known() -> None:
