@@ -107,20 +107,22 @@ class Recipes:
                 self.rebuild(record, stage / "made")
         except StoreError as error:
             return str(error)
-        for proof in (self.proof(record), self.proof(record, own=False)):
+        for proof in self._proofs(record):
             proof.parent.mkdir(exist_ok=True)
             proof.touch()
         return None
 
-    def proof(self, merge: Described, *, own: bool | None = None) -> Path:
-        """The file that exists once this code, with these versions of libraries, has made such a merge again.
+    def proof(self, merge: Described) -> Path:
+        """The file that exists once this code, with these versions of libraries, has made such a merge again."""
+        return self._proofs(merge)[-1]
 
-        One merge in `PROVE_ONE_IN` has a file of its `own`; the others have that of their technique with its parameters.
-        """
+    def _proofs(self, merge: Described) -> tuple[Path, ...]:
+        """What making this merge again proves: its technique with these parameters, and, for one in `PROVE_ONE_IN`, itself."""
         spec = MergeSpec.of(merge.spec)
-        sampled = int(merge.fingerprint[:8], 16) % PROVE_ONE_IN == 0 if own is None else own
         what = [spec.version, spec.technique, dict(spec.params), spec.form, dict(here())]
-        return self.store.root / PROOFS / digest_of([*what, merge.fingerprint] if sampled else what)[:DIGITS]
+        sampled = int(merge.fingerprint[:8], 16) % PROVE_ONE_IN == 0
+        proved = [what, [*what, merge.fingerprint]] if sampled else [what]
+        return tuple(self.store.root / PROOFS / digest_of(one)[:DIGITS] for one in proved)
 
     def pack(self, record: Record, base: Record) -> str | None:
         """Keep weights as their difference from a base from now on; returns why they stay as they are, None if they went.
