@@ -407,3 +407,37 @@ def test_nothing_without_replay_ends_a_point_above_the_base() -> None:
     (zero,) = set(pick("no_replay", ZERO).values())
     trained = [row for study in ("no_replay", "offline") for row in rows(study) if row["replay"] == "False"]
     assert len(trained) > 50 and max(float(row["gm"]) for row in trained) < zero + 0.01
+
+
+@pytest.mark.parametrize(
+    ("technique", "key", "says"),
+    [
+        ("average", "weight", "its best weight was {best} |"),
+        ("task_arithmetic", "scale", "on ten tasks was {best}, and {worst} was the worst"),
+    ],
+)
+def test_factors_that_the_advice_names_are_those_of_the_tuning(technique: str, key: str, says: str) -> None:
+    scored = {
+        json.loads(row["params"])[key]: float(row["gm"])
+        for row in rows("tuning")
+        if (f"{row['init']}/{row['deploy']}", row["technique"]) == (BIT, technique)
+    }
+    best, worst = (f"{pick_one(scored, key=scored.get):g}"[1:] for pick_one in (max, min))
+    advice = " ".join((ROOT / "docs" / "choosing.md").read_text().split())
+    assert len(scored) >= 6 and says.format(best=best, worst=worst) in advice
+
+
+def test_tables_of_the_demo_end_alike_in_the_readme_and_in_the_advice() -> None:
+    readme = re.findall(
+        r"^\| `([\w-]+)` \|.*\| ([.\d]+ / [.\d]+ / [.\d]+) \|$",
+        (ROOT / "README.md").read_text(),
+        re.MULTILINE,
+    )
+    ends = dict(readme)
+    said = re.findall(
+        r"^\| `([\w-]+)` \| ([.\d]+) \| ([.\d]+) \| ([.\d]+) \|$",
+        (ROOT / "docs" / "choosing.md").read_text(),
+        re.MULTILINE,
+    )
+    assert len(ends) == 7 and len(said) == 6
+    assert all(ends[name] == " / ".join(scores) for name, *scores in said)
