@@ -30,8 +30,7 @@ def run(pieces: Sequence[Piece], design: Design, places: Places, minutes: float)
         passed = (time.monotonic() - began) / 60
         if passed + took > minutes:
             return [f"{len(ahead) - place} pieces are left; give the same command again to go on"]
-        near = {piece.replicate: piece for piece in ahead[place:] if piece.model == ahead[place].model}
-        make_bases(list(near.values())[:2], design, places)
+        make_bases(ahead[place:], design, places)
         started = time.monotonic()
         carry_out(piece, design, places)
         took = max(took, (time.monotonic() - started) / 60)

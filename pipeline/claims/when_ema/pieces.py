@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from merge_service.checkpoints import WEIGHTS_FILE
 from merge_service.errors import UserError
 from pipeline.claims.programs import Program, commit, run_programs, study_program
 from pipeline.claims.when_ema import numbers
-from pipeline.claims.when_ema.design import MODELS, Design, Piece
+from pipeline.claims.when_ema.design import CORES, MODELS, Design, Piece
 from pipeline.claims.when_ema.recording import Experts, points_of
 from pipeline.store.artifact import hash_file
 from pipeline.workspace.opening import open_plan
@@ -39,22 +40,28 @@ class Places:
         return self.work / piece.key
 
 
-def make_bases(pieces: Sequence[Piece], design: Design, places: Places) -> None:
-    """Make the bases of these pieces at the same time. Raises UserError if one fails, or differs from the base of finished pieces."""
-    wanted = {places.base(piece): piece for piece in pieces}
+def make_bases(ahead: Sequence[Piece], design: Design, places: Places) -> None:
+    """Make the base of the first of these pieces, and, if that is missing, the next missing one of its model at the same time.
+
+    Raises UserError if one fails, or if the base is not that of the finished pieces of its replicate.
+    """
+    piece = ahead[0]
+    out = places.base(piece)
     missing = {
-        out: piece
-        for out, piece in wanted.items()
-        if not (out / WEIGHTS_FILE).is_file() or (out / "work").exists()
+        places.base(one): one for one in ahead if one.model == piece.model and not _is_made(places.base(one))
     }
-    run_programs(*(_base_program(out, piece, design) for out, piece in missing.items()))
-    for out, piece in wanted.items():
-        found, known = hash_file(out / WEIGHTS_FILE), numbers.base_of(places.kept, piece)
-        if known not in (None, found):
-            raise UserError(
-                f"{out} has the sha256 {found[:12]}, the finished pieces of replicate {piece.replicate} began at {known}; make them again under "
-                f"another --numbers, or use the machine and libraries that made them"
-            )
+    if out in missing:
+        run_programs(*(_base_program(place, one, design) for place, one in islice(missing.items(), CORES)))
+    found, known = hash_file(out / WEIGHTS_FILE), numbers.base_of(places.kept, piece)
+    if known not in (None, found):
+        raise UserError(
+            f"{out} has the sha256 {found[:12]}, the finished pieces of replicate {piece.replicate} began at {known}; make them again under "
+            f"another --numbers, or use the machine and libraries that made them"
+        )
+
+
+def _is_made(out: Path) -> bool:
+    return (out / WEIGHTS_FILE).is_file() and not (out / "work").exists()
 
 
 def _base_program(out: Path, piece: Piece, design: Design) -> Program:

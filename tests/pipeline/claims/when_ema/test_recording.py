@@ -171,6 +171,11 @@ def test_base_is_made_once_and_must_be_that_of_the_finished_pieces(
     for _ in range(2):
         make_bases([PIECE, replace(PIECE, name="share_10")], design, places)
     assert len(called) == 1 and called[0][-2:] == ("--seed", "100")
+    others = [replace(PIECE, replicate=replicate) for replicate in (0, 1, 2, 3)]
+    make_bases(others, design, places)
+    assert len(called) == 1  # the first has its base, so nothing is made yet
+    make_bases(others[1:], design, places)
+    assert [words[-1] for words in called] == ["100", "101", "102"]  # two in the time of one
     kept = numbers(Truth(replicates=1), names=("share_00",))
     sha256 = hash_file(places.base(PIECE) / WEIGHTS_FILE)
     write(
