@@ -54,6 +54,7 @@ def page(numbers: Numbers, core: Numbers, judged: Judgement, design: Design, fol
         *_opening(judged, design, folder),
         *_gains(judged, core),
         *(line for one in judged.hypotheses for line in _hypothesis(one)),
+        *_weights(core),
         *_figure("weights", folder),
         *_why(core, folder),
         *_fringe(numbers, design),
@@ -204,6 +205,24 @@ def _hypothesis(one: Hypothesis) -> list[str]:
 def _row(answer: Answer, verdict: str) -> str:
     each = " ".join(_number(value) for value in answer.part.values)
     return f"| {answer.part.says} | {_effect(answer)} | {each} | {verdict} |"
+
+
+def _weights(core: Numbers) -> list[str]:
+    """The weight that is best on val by share and rate."""
+    best = measures.best_weights(measures.endpoints(core))
+    least = best["best"].min()
+    table = summary(best, "best", ["share", "lr"])
+    means = table.pivot_table(index="share", columns="lr", values="mean")
+    lines = [
+        "The weight of the new expert that is best on val, mean over replicates; 1 is fine-tuning:",
+        "",
+        f"| share | {' | '.join(f'at {lr:g}' for lr in means.columns)} |",
+        f"|---|{'---|' * len(means.columns)}",
+    ]
+    for share, row in means.iterrows():
+        lines.append(f"| {share:g} | {' | '.join(f'{value:.2f}'.lstrip('0') for value in row)} |")
+    edge = f"In {(best['best'] == least).sum()} of {len(best)} cells it is {least:g}, the least of the grid, so a lower one may be better still."
+    return [*lines, "", edge, ""]
 
 
 def _why(core: Numbers, folder: str) -> list[str]:

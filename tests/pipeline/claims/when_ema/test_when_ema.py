@@ -237,8 +237,12 @@ def keep(folder: Path, truth: Numbers, piece: object, of: str | None = None) -> 
 def test_page_says_on_how_many_replicates_it_rests_and_what_is_undecided(
     tmp_path: Path, design: Design
 ) -> None:
-    lines = write_page(tmp_path / "when_ema.md", numbers(World(replicates=3)), design)
+    core = numbers(World(replicates=3))
+    lines = write_page(tmp_path / "when_ema.md", core, design)
     text = (tmp_path / "when_ema.md").read_text()
+    best = measures.best_weights(measures.endpoints(core))
+    at = best[(best["share"] == 0.66) & (best["lr"] == 1e-4)]["best"].mean()
+    assert f"\n| 0.66 | {at:.2f}".replace(" 0.", " .", 1).replace("| .66", "| 0.66") in text
     assert "rest on 3 of 8 replicates**; they are provisional" in text
     assert [line.split()[0] for line in lines] == list(ALL)
     for name in ("map", "shares", "weights", "why"):
