@@ -209,8 +209,8 @@ def _row(answer: Answer, verdict: str) -> str:
 
 def _weights(core: Numbers) -> list[str]:
     """The weight that is best on val by share and rate."""
-    best = measures.best_weights(measures.endpoints(core))
-    least = best["best"].min()
+    ends = measures.endpoints(core)
+    best, least = measures.best_weights(ends), ends["weight"].min()
     table = summary(best, "best", ["share", "lr"])
     means = table.pivot_table(index="share", columns="lr", values="mean")
     lines = [
