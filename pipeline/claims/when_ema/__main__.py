@@ -17,6 +17,7 @@ from pipeline.claims.when_ema.pieces import Places, carry_out, make_bases
 
 DESIGN = Path("configs/studies/when_ema/pieces.yaml")
 PAGE = Path("docs/when_ema.md")
+CHOOSING = Path("docs/choosing.md")
 NUMBERS = Path("docs/when_ema/numbers")
 WORK = Path("runs/when_ema")
 
@@ -56,13 +57,17 @@ def estimate(pieces: Sequence[Piece], design: Design, kept: Path) -> list[str]:
 
 
 def judged(page: Path, found: numbers.Numbers, design: Design) -> list[str]:
-    """Write the page; returns a line per hypothesis, or one on what is missing while no replicate is complete."""
+    """Write the page, and its advice where the page on choosing repeats it; returns a line per hypothesis, or one on what is missing while no replicate is complete."""
     from pipeline.claims.when_ema.measures import whole
-    from pipeline.claims.when_ema.page import write
+    from pipeline.claims.when_ema.page import with_advice, write
 
     if not whole(found, design.core):
         return [f"no replicate has all of {', '.join(design.core)} yet, so there is no page"]
-    return [*write(page, found, design), f"page: {page}"]
+    lines = write(page, found, design)
+    if page == PAGE:
+        text = with_advice(CHOOSING.read_text(encoding="utf-8"), page.read_text(encoding="utf-8"))
+        CHOOSING.write_text(text, encoding="utf-8")
+    return [*lines, f"page: {page}"]
 
 
 def numbered(text: str) -> list[int]:

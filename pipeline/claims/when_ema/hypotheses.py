@@ -13,7 +13,7 @@ import pandas as pd
 
 from pipeline.claims.judge import EQUIVALENT, HOLDS, REFUTED, UNDECIDED, VERDICTS, Part, verdicts
 from pipeline.claims.when_ema import measures
-from pipeline.claims.when_ema.measures import EE, EL, END, FT, LE
+from pipeline.claims.when_ema.measures import EE, EL, END, FT, LE, ZERO
 from pipeline.claims.when_ema.numbers import Numbers
 
 MARGIN, WEIGHT_MARGIN = 0.005, 0.05
@@ -42,10 +42,14 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Judgement:
-    """The verdicts of the core: the hypotheses, and the gain at each share (family A)."""
+    """The verdicts of the core: the hypotheses, and the gain at each share (family A).
+
+    `above_base` is Best-in-TIME less zero-shot at each share, by plain intervals: a gain over fine-tuning may be a smaller loss.
+    """
 
     hypotheses: tuple[Hypothesis, ...]
     gains: tuple[Answer, ...]
+    above_base: tuple[Answer, ...]
     shares: tuple[float, ...]
     replicates: tuple[int, ...]
 
@@ -57,7 +61,8 @@ def judge_all(core: Numbers) -> Judgement:
     """Judge all hypotheses on the complete replicates of the core."""
     ends = measures.endpoints(core)
     shares = tuple(sorted(float(share) for share in ends["share"].unique()))
-    tuned = measures.gains(measures.chosen(ends))
+    picks = measures.chosen(ends)
+    tuned, over_base = measures.gains(picks), measures.gains(picks, over=ZERO)
     family_a = [
         Part(
             f"gain_{share:g}", f"gain at a share of {share:g}", measures.of_share(tuned, share), margin=MARGIN
@@ -80,7 +85,11 @@ def judge_all(core: Numbers) -> Judgement:
         _hypothesis("H4", "The best weight falls with drift and rises with replay", slopes[2:], []),
     )
     replicates = tuple(sorted(int(one) for one in ends["replicate"].unique()))
-    return Judgement(hypotheses, tuple(gains), shares, replicates)
+    above_base = tuple(
+        beside(f"base_{share:g}", f"Best-in-TIME less zero-shot at a share of {share:g}", measures.of_share(over_base, share))
+        for share in shares
+    )  # fmt: skip
+    return Judgement(hypotheses, tuple(gains), above_base, shares, replicates)
 
 
 def answered(family: Sequence[Part]) -> list[Answer]:

@@ -22,7 +22,7 @@ ARMS = {
     "ema → latest": ("ema", "latest"),
     "Best-in-TIME": ("ema", "ema"),
 }
-FT, LE, EL, EE = tuple(ARMS)[1:]
+ZERO, FT, LE, EL, EE = ARMS
 UNIT = [*KEYS]
 SCORES = ("ka", "zs", "zs_replayed", "zs_never_replayed", "gm")
 STREAM, END = "gm", "gm_end"

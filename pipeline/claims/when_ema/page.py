@@ -5,6 +5,8 @@ Invariant: every number is computed from docs/when_ema/numbers; the number of re
 
 import json
 import math
+import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from pipeline.claims.when_ema import advising, measures, reasons
 from pipeline.claims.when_ema.design import Design
 from pipeline.claims.when_ema.figures import draw_all, summary
 from pipeline.claims.when_ema.hypotheses import Answer, Hypothesis, Judgement, judge_all
-from pipeline.claims.when_ema.measures import END, STREAM
+from pipeline.claims.when_ema.measures import EE, EL, END, FT, LE, STREAM, ZERO
 from pipeline.claims.when_ema.numbers import Numbers
 
 CAPTIONS = {
@@ -26,6 +28,8 @@ CAPTIONS = {
     "why": "Gain at one rate against what the middle of a task vector spares of the loss on old data; a point per replicate, share and rate",
 }
 VERB = {HOLDS: "gains", REFUTED: "loses", EQUIVALENT: "ties (within .005)", UNDECIDED: "is undecided"}
+BLOCK = re.compile(r"(<!-- advice of when_ema -->\n).*?(<!-- end -->)", re.DOTALL)
+"""Where another page repeats the advice."""
 
 
 def write(target: Path, numbers: Numbers, design: Design) -> list[str]:
@@ -76,6 +80,7 @@ def verdicts_as_json(judged: Judgement) -> dict[str, Any]:
             for one in judged.hypotheses
         },
         "gains": [_plain(answer) for answer in judged.gains],
+        "above_base": [_plain(answer) for answer in judged.above_base],
     }  # fmt: skip
 
 
@@ -121,28 +126,44 @@ def _opening(judged: Judgement, design: Design, folder: str) -> list[str]:
 
 def paragraph(judged: Judgement) -> str:
     """The advice that the verdicts support, in one paragraph."""
+    of = {one.name: one for one in judged.hypotheses}
+    text = (
+        f"**Advice.** Of Best-in-TIME against fine-tuning, by the share of replay in a batch: {_by_share(judged, judged.gains)}. "
+        f"Against the base itself (zero-shot): {_by_share(judged, judged.above_base)}."
+    )
+    if of["H2"].verdict == HOLDS:
+        text += " The further a task drifts, the more averaging pays: consider it for high rates and long tasks first."
+    if of["H3"].verdict == HOLDS:
+        text += " `latest → ema` does as well and shares the experts of fine-tuning, so it can be tried without training anything."
+    by_drift, by_share = (answer.verdict == HOLDS for answer in of["H4"].deciding)
+    less = (["the further tasks drift"] if by_drift else []) + (["the less is replayed"] if by_share else [])
+    if less:
+        text += f" Give the new expert less weight {' and '.join(less)}."
+    return text
+
+
+def with_advice(text: str, page: str) -> str:
+    """Another page (`text`) with the paragraph of advice of this study's `page` in its block."""
+    (advice,) = re.findall(r"^\*\*Advice\.\*\* (.*)$", page, re.MULTILINE)
+    filled = textwrap.fill(advice, 138, break_long_words=False, break_on_hyphens=False)
+    return BLOCK.sub(lambda found: f"{found[1]}{filled}\n{found[2]}", text)
+
+
+def _by_share(judged: Judgement, answers: Sequence[Answer]) -> str:
+    """The shares of each verdict in words."""
     groups = {
         verdict: [
             f"{share:g}"
-            for share, gain in zip(judged.shares, judged.gains, strict=True)
-            if gain.verdict == verdict
+            for share, answer in zip(judged.shares, answers, strict=True)
+            if answer.verdict == verdict
         ]
         for verdict in VERB
     }
-    said = [
+    return "; ".join(
         f"it {verb} at {'a share' if len(groups[verdict]) == 1 else 'shares'} of {_listed(groups[verdict])}"
         for verdict, verb in VERB.items()
         if groups[verdict]
-    ]
-    verdicts = {one.name: one.verdict for one in judged.hypotheses}
-    text = f"**Advice.** Of Best-in-TIME against fine-tuning, by the share of replay in a batch: {'; '.join(said)}."
-    if verdicts["H2"] == HOLDS:
-        text += " The further a task drifts, the more averaging pays: consider it for high rates and long tasks first."
-    if verdicts["H3"] == HOLDS:
-        text += " `latest → ema` does as well and shares the experts of fine-tuning, so it can be tried without training anything."
-    if verdicts["H4"] == HOLDS:
-        text += " Give the new expert less weight the further tasks drift and the less is replayed."
-    return text
+    )
 
 
 def _gains(judged: Judgement, core: Numbers) -> list[str]:
@@ -166,6 +187,7 @@ def _gains(judged: Judgement, core: Numbers) -> list[str]:
         "|---|---|---|" + "---|" * len(rates),
         *rows,
         "",
+        *_against_base(ends, judged.shares),
         "What the gain is made of, each at its best rate and weight; ZS apart for sets whose training side is replayed and sets of which nothing ever is:",
         "",
         "| share | GM over the stream | GM at the end | KA | ZS | ZS, replayed | ZS, never replayed |",
@@ -173,6 +195,24 @@ def _gains(judged: Judgement, core: Numbers) -> list[str]:
         *_parts(measures.chosen(ends), judged.shares),
         "",
     ]  # fmt: skip
+
+
+def _against_base(ends: pd.DataFrame, shares: Sequence[float]) -> Iterator[str]:
+    picks = measures.chosen(ends)
+    tables = [
+        summary(measures.gains(picks, arm=arm, over=ZERO), "gain", ["share"]).set_index("share")
+        for arm in (FT, EL, LE, EE)
+    ]
+    yield "Each arm at its best rate and weight less zero-shot, which is the base itself: where all lie below 0, a gain over fine-tuning is a smaller loss."
+    yield from (
+        "",
+        "| share | fine-tuning | ema → latest | latest → ema | Best-in-TIME |",
+        "|---|---|---|---|---|",
+    )
+    for share in shares:
+        cells = (_number(table.loc[share, "mean"], table.loc[share, "half"]) for table in tables)
+        yield f"| {share:g} | {' | '.join(cells)} |"
+    yield ""
 
 
 def _parts(picks: pd.DataFrame, shares: Sequence[float]) -> Iterator[str]:
@@ -293,6 +333,11 @@ def _advice(core: Numbers) -> list[str]:
         "|---|---|---|---|",
         *(_row(answer, f"({answer.verdict})") for answer in worth),
         "",
+        *(
+            []
+            if worth[0].verdict == HOLDS
+            else ["It was not shown to be above one constant weight for all settings, so nothing here advises it.", ""]
+        ),
     ]  # fmt: skip
 
 

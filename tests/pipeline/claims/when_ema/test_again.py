@@ -14,7 +14,7 @@ from pipeline.claims.when_ema import measures
 from pipeline.claims.when_ema.design import Piece
 from pipeline.claims.when_ema.hypotheses import judge_all
 from pipeline.claims.when_ema.numbers import read_numbers, write
-from pipeline.claims.when_ema.page import verdicts_as_json
+from pipeline.claims.when_ema.page import verdicts_as_json, with_advice
 from tests.pipeline.claims.when_ema.toys import NAMES, World, numbers
 from tests.world import ROOT
 
@@ -37,6 +37,14 @@ def kept(folder: Path) -> Path:
 def read(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def untrained(home: Path) -> float:
+    """S of zero-shot."""
+    found = [
+        float(row["gm_test"]) for row in read(home / "points.csv") if int(row["t"]) > 0 and not row["lr"]
+    ]
+    return math.fsum(found) / len(found)
 
 
 def scores(home: Path) -> Scores:
@@ -101,6 +109,10 @@ def again(homes: dict[float, Path]) -> dict[str, float]:
     return {
         **{f"gain_{share:g}": value for share, value in gain.items()},
         **{
+            f"base_{share:g}": pick(one, "ema", "ema")[0] - untrained(homes[share])
+            for share, one in found.items()
+        },
+        **{
             f"apart_{share:g}": pick(one, "latest", "ema")[0] - pick(one, "ema", "ema")[0]
             for share, one in found.items()
         },
@@ -128,7 +140,7 @@ def test_every_effect_is_found_again_by_other_code(which: str, tmp_path: Path) -
         for one in judged.hypotheses
         for answer in (*one.deciding, *one.beside)
     }
-    parts |= {answer.part.key: answer.part.values for answer in judged.gains}
+    parts |= {answer.part.key: answer.part.values for answer in (*judged.gains, *judged.above_base)}
     for replicate in judged.replicates:
         homes = {
             float(read(folder / f"{replicate}-{name}" / "made.csv")[0]["share"]): folder
@@ -140,3 +152,8 @@ def test_every_effect_is_found_again_by_other_code(which: str, tmp_path: Path) -
     if which == "committed":
         stated = json.loads((COMMITTED / "verdicts.json").read_text())
         assert stated == json.loads(json.dumps(verdicts_as_json(judged)))
+
+
+def test_page_on_choosing_gives_the_advice_of_the_study() -> None:
+    choosing, page = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("choosing", "when_ema"))
+    assert choosing == with_advice(choosing, page) != with_advice(choosing, "**Advice.** Anything else.\n")

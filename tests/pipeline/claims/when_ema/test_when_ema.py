@@ -274,11 +274,21 @@ def test_page_names_the_settings_that_were_not_run_and_shows_those_that_were(
 
 def test_paragraph_of_advice_follows_from_the_verdicts() -> None:
     true, nothing = paragraph(judgement(World())), paragraph(judgement(World(sign=0)))
+    assert "Against the base itself (zero-shot): it gains at shares of 0, 0.1, 0.2, 0.4 and 0.66." in true
     assert "it gains at shares of 0, 0.1 and 0.2" in true and "it loses at a share of 0.66" in true
     assert "less weight the further tasks drift" in true and "without training anything" in true
     assert (
         "it ties (within .005) at shares of 0, 0.1, 0.2, 0.4 and 0.66" in nothing and "further" not in nothing
     )
+
+
+def test_paragraph_of_advice_says_what_holds_of_a_hypothesis_that_is_undecided() -> None:
+    judged = judgement(World())
+    (*others, h4) = judged.hypotheses
+    by_drift, by_share = h4.deciding
+    half = replace(h4, deciding=(replace(by_drift, verdict=UNDECIDED), by_share), verdict=UNDECIDED)
+    text = paragraph(replace(judged, hypotheses=(*others, half)))
+    assert text.endswith("Give the new expert less weight the less is replayed.")
 
 
 def test_command_goes_on_where_it_stopped_and_begins_nothing_that_would_not_end_in_time(
