@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 
 from pipeline.claims.when_ema import measures
+from pipeline.claims.when_ema.advice import Advice, fit, nearest_of
 from pipeline.claims.when_ema.measures import EE, FT, UNIT
 from pipeline.claims.when_ema.numbers import Numbers
-from pipeline.results.advice import Advice, fit, nearest_of
 
 CELL = [*UNIT, "lr"]
 

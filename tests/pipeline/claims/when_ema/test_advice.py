@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.results.advice import Advice, fit, nearest_of
+from pipeline.claims.when_ema.advice import Advice, fit, nearest_of
 
 
 def expit(value: float) -> float:
