@@ -35,7 +35,7 @@ FOLDERS = {
     },
     "pipeline": {
         "": "fingerprint=identity",
-        "cli": "cli_files=files cli_options=options cli_studies=studies cli_upkeep=upkeep show signals",
+        "cli": "cli_files=files cli_options=options cli_studies=studies cli_upkeep=upkeep show",
         "files": "disk ownership",
         "merging": "state_dicts",
         "plan": "expand=draft facts plan_file=file prompt_notes steps",

