@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import record
 from storage import run
 
+from pipeline.store.artifact import is_whole
 from pipeline.study.config import load_study
 
 STUDY = Path("configs/lora.yaml")
@@ -29,12 +30,13 @@ def arrivals(out: Path) -> dict[str, dict[str, float]]:
     found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for path in sorted((out / "store" / "train").glob("*/record.json")):
         one = json.loads(path.read_text())
-        kind, whole = ("adapters", False) if one.get("held") == "adapter" else ("whole models", True)
+        whole = one.get("held") != "adapter"
         sizes = [
             file["bytes"]
             for name, file in one["files"].items()
-            if name.endswith(".safetensors") and (whole or name.startswith("adapter/"))
+            if name.endswith(".safetensors") and is_whole(name) == whole
         ]
+        kind = "whole models" if whole else "adapters"
         found[kind].append({"bytes": sum(sizes), "speed": one["result"]["samples_per_second"]})
     return {
         kind: {

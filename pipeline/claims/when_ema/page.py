@@ -168,7 +168,7 @@ def _by_share(judged: Judgement, answers: Sequence[Answer]) -> str:
 
 def _gains(judged: Judgement, core: Numbers) -> list[str]:
     ends = measures.endpoints(core)
-    each = measures.gains(measures.chosen(ends, ["lr"]), by=["lr"])
+    picks, each = measures.chosen(ends), measures.gains(measures.chosen(ends, ["lr"]), by=["lr"])
     table = summary(each, "gain", ["share", "lr"]).set_index(["share", "lr"])
     rates = sorted(each["lr"].unique())
     rows = []
@@ -187,18 +187,17 @@ def _gains(judged: Judgement, core: Numbers) -> list[str]:
         "|---|---|---|" + "---|" * len(rates),
         *rows,
         "",
-        *_against_base(ends, judged.shares),
+        *_against_base(picks, judged.shares),
         "What the gain is made of, each at its best rate and weight; ZS apart for sets whose training side is replayed and sets of which nothing ever is:",
         "",
         "| share | GM over the stream | GM at the end | KA | ZS | ZS, replayed | ZS, never replayed |",
         "|---|---|---|---|---|---|---|",
-        *_parts(measures.chosen(ends), judged.shares),
+        *_parts(picks, judged.shares),
         "",
     ]  # fmt: skip
 
 
-def _against_base(ends: pd.DataFrame, shares: Sequence[float]) -> Iterator[str]:
-    picks = measures.chosen(ends)
+def _against_base(picks: pd.DataFrame, shares: Sequence[float]) -> Iterator[str]:
     tables = [
         summary(measures.gains(picks, arm=arm, over=ZERO), "gain", ["share"]).set_index("share")
         for arm in (FT, EL, LE, EE)
