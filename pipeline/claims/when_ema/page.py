@@ -27,6 +27,9 @@ CAPTIONS = {
     "weights": "The weight of the new expert that is best on val, mean over replicates with 95 % intervals; 1 is fine-tuning",
     "why": "Gain at one rate against what the middle of a task vector spares of the loss on old data; a point per replicate, share and rate",
 }
+READING = """A comparison *holds* if its interval lies above 0, is *refuted* if it lies below, *equivalent* if it lies within .005 of 0 (.05 for weights), and else
+*undecided*; what stands in brackets decides nothing. A hypothesis has the worst verdict of its parts. H3 claims that there is no difference: it holds if all
+five comparisons are equivalent, and is refuted if one of them is decided (Holm, of ten) to lie beyond .005."""
 VERB = {HOLDS: "gains", REFUTED: "loses", EQUIVALENT: "ties (within .005)", UNDECIDED: "is undecided"}
 BLOCK = re.compile(r"(<!-- advice of when_ema -->\n).*?(<!-- end -->)", re.DOTALL)
 """Where another page repeats the advice."""
@@ -115,6 +118,8 @@ def _opening(judged: Judgement, design: Design, folder: str) -> list[str]:
         *(f"| [{one.name}](#{one.name.lower()}) | {one.says} | **{one.verdict}** |" for one in judged.hypotheses),
         "",
         paragraph(judged),
+        "",
+        *READING.splitlines(),
         "",
         *_figure("map", folder),
         "Scores are GM, the geometric mean of KA and ZS, on `test`, averaged over the stream (t ≥ 1); rate and weight were chosen on `val`, by each replicate for itself.",
