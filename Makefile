@@ -45,7 +45,7 @@ reproduce: $(VENV)/.installed ## TIME's claims, studied and judged: writes docs/
 reproduce-quick: $(VENV)/.installed ## one replicate of each study, about half an hour; compares its scores and effects with the committed ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pipeline.claims --quick
 
-when-ema: $(VENV)/.installed ## when ema -> ema beats fine-tuning: runs what is missing, writes docs/when_ema.md; about four and a half hours on two cores
+when-ema: $(VENV)/.installed ## when ema -> ema beats fine-tuning: runs what is missing, writes docs/when_ema.md; about nine hours on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pipeline.claims.when_ema $(if $(REPLICATES),--replicates $(REPLICATES)) $(if $(PIECES),--pieces $(PIECES)) $(if $(MINUTES),--minutes $(MINUTES))
 
 data-driven: $(VENV)/.installed ## what merges gain that see data: runs the study, writes docs/data_driven.md; about twenty minutes on two idle cores

@@ -23,7 +23,7 @@ from pipeline.report.page import Page, frames_of, page, records, spec_of, still,
 from pipeline.report.sources import Studied, compare, curves, notes_of
 from pipeline.report.style import OTHER
 from pipeline.report.summary import summary_of
-from pipeline.report.winner import command_of, winner_of
+from pipeline.report.winner import command_of, weight_to_try, winner_of
 from pipeline.results.over_time import on_split, splits_of
 from pipeline.store.versions import counted, mixed_text
 from pipeline.study.mistakes import short
@@ -277,7 +277,7 @@ def _page(studies: Sequence[Studied], data: Data, split: str, splits: Sequence[s
         title=" and ".join(names),
         scope=". ".join(scope).rstrip(".") + ".",
         partial=" ".join(partial),
-        advice=f"{data.advice.sentence} {cost_of(home, best)}",
+        advice=f"{data.advice.sentence} {cost_of(home, best)}{weight_to_try(home, best)}",
         winner=winner_of(home, best),
         command=f"temporal-merge report {' '.join(str(one.out) for one in studies)}",
         made_by=tuple(command_of(one.out) for one in studies),

@@ -31,6 +31,7 @@ READING = """A comparison *holds* if its interval lies above 0, is *refuted* if 
 *undecided*; what stands in brackets decides nothing. A hypothesis has the worst verdict of its parts. H3 claims that there is no difference: it holds if all
 five comparisons are equivalent, and is refuted if one of them is decided (Holm, of ten) to lie beyond .005."""
 VERB = {HOLDS: "gains", REFUTED: "loses", EQUIVALENT: "ties (within .005)", UNDECIDED: "is undecided"}
+WORTH = "It is above one constant weight for all settings, so [reports](report.md) advise it where drift and replay lie within these ranges."
 BLOCK = re.compile(r"(<!-- advice of when_ema -->\n).*?(<!-- end -->)", re.DOTALL)
 """Where another page repeats the advice."""
 
@@ -337,11 +338,8 @@ def _advice(core: Numbers) -> list[str]:
         "|---|---|---|---|",
         *(_row(answer, f"({answer.verdict})") for answer in worth),
         "",
-        *(
-            []
-            if worth[0].verdict == HOLDS
-            else ["It was not shown to be above one constant weight for all settings, so nothing here advises it.", ""]
-        ),
+        WORTH if worth[0].verdict == HOLDS else "It was not shown to be above one constant weight for all settings, so nothing here advises it.",
+        "",
     ]  # fmt: skip
 
 

@@ -1,19 +1,30 @@
 """Where the advised model is: its path, digest, and commands that work with it."""
 
+import math
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from pipeline.plan.file import write
 from pipeline.report.sources import Studied
-from pipeline.report.winner import command_of, winner_of
+from pipeline.report.winner import command_of, weight_to_try, winner_of
+from pipeline.results.ema_weight import MEASURED
 from pipeline.results.over_time import results
 from tests.pipeline.tracked_study import finished_study
 
 
-def finished(out: Path) -> Studied:
-    study = finished_study(out, strategies=("zero_shot", "best_in_time"))
+def finished(
+    out: Path,
+    strategies: Sequence[Any] = ("zero_shot", "best_in_time"),
+    axes: Mapping[str, Any] | None = None,
+) -> Studied:
+    study = finished_study(out, strategies=strategies, axes=axes)
     found = Studied(out, study.plan, {}, {study.base.fingerprint: study.base, **study.records})
     return Studied(out, study.plan, results(study.plan, Records(found)), found.records)
 
@@ -64,3 +75,65 @@ def test_study_without_records_has_no_winner_to_fetch(tmp_path: Path) -> None:
 
 def test_command_that_made_a_study_names_what_run_takes(tmp_path: Path) -> None:
     assert command_of(Path("runs/demo")) == "temporal-merge run runs/demo/study.yaml --out runs/demo"
+
+
+def expit(value: float) -> float:
+    return 1 / (1 + math.exp(-value))
+
+
+def drifting(
+    out: Path, drift: float | None, *strategies: object, axes: Mapping[str, Any] | None = None
+) -> Studied:
+    """A study of such strategies whose experts all drift so far."""
+    study = finished(out, strategies, axes)
+    moved = {
+        name: replace(one, result={**one.result, "relative_drift": drift}) if one.kind == "train" else one
+        for name, one in study.records.items()
+    }
+    return replace(study, records=moved)
+
+
+THIRDS = {"pretraining": 0.33, "update": 0.34, "buffer": 0.33}
+BEST = {"preset": "best_in_time", "mixture": THIRDS}
+REPLAYED = ("zero_shot", "continual_finetuning", "continual_finetuning_replay", BEST)
+
+
+def test_weight_to_try_is_that_of_the_drift_and_the_replay(tmp_path: Path) -> None:
+    study = drifting(tmp_path / "out", 0.02, *REPLAYED)
+    weight = expit(MEASURED.constant + MEASURED.by_drift * math.log10(0.02) + MEASURED.by_share * 0.66)
+    replayed = [one.id for one in study.plan.trajectories if one.init == "ema"]
+    for name in (*replayed, "continual_finetuning_replay"):
+        said = weight_to_try(study, name)
+        assert f"weight of {weight:.2f}" in said and "(0.020 of" in said and "replay (0.66)" in said
+    without = expit(MEASURED.constant + MEASURED.by_drift * math.log10(0.02))
+    assert f"weight of {without:.2f}" in weight_to_try(study, "continual_finetuning")
+    assert weight_to_try(study, "zero_shot") == ""
+
+
+def test_no_weight_is_stated_that_was_not_measured_or_is_there_already(tmp_path: Path) -> None:
+    near = round(MEASURED.weight(0.02, 0.66), 1)
+    strategies = ("continual_finetuning_replay", {**BEST, "params": {"weight": near}})
+    assert weight_to_try(drifting(tmp_path / "there", 0.02, *strategies), "continual_finetuning_replay") == ""
+    for name, drift in (("far", 0.2), ("still", 0.0), ("older", None)):
+        study = drifting(tmp_path / name, drift, *REPLAYED)
+        assert weight_to_try(study, "continual_finetuning_replay") == "", name
+    alone = drifting(tmp_path / "alone", 0.02, BEST)  # nothing was fine-tuned
+    assert weight_to_try(alone, alone.plan.trajectories[0].id) == ""
+
+
+@pytest.mark.parametrize(
+    ("mixture", "stated"),
+    [
+        ({"pretraining": 0.1, "update": 0.8, "buffer": 0.1}, True),
+        ({"pretraining": 0.2, "update": 0.8}, False),
+        ({"update": 0.8, "buffer": 0.2}, False),
+        ({"pretraining": 0.45, "update": 0.1, "buffer": 0.45}, False),
+    ],
+    ids=["half and half", "pool alone", "buffer alone", "more than was measured"],
+)
+def test_weight_is_stated_for_replay_as_the_study_had_it(
+    tmp_path: Path, mixture: dict[str, float], stated: bool
+) -> None:
+    study = drifting(tmp_path / "out", 0.02, {"preset": "continual_finetuning", "mixture": mixture})
+    (only,) = study.plan.trajectories
+    assert bool(weight_to_try(study, only.id)) is stated

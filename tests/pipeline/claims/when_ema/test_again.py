@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.claims.when_ema import measures
+from pipeline.claims.judge import HOLDS
+from pipeline.claims.when_ema import advising, measures
 from pipeline.claims.when_ema.design import Piece
 from pipeline.claims.when_ema.hypotheses import judge_all
 from pipeline.claims.when_ema.numbers import read_numbers, write
-from pipeline.claims.when_ema.page import verdicts_as_json, with_advice
+from pipeline.claims.when_ema.page import measures_of, verdicts_as_json, with_advice
+from pipeline.results.ema_weight import MEASURED
 from tests.pipeline.claims.when_ema.toys import NAMES, World, numbers
 from tests.world import ROOT
 
@@ -169,3 +171,11 @@ def test_every_effect_is_found_again_by_other_code(which: str, tmp_path: Path) -
 def test_page_on_choosing_gives_the_advice_of_the_study() -> None:
     choosing, page = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("choosing", "when_ema"))
     assert choosing == with_advice(choosing, page) != with_advice(choosing, "**Advice.** Anything else.\n")
+
+
+def test_reports_advise_the_weight_that_the_committed_numbers_support() -> None:
+    core = measures.core(read_numbers(COMMITTED / "numbers"), NAMES)
+    found = advising.fitted(core)
+    assert found is not None and flat(found.to_json()) == pytest.approx(flat(MEASURED.to_json()), rel=1e-5)
+    assert flat(json.loads((COMMITTED / "advice.json").read_text())) == flat(MEASURED.to_json())
+    assert measures_of(advising.tested(core))[0].verdict == HOLDS  # else no report may advise it
