@@ -42,7 +42,7 @@ mutants: $(VENV)/.installed ## deliberately broken lines, each of which a test m
 reproduce: $(VENV)/.installed ## TIME's claims, studied and judged: writes docs/reproduction.md; about three hours on two cores, goes on where it stopped
 	OMP_NUM_THREADS=1 $(BIN)/python -m pipeline.claims
 
-reproduce-quick: $(VENV)/.installed ## one replicate of each study, about half an hour; compares its scores and effects with the committed ones
+reproduce-quick: $(VENV)/.installed ## one replicate of each study, half an hour to an hour; compares its scores and effects with the committed ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pipeline.claims --quick
 
 when-ema: $(VENV)/.installed ## when ema -> ema beats fine-tuning: runs what is missing, writes docs/when_ema.md; about nine hours on two cores

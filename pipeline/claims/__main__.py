@@ -142,20 +142,19 @@ def compared(quick: Sequence[Judged], found: Findings, committed: Path) -> list[
         return ["no committed numbers to compare with"]
     keys = [*CELL, "replicate"]
     both = found.rows.merge(before.rows, on=keys, suffixes=("", "_before"))
-    same = sum(
-        bool(_close(row[metric], row[f"{metric}_before"]))
-        for row in both.to_dict("records")
-        for metric in METRICS
-    )
-    answer = [
-        f"{same} of {len(both) * len(METRICS)} final scores of {len(both)} trajectories ({len(found.rows)} here) are the committed ones to six digits"
-    ]
+    pairs = [(row[metric], row[f"{metric}_before"]) for row in both.to_dict("records") for metric in METRICS]
+    apart = [abs(one - other) for one, other in pairs if not _close(one, other)]
+    said = f"{len(pairs) - len(apart)} of {len(pairs)} final scores of {len(both)} trajectories ({len(found.rows)} here) are the committed ones to six digits"
+    answer = [f"{said}; the others differ by at most {max(apart):.4f}" if apart else said]
     for one in quick:
         parts = {part["key"]: part for part in kept[one.claim.number]["parts"]}
         for part in one.claim.deciding:
             ((replicate, value),) = part.values.items()
             then = parts[part.key]["values"].get(str(replicate))
-            text = "as committed" if then is not None and _close(value, then, 5e-6) else f"committed: {then}"
+            if then is None:
+                text = "nothing committed"
+            else:
+                text = "as committed" if _close(value, then, 5e-6) else f"committed: {then:+.4f}"
             answer.append(
                 f"{one.claim.number}.{part.key} {value:+.4f} ({text} of {replicate}; the claim of all replicates: {kept[one.claim.number]['verdict']})"
             )

@@ -241,7 +241,7 @@ def _made(found: Findings, about: About) -> list[str]:
         "",
         "```sh",
         "make reproduce          # everything, about 75 GB of disk; goes on where it stopped",
-        "make reproduce-quick    # one replicate of each, about half an hour",
+        "make reproduce-quick    # one replicate of each, half an hour to an hour",
         "```",
         "",
         f"Studies: `configs/studies/time_claims/`. Commits of the studies: {about.commits}; {about.machine}.",
