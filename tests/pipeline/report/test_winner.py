@@ -4,7 +4,7 @@ import math
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,8 @@ from tests.pipeline.tracked_study import finished_study
 def finished(
     out: Path,
     strategies: Sequence[Any] = ("zero_shot", "best_in_time"),
-    axes: Mapping[str, Any] | None = None,
 ) -> Studied:
-    study = finished_study(out, strategies=strategies, axes=axes)
+    study = finished_study(out, strategies=strategies)
     found = Studied(out, study.plan, {}, {study.base.fingerprint: study.base, **study.records})
     return Studied(out, study.plan, results(study.plan, Records(found)), found.records)
 
@@ -81,11 +80,9 @@ def expit(value: float) -> float:
     return 1 / (1 + math.exp(-value))
 
 
-def drifting(
-    out: Path, drift: float | None, *strategies: object, axes: Mapping[str, Any] | None = None
-) -> Studied:
+def drifting(out: Path, drift: float | None, *strategies: object) -> Studied:
     """A study of such strategies whose experts all drift so far."""
-    study = finished(out, strategies, axes)
+    study = finished(out, strategies)
     moved = {
         name: replace(one, result={**one.result, "relative_drift": drift}) if one.kind == "train" else one
         for name, one in study.records.items()
